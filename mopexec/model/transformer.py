@@ -111,7 +111,7 @@ def next_tokens(tokens: Tensor, targets: Tensor) -> Tensor:
 
 class Transformer(nn.Module):
     """Decoder-only transformer of a ModelSpec. Parameter names and shapes are those of
-    `mopsim.graph.parameters`.
+    `mopsim.spec.tensors.parameters`.
 
     Raises SpecError for a spec that the executor does not run (`check_model`). Weights are uninitialised:
     `mopexec.weights.load.fill`.

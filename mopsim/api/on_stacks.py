@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 from mopsim.api.inputs import AnyStrategy, Inputs, is_family, strategy_of
-from mopsim.graph.tensors import total_params
 from mopsim.search.had import had, not_played
 from mopsim.search.problem import Problem
 from mopsim.spec.capability import Job
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.tensors import total_params
 
 
 def for_all(

@@ -16,7 +16,6 @@ from mopsim.common.arguments import named
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
-from mopsim.graph.tensors import total_params
 from mopsim.report import tables
 from mopsim.search import Options, SearchResult
 from mopsim.search.miss import would_fit
@@ -25,6 +24,7 @@ from mopsim.search.result import plan_json
 from mopsim.search.why import why
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.validate.sealed import seal
 
 if TYPE_CHECKING:

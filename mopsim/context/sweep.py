@@ -12,13 +12,13 @@ from mopsim.common.errors import MopError
 from mopsim.common.processes import pool, workers
 from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.problem import Problem
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 
 INSISTENCE = 2

@@ -6,8 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from mopsim.common.errors import require
-from mopsim.graph.tensors import active_params, total_params
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.tensors import active_params, total_params
 
 MOST_GAP, WIDEST_GAP = 0.02, 0.10
 """Relative gap between the count and the stated total: above the first, a field or the figure is wrong. A

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from mopsim.graph.tensors import tensors
 from mopsim.program.context import Context
 from mopsim.spec.layout import ceil_div
+from mopsim.spec.tensors import tensors
 
 
 def power_of_two(size: int) -> int:

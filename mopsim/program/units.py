@@ -6,10 +6,10 @@ from functools import lru_cache
 
 from msgspec import Struct
 
-from mopsim.graph.tensors import Tensor, tensors
 from mopsim.spec.layout import ceil_div, shard_numel
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.tensors import Tensor, tensors
 
 Size = tuple[int, int, int, int]
 """Parameters, those of the largest tensor, tensors, parameters of the last tensor."""

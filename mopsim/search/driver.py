@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from mopsim.common.garbage import collected_later
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult
-from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.had import left_out
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting
@@ -31,6 +30,7 @@ from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import CAST
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 
 ALL = Options()

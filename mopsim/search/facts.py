@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine.upper import ALLOCATOR
-from mopsim.graph.tensors import tensors
 from mopsim.intervals import Facts, network, products
 from mopsim.intervals.memory import least_share
 from mopsim.search.layer import Layer
 from mopsim.search.space import Space
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import LayerKind
+from mopsim.spec.tensors import tensors
 
 
 @dataclass(frozen=True)

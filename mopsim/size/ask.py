@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
-from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.carry import carried, played
@@ -15,6 +14,7 @@ from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 
 ROWS = 40_000

@@ -6,7 +6,6 @@ import msgspec
 
 from mopsim.common.units import UNITS
 from mopsim.engine import SimResult, run, simulate
-from mopsim.graph.tensors import tensors
 from mopsim.program.fragment import expert_layer
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div, offloaded_boundaries
@@ -15,6 +14,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
+from mopsim.spec.tensors import tensors
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from mopsim.validate.component import Component

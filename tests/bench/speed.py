@@ -19,7 +19,6 @@ import simpy
 
 from mopsim.common.io import write_text
 from mopsim.engine import run, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.program import lower
 from mopsim.search.bound import bound
 from mopsim.search.problem import Problem
@@ -27,6 +26,7 @@ from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop
 

@@ -9,7 +9,6 @@ from msgspec import structs
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine import simulate
-from mopsim.graph.tensors import total_params
 from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.search.had import had
@@ -22,6 +21,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Sharding, Stack, StateDTypes
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
+from mopsim.spec.tensors import total_params
 from mopsim.strategies import fsdp2, megatron, mop
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants

@@ -9,7 +9,6 @@ from mopsim import strategies
 from mopsim.common.errors import SpecError
 from mopsim.cost import seconds
 from mopsim.engine import SimResult, run, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.program import lower
 from mopsim.program.workload import Program
 from mopsim.search import Options, search
@@ -19,6 +18,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Activations, Overlap, Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.sim.toys import machine, quantity, small

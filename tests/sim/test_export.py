@@ -20,7 +20,6 @@ from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.export import TARGETS, export
 from mopsim.export.left import left
-from mopsim.graph.tensors import total_params
 from mopsim.search.problem import Problem
 from mopsim.search.space import Space
 from mopsim.search.staged import candidates
@@ -30,6 +29,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop, zero_offload
 from tests.sim.toys import machine

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
@@ -28,6 +27,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import MatmulDType
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 

@@ -9,7 +9,6 @@ import pytest
 from msgspec.structs import replace
 
 from mopsim.engine import SimResult, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.report.findings import finding
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound
@@ -26,6 +25,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.test_search import with_memory

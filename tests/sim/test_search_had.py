@@ -7,7 +7,6 @@ from msgspec.structs import replace
 import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.export import TARGETS
-from mopsim.graph.tensors import total_params
 from mopsim.search import had as had_module
 from mopsim.search.had import Had, had, left_out
 from mopsim.search.problem import Problem
@@ -16,6 +15,7 @@ from mopsim.spec.capability import ROWS, Job, refusals
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import list_stacks, load_stack
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 

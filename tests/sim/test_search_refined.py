@@ -11,7 +11,6 @@ from msgspec.structs import replace
 from mopsim.common.errors import SpecError
 from mopsim.cost import seconds
 from mopsim.engine import SimResult, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.program.builder import Builder
 from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
@@ -28,6 +27,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 
 CASES = (

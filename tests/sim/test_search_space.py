@@ -9,7 +9,6 @@ import pytest
 import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
-from mopsim.graph.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.axes import MINOR
 from mopsim.search.bound import bound
@@ -24,6 +23,7 @@ from mopsim.search.stages import ENDS, EVEN, FRONT, layers_of
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 

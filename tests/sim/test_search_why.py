@@ -14,7 +14,6 @@ from mopsim.cli import app
 from mopsim.common.units import GIB
 from mopsim.common.working import near_batches
 from mopsim.engine import SimResult, simulate
-from mopsim.graph.tensors import total_params
 from mopsim.report.explore.steps import as_fast
 from mopsim.report.tables import freedom
 from mopsim.search import Options, SearchResult, search
@@ -27,6 +26,7 @@ from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, 
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, mop
 from tests.sim.test_search import with_memory

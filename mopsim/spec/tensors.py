@@ -117,13 +117,13 @@ def _gqa(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     found = []
     for name, out in (("q", q), ("k", kv), ("v", kv)):
         found += _linear(f"{prefix}.{name}_proj", out, H, "attention", layer, bias)
-    found += _linear(f"{prefix}.o_proj", H, q, "attention", layer, model.attention_bias == "qkvo")
     if model.qk_norm != "none":
         sizes = (d, d) if model.qk_norm == "head" else (q, kv)
         found += [
             Tensor(f"{prefix}.{n}_norm.weight", (s,), "attention", layer)
             for n, s in zip("qk", sizes, strict=True)
         ]
+    found += _linear(f"{prefix}.o_proj", H, q, "attention", layer, model.attention_bias == "qkvo")
     if model.attention_sinks:
         found.append(Tensor(f"{prefix}.sinks", (model.num_attention_heads,), "attention", layer))
     return found
