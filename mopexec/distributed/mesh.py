@@ -1,4 +1,6 @@
-"""Strategy to process groups: every degree but the pipeline's is its own view of the same ranks."""
+"""Strategy to process groups: one mesh of stages, data, context and tensor places, and other views of a
+stage's ranks for state, experts and vocabulary.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ import torch.distributed as dist
 
 from mopexec.distributed.tiers import Platform
 from mopsim.spec import layout
+from mopsim.spec.layout import Place
 from mopsim.spec.strategy import Strategy
 
 
@@ -35,66 +38,86 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's groups.
+    """This rank's groups. place: its coordinates; alone: itself.
 
-    dense_shard: ranks that share one copy of the dense state; dense_replicas: ranks that hold the same dense
-    shard. sequence: ranks that share sequences; experts: ranks over which the experts are spread;
-    expert_shard and expert_replicas as for dense, among the ranks that hold the same experts. ring: the
-    vocabulary ring; ring_shard: the ranks that hold the same vocabulary rows. data_index: which sequences
-    this rank works on.
+    stage: all ranks of its pipeline stage. pipeline: those at its place of every stage, in order. tensor:
+    those that split its tensors; sequence: those that share its sequences, at its tensor place; shared: those
+    of all tensor places too. dense_shard: ranks that share one copy of the state of its dense slices;
+    dense_replicas: ranks with the same part of it. experts: ranks that whole experts are spread over;
+    expert_tensor: ranks that split its experts; expert_shard, expert_replicas as for dense. ring: the
+    vocabulary ring; ring_shard: the ranks that hold the same vocabulary rows.
     """
 
-    rank: int
+    place: Place
+    alone: Group
     world: Group
+    stage: Group
+    pipeline: Group
+    tensor: Group
+    sequence: Group
+    shared: Group
     dense_shard: Group
     dense_replicas: Group
-    sequence: Group
     experts: Group
+    expert_tensor: Group
     expert_shard: Group
     expert_replicas: Group
     ring: Group
     ring_shard: Group
-    data_index: int
 
 
 def build_mesh(strategy: Strategy, platform: Platform) -> Mesh:
     """All ranks must call this at the same point: it makes the process groups, each axis its own
     communicators.
     """
-    rank, size = dist.get_rank(), strategy.world_size
-    assert dist.get_world_size() == size, f"{dist.get_world_size()} ranks run a plan for {size}"
-    everyone = list(range(size))
-    dense_copies = layout.split(everyone, strategy.dense.fsdp)
-    expert_groups = layout.groups(size, strategy.experts.expert_parallel, strategy.experts.rank_placement)
-    holders = layout.replica_groups(size, strategy.experts.expert_parallel, strategy.experts.rank_placement)
-    expert_copies = [copy for group in holders for copy in layout.split(group, strategy.experts.expert_fsdp)]
-    expert_same = [
-        same for group in holders for same in _across(layout.split(group, strategy.experts.expert_fsdp))
-    ]
-    sequences = layout.groups(size, strategy.attention.context_parallel, strategy.attention.rank_placement)
-    degree, order = strategy.vocabulary.vocab_parallel, strategy.vocabulary.rank_placement
+    rank, world, ranks = dist.get_rank(), strategy.world_size, strategy.stage_ranks
+    assert dist.get_world_size() == world, f"{dist.get_world_size()} ranks run a plan for {world}"
 
-    def axis(all_groups: Sequence[Sequence[int]]) -> Group:
-        return make_group(all_groups, rank, platform)
+    def axis(of_a_stage: Sequence[Sequence[int]]) -> Group:
+        """This rank's group, of groups of a stage's ranks (from 0), which every stage has."""
+        starts = range(0, world, ranks)
+        return make_group(
+            [[start + r for r in one] for start in starts for one in of_a_stage], rank, platform
+        )
 
+    tensor, experts, vocabulary = strategy.dense.tensor_parallel, strategy.experts, strategy.vocabulary
+    context, split = strategy.attention.context_parallel, experts.expert_tensor_parallel
+    sequences = layout.groups(ranks, context * tensor, strategy.attention.rank_placement)
+    spread = layout.groups(ranks, experts.expert_parallel * split, experts.rank_placement)
+    holders = layout.replica_groups(ranks, experts.expert_parallel * split, experts.rank_placement)
+    dense = [range(first, ranks, tensor) for first in range(tensor)]
+    ring, order = vocabulary.vocab_parallel, vocabulary.rank_placement
+    has_ring, alone = vocabulary.loss == "ring", Group((rank,), 0, None)
+    whole = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
+    sequence = axis([group[first::tensor] for group in sequences for first in range(tensor)])
     return Mesh(
-        rank=rank,
-        world=Group(tuple(everyone), rank, dist.group.WORLD if size > 1 else None),
-        dense_shard=axis(dense_copies),
-        dense_replicas=axis(_across(dense_copies)),
-        sequence=axis(sequences),
-        experts=axis(expert_groups),
-        expert_shard=axis(expert_copies),
-        expert_replicas=axis(expert_same),
-        ring=axis(layout.groups(size, degree, order)),
-        ring_shard=axis(layout.replica_groups(size, degree, order)),
-        data_index=next(i for i, group in enumerate(sequences) if rank in group),
+        place=layout.place(strategy, rank),
+        alone=alone,
+        world=whole,
+        stage=axis([range(ranks)]) if ranks < world else whole,
+        pipeline=make_group([range(first, world, ranks) for first in range(ranks)], rank, platform),
+        tensor=axis(layout.groups(ranks, tensor)),
+        sequence=sequence,
+        shared=axis(sequences) if tensor > 1 else sequence,
+        dense_shard=axis(_shards(dense, strategy.dense.fsdp)),
+        dense_replicas=axis(_replicas(dense, strategy.dense.fsdp)),
+        experts=axis([group[first::split] for group in spread for first in range(split)]),
+        expert_tensor=axis([one for group in spread for one in layout.split(group, split)]),
+        expert_shard=axis(_shards(holders, experts.expert_fsdp)),
+        expert_replicas=axis(_replicas(holders, experts.expert_fsdp)),
+        ring=axis(layout.groups(ranks, ring, order)) if has_ring else alone,
+        ring_shard=axis(layout.replica_groups(ranks, ring, order)) if has_ring else alone,
     )
 
 
-def _across(copies: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The ranks at the same place of each copy."""
-    return [list(place) for place in zip(*copies, strict=True)]
+def _shards(holders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Of ranks that hold the same slice, those that share one copy of its state."""
+    return [copy for ranks in holders for copy in layout.split(ranks, size)]
+
+
+def _replicas(holders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Of ranks that hold the same slice, those with the same part of its state."""
+    return [list(ranks[first::size]) for ranks in holders for first in range(size)]
 
 
 def make_group(all_groups: Sequence[Sequence[int]], rank: int, platform: Platform) -> Group:

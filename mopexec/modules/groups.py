@@ -24,7 +24,6 @@ class FsdpGroups:
     that trade tokens. sequence: the D ranks of a sequence.
     """
 
-    rank: int
     world: int
     dense: DeviceMesh
     experts: DeviceMesh
@@ -49,7 +48,7 @@ class FsdpGroups:
 
 def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
     """Collective over all ranks: every rank makes the same groups in the same order."""
-    world, rank, device = strategy.world_size, dist.get_rank(), platform.device.type
+    world, device = strategy.world_size, platform.device.type
     ranks = layout.replica_groups(world, strategy.experts.expert_parallel, strategy.experts.rank_placement)
     experts = _expert_mesh(ranks, strategy.experts.expert_fsdp, device)
     sequences = torch.tensor(
@@ -60,7 +59,6 @@ def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
     copies = torch.tensor(layout.split(range(world), shard))
     dense = DeviceMesh(device, copies, mesh_dim_names=("replicate", "shard"))
     return FsdpGroups(
-        rank=rank,
         world=world,
         dense=dense if shard < world else dense["shard"],
         experts=experts["replicate", "shard"]

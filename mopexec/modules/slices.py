@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mopexec.distributed.mesh import Mesh
 from mopexec.model.initialize import is_stacked
-from mopexec.modules.stage_groups import StageGroups
 from mopsim.spec import layout
 
 Kind = Literal["split", "whole", "experts"]
@@ -25,7 +25,7 @@ class Block:
     size: tuple[int, ...]
 
 
-def block_of(name: str, shape: tuple[int, ...], groups: StageGroups) -> Block:
+def block_of(name: str, shape: tuple[int, ...], groups: Mesh) -> Block:
     """This rank's block of the parameter `name` of `shape`."""
     cuts: dict[int, tuple[int, int]] = {}
     kind: Kind = "whole"

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mopexec.distributed.mesh import Group
+from mopexec.distributed.mesh import Group, Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, uncounted
 from mopexec.model import Routing, Transformer
@@ -22,7 +22,6 @@ from mopexec.modules.loss import chunked_loss, compute_losses
 from mopexec.modules.pipeline import Links, Part, StagePipeline
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
 from mopexec.modules.slices import Block, Kind, block_of
-from mopexec.modules.stage_groups import StageGroups
 from mopexec.modules.tensor_parallel import split_layer
 from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
 from mopexec.modules.wrap import reset_routers
@@ -41,7 +40,7 @@ class SplitModel:
     """This rank's part of the network, its parameters and gradients in `buffers`."""
 
     def __init__(
-        self, plan: Plan, groups: StageGroups, platform: Platform, routing: Routing, source: Source
+        self, plan: Plan, groups: Mesh, platform: Platform, routing: Routing, source: Source
     ) -> None:
         self._plan, self._groups, self._platform = plan, groups, platform
         with uncounted():

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mopexec.distributed import collectives
+from mopexec.distributed.mesh import build_mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.model import Routing
 from mopexec.modules.masters import Masters
 from mopexec.modules.optimizer import ShardedAdamW
 from mopexec.modules.runner import ModuleRunner
 from mopexec.modules.split_model import SplitModel
-from mopexec.modules.stage_groups import make_groups
 from mopexec.run.runner import Batch
 from mopexec.run.shards import FlatShards
 from mopexec.weights.source import Source
@@ -31,7 +31,7 @@ class SplitRunner(ModuleRunner):
         profile = Routing.chosen(plan, routing)
         super().__init__(plan, platform, profile)
         with platform.bookkeeping():
-            self._groups = make_groups(plan.strategy, platform)
+            self._groups = build_mesh(plan.strategy, platform)
         self._split = SplitModel(plan, self._groups, platform, profile, source)
         self.model, self._buffers = self._split.network, self._split.buffers
         self._masters = Masters(self._buffers, plan.strategy, platform)

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 import torch
 
-from mopexec.distributed.mesh import Group, Mesh, build_mesh
+from mopexec.distributed.mesh import Mesh, build_mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.composed import ComposedAttention, needs_composed
 from mopexec.flat.contents import layer_contents, outer_contents
@@ -101,7 +101,7 @@ def _outer_units(plan: Plan, mesh: Mesh, platform: Platform) -> tuple[Unit, Unit
     if strategy.vocabulary.loss == "ring":
         rows = layout.interval(plan.model.vocab_size, strategy.vocabulary.vocab_parallel, mesh.ring.place)
     embedding, final, head = outer_contents(plan.model, rows)
-    head_groups = dense if rows is None else (mesh.ring_shard, Group((mesh.rank,), 0, None))
+    head_groups = dense if rows is None else (mesh.ring_shard, mesh.alone)
     return (
         Unit(embedding, *dense, strategy.precision, platform),
         Unit(final, *dense, strategy.precision, platform),
