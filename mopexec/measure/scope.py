@@ -4,8 +4,7 @@ Plain module state, not thread-local: autograd's device threads run inside the s
 called them. A scope costs a few tenths of a microsecond, so it stays in the code when nothing measures.
 """
 
-from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from mopsim.spec.categories import CATEGORIES, COMPONENTS, PHASES
 
@@ -42,9 +41,7 @@ class _Scoped:
         self._outer = getattr(NOW, self.field)
         setattr(NOW, self.field, self._name)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         setattr(NOW, self.field, self._outer)
 
 
@@ -69,53 +66,41 @@ class phase(_Scoped):  # noqa: N801
     field, allowed = "phase", PHASES
 
 
-class host_compute:  # noqa: N801
+class _Sets:
+    """Sets fields of NOW on entry and restores them on exit."""
+
+    __slots__ = ("_outer", "_values")
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._outer = {name: getattr(NOW, name) for name in self._values}
+        _set(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        _set(self._outer)
+
+
+def _set(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(NOW, name, value)
+
+
+def host_compute() -> _Sets:
     """`with host_compute():` the host itself works inside (the host optimizer).
 
     Host tensors may be read, and what is allocated is host memory.
     """
-
-    __slots__ = ("_outer",)
-
-    def __enter__(self) -> None:
-        self._outer = (NOW.host_compute, NOW.tier)
-        NOW.host_compute, NOW.tier = True, "host"
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        NOW.host_compute, NOW.tier = self._outer
+    return _Sets(host_compute=True, tier="host")
 
 
-class host_allocation:  # noqa: N801
+def host_allocation(name: str) -> _Sets:
     """`with host_allocation("optimizer"):` what is allocated inside is host memory of that category."""
-
-    __slots__ = ("_name", "_outer")
-
-    def __init__(self, name: str) -> None:
-        assert name in CATEGORIES, f"category {name!r} is not one of {', '.join(CATEGORIES)}"
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._outer = (NOW.category, NOW.tier)
-        NOW.category, NOW.tier = self._name, "host"
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        NOW.category, NOW.tier = self._outer
+    assert name in CATEGORIES, f"category {name!r} is not one of {', '.join(CATEGORIES)}"
+    return _Sets(category=name, tier="host")
 
 
-class uncounted:  # noqa: N801
+def uncounted() -> _Sets:
     """`with uncounted():` what is made inside is not the plan's memory (shape propagation, rank tables)."""
-
-    __slots__ = ("_outer",)
-
-    def __enter__(self) -> None:
-        self._outer = NOW.uncounted
-        NOW.uncounted = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        NOW.uncounted = self._outer
+    return _Sets(uncounted=True)

@@ -4,8 +4,6 @@ Plain module state, as `mopexec.measure.scope`: for real tensors and for those w
 plays what the planned device would run. Before any `using`, a CPU's choice holds.
 """
 
-from types import TracebackType
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -70,8 +68,6 @@ class using:  # noqa: N801
         self._outer = [getattr(NOW, name) for name in Choice.__slots__]
         NOW.take(self._kernels)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for name, value in zip(Choice.__slots__, self._outer, strict=True):
             setattr(NOW, name, value)
