@@ -10,6 +10,7 @@ from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
+    CARRIED,
     columns,
     format_carbon,
     format_days,
@@ -18,6 +19,7 @@ from mopsim.report.sizing import (
     missed,
     odds,
     row,
+    searched,
     steps,
     surely,
     title,
@@ -25,7 +27,6 @@ from mopsim.report.sizing import (
 )
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.report.tables import describe
-from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT, NAMES, known
 from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
@@ -86,6 +87,7 @@ def content(d: Decision) -> dict[str, object]:
         "cards": _cards(d, subject, bill) if subject and bill else [],
         "why": why(d),
         "rivals": _rivals(d),
+        "carried": CARRIED,
         "parts": _parts(bill),
         "network": _network(bill),
         "sites": _sites(subject),
@@ -195,7 +197,8 @@ def _rivals(d: Decision) -> Table:
 
 def _rival(point: Point, request: Request) -> list[str]:
     assert point.result is not None
-    return [*row(point, request)[:-1], describe(point.result.strategy), point.why]
+    remarks = [point.why, CARRIED if point.gap is None else ""]
+    return [*row(point, request)[:-1], describe(point.result.strategy), "; ".join(filter(None, remarks))]
 
 
 def _parts(bill: Figures | None) -> Table:
@@ -242,7 +245,7 @@ def risks(d: Decision) -> list[str]:
     terms = here.terms
     lines = [
         f"The step time is predicted, and its error makes most of the interval of days. "
-        f"Its search is {proof(subject.gap, found=subject.result.fits)}."
+        f"Its search: {searched(subject)}; no search bounds what another number of nodes would cost."
     ]
     lines += filter(None, [unmeasured(result)])
     if bill.goodput:

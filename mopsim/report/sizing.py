@@ -17,6 +17,9 @@ from mopsim.size.figures import DAY, Figures, rated
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 
+CARRIED = "plan carried from another number of nodes"
+"""Of a point whose own number of nodes was not searched, or brought nothing faster."""
+
 
 def columns(request: Request) -> tuple[str, ...]:
     """Heads of `row`. days: wall clock, expected; then between which it ends with the probability that is
@@ -189,7 +192,14 @@ def summary(point: Point | None) -> str:
     cost = "price unknown" if bill.cost is None else format_dollars(bill.cost)
     cluster = point.hardware.cluster(point.num_nodes)
     where = f" in {bill.site}" if bill.site != DEFAULT else ""
-    return f"{cluster}{where}: {format_days(bill.days)} days, {cost} ({proof(point.gap, found=True)})"
+    return f"{cluster}{where}: {format_days(bill.days)} days, {cost} ({searched(point)})"
+
+
+def searched(point: Point) -> str:
+    """How far the search of a cluster that fits went: it is of plans on its own number of nodes."""
+    if point.gap is None:
+        return f"{CARRIED}: a plan left out may be faster"
+    return f"of plans on as many nodes {proof(point.gap, found=True)}"
 
 
 def asked_odds(request: Request) -> str:
@@ -247,8 +257,8 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
     lines = [
         f"Assumed: {trains}; about {request.batch_tokens:,} tokens a step (--global-batch-tokens).",
         f"Searched: {', '.join(request.families)}, at most {request.simulations} simulations of each where a "
-        f"node count is searched ({sum(one.simulated for one in sizings):,} in all); more may find a cheaper "
-        "cluster (--simulations).",
+        f"node count is searched ({sum(one.simulated for one in sizings):,} in all); other counts, most of "
+        f"the Pareto front among them, have a {CARRIED}. More may find a cheaper cluster (--simulations).",
     ]
     for sizing in sizings:
         here, bill = request.at(sizing.bill), sizing.bill

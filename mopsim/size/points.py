@@ -110,7 +110,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sizing:
-    """The answer for one machine type. best: the smallest cluster found that does (of a budget alone, the
+    """The answer for one machine type. best: the cheapest cluster found that does (of a budget alone, the
     fastest); tried: every node count asked, ascending; why: the reason where there is none."""
 
     hardware: HardwareProfile

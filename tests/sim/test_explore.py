@@ -164,6 +164,7 @@ def test_a_page_of_clusters_says_how_far_their_searches_are_proven(made: dict[st
     nodes = data["hardware"][0]["best"]["nodes"]
     left = "not exhausted: a plan left out is at most 47 % faster"
     assert found["note"].startswith(f"cpu-2core, {nodes} nodes: {left}. ")
+    assert found["title"] == "The step on the best cluster of each machine type"
 
 
 def test_intervals_become_bands_and_columns(made: dict[str, dict[str, Any]]) -> None:

@@ -17,8 +17,8 @@ from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
 from mopsim.intervals import known_errors
-from mopsim.report.decision import Decision, answer, risks, why
-from mopsim.report.sizing import format_days, missed, stated, surely
+from mopsim.report.decision import Decision, answer, content, risks, why
+from mopsim.report.sizing import format_days, missed, stated, summary, surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point, Sizing
 from mopsim.size.figures import DAY, WIDE
@@ -171,6 +171,20 @@ def test_the_days_are_those_of_the_arithmetic(found: Clusters) -> None:
     assert seconds / point.figures.goodput.share == pytest.approx(point.figures.seconds * factor, rel=0.01)
 
 
+def test_carried_plans_are_named_and_a_proof_is_of_one_number_of_nodes(found: Clusters) -> None:
+    chosen = found.chosen
+    assert chosen is not None
+    searched, carried = replace(chosen, gap=0.001), replace(chosen, gap=None)
+    assert "of plans on as many nodes proven" in summary(searched)
+    assert "plan carried from another number of nodes" in summary(carried)
+    decision = Decision(found.request, [], [searched], [searched], searched, None, [], [])
+    page = content(decision)
+    assert "no search bounds what another number of nodes would cost" in " ".join(page["risks"])
+    for point, named in ((searched, False), (carried, True)):
+        rivals = content(replace(decision, points=[point], front=[point], chosen=point))["rivals"]
+        assert ("plan carried" in rivals.rows[0][-1]) is named
+
+
 def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:
     written = {path.name for path in found.write(tmp_path / "out")}
     wanted = {
@@ -282,7 +296,7 @@ def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     used = bought.to_json()["assumptions"]
     assert (used["pue"], used["carbon"], used["power_price"]) == (1.15, 30, 0.06)
     assert used["sources"]["carbon"].startswith("site norway: hydro")
-    assert "PUE 1.15, 30 g CO2/kWh, 0.06 USD/kWh" in stated(bought.request, bought.sizings)[-1]
+    assert "PUE 1.15, 30 g CO2/kWh, 0.06 USD/kWh" in " ".join(stated(bought.request, bought.sizings))
     bought.write(tmp_path)
     page = (tmp_path / "decision.html").read_text("utf-8")
     assert "Where it could stand" in page
@@ -306,7 +320,7 @@ def test_the_price_stated_is_the_one_billed(tmp_path: Path) -> None:
     assert chosen.figures.site == "beta"
     machine = rented.to_json()["hardware"][0]
     assert (machine["price_per_device_hour_usd"], machine["price_source"]) == (1.1, "site beta")
-    assert "in beta: price 1.1 USD/h (site beta)" in stated(rented.request, rented.sizings)[-1]
+    assert "in beta: price 1.1 USD/h (site beta)" in " ".join(stated(rented.request, rented.sizings))
     decision = Decision(rented.request, rented.sizings, [], [], chosen, None, [], [])
     assert "1.1 USD (site beta)" in " ".join(risks(decision))
     assert "price" not in {one.name for one in rented.what_if()}

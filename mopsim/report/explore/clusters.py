@@ -59,7 +59,7 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     if timed:
         views.append(_scaling(timed))
     if steps:
-        title = "The step on the smallest cluster in time"
+        title = "The step on the best cluster of each machine type"
         views += [step_table(title, steps, proofs(_searched(result))), *bars(steps)]
     return views
 
