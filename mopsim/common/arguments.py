@@ -86,7 +86,8 @@ def _is(value: Any, one: Any) -> bool:
 
 def _taken_number(value: Any, kind: Any) -> Any:
     """As an int, or a float."""
-    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+    stands_for: Any = Integral if kind is int else Real
+    if isinstance(value, bool) or not isinstance(value, stands_for):
         return _UNFIT
     try:
         return value if type(value) in (int, float) else kind(value)
