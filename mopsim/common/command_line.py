@@ -4,6 +4,7 @@ import atexit
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
     it (SIGINT, SIGTERM or SIGHUP)."""
     given = sys.argv[1:] if arguments is None else arguments
     signals: list[int] = []
+    _forget_sizes()
     try:
         _refuse_empty(given)
         with lasting_streams(), _noting_signals(signals):
@@ -40,6 +42,13 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
     atexit.unregister(ignore_signals)
     atexit.register(ignore_signals, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # all is said and done
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _forget_sizes() -> None:
+    """Drop a size of the terminal from the environment that no terminal has: it is asked for its own."""
+    for name in ("COLUMNS", "LINES"):
+        if re.fullmatch(r"0*[1-9][0-9]{0,3}", os.environ.get(name, "1"), re.ASCII) is None:
+            del os.environ[name]
 
 
 def quiet_interrupts(name: str) -> None:

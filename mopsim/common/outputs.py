@@ -27,7 +27,8 @@ def say(line: str, *, stderr: bool = False) -> None:
 
 
 class _Lasting:
-    """A text stream; what is written once nobody reads it any more goes nowhere."""
+    """A text stream; what is written once nobody reads it any more goes nowhere, and a character that its
+    encoding lacks is a question mark."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,7 +38,11 @@ class _Lasting:
 
     def write(self, text: str) -> int:
         with self._unread():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

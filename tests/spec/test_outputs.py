@@ -96,6 +96,22 @@ def test_every_command_ends_well_where_nobody_reads_it(command: str) -> None:
     assert unread("-m", "mopsim", *command.split()) == (0, "")
 
 
+TERMINALS: list[dict[str, str]] = [
+    {"PYTHONIOENCODING": "ascii", "COLUMNS": "20"}, {"PYTHONIOENCODING": "latin-1", "COLUMNS": "20"},
+    {"COLUMNS": "0"}, {"COLUMNS": "\N{SUPERSCRIPT TWO}"}, {"COLUMNS": "9" * 12},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("command", ["--help", ""])
+def test_a_strange_terminal_is_printed_to(terminal: dict[str, str], command: str) -> None:
+    """An encoding without the ellipsis of what is cropped, a size that no terminal has."""
+    asked = [sys.executable, "-m", "mopsim", *command.split()]
+    done = subprocess.run(asked, capture_output=True, env=os.environ | terminal)
+    assert (done.returncode, done.stderr) == (0 if command else 2, b"")
+    assert len(done.stdout.split()) > 50
+
+
 def unread(*arguments: str) -> tuple[int, str]:
     """Exit code and standard error of a Python program whose standard output nobody reads."""
     reader, writer = os.pipe()
