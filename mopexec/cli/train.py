@@ -13,7 +13,7 @@ import msgspec
 
 from mopexec import data
 from mopexec.data import DataOptions
-from mopexec.run import failures, plans, writers
+from mopexec.run import attempts, failures, plans, writers
 from mopexec.run.environment import adopt_slurm, check_host, place, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
@@ -45,17 +45,13 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     """
     cache = data.cache_directory(options.cache)
     check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
-    plan = plans.read_plan(Path(options.plan), options.settings)
-    plans.check_supported(plan)
     adopt_slurm()
     if under_torchrun():
-        if max_restarts:
-            raise MopError(
-                f"--max-restarts: {max_restarts} is torchrun's own option here: it starts the ranks"
-            )
-        plans.check_world(plan, place().world_size)
-        check_host()
-        return _as_rank(options, plan, json)
+        if attempts.left("mistake"):
+            return 2
+        with attempts.no_mistake_again():
+            return _as_rank(options, json, max_restarts)
+    plan = plans.read_supported(Path(options.plan), options.settings)
     _check_directory(options, plan)
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
@@ -132,12 +128,26 @@ def data_source(given: str | None) -> str:
     return given or data.PYTHON
 
 
-def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
-    """One rank of the user's own torchrun: the first one prepares the directory, all then train."""
+def check_ranks_options(max_restarts: int) -> None:
+    """Refuse what has no use for a rank of the user's own torchrun. Raises MopError."""
+    if max_restarts:
+        raise MopError(f"--max-restarts: {max_restarts} is torchrun's own option here: it starts the ranks")
+
+
+def _as_rank(options: TrainOptions, json: str | None, max_restarts: int) -> int:
+    """One rank of the user's own torchrun: the first one prepares the directory, all then train. Started
+    again, it goes on with what its launch has begun.
+    """
+    check_ranks_options(max_restarts)
+    plan = plans.read_supported(Path(options.plan), options.settings)
+    plans.check_world(plan, place().world_size)
+    check_host()
     from mopexec.run.worker import run_rank
 
     first = place().rank == 0
     if first:
+        again = attempts.left("begun") and plans.holds_run(Path(options.out))
+        options = msgspec.structs.replace(options, resume=options.resume or again)
         _check_directory(options, plan)
     with _held_directory(options, plan) if first else nullcontext():
         failure = run_rank(options)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mopexec.distributed.tiers import Platform
+from mopexec.run import attempts
 from mopexec.run.environment import RankPlace, place
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
@@ -68,6 +69,7 @@ def meet() -> RankMeeting:
     if store.add("met", 1) >= own.world_size:
         store.set("all", "1")
     _wait(lambda: store.check(["all"]), end, f"{where}: not all of {own.world_size} ranks came there")
+    attempts.leave("begun")
     return RankMeeting(own, store)
 
 

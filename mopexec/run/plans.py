@@ -39,6 +39,13 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     return structs.replace(plan, training=io.convert(training, TrainSpec, "plan.training", "--set"))
 
 
+def read_supported(path: Path, settings: Sequence[str] = ()) -> Plan:
+    """`read_plan`, of what mopexec runs."""
+    plan = read_plan(path, settings)
+    check_supported(plan)
+    return plan
+
+
 def check_supported(plan: Plan) -> None:
     """Refuse a model or a mechanism that mopexec does not run, by name. Raises SpecError."""
     try:
@@ -80,11 +87,16 @@ def check_memory(plan: Plan, machine: int) -> None:
         raise SpecError("plan.strategy.world_size", ranks, rule)
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a run has got as far as its first step in this directory."""
+    return any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
+
 def check_run_directory(path: Path, *, resume: bool) -> None:
     """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
     entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
     occupied = bool(entries) and entries - {KEPT} != {"plan.yaml", "logs"}  # all of a run without a step
-    run = bool(entries & {"metrics.jsonl", "checkpoints"})
+    run = holds_run(path)
     if occupied and not resume:
         rest = "give --resume to go on with it, or another directory" if run else "give another directory"
         raise MopError(f"--out: {path} is not empty; {rest}")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mopexec.run import failures
+from mopexec.run import attempts, failures
 from mopexec.run.environment import launcher, place
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import StopRequest
@@ -33,7 +33,10 @@ def run_rank(options: TrainOptions) -> failures.Failure | None:
         with StopRequest() as stop, join(meeting) as job:
             train(options, plan, job, _builder(options), stop)
     except Exception as error:
-        return failures.report(Path(options.out) / failures.LOGS, own.rank, error)
+        failure = failures.report(Path(options.out) / failures.LOGS, own.rank, error)
+        if failure.user_mistake:
+            attempts.leave("mistake")
+        return failure
     return None
 
 
@@ -47,6 +50,8 @@ def main() -> None:
     end_with_parent(launcher())
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interruption: the launcher says it
+    if attempts.left("mistake"):
+        os._exit(2)
     with lasting_streams():
         failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
     os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit

@@ -28,6 +28,7 @@ from tests.exec.train_runs import (
     common,
     environment,
     fake_as_ranks,
+    fake_under_torchrun,
     finish,
     losses,
     ranks_of,
@@ -282,6 +283,25 @@ def test_a_restarted_run_goes_on_from_its_checkpoint(inputs, tmp_path):
     plain = tmp_path / "plain"
     fake_as_ranks(inputs, plain, steps=6)
     assert losses(out) == losses(plain)
+
+
+def test_ranks_that_torchrun_starts_again_go_on_from_their_checkpoint(inputs, tmp_path):
+    out, plain = tmp_path / "run", tmp_path / "plain"
+    done = fake_under_torchrun(inputs, out, "once:1:4", 1, steps=6, checkpoint_every=2)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 2" in done.stdout
+    fake_as_ranks(inputs, plain, steps=6)
+    assert losses(out) == losses(plain)
+
+
+def test_a_mistake_is_said_once_and_no_restart_goes_on_with_another_launchs_run(inputs, tmp_path):
+    out = tmp_path / "run"
+    fake_as_ranks(inputs, out, steps=2)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = fake_under_torchrun(inputs, out, "", 2, steps=4)
+    assert done.returncode == 1
+    assert done.stderr.count(f"--out: {out} is not empty; give --resume") == 1, done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.gpu

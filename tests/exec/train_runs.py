@@ -56,6 +56,16 @@ def common(inputs, out):
     return [str(item) for pair in paths.items() for item in pair]
 
 
+def fake_under_torchrun(inputs, out, fake, restarts, **options):
+    """The fake runner's command under the user's own torchrun, which starts failed ranks again."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, f"--max-restarts={restarts}", "-m", "tests.exec.train_plans"]
+    return subprocess.run(
+        [sys.executable, *command, _options(inputs, out, options)],
+        cwd=ROOT, env=environment(fake), capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
+
+
 def start_fake(inputs, out, fake, **options):
     """The command in a process of its own, with the fake runner."""
     command = [sys.executable, "-m", "tests.exec.train_plans", _options(inputs, out, options)]
