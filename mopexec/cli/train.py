@@ -170,6 +170,10 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
         open_weights(Path(options.init_from), plan).files.close()
     seed = plan.training.seed if options.seed is None else options.seed
     data.open_tokens(Path(options.tokens), plan.training, seed)
+    if options.eval_tokens:
+        from mopexec.run.evaluation import open_held_out
+
+        open_held_out(Path(options.eval_tokens), options, plan, seed)
 
 
 @contextmanager
@@ -193,7 +197,11 @@ def _check_directory(options: TrainOptions, plan: Plan) -> None:
     if not options.resume:
         return
     from mopexec.run import checkpoint  # with torch's, another second to import
+    from mopexec.run.state import run_state
+    from mopexec.weights.begin import check_rules
 
+    if (out / plans.KEPT).is_dir():
+        check_rules(out / plans.KEPT, plan)
     found = checkpoint.newest_state(out)
     if found is None and (out / plans.KEPT).is_dir() and not options.init_from:
         raise MopError(f"--init-from: is needed: {out} began with weights, and has no checkpoint yet")
@@ -201,7 +209,7 @@ def _check_directory(options: TrainOptions, plan: Plan) -> None:
         seed, text = plan.training.seed if options.seed is None else options.seed, found[1].text_digest
         if options.tokens:
             text = data.open_tokens(Path(options.tokens), plan.training, seed).text_digest
-        checkpoint.check_resumable(out, checkpoint.run_state(plan, 0, seed, text), options.steps)
+        checkpoint.check_resumable(out, run_state(plan, 0, seed, text), options.steps)
 
 
 def _prepare_directory(options: TrainOptions, plan: Plan) -> Earlier:

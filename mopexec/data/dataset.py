@@ -83,9 +83,14 @@ class TokenDataset:
         return (self.parts[number], *divmod(earlier, self.parts[number].num_windows))
 
 
-def open_tokens(directory: Path, training: TrainSpec, seed: int) -> TokenDataset:
-    """The tokens that `training` reads. Raises MopError where they do not say what it needs."""
-    return TokenDataset(directory, training.seq_len, seed, training.attention_mask == "document")
+def open_tokens(directory: Path, training: TrainSpec, seed: int, option: str = "--data") -> TokenDataset:
+    """The tokens that `training` reads, which `option` named. Raises MopError where they do not say what it
+    needs, or none counts.
+    """
+    dataset = TokenDataset(directory, training.seq_len, seed, training.attention_mask == "document")
+    if dataset.masked and not any(part.counts(training.seq_len) for part in dataset.parts):
+        raise MopError(f"{option}: no target of it counts in the loss (--loss-mask all counts all)")
+    return dataset
 
 
 class _Windows:
@@ -122,7 +127,13 @@ class _Windows:
         found: list[int] = (self.ends[first:last] - start).tolist()
         return found
 
+    def counts(self, seq_len: int) -> bool:
+        """Whether any target counts in the loss."""
+        starts = range(0, self.num_windows * seq_len, seq_len)
+        return any((self.at(start, seq_len)[1] != IGNORED).any() for start in starts)
+
     def at(self, start: int, length: int) -> tuple[Ids, Ids]:
+        """Tokens and targets [length] from token `start` on."""
         text = np.asarray(self.tokens[start : start + length + 1], dtype=np.int64)
         targets = text[1:]
         if self.mask is not None:

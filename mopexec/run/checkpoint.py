@@ -23,16 +23,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from mopexec.run.checkpoint_reader import Reader
+from mopexec.run.state import RunState, check_state
 from mopsim.common import io
-from mopsim.common.errors import MopError, SpecError
-from mopsim.common.io import Spec
+from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes
-from mopsim.spec.plan import Plan
 
 _NAME = re.compile(r"step_(\d{8})")
 _META = "run.json"
-_FORMAT = 2
-"""1: flat tensors of one runtime's own units."""
 _UNREADABLE = (
     OSError,
     RuntimeError,
@@ -42,25 +39,6 @@ _UNREADABLE = (
     CheckpointException,
 )
 _ARCHIVE = "inline_container"  # torch's archive writer says where in its source a write fell short, not why
-
-
-class RunState(Spec, frozen=True, kw_only=True):
-    """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too.
-
-    world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json.
-    """
-
-    step: int
-    format: int = 1
-    files: dict[str, str] = msgspec.field(default_factory=dict)
-    model: str
-    model_digest: str
-    world_size: int
-    vocab_size: int
-    seq_len: int
-    global_batch: int
-    seed: int
-    text_digest: str
 
 
 class Written(Protocol):
@@ -73,23 +51,6 @@ class Stateful(Written, Protocol):
     """The part of a runner that a checkpoint needs: its sharded tensors, and putting them back."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def run_state(plan: Plan, step: int, seed: int, text_digest: str) -> RunState:
-    """The state of a run of `plan` after `step` steps."""
-    model, training = plan.model, plan.training
-    return RunState(
-        step=step,
-        model=model.name,
-        model_digest=io.digest(model),
-        format=_FORMAT,
-        world_size=plan.strategy.world_size,
-        vocab_size=model.vocab_size,
-        seq_len=training.seq_len,
-        global_batch=training.global_batch,
-        seed=seed,
-        text_digest=text_digest,
-    )
 
 
 def latest(root: Path) -> Path | None:
@@ -161,36 +122,6 @@ def _none_of(passed: list[str]) -> str:
     if len(passed) == 1:
         return f"the only checkpoint cannot be read: {passed[0]}"
     return f"none of the {len(passed)} checkpoints can be read; the newest: {passed[0]}"
-
-
-def check_state(found: RunState, wanted: RunState, path: Path) -> None:
-    """Refuse to go on with a checkpoint of another model, vocabulary, batch, seed or text. The strategy, the
-    runtime and the number of ranks may be others.
-    """
-    check_format(found, path, "--resume")
-    for field, label in (
-        ("vocab_size", "plan.model.vocab_size"),
-        ("model", "plan.model.name"),
-        ("model_digest", "plan.model (digest)"),
-        ("seq_len", "plan.training.seq_len"),
-        ("global_batch", "plan.training.global_batch"),
-        ("seed", "seed"),
-        ("text_digest", "--data (digest)"),
-    ):
-        have, want = getattr(found, field), getattr(wanted, field)
-        if have != want and field == "text_digest":
-            rule = "is another text, --tokenizer, --init-from, --text-field or --loss-mask than"
-            raise SpecError(label, want, f"{rule} the {have!r} that checkpoint {path} was made with")
-        if have != want:
-            raise SpecError(label, want, f"is not the {have!r} that checkpoint {path} was made with")
-
-
-def check_format(found: RunState, path: Path, option: str) -> None:
-    """Refuse a checkpoint in another format than this version's. option: that asks for it."""
-    if found.format != _FORMAT:
-        version = "an earlier" if found.format < _FORMAT else "a later"
-        rule = f"format {found.format}, where this one's is {_FORMAT}"
-        raise MopError(f"{option}: checkpoint {path} was written by {version} version of mopexec ({rule})")
 
 
 def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:

@@ -1,6 +1,5 @@
 """Held-out data during a run, and where a run's tokens are."""
 
-import statistics
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
 from mopexec.run.options import TrainOptions
 from mopexec.run.runner import Runner
+from mopsim.common.errors import MopError
 from mopsim.spec.plan import Plan
 
 
@@ -28,18 +28,35 @@ class Evaluation:
         tokens = (
             Path(options.eval_tokens) if options.eval_tokens else tokens_of(options, plan, job, held_out=True)
         )
-        dataset = data.open_tokens(tokens, plan.training, seed)
-        enough = max(1, dataset.num_windows // plan.training.global_batch)
+        dataset, batches = open_held_out(tokens, options, plan, seed)
         feed = Feed(plan, dataset, job.rank, job.platform.device)
-        return cls(feed, min(options.eval_batches, enough), options.eval_every, options.steps)
+        return cls(feed, batches, options.eval_every, options.steps)
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` (from 1)."""
         return step == self.steps or (self.every > 0 and step % self.every == 0)
 
     def loss(self, runner: Runner) -> float:
-        """Mean over the global batches."""
-        return statistics.fmean(runner.evaluate(self.feed.batches(index)) for index in range(self.batches))
+        """Mean over the targets that count in all global batches."""
+        total, counted = 0.0, 0
+        for index in range(self.batches):
+            batches = self.feed.batches(index)
+            if targets := batches[0].num_targets:
+                total, counted = total + targets * runner.evaluate(batches), counted + targets
+        return total / counted
+
+
+def open_held_out(
+    tokens: Path, options: TrainOptions, plan: Plan, seed: int
+) -> tuple[data.TokenDataset, int]:
+    """The held-out data and how many of its global batches an evaluation takes. Raises MopError where none of
+    their targets counts.
+    """
+    dataset, size = data.open_tokens(tokens, plan.training, seed, "--eval-data"), plan.training.global_batch
+    batches = min(options.eval_batches, max(1, dataset.num_windows // size))
+    if not dataset.num_targets(range(batches * size)):
+        raise MopError(f"--eval-batches: no target of the first {batches} of --eval-data counts in the loss")
+    return dataset, batches
 
 
 def tokens_of(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool = False) -> Path:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from mopexec.data import TokenDataset, sequence_indices
 from mopexec.run.runner import Batch
-from mopsim.common.errors import MopError
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
@@ -25,13 +24,11 @@ class Feed:
         self.dataset, self.device = dataset, device
 
     def batches(self, step: int) -> list[Batch]:
-        """The microbatches of step `step` (from 0), each [micro_batch, seq_len / D]."""
+        """The microbatches of step `step` (from 0), each [micro_batch, seq_len / D]. Their num_targets is 0
+        where no target of the global batch counts.
+        """
         first = step * self.global_batch
         counted = self.dataset.num_targets(range(first, first + self.global_batch))
-        if not counted:
-            raise MopError(
-                f"--data: no target of step {step + 1} counts in the loss (--loss-mask all counts all)"
-            )
         return [self._batch(step, microbatch, counted) for microbatch in range(self.num_microbatches)]
 
     def _batch(self, step: int, microbatch: int, counted: int) -> Batch:

@@ -29,7 +29,9 @@ Timed = tuple[float, float | None]
 class StepMetrics(Spec, frozen=True, kw_only=True):
     """One optimizer step (from 1). Seconds and bytes of the slowest and largest rank; losses per token.
 
-    eval_loss: per token of the held-out data after this step, where it was asked for. since: first step
+    targets: that count in the loss, of the global batch; with 0 nothing is updated, the losses are 0 and the
+    time is in no measurement. eval_loss: per token of the held-out data after this step, where it was asked
+    for. since: first step
     of the process that made it; strategy: digest of the plan's. memory_step: the last step whose memory
     was watched, the peaks are up to there. memory_percent: of the enforced limit, else of the plan's;
     predicted_step_time_s None where the plan has none. cpu_time_s: CPU seconds of the rank that used most,
@@ -43,6 +45,7 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     step: int
     since: int
     strategy: str
+    targets: int = 1
     loss: float
     grad_norm: float
     lr: float
@@ -85,7 +88,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, steps_done: int) -> None:
         kept = self._earlier = [line for line in _lines(path) if line["step"] <= steps_done]
-        self.first_loss: float | None = kept[0]["loss"] if kept else None
+        self.first_loss: float | None = next((line["loss"] for line in kept if _updates(line)), None)
         try:
             aside = path.with_name(f".{path.name}")
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -95,18 +98,25 @@ class MetricsFile:
             raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def write(self, metrics: StepMetrics) -> None:
-        if self.first_loss is None:
+        """Append the line of a step."""
+        if self.first_loss is None and metrics.targets:
             self.first_loss = metrics.loss
         try:
+            self._last = self._file.seek(0, os.SEEK_END)
             self._file.write(json.dumps(_plain(metrics)) + "\n")
         except OSError as error:
             raise MopError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None
+
+    def rewrite(self, metrics: StepMetrics) -> None:
+        """The same step's line again, with what is known since."""
+        self._file.truncate(self._last)
+        self.write(metrics)
 
     def step_times(self, strategy: str) -> list[list[Timed]]:
         """Of the earlier steps under `strategy` (its digest), a list for each process."""
         by_process: dict[Any, list[Timed]] = {}
         for line in self._earlier:
-            if line.get("strategy") == strategy and _finite(line.get("step_time_s")):
+            if line.get("strategy") == strategy and _finite(line.get("step_time_s")) and _updates(line):
                 used = line.get("cpu_time_s")
                 timed = (
                     float(line["step_time_s"]),
@@ -138,6 +148,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             break
         found.append(line)
     return found
+
+
+def _updates(line: dict[str, Any]) -> bool:
+    return bool(line.get("targets", 1))
 
 
 def _finite(value: object) -> bool:
@@ -193,6 +207,8 @@ def step_line(metrics: StepMetrics) -> str:
     ]
     if metrics.mfu is not None:
         parts.append(f"MFU: {100 * metrics.mfu:.3g}% ({metrics.tflops_per_s_per_device:.3g} TFLOP/s)")
+    if not metrics.targets:
+        parts.insert(2, "no target counts: no update")
     if metrics.eval_loss is not None:
         parts.insert(2, f"eval_loss: {metrics.eval_loss:8.5f}")
     if metrics.predicted_step_time_s:

@@ -15,7 +15,8 @@ from mopexec.operators.documents import Documents
 class Batch:
     """One rank's slice of one microbatch: tokens and targets, each [micro_batch, seq_len / D] int64.
 
-    A target below 0 does not count in the loss; num_targets: how many of the global batch count, 0 = all.
+    A target below 0 does not count in the loss; num_targets: how many of the global batch count. 0 is all
+    or none, whose losses are 0 whatever divides them.
     The sequence slice is contiguous: place p of a sequence group holds positions [p * S/D, (p + 1) * S/D).
     documents: of the whole sequences.
     """

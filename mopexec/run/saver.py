@@ -18,6 +18,7 @@ from torch import Tensor
 from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
 from mopexec.run.shards import FlatShards, Piece
+from mopexec.run.state import RunState
 from mopsim.common.errors import MopError
 
 _NICE = 10
@@ -49,7 +50,7 @@ class Saver:
         self._passed = checkpoint.later_than(root, done)
         self.last: Path | None = None
 
-    def save(self, state: checkpoint.RunState) -> None:
+    def save(self, state: RunState) -> None:
         """Begin to write a checkpoint of now, on all ranks together. Raises MopError, also for what went
         wrong with the one before.
         """
@@ -76,13 +77,13 @@ class Saver:
         if problem is not None:
             raise problem
 
-    def _save(self, runner: checkpoint.Written, state: checkpoint.RunState) -> None:
+    def _save(self, runner: checkpoint.Written, state: RunState) -> None:
         self.last = checkpoint.save(
             self._root, runner, state, keep=self._keep, passed=self._passed, group=self._group
         )
         self._passed = {path for path in self._passed if path.name > self.last.name}
 
-    def _write(self, state: checkpoint.RunState) -> None:
+    def _write(self, state: RunState) -> None:
         _step_aside()
         assert self._copy is not None
         try:

@@ -22,10 +22,12 @@ from mopexec.run.evaluation import Evaluation, tokens_of
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, Timed, measurement
-from mopexec.run.options import Schedule, TrainOptions
+from mopexec.run.options import TrainOptions
 from mopexec.run.runner import Runner, StepResult
 from mopexec.run.saver import Saver
+from mopexec.run.schedule import learning_rate
 from mopexec.run.signals import StopRequest
+from mopexec.run.state import changed, run_state
 from mopexec.run.traces import trace
 from mopexec.run.writers import open_writers
 from mopsim.common import io
@@ -36,6 +38,8 @@ from mopsim.spec.routing import RoutingProfile
 
 Build = Callable[..., Runner]
 SUMMARY = "summary.json"
+NO_UPDATE = StepResult(loss=0.0, grad_norm=0.0, tokens=0)
+"""Of a step whose global batch has no target that counts; every rank sees that by itself."""
 TRACKED_STEPS = 2
 """Steps of a process whose memory is watched where nobody asked: later ones run without the tracker's cost. A
 router that learns may need more in a later step, so what is shown says up to which step it was seen.
@@ -71,8 +75,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.open_tokens(tokens_of(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
+    wanted = run_state(plan, 0, seed, dataset.text_digest, **_rules(options))
     if options.resume or job.restart:
-        wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
         resumed = checkpoint.check_resumable(Path(options.out), wanted, options.steps)
     torch.manual_seed(seed)
     tracking = _Tracking(options)
@@ -88,6 +92,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
         loop.display.say(f"{problem}; going on from the one before")
     if resumed:
         loop.display.say(f"going on after step {done}, from {resumed}")
+        if other := changed(checkpoint.read_state(resumed), wanted):
+            loop.display.say(f"warning: the steps from here on are made with {other}")
     if options.resume and not resumed:
         loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
     loop.say_data()
@@ -124,9 +130,9 @@ class _Loop:
         self.predicted = plan.prediction.step_time if plan.prediction else None
         self.strategy = io.digest(plan.strategy)
         self.watch = Watch(job.cores)
-        self.step_times: list[Timed] = []
+        self.step_times, self.idle_times = list[Timed](), list[Timed]()
         self.busiest: list[float] = []
-        self.first_loss, self.last_loss = math.nan, math.nan
+        self.first_loss, self.last_loss = 0.0, 0.0
         self.stopped_by = ""
         self.saver = Saver(
             self.out / "checkpoints",
@@ -164,14 +170,13 @@ class _Loop:
             slowest = agreed.largest(own, self.tracking.tracker, self.stop, self.card.end(), self.job)
             self.busiest.append(result.busiest)
             line = self._line(step, lr, result, slowest)
-            if self.evaluation and self.evaluation.due(line.step):
-                line = msgspec.structs.replace(line, eval_loss=self.evaluation.loss(self.runner))
             self._record(line)
             stopping = bool(slowest["stop"])
             if slowest["failed"]:
                 self.saver.wait()
             if stopping or self._checkpoint_due():
                 self._save()
+            self._tell(self._evaluated(line))
             if stopping or line.step == self.options.steps:
                 self.saver.wait()
             if stopping:
@@ -187,10 +192,11 @@ class _Loop:
             self.job.platform.synchronize()
             self.card.begin()
             start, used = time.perf_counter(), time.process_time()
-            result = self.runner.step(batches)
+            result = self.runner.step(batches) if batches[0].num_targets else NO_UPDATE
             self.job.platform.synchronize()
             seconds, used = time.perf_counter() - start, time.process_time() - used
-            return result, {"seconds": seconds, "used": used, "failed": float(self.saver.failed)}
+            said = {"seconds": seconds, "used": used, "failed": float(self.saver.failed)}
+            return result, said | {"targets": float(batches[0].num_targets)}
 
     def _line(self, step: int, lr: float, result: StepResult, slowest: dict[str, float]) -> StepMetrics:
         tokens_per_s = self.tokens_per_step / slowest["seconds"]
@@ -200,6 +206,7 @@ class _Loop:
             step=step + 1,
             since=self.first_step + 1,
             strategy=self.strategy,
+            targets=int(slowest["targets"]),
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
@@ -219,22 +226,36 @@ class _Loop:
         )
 
     def _record(self, line: StepMetrics) -> None:
+        """Into metrics.jsonl, before the step's checkpoint. Raises MopError where the run diverged."""
         self.done = line.step
-        self.step_times.append((line.step_time_s, line.cpu_time_s))
-        self.last_loss = line.loss
-        if len(self.step_times) == 1:
-            self.first_loss = line.loss
+        if line.targets:
+            self.first_loss = self.first_loss if self.step_times else line.loss
+            self.last_loss = line.loss
+        (self.step_times if line.targets else self.idle_times).append((line.step_time_s, line.cpu_time_s))
         if self.metrics:
             self.metrics.write(line)
-        for writer in self.writers:
-            writer.write(line.step, line.numbers())
-        self.display.step(line)
         if not math.isfinite(line.loss) or not math.isfinite(line.grad_norm):
+            self._tell(line)
             self.saver.wait()
             raise MopError(
                 f"step {line.step}: loss {line.loss}, gradient norm {line.grad_norm}: "
                 f"the run diverged at learning rate {line.lr:.2e}"
             )
+
+    def _evaluated(self, line: StepMetrics) -> StepMetrics:
+        """The line with the loss of the held-out data, where that is due. A checkpoint is whole before."""
+        if self.evaluation is None or not self.evaluation.due(line.step):
+            return line
+        self.saver.wait()
+        line = msgspec.structs.replace(line, eval_loss=self.evaluation.loss(self.runner))
+        if self.metrics:
+            self.metrics.rewrite(line)
+        return line
+
+    def _tell(self, line: StepMetrics) -> None:
+        for writer in self.writers:
+            writer.write(line.step, line.numbers())
+        self.display.step(line)
 
     def _checkpoint_due(self) -> bool:
         every = self.options.checkpoint_every
@@ -242,8 +263,8 @@ class _Loop:
         return last or (every > 0 and self.done % every == 0)
 
     def _save(self) -> None:
-        state = checkpoint.run_state(self.plan, self.done, self.dataset.seed, self.dataset.text_digest)
-        self.saver.save(state)
+        seed, text = self.dataset.seed, self.dataset.text_digest
+        self.saver.save(run_state(self.plan, self.done, seed, text, **_rules(self.options)))
 
     def profile(self) -> dict[str, KindTiming]:
         """Kinds of work from extra steps after the last one; nothing keeps their updates."""
@@ -275,7 +296,7 @@ class _Loop:
         seen = _largest(self.tracking.tracker, self.watch.share())
         measured = measurement(
             self.plan,
-            step_times=[*before, self.step_times],
+            step_times=[*before, self.step_times or self.idle_times],
             warmup=self.options.warmup,
             tokens_per_step=self.tokens_per_step,
             kinds=kinds,
@@ -321,25 +342,9 @@ def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
     return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"
 
 
-def learning_rate(plan: Plan, step: int, steps: int, schedule: Schedule) -> float:
-    """Of step `step` (from 0): linear warm-up over plan.training.warmup_steps, then what `schedule` says,
-    from the plan's rate to a tenth of it.
-    """
-    peak, warmup = plan.training.learning_rate, plan.training.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant" or steps <= warmup:
-        return peak
-    fraction = (step - warmup) / (steps - warmup)
-    return peak * (0.1 + 0.9 * _LEFT[schedule](fraction))
-
-
-_LEFT: dict[Schedule, Callable[[float], float]] = {
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "wsd": lambda done: min(1.0, (1 - done) / 0.2),
-}
-"""Part of the fall that is left after a part of the steps; warm-up, stable, decay as in arXiv 2404.06395."""
+def _rules(options: TrainOptions) -> dict[str, str]:
+    """Of the options, what the steps are made with."""
+    return {"--schedule": options.schedule, "--routing": options.routing}
 
 
 def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[str, Any]:

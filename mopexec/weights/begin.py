@@ -8,7 +8,7 @@ import msgspec
 
 from mopexec.run.plans import KEPT
 from mopexec.weights.files import Weights, read_config
-from mopexec.weights.layout import Layout
+from mopexec.weights.layout import Layout, family_of
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
@@ -31,15 +31,19 @@ def open_weights(folder: Path, plan: Plan) -> Weights:
     if field is not None:
         rule = f"is not the {getattr(theirs, field)!r} of --init-from {folder / 'config.json'}"
         raise SpecError(f"plan.model.{field}", getattr(plan.model, field), rule)
-    layout = Layout(plan.model, architecture(config, folder), str(folder / "config.json"))
-    rate = plan.training.bias_update_rate
-    if plan.model.num_moe_layers and rate and not layout.family.balance_bias:
+    check_rules(folder, plan)
+    return Weights(folder, Layout(plan.model, architecture(config, folder), str(folder / "config.json")))
+
+
+def check_rules(folder: Path, plan: Plan) -> None:
+    """Refuse to train what weights like those of `folder` cannot hold. Raises MopError."""
+    family, rate = family_of(architecture(read_config(folder), folder)), plan.training.bias_update_rate
+    if plan.model.num_moe_layers and rate and not family.balance_bias:
         rule = (
-            f"must be 0: weights of {layout.family.architecture} have no place for a router's balance bias "
+            f"must be 0: weights of {family.architecture} have no place for a router's balance bias "
             "(--set bias_update_rate=0)"
         )
         raise SpecError("plan.training.bias_update_rate", rate, rule)
-    return Weights(folder, layout)
 
 
 def architecture(config: dict[str, Any], folder: Path) -> str:

@@ -20,6 +20,7 @@ from mopexec.model.initialize import is_stacked
 from mopexec.run import checkpoint, plans
 from mopexec.run.plans import KEPT
 from mopexec.run.shards import FlatShards, Piece
+from mopexec.run.state import check_format
 from mopexec.weights.begin import architecture
 from mopexec.weights.config import to_config
 from mopexec.weights.files import INDEX, SINGLE, read_config
@@ -69,7 +70,7 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
     if newest is None:
         raise MopError(f"--run: {run} has no checkpoint to export")
     path, state, passed = newest
-    checkpoint.check_format(state, path, "--run")
+    check_format(state, path, "--run")
     kept = run / KEPT
     config = read_config(kept) if (kept / "config.json").is_file() else to_config(plan.model)
     layout = Layout(plan.model, architecture(config, kept))

@@ -25,6 +25,14 @@ class Wanted:
     parameter: str
 
 
+def family_of(architecture: str, origin: str = "config.json") -> Family:
+    """The table of weights of `architecture`. Raises MopError where there is none."""
+    if architecture not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise MopError(f"{origin}: architectures: {architecture!r} has no table of weights; known: {known}")
+    return FAMILIES[architecture]
+
+
 class Layout:
     """Where every parameter of `spec` lies in the files of `architecture`.
 
@@ -32,12 +40,7 @@ class Layout:
     """
 
     def __init__(self, spec: ModelSpec, architecture: str, origin: str = "config.json") -> None:
-        if architecture not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise MopError(
-                f"{origin}: architectures: {architecture!r} has no table of weights; known: {known}"
-            )
-        self.spec, self.family = spec, FAMILIES[architecture]
+        self.spec, self.family = spec, family_of(architecture, origin)
         model = Transformer(spec, torch.bfloat16, "meta")
         self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
@@ -115,8 +118,3 @@ class Layout:
         if place.transposed:
             shape = shape[::-1]
         return (*shape[:-1], shape[-1] * place.step)
-
-
-def family_of(architecture: str) -> Family:
-    """The family by its architecture's name."""
-    return FAMILIES[architecture]

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from msgspec.structs import replace
 
 from mopexec.distributed.tiers import Platform
-from mopexec.run import checkpoint
 from mopexec.run.apply import build
 from mopexec.run.runner import Batch
 from mopexec.run.saver import Saver
+from mopexec.run.state import run_state
 from mopsim.common import io
 from mopsim.common.io import write_text
 from tests.exec.train_plans import small_model, small_plan
@@ -52,7 +52,7 @@ def measure(folder: Path) -> dict[str, object]:
                 runner.step(batches)
                 if step == 0 and name in savers:
                     asked = time.perf_counter()
-                    savers[name].save(checkpoint.run_state(plan, number + 1, 0, "bench"))
+                    savers[name].save(run_state(plan, number + 1, 0, "bench"))
                     held = time.perf_counter() - asked
             if number:  # the first round warms up
                 found[name].append((time.perf_counter() - begin, held, time.thread_time() - used))

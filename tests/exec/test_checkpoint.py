@@ -15,10 +15,11 @@ import torch.distributed as dist
 from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
 from mopexec.run.saver import Saver
+from mopexec.run.state import RunState, changed, check_state
 from mopsim.common.errors import MopError, SpecError
 from tests.patience import HANG
 
-STATE = checkpoint.RunState(
+STATE = RunState(
     step=3, model="m", model_digest="d", world_size=1, vocab_size=300, seq_len=8, format=2,
     global_batch=2, seed=0, text_digest="t",
 )  # fmt: skip
@@ -166,7 +167,7 @@ def test_another_format_is_said_to_be_earlier_or_later(number, version):
     other = msgspec.structs.replace(STATE, format=number)
     line = rf"--resume: checkpoint c was written by {version} version of mopexec \(format {number}, "
     with pytest.raises(MopError, match=line):
-        checkpoint.check_state(other, STATE, Path("c"))
+        check_state(other, STATE, Path("c"))
 
 
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
@@ -201,8 +202,17 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused_by_field(field, value, line):
     with pytest.raises(SpecError) as refusal:
-        checkpoint.check_state(STATE, msgspec.structs.replace(STATE, **{field: value}), Path("c"))
+        check_state(STATE, msgspec.structs.replace(STATE, **{field: value}), Path("c"))
     assert line in str(refusal.value)
+
+
+def test_other_rules_than_those_of_the_checkpoint_are_named():
+    found, wanted = (
+        msgspec.structs.replace(STATE, rules={"learning_rate": rate, "beta1": 0.9, "--schedule": schedule})
+        for rate, schedule in ((0.003, "constant"), (0.001, "wsd"))
+    )
+    assert changed(found, wanted) == "learning_rate 0.001 (was 0.003), --schedule 'wsd' (was 'constant')"
+    assert changed(found, found) == changed(STATE, wanted) == ""
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):

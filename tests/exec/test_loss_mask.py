@@ -52,12 +52,13 @@ def modules(loss):
     ],
     ids=["flat", "ring of weights", "ring of activations", "full", "chunked"],
 )
-def test_targets_that_do_not_count(run):
+@pytest.mark.parametrize("masked", [[0, 4, 5, 10], range(TOKENS)], ids=["some", "all"])
+def test_targets_that_do_not_count(run, masked):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     head = torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    targets[[0, 4, 5, 10]] = -100
+    targets[list(masked)] = -100
     wanted = F.cross_entropy(hidden @ head.t(), targets, reduction="sum") * SCALE
     expected = (wanted, *torch.autograd.grad(wanted, (hidden, head)))
     for found, value in zip(run(hidden, head, targets), expected, strict=True):

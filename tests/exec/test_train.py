@@ -16,7 +16,7 @@ from mopexec.cli import main
 from mopexec.run import failures
 from mopexec.run.lock import NAME, run_lock
 from mopexec.run.metrics import MetricsFile
-from mopexec.run.train import learning_rate
+from mopexec.run.schedule import learning_rate
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.spec.plan import Measurement, Plan
@@ -221,6 +221,17 @@ def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, caps
     assert "seed: 5 is not the 0" in refused(inputs, "--steps", "9", "--resume", "--seed", "5")
     assert "--steps: 6 is not more than the 6 that checkpoint" in refused(inputs, "--steps", "6", "--resume")
     assert sorted(whole[0].rglob("*")) == before
+
+
+def test_a_run_that_goes_on_by_other_rules_says_so(inputs, tmp_path):
+    out = tmp_path / "run"
+    fake_as_ranks(inputs, out, steps=1)
+    assert "warning" not in fake_as_ranks(inputs, out, steps=2, resume=True)
+    said = fake_as_ranks(
+        inputs, out, steps=3, resume=True, settings=["learning_rate=0.001"], schedule="linear"
+    )
+    changes = "learning_rate 0.001 (was 0.003), --schedule 'linear' (was 'constant')"
+    assert f"warning: the steps from here on are made with {changes}\n" in said
 
 
 def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inputs, tmp_path):

@@ -19,7 +19,7 @@ from mopexec.cli import main
 from mopexec.data.tokenizer import train_tokenizer
 from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
-from mopexec.weights.begin import difference, open_weights
+from mopexec.weights.begin import difference, keep_config, open_weights
 from mopexec.weights.config import to_config
 from mopexec.weights.export import export
 from mopexec.weights.files import INDEX, read_config
@@ -136,6 +136,20 @@ def test_another_network_or_a_lost_bias_is_refused_by_the_field(qwen: Path) -> N
         MopError, match=r"^plan\.training\.bias_update_rate: 0\.001 must be 0: weights of Qwen3"
     ):
         open_weights(qwen, plan_of(qwen, fsdp2(2), bias_update_rate=1e-3))
+
+
+def test_a_run_of_weights_does_not_go_on_by_a_rule_that_they_cannot_hold(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    io.write_yaml(tmp_path / "plan.yaml", plan_of(qwen, fsdp2(1), bias_update_rate=1e-3))
+    keep_config(qwen, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    paths = ["--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "run"), "--data", "python"]
+    with pytest.raises(SystemExit) as end:
+        main(["train", *paths, "--steps", "2", "--resume"])
+    assert end.value.code == 2
+    rule = "bias_update_rate: 0.001 must be 0: weights of Qwen3MoeForCausalLM have no place"
+    assert rule in capsys.readouterr().err
 
 
 def test_a_part_is_read_alone(qwen: Path) -> None:

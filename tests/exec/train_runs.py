@@ -74,11 +74,12 @@ def start_fake(inputs, out, fake, **options):
 
 
 def fake_as_ranks(inputs, out, **options):
-    """The same without the launcher and its start, and nothing that fails."""
+    """The same without the launcher and its start, and nothing that fails; returns what it said."""
     folder = out.with_name(f"{out.name}-ranks")
     folder.mkdir(exist_ok=True)
-    code, _, err = run_command([_options(inputs, out, options)], 2, folder, "tests.exec.train_plans")
+    code, said, err = run_command([_options(inputs, out, options)], 2, folder, "tests.exec.train_plans")
     assert code == 0, err
+    return said
 
 
 def _options(inputs, out, options):

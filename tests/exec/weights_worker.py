@@ -8,6 +8,7 @@ from torch import Tensor
 from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
 from mopexec.run.apply import build
+from mopexec.run.state import run_state
 from mopexec.weights.begin import keep_config, open_weights
 from mopsim.common import io
 from mopsim.spec.plan import Plan
@@ -29,6 +30,6 @@ def begin_and_save(platform: Platform, plan: Plan, folder: Path | None, out: Pat
             if folder is not None:
                 keep_config(folder, out / name)
         dist.barrier()
-        state = checkpoint.run_state(plan, steps, 0, "")
+        state = run_state(plan, steps, 0, "")
         checkpoint.save(out / name / "checkpoints", runner, state, keep=1)
     return runner.step(batches).loss

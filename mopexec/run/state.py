@@ -1,0 +1,93 @@
+"""What a checkpoint belongs to, and whether a run may go on from it."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mopsim.common import io
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.io import Spec
+from mopsim.spec.plan import Plan
+
+_FORMAT = 2
+"""1: flat tensors of one runtime's own units."""
+_FIXED = ("seq_len", "global_batch", "routing", "seed")
+"""Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
+
+
+class RunState(Spec, frozen=True, kw_only=True):
+    """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too.
+
+    world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json. rules: what
+    else its last step was made with, which may change: fields of the plan's training and options; {} = not
+    known.
+    """
+
+    step: int
+    format: int = 1
+    files: dict[str, str] = msgspec.field(default_factory=dict)
+    model: str
+    model_digest: str
+    world_size: int
+    vocab_size: int
+    seq_len: int
+    global_batch: int
+    seed: int
+    text_digest: str
+    rules: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str) -> RunState:
+    """The state of a run of `plan` after `step` steps. options: of the command, among its rules."""
+    model, training, rules = plan.model, plan.training, io.to_plain(plan.training)
+    return RunState(
+        step=step,
+        model=model.name,
+        model_digest=io.digest(model),
+        format=_FORMAT,
+        world_size=plan.strategy.world_size,
+        vocab_size=model.vocab_size,
+        seq_len=training.seq_len,
+        global_batch=training.global_batch,
+        seed=seed,
+        text_digest=text_digest,
+        rules={name: value for name, value in rules.items() if name not in _FIXED} | options,
+    )
+
+
+def changed(found: RunState, wanted: RunState) -> str:
+    """The rules that are others than those of the checkpoint's last step, new and old; '' where none is."""
+    both = [name for name in wanted.rules if name in found.rules]
+    pairs = {name: (wanted.rules[name], found.rules[name]) for name in both}
+    return ", ".join(f"{name} {new!r} (was {old!r})" for name, (new, old) in pairs.items() if new != old)
+
+
+def check_state(found: RunState, wanted: RunState, path: Path) -> None:
+    """Refuse to go on with a checkpoint of another model, vocabulary, batch, seed or text. The strategy, the
+    runtime and the number of ranks may be others.
+    """
+    check_format(found, path, "--resume")
+    for field, label in (
+        ("vocab_size", "plan.model.vocab_size"),
+        ("model", "plan.model.name"),
+        ("model_digest", "plan.model (digest)"),
+        ("seq_len", "plan.training.seq_len"),
+        ("global_batch", "plan.training.global_batch"),
+        ("seed", "seed"),
+        ("text_digest", "--data (digest)"),
+    ):
+        have, want = getattr(found, field), getattr(wanted, field)
+        if have != want and field == "text_digest":
+            rule = "is another text, --tokenizer, --init-from, --text-field or --loss-mask than"
+            raise SpecError(label, want, f"{rule} the {have!r} that checkpoint {path} was made with")
+        if have != want:
+            raise SpecError(label, want, f"is not the {have!r} that checkpoint {path} was made with")
+
+
+def check_format(found: RunState, path: Path, option: str) -> None:
+    """Refuse a checkpoint in another format than this version's. option: that asks for it."""
+    if found.format != _FORMAT:
+        version = "an earlier" if found.format < _FORMAT else "a later"
+        rule = f"format {found.format}, where this one's is {_FORMAT}"
+        raise MopError(f"{option}: checkpoint {path} was written by {version} version of mopexec ({rule})")
