@@ -44,16 +44,19 @@ def _ranked(
 
 def outcome(results: Sequence[SimResult | None], labels: Sequence[str]) -> str:
     """'mop is fastest', 'mop and fsdp2 tie', 'mop is the only one that fits' or 'No strategy fits'. None:
-    no legal strategy."""
+    no legal strategy; where that alone stops the others, memory is not named."""
     first, slower = _ranked(results, labels)
+    legal = sum(one is not None for one in results)
     if not first:
-        return "No strategy fits"
+        return "No strategy fits" if legal or not results else "No strategy is legal"
     names = [label for label, _ in first]
     if len(names) > 1:
         return f"{', '.join(names[:-1])} and {names[-1]} tie"
     if slower:
         return f"{names[0]} is fastest"
-    return f"{names[0]} is the only one that fits" if len(results) > 1 else f"{names[0]} fits"
+    if len(results) == 1:
+        return f"{names[0]} fits"
+    return f"{names[0]} is the only one that {'fits' if legal > 1 else 'is legal'}"
 
 
 def headline(results: Sequence[SimResult], labels: Sequence[str]) -> str:
@@ -71,6 +74,14 @@ def lead(results: Sequence[SimResult], labels: Sequence[str]) -> tuple[str, Rati
     """The next best's label and how many times as fast the winner is; None where fewer than two fit."""
     order = _fastest_first(results, labels)
     return (order[1][0], order[0][1].times_as_fast_as(order[1][1])) if len(order) > 1 else None
+
+
+def odds(results: Sequence[SimResult | None], labels: Sequence[str]) -> str:
+    """'probability 0.53': that the fastest is faster than the next that does not tie; empty without one."""
+    first, slower = _ranked(results, labels)
+    if len(first) != 1 or not slower:
+        return ""
+    return f"probability {format_probability(first[0][1].times_as_fast_as(slower[0][1]).p_faster)}"
 
 
 def _how_surely(results: Sequence[SimResult], labels: Sequence[str], level: float) -> str:

@@ -3,6 +3,7 @@ measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,6 +11,10 @@ from matplotlib.transforms import blended_transform_factory
 
 from mopsim.common.units import format_bytes
 from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, text_on, time_scale
+
+NO_MEMORY, NO_STRATEGY = "does not fit in memory", "no legal strategy"
+MARKS = {NO_MEMORY: "x", NO_STRATEGY: "+"}
+"""Why a strategy has no throughput, and the mark of that."""
 
 
 @dataclass(frozen=True)
@@ -108,41 +113,37 @@ def sweep_lines(
     xlabel: str,
     ylabel: str,
     names: Sequence[str],
+    lost: Mapping[str, Sequence[str]],
     bands: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
     level: float = 0.9,
 ) -> Path:
-    """Throughput over a swept setting; a cross on the floor where no strategy of a family fits (None). bands:
-    the ends of each point's interval, where it has one; level: its probability."""
+    """Throughput over a swept setting; where there is none (None) the line ends, and a mark on the floor says
+    why. lost: that reason, by label. bands: the ends of each point's interval, where it has one; level: its
+    probability."""
+    marks = {why: mark for why, mark in MARKS.items() if any(why in found for found in lost.values())}
     with figure(path, 10, 5.2) as (axis,):
         for index, (label, points) in enumerate(series.items()):
             tint = SERIES[index % len(SERIES)]
-            good = [(x, y) for x, y in zip(values, points, strict=True) if y is not None]
-            axis.plot(
-                [x for x, _ in good], [y for _, y in good], marker="o", color=tint, linewidth=2, label=label
+            heights = [nan if y is None else y for y in points]
+            axis.plot(values, heights, marker="o", color=tint, linewidth=2, label=label)
+            ends = (bands or {}).get(label) or [None] * len(points)
+            low, high = zip(
+                *((nan, nan) if y is None or not e else e for y, e in zip(points, ends, strict=True)),
+                strict=True,
             )
-            known = zip(values, points, (bands or {}).get(label) or [None] * len(points), strict=True)
-            band = [(x, *ends) for x, y, ends in known if y is not None and ends]
-            if band:
-                at, low, high = zip(*band, strict=True)
-                axis.fill_between(at, low, high, color=tint, alpha=0.18, linewidth=0)
-            lost = [x for x, y in zip(values, points, strict=True) if y is None]
-            height = [0.03 + 0.05 * index] * len(lost)
-            axis.scatter(
-                lost,
-                height,
-                marker="x",
-                s=70,
-                linewidth=2.5,
-                color=tint,
-                zorder=5,
-                transform=blended_transform_factory(axis.transData, axis.transAxes),
-            )
+            axis.fill_between(values, low, high, color=tint, alpha=0.18, linewidth=0)
+            for why, mark in marks.items():
+                at = [x for x, one in zip(values, lost[label], strict=True) if one == why]
+                axis.scatter(
+                    at, [0.03 + 0.05 * index] * len(at), marker=mark, s=70, linewidth=2.5, color=tint,
+                    zorder=5, transform=blended_transform_factory(axis.transData, axis.transAxes),
+                )  # fmt: skip
         if any(ends for found in (bands or {}).values() for ends in found):
             axis.fill_between(
                 [], [], [], color="#515a5a", alpha=0.18, linewidth=0, label=f"{level:.0%} interval"
             )
-        if any(y is None for points in series.values() for y in points):
-            axis.scatter([], [], marker="x", color="#515a5a", label="no strategy fits")
+        for why, mark in marks.items():
+            axis.scatter([], [], marker=mark, color="#515a5a", label=why)
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(values), list(names))
         axis.minorticks_off()

@@ -10,9 +10,9 @@ from rich.text import Text
 
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
-from mopsim.report.findings import outcome
+from mopsim.report.findings import odds, outcome
 from mopsim.report.page import Table
-from mopsim.report.plots import sweep_lines
+from mopsim.report.plots import NO_MEMORY, NO_STRATEGY, sweep_lines
 from mopsim.report.tables import beside, columns, plan_line, rate, row
 from mopsim.report.terminal import duration, size, table
 
@@ -60,47 +60,62 @@ class Sweep:
 
 
 def over(sweep: Sweep) -> str:
-    """'Over nodes: mop is fastest at 1, 2; mop and fsdp2 tie at 4, 8'."""
+    """'Over nodes: a is fastest at 1 (probability 0.53), 2 (probability 0.8); a and b tie at 4, 8'."""
     places: dict[str, list[str]] = {}
     for index, name in enumerate(sweep.names):
-        places.setdefault(outcome_at(sweep, index), []).append(name)
+        sure = odds(*_at(sweep, index))
+        places.setdefault(outcome_at(sweep, index), []).append(f"{name} ({sure})" if sure else name)
     found = [f"{said} at {', '.join(names)}" for said, names in places.items()]
     return f"Over {sweep.setting}: {'; '.join(found)}"
 
 
 def outcome_at(sweep: Sweep, index: int) -> str:
     """Who is fastest at one value of the sweep."""
-    return outcome([points[index] for points in sweep.results.values()], list(sweep.results))
+    return outcome(*_at(sweep, index))
+
+
+def _at(sweep: Sweep, index: int) -> tuple[list[SimResult | None], list[str]]:
+    """Results at one value, and their labels."""
+    return [points[index] for points in sweep.results.values()], list(sweep.results)
+
+
+def _title(sweep: Sweep) -> str:
+    """How far the strategies go, and who is fastest at the last value that all reach."""
+    unit = {"seq-len": "tokens"}.get(sweep.setting, sweep.setting)
+    fit = {label: [bool(one and one.fits) for one in points] for label, points in sweep.results.items()}
+    last = max((index for found in fit.values() for index, fits in enumerate(found) if fits), default=None)
+    if last is None:
+        legal = any(one for points in sweep.results.values() for one in points)
+        return f"Nothing {'fits' if legal else 'is legal'} anywhere in the sweep"
+    name, leaders = sweep.names[last], [label for label, found in fit.items() if found[last]]
+    if len(leaders) < len(fit):
+        return f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {name} {unit}"
+    whole = [one for one, *fits in zip(sweep.names, *fit.values(), strict=True) if all(fits)]
+    holes = len(whole) < last + 1
+    sure = odds(*_at(sweep, last))
+    first = f"; {outcome_at(sweep, last)} {f'at {name}' if holes else 'there'}" if len(fit) > 1 else ""
+    where = f"at {', '.join(whole)}" if holes else f"up to {name}"
+    return f"All fit {where} {unit}{first}{f' ({sure})' if sure else ''}"
+
+
+def _lost(result: SimResult | None) -> str:
+    """Why there is no throughput."""
+    return NO_STRATEGY if result is None else "" if result.fits else NO_MEMORY
 
 
 def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> Path:
-    """Throughput over the setting, crosses where memory ends. level: of the bands. where: the network and the
+    """Throughput over the setting, marks where there is none. level: of the bands. where: the network and the
     machine, for the title, which says too what is held constant."""
     series = {
         label: [r.tokens_per_second_per_device if r and r.fits else None for r in points]
         for label, points in sweep.results.items()
     }
-    reach = {
-        label: max((v for v, y in zip(sweep.values, ys, strict=True) if y is not None), default=0)
-        for label, ys in series.items()
-    }
-    far = max(reach.values())
-    leaders = [label for label, value in reach.items() if value == far]
-    name = sweep.names[list(sweep.values).index(far)] if far else ""
-    unit = {"seq-len": "tokens"}.get(sweep.setting, sweep.setting)
-    if not far:
-        title = "Nothing fits anywhere in the sweep"
-    elif len(leaders) == len(reach):
-        first = outcome_at(sweep, list(sweep.values).index(far))
-        fastest = f"; {first} there" if len(reach) > 1 else ""
-        title = f"All fit up to {name} {unit}{fastest}"
-    else:
-        title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {name} {unit}"
+    lost = {label: [_lost(one) for one in points] for label, points in sweep.results.items()}
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
     below = "; ".join(filter(None, (where, sweep.held)))
-    title = "\n".join(filter(None, (title, *wrap(below, TITLE))))
+    title = "\n".join(filter(None, (*wrap(_title(sweep), TITLE), *wrap(below, TITLE))))
     per = rate(sweep.each)
-    return sweep_lines(path, sweep.values, series, title, xlabel, per, sweep.names, sweep.bands, level)
+    return sweep_lines(path, sweep.values, series, title, xlabel, per, sweep.names, lost, sweep.bands, level)
 
 
 def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
@@ -119,7 +134,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
             if result is None:
                 shown.add_row(name, label, batch, *["-"] * 6, style="red")
                 why = sweep.refused.get(label, [""] * (index + 1))[index]
-                plans.append(Text(f"{name} {label}: no legal strategy: {why}"))
+                plans.append(Text(f"{name} {label}: {NO_STRATEGY}: {why}"))
                 continue
             step = duration(result.step_time)
             shown.add_row(
@@ -143,7 +158,7 @@ def swept_rows(sweep: Sweep, level: float = 0.9) -> Table:
             result = points[index]
             if result is None:
                 why = sweep.refused[label][index] if label in sweep.refused else ""
-                cells = [f"no legal strategy{': ' if why else ''}{why}", *[""] * (len(numbers) - 1)]
+                cells = [f"{NO_STRATEGY}{': ' if why else ''}{why}", *[""] * (len(numbers) - 1)]
             else:
                 cells = row(result, level)
             rows.append([*head, label, *cells])

@@ -1,23 +1,26 @@
 """Reports: figures are written, pages name what made them, traces load in a viewer's terms."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from msgspec import structs
 from rich.console import Console
 
 from mopsim.common.errors import MopError
+from mopsim.common.units import format_probability
 from mopsim.engine import SimResult, simulate
 from mopsim.report.compare import timeline_title, write_compare
 from mopsim.report.findings import difference, finding, headline, outcome, software, summary
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
-from mopsim.report.plots import Compared, loss_lines, predicted_bars
+from mopsim.report.plots import Compared, loss_lines, predicted_bars, sweep_lines
 from mopsim.report.style import figure, legend_below
 from mopsim.report.sweep import Sweep, over, sweep_figure, swept_rows
 from mopsim.report.tables import columns, comparison, describe, row
@@ -105,13 +108,43 @@ def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPat
         [fast, replace(near, stack=structs.replace(near.stack, name="other"))], labels[:2]
     ).startswith("The tie is of")
     sweep = Sweep("nodes", [1, 2, 4], ["1", "2", "4"], {"a": [fast, fast, fast], "b": [far, near, None]})
-    assert over(sweep) == "Over nodes: a is fastest at 1; a and b tie at 2; a is the only one that fits at 4"
+    sure = format_probability(fast.times_as_fast_as(far).p_faster)
+    ahead = f"Over nodes: a is fastest at 1 (probability {sure}); a and b tie at 2"
+    assert over(sweep) == f"{ahead}; a is the only one that is legal at 4"
+    full = replace(sweep, results=sweep.results | {"b": [far, near, replace(fast, fits=False)]})
+    assert over(full) == f"{ahead}; a is the only one that fits at 4"
     titles: list[str] = []
     drawn = "mopsim.report.sweep.sweep_lines"
     monkeypatch.setattr(drawn, lambda path, values, series, title, *rest: titles.append(title))
     two = Sweep("nodes", [1, 2], ["1", "2"], {"a": [fast, fast], "b": [far, near]})
     sweep_figure(Path("sweep.png"), two)
     assert titles == ["All fit up to 2 nodes; a and b tie there"]
+
+
+def test_a_hole_in_a_sweep_is_not_memory(
+    results: list[SimResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of 3 nodes no batch divided: the title said that all fit up to 4, and lines ran through 3."""
+    one = results[0]
+    points = {"a": [one, one, None, one], "b": [one, one, one, replace(one, step_time=2 * one.step_time)]}
+    sweep = Sweep("nodes", [1, 2, 3, 4], ["1", "2", "3", "4"], points)
+    drawn: list[tuple[str, dict[str, list[str]]]] = []
+    monkeypatch.setattr(
+        "mopsim.report.sweep.sweep_lines",
+        lambda path, values, series, title, x, y, names, lost, *rest: drawn.append((title, lost)),
+    )
+    sweep_figure(tmp_path / "sweep.png", sweep)
+    title, lost = drawn[0]
+    assert title.startswith("All fit at 1, 2, 4 nodes; a is fastest at 4 (probability ")
+    assert lost == {"a": ["", "", "no legal strategy", ""], "b": [""] * 4}
+    shown: list[Axes] = []
+    monkeypatch.setattr("mopsim.report.plots.legend_below", lambda axis, columns: shown.append(axis))
+    sweep_lines(tmp_path / "s.png", [1, 2, 4], {"a": [3.0, None, 2.0]}, "t", "x", "y", ["1", "2", "4"],
+                {"a": ["", "no legal strategy", ""]})  # fmt: skip
+    heights = list(shown[0].lines[0].get_ydata())
+    assert heights[::2] == [3.0, 2.0]
+    assert math.isnan(heights[1])
+    assert shown[0].get_legend_handles_labels()[1] == ["a", "no legal strategy"]
 
 
 def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
