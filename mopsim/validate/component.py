@@ -6,10 +6,22 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
-from mopsim.common.errors import MopError, SpecError, shown
+from mopsim.common.errors import MopError, SpecError, require, shown
+from mopsim.common.explain import not_one_of
 from mopsim.common.json_text import parse_json
 from mopsim.common.shipped import shipped
-from mopsim.validate.tables import Row, UnsupportedError, parse_number, positive, whole
+from mopsim.validate.columns import COMPONENTS
+from mopsim.validate.tables import (
+    UNKNOWN,
+    Row,
+    UnsupportedError,
+    count,
+    number,
+    parse_number,
+    positive,
+    stated,
+    whole,
+)
 
 T = TypeVar("T")
 
@@ -40,18 +52,32 @@ class Component:
         pattern = _systems()[what]
         return re.search(pattern, self.system.lower()) is not None
 
+    @property
+    def gpus(self) -> int:
+        """Devices in all; 8 where none are stated. Raises UnsupportedError."""
+        return _checked(lambda: count(self.row, "num_gpus")) or 8
+
+    def states(self, name: str) -> bool:
+        """Whether the source says this parameter."""
+        return self.params.get(name) not in (None, *UNKNOWN)
+
     def number(self, name: str) -> float:
         """A parameter as a number. Raises UnsupportedError where it is missing or no size has it."""
-        try:
-            float(str(self.params[name]))
-        except (KeyError, ValueError):
-            raise UnsupportedError(name, "not stated by the source") from None
+        if not self.states(name):
+            raise UnsupportedError(name, "not stated by the source")
         return _checked(lambda: parse_number(str(self.params[name]), name))
 
     def count(self, name: str) -> int:
         """A parameter that counts something: a positive whole number. Raises as `number` does."""
         value = self.number(name)
         return _checked(lambda: whole(value, name, self.params[name]))
+
+    def one_of(self, name: str, *known: str) -> str:
+        """A parameter that names something, the first where it is not stated. Raises UnsupportedError."""
+        text = self.text(name).lower() if self.states(name) else known[0]
+        if text not in known:
+            raise UnsupportedError(name, f"{shown(self.params[name])} {not_one_of(known)}")
+        return text
 
     def text(self, name: str) -> str:
         return str(self.params.get(name, ""))
@@ -63,7 +89,9 @@ def _systems() -> dict[str, str]:
 
 
 def parse(row: Row) -> Component:
-    """Raises UnsupportedError where params is no JSON object or the value no number."""
+    """Raises UnsupportedError where params is no JSON object, the value no number, or it and the outcome
+    contradict each other."""
+    row = _checked(lambda: stated(row, COMPONENTS))
     try:
         params = parse_json(row["params"] or "{}", "params")
     except MopError as error:
@@ -74,7 +102,10 @@ def parse(row: Row) -> Component:
 
 
 def _value(row: Row) -> float | None:
-    found = parse_number(row["value"], "value") if row["value"] else None
+    found = number(row, "value")
+    require(
+        found is None or row.get("outcome") != "oom", "outcome", "oom", "is not of a row that has a value"
+    )
     spent = row["metric"] in ("latency_s", "flops_per_s", "peak_memory_gib")
     return positive(found, "value", row["value"]) if spent else found
 

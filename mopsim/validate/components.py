@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from mopsim.common.errors import MopError
+from mopsim.common.explain import not_one_of
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import kernels, parts
@@ -12,15 +14,34 @@ from mopsim.validate.component import Component, parse
 from mopsim.validate.tables import Row, UnsupportedError
 
 Predict = Callable[[Component, HardwareProfile], float]
-PREDICTORS: dict[str, Predict] = {
-    "gemm": kernels.gemm,
-    "attention_kernel": kernels.attention,
-    "all_to_all": kernels.all_to_all,
-    "expert_dispatch": parts.expert_dispatch,
-    "vocabulary_projection": parts.vocabulary_projection,
-    "optimizer_step": parts.optimizer_step,
-    "checkpoint_offload": parts.checkpoint_offload,
-}
+
+
+class Predictor(NamedTuple):
+    """metrics: what it predicts, in the units of their names; another is no number of its."""
+
+    predict: Predict
+    metrics: tuple[str, ...]
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "gemm": Predictor(kernels.gemm, ("latency_s", "flops_per_s")),
+    "attention_kernel": Predictor(kernels.attention, ("latency_s", "flops_per_s")),
+    "all_to_all": Predictor(kernels.all_to_all, ("latency_s", "bandwidth_bytes_per_s")),
+    "expert_dispatch": Predictor(parts.expert_dispatch, ("latency_s", "peak_memory_gib", "speedup")),
+    "vocabulary_projection": Predictor(
+        parts.vocabulary_projection,
+        (
+            "latency_s", "peak_memory_gib", "peak_memory_increment_gib", "projection_weight_gib",
+            "resident_memory_gib",
+        ),
+    ),
+    "optimizer_step": Predictor(
+        parts.optimizer_step, ("latency_s", "num_buckets", "largest_bucket_params", "staging_memory_gib")
+    ),
+    "checkpoint_offload": Predictor(
+        parts.checkpoint_offload, ("latency_s", "tokens_per_s_per_gpu", *parts.HELD, *parts.UNSTATED)
+    ),
+}  # fmt: skip
 IN_SAMPLE = ("gemm", "attention_kernel")
 """Components that the hardware profiles are fitted to (in part): their errors are residuals, not
 predictions."""
@@ -67,12 +88,15 @@ def _profile(name: str) -> HardwareProfile:
 def _predict(component: Component) -> Predicted:
     if component.kind not in PREDICTORS:
         return Predicted(component, None, "component", f"{component.kind!r} has no predictor")
+    predictor = PREDICTORS[component.kind]
+    if component.metric not in predictor.metrics:
+        return Predicted(component, None, "metric", f"{component.metric!r} {not_one_of(predictor.metrics)}")
     try:
         hardware = _profile(component.row["gpu"])
     except MopError as error:
         return Predicted(component, None, "gpu", str(error))
     try:
-        value = PREDICTORS[component.kind](component, hardware)
+        value = predictor.predict(component, hardware)
         return Predicted(component, value, hardware=hardware)
     except UnsupportedError as error:
         return Predicted(component, None, error.field, error.reason)

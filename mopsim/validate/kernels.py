@@ -15,7 +15,7 @@ ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
 
 
 def _dtype(component: Component) -> str:
-    name = component.text("precision").split(" ")[0]
+    name = component.text("precision").lower().split(" ")[0]
     if name not in DTYPES:
         raise UnsupportedError("precision", f"{name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -25,7 +25,7 @@ def gemm(component: Component, hardware: HardwareProfile) -> float:
     """Seconds, or FLOP/s, of one product or of the products of `ng` experts in one launch."""
     upper = "M" in component.params
     m, n, k = (float(component.count(name.upper() if upper else name)) for name in ("m", "n", "k"))
-    grouped = component.params.get("op") == "grouped matmul"
+    grouped = component.one_of("op", "matmul", "grouped matmul") == "grouped matmul"
     count = float(component.count("ng")) if grouped else 1.0
     kind = "grouped_matmul" if grouped else "matmul"
     time = seconds(Work(kind, m=m, n=n, k=k, count=count, dtype=_dtype(component)), hardware)
@@ -33,23 +33,28 @@ def gemm(component: Component, hardware: HardwareProfile) -> float:
 
 
 def attention(component: Component, hardware: HardwareProfile) -> float:
-    """FLOP/s in the source's own counting: full attention, both halves of the mask, where its rates say so.
+    """Seconds, or FLOP/s in the source's own counting: full attention, both halves of the mask, where its
+    rates say so.
 
     The B200 table prints up to 1.2 of the peak, so it counts what the causal mask skips; the others are
     taken as they are.
     """
-    backward = "backward" in str(component.params.get("pass_", component.params.get("op", "")))
+    passes = component.one_of("pass_", "", "forward", "backward") or component.one_of(
+        "op", "attention forward", "attention backward"
+    )
+    backward = passes.endswith("backward")
     seq = component.count("seq_len")
     heads = component.number("heads") if "heads" in component.params else component.number("head_num")
     width = (component.number("qk_head_dim") + component.number("v_head_dim")) / 2
-    batch = float(str(component.params.get("batch", 1)))
+    batch = component.number("batch") if component.states("batch") else 1.0
     products = ATTENTION_PRODUCTS["backward" if backward else "forward"]
     full = products * 2.0 * batch * heads * float(seq) ** 2 * width
     masked = component.does("counts_half")
     work = Work(
         "attention", flops=full / 2 if masked else full, seq=seq, backward=backward, dtype=_dtype(component)
     )
-    return full / seconds(work, for_heads(hardware, component.count("qk_head_dim")))
+    time = seconds(work, for_heads(hardware, component.count("qk_head_dim")))
+    return time if component.metric == "latency_s" else full / time
 
 
 def all_to_all(component: Component, hardware: HardwareProfile) -> float:
@@ -61,13 +66,13 @@ def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")
     else:
-        dispatched = component.text("op") == "dispatch"
+        dispatched = component.one_of("op", "combine", "dispatch") == "dispatch"
         width = 1.0 if dispatched and component.text("precision").startswith("fp8") else 2.0
         rows = component.number("tokens_per_rank") * component.number("top_k")
         size = rows * component.number("hidden") * width
     time = seconds(Work("all_to_all", bytes=size, group=group), hardware)
     if component.metric == "latency_s":
         return time
-    places = ranks if component.params.get("link") == "nvlink" else ranks // group.intra
+    places = ranks if component.one_of("link", "rdma", "nvlink") == "nvlink" else ranks // group.intra
     once = size / component.number("top_k")
     return once * places * float(reached(places, choices, experts)) / time

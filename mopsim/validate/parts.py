@@ -21,6 +21,10 @@ from mopsim.validate.component import Component
 from mopsim.validate.tables import UnsupportedError
 
 GIB = UNITS["GiB"]
+HELD = ("boundaries_offloaded", "host_payload_gib_per_rank", "host_pinned_gib_per_rank")
+"""What a budget of the host holds."""
+UNSTATED = ("peak_memory_gib", "node_host_memory_gib")
+"""Memory that other programs have a part of."""
 LIBRARIES = 2 * 32 * 2**20
 """Workspaces that torch gives cuBLAS and cuBLASLt on Hopper, 32 MiB each
 (torch/csrc: CUBLAS_WORKSPACE_CONFIG, CUBLASLT_WORKSPACE_SIZE); the allocator counts them."""
@@ -59,7 +63,7 @@ def optimizer_step(component: Component, hardware: HardwareProfile) -> float:
 def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int]) -> SimResult:
     """A step with the update on the host, or streamed in buckets of the mean size of `groups`."""
     model = load_model(component.text("model"))
-    ranks = int(component.row.get("num_gpus") or 8)
+    ranks = component.gpus
     if groups:
         strategy = mop(
             ranks, expert_parallel=ranks, optimizer_bucket_params=round(sum(groups) / len(groups)),
@@ -81,7 +85,7 @@ def _groups(component: Component) -> list[int]:
     """Parameters of each bucket of a streamed update; none where the host updates."""
     if "bucket_params" not in component.params:
         return []
-    ranks = int(component.row.get("num_gpus") or 8)
+    ranks = component.gpus
     return _tensor_groups(load_model(component.text("model")), ranks, component.number("bucket_params"))
 
 
@@ -116,6 +120,7 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
     Latency is that of the forward: one table calls it so, and three products in it would be twice the fp32
     peak.
     """
+    component.one_of("precision", "fp32")
     hidden, tokens = component.count("hidden"), component.count("tokens_per_rank")
     vocabulary, degree = component.count("vocab"), component.count("vocab_degree")
     model = ModelSpec(
@@ -144,9 +149,7 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
     increment = made + (weight if ring else 0)  # the ring adds into a gradient that a step holds all along
     if component.metric == "peak_memory_increment_gib":
         return increment
-    if component.metric == "peak_memory_gib":
-        return resident + increment
-    raise UnsupportedError("metric", f"{component.metric} has no counterpart")
+    return resident + increment
 
 
 def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float:
@@ -156,20 +159,17 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
     decides what attention takes. The source keeps two boundaries a layer but one; its blocks of pinned memory
     are torch's, rounded up to a power of two.
     """
-    ranks = int(component.row.get("num_gpus") or 8)
+    if component.metric in UNSTATED:
+        raise UnsupportedError("metric", "the program beside the step, and what NVML adds, are not stated")
+    ranks = component.gpus
     budget = component.number("host_budget_gib_per_rank")
     rows = component.number("tokens_per_step") / component.count("sp")
     boundary = int(rows * component.number("hidden") * 2)
     away = offloaded_boundaries(component.count("boundaries"), boundary, int(budget * GIB))
-    kept = {
-        "boundaries_offloaded": away,
-        "host_payload_gib_per_rank": away * boundary / GIB,
-        "host_pinned_gib_per_rank": away * 2 ** (boundary - 1).bit_length() / GIB,
-    }
-    if component.metric in kept:
-        return kept[component.metric] if budget else 0.0
-    if component.metric not in ("latency_s", "tokens_per_s_per_gpu"):
-        raise UnsupportedError("metric", "the program beside the step, and what NVML adds, are not stated")
+    sizes = (away, away * boundary / GIB, away * 2 ** (boundary - 1).bit_length() / GIB)
+    held = dict(zip(HELD, sizes, strict=True))
+    if component.metric in held:
+        return held[component.metric] if budget else 0.0
     result = _offloaded(component, hardware)
     tokens = result.training.seq_len * result.training.global_batch
     return result.step_time if component.metric == "latency_s" else tokens / result.step_time / ranks
@@ -177,7 +177,7 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
 
 def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
     model = load_model(component.text("model"))
-    ranks = int(component.row.get("num_gpus") or 8)
+    ranks = component.gpus
     seq, budget = component.count("seq_len"), component.number("host_budget_gib_per_rank")
     strategy = mop(
         ranks, context_parallel=component.count("sp"), expert_parallel=component.count("ep"),
@@ -191,6 +191,8 @@ def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
 
 def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
     """One MoE layer with routing given: every intermediate kept, or chunks whose products are checkpoints."""
+    component.one_of("precision", "bf16")
+    passes = component.one_of("pass", "forward+backward", "forward")
     strategy = _expert_strategy(component)
     result = _expert_layer(component, strategy, hardware)
     if component.metric == "speedup":
@@ -198,7 +200,7 @@ def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
         other = msgspec.structs.replace(strategy, experts=whole)
         return _expert_layer(component, other, hardware).step_time / result.step_time
     forward = [span for span in result.spans if span.phase == "forward"]
-    end = max(span.end for span in (forward if component.text("pass") == "forward" else result.spans))
+    end = max(span.end for span in (forward if passes == "forward" else result.spans))
     if component.metric == "latency_s":
         return end - min(span.start for span in forward)
     peak = max(size for time, size in result.memory_curve if time < end)
@@ -262,5 +264,5 @@ def _beside(component: Component) -> int:
     model, degree = _expert_model(component), component.count("ep")
     each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size * 2
     others = each * (model.num_local_experts - model.num_local_experts // degree)
-    workspace = float(str(component.params.get("workspace_mib", 0))) * UNITS["MiB"]
-    return int(others + workspace + LIBRARIES)
+    workspace = component.number("workspace_mib") if component.states("workspace_mib") else 0.0
+    return int(others + workspace * UNITS["MiB"] + LIBRARIES)

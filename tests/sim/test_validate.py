@@ -420,6 +420,41 @@ def test_a_component_of_nothing_is_refused_in_a_line(name: str, value: float) ->
     assert (well.field, well.reason) == ("params", "'[1]' is not a JSON object")
 
 
+@pytest.mark.parametrize(
+    ("cells", "params", "field"),
+    [
+        ({"metric": "latency_ms"}, {}, "metric"),
+        ({"value": "soon"}, {}, "value"),
+        ({"outcome": "oom"}, {}, "outcome"),
+        ({"outcome": "no"}, {}, "outcome"),
+        ({"params": "["}, {}, "params"),
+        ({}, {"op": "Grouped"}, "op"),
+        ({}, {"precision": "int4"}, "precision"),
+        ({}, {"m": "many"}, "m"),
+        ({}, {"m": None}, "m"),
+        ({"component": "expert_dispatch"}, {"precision": "fp8"}, "precision"),
+        ({"component": "expert_dispatch"}, {"pass": "backward"}, "pass"),
+        ({"component": "all_to_all"}, {"op": "gather"}, "op"),
+        ({"component": "attention_kernel"}, {"op": "decode"}, "op"),
+        ({"component": "attention_kernel"}, {"batch": "x", "op": "attention forward"}, "batch"),
+        ({"component": "optimizer_step", "num_gpus": "x"}, {"model": "gpt_oss_20b"}, "num_gpus"),
+    ],
+)
+def test_a_component_of_another_kind_is_refused_and_named(
+    cells: dict[str, str], params: dict[str, object], field: str
+) -> None:
+    """Never taken for the usual one, and the other rows go on."""
+    sizes = {"m": 512, "n": 512, "k": 512, "precision": "bf16", "ep": 8, "top_k": 2, "hidden": 512,
+             "expert_hidden": 512, "num_experts": 8, "tokens_per_rank": 512, "routing": "balanced",
+             "seq_len": 512, "heads": 8, "qk_head_dim": 64, "v_head_dim": 64}  # fmt: skip
+    row = {"component": "gemm", "system": "x", "gpu": "h100-sxm-80g", "num_gpus": "8", "metric": "latency_s",
+           "value": "1e-4", "params": json.dumps({**sizes, **params}), "outcome": "OK"}  # fmt: skip
+    usual = {**row, "params": json.dumps(sizes)}
+    refused, predicted = predict_components([{**row, **cells}, usual])
+    assert (refused.predicted, refused.field) == (None, field), refused.reason
+    assert predicted.predicted
+
+
 def test_a_refusal_names_its_field_once() -> None:
     strange = {"ep": "3", "model": "qwen3_30b_a3b", "num_layers": "48", "routing": "balanced"}
     rows = [row("a", recompute="unknown"), row("b", sharding="zero1", **strange)]
