@@ -1,12 +1,15 @@
 """Documents of one file as pieces of text: plain text, JSON lines of texts or chats, columns of Parquet."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mopexec.data.chat import Chat
+import numpy as np
+import numpy.typing as npt
+
+from mopexec.data.chat import Chat, Interval
 from mopsim.common.errors import MopError
 
 LossMask = Literal["auto", "all", "assistant"]
@@ -15,11 +18,30 @@ _PIECE_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class DocumentPiece:
-    """Text of at most about 1 MiB. counted: whether its tokens count in the loss; ends: its document ends."""
+    """Text of at most about 1 MiB, or one chat. counted: intervals of its characters that count in the loss,
+    None = all of it; ends: its document ends, which is one character more for `counted`.
+    """
 
     text: str
-    counted: bool = True
+    counted: tuple[Interval, ...] | None = None
     ends: bool = False
+
+    def counts(self, tokens: Sequence[Interval]) -> npt.NDArray[np.bool_]:
+        """Whether a token, given by its characters, has one that counts; and the document's end, if it is."""
+        size = len(self.text)
+        places = np.array([*tokens, *([(size, size + 1)] * self.ends)], dtype=np.int64).reshape(-1, 2)
+        if self.counted is None:
+            return np.ones(len(places), dtype=np.bool_)
+        inside = np.zeros(size + 1, dtype=np.int64)
+        for start, stop in self.counted:
+            inside[start:stop] = 1
+        before = np.concatenate(([0], np.cumsum(inside)))
+        starts, stops = (
+            places[:, 0],
+            np.maximum(places[:, 1], places[:, 0] + 1),
+        )  # an empty one is of its place
+        counted: npt.NDArray[np.bool_] = before[stops] > before[starts]
+        return counted
 
 
 @dataclass(frozen=True)
@@ -41,16 +63,14 @@ class DocumentReading:
         if not isinstance(record, dict):
             raise MopError(f"--data: {where}: is not an object with {self.text_field!r} or 'messages'")
         if "messages" in record and self.text_field not in record:
-            counted = ("assistant",) if self.loss_mask != "all" else None
-            parts = self.chat.parts(record["messages"], where)
-            for index, (role, message) in enumerate(parts):
-                counts = counted is None or role in counted
-                yield DocumentPiece(_unicode(message, where), counts, index == len(parts) - 1)
+            messages = record["messages"]
+            whole, answers = self.chat.read(messages, where, answers=self.loss_mask != "all")
+            yield DocumentPiece(_unicode(whole, where), answers, True)
             return
         text = record.get(self.text_field)
         if not isinstance(text, str):
             raise self.without_text(record, where)
-        yield DocumentPiece(_unicode(text, where), self.loss_mask != "assistant", True)
+        yield DocumentPiece(_unicode(text, where), () if self.loss_mask == "assistant" else None, True)
 
     def without_text(self, fields: Iterable[str], where: str) -> MopError:
         """What to raise for a record with these fields."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 META = "meta.json"
-_FORMAT = 3
+_FORMAT = 4
 _MIXTURES = (".yaml", ".yml")
 
 
@@ -287,9 +287,10 @@ def _tokenise(
             for found, piece in zip(encoded, batch, strict=True):
                 ids = np.array(found.ids + [end_id] * piece.ends, dtype=dtype)
                 ids.tofile(ids_file)
-                np.full(len(ids), piece.counted, dtype=np.uint8).tofile(mask_file)
+                counts = piece.counts(found.offsets)
+                counts.astype(np.uint8).tofile(mask_file)
                 digest.update(ids.tobytes())
-                num_tokens, masked = num_tokens + len(ids), masked or not piece.counted
+                num_tokens, masked = num_tokens + len(ids), masked or not counts.all()
                 if piece.ends:
                     ends.append(num_tokens)
     beside = _ends(np.array(ends, dtype=np.int64), directory, number)

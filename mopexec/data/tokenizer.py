@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopexec.data.chat import Chat
+from mopexec.data.chat import PLAIN, Chat
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.json_text import read_object
@@ -66,9 +66,10 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         raise MopError(
             f"--tokenizer: {path}: no token is known to end a text; name it as eos_token in {beside}"
         )
-    template = config.get("chat_template") or _template(path.with_name("chat_template.jinja"))
-    chat = Chat(template if isinstance(template, str) else "", tuple(specials.items()))
-    return GivenTokenizer(path, text, end, chat)
+    template = _template(path.with_name("chat_template.jinja")) or _default(
+        config.get("chat_template"), beside
+    )
+    return GivenTokenizer(path, text, end, Chat(template or PLAIN, tuple(specials.items())))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -107,6 +108,19 @@ def _first(texts: Iterable[str]) -> Iterable[str]:
 
 def _template(path: Path) -> str:
     return io.read_text(path, "--tokenizer") if path.is_file() else ""
+
+
+def _default(given: Any, where: Path) -> str:
+    """The chat template, or the one of several that is called default; "" where there is none. Raises
+    MopError.
+    """
+    if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+        named = {one.get("name"): one.get("template") for one in given}
+        given = named.get("default", named)
+    if given is not None and not isinstance(given, str):
+        rule = "is neither a template nor a list of {name, template} with a default"
+        raise MopError(f"--tokenizer: {where}: chat_template: {rule}")
+    return given or ""
 
 
 def _content(token: Any) -> str:

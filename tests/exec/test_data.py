@@ -169,26 +169,13 @@ def test_only_the_assistants_messages_count(tmp_path):
     _, targets = dataset.batch(list(range(dataset.num_windows)), 0, 16)
     tokenizer, _ = decoded(directory, dataset)
     counted = tokenizer.decode(targets[targets != IGNORED].tolist(), skip_special_tokens=False)
-    assert set(counted.replace("assistant: four\n" + END_OF_TEXT, "|")) <= set(
-        "|assitn: four\n" + END_OF_TEXT
-    )
+    assert set(counted.replace(" four\n" + END_OF_TEXT, "|")) <= set("| four\n" + END_OF_TEXT)
+    assert counted.count(" four\n" + END_OF_TEXT) > 20
     assert "two" not in counted
+    assert "assistant" not in counted
     assert dataset.num_targets(range(dataset.num_windows)) == (targets != IGNORED).sum() < targets.size
     everything = prepared(path, 300, tmp_path / "cache", loss_mask="all")
     assert not data.TokenDataset(everything, 16, 0).masked
-
-
-def test_a_chat_is_written_by_the_tokenizers_template(tmp_path):
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
-    chat = Chat(template, (("eos_token", "</s>"),))
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert chat.parts(messages, "x:1") == [("user", "<|user|>a</s>"), ("assistant", "<|assistant|>b</s>")]
-    with pytest.raises(MopError, match="x:1: the chat template rewrites earlier messages"):
-        Chat("{{ messages | length }}").parts(messages, "x:1")
-    wrong = "{{ ''.__class__.__mro__ }}{{ raise_exception('no') }}", "{{ 1 // 0 }}", "{{ range(999999999) }}"
-    for template in wrong:
-        with pytest.raises(MopError, match="x:1: the tokenizer's chat template"):
-            Chat(template).parts(messages, "x:1")
 
 
 @pytest.mark.parametrize(
