@@ -54,9 +54,7 @@ def sections(plan: Plan) -> dict[str, Any]:
         "rng": {"seed": t.seed},
         "mixed_precision": MIXED.get(s.precision.matmul, "bf16_mixed"),
     }
-    if s.overlap.tensor and s.dense.tensor_parallel > 1:
-        beside = {key: found["ddp"][key] for key in ("overlap_grad_reduce", "overlap_param_gather")}
-        found["comm_overlap"] = {"tp_comm_overlap": True, **beside}
+    found |= _comm_overlap(plan, found["ddp"])
     if sharded and s.dense_copies > 1:
         found["ddp"]["num_distributed_optimizer_instances"] = s.dense_copies
     if s.dense.zero in SHARDING:
@@ -73,6 +71,31 @@ def sections(plan: Plan) -> dict[str, Any]:
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
     return found
+
+
+def _comm_overlap(plan: Plan, ddp: dict[str, Any]) -> dict[str, Any]:
+    """The section, where something is hidden by it: it sets all overlaps anew, so all are in it."""
+    s = plan.strategy
+    tensor = bool(s.overlap.tensor) and s.dense.tensor_parallel > 1
+    experts = _hides_experts(plan)
+    if not tensor and not experts:
+        return {}
+    found = {"tp_comm_overlap": tensor}
+    found |= {key: ddp[key] for key in ("overlap_grad_reduce", "overlap_param_gather")}
+    if s.pipeline.pipeline_parallel > 1:
+        found |= {
+            "overlap_p2p_comm": bool(s.overlap.pipeline),
+            "batch_p2p_comm": not s.overlap.pipeline,
+        }
+    if experts:
+        found |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": False}
+    return {"comm_overlap": found}
+
+
+def _hides_experts(plan: Plan) -> bool:
+    """Whether exchanges of experts run beside another microbatch."""
+    spread = plan.model.num_moe_layers > 0 and plan.strategy.experts.expert_parallel > 1
+    return bool(plan.strategy.overlap.experts) and spread
 
 
 def _model(plan: Plan) -> dict[str, Any]:
@@ -103,6 +126,8 @@ def _model(plan: Plan) -> dict[str, Any]:
             }
         else:
             found["moe_token_dispatcher_type"] = "alltoall"
+        if _hides_experts(plan):
+            found["moe_shared_expert_overlap"] = False  # it refuses both
     recompute = s.activations.recompute
     found["recompute_granularity"] = None if recompute == "none" else recompute
     if recompute == "full":

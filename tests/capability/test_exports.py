@@ -17,7 +17,7 @@ def said() -> dict[str, tuple[Side, Strategy]]:
     """Strategies that a target can say in full, with its mechanisms at work."""
     tuned = megatron(
         8, tensor_parallel=2, pipeline_parallel=2, virtual_stages=2, expert_parallel=2, recompute="selective",
-        overlap=Overlap(grad_reduce=True, pipeline=True, tensor=True),
+        overlap=Overlap(grad_reduce=True, pipeline=True, tensor=True, experts=True),
     )  # fmt: skip
     inputs = megatron(8, context_parallel=2, expert_parallel=2, offload_inputs=True)
     hosted = replace(

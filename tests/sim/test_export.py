@@ -129,6 +129,36 @@ def test_megatron_bridge_by_hand() -> None:
     assert found["mixed_precision"] == "bf16_mixed"
 
 
+def test_megatron_bridge_hides_the_exchanges_of_experts() -> None:
+    """Beside what it demands: no recomputation across a dispatch, no overlap of shared experts; its section
+    sets the other overlaps anew."""
+    made = megatron(32, expert_parallel=8, recompute="selective")
+    made = replace(
+        made,
+        overlap=replace(made.overlap, experts=True, grad_reduce=True),
+        activations=replace(made.activations, modules=("core_attn", "moe_act")),
+    )
+    text, gaps = export(plan(made), "megatron-bridge")
+    found = yaml.safe_load(text)
+    assert not gaps
+    assert found["comm_overlap"] == {
+        "tp_comm_overlap": False,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": found["ddp"]["overlap_param_gather"],
+        "overlap_moe_expert_parallel_comm": True,
+        "delay_wgrad_compute": False,
+    }
+    assert found["model"]["moe_shared_expert_overlap"] is False
+    whole = replace(made, activations=replace(made.activations, recompute="full", modules=()))
+    experts = replace(made, activations=replace(made.activations, modules=("moe",)))
+    for one in (whole, experts):
+        with pytest.raises(MopError, match=r"overlap\.experts: True is not in Megatron-Bridge where layers"):
+            export(plan(one), "megatron-bridge")
+    for target in ("torchtitan", "deepspeed"):
+        _, gaps = export(plan(made), target, lossy=True)
+        assert "strategy.overlap.experts" in [gap.field for gap in gaps]
+
+
 def test_parts_of_a_pipeline_are_written_or_refused() -> None:
     made = megatron(32, pipeline_parallel=2, expert_parallel=8)
     made = replace(made, pipeline=replace(made.pipeline, layers=(26, 22)))
