@@ -11,11 +11,12 @@ from typing import Any
 
 import mopsim
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, require, require_at_least, require_name
+from mopsim.common.json_text import parse_json
 from mopsim.engine import SimResult
-from mopsim.intervals import known_errors
+from mopsim.intervals import check_level, known_errors
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.plan import LONGEST, SHORTEST, Measurement, Plan
 
 FORMAT = "mopsim sealed prediction 1"
 PARTS = ("model", "strategy", "training", "stack")
@@ -43,6 +44,20 @@ class Sealed(io.Spec, frozen=True, kw_only=True):
     versions: dict[str, str]
     made: str
 
+    def __post_init__(self) -> None:
+        check_level(self.interval)
+        rule = f"must be the seconds of a step, {SHORTEST:g} to {LONGEST:g}"
+        require(SHORTEST <= self.step_time_s <= LONGEST, "step_time_s", self.step_time_s, rule)
+        require(0 <= self.p_fits <= 1, "p_fits", self.p_fits, "must lie between 0 and 1")
+        require_at_least(self, 0, "peak_memory_bytes")
+        for field in ("step_time_interval_s", "peak_memory_interval_bytes"):
+            low, high = getattr(self, field)
+            require(
+                0 <= low <= high, field, (low, high), "must be two numbers of at least 0, the lower first"
+            )
+        for field, text in {"made": self.made, **self.versions}.items():
+            require_name(text, field)
+
 
 def seal(path: Path, plan: Plan, hardware: HardwareProfile, result: SimResult, level: float) -> str:
     """Write the sealed prediction of a plan; returns its hash. Raises MopError where it cannot be written."""
@@ -53,10 +68,14 @@ def seal(path: Path, plan: Plan, hardware: HardwareProfile, result: SimResult, l
         p_fits=result.p_fits, versions=_versions(), made=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     content = io.to_plain(sealed)
-    found = _hash(content)
-    text = json.dumps({"format": FORMAT, "sha256": found, "sealed": content}, indent=1)
-    io.write_text(path, text + "\n")
-    return found
+    io.write_text(path, _text(content))
+    return _hash(content)
+
+
+def _text(content: Any) -> str:
+    """All of the file."""
+    whole = {"format": FORMAT, "sha256": _hash(content), "sealed": content}
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def _versions() -> dict[str, str]:
@@ -72,15 +91,21 @@ def _hash(content: Any) -> str:
 
 def open_sealed(path: Path) -> Sealed:
     """A sealed prediction, as it was sealed. Raises MopError where a byte of it was changed since."""
-    whole = io.read_yaml(path, "sealed")
+    where, text = f"sealed: {path}", io.read_text(path, "sealed")
+    try:
+        whole = parse_json(text, "")
+    except MopError as error:
+        raise MopError(f"{where}: is not a sealed prediction: {str(error).removeprefix(': ')}") from None
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-        raise MopError(f"sealed: {path}: is not a sealed prediction: its format is not {FORMAT!r}")
+        raise MopError(f"{where}: is not a sealed prediction: its format is not {FORMAT!r}")
     told, content = whole.get("sha256"), whole.get("sealed")
     if not isinstance(content, dict) or told != _hash(content):
         raise MopError(
-            f"sealed: {path}: altered after it was sealed: sha256 {told!s:.12} is not that of its content, "
+            f"{where}: altered after it was sealed: sha256 {told!s:.12} is not that of its content, "
             f"{_hash(content):.12}"
         )
+    if text != _text(content):
+        raise MopError(f"{where}: altered after it was sealed: its text is not as its content is written")
     return io.convert(content, Sealed, "sealed", str(path))
 
 

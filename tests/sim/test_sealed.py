@@ -12,7 +12,7 @@ from mopsim.cli import app
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.spec.plan import Measurement
-from mopsim.validate.sealed import open_sealed
+from mopsim.validate.sealed import _text, open_sealed
 
 
 def predicted(**changes: int) -> Simulation:
@@ -65,6 +65,44 @@ def test_a_changed_byte_is_seen(tmp_path: Path, number: str) -> None:
     with pytest.raises(
         MopError, match=r"altered after it was sealed: sha256 [0-9a-f]{12} is not that of its"
     ):
+        open_sealed(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"interval": 0.8', '"interval": 8e-1'), ('"interval": 0.8', '"interval":  0.8'), ("\n", "\n\n"),
+        ('"sealed":', '"note": "x",\n "sealed":'), ('"sealed":', '# x\n "sealed":'),
+        ('"interval": 0.8', '"interval": 0.5,\n  "interval": 0.8'),
+    ],
+)  # fmt: skip
+def test_a_byte_beside_the_content_is_seen(tmp_path: Path, before: str, after: str) -> None:
+    """Blanks, another spelling of a number, a comment, a key beside it or twice."""
+    step, path = predicted(), tmp_path / "sealed.json"
+    step.seal(path)
+    sealed = open_sealed(path)
+    text = path.read_text()
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(MopError, match=r"altered after it was sealed|is not a sealed prediction"):
+        open_sealed(path)
+    path.write_bytes(text.replace("\n", "\r\n").encode())  # as git may check it out elsewhere
+    assert open_sealed(path) == sealed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("interval", 0), ("p_fits", 7), ("step_time_s", 1e308), ("peak_memory_bytes", -1), ("made", "\x1b"),
+        ("step_time_interval_s", [2, 1]), ("peak_memory_interval_bytes", [-1, 1]),
+        ("versions", {"mopsim": ""}),
+    ],
+)  # fmt: skip
+def test_what_no_prediction_says_is_refused_under_any_hash(tmp_path: Path, field: str, value: object) -> None:
+    step, path = predicted(), tmp_path / "sealed.json"
+    step.seal(path)
+    content = json.loads(path.read_text())["sealed"] | {field: value}
+    path.write_text(_text(content))
+    with pytest.raises(MopError, match=rf"sealed\.({field}|mopsim): "):
         open_sealed(path)
 
 
