@@ -8,6 +8,7 @@ from typing import Literal
 
 from mopexec.run import plans
 from mopexec.run.environment import GPU_RANK, PORT
+from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.outputs import STDOUT, check_outputs
@@ -50,33 +51,39 @@ _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
     check_outputs({"--script": script or STDOUT}, stdout=("--script",))
-    out = check_train_options(path, options)
-    plan = plans.read_plan(path)
-    plans.check_supported(plan)
-    text = render(plan, path, kind, options, out)
+    given = check_train_options(path, options)
+    plan = plans.read_supported(path, given.settings)
+    if given.init_from and Path(given.init_from).is_dir():
+        from mopexec.weights.begin import open_weights
+
+        open_weights(Path(given.init_from), plan).files.close()
+    text = render(plan, path, kind, options, given.out)
     if script in (None, STDOUT):
         print(text, end="", flush=True)
     else:
         io.write_text(Path(str(script)), text)
 
 
-def check_train_options(path: Path, options: Sequence[str]) -> str:
-    """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now; returns
-    its --out. Raises MopError or the parser's own error."""
+def check_train_options(path: Path, options: Sequence[str]) -> TrainOptions:
+    """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now: those
+    for ranks of torchrun, apart from files that only the cluster has. Raises MopError or the parser's own error.
+    """
     from typer.main import get_command
 
     from mopexec.cli import app
+    from mopexec.cli.train import check_ranks_options, options_of
 
     named = {one.split("=")[0] for one in options}
     if "--plan" in named:
         raise MopError("--plan: is given before --, not among the options of `mopexec train` too")
-    if "--out" not in named:
-        raise MopError(
-            "--out: is needed among the options of `mopexec train`: mopexec launch ... -- --out DIR ..."
-        )
+    for needed, value in (("--out", "DIR"), ("--data", "PATH")):
+        if needed not in named:
+            rule = f"among the options of `mopexec train`: mopexec launch ... -- {needed} {value} ..."
+            raise MopError(f"{needed}: is needed {rule}")
     train = get_command(app).commands["train"]  # type: ignore[attr-defined]
-    context = train.make_context("train", ["--plan", str(path), *options])
-    return str(context.params["out"])
+    given = train.make_context("train", ["--plan", str(path), *options]).params
+    check_ranks_options(given["max_restarts"])
+    return options_of(given)
 
 
 def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str], out: str) -> str:

@@ -79,6 +79,15 @@ def test_a_script_can_be_written(plan, tmp_path, capsys):
         (["--slurm", *OPTIONS, "--out=b"], "--out: is given twice"),
         (["--slurm", *OPTIONS, "--steps", "8"], "--steps: is given twice"),
         (["--slurm", *OPTIONS, "--plan", "other.yaml"], "--plan: is given before --"),
+        (["--slurm", "--", *OPTIONS[3:]], "--data: is needed"),
+        (["--slurm", *OPTIONS, "--max-restarts", "2"], "--max-restarts: 2 is torchrun's own option here"),
+        (
+            ["--slurm", *OPTIONS, "--set", "nonsense=1"],
+            "--set: 'nonsense=1': is not FIELD=VALUE of plan",
+        ),
+        (["--torchrun", *OPTIONS, "--set", "beta1=2"], "plan.training.beta1: 2.0 must lie in [0, 1)"),
+        (["--torchrun", *OPTIONS, "--device-limit", "much"], "--device-limit: 'much'"),
+        (["--torchrun", *OPTIONS, "--init-from", "tests"], "config.json"),
     ],
 )
 def test_what_is_missing_is_said(arguments, line, plan, capsys):
