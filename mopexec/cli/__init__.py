@@ -52,8 +52,8 @@ Seed = Annotated[int | None, typer.Option(min=0, max=2**62, help="of weights and
 Data = Annotated[
     str | None,
     typer.Option(
-        help="text, JSON lines or Parquet (.jsonl, .parquet), token ids (Megatron's .bin, .npy), a directory "
-        "of such text, or a YAML mixture; 'python' = ships with Python, default without a GPU"
+        help="text, JSON lines or Parquet (.jsonl, .parquet), a directory of these, token ids (Megatron's "
+        ".bin, .npy), or a YAML mixture; 'python' = ships with Python, default without a GPU"
     ),
 ]
 Tokenizer = Annotated[

@@ -14,6 +14,9 @@ from mopsim.common.io import exists
 #: Stands for the text that ships with Python: its documentation topics and the sources of its library.
 PYTHON = "python"
 
+OF_IDS = (".npy", ".bin", ".idx")
+"""Suffixes of files of token ids."""
+
 _PIECE_CHARACTERS = 1 << 20
 _PYTHON_BYTES = 6_000_000
 _SKIPPED = {
@@ -91,6 +94,10 @@ def user_files(path: Path) -> list[Path]:
     files = _walk(path, "")
     if not files:
         raise MopError(f"--data: {path} is an empty directory")
+    ids = next((file for file in files if file.suffix in OF_IDS), None)
+    if ids is not None:
+        rule = "of a directory only text and records are read; name the file, or a mixture of such files"
+        raise MopError(f"--data: {ids} holds token ids: {rule}")
     return files
 
 

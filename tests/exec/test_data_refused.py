@@ -56,6 +56,15 @@ def test_a_megatron_file_without_a_token_is_refused(tmp_path, sequences, rule):
         prepared(write_megatron(tmp_path / "a", sequences), 300, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ["a.npy", "a.bin", "a.idx"])
+def test_token_ids_in_a_directory_are_refused_by_name(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b.txt").write_text("text")
+    (tmp_path / "data" / name).write_bytes(b"\0")
+    with pytest.raises(MopError, match=f"{name} holds token ids: of a directory only text and records"):
+        prepared(tmp_path / "data", 300, tmp_path / "cache")
+
+
 def test_what_gives_its_bytes_once_is_refused(text, tmp_path):
     """A pipe's digest would name a cache of no tokens, which the file of the same bytes then met."""
     for name in ("pipe", "pipe.npy"):
