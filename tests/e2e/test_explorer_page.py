@@ -86,6 +86,17 @@ def test_a_page_is_drawn_quietly_and_fetches_nothing(
     assert all(address.startswith(("file:", "data:")) for address in requested(driver))
 
 
+def test_a_line_ends_where_a_strategy_has_no_value(driver: Any, tmp_path: Path) -> None:
+    """Of three lengths the middle one: what is left are two points without a line."""
+    data = results()["compare"]
+    data["sweep"]["results"]["mop"][1] = None
+    mopsim.explore(data, tmp_path / "holed.html", timelines=0)
+    opened(driver, tmp_path / "holed.html")
+    assert len(find(driver, "path.line")) == 1  # FSDP2's
+    says = " ".join(one.get_attribute("textContent") for one in find(driver, "p.says"))
+    assert "cross: does not fit, or no legal strategy" in says
+
+
 def test_the_policy_forbids_a_fetch(driver: Any, pages: dict[str, Path]) -> None:
     opened(driver, pages["simulate"])
     script = "fetch(arguments[0]).then(() => arguments[1]('fetched'), () => arguments[1]('refused'))"

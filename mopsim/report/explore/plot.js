@@ -29,6 +29,13 @@ function scaled(axis, values, from, to) {
 
 const line = (points) => `M${points.map((one) => one.map((value) => value.toFixed(1)).join(",")).join("L")}`;
 
+// Neighbours that have a value: a line does not go on over one that has none.
+function runs(points) {
+  const found = [[]];
+  for (const one of points) if (one.y === null) found.push([]); else found.at(-1).push(one);
+  return found;
+}
+
 function marker(index, mark, tint) {
   const hollow = mark === "may not fit", over = mark === "out of memory";
   const shape = svg("path", { d: SHAPES[over ? 7 : index % 7], fill: hollow || over ? "#fff" : tint, stroke: hollow || over ? tint : "#222", "stroke-width": hollow || over ? 2.5 : 1 });
@@ -77,17 +84,19 @@ function plot(view) {
     const place = (one) => [sx.at(value(one.x, x)), one.y === null ? bottom - 8 : sy.at(value(one.y, y))];
     for (const series of shown) {
       const known = series.points.filter((one) => one.y !== null);
-      const banded = known.filter((one) => one.yr);
-      if (series.line && banded.length > 1) {
-        const side = (end) => banded.map((one) => [sx.at(value(one.x, x)), sy.at(value(one.yr[end], y))]);
-        root.append(svg("path", { class: "band", fill: PALETTE[series.index % 8], d: `${line([...side(0), ...side(1).reverse()])}Z` }));
-      } else for (const one of banded) {
-        const [at] = place(one);
-        root.append(svg("line", { class: "error", x1: at, x2: at, y1: sy.at(value(one.yr[0], y)), y2: sy.at(value(one.yr[1], y)) }));
+      for (const run of runs(series.points)) {
+        const banded = run.filter((one) => one.yr);
+        if (series.line && banded.length > 1) {
+          const side = (end) => banded.map((one) => [sx.at(value(one.x, x)), sy.at(value(one.yr[end], y))]);
+          root.append(svg("path", { class: "band", fill: PALETTE[series.index % 8], d: `${line([...side(0), ...side(1).reverse()])}Z` }));
+        } else for (const one of banded) {
+          const [at] = place(one);
+          root.append(svg("line", { class: "error", x1: at, x2: at, y1: sy.at(value(one.yr[0], y)), y2: sy.at(value(one.yr[1], y)) }));
+        }
+        if (series.line && run.length > 1) root.append(svg("path", { class: "line", stroke: PALETTE[series.index % 8], d: line(run.map(place)) }));
       }
       for (const one of known.filter((each) => each.xr))
         root.append(svg("line", { class: "error", x1: sx.at(value(one.xr[0], x)), x2: sx.at(value(one.xr[1], x)), y1: place(one)[1], y2: place(one)[1] }));
-      if (series.line && known.length > 1) root.append(svg("path", { class: "line", stroke: PALETTE[series.index % 8], d: line(known.map(place)) }));
     }
     const front = points.filter((one) => one.front).sort((a, b) => a.x - b.x);
     if (front.length > 1) root.append(svg("path", { class: "front", d: line(front.map(place)) }));
@@ -108,7 +117,7 @@ function plot(view) {
   const toggled = (name, on) => { if (on) hidden.delete(name); else hidden.add(name); draw(last); };
   drawn(box, (width) => { last = width; draw(width); });
   const used = new Set(inside.map((one) => (one.y === null ? "out of memory" : one.mark)));
-  const says = [used.has("may not fit") ? "hollow: may not fit (with a probability below 0.9)" : "", used.has("out of memory") ? "cross: does not fit" : "",
+  const says = [used.has("may not fit") ? "hollow: may not fit (with a probability below 0.9)" : "", used.has("out of memory") ? "cross: does not fit, or no legal strategy" : "",
     inside.filter((one) => one.front).length > 1 ? "dashed line: Pareto front" : "", view.diagonal ? "grey: within 10 % of measured" : "",
     inside.some((one) => one.yr || one.xr) ? "bands and bars: intervals" : ""].filter(Boolean).join("; ");
   return [legend(names, (index) => marker(index, "", PALETTE[index % 8]), toggled), box, says ? el("p", { class: "says" }, `${says}.`) : null];
