@@ -1,4 +1,4 @@
-"""CSVs of a user: read whole, every row as wide as the header, what is none refused in one line."""
+"""CSVs of a user: read whole, every row as wide as the header or marked; what is none refused in one line."""
 
 import csv
 import io
@@ -12,12 +12,12 @@ Row = dict[str, str]
 
 
 SURPLUS = "(surplus cells)"
-"""Column of a row with more cells than the header, where such rows are asked for: what is wrong with it."""
+"""Column of a row with more cells than the header: the line where it ends."""
 
 
-def read_table(path: Path, columns: Iterable[str], field: str, surplus: bool = False) -> list[Row]:
+def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
     """Rows as text by column of the CSV that the user named as `field`; its header must have `columns`, and
-    may have others. Raises MopError naming the column or the line."""
+    may have others. A row with more cells has SURPLUS. Raises MopError naming the column or the line."""
     where = f"{field}: {path}"
     lines = csv.reader(io.StringIO(read_text(path, field)), strict=True)
     rows: list[Row] = []
@@ -30,13 +30,11 @@ def read_table(path: Path, columns: Iterable[str], field: str, surplus: bool = F
             if column and header.count(column) > 1:
                 raise MopError(f"{where}: column {column!r} appears twice")
         for cells in lines:
-            wide = f"line {lines.line_num} has more cells than the header" if len(cells) > len(header) else ""
-            if wide and not surplus:
-                raise MopError(f"{where}: {wide}")
             if any(cell.strip() for cell in cells):
                 filled = [*cells, *[""] * (len(header) - len(cells))]
                 row = {name: cell.strip() for name, cell in zip(header, filled, strict=False)}
-                rows.append({**row, SURPLUS: wide} if wide else row)
+                wide = len(cells) > len(header)
+                rows.append({**row, SURPLUS: f"line {lines.line_num}"} if wide else row)
     except csv.Error as error:
         raise MopError(f"{where}: line {lines.line_num} is not CSV: {error}") from None
     return rows

@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.rules import RowFacts
-from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
@@ -38,13 +37,12 @@ def read_case(row: Row, models: dict[str, Row]) -> Case:
 
     Raises UnsupportedError naming the field.
     """
-    if row.get(SURPLUS):
-        raise UnsupportedError("row", row[SURPLUS])
-    for field in NEEDED:
-        if row.get(field, "") in UNKNOWN:
-            raise UnsupportedError(field, "not stated by the source")
     try:
-        return _case(facts(stated(row, RUNS)), models)
+        row = stated(row, RUNS)
+        for field in NEEDED:
+            if row.get(field, "") in UNKNOWN:
+                raise UnsupportedError(field, "not stated by the source")
+        return _case(facts(row), models)
     except SpecError as error:
         raise UnsupportedError(error.field, str(error)) from error
     except MopError as error:

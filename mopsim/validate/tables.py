@@ -25,9 +25,8 @@ class UnsupportedError(Exception):
 
 
 def read_runs(path: Path) -> list[Row]:
-    """Rows of a runs CSV; one with too many cells has SURPLUS. Raises MopError where a run_id is empty or
-    repeats."""
-    rows = _some(read_known(path, RUNS, "runs", surplus=True), f"runs: {path}")
+    """Rows of a runs CSV. Raises MopError where a run_id is empty or repeats."""
+    rows = _some(read_known(path, RUNS, "runs"), f"runs: {path}")
     seen: set[str] = set()
     for row in rows:
         if not row["run_id"]:
@@ -47,10 +46,10 @@ def read_components(path: Path) -> list[Row]:
     return _some(read_known(path, COMPONENTS, "components"), f"components: {path}")
 
 
-def read_known(path: Path, columns: Mapping[str, Column], field: str, surplus: bool = False) -> list[Row]:
+def read_known(path: Path, columns: Mapping[str, Column], field: str) -> list[Row]:
     """Rows of a CSV of these columns. Raises MopError where a column can only be meant for one that is
     missing."""
-    rows = read_table(path, needed(columns), field, surplus=surplus)
+    rows = read_table(path, needed(columns), field)
     missing = [name for name, one in columns.items() if one.read and rows and name not in rows[0]]
     for name in unread(rows, columns):
         if name not in NAMES and (meant := misspelt(name, missing)):
@@ -72,7 +71,8 @@ def _some(rows: list[Row], where: str) -> list[Row]:
 
 def stated(row: Row, columns: Mapping[str, Column]) -> Row:
     """The row with its cells as their columns write them: DeepEP and deep_ep are deepep. Raises SpecError
-    naming the column where a cell is none of what it may say."""
+    naming the column where a cell is none of what it may say, or `row` where it has too many cells."""
+    require(SURPLUS not in row, "row", row.get(SURPLUS), "has more cells than the header")
     return {**row, **{name: _stated(row[name], name, one) for name, one in columns.items() if name in row}}
 
 

@@ -24,7 +24,7 @@ from mopsim.validate.output import to_json
 from mopsim.validate.rows import read_case
 from mopsim.validate.run import Validation, cases_of, validate
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
-from mopsim.validate.tables import Row, UnsupportedError, count, number, read_runs
+from mopsim.validate.tables import Row, UnsupportedError, count, number, read_components, read_runs
 
 MODELS: dict[str, dict[str, str]] = {}
 BASE = {
@@ -355,7 +355,9 @@ def test_a_row_with_too_many_cells_is_refused_alone(tmp_path: Path) -> None:
     path.write_text("\n".join(",".join(line) for line in (cells, cells.values(), wide)))
     known, refused = cases_of(read_runs(path), MODELS)
     assert [case.id for case in known] == ["a"]
-    assert [(one.field, one.reason) for one in refused] == [("row", "line 3 has more cells than the header")]
+    assert [(one.field, one.reason) for one in refused] == [
+        ("row", "row: 'line 3' has more cells than the header")
+    ]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "abc"])
@@ -453,6 +455,15 @@ def test_a_component_of_another_kind_is_refused_and_named(
     refused, predicted = predict_components([{**row, **cells}, usual])
     assert (refused.predicted, refused.field) == (None, field), refused.reason
     assert predicted.predicted
+
+
+def test_a_component_with_too_many_cells_is_refused_alone(tmp_path: Path) -> None:
+    params = '"{""m"": 512, ""n"": 512, ""k"": 512, ""precision"": ""bf16""}"'
+    line = f"gemm,h100-sxm-80g,{params},latency_s,1e-4"
+    (tmp_path / "c.csv").write_text(f"component,gpu,params,metric,value\n{line},x\n{line}\n")
+    wide, well = predict_components(read_components(tmp_path / "c.csv"))
+    assert (wide.field, wide.reason) == ("row", "'line 2' has more cells than the header")
+    assert well.predicted
 
 
 def test_a_refusal_names_its_field_once() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.common.errors import MopError
-from mopsim.common.table import read_table
+from mopsim.common.table import SURPLUS, read_table
 
 BROKEN = [
     (b"", "has no column 'a'"),
@@ -13,7 +13,6 @@ BROKEN = [
     (b"b,c\n1,2\n", "has no column 'a'; columns found: b, c"),
     (b"a;b\n1;2\n", "has no column 'a'"),
     (b"a,b,b\n1,2,3\n", "column 'b' appears twice"),
-    (b"a,b\n1,2,3\n", "line 2 has more cells than the header"),
     (b'a,b\n1,2\n"3,4\n', "line 3 is not CSV: unexpected end of data"),
     (b'a,b\n"1"x,2\n', "line 2 is not CSV: "),
     (b"a,b\n" + b"1" * 200_000 + b",2\n", "line 2 is not CSV: field larger than field limit"),
@@ -35,3 +34,9 @@ def test_what_is_no_csv_is_refused(content: bytes, says: str, tmp_path: Path) ->
 def test_short_rows_are_filled_and_empty_ones_left_out(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + b'a,b\r\n 1 ,"2\n3"\r\n\r\n,\r\n4\r\n')
     assert read_table(tmp_path / "x.csv", "ab", "runs") == [{"a": "1", "b": "2\n3"}, {"a": "4", "b": ""}]
+
+
+def test_a_row_with_too_many_cells_is_marked(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2,3\n4,5\n")
+    wide, well = read_table(tmp_path / "x.csv", "ab", "runs")
+    assert (wide[SURPLUS], well) == ("line 2", {"a": "4", "b": "5"})
