@@ -206,6 +206,13 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def of_all(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value`, pickled, by rank."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def parts_of_all(about: Any, parts: Sequence[Tensor]) -> list[tuple[Any, Sequence[Tensor]]]:
     """What every rank of the world says about its parts, and these: flat tensors of one dtype, on the CPU.
 
@@ -213,6 +220,5 @@ def parts_of_all(about: Any, parts: Sequence[Tensor]) -> list[tuple[Any, Sequenc
     """
     assert len({part.dtype for part in parts}) < 2, "parts of several dtypes"
     flat = torch.cat([part.flatten() for part in parts]).cpu() if parts else torch.empty(0)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (about, [part.numel() for part in parts], flat))
-    return [(told, flat.split(sizes)) for told, sizes, flat in found]
+    everyone = of_all((about, [part.numel() for part in parts], flat))
+    return [(told, flat.split(sizes)) for told, sizes, flat in everyone]

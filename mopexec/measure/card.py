@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-NAMES = ("allocated", "reserved", "device_used", "power", "energy")
+NAMES = ("allocated_bytes", "reserved_bytes", "device_used_bytes", "power_w", "energy_j")
+"""What a card says, by the names of `mopexec.run.metrics.StepMetrics`."""
 
 
 class Card:
@@ -24,19 +25,19 @@ class Card:
         self._energy = self._millijoules()
 
     def end(self) -> dict[str, float]:
-        """Of the step that `begin` began. allocated, reserved: the allocator's peaks so far, in bytes;
-        device_used: bytes in use on the card now, by all; power: W now; energy: J of the step.
+        """NAMES of the step that `begin` began: the allocator's peaks so far, what all programs use on the
+        card now, power now, energy of the step.
         """
         if self.device is None:
             return {}
         found = {
-            "allocated": float(torch.cuda.max_memory_allocated(self.device)),
-            "reserved": float(torch.cuda.max_memory_reserved(self.device)),
+            "allocated_bytes": float(torch.cuda.max_memory_allocated(self.device)),
+            "reserved_bytes": float(torch.cuda.max_memory_reserved(self.device)),
         }
         if self._nvml is not None:
-            found["device_used"] = float(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-            found["power"] = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-            found["energy"] = (self._millijoules() - self._energy) / 1e3
+            found["device_used_bytes"] = float(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+            found["power_w"] = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+            found["energy_j"] = (self._millijoules() - self._energy) / 1e3
         return found
 
     def _millijoules(self) -> int:

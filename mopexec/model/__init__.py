@@ -2,9 +2,8 @@
 `operators`.
 """
 
-from mopexec.model.initialize import initial_value
 from mopexec.model.routing import Routing
 from mopexec.model.support import check_model
 from mopexec.model.transformer import Transformer
 
-__all__ = ["Routing", "Transformer", "check_model", "initial_value"]
+__all__ = ["Routing", "Transformer", "check_model"]

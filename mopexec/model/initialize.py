@@ -10,7 +10,7 @@ from torch import Tensor
 STANDARD_DEVIATION = 0.02
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, index: int | None = None) -> Tensor:
+def initial_value(name: str, shape: tuple[int, ...], seed: int, index: int | None) -> Tensor:
     """Parameter `name` (or slice `index` of its first dimension, then `shape` is the slice's) in float32 on
     the CPU.
 

@@ -36,7 +36,7 @@ class ChunkExchange:
 
     send[e]: routes to expert e of all; receive[r][e]: routes from rank r to local expert e. The sender's
     order is sorted by expert and so by rank; arrivals are sorted by rank, then expert, and reordered to
-    expert, then rank, unless one of the two is alone: arrivals [num_received], their places. order: this
+    expert, then rank, unless one of the two is alone: arrivals [received], their places. order: this
     rank's routes (token, slot) as they are sent; inverse: where each went.
     """
 
@@ -48,7 +48,6 @@ class ChunkExchange:
         local = len(send) // group.size
         self.send_splits = [sum(send[r * local : (r + 1) * local]) for r in range(group.size)]
         self.receive_splits = [sum(counts) for counts in receive]
-        self.num_sent, self.num_received = sum(self.send_splits), sum(self.receive_splits)
         self.counts = [sum(counts[e] for counts in receive) for e in range(local)]
 
     @classmethod
@@ -62,14 +61,14 @@ class ChunkExchange:
         return [cls(group, *of) for of in zip(routes.send, routes.receive, each, *orders, strict=True)]
 
     def start(self, rows: Tensor) -> "Arrival":
-        """Send rows [num_sent, ...] in the sender's order; the arrival is in the experts' order."""
+        """Send rows [sent, ...] in the sender's order; the arrival is in the experts' order."""
         if self.group.size == 1:
             return Arrival(rows)
         arrived, work = to_ranks(rows, self.receive_splits, self.send_splits, self.group, async_op=True)
         return Arrival(arrived, work, rows, order=self._arrivals)
 
     def start_back(self, owned: list[Tensor], weights: Tensor | None = None) -> "Arrival":
-        """Send the last of `owned`, rows [num_received, H] in the experts' order, and a number of each where
+        """Send the last of `owned`, rows [received, H] in the experts' order, and a number of each where
         given, back to the sender's order.
 
         It is taken out of the list, so that it can be freed once it is reordered.

@@ -32,14 +32,7 @@ def largest(
 
 def of_cards(found: dict[str, float]) -> dict[str, float]:
     """What `StepMetrics` has of cards, of `largest`'s numbers; nothing on a CPU."""
-    names = {
-        "allocated": "allocated_bytes",
-        "reserved": "reserved_bytes",
-        "device_used": "device_used_bytes",
-        "power": "power_w",
-        "energy": "energy_j",
-    }
-    said = {field: found[name] for name, field in names.items() if name in found}
-    if "device_used" in found:
-        said["unseen_bytes"] = found["device_used"] - found["device"]
+    said = {name: found[name] for name in card.NAMES if name in found}
+    if "device_used_bytes" in said:
+        said["unseen_bytes"] = said["device_used_bytes"] - found["device"]
     return said

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from mopexec.distributed.collectives import of_all
 from mopexec.run.checkpoint_reader import Reader
 from mopexec.run.state import RunState, check_state
 from mopsim.common import io
@@ -260,8 +261,7 @@ def _checksums(directory: Path, group: dist.ProcessGroup | None) -> dict[str, st
     """SHA-256 by name of every file that the ranks wrote, on every rank; each hashes its share."""
     mine: dict[str, str] = {}
     problem = _attempt(lambda: mine.update({p.name: _sha256(p) for p in _share(sorted(directory.iterdir()))}))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (problem, mine), group=group)
+    everyone = of_all((problem, mine), group)
     if problem := next((found for found, _ in everyone if found), ""):
         raise MopError(problem)
     return {name: digest for _, sums in everyone for name, digest in sums.items()}
@@ -312,6 +312,4 @@ def _root_cause(error: BaseException) -> str:
 
 def _agree(problem: str, group: dist.ProcessGroup | None = None) -> str:
     """The first rank's problem, or another's, on every rank: '' only where all succeeded."""
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem, group=group)
-    return next((found for found in problems if found), "")
+    return next((found for found in of_all(problem, group) if found), "")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mopsim
+from mopexec.measure import card
 from mopexec.measure.probe_machine import device_name
 from mopexec.measure.quiet import quiet
 from mopsim.common.errors import MopError
@@ -75,9 +76,7 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
         return {name: value for name, value in found.items() if _finite(value)}
 
 
-_OF_CARDS = (
-    "allocated_bytes", "reserved_bytes", "device_used_bytes", "unseen_bytes", "power_w", "energy_j",
-)  # fmt: skip
+_OF_CARDS = (*card.NAMES, "unseen_bytes")
 """Fields that a line has where there is a card."""
 
 

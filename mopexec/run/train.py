@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from mopexec import data
+from mopexec.distributed.collectives import of_all
 from mopexec.measure.card import Card
 from mopexec.measure.quiet import Watch
 from mopexec.measure.timers import KindTimer
@@ -380,9 +380,7 @@ class _Tracking:
 
 def _signal_name(stop: StopRequest) -> str:
     """The signal that asked for the stop: it may have reached another rank only."""
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, stop.signal_name)
-    return next((name for name in names if name), "")
+    return next((name for name in of_all(stop.signal_name) if name), "")
 
 
 def _largest(tracker: MemoryTracker, others: float) -> dict[str, Any]:
@@ -394,7 +392,6 @@ def _largest(tracker: MemoryTracker, others: float) -> dict[str, Any]:
         "host_memory": tracker.host_memory,
         "others": others,
     }
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = of_all(mine)
     largest = max(everyone, key=lambda one: one["peak_memory"])
     return {**largest, **{name: max(one[name] for one in everyone) for name in ("host_memory", "others")}}

@@ -93,14 +93,13 @@ class Weights:
         check(self.files, layout)
 
     def read(
-        self, name: str, shape: tuple[int, ...], index: int | None = None, dim: int = 0, start: int = 0,
-        stop: int | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, name: str, shape: tuple[int, ...], index: int | None, dim: int, start: int, stop: int
+    ) -> Tensor:
         """Part [start, stop) along `dim` of a parameter (of its expert `index`, whose shape is `shape`)."""
         tensor = self.files.tensor(self.layout.tensor(name, index))
         view = self.layout.view(name, index, tensor)
         assert tuple(view.shape) == tuple(shape), f"{name}: {tuple(view.shape)} is not {shape}"
-        return view.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
+        return view.narrow(dim, start, stop - start)
 
     def buffer(self, name: str) -> Tensor | None:
         """A buffer, or None where the files have none."""

@@ -11,9 +11,8 @@ class Source(Protocol):
     """Parts of parameters by name, in the single-device model's shapes."""
 
     def read(
-        self, name: str, shape: tuple[int, ...], index: int | None = None, dim: int = 0, start: int = 0,
-        stop: int | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, name: str, shape: tuple[int, ...], index: int | None, dim: int, start: int, stop: int
+    ) -> Tensor:
         """Part [start, stop) along `dim` of a parameter (of slice `index` of its first dimension, whose shape
         is `shape`), on the CPU.
         """
@@ -29,11 +28,9 @@ class Seeded:
         self._seed = seed
 
     def read(
-        self, name: str, shape: tuple[int, ...], index: int | None = None, dim: int = 0, start: int = 0,
-        stop: int | None = None,
-    ) -> Tensor:  # fmt: skip
-        whole = initial_value(name, shape, self._seed, index)
-        return whole.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
+        self, name: str, shape: tuple[int, ...], index: int | None, dim: int, start: int, stop: int
+    ) -> Tensor:
+        return initial_value(name, shape, self._seed, index).narrow(dim, start, stop - start)
 
     def buffer(self, name: str) -> Tensor | None:
         return None

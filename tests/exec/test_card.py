@@ -47,8 +47,8 @@ def test_a_step_of_a_card(nvml: dict[str, Any]) -> None:
     found = card.end()
     assert tuple(found) == NAMES
     assert found == {
-        "allocated": 6.0 * GIB, "reserved": 7.0 * GIB, "device_used": 10.0 * GIB, "power": 350.0,
-        "energy": 5.0,
+        "allocated_bytes": 6.0 * GIB, "reserved_bytes": 7.0 * GIB, "device_used_bytes": 10.0 * GIB,
+        "power_w": 350.0, "energy_j": 5.0,
     }  # fmt: skip
     said = of_cards({**found, "device": 5.5 * GIB})
     assert said["unseen_bytes"] == 4.5 * GIB
@@ -59,7 +59,7 @@ def test_without_nvml_the_allocator_speaks(nvml: dict[str, Any], monkeypatch: py
     monkeypatch.setitem(sys.modules, "pynvml", None)
     card = Card(torch.device("cuda", 0))
     card.begin()
-    assert set(card.end()) == {"allocated", "reserved"}
+    assert set(card.end()) == {"allocated_bytes", "reserved_bytes"}
 
 
 def test_a_cpu_says_nothing() -> None:
