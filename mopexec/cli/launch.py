@@ -66,7 +66,7 @@ def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> N
 
 def check_train_options(path: Path, options: Sequence[str]) -> TrainOptions:
     """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now: those
-    for ranks of torchrun, apart from files that only the cluster has. Raises MopError or the parser's own error.
+    for ranks of torchrun, apart from files that only the cluster has. Raises MopError or the parser's error.
     """
     from typer.main import get_command
 

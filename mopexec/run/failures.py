@@ -2,6 +2,8 @@
 
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -14,9 +16,24 @@ from mopsim.common.io import Spec
 LOGS = "logs"
 
 
+class WorkError(MopError):
+    """What ended a rank at its work: one line that names it, and no mistake of the input."""
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """What is refused in this block is a failure, unless a limit that the user gave is reached."""
+    try:
+        yield
+    except MopError as error:
+        if getattr(error, "stopped_by", ""):
+            raise
+        raise WorkError(str(error)) from None
+
+
 class Failure(Spec, frozen=True, kw_only=True):
     """One rank's failure: when (Unix time), in one line, whether it is the user's to mend, where the
-    traceback is. stopped_by: of `OutOfMemory`.
+    traceback is ("" = the line says it all). stopped_by: of `OutOfMemory`.
     """
 
     rank: int
@@ -29,21 +46,21 @@ class Failure(Spec, frozen=True, kw_only=True):
 
 def report(logs: Path, rank: int, error: BaseException) -> Failure:
     """Write rank's failure into `logs` and return it."""
-    mistake = isinstance(error, MopError)
+    told = isinstance(error, MopError)
     text = str(error).strip().splitlines()
-    message = (text[0] if text else "") if mistake else f"{type(error).__name__}: {text[0] if text else ''}"
+    message = (text[0] if text else "") if told else f"{type(error).__name__}: {text[0] if text else ''}"
     path = logs / f"rank{rank}.traceback.txt"
     failure = Failure(
         rank=rank,
         time=time.time(),
         message=message,
-        user_mistake=mistake,
-        traceback="" if mistake else str(path),
+        user_mistake=told and not isinstance(error, WorkError),
+        traceback="" if told else str(path),
         stopped_by=getattr(error, "stopped_by", ""),
     )
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        if not mistake:
+        if not told:
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         io.write_text(logs / f"rank{rank}.failure.json", msgspec.json.encode(failure).decode())
     except (OSError, MopError):  # a full disk: the line on standard error is all there is
@@ -67,7 +84,8 @@ def one_line(failure: Failure) -> str:
     """'rank 1 failed: ValueError: ... (traceback: PATH)'; a user's mistake without the rank's story."""
     if failure.user_mistake:
         return f"rank {failure.rank}: {failure.message}"
-    return f"rank {failure.rank} failed: {failure.message} (traceback: {failure.traceback})"
+    trace = f" (traceback: {failure.traceback})" if failure.traceback else ""
+    return f"rank {failure.rank} failed: {failure.message}{trace}"
 
 
 def exit_code(failure: Failure | None) -> int:

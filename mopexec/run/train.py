@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run import agreed, checkpoint
 from mopexec.run.evaluation import Evaluation, tokens_of
+from mopexec.run.failures import at_work
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, Timed, measurement
@@ -70,7 +71,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     """Train `plan` until options.steps optimizer steps are done in all, on every rank together.
 
     build: `mopexec.run.apply.build`, or another that returns a Runner. stop: asked after every step.
-    Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError.
+    Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError,
+    WorkError from the first step on.
     """
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.open_tokens(tokens_of(options, plan, job), plan.training, seed)
@@ -97,12 +99,10 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     if options.resume and not resumed:
         loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
     loop.say_data()
-    try:
+    with at_work(), closing(loop):
         loop.run()
         kinds = {} if loop.stopped_by else loop.profile()
-    finally:
-        loop.close()
-    return loop.conclude(kinds)
+        return loop.conclude(kinds)
 
 
 class _Loop:

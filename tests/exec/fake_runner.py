@@ -17,8 +17,9 @@ def build(plan, platform, *, routing, seed):
 
 
 class FakeRunner:
-    """Environment FAKE: 'slow', or 'kill', 'raise', 'interrupt', 'stall' with ':RANK:STEP' (steps from 1), or
-    'saving' with ':rank:STEP' or ':launcher:STEP': killed once the tensors of a checkpoint are written."""
+    """Environment FAKE: 'slow', or 'kill', 'raise', 'diverge', 'interrupt', 'stall' with ':RANK:STEP' (steps
+    from 1), or 'saving' with ':rank:STEP' or ':launcher:STEP': killed once the tensors of a checkpoint are
+    written."""
 
     def __init__(self, plan, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -58,6 +59,8 @@ class FakeRunner:
                 os.kill(os.getpid(), signal.SIGINT)
             if what == "stall":
                 time.sleep(2 * HANG)
+            if what == "diverge":
+                self.weight.fill_(torch.nan)
             if what == "raise":
                 raise ValueError("the weights went missing\nand more")
 

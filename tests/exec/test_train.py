@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -277,6 +278,13 @@ def test_an_error_on_a_rank_is_one_line_and_a_traceback_in_logs(inputs, tmp_path
     assert code == 1
     assert err == f"mopexec: rank 1 failed: ValueError: the weights went missing (traceback: {trace})"
     assert "_misbehave" in trace.read_text()
+
+
+def test_a_failure_at_work_is_no_mistake_of_the_input(inputs, tmp_path):
+    code, _, err = finish(start_fake(inputs, tmp_path / "run", "diverge:1:2", steps=5))
+    line = r"mopexec: rank \d failed: step 2: loss nan, gradient norm nan: the run diverged at learning rate "
+    assert code == 1
+    assert re.fullmatch(line + ".*", err)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(inputs, tmp_path):
