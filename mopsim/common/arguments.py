@@ -64,7 +64,8 @@ def _taken(value: Any, hint: Any) -> Any:
     if origin is Literal:
         return next((one for one in inner if _is(value, one)), _UNFIT)
     if origin in (Sequence, tuple):
-        return _taken_sequence(value, inner, fixed=not _of_any_length(hint))
+        found = _taken_sequence(value, inner, fixed=not _of_any_length(hint))
+        return found if found is _UNFIT or origin is Sequence else tuple(found)
     if origin is Mapping:
         return _taken_mapping(value, *inner)
     if origin is not None:
