@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mopexec.model import Transformer
 from mopexec.model.initialize import is_stacked
-from mopexec.weights.families import FAMILIES, TensorPlace
+from mopexec.weights.families import FAMILIES, Family, TensorPlace
 from mopsim.common.errors import MopError
 from mopsim.spec.model import ModelSpec
 
