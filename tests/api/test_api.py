@@ -314,7 +314,8 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     tiny = mopsim.mop(expert_parallel=np.int64(2), prefetch=one)
     assert tiny == mopsim.mop(expert_parallel=2, prefetch=1)
     assert repr(tiny) == "mop(expert_parallel=2, prefetch=1)"
-    assert repr(mopsim.megatron(stage_layers=np.array([3, 1]))) == "megatron(stage_layers=(3, 1))"  # type: ignore[arg-type]
+    stages: Any = np.array([3, 1])
+    assert repr(mopsim.megatron(stage_layers=stages)) == "megatron(stage_layers=(3, 1))"
     job = {**JOB, "seq_len": np.int64(64), "global_batch": four, "nodes": one, "seed": np.uint8(3)}
     of_numpy = mopsim.simulate(**job, strategy=tiny, learning_rate=np.float32(0.5), interval=np.float64(0.5))
     plain = {**JOB, "seq_len": 64, "global_batch": 4, "nodes": 1, "seed": 3}
