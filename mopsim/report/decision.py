@@ -8,6 +8,7 @@ from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
+from mopsim.intervals import machines_share
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
     CARRIED,
@@ -94,7 +95,8 @@ def content(d: Decision) -> dict[str, object]:
         "risks": risks(d),
         "measures": _measures(d.settled),
         "level": f"{100 * d.request.interval:g} %",
-        "now": f"{d.settled[0].before:.0%}" if d.settled else "",
+        "now": f"{d.settled[0].before:.1%}" if d.settled else "",
+        "machine": f"{machines_share(subject.result.facts):.0%}" if subject and subject.result else "",
         "assumptions": _assumptions(d.request.at(bill)),
         "facts": d.facts,
     }
@@ -285,7 +287,7 @@ def _memory(result: SimResult) -> str:
 def _measures(settled: Sequence[Settled]) -> Table:
     rows = [
         [one.benchmark.name, f"{one.benchmark.nodes}", one.benchmark.how,
-         f"{one.before:.0%} to {one.after:.0%}"]
+         f"{one.before:.1%} to {one.after:.1%}"]
         for one in settled
     ]  # fmt: skip
     return Table(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))

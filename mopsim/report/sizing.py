@@ -16,6 +16,7 @@ from mopsim.size.assumptions import DEFAULT
 from mopsim.size.figures import DAY, Figures, rated
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.stacks import variants
 
 CARRIED = "plan carried from another number of nodes"
 """Of a point whose own number of nodes was not searched, or brought nothing faster."""
@@ -121,10 +122,11 @@ def unmeasured(result: SimResult) -> str:
     if stack in others | {one.stack for one in result.facts.seen if one.step_time is not None}:
         return ""
     runs = sum(one.runs for one in known.cells)
-    apart = math.expm1(known.deviations.stack)
+    apart, near = math.expm1(known.deviations.stack), variants(result.stack, sorted(others))
+    kin = f" (of its variants {', '.join(near)} there are)" if near else ", nor of a variant"
     return (
-        f"No measured run of {stack} is known: the interval of days, the probability of the deadline and the "
-        f"median factor rest on {runs:,.0f} runs of {len(others)} other programs, whose errors lie "
+        f"No measured run of {stack} is known{kin}: the interval of days, the odds of the deadline and "
+        f"the median factor rest on {runs:,.0f} runs of {len(others)} other programs, whose errors lie "
         f"{apart:.0%} apart (standard deviation between programs)."
     )
 

@@ -12,7 +12,7 @@ An entry at the top (`runtime`, `communication_share`, ...) has the `source` at 
 source is refused, so that a reader can check each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,17 @@ def load_stack(ref: str | Path, field: str = "stack") -> Stack:
     stack = _stack(read_text(path, field), str(path), field, ())
     _check_name(stack, str(path), field)
     return stack
+
+
+def variants(stack: Stack, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are shipped stacks and extend what `stack` is, or extends."""
+    shipped = [_named(one) for one in names if one in _texts()]
+    return [one.name for one in shipped if one.name != stack.name and _root(one) == _root(stack)]
+
+
+def _root(stack: Stack) -> str:
+    """The stack that extends no other."""
+    return _root(_named(stack.extends)) if stack.extends in _texts() else stack.extends or stack.name
 
 
 def _check_name(stack: Stack, origin: str, field: str) -> None:

@@ -25,6 +25,7 @@ from mopsim.size.figures import DAY, WIDE
 from mopsim.size.points import nearest_miss, pareto, surer
 from mopsim.size.settle import settle
 from mopsim.spec.observed import Observed
+from mopsim.spec.stacks import load_stack
 
 JOB: dict[str, Any] = {
     "tokens": "300B", "seq_len": 4096, "families": ["mop", "fsdp2"], "max_nodes": 16, "simulations": 2,
@@ -55,15 +56,8 @@ def test_the_front_is_beaten_by_nothing(found: Clusters) -> None:
 def test_json_has_what_a_buyer_asks(found: Clusters) -> None:
     data = found.to_json()
     wanted = {
-        "hardware",
-        "nodes",
-        "gpus",
-        "days_interval",
-        "cost_interval",
-        "p_deadline",
-        "goodput",
-        "strategy",
-    }
+        "hardware", "nodes", "gpus", "days_interval", "cost_interval", "p_deadline", "goodput", "strategy",
+    }  # fmt: skip
     assert data["points"]
     for point in (*data["points"], *data["pareto"], data["recommended"]):
         assert wanted <= set(point)
@@ -136,15 +130,17 @@ def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
     def said(stack: str, *seen: Observed) -> list[str]:
         assert chosen is not None
         assert chosen.result is not None
-        software = msgspec.structs.replace(chosen.result.stack, name=stack)
+        software = load_stack(stack)
         result = replace(chosen.result, stack=software, facts=replace(chosen.result.facts, seen=seen))
         point = replace(chosen, result=result)
         decision = Decision(found.request, [], [], [], point, None, [], [])
         lines = (risks(decision), stated(found.request, [Sizing(point.hardware, point, [point])]))
         return [line for one in lines for line in one if line.startswith(f"No measured run of {stack} is")]
 
+    assert "(of its variants megatron-bridge, megatron-lm" in said("megatron-core")[0]
     risk, text = said("mopexec-flat")
     assert risk == text
+    assert "nor of a variant" in risk
     assert f"{sum(one.runs for one in cells):,.0f} runs of {len(stacks)} other programs" in risk
     assert not said(min(stacks))
     seen = Observed(stack="mopexec-flat", precision="bf16", network="x", runs=3, step_time=0.1)
