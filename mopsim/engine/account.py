@@ -105,12 +105,10 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     record, program = played.records[place], workload.programs[place]
     last, repeats, unit = workload.expanded - 1, workload.repeats, workload.unit
     took = lasted(workload, played.records) if repeats else [1.0] * len(played.records)
-    # What delays one rank in a turn delays its neighbour in the next; in an interleaved pipeline the turn
-    # may lie in the warm-up of others.
-    period = mean(took) if unit == 1 else took[place]
+    period = mean(took)
     often = {i: 1 + repeats * (last - unit <= i < last) for i in record.tallies}
     first = last - (min(CYCLE, max(1, len(workload.programs) - 1)) if unit == 1 else unit)
-    cycle = record.tallies[last].start - record.tallies[first].start if repeats else 1.0
+    cycle = record.tallies[last].ready - record.tallies[first].ready if repeats else 1.0
     weights = {i: 1 + repeats * period / cycle * (first <= i < last) for i in record.tallies}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
     between = hardware.step_overhead(workload.stack.runtime or workload.stack.name)

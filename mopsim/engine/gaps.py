@@ -26,17 +26,21 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
     return sum(_drift(program, record, repeat) for repeat in program.repeats) <= STEADY * step_time
 
 
-def lasted(workload: Workload, records: Sequence[Record], back: int = 0) -> list[float]:
-    """Seconds of each rank's last turn, of `unit` microbatches, before the one in which the pipeline drains;
-    back: turns before that."""
-    last = workload.expanded - 1 - back
-    return [record.tallies[last].start - record.tallies[last - workload.unit].start for record in records]
+def lasted(workload: Workload, records: Sequence[Record]) -> list[float]:
+    """Seconds of each rank's last turn, of `unit` microbatches, before the one in which the pipeline drains.
+    A stage's turn begins once what it waits for is there: what it has waited for
+    since the pipeline was filled is no part of it."""
+    last = workload.expanded - 1
+    ends = [(one.tallies[last], one.tallies[last - workload.unit]) for one in records]
+    if len(records) == 1:
+        return [end.ready - begin.ready for end, begin in ends]
+    return [end.start - begin.start for end, begin in ends]
 
 
 def settled(workload: Workload, records: Sequence[Record], end: float) -> bool:
-    """Whether the last turn of the ranks took as long as the one before it, whichever rank was delayed."""
-    last, before = (sorted(lasted(workload, records, back)) for back in (0, 1))
-    most = max(abs(one - other) for one, other in zip(last, before, strict=True))
+    """Whether the last turn took all ranks equally long: no rank runs ahead of another one any more."""
+    last = lasted(workload, records)
+    most = max(last) - min(last)
     return workload.repeats * most <= STEADY * (end + workload.repeats * mean(last))
 
 

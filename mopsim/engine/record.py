@@ -36,10 +36,12 @@ def turns(program: Program) -> list[int]:
 
 @dataclass(slots=True)
 class Tally:
-    """Seconds of one turn (`turns`)."""
+    """Seconds of one turn (`turns`). ready, start: at which the stream was ready for its first op, and ran
+    it."""
 
     exposed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     component: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    ready: float = -1.0
     start: float = -1.0
 
 
@@ -107,7 +109,7 @@ class Record:
         tally = self._tally(op)
         if compute:
             if tally.start < 0.0:
-                tally.start = ready
+                tally.ready, tally.start = ready, start
             tally.component[op.component] += op.times * (end - start)
             self.compute_end = end
         if end >= self.end:

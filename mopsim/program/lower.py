@@ -58,11 +58,11 @@ def lower(
     exact = runnable(strategy, model, training, stack) is None
     again = partial(lower, model, strategy, training, domain, stack, expand=expand, rounds=2 * rounds)
     composed = any(program.repeats for program in programs)
-    filled_once = rounds == unit == 1 < len(stages) and expanded < total
+    filled = len(stages) > 1 and expanded < total
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
         whole=partial(again, compose=False) if composed else None,
-        longer=partial(again, compose=compose) if filled_once else None, stack=stack,
+        longer=partial(again, compose=compose) if filled else None, stack=stack,
     )  # fmt: skip
 
 
@@ -75,14 +75,14 @@ def passes_of(context: Context) -> Passes:
 def _expansion(strategy: Strategy, total: int, rounds: int) -> tuple[int, int]:
     """(microbatches of a repetition, microbatches lowered): the rest repeats the last repetition but one.
 
-    A pipeline is in its steady state once its stages are full (`longer` where it turns out not to be), an
-    interleaved one after two rounds of them.
+    A pipeline is in its steady state once its stages are full, an interleaved one after two rounds of them;
+    where that turns out not to be so, after more (`longer`): stages of fewer layers run ahead for a while.
     """
     stages = strategy.pipeline.pipeline_parallel
     if stages == 1:
         return 1, min(total, EXPANDED + bool(strategy.overlap.experts))
     unit = stages if strategy.pipeline.virtual_stages > 1 else 1
-    base = 3 * stages if unit > 1 else rounds * stages + EXPANDED + 1
+    base = (2 + rounds) * stages if unit > 1 else rounds * stages + EXPANDED + 1
     return unit, total - unit * max(0, (total - base) // unit)
 
 

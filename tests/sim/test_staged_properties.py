@@ -1,5 +1,7 @@
 """Properties of steps of many programs: bounds of time, bandwidth, and what one stage sends another gets."""
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,16 +23,27 @@ CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 
 @st.composite
+def layouts(draw: st.DrawFn, parts: int) -> tuple[int, ...]:
+    """Layers of each part of a pipeline: alike, or any."""
+    if draw(st.booleans()):
+        return ()
+    layers, cuts = MODEL.num_hidden_layers, st.integers(0, MODEL.num_hidden_layers)
+    ends = sorted(draw(st.lists(cuts, min_size=parts - 1, max_size=parts - 1)))
+    return tuple(b - a for a, b in pairwise([0, *ends, layers]))
+
+
+@st.composite
 def strategies(draw: st.DrawFn) -> Strategy:
-    """Megatron under any split that fits the small model, any schedule, any recomputation, where layer inputs
-    may be on the host beside each."""
+    """Megatron under any split that fits the small model, any schedule, any layers of each stage, any
+    recomputation, where layer inputs may be on the host beside each."""
     stages = draw(st.sampled_from([1, 2, 4]))
     schedule = draw(st.sampled_from(["1f1b", "zero_bubble", "interleaved"]))
     several = schedule == "interleaved" and stages > 1
     tensor, sequence = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
+    parts = stages * (2 if several else 1)
     strategy = megatron(
         8 * stages, pipeline_parallel=stages, virtual_stages=2 if several else 1, tensor_parallel=tensor,
-        context_parallel=sequence,
+        context_parallel=sequence, stage_layers=draw(layouts(parts)) if stages > 1 else (),
         expert_parallel=draw(st.sampled_from([1, 4])), expert_tensor_parallel=draw(st.sampled_from([1, 2])),
         recompute=draw(st.sampled_from(["none", "selective", "full"])),
     )  # fmt: skip
