@@ -75,15 +75,12 @@ def first_host(hosts: str) -> str:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """rank of world_size; local_rank of local_size on this node; restart: how often the launcher started the
-    ranks again; port: where they meet.
-    """
+    """rank of world_size; local_rank of local_size on this node; port: where they meet."""
 
     rank: int
     world_size: int
     local_rank: int
     local_size: int
-    restart: int
     port: int
 
 
@@ -98,7 +95,6 @@ def place() -> RankPlace:
         world_size=world_size,
         local_rank=_number("LOCAL_RANK", 0, 0, local_size - 1),
         local_size=local_size,
-        restart=_number("TORCHELASTIC_RESTART_COUNT", 0, 0, most),
         port=_number("MASTER_PORT", PORT, 1, 2**16 - 1),
     )
 

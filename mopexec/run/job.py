@@ -1,8 +1,10 @@
 """One rank's place in the job: its process group, its core, its platform."""
 
+import hashlib
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,33 +27,31 @@ ANSWER = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class RankJob:
-    """rank of world_size; local_rank of local_size on this node; restart: how often the launcher started us
-    again. cores: that no other rank works on, if any.
+    """rank of world_size; local_rank of local_size on this node; again: whether an earlier attempt of this
+    launch had begun. cores: that no other rank works on, if any.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_size: int
-    restart: int
+    again: bool
     platform: Platform
     cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class RankMeeting:
-    """A rank that has met the others: its place, and the store that they share."""
+    """A rank that has met the others: its place, the store that they share, and `RankJob.again`."""
 
     place: RankPlace
     store: Store
+    again: bool
 
 
 def meet() -> RankMeeting:
     """Wait for the other ranks where the launcher's variables say. The wait is Python's, so that a signal
     ends it. Raises MopError where they have not come after TIMEOUT, or the place is taken.
-
-    The store is prefixed by the restart count: a restarted group otherwise meets the keys of the one that was
-    killed.
     """
     own, address = place(), os.environ["MASTER_ADDR"]
     is_master = own.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -65,12 +65,35 @@ def meet() -> RankMeeting:
     except dist.DistError as error:
         raise MopError(f"{where}: {error}") from None
     shared.set_timeout(TIMEOUT)
-    store = PrefixStore(f"run{own.restart}", shared)
-    if store.add("met", 1) >= own.world_size:
-        store.set("all", "1")
-    _wait(lambda: store.check(["all"]), end, f"{where}: not all of {own.world_size} ranks came there")
+    again, roster = attempts.left("begun"), _Roster(own, shared)
+    _wait(roster.is_complete, end, f"{where}: not all of {own.world_size} ranks came there")
     attempts.leave("begun")
-    return RankMeeting(own, store)
+    return RankMeeting(own, PrefixStore(roster.name, shared), again)
+
+
+class _Roster:
+    """The ranks of this attempt, among the keys that killed ones left in the store: each signs with a word of
+    its own, the first rank lists what has been signed, and a list is complete once all on it say so. The
+    launcher's count of restarts would not do: nodes whose ranks did not fail do not count one.
+    """
+
+    def __init__(self, own: RankPlace, store: TCPStore) -> None:
+        self._own, self._store, self._word, self.name = own, store, uuid.uuid4().hex[:12], ""
+        store.set(f"rank{own.rank}", self._word)
+
+    def is_complete(self) -> bool:
+        """Asked again and again, by every rank."""
+        ranks = [f"rank{rank}" for rank in range(self._own.world_size)]
+        if self._own.rank == 0 and self._store.check(ranks):
+            self._store.set("roster", b",".join(self._store.multi_get(ranks)).decode())
+        words = self._store.get("roster").decode().split(",") if self._store.check(["roster"]) else []
+        if words[self._own.rank : self._own.rank + 1] != [self._word]:
+            return False
+        name = hashlib.sha256(",".join(words).encode()).hexdigest()[:16]
+        if name != self.name:
+            self._store.add(name, 1)
+        self.name = name
+        return self._store.add(name, 0) >= self._own.world_size
 
 
 def _answers(address: str, port: int) -> bool:
@@ -107,7 +130,7 @@ def join(meeting: RankMeeting) -> Iterator[RankJob]:
         timeout=TIMEOUT,
         device_id=platform.device if platform.is_cuda else None,
     )
-    yield RankJob(own.rank, own.world_size, own.local_rank, own.local_size, own.restart, platform, cores)
+    yield RankJob(own.rank, own.world_size, own.local_rank, own.local_size, meeting.again, platform, cores)
     dist.destroy_process_group()
 
 

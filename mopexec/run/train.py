@@ -78,7 +78,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     dataset = data.open_tokens(tokens_of(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
     wanted = run_state(plan, 0, seed, dataset.text_digest, **_rules(options))
-    if options.resume or job.restart:
+    if options.resume or job.again:
         resumed = checkpoint.check_resumable(Path(options.out), wanted, options.steps)
     torch.manual_seed(seed)
     tracking = _Tracking(options)

@@ -18,7 +18,7 @@ def differences(platform: Platform, plan: Plan, masked: bool = False) -> dict[st
     targets do not count.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    job = RankJob(rank, world, rank, world, 0, platform)
+    job = RankJob(rank, world, rank, world, False, platform)
     found = compare(plan, job, 2, _half if masked else targets_of)
     return None if found is None else io.to_plain(found)
 

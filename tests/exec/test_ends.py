@@ -10,9 +10,11 @@ from datetime import timedelta
 
 import msgspec
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
 from mopexec.check.dry_run import dry_run
 from mopexec.run import checkpoint, job, lock
+from mopexec.run.environment import RankPlace
 from mopsim.common.command_line import REPEAT_SECONDS
 from mopsim.common.errors import MopError
 from mopsim.spec.stacks import load_stack
@@ -92,6 +94,33 @@ def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
             MopError, match=f"MASTER_ADDR, MASTER_PORT: localhost:{port}: {rule} within 100 ms"
         ):
             job.meet()
+
+
+def test_ranks_of_an_attempt_meet_among_the_keys_of_those_before():
+    """Whatever an attempt that was killed had signed, and whoever comes first."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    places = [RankPlace(rank, 3, rank, 3, 0) for rank in range(3)]
+
+    def arrive(*ranks):
+        return [job._Roster(places[rank], store) for rank in ranks]
+
+    def complete(rosters):
+        for roster in rosters:
+            roster.is_complete()
+        return [roster.is_complete() for roster in rosters]
+
+    first = arrive(0, 1, 2)
+    complete(first)
+    assert complete(first) == [True] * 3
+    killed = arrive(2, 0)  # before all have come
+    assert complete(killed) == [False] * 2
+    last = arrive(1, 0)
+    assert complete(last) == [False] * 2
+    last += arrive(2)
+    complete(last)
+    assert complete(last) == [True] * 3
+    assert len({roster.name for roster in last}) == 1
+    assert last[0].name != first[0].name
 
 
 def test_a_signal_during_imports_is_neither_lost_nor_fatal():
