@@ -48,14 +48,14 @@ Rounds = Generator[list[Ask], list[Answer], Sizing]
 @dataclass
 class _KnownSteps:
     """What was found of one machine type so far. given: the plans that a count was asked with; searched:
-    counts that were."""
+    families that were, by count."""
 
     request: Request
     hardware: HardwareProfile
     answers: dict[int, Answer] = field(default_factory=dict)
     points: dict[int, Point] = field(default_factory=dict)
     given: dict[int, list[Strategy]] = field(default_factory=lambda: defaultdict(list))
-    searched: set[int] = field(default_factory=set)
+    searched: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     simulated: int = 0
 
     def note(self, ask: Ask, found: Answer) -> None:
@@ -63,7 +63,7 @@ class _KnownSteps:
         self.simulated += found.simulated
         self.given[ask.num_nodes] += [plan.strategy for plan in ask.plans]
         if ask.simulations:
-            self.searched.add(ask.num_nodes)
+            self.searched[ask.num_nodes].update(ask.families)
         before = self.answers.get(ask.num_nodes)
         if before is not None:
             found = merged(before, found)
@@ -79,6 +79,10 @@ class _KnownSteps:
     def search_led(self, count: int) -> Ask:
         """A search of the families of the fastest plans of the nearest counts."""
         return self.search(count, tuple({one.strategy.name: None for one in self.near(count)}))
+
+    def unsearched(self, count: int) -> bool:
+        """Whether families were left out at a count: another than those of its neighbours may be the best."""
+        return not self.searched[count].issuperset(self.request.families)
 
     def carry(self, count: int, *others: int) -> Ask:
         """The plans of the nearest counts, and of others."""
@@ -169,7 +173,7 @@ def _round(known: _KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Ans
 def _mend(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
     """Hand plans on; search the counts that still lag."""
     yield from _hand_on(known)
-    lagging = [count for count, _ in _lagging(known, LAG) if count not in known.searched]
+    lagging = [count for count, _ in _lagging(known, LAG) if not known.searched[count]]
     yield from _round(known, [known.search_led(count) for count in lagging])
 
 
@@ -285,18 +289,22 @@ def _deepen(
         if best is None:
             break
         yield from _look_above(known, best.num_nodes, counts)
-        if _best(known) is best:
+        found = _best(known)
+        if found is best or found is None:
             break
+        if not _beside(found, done):
+            yield from _look(known, found.num_nodes, counts)
+            done.append(found.num_nodes)
 
 
 def _look_above(
     known: _KnownSteps, best: int, counts: Sequence[int]
 ) -> Generator[list[Ask], list[Answer], None]:
-    """A search at twice the best count, which may be cheaper, and what it found at the counts around; the
-    plan of the best at those just above."""
+    """A search of all families at twice the best count, which may be cheaper, and what it found at the counts
+    around; the plan of the best at those just above."""
     double = next((count for count in counts if count >= 2 * best), None)
-    if double is not None and double not in known.searched:
-        yield from _round(known, [known.search_led(double)])
+    if double is not None and known.unsearched(double):
+        yield from _round(known, [known.search(double)])
         yield from _round(known, _worse(known, double, counts))
         yield from _close_in(known, counts)
     above = [count for count in counts if best < count < BESIDE * best and count not in known.points]
@@ -308,10 +316,11 @@ def _beside(point: Point, counts: Iterable[int]) -> bool:
 
 
 def _look(known: _KnownSteps, count: int, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
-    """A longer search at a count, and what it found at the counts around."""
+    """A longer search at a count, of its fastest families where all were searched there, and what it found
+    at the counts around."""
     first, *others = known.answers[count].plans
     near = [one for one in others if one.step_time < 1.05 * first.step_time]
-    families = tuple(one.strategy.name for one in (first, *near))
+    families = () if known.unsearched(count) else tuple(one.strategy.name for one in (first, *near))
     yield from _round(known, [known.search(count, families, DEEP)])
     yield from _round(known, _worse(known, count, counts))
     yield from _close_in(known, counts)
