@@ -14,6 +14,7 @@ from itertools import pairwise
 from mopsim.engine import SimResult
 from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.counts import least_nodes, node_counts
+from mopsim.size.goodput import rack_nodes, whole_racks
 from mopsim.size.points import Point, Request, Sizing, nearest_miss, quantile
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import Strategy
@@ -154,7 +155,7 @@ def _least(request: Request, hardware: HardwareProfile, share: float) -> int:
 def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str]:
     """(the node counts worth asking about, why none can do): the largest alone, for what it misses by, where
     arithmetic says that none is enough."""
-    counts = node_counts(request.max_nodes)
+    counts = node_counts(request.max_nodes, rack_nodes(hardware))
     if request.goal.seconds is None:
         return counts, ""
     least = _least(request, hardware, 1.0)
@@ -300,13 +301,16 @@ def _deepen(
 def _look_above(
     known: _KnownSteps, best: int, counts: Sequence[int]
 ) -> Generator[list[Ask], list[Answer], None]:
-    """A search of all families at twice the best count, which may be cheaper, and what it found at the counts
-    around; the plan of the best at those just above."""
+    """Searches of all families at all nodes of the best's racks, which are paid for, and at twice the best
+    count, which may be cheaper, and what they found at the counts around; the plan of the best at those just
+    above."""
+    paid = whole_racks(known.hardware, best)
     double = next((count for count in counts if count >= 2 * best), None)
-    if double is not None and known.unsearched(double):
-        yield from _round(known, [known.search(double)])
-        yield from _round(known, _worse(known, double, counts))
-        yield from _close_in(known, counts)
+    for count in (paid if paid in counts else None, double):
+        if count is not None and known.unsearched(count):
+            yield from _round(known, [known.search(count)])
+            yield from _round(known, _worse(known, count, counts))
+            yield from _close_in(known, counts)
     above = [count for count in counts if best < count < BESIDE * best and count not in known.points]
     yield from _round(known, [known.carry(count) for count in above])
 

@@ -109,6 +109,14 @@ def test_whole_racks_are_node_counts() -> None:
     assert global_batch(world, 2**14, 2**22) % world == 0
 
 
+def test_a_rack_that_is_paid_for_is_tried_whole() -> None:
+    """Of 18 nodes sixteen trained: 90 dollars, where all do 85."""
+    rack = msgspec.structs.replace(priced(), scale_up_size=18 * priced().devices_per_node)
+    best = size(request(3 * DAY, max_nodes=48), rack).best
+    assert best is not None
+    assert best.num_nodes == whole_racks(rack, best.num_nodes)
+
+
 @settings(deadline=None)
 @given(nodes=st.sampled_from(node_counts(512)), power=st.integers(9, 20), wanted=st.integers(10, 26))
 def test_a_global_batch_divides_over_the_ranks(nodes: int, power: int, wanted: int) -> None:
