@@ -81,8 +81,8 @@ def each(value: Value) -> tuple[int, ...]:
 
 
 class _Trials:
-    """Every value of every axis in two rows of defaults: one with nothing split, one without recomputation
-    whose experts and sequences are spread, where fields of theirs act."""
+    """Every value of every axis in rows of defaults: with nothing split; without recomputation, experts and
+    sequences spread, where fields of theirs act; and so with it."""
 
     def __init__(self, problem: Problem, family: str) -> None:
         self.problem, self.family = problem, family
@@ -94,7 +94,9 @@ class _Trials:
         }
         split = min(problem.world_size, 2)
         spread = {"experts": most["experts"], "sequence": min(most["sequence"], split)}
-        self.contexts = ({"recompute": 1, "modules": 0}, {"recompute": 0, "modules": 0, **spread})
+        whole, kept = {"recompute": 1, "modules": 0}, {"recompute": 0, "modules": 0}
+        self.contexts = (whole, kept | spread, whole | spread)
+        self.bound: dict[Key, bool] = {}
         self.jobs: dict[Key, dict[Value, list[tuple[dict[str, int], Job]]]] = {
             key: {value: list(self._jobs(key, value)) for value in values}
             for key, values in self.axes.items()
@@ -143,12 +145,23 @@ class _Trials:
 
     def _contexts(self, key: Key, value: Value) -> Iterable[dict[str, int]]:
         """Rows that a value is tried in. Modules are recomputed where layers are not: layers that are not
-        recomputed whole may have every value of theirs. First rows are alike for all values of an axis."""
-        first, second = self.contexts
+        recomputed whole may have every value of theirs, and so may what a stack has under conditions. First
+        rows are alike for all values of an axis."""
+        first, second, _ = self.contexts
         if key == "modules":
             return (second,) if value else (second, first)
-        modules = self.axes.get("modules", ()) if (key, value) == ("recompute", 0) else ()
-        return (first, second, *(second | {"modules": each(one)[0]} for one in modules if one))
+        modules = self.axes.get("modules", ()) if (key, value) == ("recompute", 0) or self._bound(key) else ()
+        return (*self.contexts, *(second | {"modules": each(one)[0]} for one in modules if one))
+
+    def _bound(self, key: Key) -> bool:
+        """Whether an axis sets a field that the stack has under conditions."""
+        if key not in self.bound:
+            fields = [one.partition(" where ") for one in self.problem.software(self.family).has]
+            reads = [attrgetter(name) for name, where, _ in fields if where]
+            rows = [dict(zip(names(key), each(value), strict=True)) for value in self.axes[key]]
+            jobs = [job for row in rows if (job := self._job(self.contexts[1] | row)) is not None]
+            self.bound[key] = any(len({read(job.strategy) for job in jobs}) > 1 for read in reads)
+        return self.bound[key]
 
     def _job(self, columns: dict[str, int]) -> Job | None:
         problem, stack = self.problem, self.problem.software(self.family)
@@ -206,15 +219,18 @@ class _Trials:
     def _pair(
         self, key: Key, value: Value, context: dict[str, int], error: SpecError, *, selective: bool
     ) -> Iterator[Refused]:
-        """Where it is recomputation beside which a value is refused, their columns. selective: whether layers
-        that are not recomputed whole may recompute modules."""
+        """Where it is recomputation, of layers or of modules, beside which a value is refused, their columns.
+        selective: whether layers that are not recomputed whole may recompute modules."""
         given = dict(zip(names(key), each(value), strict=True))
-        other = self._job(context | {"recompute": 1 - context["recompute"]} | given)
-        if other is not None and all(one.field != error.field for one in not_played(other)):
-            columns = {"recompute": context["recompute"]} | given
-            if selective and not context["recompute"]:
+        for column, without in (("recompute", 1 - context["recompute"]), ("modules", 0)):
+            other = self._job(context | {column: without} | given)
+            if other is None or any(one.field == error.field for one in not_played(other)):
+                continue
+            columns = {column: context[column]} | given
+            if column == "recompute" and selective and not context["recompute"]:
                 columns = {"modules": 0} | columns
             yield tuple(columns), tuple(columns.values()), f"{error.field} {error.rule}"
+            return
 
     def _not_run(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> Iterator[str]:
         """Why mopexec does not run a value, where that is asked for."""

@@ -319,10 +319,12 @@ class Stack(Spec, frozen=True, kw_only=True):
         return replace(found, **computed) if computed else found
 
     def _overlap(self, strategy: Strategy) -> Overlap:
-        """Experts' exchanges are hidden where there is another microbatch to hide them behind."""
+        """Experts' exchanges are hidden where there is another microbatch to hide them behind, and where
+        they are not recomputed."""
         found, pipeline = _filled(strategy.overlap, self.hides, None), strategy.pipeline
         behind = pipeline.pipeline_parallel == 1 or pipeline.virtual_stages > 1
-        return found if behind or strategy.overlap.experts else replace(found, experts=False)
+        again = strategy.activations.recompute == "full" or "moe" in strategy.activations.modules
+        return found if strategy.overlap.experts or (behind and not again) else replace(found, experts=False)
 
     def _activations(self, strategy: Strategy) -> Activations:
         given, own = strategy.activations, self.recompute
