@@ -9,6 +9,9 @@ from mopsim.program.workload import Program, Repeat, Workload, first_compute
 STEADY = 5e-4
 """Part of a step by which the gaps may be wrong, as the periods before them tell."""
 
+FILLED = 2
+"""Ranks of an interleaved pipeline of which each begins a turn while it is filled."""
+
 
 def added(program: Program, record: Record, until: int | None = None) -> dict[int, float]:
     """Seconds by turn that the gaps stand for; until: of those before that op."""
@@ -27,10 +30,12 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
 
 
 def lasted(workload: Workload, records: Sequence[Record]) -> list[float]:
-    """Seconds of each rank's last turn, of `unit` microbatches, before the one in which the pipeline drains.
-    A stage's turn begins once what it waits for is there: what it has waited for
-    since the pipeline was filled is no part of it."""
+    """Seconds of the ranks' last turns, of `unit` microbatches, before the one in which the pipeline drains.
+    A stage's turn begins once what it waits for is there: what it has waited for since the pipeline was
+    filled is no part of it. Of an interleaved pipeline the first ranks, filled last, are left out."""
     last = workload.expanded - 1
+    if workload.unit > FILLED + 1:
+        records = records[FILLED:]
     ends = [(one.tallies[last], one.tallies[last - workload.unit]) for one in records]
     if len(records) == 1:
         return [end.ready - begin.ready for end, begin in ends]
