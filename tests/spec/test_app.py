@@ -99,7 +99,11 @@ def test_what_a_command_reads_is_not_written_over(
             f"reach --plan p {RESTRICTED} --out x --confirm --no-confirm",
             "--confirm/--no-confirm: is given twice",
         ),
-        (mopexec, "launch --plan a --slurm -- --steps 3 --out x --data d --steps 4", "--steps: is given twice"),
+        (
+            mopexec,
+            "launch --plan a --slurm -- --steps 3 --out x --data d --steps 4",
+            "--steps: is given twice",
+        ),
     ],
 )
 def test_an_option_that_is_no_list_is_given_once(
