@@ -306,7 +306,7 @@ def _look_above(
     above."""
     paid = whole_racks(known.hardware, best)
     double = next((count for count in counts if count >= 2 * best), None)
-    for count in (paid if paid in counts else None, double):
+    for count in (paid if paid > best and paid in counts else None, double):
         if count is not None and known.unsearched(count):
             yield from _round(known, [known.search(count)])
             yield from _round(known, _worse(known, count, counts))
