@@ -1,5 +1,6 @@
 """What the runtimes of torch modules under autograd have in common: step, evaluation, state by parameter."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ from mopexec.run.shards import STEP, FlatShards, whole
 from mopsim.spec.plan import Plan
 
 
-class ModuleRunner:
-    """See `mopexec.run.runner.Runner`. What raises NotImplementedError is the runtime's own."""
+class ModuleRunner(ABC):
+    """See `mopexec.run.runner.Runner`. What is abstract is the runtime's own."""
 
     model: Any
     _optimizer: ShardedAdamW
@@ -117,20 +118,22 @@ class ModuleRunner:
         """The loss of each microbatch on this rank, without gradients."""
         return (self._loss(batch, scale) for batch in batches)
 
+    @abstractmethod
     def _loss(self, batch: Batch, scale: float) -> Tensor:
         """scale * the loss of a microbatch on this rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _drop_gradients(self) -> None:
         """Begin a step: forget the last one's gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _gradients(self) -> dict[str, Tensor]:
         """This rank's reduced gradients by shard name, where the optimizer works."""
-        raise NotImplementedError
 
     def _updated(self) -> None:
-        """The optimizer's shards have changed: bring them where the model reads them."""
+        """The optimizer's shards have changed: bring them where the model reads them, if that is
+        elsewhere."""
+        return
 
     def _balanced(self) -> Tensor:
         """Move the routers' biases; `balance_told` of the routes."""
@@ -148,6 +151,6 @@ class ModuleRunner:
         """This rank's parameters by shard name."""
         return {shard.name: shard.value for shard in self._optimizer.shards}
 
+    @abstractmethod
     def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, FlatShards]:
         """What this rank's `shards` have of each parameter."""
-        raise NotImplementedError

@@ -307,8 +307,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     def resolve(self, strategy: Strategy) -> Strategy:
         """The strategy with the stack's entries where it leaves them to the stack: dtypes of state, hidden
         communication, and what `selective` recomputation without modules means."""
-        precision, overlap = self._precision(strategy.precision), self._overlap(strategy)
-        activations = self._activations(strategy)
+        precision, activations = self._precision(strategy.precision), self._activations(strategy)
+        overlap = self._overlap(strategy, activations)
         if (precision, overlap, activations) == (strategy.precision, strategy.overlap, strategy.activations):
             return strategy
         return replace(strategy, precision=precision, overlap=overlap, activations=activations)
@@ -318,13 +318,13 @@ class Stack(Spec, frozen=True, kw_only=True):
         computed = {name: precision.compute for name in _STATE if getattr(found, name) == "compute"}
         return replace(found, **computed) if computed else found
 
-    def _overlap(self, strategy: Strategy) -> Overlap:
+    def _overlap(self, strategy: Strategy, activations: Activations) -> Overlap:
         """Experts' exchanges are hidden where there is another microbatch to hide them behind, and where
         they are not recomputed."""
         found, pipeline = _filled(strategy.overlap, self.hides, None), strategy.pipeline
         behind = pipeline.pipeline_parallel == 1 or pipeline.virtual_stages > 1
-        again = strategy.activations.recompute == "full" or "moe" in strategy.activations.modules
-        return found if strategy.overlap.experts or (behind and not again) else replace(found, experts=False)
+        hidden = strategy.overlap.experts or (behind and not activations.experts_again)
+        return found if hidden else replace(found, experts=False)
 
     def _activations(self, strategy: Strategy) -> Activations:
         given, own = strategy.activations, self.recompute

@@ -163,6 +163,11 @@ class Activations(Spec, frozen=True, kw_only=True):
     host_budget: int = 0
     cpu_offload_layers: int = 0
 
+    @property
+    def experts_again(self) -> bool:
+        """Whether recomputation spans the exchanges of experts."""
+        return self.recompute == "full" or (self.recompute == "selective" and "moe" in self.modules)
+
 
 class Overlap(Spec, frozen=True, kw_only=True):
     """Communication that runs beside compute where parameters are not gathered layer by layer (ZeRO below 3).

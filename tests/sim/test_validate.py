@@ -4,12 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from mopsim.cli import app
-from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import UNITS
 from mopsim.cost import seconds
 from mopsim.cost.stack import SCORE_BYTES, as_used
@@ -18,13 +16,13 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration
 from mopsim.validate.calibration import Fit, PacedRun
-from mopsim.validate.case import Measured, least_time, read_cases, write_cases
+from mopsim.validate.case import write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.rows import read_case
 from mopsim.validate.run import Validation, cases_of, validate
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
-from mopsim.validate.tables import Row, UnsupportedError, count, number, read_components, read_runs
+from mopsim.validate.tables import Row
 
 MODELS: dict[str, dict[str, str]] = {}
 BASE = {
@@ -108,107 +106,14 @@ def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
     assert (model.num_hidden_layers, model.first_k_dense_replace) == (2, 2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"recompute": "unknown"}, "recompute"),
-        ({"step_time_s": "0.01"}, "step_time_s"),
-        ({"micro_batch": ""}, "micro_batch"),
-        ({"global_batch": ""}, "global_batch"),
-        ({"pp": "2", "dp": "4", "vp": "", "sharding": "zero1"}, "vp"),
-        ({"gpu": "abacus"}, "gpu"),
-        ({"model": "nobody"}, "model"),
-        ({"stack": "nobody"}, "stack"),
-        ({"stack.kernels.norm": "melted"}, "stack"),
-        ({"strategy.experts.expert_parallel": "3"}, "experts.expert_parallel"),
-        ({"precision": "int3"}, "precision"),
-        ({"sharding": "zero9"}, "sharding"),
-        ({"recompute": "the_good_parts"}, "recompute"),
-        ({"model": "qwen3_30b_a3b", "num_layers": "48", "routing": "unknown"}, "routing"),
-        ({"global_batch": "17"}, "training.global_batch"),
-        ({"ep": "dp", "model": "qwen3_30b_a3b", "num_layers": "48", "routing": "balanced"}, "ep"),
-        ({"step_time_s": "soon"}, "step_time_s"),
-        ({"strategy.overlap.experts": "[1"}, "strategy.overlap.experts"),
-        ({"fits": "no"}, "fits"),
-        ({"fits": "oom"}, "fits"),
-        ({"routing": "even"}, "routing"),
-        ({"loss": "sparse"}, "loss"),
-        ({"dispatcher": "flex"}, "dispatcher"),
-        ({"overlap": "dp+xx"}, "overlap"),
-        ({"overlap": "none+dp"}, "overlap"),
-        ({"sequence_parallel": "False"}, "sequence_parallel"),
-        ({"activation_offload": "1.5", "recompute": "none"}, "activation_offload"),
-        ({"quality": "D"}, "quality"),
-    ],
-)
-def test_what_cannot_be_simulated_names_the_field(changes: dict[str, str], field: str) -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        read_case({**row(), **changes}, MODELS)
-    assert caught.value.field == field
-
-
 def test_a_run_about_capacity_needs_no_batch() -> None:
     found = read_case(row(global_batch="", step_time_s="", fits="oom"), MODELS)
     assert found.training.global_batch == found.strategy.data_groups
     assert found.measured.fits is False
 
 
-def test_a_name_is_read_however_it_is_written() -> None:
-    """Case, - and _ tell no two values of a column apart."""
-    written = {"dispatcher": "Deep-EP", "overlap": "DP + ep", "loss": "vocab-parallel", "routing": "Balanced",
-               "precision": "BF16", "sharding": "ZeRO-1", "fits": "Yes", "quality": "b"}  # fmt: skip
-    plain = {"dispatcher": "deepep", "overlap": "dp+ep", "loss": "vocab_parallel", "routing": "balanced",
-             "precision": "bf16", "sharding": "zero1", "fits": "yes", "quality": "B"}  # fmt: skip
-    job = {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "tp": "2", "dp": "4"}
-    assert read_case(row(**job, **written), MODELS) == read_case(row(**job, **plain), MODELS)
-
-
 def test_a_host_that_has_nothing_of_the_optimizer_is_none() -> None:
     assert read_case(row(optimizer_offload="0.0"), MODELS) == read_case(row(optimizer_offload="0"), MODELS)
-
-
-@pytest.mark.parametrize(
-    ("column", "near"),
-    [("optimiser_offload", "optimizer_offload"), ("step_time_ms", "step_time_s"), ("Fits", "fits")],
-)
-def test_a_misspelt_column_is_refused(column: str, near: str, tmp_path: Path) -> None:
-    path, cells = tmp_path / "runs.csv", row("a")
-    value = cells.pop(near)
-    path.write_text(f"{','.join(cells)},{column}\n{','.join(cells.values())},{value}\n")
-    with pytest.raises(MopError, match=f"column {column!r} is unknown, near {near}, which is missing"):
-        read_runs(path)
-
-
-def test_a_column_of_ones_own_is_told_and_not_read(tmp_path: Path) -> None:
-    path, out = tmp_path / "runs.csv", tmp_path / "json"
-    own = {"url": "a", "system": "b", "step_time_s_std": "c", "tokens_per_s": "d", "cuda_graphs": "e",
-           "source_url": "f", "date": "g"}  # fmt: skip
-    cells = row("a") | own
-    path.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
-    result = CliRunner().invoke(app, f"validate --runs {path} --json {out} --jobs 1".split())
-    assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
-    assert f"not read: {', '.join(own)}" in said
-
-
-def test_a_table_of_which_nothing_is_predicted_is_no_success(tmp_path: Path) -> None:
-    path, out = tmp_path / "runs.csv", tmp_path / "json"
-    cells = row("a", sharding="zero9")
-    path.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
-    command = f"validate --runs {path} --json {out} --jobs 1".split()
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 3
-    assert "nothing is predicted: refused the only row: sharding: 'zero9' is not one of" in result.output
-    assert json.loads(out.read_text())["runs"][0]["field"] == "sharding"
-    path.write_text(path.read_text() + ",".join(row("b").values()) + "\n")
-    assert CliRunner().invoke(app, command).exit_code == 0
-
-
-def test_malformed_tables_are_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "runs.csv"
-    path.write_text("run_id,source\na,b\n")
-    with pytest.raises(MopError, match="has no column 'model'"):
-        read_runs(path)
 
 
 def _paced(device: float, launches: float) -> PacedRun:
@@ -349,131 +254,9 @@ def test_command_writes_json_and_figures(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "step_time_by_source.png").stat().st_size > 1000
 
 
-def test_a_row_with_too_many_cells_is_refused_alone(tmp_path: Path) -> None:
-    path, cells = tmp_path / "runs.csv", row("a")
-    wide = [*row("b").values(), "more"]
-    path.write_text("\n".join(",".join(line) for line in (cells, cells.values(), wide)))
-    known, refused = cases_of(read_runs(path), MODELS)
-    assert [case.id for case in known] == ["a"]
-    assert [(one.field, one.reason) for one in refused] == [
-        ("row", "row: 'line 3' has more cells than the header")
-    ]
-
-
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "abc"])
-def test_a_cell_that_is_no_measure_is_one_line_that_names_it(text: str) -> None:
-    for read in (number, count):
-        with pytest.raises(SpecError, match="step_time_s: "):
-            read({"run_id": "r1", "step_time_s": text}, "step_time_s")
-
-
 def test_traffic_of_a_kept_score_is_that_of_softmax_and_dropout() -> None:
     """Elements of two bytes, masks of one: softmax, dropout; dropout, softmax, which reads its result."""
     assert SCORE_BYTES == {"forward": 2 * 2 + (2 * 2 + 1), "backward": (2 * 2 + 1) + 3 * 2}
-
-
-def test_a_time_that_beats_the_hardware_is_refused_in_a_line(tmp_path: Path) -> None:
-    case = read_case(row(), MODELS)
-    least = least_time(case)
-    flops = 3 * 2 * 8.03e9 * 16 * 4096
-    assert least == pytest.approx(flops / (8 * 989.4e12), rel=0.15)
-    fast = msgspec.structs.replace(case, measured=Measured(step_time=0.99 * least))
-    write_cases(tmp_path / "cases.jsonl", [fast])
-    with pytest.raises(
-        MopError, match=r"case 1: measured\.step_time: .* seconds beat the limit: .* s is what"
-    ):
-        read_cases(tmp_path / "cases.jsonl")
-    write_cases(tmp_path / "cases.jsonl", [case])
-    assert read_cases(tmp_path / "cases.jsonl") == [case]
-
-
-def test_a_peak_of_more_than_the_device_has_is_refused_in_a_line(tmp_path: Path) -> None:
-    case = read_case(row(), MODELS)
-    for peak in (1e30, 81 * 2**30):
-        large = msgspec.structs.replace(case, measured=Measured(peak_memory=peak))
-        write_cases(tmp_path / "cases.jsonl", [large])
-        rule = r"case 1: measured\.peak_memory: .* bytes are more than the 8.552e\+10 that a h100-sxm-80g has"
-        with pytest.raises(MopError, match=rule):
-            read_cases(tmp_path / "cases.jsonl")
-
-
-@pytest.mark.parametrize("field", ["step_time_s", "peak_memory_gib"])
-def test_a_measured_nothing_is_refused_in_a_line(field: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"{field}: '0' must be above 0: leave it empty"):
-        read_case(row("a", **{field: "0"}), MODELS)
-    for time in (0.0, 1e-300, 1e9):
-        with pytest.raises(MopError, match=r"^step_time: .* must be"):
-            Measured(step_time=time)
-
-
-@pytest.mark.parametrize(("name", "value"), [("ng", 0), ("k", 0), ("m", 0.5)])
-def test_a_component_of_nothing_is_refused_in_a_line(name: str, value: float) -> None:
-    sizes = {"m": 4096, "n": 4096, "k": 4096, "ng": 8}
-    params = {"op": "grouped matmul", "precision": "bf16", **sizes, name: value}
-    gemm = {
-        "component": "gemm", "system": "x", "gpu": "h100-sxm-80g", "num_gpus": "1",
-        "params": json.dumps(params), "metric": "flops_per_s", "value": "6e14",
-    }  # fmt: skip
-    (refused,) = predict_components([gemm])
-    assert (refused.predicted, refused.field) == (None, name)
-    assert refused.reason == f"{value} is not a positive whole number"
-    nothing, well = predict_components([{**gemm, "value": "0"}, {**gemm, "params": "[1]"}])
-    assert (nothing.field, nothing.reason[:21]) == ("value", "'0' must be above 0: ")
-    assert (well.field, well.reason) == ("params", "'[1]' is not a JSON object")
-
-
-@pytest.mark.parametrize(
-    ("cells", "params", "field"),
-    [
-        ({"metric": "latency_ms"}, {}, "metric"),
-        ({"value": "soon"}, {}, "value"),
-        ({"outcome": "oom"}, {}, "outcome"),
-        ({"outcome": "no"}, {}, "outcome"),
-        ({"params": "["}, {}, "params"),
-        ({}, {"op": "Grouped"}, "op"),
-        ({}, {"precision": "int4"}, "precision"),
-        ({}, {"m": "many"}, "m"),
-        ({}, {"m": None}, "m"),
-        ({"component": "expert_dispatch"}, {"precision": "fp8"}, "precision"),
-        ({"component": "expert_dispatch"}, {"pass": "backward"}, "pass"),
-        ({"component": "all_to_all"}, {"op": "gather"}, "op"),
-        ({"component": "attention_kernel"}, {"op": "decode"}, "op"),
-        ({"component": "attention_kernel"}, {"batch": "x", "op": "attention forward"}, "batch"),
-        ({"component": "optimizer_step", "num_gpus": "x"}, {"model": "gpt_oss_20b"}, "num_gpus"),
-    ],
-)
-def test_a_component_of_another_kind_is_refused_and_named(
-    cells: dict[str, str], params: dict[str, object], field: str
-) -> None:
-    """Never taken for the usual one, and the other rows go on."""
-    sizes = {"m": 512, "n": 512, "k": 512, "precision": "bf16", "ep": 8, "top_k": 2, "hidden": 512,
-             "expert_hidden": 512, "num_experts": 8, "tokens_per_rank": 512, "routing": "balanced",
-             "seq_len": 512, "heads": 8, "qk_head_dim": 64, "v_head_dim": 64}  # fmt: skip
-    row = {"component": "gemm", "system": "x", "gpu": "h100-sxm-80g", "num_gpus": "8", "metric": "latency_s",
-           "value": "1e-4", "params": json.dumps({**sizes, **params}), "outcome": "OK"}  # fmt: skip
-    usual = {**row, "params": json.dumps(sizes)}
-    refused, predicted = predict_components([{**row, **cells}, usual])
-    assert (refused.predicted, refused.field) == (None, field), refused.reason
-    assert predicted.predicted
-
-
-def test_a_component_with_too_many_cells_is_refused_alone(tmp_path: Path) -> None:
-    params = '"{""m"": 512, ""n"": 512, ""k"": 512, ""precision"": ""bf16""}"'
-    line = f"gemm,h100-sxm-80g,{params},latency_s,1e-4"
-    (tmp_path / "c.csv").write_text(f"component,gpu,params,metric,value\n{line},x\n{line}\n")
-    wide, well = predict_components(read_components(tmp_path / "c.csv"))
-    assert (wide.field, wide.reason) == ("row", "'line 2' has more cells than the header")
-    assert well.predicted
-
-
-def test_a_refusal_names_its_field_once() -> None:
-    strange = {"ep": "3", "model": "qwen3_30b_a3b", "num_layers": "48", "routing": "balanced"}
-    rows = [row("a", recompute="unknown"), row("b", sharding="zero1", **strange)]
-    found = to_json(validate_runs(rows), [])
-    assert [one["status"] for one in found["runs"]] == ["unsupported"] * 2
-    for one in found["runs"]:
-        assert one["reason"].startswith(f"{one['field']}: ")
-        assert one["reason"].count(f"{one['field']}:") == 1
 
 
 def test_an_interval_learns_from_what_the_hold_out_leaves() -> None:
