@@ -28,31 +28,35 @@ tried."""
 @dataclass(frozen=True)
 class Ask:
     """A node count of a machine type. plans: of other counts, tried first. simulations: of each of the
-    families that is searched; 0: none is."""
+    families that is searched; 0: none is. tried: strategies that were carried here before; rate: tokens/s of
+    a device that the fastest plan known here makes."""
 
     hardware: HardwareProfile
     num_nodes: int
     plans: tuple[SimResult, ...] = ()
     families: tuple[str, ...] = ()
     simulations: int = 0
+    tried: tuple[Strategy, ...] = ()
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Answer:
     """plans: the fastest that fits of each family, fastest first, without their timelines. why: what stops
-    everything where there is none."""
+    everything where there is none. tried: strategies that were carried here."""
 
     plans: tuple[SimResult, ...]
     simulated: int
     why: str = ""
     gap: float | None = None
+    tried: tuple[Strategy, ...] = ()
 
 
 def answer(request: Request, ask: Ask) -> Answer:
     """Simulate and search."""
     training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
-    fitting, simulated = _carried(request, ask, training)
-    why, gap = "no plan of another number of nodes fits here", None
+    fitting, tried = _carried(request, ask, training)
+    simulated, why, gap = len(fitting), "no plan of another number of nodes fits here", None
     if ask.simulations:
         options = Options(
             ask.families, 1, ask.simulations, request.runnable, precision=request.precision, axes=coarse,
@@ -69,7 +73,7 @@ def answer(request: Request, ask: Ask) -> Answer:
     plans = tuple(_small(one) for one in best.values())
     if plans and gap is not None and ask.plans:
         gap = None if plans[0].step_time < min(one.step_time for one in fitting) else gap
-    return Answer(plans, simulated, "" if plans else why, gap)
+    return Answer(plans, simulated, "" if plans else why, gap, tried)
 
 
 def merged(before: Answer, after: Answer) -> Answer:
@@ -83,22 +87,32 @@ def merged(before: Answer, after: Answer) -> Answer:
     return Answer(plans, before.simulated + after.simulated, "" if plans else after.why, last.gap)
 
 
-def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], int]:
-    """The plans of other counts as they are here, in the forms that may be better than the first."""
+def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], tuple[Strategy, ...]]:
+    """(The plans of other counts as they are here, in the forms that may be better than the first; all forms
+    that were played). More stages wait as long for one another as with fewer microbatches, and do
+    no less: that form is for where nothing else fits."""
     found: list[SimResult] = []
-    seen: list[Strategy] = []
+    played_here: list[Strategy] = []
     world = ask.num_nodes * ask.hardware.devices_per_node
     for plan in ask.plans:
-        enough = AS_GOOD * plan.tokens_per_second_per_device
+        best, enough = 0.0, AS_GOOD * plan.tokens_per_second_per_device
         for strategy in carried(plan.strategy, world, training.global_batch):
-            if strategy in seen or not _asked_for(request, strategy, training, plan.stack):
-                continue
-            seen.append(strategy)
-            one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
-            found += [one] if one is not None else []
-            if one is not None and one.sure and one.tokens_per_second_per_device >= enough:
+            known = ask.rate or any(one.sure for one in found)
+            if best >= enough or (known and _stages(strategy) != _stages(plan.strategy)):
                 break
-    return found, len(found)
+            if strategy in (*ask.tried, *played_here):
+                best = max(best, ask.rate)
+            elif _asked_for(request, strategy, training, plan.stack):
+                played_here.append(strategy)
+                one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
+                if one is not None:
+                    found.append(one)
+                    best = max(best, one.tokens_per_second_per_device * one.sure)
+    return found, tuple(played_here)
+
+
+def _stages(strategy: Strategy) -> int:
+    return strategy.pipeline.pipeline_parallel
 
 
 def _asked_for(request: Request, strategy: Strategy, training: TrainSpec, stack: Stack) -> bool:

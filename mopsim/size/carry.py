@@ -18,10 +18,10 @@ from mopsim.spec.training import TrainSpec
 def carried(strategy: Strategy, world_size: int, batch: int) -> Iterator[Strategy]:
     """`strategy` on `world_size` ranks and `batch` sequences, in every form that breaks no rule of its own.
 
-    More ranks become data-parallel ones, or ranks that share a sequence, or (of a plan that has them) stages
-    or tensor-parallel ranks; the other degrees stay. Shards are over the same part of the ranks as before,
-    else over as many. A microbatch is the largest that divides the batch, is no larger than before and
-    leaves each stage one, where there are so many.
+    More ranks become data-parallel ones, or ranks that share a sequence, or (of a plan that has them)
+    tensor-parallel ranks or stages, in this order; the other degrees stay. Shards are over the same part of
+    the ranks as before, else over as many. A microbatch is the largest that divides the batch, is no larger
+    than before and leaves each stage one, where there are so many.
     """
     ratio = Fraction(world_size, strategy.world_size)
     seen: list[Strategy] = []
@@ -45,8 +45,8 @@ def _degrees(s: Strategy, ratio: Fraction) -> list[tuple[Fraction, Fraction, Fra
         for one in (s.pipeline.pipeline_parallel, s.dense.tensor_parallel, s.attention.context_parallel)
     )
     found = [(stages, tensor, context), (stages, tensor, context * ratio)]
-    found += [(stages * ratio, tensor, context)] if stages > 1 else []
     found += [(stages, tensor * ratio, context)] if tensor > 1 else []
+    found += [(stages * ratio, tensor, context)] if stages > 1 else []
     return found
 
 

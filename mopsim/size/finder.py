@@ -6,23 +6,19 @@ about where its answer lies, and that count is searched; a budget does not, and 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 
-from mopsim.engine import SimResult
-from mopsim.size.ask import Answer, Ask, judged, merged
+from mopsim.size.ask import Answer, Ask
 from mopsim.size.counts import least_nodes, node_counts
 from mopsim.size.goodput import rack_nodes, whole_racks
-from mopsim.size.points import Point, Request, Sizing, nearest_miss, quantile
+from mopsim.size.known import AROUND, KnownSteps
+from mopsim.size.points import Point, Request, Sizing, nearest_miss
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.strategy import Strategy
 
 EVERY = 2
 """Doublings from one search to the next."""
-AROUND = 4
-"""How far, as a factor, a faster plan is handed on to other counts."""
 SLOWER = 1.005
 """More nodes that are not faster by so much are no faster."""
 LAG = 1.05
@@ -46,77 +42,10 @@ changes with its plan alone."""
 Rounds = Generator[list[Ask], list[Answer], Sizing]
 
 
-@dataclass
-class _KnownSteps:
-    """What was found of one machine type so far. given: the plans that a count was asked with; searched:
-    families that were, by count."""
-
-    request: Request
-    hardware: HardwareProfile
-    answers: dict[int, Answer] = field(default_factory=dict)
-    points: dict[int, Point] = field(default_factory=dict)
-    given: dict[int, list[Strategy]] = field(default_factory=lambda: defaultdict(list))
-    searched: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
-    simulated: int = 0
-
-    def note(self, ask: Ask, found: Answer) -> None:
-        """Keep an answer; of each family the faster plan, where the count was asked before."""
-        self.simulated += found.simulated
-        self.given[ask.num_nodes] += [plan.strategy for plan in ask.plans]
-        if ask.simulations:
-            self.searched[ask.num_nodes].update(ask.families)
-        before = self.answers.get(ask.num_nodes)
-        if before is not None:
-            found = merged(before, found)
-        self.answers[ask.num_nodes] = found
-        self.points[ask.num_nodes] = judged(self.request, ask, found)
-
-    def search(self, count: int, families: tuple[str, ...] = (), times: int = 1) -> Ask:
-        request = self.request
-        return Ask(
-            self.hardware, count, self.near(count), families or request.families, request.simulations * times
-        )
-
-    def search_led(self, count: int) -> Ask:
-        """A search of the families of the fastest plans of the nearest counts."""
-        return self.search(count, tuple({one.strategy.name: None for one in self.near(count)}))
-
-    def unsearched(self, count: int) -> bool:
-        """Whether families were left out at a count: another than those of its neighbours may be the best."""
-        return not self.searched[count].issuperset(self.request.families)
-
-    def carry(self, count: int, *others: int) -> Ask:
-        """The plans of the nearest counts, and of others."""
-        plans = (*(self.answers[one].plans[0] for one in others), *self.near(count))
-        return Ask(self.hardware, count, tuple({id(plan): plan for plan in plans}.values()))
-
-    def new(self, ask: Ask) -> bool:
-        """Whether a count was not asked with all these plans."""
-        return any(plan.strategy not in self.given[ask.num_nodes] for plan in ask.plans)
-
-    def work(self, count: int) -> float:
-        """Seconds within which the run ends as surely as asked, times nodes; infinite where not known."""
-        point = self.points.get(count)
-        bill = point.figures if point else None
-        return count * quantile(bill, self.request.confidence) if bill else math.inf
-
-    def least_work(self, count: int, *, above: bool = False) -> int:
-        """The count around `count` (or above it) that takes the least work, or `count`."""
-        low = count if above else count / AROUND
-        return min((one for one in self.points if low <= one <= count * AROUND), key=self.work, default=count)
-
-    def near(self, count: int) -> tuple[SimResult, ...]:
-        """The fastest plan of the nearest counts that have one, below and above."""
-        ready = sorted(n for n, found in self.answers.items() if found.plans and n != count)
-        below = [n for n in ready if n < count][-1:]
-        above = [n for n in ready if n > count][:1]
-        return tuple(self.answers[n].plans[0] for n in (*below, *above))
-
-
 def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     """Yields rounds of questions, is sent their answers, returns the sizing of one machine type."""
     counts, too_slow = _counts(request, hardware)
-    known = _KnownSteps(request, hardware)
+    known = KnownSteps(request, hardware)
     doubled = [count for count in counts if count & (count - 1) == 0 or count == counts[-1]]
     searched = _searched(request, hardware, doubled)
     times = DEEP if len(searched) == 1 else 1
@@ -165,27 +94,28 @@ def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str
     return [count for count in counts if count >= least], ""
 
 
-def _round(known: _KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
+def _round(known: KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
     if asks:
+        asks = [known.told(ask) for ask in asks]
         for ask, found in zip(asks, (yield asks), strict=True):
             known.note(ask, found)
 
 
-def _mend(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
+def _mend(known: KnownSteps) -> Generator[list[Ask], list[Answer], None]:
     """Hand plans on; search the counts that still lag."""
     yield from _hand_on(known)
     lagging = [count for count, _ in _lagging(known, LAG) if not known.searched[count]]
     yield from _round(known, [known.search_led(count) for count in lagging])
 
 
-def _hand_on(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
+def _hand_on(known: KnownSteps) -> Generator[list[Ask], list[Answer], None]:
     """Ask counts that make less of a node than a larger one does, or are slower than a smaller one, with its
     plan."""
     asks = [known.carry(count, other) for count, other in _lagging(known)]
     yield from _round(known, [ask for ask in asks if known.new(ask)])
 
 
-def _lagging(known: _KnownSteps, by: float = SLOWER) -> list[tuple[int, int]]:
+def _lagging(known: KnownSteps, by: float = SLOWER) -> list[tuple[int, int]]:
     """(count, one whose plan should be as good here), ascending; by: the factor that is let pass."""
     found = dict(_slower(known, by))
     for count in known.points:
@@ -195,7 +125,7 @@ def _lagging(known: _KnownSteps, by: float = SLOWER) -> list[tuple[int, int]]:
     return sorted(found.items())
 
 
-def _slower(known: _KnownSteps, by: float = 1 / SLOWER) -> list[tuple[int, int]]:
+def _slower(known: KnownSteps, by: float = 1 / SLOWER) -> list[tuple[int, int]]:
     """(count, fewer nodes that are as fast, or faster by a factor), ascending."""
     found, best, at = [], float("inf"), 0
     for count in sorted(known.points):
@@ -209,7 +139,7 @@ def _slower(known: _KnownSteps, by: float = 1 / SLOWER) -> list[tuple[int, int]]
     return found
 
 
-def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _close_in(known: KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
     """Ask the counts between one that fails a limit and its neighbour that keeps it, and those that would
     keep the deadline with fewer nodes if a node did as much as at the best count around, all of them: the
     batch that fits a count may make a smaller one faster."""
@@ -229,7 +159,7 @@ def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask],
         yield from _round(known, [known.search_led(count) for count in smaller])
 
 
-def _hopeful(known: _KnownSteps, counts: Sequence[int]) -> list[int]:
+def _hopeful(known: KnownSteps, counts: Sequence[int]) -> list[int]:
     """Counts that would be better than the best at the work of the best count around: smaller ones that keep
     the deadline; of a budget alone larger ones that keep it."""
     best, goal = _best(known), known.request.goal
@@ -246,12 +176,12 @@ def _hopeful(known: _KnownSteps, counts: Sequence[int]) -> list[int]:
     ]
 
 
-def _hoped(known: _KnownSteps, count: int) -> tuple[int, ...]:
+def _hoped(known: KnownSteps, count: int) -> tuple[int, ...]:
     other = known.least_work(count)
     return (other,) if other != count and known.answers[other].plans else ()
 
 
-def _edges(known: _KnownSteps) -> Iterator[tuple[int, int]]:
+def _edges(known: KnownSteps) -> Iterator[tuple[int, int]]:
     """Neighbouring counts of which one keeps the deadline, or the budget, and the other does not."""
     for low, high in pairwise(sorted(known.points)):
         one, other = known.points[low], known.points[high]
@@ -259,18 +189,18 @@ def _edges(known: _KnownSteps) -> Iterator[tuple[int, int]]:
             yield low, high
 
 
-def _paid(known: _KnownSteps, point: Point) -> bool:
+def _paid(known: KnownSteps, point: Point) -> bool:
     """Whether a point keeps the budget, and the limit within which the fastest is wanted."""
     limit, outlay = known.request.max_cost, point.figures.outlay if point.figures else None
     return point.affordable and (limit is None or (outlay is not None and outlay <= limit))
 
 
-def _inside(known: _KnownSteps, counts: Sequence[int], low: int, high: int) -> list[int]:
+def _inside(known: KnownSteps, counts: Sequence[int], low: int, high: int) -> list[int]:
     return [count for count in counts if low < count < high and count not in known.points]
 
 
 def _deepen(
-    known: _KnownSteps, counts: Sequence[int], searched: Sequence[int]
+    known: KnownSteps, counts: Sequence[int], searched: Sequence[int]
 ) -> Generator[list[Ask], list[Answer], None]:
     """A longer search of the leading families at the answer, or at a much smaller cluster that all but does.
     A faster plan goes to the counts around it, and the answer may then be another, so again. searched: counts
@@ -299,7 +229,7 @@ def _deepen(
 
 
 def _look_above(
-    known: _KnownSteps, best: int, counts: Sequence[int]
+    known: KnownSteps, best: int, counts: Sequence[int]
 ) -> Generator[list[Ask], list[Answer], None]:
     """Searches of all families at all nodes of the best's racks, which are paid for, and at twice the best
     count, which may be cheaper, and what they found at the counts around; the plan of the best at those just
@@ -319,7 +249,7 @@ def _beside(point: Point, counts: Iterable[int]) -> bool:
     return any(max(point.num_nodes / one, one / point.num_nodes) < BESIDE for one in counts)
 
 
-def _look(known: _KnownSteps, count: int, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _look(known: KnownSteps, count: int, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
     """A longer search at a count, of its fastest families where all were searched there, and what it found
     at the counts around."""
     first, *others = known.answers[count].plans
@@ -330,14 +260,14 @@ def _look(known: _KnownSteps, count: int, counts: Sequence[int]) -> Generator[li
     yield from _close_in(known, counts)
 
 
-def _smaller(known: _KnownSteps, best: Point | None) -> Point | None:
+def _smaller(known: KnownSteps, best: Point | None) -> Point | None:
     """A much smaller cluster that all but does: a longer search may bring it within the limits."""
     below = [one for count, one in known.points.items() if best and count * BESIDE <= best.num_nodes]
     miss = nearest_miss(below, known.request.goal, known.request.confidence)
     return miss.point if miss and miss.over < NEARLY else None
 
 
-def _larger(known: _KnownSteps, best: Point | None, done: Sequence[int]) -> Point | None:
+def _larger(known: KnownSteps, best: Point | None, done: Sequence[int]) -> Point | None:
     """Of a budget alone the fastest larger cluster that all but keeps it: a longer search may bring it
     within."""
     budget, least = known.request.goal.budget, BESIDE * best.num_nodes if best else 0
@@ -350,13 +280,13 @@ def _larger(known: _KnownSteps, best: Point | None, done: Sequence[int]) -> Poin
     return min(almost, key=lambda one: one[0], default=(0.0, None))[1]
 
 
-def _almost(known: _KnownSteps) -> Point | None:
+def _almost(known: KnownSteps) -> Point | None:
     """Where nothing does: what a longer search may still bring within the limits."""
     miss = nearest_miss(list(known.points.values()), known.request.goal, known.request.confidence)
     return miss.point if miss and miss.over < HOPE else None
 
 
-def _worse(known: _KnownSteps, count: int, counts: Sequence[int]) -> list[Ask]:
+def _worse(known: KnownSteps, count: int, counts: Sequence[int]) -> list[Ask]:
     """The plan of `count` at the counts around it that use a device less well, and at its two neighbours."""
     plan, place = known.answers[count].plans[:1], counts.index(count)
     beside = [one for one in counts[max(0, place - 1) : place + 2] if one not in known.points]
@@ -370,7 +300,7 @@ def _worse(known: _KnownSteps, count: int, counts: Sequence[int]) -> list[Ask]:
     return [Ask(known.hardware, one, plan) for one in sorted({*beside, *around} - {count})]
 
 
-def _best(known: _KnownSteps) -> Point | None:
+def _best(known: KnownSteps) -> Point | None:
     """The smallest cluster that does; of a budget alone the fastest, with the fewest nodes among equals."""
     done = [known.points[count] for count in sorted(known.points) if known.points[count].does]
     if known.request.goal.seconds is not None:
@@ -378,7 +308,7 @@ def _best(known: _KnownSteps) -> Point | None:
     return min(done, key=lambda one: (one.figures.seconds, one.num_nodes), default=None)  # type: ignore[union-attr]
 
 
-def _sizing(known: _KnownSteps, too_slow: str) -> Sizing:
+def _sizing(known: KnownSteps, too_slow: str) -> Sizing:
     slower = dict(_slower(known))
     tried = [_marked(known.points[count], slower.get(count)) for count in sorted(known.points)]
     best = _best(known)
