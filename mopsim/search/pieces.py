@@ -7,7 +7,7 @@ templates of one stand for all of them, at some milliseconds for each kind of la
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from mopsim.common.errors import MopError
 from mopsim.program.context import make_context
@@ -198,12 +198,14 @@ class Pieces:
         have other values."""
         key = (*self.key(index, names), *changed.values())
         if key not in made:
-            passes = self._passes(self.space.row(index) | changed)
+            passes = self._passes((self.space.family, *names, *key), self.space.row(index) | changed)
             made[key] = make(passes) if passes else None
         return made[key]
 
-    def _passes(self, row: dict[str, int]) -> Passes | None:
+    def _passes(self, key: tuple[object, ...], row: dict[str, int]) -> Passes | None:
         problem, stack = self.space.problem, self.space.stack
+        if key in problem.made:
+            return cast(Passes, problem.made[key])
         try:
             context = make_context(
                 problem.model,
@@ -214,7 +216,7 @@ class Pieces:
             )
         except MopError:
             return None
-        return passes_of(context)
+        return cast(Passes, problem.made.setdefault(key, passes_of(context)))
 
     def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
         kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from mopsim.spec.hardware import HardwareProfile
@@ -84,12 +85,19 @@ def worked_out(asked: bytes) -> dict[Any, Any]:
     return {}
 
 
+@lru_cache(maxsize=1)
+def lowered(asked: bytes) -> dict[Any, Any]:
+    """Templates of layers where this is all that they depend on beside a candidate's columns: problems of
+    other node counts, batches and cards share them."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a strategy is looked for: every input of the search but its options. `total_params` is the
     model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
     stack: the software, where it is not the family's own. runnable: only what mopexec runs. known: what was
-    worked out, by its name; equal problems share it.
+    worked out, by its name; equal problems share it. made: of layers what those of other sizes share too.
     """
 
     model: ModelSpec
@@ -101,6 +109,7 @@ class Problem:
     stack: Stack | None = None
     runnable: bool = False
     known: dict[Any, Any] = field(init=False, compare=False, repr=False)
+    made: dict[Any, Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         asked = (
@@ -108,6 +117,11 @@ class Problem:
             self.runnable,
         )  # fmt: skip
         object.__setattr__(self, "known", worked_out(msgspec.msgpack.encode(asked)))
+        hardware, training = self.hardware, replace(self.training, global_batch=1)
+        layer = (
+            self.model, hardware.scale_up_size, hardware.device_kind, training, self.precision, self.stack,
+        )  # fmt: skip
+        object.__setattr__(self, "made", lowered(msgspec.msgpack.encode(layer)))
 
     @property
     def compute(self) -> DType:
