@@ -7,6 +7,7 @@ from mopsim.common import io
 from mopsim.common.errors import SpecError
 from mopsim.export.target import Target, header
 from mopsim.spec.categories import MODULES
+from mopsim.spec.layout import even_parts
 from mopsim.spec.plan import Plan
 
 CHECKED = (
@@ -110,8 +111,9 @@ def _model(plan: Plan) -> dict[str, Any]:
         ),
         "context_parallel_size": s.attention.context_parallel,
     }
-    if s.pipeline.layers:
-        found["pipeline_model_parallel_layout"] = _layout(plan)
+    parts = s.pipeline.pipeline_parallel * s.pipeline.virtual_stages
+    if s.pipeline.layers or plan.model.num_hidden_layers % parts:
+        found["pipeline_model_parallel_layout"] = _layout(plan, parts)
     if s.attention.context_parallel > 1:
         found["cp_comm_type"] = EXCHANGE[s.attention.cp_comm_type]
     if plan.model.num_local_experts:
@@ -142,12 +144,14 @@ def _model(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _layout(plan: Plan) -> str:
-    """Parts in the network's order: E embedding, t decoder layer, m MTP layer, L loss."""
-    parts = ["t" * count for count in plan.strategy.pipeline.layers]
-    parts[0] = "E" + parts[0]
-    parts[-1] += "m" * plan.model.num_nextn_predict_layers + "L"
-    return "|".join(parts)
+def _layout(plan: Plan, parts: int) -> str:
+    """Parts in the network's order: E embedding, t decoder layer, m MTP layer, L loss. Without a layout
+    Megatron-Core wants equal parts (core_v0.14.0, transformer_block.py: get_num_layers_to_build)."""
+    layers = plan.strategy.pipeline.layers or even_parts(plan.model.num_hidden_layers, parts)
+    found = ["t" * count for count in layers]
+    found[0] = "E" + found[0]
+    found[-1] += "m" * plan.model.num_nextn_predict_layers + "L"
+    return "|".join(found)
 
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.spec.layout import ceil_div, full_parts, stage_layers
+from mopsim.spec.layout import ceil_div, even_parts, full_parts
 from mopsim.spec.model import LayerKind, ModelSpec
 from mopsim.spec.pipeline_order import warm_up
 
@@ -38,11 +38,7 @@ def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple
     ragged = parts > 2 and found[-2] < ceil_div(layers + first + last, parts)
     if stages == 1 or sum(found) < layers or ragged:
         return None
-    return None if found == tuple(_even(layers, parts)) else found
-
-
-def _even(layers: int, parts: int) -> list[int]:
-    return [len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts)]
+    return None if found == even_parts(layers, parts) else found
 
 
 @cache
@@ -64,7 +60,7 @@ class Load:
 @cache
 def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
     """What each stage of a pipeline has to do."""
-    given = layers_of(model, stages, virtual, layout) or _even(model.num_hidden_layers, stages * virtual)
+    given = layers_of(model, stages, virtual, layout) or even_parts(model.num_hidden_layers, stages * virtual)
     order = list(kinds(model))
     each = np.array([[model.layer_kind(layer) == kind for kind in order] for layer in range(sum(given))])
     ends = np.cumsum(given)

@@ -138,6 +138,11 @@ def full_parts(layers: int, parts: int, first: int, last: int) -> tuple[int, ...
     return tuple(found)
 
 
+def even_parts(layers: int, parts: int) -> tuple[int, ...]:
+    """Layers of each part of a pipeline, as even as can be: the first have one more."""
+    return tuple(len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts))
+
+
 def stage_layers(
     num_layers: int, degree: int, virtual_stages: int, stage: int, given: Sequence[int] = ()
 ) -> list[list[int]]:
