@@ -40,7 +40,7 @@ class Ledger:
             now[slot] += size
             if now[slot] > high[slot]:
                 high[slot] = now[slot]
-        device, host = self._sum(op.peak)
+        _, device, host = self._sums.get(id(op.peak)) or self._sum(op.peak)
         self.device += device
         self.host += host
         if self.device > self.peak:
@@ -64,9 +64,10 @@ class Ledger:
             now[slot] -= size
         for slot, size in op.net:
             now[slot] += size
-        held, kept = self._sum(op.peak), self._sum(op.net)
-        self.device += kept[0] - held[0]
-        self.host += kept[1] - held[1]
+        _, held, held_host = self._sums.get(id(op.peak)) or self._sum(op.peak)
+        _, kept, kept_host = self._sums.get(id(op.net)) or self._sum(op.net)
+        self.device += kept - held
+        self.host += kept_host - held_host
         self._highest(op.phase)
         if self.curve is not None:
             self.curve.append((time, tuple(now)))
@@ -75,13 +76,12 @@ class Ledger:
         if self.device > self.by_phase.get(phase, 0):
             self.by_phase[phase] = self.device
 
-    def _sum(self, changes: Deltas) -> tuple[int, int]:
-        found = self._sums.get(id(changes))
-        if found is None:
-            device = sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
-            found = (changes, device, sum(size for _, size in changes) - device)
-            self._sums[id(changes)] = found
-        return found[1], found[2]
+    def _sum(self, changes: Deltas) -> tuple[Deltas, int, int]:
+        """(The changes, which keeps their id; their bytes of the device, of the host), kept by it."""
+        device = sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
+        found = (changes, device, sum(size for _, size in changes) - device)
+        self._sums[id(changes)] = found
+        return found
 
     def _largest(self) -> str:
         return SLOTS[max(range(NUM_DEVICE_SLOTS), key=lambda slot: self.now[slot])]

@@ -74,11 +74,12 @@ class Rank:
             env.process(self.run(name, ops))
 
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
-        """Issue the stream's ops one after the other."""
+        """Issue the stream's ops one after the other. Time passes at yields only, so `now` is read there."""
         env, done, record, ledger, host = self.env, self.done, self.record, self.ledger, self.host
         compute, talks = stream == "compute", stream in COMMUNICATION
+        shares, durations, now = self.share > 0.0, self.durations, self.env.now
         for op in ops:
-            ready = now = env.now
+            index, ready = op.index, now
             for dep in op.deps:
                 if not done[dep]:
                     yield self.wait_for(dep)
@@ -88,14 +89,14 @@ class Rank:
                         self.blame(op, dep, before, now)
             if host is not None:
                 before = now
-                if not host.knows(op.index):
-                    yield host.resumed(op.index)
-                record.issued[op.index] = host.begins(op.index)
-                late = record.issued[op.index] - env.now
-                if late > 0.0:
-                    yield env.timeout(late)
-                now = env.now
-                if compute:
+                if not host.knows(index):
+                    yield host.resumed(index)
+                    now = env.now
+                issued = record.issued[index] = host.begins(index)
+                if issued > now:
+                    yield env.timeout(issued - now)
+                    now = env.now
+                if compute and now > before:
                     record.idle(op, now - before)
             if op.rendezvous:
                 before = now
@@ -104,16 +105,16 @@ class Rank:
                 if compute:
                     record.waited(op, now - before)
                     record.blame(op, op, now - before, "peers")
-            start = self.starts[op.index] = now
-            if host is not None and op.index in self.repeats:
-                self.leap(self.repeats[op.index], host)
+            start = self.starts[index] = now
+            if host is not None and index in self.repeats:
+                self.leap(self.repeats[index], host)
             ledger.start(op, start)
-            duration = self.durations[op.index]
+            duration = durations[index]
             if duration > 0.0:
-                if compute and self.share > 0.0:
+                if compute and shares:
                     yield self.compute(duration)
                     self._finished()
-                elif talks and self.share > 0.0:
+                elif talks and shares:
                     self.communicate(op, begins=True)
                     yield env.timeout(duration)
                     self.communicate(op, begins=False)
@@ -121,17 +122,17 @@ class Rank:
                     yield env.timeout(duration)
                 now = env.now
             if host is not None:
-                late = host.ends(op.index, start, duration) - now
+                late = host.ends(index, start, duration) - now
                 if late > 0.0:
                     yield env.timeout(late)
                     now = env.now
                     if compute:
                         record.held(op, late)
                 if host.waits(op):
-                    host.resume(op.index)
+                    host.resume(index)
             ledger.end(op, now)
             record.ended(op, ready, start, now, compute)
-            self.over(op.index, now)
+            self.over(index, now)
 
     def over(self, index: int, now: float) -> None:
         """An op has ended: who waits for it goes on."""
