@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mopexec.data.chat import Chat, Interval
 from mopsim.common.errors import MopError
+from mopsim.common.json_text import KeyTwiceError, unique_keys
 
 LossMask = Literal["auto", "all", "assistant"]
 _PIECE_CHARACTERS = 1 << 20
@@ -112,7 +113,9 @@ def _json_lines(path: Path, reading: DocumentReading) -> Iterator[DocumentPiece]
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=unique_keys)
+            except KeyTwiceError as error:
+                raise MopError(f"--data: {where}: {error}") from None
             except (ValueError, RecursionError):
                 raise MopError(f"--data: {where}: is not a line of JSON") from None
             yield from reading.record(record, where)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopexec.data.chat import PLAIN, Chat
 from mopsim.common import io
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.json_text import read_object
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ _TRAINING_CHARACTERS = 4 << 20  # what the BPE learns its merges from: enough, a
 
 @dataclass(frozen=True)
 class GivenTokenizer:
-    """A tokenizer.json, with what tokenizer_config.json beside it says. end: text of the token that ends a
-    document.
+    """A tokenizer.json, with what tokenizer_config.json beside it says; what it says of cutting and padding
+    is of inference. end: text of the token that ends a document.
     """
 
     path: Path
@@ -33,7 +33,10 @@ class GivenTokenizer:
     def load(self) -> "Tokenizer":
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_str(self.text)
+        tokenizer = Tokenizer.from_str(self.text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
@@ -51,7 +54,9 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         raise MopError(f"--tokenizer: {path}: {error.strerror or error}") from None
     except Exception as error:  # the library raises Exception itself
         raise MopError(f"--tokenizer: {path}: is no tokenizer.json ({error})") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not tokenizer.get_vocab_size(with_added_tokens=False):
+        raise MopError(f"--tokenizer: {path}: its vocabulary is empty")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= vocab_size:
         raise SpecError(
             "--tokenizer", largest, f"is an id in {path}, beyond plan.model.vocab_size {vocab_size}"
@@ -59,7 +64,7 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
     beside = path.with_name("tokenizer_config.json")
     config = read_object(beside, "--tokenizer") if beside.is_file() else {}
     specials = {
-        name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        name: _content(config, name, beside) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
     end = specials["eos_token"] or next((t for t in _ENDS if tokenizer.token_to_id(t) is not None), "")
     if tokenizer.token_to_id(end) is None:
@@ -114,16 +119,23 @@ def _default(given: Any, where: Path) -> str:
     """The chat template, or the one of several that is called default; "" where there is none. Raises
     MopError.
     """
+    if given is None:
+        return ""
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
-        named = {one.get("name"): one.get("template") for one in given}
-        given = named.get("default", named)
-    if given is not None and not isinstance(given, str):
+        given = {one.get("name"): one.get("template") for one in given}.get("default")
+    if not isinstance(given, str):
         rule = "is neither a template nor a list of {name, template} with a default"
         raise MopError(f"--tokenizer: {where}: chat_template: {rule}")
-    return given or ""
+    return given
 
 
-def _content(token: Any) -> str:
-    """A special token's text: written as such, or as an object with `content`."""
+def _content(config: dict[str, Any], name: str, where: Path) -> str:
+    """A special token's text: written as such, or as an object with `content`; "" where there is none. Raises
+    MopError.
+    """
+    token = config.get(name)
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
+    if token is not None and not isinstance(text, str):
+        rule = f"{shown(token)} is neither a token's text nor an object with it as content"
+        raise MopError(f"--tokenizer: {where}: {name}: {rule}")
+    return text or ""

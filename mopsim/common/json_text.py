@@ -20,7 +20,7 @@ _KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:')
 def parse_json(text: str, origin: str) -> Any:
     """The plain objects of a JSON text. Raises MopError naming `origin` and the field."""
     try:
-        data = json.loads(text, object_pairs_hook=_mapping, parse_int=_integer)
+        data = json.loads(text, object_pairs_hook=unique_keys, parse_int=_integer)
     except RecursionError:
         raise MopError(f"{origin}: {field_at(text, None)}is nested too deeply") from None
     except ValueError as error:
@@ -43,11 +43,16 @@ def read_object(path: Path, field: str) -> dict[str, Any]:
     return found
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class KeyTwiceError(ValueError):
+    """Of an object of JSON."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as json's `object_pairs_hook`. Raises KeyTwiceError."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {shown(key)} is given twice")
+            raise KeyTwiceError(f"the key {shown(key)} is given twice")
         found[key] = value
     return found
 

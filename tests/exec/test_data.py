@@ -184,6 +184,7 @@ def test_only_the_assistants_messages_count(tmp_path):
         ("{", "a.jsonl:2: is not a line of JSON"),
         ('{"body": "x"}', "a.jsonl:2: has no text in 'text' and no 'messages'; it has 'body'"),
         ("[1]", "a.jsonl:2: is not an object"),
+        ('{"text": "a", "text": "b"}', "a.jsonl:2: the key 'text' is given twice"),
         ('{"messages": [{"role": "user"}]}', "a.jsonl:2: 'messages' is not a list of objects"),
         ('{"text": "a \\ud83d"}', r"a.jsonl:2: '\ud83d' is half of a character (a lone surrogate)"),
         ('{"messages": [{"role": "user", "content": "\\udc00"}]}', r"a.jsonl:2: '\udc00' is half of a char"),
