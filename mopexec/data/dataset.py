@@ -1,22 +1,23 @@
 """Batches from a directory of tokens, in an order that only the seed and the index decide."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mopexec.data.prepare import TextPart, read_meta
+from mopexec.data.shares import Shares
+from mopexec.data.token_files import stamp_of
 from mopsim.common.errors import MopError
 from mopsim.spec.training import TrainSpec
 
 IGNORED = -100
 """Target of a token that does not count in the loss; torch's `ignore_index`."""
-_PERIOD = 1024
-"""Sequences after which every source of a mixture has its share, to one sequence."""
 
 Ids = npt.NDArray[np.int64]
+T = TypeVar("T", bound="TokenDataset")
 
 
 class TokenDataset:
@@ -29,9 +30,11 @@ class TokenDataset:
         meta = read_meta(directory)
         self.vocab_size, self.text_digest = meta.vocab_size, meta.digest
         self.seq_len, self.seed, self.apart = seq_len, seed, apart
-        self.parts = [_Windows(directory, part, seq_len, apart) for part in meta.parts]
+        self.parts = [
+            _Windows(directory, part, seq_len, apart, (seed, place)) for place, part in enumerate(meta.parts)
+        ]
         self.masked = apart or any(part.mask is not None for part in self.parts)
-        self._period = _shares([part.weight for part in meta.parts])
+        self._shares = Shares([part.weight for part in meta.parts])
 
     @property
     def num_tokens(self) -> int:
@@ -69,41 +72,72 @@ class TokenDataset:
     def _start(self, index: int) -> tuple["_Windows", int]:
         """(source, its first token) of a sequence of the run."""
         part, epoch, place = self._place(index)
-        order = _order(self.seed, self.parts.index(part), epoch, part.num_windows)
-        return part, int(order[place]) * self.seq_len
+        return part, int(part.order(epoch)[place]) * self.seq_len
 
     def _place(self, index: int) -> tuple["_Windows", int, int]:
         """(source, its epoch, window of that epoch) of a sequence of the run."""
-        if len(self.parts) == 1:
-            return (self.parts[0], *divmod(index, self.parts[0].num_windows))
-        turn, place = divmod(index, _PERIOD)
-        number = int(self._period[place])
-        mine = self._period == number
-        earlier = turn * int(mine.sum()) + int(mine[:place].sum())
+        number, earlier = self._shares.place(index)
         return (self.parts[number], *divmod(earlier, self.parts[number].num_windows))
 
 
-def open_tokens(directory: Path, training: TrainSpec, seed: int, option: str = "--data") -> TokenDataset:
-    """The tokens that `training` reads, which `option` named. Raises MopError where they do not say what it
-    needs, or none counts.
+class HeldOut(TokenDataset):
+    """Its first `most` sequences, as the shares order them: each window counts once, and what is asked for
+    beyond the last one fills a batch and counts nothing.
     """
-    dataset = TokenDataset(directory, training.seq_len, seed, training.attention_mask == "document")
-    if dataset.masked and not any(part.counts(training.seq_len) for part in dataset.parts):
+
+    def __init__(self, directory: Path, seq_len: int, seed: int, apart: bool, most: int) -> None:
+        super().__init__(directory, seq_len, seed, apart)
+        self.places = self._shares.once([part.num_windows for part in self.parts], most)
+        self.masked |= len(self.places) < most
+
+    def window(self, index: int) -> tuple[Ids, Ids]:
+        tokens, targets = super().window(index)
+        return tokens, targets if index < len(self.places) else np.full_like(targets, IGNORED)
+
+    def _place(self, index: int) -> tuple["_Windows", int, int]:
+        number, window = self.places[min(index, len(self.places) - 1)]
+        return self.parts[number], 0, window
+
+
+def open_tokens(directory: Path, training: TrainSpec, seed: int) -> TokenDataset:
+    """The tokens that `training` reads. Raises MopError where they do not say what it needs, or none
+    counts.
+    """
+    apart = training.attention_mask == "document"
+    return _counting(TokenDataset(directory, training.seq_len, seed, apart), "--data")
+
+
+def open_held_out(directory: Path, training: TrainSpec, seed: int, most: int) -> HeldOut:
+    """As `open_tokens`, of --eval-data; `most`: sequences."""
+    apart = training.attention_mask == "document"
+    return _counting(HeldOut(directory, training.seq_len, seed, apart, most), "--eval-data")
+
+
+def _counting(dataset: T, option: str) -> T:
+    """Refuse data of which no target counts."""
+    if dataset.masked and not any(part.counts(dataset.seq_len) for part in dataset.parts):
         raise MopError(f"{option}: no target of it counts in the loss (--loss-mask all counts all)")
     return dataset
 
 
 class _Windows:
-    """One source: its ids, mask and documents' ends, mapped."""
+    """One source: its ids, mask and documents' ends, mapped. order: of its windows in an epoch; drawn: the
+    seed of these and the source's number.
+    """
 
-    def __init__(self, directory: Path, part: TextPart, seq_len: int, apart: bool) -> None:
+    def __init__(
+        self, directory: Path, part: TextPart, seq_len: int, apart: bool, drawn: tuple[int, int]
+    ) -> None:
         self.num_windows = (part.num_tokens - 1) // seq_len
+        self.order = lru_cache(maxsize=2)(partial(_order, *drawn, self.num_windows))
         if self.num_windows < 1:
             raise MopError(
                 f"--data: the text has {part.num_tokens} tokens, "
                 f"too few for one sequence of plan.training.seq_len {seq_len}"
             )
         path = directory / part.tokens  # an absolute path stays itself
+        if part.stamp and stamp_of(path) != part.stamp:
+            raise MopError(f"--data: {path}: was changed after it was read")
         try:
             self.tokens: npt.NDArray[Any] = np.memmap(
                 path, dtype=part.dtype, mode="r", offset=part.offset, shape=(part.num_tokens,)
@@ -145,20 +179,9 @@ class _Windows:
         return text[:-1], targets
 
 
-@lru_cache(maxsize=16)
-def _order(seed: int, part: int, epoch: int, num_windows: int) -> npt.NDArray[np.int64]:
+def _order(seed: int, part: int, num_windows: int, epoch: int) -> npt.NDArray[np.int64]:
     key = (seed, epoch) if part == 0 else (seed, epoch, part)
     return np.random.default_rng(key).permutation(num_windows)
-
-
-def _shares(weights: list[float]) -> npt.NDArray[np.int64]:
-    """Source of each sequence of a period: each takes the next place where it lags its share most."""
-    share = np.array(weights) / sum(weights)
-    found, given = np.zeros(_PERIOD, dtype=np.int64), np.zeros(len(weights))
-    for place in range(_PERIOD):
-        found[place] = int(np.argmax(share * (place + 1) - given))
-        given[found[place]] += 1
-    return found
 
 
 def sequence_indices(

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mopexec.data.chat import Chat
 from mopexec.data.corpus import PYTHON, Corpus, read_corpus, user_files
 from mopexec.data.documents import DocumentPiece, DocumentReading, LossMask, is_records
-from mopexec.data.token_files import TokenFile, open_token_file
+from mopexec.data.token_files import IdsContent, Stamp, TokenFile, open_token_file
 from mopexec.data.tokenizer import END_OF_TEXT, GivenTokenizer, read_tokenizer, train_tokenizer
 from mopsim.common import io
 from mopsim.common.errors import MopError, require
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 META = "meta.json"
-_FORMAT = 4
+_FORMAT = 5
 _MIXTURES = (".yaml", ".yml")
 
 
@@ -66,6 +66,7 @@ class TextPart(Spec, frozen=True, kw_only=True):
     """Token ids of one source. tokens: file, absolute or in the directory; mask: file of one byte a token,
     0 = does not count in the loss ("" = all count); ends: file of int64, tokens up to the end of each
     document ("" = not known). digest: SHA-256 of the ids' bytes; others: of the other files, by name.
+    stamp: of a file that lies elsewhere, as it was read.
     """
 
     tokens: str
@@ -77,10 +78,12 @@ class TextPart(Spec, frozen=True, kw_only=True):
     mask: str = ""
     ends: str = ""
     others: dict[str, str] = msgspec.field(default_factory=dict)
+    stamp: Stamp | None = None
 
 
 class Meta(Spec, frozen=True, kw_only=True):
-    """meta.json of a directory of tokens. digest: of the contents and of how they were read."""
+    """meta.json of a directory of tokens. digest: of the contents and of how they were read, not of where
+    they lie."""
 
     vocab_size: int
     digest: str
@@ -96,7 +99,8 @@ class _Text:
 @dataclass(frozen=True)
 class _Ids:
     file: TokenFile
-    digest: str
+    content: IdsContent
+    stamp: Stamp
     weight: float
 
 
@@ -119,10 +123,10 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     beyond the vocabulary.
     """
     given = read_tokenizer(options.tokenizer, vocab_size) if options.tokenizer else None
-    sources = [_open(source, vocab_size) for source in _sources(options.source)]
+    sources = [_open(source, vocab_size, cache) for source in _sources(options.source)]
     reading = DocumentReading(options.text_field, options.loss_mask, given.chat if given else Chat())
     digest = _digest(options, sources, given)
-    final = cache / f"tokens-v{_FORMAT}-{digest}-{vocab_size}"
+    final = cache / f"tokens-v{_FORMAT}-{digest}{_places(sources)}-{vocab_size}"
     if _is_whole(final):
         return final
     try:
@@ -207,18 +211,34 @@ def _sources(source: str) -> list[TextSource]:
     return [TextSource(path=str(path.parent / one.path), weight=one.weight) for one in mixture.sources]
 
 
-def _open(source: TextSource, vocab_size: int) -> _Text | _Ids:
+def _open(source: TextSource, vocab_size: int, cache: Path) -> _Text | _Ids:
     file = open_token_file(Path(source.path))
     if file is None:
         return _Text(read_corpus(source.path), source.weight)
-    return _Ids(file, file.check(vocab_size), source.weight)
+    stamp, content = file.stamp, file.content(cache)
+    file.check(vocab_size, content)
+    return _Ids(file, content, stamp, source.weight)
 
 
 def _digest(options: DataOptions, sources: Sequence[_Text | _Ids], given: GivenTokenizer | None) -> str:
-    contents = [(s.corpus.digest if isinstance(s, _Text) else s.digest, s.weight) for s in sources]
-    tokenizer = [given.text, given.end, given.chat.template] if given else []
-    how = [contents, tokenizer, options.text_field, options.loss_mask]
-    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
+    contents = [
+        (s.corpus.digest, s.weight)
+        if isinstance(s, _Text)
+        else (s.content.digest, s.weight, s.file.dtype, s.file.documents_digest)
+        for s in sources
+    ]
+    tokenizer = [given.text, given.end, given.chat.template, given.chat.specials] if given else []
+    return _short([contents, tokenizer, options.text_field, options.loss_mask])
+
+
+def _places(sources: Sequence[_Text | _Ids]) -> str:
+    """Names where the files of ids lie, which a directory of tokens points to."""
+    places = [(str(s.file.path), s.stamp) for s in sources if isinstance(s, _Ids)]
+    return f"-{_short(places)}" if places else ""
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _is_whole(directory: Path) -> bool:
@@ -254,13 +274,14 @@ def _parts(
         everything = chain.from_iterable(corpus.pieces(reading) for corpus in texts)
         tokenizer = given.load() if given else train_tokenizer((p.text for p in everything), vocab_size)
         end = given.end if given else END_OF_TEXT
-        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     for number, source in enumerate(sources):
         if isinstance(source, _Ids):
             file = source.file
             yield TextPart(
                 tokens=str(file.path), dtype=file.dtype, offset=file.offset, num_tokens=file.num_tokens,
-                weight=source.weight, digest=source.digest, **_ends(file.ends, directory, number),
+                weight=source.weight, digest=source.content.digest, stamp=source.stamp,
+                **_ends(file.ends, directory, number),
             )  # fmt: skip
         else:
             assert tokenizer is not None

@@ -1,7 +1,10 @@
 """Files that hold token ids already: Megatron's .bin with its .idx, and one-dimensional .npy."""
 
 import hashlib
+import json
+import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from mopexec.data.corpus import check_regular
+from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.io import Spec
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # 6 and 7 are floats
 _SCAN = 1 << 24  # tokens
+_SETTLED = 2_000_000_000
+"""Nanoseconds after which a file that is written again has another time of change, on every file system."""
+
+Stamp = tuple[int, int]
+"""Bytes and time of the last change (ns) of a file."""
+
+
+class IdsContent(Spec, frozen=True, kw_only=True):
+    """What reading all of a file of ids gives. digest: SHA-256 (hex) of their bytes."""
+
+    digest: str
+    smallest: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -36,9 +54,37 @@ class TokenFile:
         )
         return mapped
 
-    def check(self, vocab_size: int) -> str:
-        """Refuse an id beyond the vocabulary, with its place; returns the content's SHA-256 (hex)."""
-        digest, tokens = hashlib.sha256(), self.tokens()
+    @property
+    def stamp(self) -> Stamp:
+        """Of the file as it is now."""
+        return stamp_of(self.path)
+
+    @property
+    def documents_digest(self) -> str:
+        """SHA-256 (hex) of where documents end; "" where the file does not say."""
+        return "" if self.ends is None else hashlib.sha256(self.ends.tobytes()).hexdigest()
+
+    def content(self, cache: Path) -> IdsContent:
+        """Read once, then known by the file's path and stamp from `cache`. Raises MopError."""
+        stamp = self.stamp
+        which = json.dumps([str(self.path), *stamp, self.dtype, self.offset])
+        known = cache / f"ids-{hashlib.sha256(which.encode()).hexdigest()[:16]}.json"
+        if io.exists(known):
+            with suppress(MopError):
+                return io.load(known, IdsContent, "ids")
+        found = self._read()
+        if self.stamp != stamp:
+            raise MopError(f"--data: {self.path} was changed while it was read")
+        if time.time_ns() - stamp[1] > _SETTLED:
+            with suppress(MopError):  # a cache that cannot be written is refused with what it is needed for
+                io.write_json(str(known), found)
+        return found
+
+    def check(self, vocab_size: int, content: IdsContent) -> None:
+        """Refuse an id beyond the vocabulary, with its place. Raises SpecError."""
+        if content.smallest >= 0 and content.largest < vocab_size:
+            return
+        tokens = self.tokens()
         for start in range(0, self.num_tokens, _SCAN):
             part = np.asarray(tokens[start : start + _SCAN])
             wrong = np.flatnonzero((part >= vocab_size) | (part < 0))
@@ -49,8 +95,23 @@ class TokenFile:
                     int(tokens[place]),
                     f"is token {place} of {self.path}, outside plan.model.vocab_size {vocab_size}",
                 )
+
+    def _read(self) -> IdsContent:
+        digest, tokens, seen = hashlib.sha256(), self.tokens(), list[int]()
+        for start in range(0, self.num_tokens, _SCAN):
+            part = np.asarray(tokens[start : start + _SCAN])
+            seen += [int(part.min()), int(part.max())]
             digest.update(part.tobytes())
-        return digest.hexdigest()
+        return IdsContent(digest=digest.hexdigest(), smallest=min(seen), largest=max(seen))
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Raises MopError for a file that is not there."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise MopError(f"--data: {path}: {error.strerror or error}") from None
+    return found.st_size, found.st_mtime_ns
 
 
 def open_token_file(path: Path) -> TokenFile | None:

@@ -11,11 +11,12 @@ from mopexec.run.job import RankJob
 from mopexec.run.options import TrainOptions
 from mopexec.run.runner import Runner
 from mopsim.common.errors import MopError
+from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
 
 class Evaluation:
-    """The same first sequences of the held-out data, each time."""
+    """The same first sequences of the held-out data, each time, each window once."""
 
     def __init__(self, feed: Feed, batches: int, every: int, steps: int) -> None:
         self.feed, self.batches, self.every, self.steps = feed, batches, every, steps
@@ -46,14 +47,13 @@ class Evaluation:
         return total / counted
 
 
-def open_held_out(
-    tokens: Path, options: TrainOptions, plan: Plan, seed: int
-) -> tuple[data.TokenDataset, int]:
-    """The held-out data and how many of its global batches an evaluation takes. Raises MopError where none of
-    their targets counts.
+def open_held_out(tokens: Path, options: TrainOptions, plan: Plan, seed: int) -> tuple[data.HeldOut, int]:
+    """The held-out data and how many global batches an evaluation takes, the last one filled up. Raises
+    MopError where none of their targets counts.
     """
-    dataset, size = data.open_tokens(tokens, plan.training, seed, "--eval-data"), plan.training.global_batch
-    batches = min(options.eval_batches, max(1, dataset.num_windows // size))
+    size = plan.training.global_batch
+    dataset = data.open_held_out(tokens, plan.training, seed, options.eval_batches * size)
+    batches = layout.ceil_div(len(dataset.places), size)
     if not dataset.num_targets(range(batches * size)):
         raise MopError(f"--eval-batches: no target of the first {batches} of --eval-data counts in the loss")
     return dataset, batches

@@ -94,7 +94,7 @@ def test_data_of_which_nothing_counts_is_refused(tmp_path):
     with pytest.raises(MopError, match="--data: no target of it counts in the loss"):
         data.open_tokens(tokens, plan.training, 0)
     with pytest.raises(MopError, match="--eval-data: no target of it counts in the loss"):
-        data.open_tokens(tokens, plan.training, 0, "--eval-data")
+        data.open_held_out(tokens, plan.training, 0, 8)
     chats(path, ["because"] * 3)
     tokens = data.prepare(data.DataOptions(source=str(path)), 300, tmp_path / "cache")
     seed = next(s for s in range(99) if not data.TokenDataset(tokens, 16, s).num_targets(range(2)))
