@@ -53,9 +53,7 @@ class Reference:
         training = plan.training
         self.training = training
         self.model = Transformer(plan.model, torch.float64, "cpu")
-        self.model.set_auxiliary(
-            Auxiliary(training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
-        )
+        self.model.set_auxiliary(Auxiliary.of(training))
         fill(self.model, Seeded(training.seed))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),

@@ -13,21 +13,35 @@ import torch
 from torch import Tensor
 
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.training import TrainSpec
 
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """Weights of the losses in the objective, of a mean over tokens.
-
-    balance: of the routers' balance loss. z: of their z-loss. mtp: of the MTP modules' loss, a mean over the
-    modules (arXiv 2412.19437, equation 25). sum_over_sequence: adds up [B, E] counts in place over the ranks
-    that share sequences.
+    """Weights of the losses in the objective. balance: of the routers' balance loss, z: of their z-loss, each
+    a mean over the `tokens` of the global batch, whether or not their targets count. mtp: of the MTP modules'
+    loss, a mean over the targets that count and over the modules (arXiv 2412.19437, equation 25).
+    sum_over_sequence: adds up [B, E] counts in place over the ranks that share sequences.
     """
 
     balance: float = 0.0
     z: float = 0.0
     mtp: float = 0.0
+    tokens: int = 1
     sum_over_sequence: Callable[[Tensor], object] = lambda counts: None
+
+    @classmethod
+    def of(
+        cls, training: TrainSpec, sum_over_sequence: Callable[[Tensor], object] = lambda counts: None
+    ) -> "Auxiliary":
+        """As the plan's training has them."""
+        return cls(
+            training.router_aux_loss_coef,
+            training.router_z_loss_coef,
+            training.mtp_loss_coef,
+            training.global_batch * training.seq_len,
+            sum_over_sequence,
+        )
 
 
 class _Attach(torch.autograd.Function):
@@ -52,8 +66,8 @@ def attach(x: Tensor, loss: Tensor) -> Tensor:
 def router_loss(
     logits: Tensor, scores: Tensor, experts: Tensor, batch: int, spec: ModelSpec, weights: Auxiliary
 ) -> Tensor:
-    """Sum over tokens of the routers' losses; logits and scores [B * s, E], experts [B * s, top_k] of s
-    positions of each of `batch` sequences.
+    """What these tokens add to the routers' losses; logits and scores [B * s, E], experts [B * s, top_k] of
+    s positions of each of `batch` sequences.
     """
     total = logits.new_zeros(())
     if weights.z:
@@ -66,4 +80,4 @@ def router_loss(
         share = counts * spec.num_local_experts / counts.sum(1, keepdim=True)
         part = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         total = total + weights.balance * (part.view(batch, -1, part.shape[-1]).sum(1) * share).sum()
-    return total
+    return total / weights.tokens

@@ -33,13 +33,11 @@ class Router(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(experts, dtype=torch.float32, device=device))
         self.load = torch.zeros(experts, dtype=torch.float32, device=device)
 
-    def forward(
-        self, x: Tensor, experts: Tensor | None, batch: int = 1, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, experts: Tensor | None, batch: int = 1) -> tuple[Tensor, Tensor]:
         """(experts [N, top_k] int64, weights [N, top_k] in float32 or float64) of tokens x [N, H].
 
         experts: the choice, where a routing profile makes it instead of the router. batch: sequences that the
-        tokens are of. scale: of the routers' losses.
+        tokens are of.
         """
         accurate = wide(x.dtype)
         bias = None if self.bias is None else self.bias.to(accurate)
@@ -52,7 +50,7 @@ class Router(nn.Module):
         weights = route_weights(scores, experts, self.spec)
         if self.auxiliary.balance or self.auxiliary.z:
             loss = router_loss(logits, scores, experts, batch, self.spec, self.auxiliary)
-            weights = attach(weights, loss * scale)
+            weights = attach(weights, loss)
         return experts, weights
 
 
@@ -118,9 +116,9 @@ class MoE(nn.Module):
             self.shared_gate = linear(spec.hidden_size, 1, dtype, device)
         self.dispatch: Dispatch = dispatch_locally
 
-    def forward(self, x: Tensor, experts: Tensor | None, batch: int = 1, scale: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, experts: Tensor | None, batch: int = 1) -> Tensor:
         """Tokens [N, H] of `batch` sequences to [N, H]; experts [N, top_k] where a profile chose them."""
-        chosen, weights = self.router(x, experts, batch, scale)
+        chosen, weights = self.router(x, experts, batch)
         out = self.dispatch(x, chosen, weights, self.experts)
         if self.shared is None:
             return out

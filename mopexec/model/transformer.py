@@ -25,13 +25,12 @@ from mopsim.spec.model import ModelSpec
 @dataclass(frozen=True)
 class Given:
     """What all layers of a forward share. cos, sin [S, rotated / 2], of each sequence [B, ..] where it has
-    documents; experts [N, top_k] where a profile chose them; scale: of the losses of routers.
+    documents; experts [N, top_k] where a profile chose them.
     """
 
     cos: Tensor
     sin: Tensor
     experts: Tensor | None = None
-    scale: float = 1.0
     documents: Documents = ()
 
 
@@ -57,7 +56,7 @@ class DecoderLayer(nn.Module):
         x = x + self.attention(self.attention_norm(x), given.cos, given.sin, given.documents)
         hidden: Tensor = self.ffn_norm(x)
         if self.is_moe:
-            moe = self.moe(hidden.flatten(0, 1), given.experts, x.shape[0], given.scale)
+            moe = self.moe(hidden.flatten(0, 1), given.experts, x.shape[0])
             inner: Tensor = moe.view_as(x)
         else:
             inner = self.ffn(hidden)
@@ -156,7 +155,7 @@ class Transformer(nn.Module):
             assert isinstance(module, Mtp)
             yield module.layer
 
-    def given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
+    def given(self, tokens: Tensor, start: int, documents: Documents = ()) -> Given:
         """What the layers share in a forward of tokens [B, S] at positions from `start` on."""
         batch, seq = tokens.shape
         weight = self.embedding.weight
@@ -164,13 +163,13 @@ class Transformer(nn.Module):
         experts = None
         if not self.routing.learned and self.spec.num_moe_layers:
             experts = self.routing.experts(self.spec, batch, seq, weight.device)
-        return Given(cos, sin, experts, scale, documents)
+        return Given(cos, sin, experts, documents)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Normed hidden states [B, S, H] of tokens [B, S]; start: position of the first token (a sequence's
         slice).
         """
-        return self._hidden(tokens, self.given(tokens, start, 1.0))
+        return self._hidden(tokens, self.given(tokens, start))
 
     def _hidden(self, tokens: Tensor, given: Given) -> Tensor:
         x = self.embedding(tokens)
@@ -189,7 +188,7 @@ class Transformer(nn.Module):
         (IGNORED beyond the sequence).
         """
         seq = tokens.shape[1] - len(self.mtp)
-        given = self.given(tokens[:, :seq], start, scale, documents)
+        given = self.given(tokens[:, :seq], start, documents)
         hidden = self._hidden(tokens[:, :seq], given)
         found = [Term(hidden, targets[:, :seq], scale)]
         if not self.mtp or not self.auxiliary.mtp:
@@ -211,7 +210,8 @@ class Transformer(nn.Module):
         documents: Documents = (),
     ) -> Tensor:
         """`scale` times the sum over tokens of the cross entropy of targets [B, S], in float32 (float64 in
-        float64). Its backward also has the other losses of the objective, times `scale`.
+        float64). Its backward also has the other losses of the objective: MTP modules' times `scale`, those
+        of routers as `Auxiliary` weighs them.
         """
         tokens, targets = (F.pad(ids, (0, len(self.mtp)), value=IGNORED) for ids in (tokens, targets))
         terms = self.terms(tokens, targets, start, scale, documents)

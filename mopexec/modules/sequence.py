@@ -69,5 +69,4 @@ def auxiliary(training: TrainSpec, group: Group) -> Auxiliary:
         if group.size > 1:
             collectives.all_reduce(counts, group.handle)
 
-    weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
-    return Auxiliary(*weights, over_sequence)
+    return Auxiliary.of(training, over_sequence)

@@ -93,7 +93,7 @@ class SplitModel:
 
         def run(microbatch: int, chunk: int, x: Tensor | None) -> Tensor:
             batch = batches[microbatch]
-            given = self._given(batch.tokens, start * batch.tokens.shape[1], scale, batch.documents)
+            given = self._given(batch.tokens, start * batch.tokens.shape[1], batch.documents)
             if x is None:
                 x = network.embedding(batch.tokens)
             for layer in self._parts[chunk]:
@@ -174,7 +174,7 @@ class SplitModel:
             again = how.recompute == "full" or (how.recompute == "selective" and "moe" in how.modules)
             moe.experts.forward = SplitExperts(moe.experts, groups.expert_tensor, regathers=not again)
 
-    def _given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
+    def _given(self, tokens: Tensor, start: int, documents: Documents = ()) -> Given:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""
         (batch, seq), network, device = tokens.shape, self.network, tokens.device
         dtype = of_name(self._plan.strategy.precision.param)
@@ -186,7 +186,7 @@ class SplitModel:
         if not network.routing.learned and network.spec.num_moe_layers:
             rows = seq // self._groups.tensor.size
             experts = network.routing.experts(network.spec, batch, rows, device)
-        return Given(self._positions.cos, self._positions.sin, experts, scale, documents)
+        return Given(self._positions.cos, self._positions.sin, experts, documents)
 
     def _attach_loss(self, first_row: int) -> None:
         head, vocabulary, tensor = self.network.head, self._plan.strategy.vocabulary, self._groups.tensor
@@ -206,9 +206,9 @@ class SharedFirst:
     def __init__(self, moe: Any) -> None:
         self._moe = moe
 
-    def __call__(self, x: Tensor, experts: Tensor | None, batch: int = 1, scale: float = 1.0) -> Tensor:
+    def __call__(self, x: Tensor, experts: Tensor | None, batch: int = 1) -> Tensor:
         moe = self._moe
-        chosen, weights = moe.router(x, experts, batch, scale)
+        chosen, weights = moe.router(x, experts, batch)
         shared: Tensor = moe.shared(x)
         if moe.shared_gate is not None:
             shared = moe.shared_gate(x).sigmoid() * shared

@@ -80,8 +80,7 @@ def _trained(
     """Under torch's own clipping and AdamW. Many cases have the same."""
     model = Transformer(spec, getattr(torch, dtype), device, choice)
     fill(model, Seeded(7))
-    weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
-    model.set_auxiliary(Auxiliary(*weights))
+    model.set_auxiliary(Auxiliary.of(training))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, betas=(training.beta1, training.beta2),
         eps=training.eps, weight_decay=training.weight_decay,

@@ -128,13 +128,7 @@ class Reference:
             else Routing(routing, strategy.micro_batch, strategy.attention.context_parallel)
         )
         self.model = Transformer(plan.model, getattr(torch, strategy.precision.param), "cpu", profile)
-        self.model.set_auxiliary(
-            Auxiliary(
-                plan.training.router_aux_loss_coef,
-                plan.training.router_z_loss_coef,
-                plan.training.mtp_loss_coef,
-            )
-        )
+        self.model.set_auxiliary(Auxiliary.of(plan.training))
         fill(self.model, Seeded(SEED))
         t = plan.training
         self.optimizer = torch.optim.AdamW(

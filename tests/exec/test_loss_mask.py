@@ -80,9 +80,9 @@ def test_mtp_modules_embed_tokens_that_do_not_count():
 
     for term, other in zip(found, expected, strict=True):
         torch.testing.assert_close(term.hidden, other.hidden, rtol=0, atol=0)
-    x = model._hidden(tokens, model.given(tokens, 0, 0.1))
+    x = model._hidden(tokens, model.given(tokens, 0))
     for depth, module in enumerate(model.mtp, start=1):
         words = F.pad(text, (0, 1))[:, depth : depth + 16]
-        x = module(x, model.embedding(words), model.given(tokens, 0, 0.1))
+        x = module(x, model.embedding(words), model.given(tokens, 0))
         torch.testing.assert_close(found[depth].hidden, x)
         assert torch.equal(found[depth].targets[:, : 16 - depth], masked[:, depth:])

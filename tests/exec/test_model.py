@@ -245,17 +245,21 @@ def test_clamped_swiglu_equals_autograd() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_losses_of_routers_steer_and_are_not_told() -> None:
-    """Their gradient is that of the losses by their definition, and the loss is the cross entropy alone."""
+@pytest.mark.parametrize("counted", [12, 1])
+def test_losses_of_routers_steer_and_are_not_told(counted: int) -> None:
+    """Their gradient is that of the losses by their definition, a mean over all tokens, however many targets
+    of a sequence count; and the loss is the cross entropy alone."""
     tokens = torch.arange(24).view(2, 12) % 37
+    targets = tokens.clone()
+    targets[:, counted:] = -100
     gradients, losses = [], []
     seen: list[torch.Tensor] = []
-    for auxiliary in (Auxiliary(), Auxiliary(balance=0.5, z=0.3)):
+    for auxiliary in (Auxiliary(), Auxiliary(balance=0.5, z=0.3, tokens=24)):
         model = Transformer(spec(num_hidden_layers=2), torch.float64)
         fill(model, Seeded(0))
         model.set_auxiliary(auxiliary)
         model.layers[1].moe.router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        loss = model.loss(tokens, tokens, scale=1 / 24)
+        loss = model.loss(tokens, targets, scale=1 / (2 * counted))
         router = model.layers[1].moe.router
         weight = router.weight
         losses.append(loss.item())
