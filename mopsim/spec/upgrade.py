@@ -23,7 +23,7 @@ from mopsim.spec.stack import (
     Sharding,
     Stack,
 )
-from mopsim.spec.stacks import load_stack
+from mopsim.spec.stacks import completed, load_stack
 from mopsim.spec.strategy import DEFAULT_STACK, Strategy
 
 Unfused = Literal[
@@ -100,7 +100,7 @@ def _plan(data: Any, field: str) -> Any:
     if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
         return data
     if "stack" in data:
-        same = renamed.stack(data["stack"], f"{field}.stack")
+        same = renamed.stack(completed(data["stack"], f"{field}.stack"), f"{field}.stack")
         return {**data, "strategy": renamed.strategy(data["strategy"]), "stack": same}
     strategy, stack = split(data["strategy"], f"{field}.strategy")
     if stack is None:

@@ -1,9 +1,11 @@
 """Plans, measurements and strategies of before the stacks still load, and mean what they meant."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -186,3 +188,46 @@ def test_a_plan_names_the_stack_that_it_holds() -> None:
     with pytest.raises(MopError, match=r"plan\.(strategy\.)?stack"):
         io.convert({**again, "stack": io.to_plain(load_stack(other))}, Plan, "plan")
     assert data
+
+
+def plan_with_stack(folder: Path, stack: Any) -> Path:
+    plan = io.to_plain(plan_of(load_model("tiny"), mop(2), TrainSpec(seq_len=64, global_batch=2)))
+    io.write_yaml(folder / "plan.yaml", plan | {"stack": stack})
+    return folder / "plan.yaml"
+
+
+def test_a_plan_has_its_shipped_stack_whole_however_little_it_says(tmp_path: Path) -> None:
+    shipped = load_stack("mopexec-flat")
+    assert load_plan(plan_with_stack(tmp_path, {"name": "mopexec-flat"})).stack == shipped
+    older = io.to_plain(replace(shipped, host=replace(shipped.host, blocking=True)))
+    del older["kernels"]["logits_held"], older["stage_outputs"]
+    found = load_plan(plan_with_stack(tmp_path, older)).stack
+    assert found == replace(shipped, host=replace(shipped.host, blocking=True))
+
+
+@pytest.mark.parametrize("name", ["mopexec-flat", "my-fork"])
+def test_a_plan_cut_short_in_its_stack_is_the_same_plan_or_refused(name: str, tmp_path: Path) -> None:
+    plan = io.to_plain(plan_of(load_model("tiny"), mop(2), TrainSpec(seq_len=64, global_batch=2)))
+    plan |= {"stack": plan["stack"] | {"name": name}, "strategy": plan["strategy"] | {"stack": name}}
+    lines = io.to_yaml(plan).splitlines(keepends=True)
+    whole, sources = io.convert(plan, Plan, "plan").stack, lines.index("  sources:\n")
+    for length in range(lines.index("stack:\n") + 2, len(lines)):
+        (tmp_path / "plan.yaml").write_text("".join(lines[:length]), encoding="utf-8")
+        with suppress(MopError):
+            assert load_plan(tmp_path / "plan.yaml").stack.behaviour == whole.behaviour
+            assert name == "mopexec-flat" or length > sources + 1
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        {"name": "my-fork"},
+        {"name": "mopexec-flat", "version": "2019"},
+        {"name": "mopexec-flat", "host": {"blocking": True}},
+    ],
+)
+def test_a_stack_of_a_plan_that_is_not_shipped_has_every_section(
+    stack: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(MopError, match=r"plan\.stack\.kernels: missing"):
+        load_plan(plan_with_stack(tmp_path, stack))
