@@ -22,6 +22,7 @@ from mopsim.intervals import check_level
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.space import IN_8_BITS
 from mopsim.spec import upgrade
+from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
@@ -189,9 +190,10 @@ def is_family(given: AnyStrategy) -> bool:
 
 
 def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
-    """What of the job the strategies among `given` leave aside: its precision, devices; and what plans were
-    made for, where it is another job: their strategy alone is taken."""
-    found = []
+    """What of the model's config was not read, and what of the job the strategies among `given` leave aside:
+    its precision, devices; what plans were made for, where it is another job: their strategy alone is taken.
+    """
+    found = unread(inputs.model)
     for one in given:
         read = read_strategy(one) if isinstance(one, str | Path) and not is_family(one) else one
         found += _left_aside(read, inputs)
@@ -211,6 +213,11 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
                     f"note: of {what} only the strategy is taken; it was made for {', '.join(other)}"
                 )
     return found
+
+
+def unread(model: ModelSpec) -> list[str]:
+    """Keys of the model's config that were not read and may change the network."""
+    return [f"note: of {model.name}'s config {one}" for one in model.assumptions if one.startswith(UNREAD)]
 
 
 def _left_aside(read: AnyStrategy | tuple[Strategy, Stack], inputs: Inputs) -> list[str]:

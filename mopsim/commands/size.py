@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mopsim.api.inputs import unread
 from mopsim.api.size import size
 from mopsim.commands.console import human, say_plan, say_written
 from mopsim.commands.progress import progress
@@ -73,6 +74,8 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     if better := surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
     console.print(f"Fastest{within}: {summary(found.fastest)}")
+    for note in unread(request.model):
+        console.print(note, style="yellow")
     with io.json_beside(json, found.to_json() if json else None):
         pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []
     say_written(console, json, *map(str, pages))

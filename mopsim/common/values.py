@@ -50,9 +50,9 @@ def first_unreadable(data: Any, field: str = "") -> tuple[str, str] | None:
         if not isinstance(value, dict | list | tuple | str | bool | int | float | None):
             return path, f"{shown(value)} is a {type(value).__name__}, which no field takes"
         if isinstance(value, dict):
-            key = next((one for one in value if not isinstance(one, str)), None)
-            if key is not None:
-                return path, f"{shown(key)} is refused as a key: text is needed"
+            for key in value:
+                if not isinstance(key, str):  # null too
+                    return path, f"{shown(key)} is refused as a key: text is needed"
     return None
 
 

@@ -3,18 +3,17 @@
 import re
 from collections.abc import Callable
 from pathlib import PurePath
-from types import UnionType
 from typing import Any
 
 import msgspec
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
-from mopsim.common.values import first_unreadable, number_problem
+from mopsim.common.values import first_unreadable
+from mopsim.spec.config_reader import Config, ConfigReader
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.rope import RopeScaling
 
-Config = dict[str, Any]
 Fields = dict[str, Any]
 
 
@@ -24,14 +23,33 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     if unreadable:
         raise MopError(f"{origin}: {unreadable[0]}: {unreadable[1]}")
     architecture = _architecture(config, origin)
-    reader = _ConfigReader(config, origin)
+    reader = ConfigReader(config, origin)
     fields = _common(reader) | ARCHITECTURES[architecture](reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
+    fields["assumptions"] = reader.unread(architecture)
     try:
-        return convert(fields, ModelSpec, "model", origin)
+        model = convert(fields, ModelSpec, "model", origin)
     except MopError as error:
         raise MopError(f"{error}{_read_from(str(error), config)}") from None
+    _check_layer_types(reader, model)
+    return model
+
+
+def _check_layer_types(r: ConfigReader, model: ModelSpec) -> None:
+    """Refuse `layer_types` that are not the layers of the network that was read."""
+    kinds, layers = r.items("layer_types"), range(model.num_hidden_layers)
+    if not r.has("layer_types"):
+        return
+    windowed = ["sliding_attention" if model.window(layer) else "full_attention" for layer in layers]
+    if kinds != windowed:
+        each = {0: "full_attention", 1: "sliding_attention"}
+        period = model.sliding_window_period if model.sliding_window else 0
+        rule = each.get(period, "sliding and full in turn")
+        raise MopError(
+            f"{r.origin}: layer_types: {shown(kinds)} is refused: only {rule}, one for each of "
+            f"num_hidden_layers {len(layers)}, can be expressed of this architecture"
+        )
 
 
 def _read_from(message: str, config: Config) -> str:
@@ -47,10 +65,15 @@ def _architecture(config: Config, origin: str) -> str:
         isinstance(listed, list) and all(isinstance(item, str) for item in listed)
     ):
         raise MopError(f"{origin}: architectures: {shown(listed)} must be a list of names")
-    for name in listed or []:
-        if name in ARCHITECTURES:
-            return str(name)
     kind = config.get("model_type")
+    for name in listed or []:
+        if name not in ARCHITECTURES:
+            continue
+        kinds = [one for one, meant in MODEL_TYPES.items() if meant == name]
+        if kind is not None and kind not in kinds:
+            rule = f"is refused: {name} is of model_type {' or '.join(kinds)}"
+            raise MopError(f"{origin}: model_type: {shown(kind)} {rule}")
+        return str(name)
     if not listed and isinstance(kind, str) and kind in MODEL_TYPES:
         return MODEL_TYPES[kind]
     said = listed[0] if listed else kind
@@ -69,60 +92,7 @@ def _name(config: Config, origin: str, architecture: str) -> str:
     return path.parent.name if path.name == "config.json" and path.parent.name else path.stem or architecture
 
 
-class _ConfigReader:
-    """Typed access to a config's fields; null counts as absent, as in transformers."""
-
-    def __init__(self, config: Config, origin: str) -> None:
-        self.config, self.origin = config, origin
-
-    def has(self, key: str) -> bool:
-        return self.config.get(key) is not None
-
-    def present(self, *keys: str) -> str:
-        """The key of several for one thing (transformers has renamed some) that the config has, or the
-        first."""
-        return next((key for key in keys if self.has(key)), keys[0])
-
-    def _get(self, key: str, default: Any) -> Any:
-        if self.has(key):
-            problem = number_problem(self.config[key])
-            if problem:
-                raise MopError(f"{self.origin}: {key}: {problem}")
-            return self.config[key]
-        if default is None:
-            raise MopError(f"{self.origin}: {key}: missing, the field is required")
-        return default
-
-    def _typed(self, key: str, default: Any, kind: type | UnionType, rule: str) -> Any:
-        value = self._get(key, default)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise MopError(f"{self.origin}: {key}: {shown(value)} must be {rule}")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._typed(key, default, int, "an integer"))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._typed(key, default, int | float, "a number"))
-
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self._typed(key, default, bool, "true or false"))
-
-    def items(self, key: str) -> list[Any]:
-        """A list; an empty one where the key is absent."""
-        return list(self._typed(key, [], list, "a list"))
-
-    def mapping(self, key: str, default: Config) -> Config:
-        """A mapping; `default` where the key is absent."""
-        return dict(self._typed(key, default, dict, "a mapping"))
-
-    def must_be(self, key: str, expected: Any, meaning: str) -> None:
-        """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""
-        if self.has(key) and self.config[key] != expected:
-            raise MopError(f"{self.origin}: {key}: {shown(self.config[key])} is refused: {meaning}")
-
-
-def _common(r: _ConfigReader) -> Fields:
+def _common(r: ConfigReader) -> Fields:
     heads = r.integer("num_attention_heads")
     hidden = r.integer("hidden_size")
     r.must_be("hidden_act", "silu", "only SwiGLU can be expressed")
@@ -143,13 +113,14 @@ def _common(r: _ConfigReader) -> Fields:
 _SCALING = {field.name: field.default for field in msgspec.structs.fields(RopeScaling)}
 
 
-def _rope(r: _ConfigReader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
+def _rope(r: ConfigReader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
     """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both.
     theta, usual: where the config has neither."""
     key = "rope_parameters" if r.has("rope_parameters") else "rope_scaling"
     given = r.mapping(key, usual or {})
-    inner = _ConfigReader(given, f"{r.origin}: {key}")
+    inner = ConfigReader(given, f"{r.origin}: {key}")
     found = {"rope_theta": inner.number("rope_theta", r.number("rope_theta", theta))}
+    r.read |= {"rope_parameters", "rope_scaling", "rope_theta"}
     if given and not {"rope_type", "type", "rope_theta"} & given.keys():
         raise MopError(f"{inner.origin}: rope_type: missing, the field is required")
     field = inner.present("rope_type", "type")
@@ -170,14 +141,20 @@ def _rope(r: _ConfigReader, theta: float = 10000.0, usual: Config | None = None)
     return found | {"rope_scaling": scaling | {"truncate": inner.flag("truncate", True)}}
 
 
-def _window(r: _ConfigReader) -> Fields:
+def _window(r: ConfigReader) -> Fields:
     """A sliding window over every layer (Mistral, Mixtral); Qwen's is off unless use_sliding_window."""
     if r.has("sliding_window") and r.flag("use_sliding_window", True):
         return {"sliding_window": r.integer("sliding_window")}
     return {}
 
 
-def _llama(r: _ConfigReader) -> Fields:
+def _no_window(r: ConfigReader) -> None:
+    """Qwen's `sliding_window` says nothing unless use_sliding_window."""
+    r.has("sliding_window")
+    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+
+
+def _llama(r: ConfigReader) -> Fields:
     bias = r.flag("attention_bias", False)
     return {
         "intermediate_size": r.integer("intermediate_size"),
@@ -186,11 +163,11 @@ def _llama(r: _ConfigReader) -> Fields:
     }
 
 
-def _mistral(r: _ConfigReader) -> Fields:
+def _mistral(r: ConfigReader) -> Fields:
     return {"intermediate_size": r.integer("intermediate_size")} | _window(r)
 
 
-def _mixtral(r: _ConfigReader) -> Fields:
+def _mixtral(r: ConfigReader) -> Fields:
     return {
         "num_local_experts": r.integer("num_local_experts", 8),
         "num_experts_per_tok": r.integer("num_experts_per_tok", 2),
@@ -198,13 +175,13 @@ def _mixtral(r: _ConfigReader) -> Fields:
     } | _window(r)
 
 
-def _qwen2(r: _ConfigReader) -> Fields:
-    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+def _qwen2(r: ConfigReader) -> Fields:
+    _no_window(r)
     return {"intermediate_size": r.integer("intermediate_size"), "attention_bias": "qkv"}
 
 
-def _qwen3(r: _ConfigReader) -> Fields:
-    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+def _qwen3(r: ConfigReader) -> Fields:
+    _no_window(r)
     bias = r.flag("attention_bias", False)
     return {
         "intermediate_size": r.integer("intermediate_size"),
@@ -214,8 +191,8 @@ def _qwen3(r: _ConfigReader) -> Fields:
     }
 
 
-def _qwen_experts(r: _ConfigReader) -> Fields:
-    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+def _qwen_experts(r: ConfigReader) -> Fields:
+    _no_window(r)
     r.must_be("decoder_sparse_step", 1, "dense layers between MoE layers cannot be expressed")
     dense = r.items("mlp_only_layers")
     if dense != list(range(len(dense))):
@@ -233,7 +210,7 @@ def _qwen_experts(r: _ConfigReader) -> Fields:
     }
 
 
-def _qwen2_moe(r: _ConfigReader) -> Fields:
+def _qwen2_moe(r: ConfigReader) -> Fields:
     shared = r.integer("shared_expert_intermediate_size")
     return _qwen_experts(r) | {
         "shared_expert_intermediate_size": shared,
@@ -242,12 +219,12 @@ def _qwen2_moe(r: _ConfigReader) -> Fields:
     }
 
 
-def _qwen3_moe(r: _ConfigReader) -> Fields:
+def _qwen3_moe(r: ConfigReader) -> Fields:
     bias = r.flag("attention_bias", False)
     return _qwen_experts(r) | {"attention_bias": "qkvo" if bias else "none", "qk_norm": "head"}
 
 
-def _deepseek(r: _ConfigReader) -> Fields:
+def _deepseek(r: ConfigReader) -> Fields:
     r.must_be("moe_layer_freq", 1, "dense layers between MoE layers cannot be expressed")
     r.must_be("attention_bias", False, "biases on latent attention cannot be expressed")
     expert = r.integer("moe_intermediate_size")
@@ -272,7 +249,7 @@ def _deepseek(r: _ConfigReader) -> Fields:
     }
 
 
-def _grouped(r: _ConfigReader, method: str) -> Fields:
+def _grouped(r: ConfigReader, method: str) -> Fields:
     """Groups of experts that a token is limited to; without, 'greedy'."""
     if method == "greedy":
         return {}
@@ -280,17 +257,17 @@ def _grouped(r: _ConfigReader, method: str) -> Fields:
     return {"topk_method": method, **groups}
 
 
-def _deepseek_v2(r: _ConfigReader) -> Fields:
-    method = r.config.get("topk_method") or "greedy"
-    return _deepseek(r) | {"scoring_func": r.config.get("scoring_func") or "softmax"} | _grouped(r, method)
+def _deepseek_v2(r: ConfigReader) -> Fields:
+    method = r.word("topk_method", "greedy")
+    return _deepseek(r) | {"scoring_func": r.word("scoring_func", "softmax")} | _grouped(r, method)
 
 
-def _deepseek_v3(r: _ConfigReader) -> Fields:
+def _deepseek_v3(r: ConfigReader) -> Fields:
     r.must_be("topk_method", "noaux_tc", "its groups are scored by their best two experts")
     return (
         _deepseek(r)
         | {
-            "scoring_func": r.config.get("scoring_func") or "sigmoid",
+            "scoring_func": r.word("scoring_func", "sigmoid"),
             "norm_topk_prob": r.flag("norm_topk_prob", True),
             "num_nextn_predict_layers": r.integer(r.present("num_nextn_predict_layers", "num_mtp_layers"), 0),
         }
@@ -298,17 +275,10 @@ def _deepseek_v3(r: _ConfigReader) -> Fields:
     )
 
 
-def _gpt_oss(r: _ConfigReader) -> Fields:
-    kinds, layers = r.items("layer_types"), r.integer("num_hidden_layers")
-    alternating = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(len(kinds))]
-    if r.has("layer_types") and (len(kinds) != layers or kinds != alternating):
-        raise MopError(
-            f"{r.origin}: layer_types: {shown(kinds)} is refused: only sliding and full in turn, one for "
-            f"each of num_hidden_layers {layers}, can be expressed"
-        )
+def _gpt_oss(r: ConfigReader) -> Fields:
     return {
         "num_local_experts": r.integer("num_local_experts"),
-        "num_experts_per_tok": r.integer("num_experts_per_tok"),
+        "num_experts_per_tok": r.integer(r.present("num_experts_per_tok", "experts_per_token")),
         "moe_intermediate_size": r.integer("intermediate_size"),
         "sliding_window": r.integer("sliding_window"),
         "sliding_window_period": 2,
@@ -329,7 +299,7 @@ _GPT_OSS_ROPE: Config = {
 """What a GPT-OSS config means that says nothing of it (openai/gpt-oss-20b config.json)."""
 
 
-def _olmoe(r: _ConfigReader) -> Fields:
+def _olmoe(r: ConfigReader) -> Fields:
     if r.has("clip_qkv"):
         raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
     return {
@@ -343,7 +313,7 @@ def _olmoe(r: _ConfigReader) -> Fields:
     }
 
 
-ARCHITECTURES: dict[str, Callable[[_ConfigReader], Fields]] = {
+ARCHITECTURES: dict[str, Callable[[ConfigReader], Fields]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "MixtralForCausalLM": _mixtral,

@@ -126,6 +126,7 @@ DEEPSEEK_V3 = {
     },
 }
 DEEPSEEK_V2 = DEEPSEEK_V3 | {
+    "num_nextn_predict_layers": 0,
     "architectures": ["DeepseekV2ForCausalLM"],
     "hidden_size": 5120,
     "intermediate_size": 12288,
@@ -269,8 +270,43 @@ def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: 
         (QWEN2 | {"use_sliding_window": True}, "use_sliding_window: True is refused"),
         (GPT_OSS | {"layer_types": ["full_attention"] * 24}, "layer_types: .* only sliding and full in turn"),
         (DEEPSEEK_V3 | {"moe_layer_freq": 2}, "moe_layer_freq: 2 is refused"),
+        (
+            QWEN3_MOE | {"layer_types": ["linear_attention"] * 48},
+            "layer_types: .* only full_attention, one for each of num_hidden_layers 48",
+        ),
+        (
+            QWEN3_MOE | {"layer_types": ["sliding_attention", "full_attention"] * 24, "sliding_window": 4096},
+            "layer_types: .* only full_attention",
+        ),
+        (QWEN3_MOE | {"layer_types": ["full_attention"] * 47}, "layer_types: .* num_hidden_layers 48"),
+        (MISTRAL | {"layer_types": ["full_attention"] * 32}, "layer_types: .* only sliding_attention"),
+        (GPT_OSS | {"layer_types": "full_attention"}, "layer_types: 'full_attention' must be a list"),
+        (DEEPSEEK_V3 | {"index_topk": 2048}, "index_topk: 2048 is refused for DeepseekV3.*: sparse"),
+        (QWEN3_MOE | {"model_type": "mamba"}, "model_type: 'mamba' is refused: Qwen3MoeForCausalLM is of"),
+        (QWEN3_MOE | {"model_type": 7}, "model_type: 7 is refused"),
+        (LLAMA | {"is_encoder_decoder": True}, "is_encoder_decoder: True is refused for Llama.*: only dec"),
+        (LLAMA | {"num_local_experts": 8}, "num_local_experts: 8 is refused for Llama.*: it has no such exp"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is refused for Llama"),
+        (MIXTRAL | {"n_shared_experts": 1}, "n_shared_experts: 1 is refused for Mixtral"),
+        (QWEN3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 is refused for Qwen3"),
+        (QWEN3_MOE | {"num_local_experts": 64}, "num_local_experts: 64 is refused: is not num_experts 128"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(MopError, match=message):
         load_model(write(tmp_path, config))
+
+
+def test_what_changes_no_network_is_read_over_and_the_rest_is_named(tmp_path: Path) -> None:
+    whole = load_model(write(tmp_path, QWEN3_MOE))
+    beside = {
+        "model_type": "qwen3_moe", "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+        "eos_token_id": 151645, "max_window_layers": 48, "router_aux_loss_coef": 0.001, "use_cache": True,
+        "attention_dropout": 0.0, "sliding_window": None, "index_topk": None, "is_encoder_decoder": False,
+        "shared_expert_intermediate_size": 0, "partial_rotary_factor": 1.0, "num_local_experts": 128,
+        "layer_types": ["full_attention"] * 48, "max_position_embeddings": 40960,
+    }  # fmt: skip
+    assert load_model(write(tmp_path, QWEN3_MOE | beside)) == whole
+    named = load_model(write(tmp_path, QWEN3_MOE | {"attention_dropout": 0.1, "my_router_trick": 3}))
+    assert named.assumptions == ("not read: 'attention_dropout', 'my_router_trick'",)
+    assert msgspec.structs.replace(named, assumptions=()) == whole
