@@ -1,9 +1,13 @@
 """Micro-benchmarks as data, and how far a profile's curves are to be trusted before one was run."""
 
+import math
 from functools import cache
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
+from mopsim.engine import SimResult
+from mopsim.intervals import machines_share
+from mopsim.size.figures import Figures
 from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Tag
 
 
@@ -54,3 +58,33 @@ def tag_of(hardware: HardwareProfile, kind: str, devices: int) -> Tag:
         "host_memory": host.memory_bandwidth.tag,
     }
     return tags[kind]
+
+
+def settled_by_plan(bill: Figures) -> float:
+    """Variance of ln(days) that is left once the plan itself was run."""
+    of_step = bill.step_deviation**2
+    return min(measurements().calibrated ** 2, of_step) + max(bill.deviation**2 - of_step, 0.0)
+
+
+def of_machine(bill: Figures, result: SimResult) -> float:
+    """Variance of ln(days) that measurements of a machine can settle: its part of the step's, and no more
+    than the plan itself settles. What is of the program, of the source and of the run no measurement of a
+    part tells."""
+    settled = bill.deviation**2 - settled_by_plan(bill)
+    return max(0.0, min(machines_share(result.facts) * bill.step_deviation**2, settled))
+
+
+def spreads(hardware: HardwareProfile, devices: int, bill: Figures, result: SimResult) -> dict[str, float]:
+    """Of each kind of work that a benchmark measures, the standard deviation of ln(seconds) before it does:
+    by the tag of its curve, all narrowed alike where together they would move the step by more than machines
+    like this one did."""
+    known = measurements()
+    found = {
+        kind: known.spread[tag_of(hardware, kind, devices)]
+        for one in known.benchmarks
+        for kind in one.kinds
+        if kind in result.busy
+    }
+    together = sum((spread * result.busy[kind] / result.step_time) ** 2 for kind, spread in found.items())
+    narrowed = min(1.0, math.sqrt(of_machine(bill, result) / together)) if together else 1.0
+    return {kind: spread * narrowed for kind, spread in found.items()}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 from scipy.special import ndtri
 
-from mopsim.intervals import machines_share
-from mopsim.size.benchmarks import Benchmark, measurements, tag_of
+from mopsim.size.benchmarks import Benchmark, measurements, of_machine, settled_by_plan, tag_of
 from mopsim.size.figures import LEVEL, WIDE, Figures
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
@@ -28,16 +27,12 @@ def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[
     level: the interval's probability.
 
     A kind's share of the variance of ln(days) is the square of a quarter of its swing's width in
-    deviations; together they are at most the machine's part of that of the step, and at most what the plan
-    itself settles: what is of the program, of the source and of the run no measurement of a part tells.
+    deviations; together they are at most what machines tell (`of_machine`).
     """
     bill, result, known_now = point.figures, point.result, measurements()
     assert bill is not None
     assert result is not None
-    of_step = bill.step_deviation**2
-    rest = max(bill.deviation**2 - of_step, 0.0)
-    left = min(known_now.calibrated**2, of_step) + rest
-    most = max(0.0, min(machines_share(result.facts) * of_step, bill.deviation**2 - left))
+    left, most = settled_by_plan(bill), of_machine(bill, result)
     parts = {
         one.name: (math.log(one.high.days / one.low.days) / (2 * WIDE)) ** 2
         for one in swings

@@ -9,7 +9,7 @@ from msgspec.structs import replace as altered
 from mopsim.engine import SimResult
 from mopsim.size.ask import billed
 from mopsim.size.assumptions import known
-from mopsim.size.benchmarks import measurements, tag_of
+from mopsim.size.benchmarks import measurements, spreads, tag_of
 from mopsim.size.carry import played
 from mopsim.size.figures import LEVEL, WIDE, Figures
 from mopsim.size.points import Point, Request
@@ -149,8 +149,14 @@ def _prices(request: Request, point: Point) -> list[Swing]:
 
 
 def _speeds(request: Request, point: Point) -> list[Swing]:
-    """Each kind of work that takes a share of the step, faster and slower by what its tag leaves open."""
-    return [swing for kind in _kinds(point) if (swing := _speed(request, point, kind)) is not None]
+    """Each kind of work that takes a share of the step, faster and slower by what is open of it."""
+    bill, result = point.figures, point.result
+    assert bill is not None
+    assert result is not None
+    open_ = spreads(point.hardware, point.num_devices, bill, result)
+    return [
+        swing for kind in _kinds(point) if (swing := _speed(request, point, kind, open_[kind])) is not None
+    ]
 
 
 def _kinds(point: Point) -> list[str]:
@@ -162,9 +168,9 @@ def _kinds(point: Point) -> list[str]:
     ]
 
 
-def _speed(request: Request, point: Point, kind: str) -> Swing | None:
+def _speed(request: Request, point: Point, kind: str, spread: float) -> Swing | None:
+    """spread: standard deviation of ln(its seconds)."""
     tag = tag_of(point.hardware, kind, point.num_devices)
-    spread = measurements().spread[tag]
     ends = []
     for factor in (math.exp(-WIDE * spread), math.exp(WIDE * spread)):
         result = _replayed(request, point, _slowed(point.hardware, kind, factor))

@@ -21,6 +21,7 @@ from mopsim.report.decision import Decision, answer, content, risks, why
 from mopsim.report.sizing import format_days, missed, stated, summary, surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point, Sizing
+from mopsim.size.benchmarks import of_machine, spreads
 from mopsim.size.figures import DAY, WIDE
 from mopsim.size.points import nearest_miss, pareto, surer
 from mopsim.size.settle import settle
@@ -95,6 +96,9 @@ def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clust
     assert (time.low.value, time.high.value) == pytest.approx(chosen.result.step_time_interval(0.9))
     wide = exp(WIDE * bill.step_deviation)
     assert (time.low.days, time.high.days) == pytest.approx((bill.days / wide, bill.days * wide))
+    open_ = spreads(chosen.hardware, chosen.num_devices, bill, chosen.result)
+    moved = [math.log(one.high.days / one.low.days) / (2 * WIDE) for one in swings if one.name in open_]
+    assert 0 < sum(one**2 for one in moved) < 1.1 * of_machine(bill, chosen.result)
     left = settle(chosen, swings)
     assert all(0 < one.after <= one.before for one in left)
     assert left[-1].after == min(one.after for one in left)
@@ -197,7 +201,7 @@ def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> No
     assert not re.search(r'(src|href)="(?!#)', page)
     assert page.count("<svg") == 2
     assert "Network:" not in page  # the rent has it
-    for said in ("Rivals", "Risks", "What if", "What to measure before signing", "nccl-tests", "Rent "):
+    for said in ("Rivals", "Risks", "What if", "What to measure before signing", "mopexec", "Rent "):
         assert said in page
     assert "None" not in page
 
