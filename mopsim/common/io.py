@@ -131,6 +131,17 @@ def to_yaml(spec: Any) -> str:
     return dump_yaml(to_plain(spec))
 
 
+def as_json(value: Any, *, indent: int | None = None, ascii: bool = True) -> str:
+    """JSON of a spec or plain objects, compact without `indent`. Raises MopError naming the first number that
+    JSON has no word for, NaN or infinite: who reads the file would break on it."""
+    plain, separators = to_plain(value), (",", ":") if indent is None else None
+    try:
+        return json.dumps(plain, indent=indent, separators=separators, ensure_ascii=ascii, allow_nan=False)
+    except ValueError as error:
+        field, problem = first_unfit(plain) or ("", str(error))
+        raise MopError(f"JSON: {field}: {problem}: nothing is written") from None
+
+
 def digest(spec: Any) -> str:
     """First 12 hex digits of the SHA-256 of the canonical JSON of a spec."""
     text = json.dumps(to_plain(spec), sort_keys=True, separators=(",", ":"))
@@ -185,7 +196,7 @@ def write_json(path: str, value: Any) -> None:
 def json_beside(path: str | None, value: Any) -> Iterator[None]:
     """As `write_json`, once the body has written what belongs to it: both are there, or none. path: None for
     no JSON."""
-    text = "" if path is None else json.dumps(to_plain(value), indent=2) + "\n"
+    text = "" if path is None else as_json(value, indent=2) + "\n"
     if path in (None, "-"):
         yield
         print(text, end="", flush=True)

@@ -1,10 +1,10 @@
 """DeepSpeed: its JSON configuration. Keys that begin with '_' are remarks, which DeepSpeed does not read."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from mopsim.common.errors import SpecError
+from mopsim.common.io import as_json
 from mopsim.export.target import Target, header
 from mopsim.spec.capability.expressions import auto_ep
 from mopsim.spec.plan import Plan
@@ -92,7 +92,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     remarks: dict[str, Any] = {"_about": about}
     if left_out:
         remarks["_not_expressed"] = [str(gap) for gap in left_out]
-    return json.dumps(remarks | sections(plan), indent=2) + "\n"
+    return as_json(remarks | sections(plan), indent=2) + "\n"
 
 
 DEEPSPEED = Target("deepspeed", CHECKED, render)

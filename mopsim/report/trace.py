@@ -1,12 +1,11 @@
 """A simulated step as a Chrome/Perfetto trace."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mopsim.common.io import write_text
+from mopsim.common.io import as_json, write_text
 from mopsim.engine import SimResult, Span
 
 Event = dict[str, Any]
@@ -112,4 +111,4 @@ def _counters(timeline: Timeline) -> Iterator[Event]:
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
     """Write a trace for chrome://tracing or ui.perfetto.dev."""
-    write_text(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))
+    write_text(path, as_json(trace))

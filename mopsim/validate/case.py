@@ -61,7 +61,8 @@ class Case(io.Spec, frozen=True, kw_only=True):
     """One run. model: a preset's name, or the network itself; hardware: a profile's name.
 
     quality: A, every field that a simulation needs is known; B, one or two are not; C, more, or the number is
-    derived. assumptions: what the run does not say and is taken so, and the rules that were used.
+    derived. model_changes, hardware_changes, stack_changes: what the run's are other than those of the names.
+    assumptions: what the run does not say and is taken so, and the rules that were used.
     approximations: what it does and no strategy says.
     """
 
@@ -72,6 +73,7 @@ class Case(io.Spec, frozen=True, kw_only=True):
     strategy: Strategy
     training: TrainSpec
     model_changes: Changes = msgspec.field(default_factory=dict)
+    hardware_changes: Changes = msgspec.field(default_factory=dict)
     stack_changes: Changes = msgspec.field(default_factory=dict)
     measured: Measured = Measured()
     quality: Literal["A", "B", "C"] = "A"
@@ -111,8 +113,9 @@ class Case(io.Spec, frozen=True, kw_only=True):
         return _identity(self.model)
 
     def profile(self) -> HardwareProfile:
-        """The hardware. Raises MopError."""
-        return machine(self.hardware)
+        """The hardware with what this run's nodes are other than the profile's. Raises MopError naming the
+        field."""
+        return _machine(self.hardware, _key(self.hardware_changes))
 
     def program(self) -> Stack:
         """The stack with what this run changes of it. Raises MopError naming the field."""
@@ -152,6 +155,11 @@ def machine(name: str) -> HardwareProfile:
 
 
 @cache
+def _machine(name: str, changes: str) -> HardwareProfile:
+    return changed(machine(name), json.loads(changes), "hardware_changes")
+
+
+@cache
 def _program(name: str, changes: str) -> Stack:
     return changed(load_stack(name, "strategy.stack"), json.loads(changes), "stack_changes")
 
@@ -168,11 +176,21 @@ def least_time(case: Case) -> float:
     return flops / (peak * case.strategy.world_size)
 
 
+def least_memory(case: Case) -> float:
+    """Bytes that the fullest device has at least: the hidden states of one microbatch, in 16 bits, split over
+    all ranks that split a sequence or its products."""
+    strategy, model = case.strategy, case.network()
+    ranks = strategy.dense.tensor_parallel * strategy.attention.context_parallel
+    return 2 * model.hidden_size * case.training.seq_len * strategy.micro_batch / ranks
+
+
 def check_possible(case: Case) -> None:
     """Raise SpecError where what was measured beats the limits of its hardware, in memory or in time."""
-    peak, memory = case.measured.peak_memory, case.profile().device.memory.si
+    peak, memory, least = case.measured.peak_memory, case.profile().device.memory.si, least_memory(case)
     rule = f"bytes are more than the {memory:.4g} that a {case.hardware} has"
     require(peak is None or peak <= memory, "measured.peak_memory", peak, rule)
+    rule = f"bytes are less than the {least:.4g} that the hidden states of a microbatch take"
+    require(peak is None or peak >= least, "measured.peak_memory", peak, rule)
     measured = case.measured.step_time
     if measured is None:
         return
@@ -215,5 +233,5 @@ def read_cases(path: Path) -> list[Case]:
 
 def write_cases(path: Path, cases: Iterable[Case]) -> None:
     """JSON lines, fields with their defaults left out."""
-    lines = [json.dumps(sparse(case), ensure_ascii=False, separators=(",", ":")) for case in cases]
+    lines = [io.as_json(sparse(case), ascii=False) for case in cases]
     io.write_text(path, "".join(f"{line}\n" for line in lines))

@@ -42,7 +42,9 @@ RUNS: dict[str, Column] = {
     "num_layers": Column(_MAY, "Decoder layers of the run, where the network was cut; else the model's."),
     "gpu": Column(_NEED, "A hardware profile."),
     "num_gpus": Column(_NEED, "Devices in all."),
-    "gpus_per_node": _note("For readers: the profile says it."),
+    "gpus_per_node": Column(
+        _MAY, "Devices of a node, or of its scale-up domain, as the profile has it; or fewer: then they are."
+    ),
     "precision": _one("Of the matrix products.", "bf16 fp16 fp8 mxfp8 nvfp4", needed=_NEED),
     "seq_len": Column(_NEED, "Tokens of a sequence."),
     "micro_batch": Column(_NEED, "Sequences of a microbatch of one data-parallel rank."),
@@ -53,9 +55,9 @@ RUNS: dict[str, Column] = {
     "pp": Column(_MAY, "Pipeline-parallel ranks; needed."),
     "vp": Column(_MAY, "Virtual stages of a pipeline rank; needed with a pipeline."),
     "cp": Column(_MAY, "Context-parallel ranks; needed."),
-    "ep": Column(_MAY, "Expert-parallel ranks; needed with experts."),
-    "etp": Column(_MAY, "Expert-tensor-parallel ranks; needed with experts."),
-    "dp": _note("For readers: it follows from the other degrees."),
+    "ep": Column(_MAY, "Expert-parallel ranks; needed with experts, else 1."),
+    "etp": Column(_MAY, "Expert-tensor-parallel ranks; needed with experts, else 1."),
+    "dp": Column(_MAY, "Data-parallel ranks: num_gpus over pp, cp and tp (or etp). Another is refused."),
     "sharding": _one("Over the data-parallel ranks; needed.", "none zero1 zero2 zero3"),
     "recompute": _one(
         "selective: the modules of the stack; needed.", "none full", " ".join(("selective", *MODULES))

@@ -10,6 +10,7 @@ from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.rules import RowFacts
 from mopsim.common.units import UNITS
+from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import list_models, load_model
@@ -54,10 +55,12 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     named, changes = _model(known, models)
     model = named if isinstance(named, ModelSpec) else load_model(named)
     degrees = _degrees(row, model)
-    hardware = _refused("gpu", machine, row["gpu"])
+    nodes = _nodes(row, _refused("gpu", machine, row["gpu"]))
+    hardware = changed(machine(row["gpu"]), nodes, "hardware")
     stack, assumed = _stack(row)
     program = _refused("stack", changed, stack, known.of("stack"), "stack")
     model = _refused("model", changed, model, changes, "model")
+    _check_groups(row, degrees)
     split, approximations = strategy(known, degrees, model, program)
     rows = families()[split.name].vocabulary_rows * degrees.tensor
     if rows:
@@ -73,13 +76,43 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     case = Case(
         id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
-        stack_changes=known.of("stack"), measured=_measured(row, approximations),
+        hardware_changes=nodes, stack_changes=known.of("stack"), measured=_measured(row, approximations),
         quality=_quality(row), approximations=approximations,
         assumptions=(*assumed, *(rule.id for rule in known.rules)),
         source=CaseSource(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
-    _refused("step_time_s", check_possible, case)
+    try:
+        check_possible(case)
+    except SpecError as error:
+        raise UnsupportedError(_COLUMN.get(error.field, error.field), str(error)) from error
     return case
+
+
+_COLUMN = {"measured.step_time": "step_time_s", "measured.peak_memory": "peak_memory_gib"}
+"""Fields of a case and the columns that they are read from."""
+
+
+def _nodes(row: Row, hardware: HardwareProfile) -> Changes:
+    """What the run's nodes are other than the profile's: those of fewer devices are its nodes without the
+    rest."""
+    given, whole = count(row, "gpus_per_node"), (hardware.devices_per_node, hardware.scale_up_size)
+    if given is None or given in whole:
+        return {}
+    rule = (
+        f"is more than the {whole[0]} devices of a node of {hardware.name}, and not its domain of {whole[1]}"
+    )
+    require(given < whole[0], "gpus_per_node", given, rule)
+    apart = whole[0] == whole[1]
+    return {"devices_per_node": given} | ({"scale_up_size": given} if apart else {})
+
+
+def _check_groups(row: Row, d: Degrees) -> None:
+    """Refuse a number of data-parallel ranks that the other degrees contradict. Some sources count those of
+    the experts' tensor groups."""
+    given, ranks = count(row, "dp"), d.pipeline * d.sequence
+    found = [d.world // (ranks * one) for one in (d.tensor, d.expert_tensor) if d.world % (ranks * one) == 0]
+    rule = f"is not num_gpus {d.world} over pp {d.pipeline}, cp {d.sequence} and tp {d.tensor}"
+    require(given is None or not found or given in found, "dp", given, rule)
 
 
 def _refused(field: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -158,6 +191,9 @@ def _degrees(row: Row, model: ModelSpec) -> Degrees:
     moe = model.num_local_experts > 0
     if moe and row.get("routing", "") in UNKNOWN:
         raise UnsupportedError("routing", "not stated by the source")
+    for field in () if moe else ("ep", "etp"):
+        rule = "is not of a network without experts"
+        require(count(row, field) in (None, 1), field, row.get(field), rule)
     return Degrees(
         world=need("num_gpus"),
         tensor=need("tp"),

@@ -75,7 +75,7 @@ def seal(path: Path, plan: Plan, hardware: HardwareProfile, result: SimResult, l
 def _text(content: Any) -> str:
     """All of the file."""
     whole = {"format": FORMAT, "sha256": _hash(content), "sealed": content}
-    return json.dumps(whole, indent=1) + "\n"
+    return io.as_json(whole, indent=1) + "\n"
 
 
 def _versions() -> dict[str, str]:

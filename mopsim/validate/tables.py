@@ -12,8 +12,8 @@ from mopsim.common.table import SURPLUS, read_table
 from mopsim.common.table import Row as Row
 from mopsim.validate.columns import COMPONENTS, NAMES, ROOTS, RUNS, Column, needed
 
-LARGEST = 1e18
-"""No measurement and no size is larger, in any of the units of the tables."""
+LEAST, LARGEST = 1e-12, 1e18
+"""No measurement and no size is smaller (but 0) or larger, in any of the units of the tables."""
 
 
 class UnsupportedError(Exception):
@@ -103,12 +103,13 @@ def number(row: Row, column: str) -> float | None:
 
 
 def parse_number(text: str, field: str) -> float:
-    """A number from 0 to LARGEST. Raises SpecError naming `field`."""
+    """A number, 0 or from LEAST to LARGEST. Raises SpecError naming `field`."""
     try:
         value = float(text)
     except ValueError:
         raise SpecError(field, text, "is not a number") from None
-    require(0 <= value <= LARGEST, field, text, f"must be from 0 to {LARGEST:g}")
+    rule = f"must be 0, or from {LEAST:g} to {LARGEST:g}"
+    require(value == 0 or LEAST <= value <= LARGEST, field, text, rule)
     return value
 
 

@@ -169,7 +169,7 @@ def case() -> Case:
     return Case(
         id="run", model="tiny", hardware="h200-sxm-141g", num_nodes=1, strategy=STRATEGY,
         training=TrainSpec(seq_len=64, global_batch=2), model_changes={"num_hidden_layers": 3},
-        stack_changes={"host.modules": True}, measured=Measured(step_time=1.0, peak_memory=1.0, fits=True),
+        stack_changes={"host.modules": True}, measured=Measured(step_time=1.0, peak_memory=1e9, fits=True),
         approximations=("a",), source=CaseSource(name="s", ref="r", notes="n"),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.rows import read_case
-from mopsim.validate.run import cases_of
+from mopsim.validate.run import cases_of, validate
 from mopsim.validate.tables import UnsupportedError, count, number, read_components, read_runs
 from tests.sim.test_validate import MODELS, row, validate_runs
 
@@ -49,12 +49,35 @@ from tests.sim.test_validate import MODELS, row, validate_runs
         ({"sequence_parallel": "False"}, "sequence_parallel"),
         ({"activation_offload": "1.5", "recompute": "none"}, "activation_offload"),
         ({"quality": "D"}, "quality"),
+        ({"dp": "é"}, "dp"),
+        ({"dp": "-1"}, "dp"),
+        ({"dp": "4"}, "dp"),
+        ({"dp": "8.5"}, "dp"),
+        ({"gpus_per_node": "é"}, "gpus_per_node"),
+        ({"gpus_per_node": "1e308"}, "gpus_per_node"),
+        ({"gpus_per_node": "16"}, "gpus_per_node"),
+        ({"ep": "é"}, "ep"),
+        ({"etp": "2"}, "etp"),
+        ({"peak_memory_gib": "1e9"}, "peak_memory_gib"),
+        ({"peak_memory_gib": "1e-9"}, "peak_memory_gib"),
     ],
 )
 def test_what_cannot_be_simulated_names_the_field(changes: dict[str, str], field: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read_case({**row(), **changes}, MODELS)
     assert caught.value.field == field
+
+
+def test_nodes_of_fewer_devices_are_simulated_as_such() -> None:
+    """Four of the eight devices of a node: twice the nodes, and tensor-parallel ranks on two of them."""
+    split = {"tp": "8", "dp": "1", "sharding": "zero1"}
+    whole, half = (read_case(row(**split, gpus_per_node=one), MODELS) for one in ("8", "4"))
+    assert (whole.num_nodes, half.num_nodes, half.profile().scale_up_size) == (1, 2, 4)
+    slow, fast = (validate([one], 1).scored[0].simulated.step_time for one in (half, whole))
+    assert slow > 1.1 * fast
+    assert read_case(row(gpus_per_node="unknown", dp=""), MODELS).hardware_changes == {}
+    domain = {"gpu": "gb200-186g", "gpus_per_node": "72"}
+    assert read_case(row(**domain), MODELS).num_nodes == 2
 
 
 def test_a_name_is_read_however_it_is_written() -> None:
@@ -144,12 +167,14 @@ def test_a_time_that_beats_the_hardware_is_refused_in_a_line(tmp_path: Path) -> 
     assert read_cases(tmp_path / "cases.jsonl") == [case]
 
 
-def test_a_peak_of_more_than_the_device_has_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_a_peak_that_no_device_has_is_refused_in_a_line(tmp_path: Path) -> None:
     case = read_case(row(), MODELS)
-    for peak in (1e30, 81 * 2**30):
+    more = r"bytes are more than the 8.552e\+10 that a h100-sxm-80g has"
+    less = r"bytes are less than the 3.355e\+07 that the hidden states of a microbatch take"
+    for peak, rule in ((1e30, more), (81 * 2**30, more), (1e-300, less), (3e7, less)):
         large = msgspec.structs.replace(case, measured=Measured(peak_memory=peak))
         write_cases(tmp_path / "cases.jsonl", [large])
-        rule = r"case 1: measured\.peak_memory: .* bytes are more than the 8.552e\+10 that a h100-sxm-80g has"
+        rule = rf"case 1: measured\.peak_memory: .* {rule}"
         with pytest.raises(MopError, match=rule):
             read_cases(tmp_path / "cases.jsonl")
 
@@ -184,6 +209,7 @@ def test_a_component_of_nothing_is_refused_in_a_line(name: str, value: float) ->
     [
         ({"metric": "latency_ms"}, {}, "metric"),
         ({"value": "soon"}, {}, "value"),
+        ({"value": "1e-320"}, {}, "value"),
         ({"outcome": "oom"}, {}, "outcome"),
         ({"outcome": "no"}, {}, "outcome"),
         ({"params": "["}, {}, "params"),

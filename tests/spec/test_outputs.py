@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.common.errors import MopError
-from mopsim.common.io import write_text
+from mopsim.common.io import as_json, write_json, write_text
 from mopsim.common.outputs import whole_directory
 
 
@@ -17,6 +17,15 @@ def _broken(out: Path, error: BaseException) -> None:
     with whole_directory(out) as aside:
         (aside / "a.md").write_text("new")
         raise error
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_json_has_no_number_that_json_has_no_word_for(number: float, tmp_path: Path) -> None:
+    found = {"runs": [{"error": 1.0}, {"error": number}], "words": "é"}
+    with pytest.raises(MopError, match=r"^JSON: runs\[1\]\.error: .* must be a finite number: nothing is"):
+        write_json(str(tmp_path / "a.json"), found)
+    assert not list(tmp_path.iterdir())
+    assert as_json({"a": [1, "é"]}, ascii=False) == '{"a":[1,"é"]}'
 
 
 def _write(out: Path, *names: str) -> None:
