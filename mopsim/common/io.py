@@ -60,6 +60,8 @@ def read_text(path: Path, field: str = "") -> str:
     """The UTF-8 text of a file the user named as `field`. Raises MopError where it can't be had."""
     where = f"{field}: {path}" if field else str(path)
     try:
+        if path.is_fifo() and path.resolve().is_fifo():  # else a pipe without a name: /dev/stdin, <(...)
+            raise MopError(f"{where}: is not a regular file: who reads a named pipe may wait without end")
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError):

@@ -10,6 +10,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.values import DEEPEST, Endless, first_unreadable, trimmed
 
 _TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
 _NUMBERS = "-+.0123456789"
 _NOT_READ = ("timestamp", "binary", "set", "omap", "pairs")
 _FLOAT = re.compile(
@@ -24,19 +25,37 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4), 1:30 and 2026-01-02 as text, and refuses
     a key that is given twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._merged: set[int] = set()
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Replace merge keys (`<<: *other`) by what they merge, before which a mapping's own keys go."""
+        if id(node) in self._merged:
+            return
+        self._merged.add(id(node))
+        self._check_once(node)
+        super().flatten_mapping(node)
+        last = {_same(key_node): (key_node, value) for key_node, value in node.value}
+        node.value = list(last.values())  # else merges of merges would grow without end
+
+    def _check_once(self, node: Any) -> None:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float | bool) and key in seen:
                 problem = f"the key {key!r} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key if isinstance(key, str | int | float | bool) else id(key_node))
-        return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: Any) -> Any:
         text = self.construct_scalar(node)
         return self.construct_yaml_int(node) if len(text) <= _MOST_DIGITS else Endless(text)
+
+
+def _same(key_node: Any) -> Any:
+    """Equal for keys that are the same scalar."""
+    return (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else id(key_node)
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
