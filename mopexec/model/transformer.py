@@ -148,6 +148,10 @@ class Transformer(nn.Module):
             if layer.is_moe:
                 layer.moe.router.auxiliary = auxiliary
 
+    def unreached(self) -> Iterator[str]:
+        """Parameters that no loss of the objective reaches: those of MTP modules without weight."""
+        return (n for n, _ in self.named_parameters() if n.startswith("mtp.") and not self.auxiliary.mtp)
+
     def blocks(self) -> Iterator[DecoderLayer]:
         """Every decoder layer that is here, those of MTP modules last."""
         yield from (layer for layer in self.layers if isinstance(layer, DecoderLayer))

@@ -21,7 +21,7 @@ class Masters:
         self.host = strategy.optimizer.state_tier == "host"
         self._own = strategy.precision.master != "param"
         self._dtype = of_name(strategy.precision.masters)
-        self.values: dict[str, Tensor] = {buffer.kind: self._make(buffer) for buffer in buffers.all}
+        self.values: dict[str, Tensor] = {buffer.key: self._make(buffer) for buffer in buffers.all}
 
     def _make(self, buffer: Buffer) -> Tensor:
         part = buffer.part(buffer.values)
@@ -36,25 +36,25 @@ class Masters:
 
     def shards(self) -> list[Shard]:
         """What the optimizer works on."""
-        return [Shard(b.kind, self.values[b.kind], b.copies) for b in self._buffers.all]
+        return [Shard(b.key, self.values[b.key], b.copies) for b in self._buffers.all]
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's parts of the reduced gradients, where the optimizer works."""
-        parts: dict[str, Tensor] = {b.kind: b.part(b.grads) for b in self._buffers.all}
+        """This rank's parts of the reduced gradients of what is trained, where the optimizer works."""
+        parts: dict[str, Tensor] = {b.key: b.part(b.grads) for b in self._buffers.all if b.trained}
         if not self.host:
             return parts
         down = {
-            kind: self._platform.host_empty(part.shape, part.dtype, "grads") for kind, part in parts.items()
+            key: self._platform.host_empty(part.shape, part.dtype, "grads") for key, part in parts.items()
         }
-        for kind, part in parts.items():
-            self._platform.copy(down[kind], part)
+        for key, part in parts.items():
+            self._platform.copy(down[key], part)
         self._platform.wait_host(self._platform.record())
         return down
 
     def write_back(self) -> None:
         """Updated masters to the parameters."""
         for buffer in self._buffers.all:
-            master, part = self.values[buffer.kind], buffer.part(buffer.values)
+            master, part = self.values[buffer.key], buffer.part(buffer.values)
             if self.host:
                 with host_compute():
                     narrow = self._platform.host_empty(part.shape, part.dtype, "params").copy_(master)

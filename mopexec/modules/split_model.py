@@ -4,6 +4,7 @@ swapped in, the loss of a microbatch.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class SplitModel:
             dtype = of_name(plan.strategy.precision.compute)
             self.pipeline = StagePipeline(plan.strategy, links, shape, dtype, platform)
             self._drop_others(self.pipeline)
+        self.network.set_auxiliary(auxiliary(plan.training, groups.shared))
         shapes = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
         blocks = {name: block_of(name, shape, groups) for name, shape in shapes.items()}
         self.buffers = self._make_buffers(blocks)
@@ -123,19 +125,22 @@ class SplitModel:
             "whole": (g.tensor, g.dense_shard, g.dense_replicas),
             "experts": (None, g.expert_shard, g.expert_replicas),
         }
-        found = Buffers()
-        for kind, of in of_kind.items():
-            mine = {name: block for name, block in blocks.items() if block.kind == kind}
+        found, unreached = Buffers(), set(self.network.unreached())
+        for trained, (kind, of) in product((True, False), of_kind.items()):
+            mine = {
+                name: block
+                for name, block in blocks.items()
+                if block.kind == kind and (name not in unreached) == trained
+            }
             if mine:
                 dtypes = (of_name(precision.param), of_name(precision.grad))
-                found.all.append(make_buffer(kind, mine, of, dtypes, self._platform))
+                found.all.append(make_buffer(kind, mine, of, dtypes, self._platform, trained=trained))
         return found
 
     def _split(self) -> None:
         """Swap in the parallel parts, and what the backward recomputes."""
         plan, groups, network = self._plan, self._groups, self.network
         strategy, tensor = plan.strategy, groups.tensor
-        network.set_auxiliary(auxiliary(plan.training, groups.shared))
         for layer in network.blocks():
             if tensor.size > 1:
                 split_layer(layer, tensor)

@@ -85,7 +85,12 @@ class SplitRunner(ModuleRunner):
             collectives.all_reduce(load, self._groups.stage.handle)
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {buffer.kind: buffer.part(buffer.values) for buffer in self._buffers.all}
+        return {buffer.key: buffer.part(buffer.values) for buffer in self._buffers.all}
 
     def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, FlatShards]:
-        return {name: buffer.pieces(name, shards[buffer.kind]) for name, buffer in self._buffers.named()}
+        """A shard that is not there (of what is not trained) is zero."""
+        found = {}
+        for name, buffer in self._buffers.named():
+            part = shards[buffer.key] if buffer.key in shards else torch.zeros_like(buffer.part(buffer.grads))
+            found[name] = buffer.pieces(name, part)
+        return found

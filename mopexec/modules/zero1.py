@@ -27,10 +27,12 @@ ALIGNED = 8
 class Buffer:
     """Parameters that the same ranks hold. values, grads: flat, padded to equal shards; places: where each
     parameter begins. before: ranks that hold the parameters too, whose gradients are added first (None:
-    none); shard: those that share one copy of the state; replicas: those with the same part of it.
+    none); shard: those that share one copy of the state; replicas: those with the same part of it. trained:
+    whether a loss reaches the parameters, which else stay as they are.
     """
 
     kind: Kind
+    trained: bool
     blocks: dict[str, Block]
     places: dict[str, int]
     values: Tensor
@@ -38,6 +40,11 @@ class Buffer:
     before: Group | None
     shard: Group
     replicas: Group
+
+    @property
+    def key(self) -> str:
+        """Names the buffer among those of a rank."""
+        return self.kind if self.trained else f"{self.kind}, not trained"
 
     @property
     def copies(self) -> int:
@@ -98,7 +105,7 @@ class Buffers:
 
 def make_buffer(
     kind: Kind, blocks: Mapping[str, Block], groups: tuple[Group | None, Group, Group],
-    dtypes: tuple[torch.dtype, torch.dtype], platform: Platform,
+    dtypes: tuple[torch.dtype, torch.dtype], platform: Platform, *, trained: bool,
 ) -> Buffer:  # fmt: skip
     """A buffer for parameters. groups: before, shard, replicas; dtypes: of parameters and of gradients."""
     places, end = {}, 0
@@ -110,7 +117,7 @@ def make_buffer(
         values = torch.zeros(size, dtype=dtypes[0], device=platform.device)
     with category("grads"):
         grads = torch.zeros(size, dtype=dtypes[1], device=platform.device)
-    return Buffer(kind, dict(blocks), places, values, grads, *groups)
+    return Buffer(kind, trained, dict(blocks), places, values, grads, *groups)
 
 
 def adopt(model: nn.Module, buffers: Sequence[Buffer]) -> None:

@@ -110,6 +110,22 @@ def test_mtp_modules_read_tokens_that_do_not_count(strategy: Strategy) -> None:
     check(small(model, strategy, **AUXILIARY), masked=True)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        fsdp2(2, **EVERYTHING),
+        split(2, dtype="float64"),
+        split(2, dtype="float64", tensor_parallel=2, expert_parallel=2),
+        split(2, dtype="float64", expert_parallel=2, optimizer_on_host=1.0),
+    ],
+    ids=["fully_shard", "split_modules", "split_modules, tensor", "split_modules, host"],
+)
+def test_what_no_loss_reaches_is_left_as_it_is(strategy: Strategy) -> None:
+    """No weight decay either, as of torch's AdamW: MTP modules without weight shrank with every step."""
+    model = replace(load_model("tiny"), num_nextn_predict_layers=2)
+    check(small(model, strategy, weight_decay=0.5, mtp_loss_coef=0.0))
+
+
 @pytest.mark.parametrize("family", [fsdp2, mop, split])
 def test_gradients_below_the_limit_are_not_scaled(family: Any) -> None:
     strategy = family(2, expert_parallel=2, dtype="float64")
