@@ -7,10 +7,22 @@ import torch
 from torch import Tensor
 
 from mopexec.flat.units import Unit
+from mopexec.measure.scope import uncounted
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.run.shards import STEP, FlatShards, Piece
+from mopexec.weights.source import Source
 
 ROUTER = "router.weight"
+
+
+def initialize(optimizer: FlatAdamW[Unit], source: Source) -> None:
+    """Weights of the source: masters in their own dtype where there are any, of which the parameters are then
+    the rounded ones.
+    """
+    for unit, state in zip(optimizer.units, optimizer.states, strict=True):
+        with uncounted():
+            unit.fill(unit.params if state.master is None else state.master, source)
+    _follow_masters(optimizer)
 
 
 def state_dict(optimizer: FlatAdamW[Unit], balance_bias: Tensor) -> dict[str, Any]:
@@ -35,6 +47,10 @@ def load_state_dict(optimizer: FlatAdamW[Unit], state: dict[str, Any]) -> None:
     """Take what loading did not fill in place: the step count, and the parameters of their master weights."""
     optimizer.finish()
     optimizer.step_number = int(state[STEP])
+    _follow_masters(optimizer)
+
+
+def _follow_masters(optimizer: FlatAdamW[Unit]) -> None:
     for unit, kept in zip(optimizer.units, optimizer.states, strict=True):
         if kept.master is not None:
             optimizer.platform.copy(unit.params, kept.master)

@@ -143,16 +143,14 @@ class Unit:
         """Elements of the shard that are not padding."""
         return max(0, min(self.shard_numel, self.contents.numel - self.start))
 
-    def initialize(self, source: Source) -> None:
-        """Fill the parameter shard with this rank's part of the single-device model's weights."""
-        self.params.zero_()
-        if self.platform.fake:
-            return
+    def fill(self, target: Tensor, source: Source) -> None:
+        """`target`, laid out as the shard, becomes this rank's part of the source's weights."""
+        target.zero_()
         for part in self.parts():
             width, stop = math.prod(part.shape[1:]), part.start + part.numel
             first, last = part.start // width, -(-stop // width)
             rows = source.read(part.name, part.shape, part.index, 0, first, last).reshape(-1)
-            here = self.params[part.place : part.place + part.numel]
+            here = target[part.place : part.place + part.numel]
             here.copy_(rows[part.start - first * width : stop - first * width])
 
     def parts(self) -> Iterator["Part"]:

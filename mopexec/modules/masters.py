@@ -10,11 +10,13 @@ from mopexec.measure.scope import category, host_compute
 from mopexec.modules.optimizer import Shard
 from mopexec.modules.zero1 import Buffer, Buffers
 from mopexec.operators.dtypes import of_name
+from mopexec.weights.load import matrices
+from mopexec.weights.source import Source
 from mopsim.spec.strategy import Strategy
 
 
 class Masters:
-    """Masters by buffer. They start from the parameters, as these have been filled."""
+    """Masters by buffer."""
 
     def __init__(self, buffers: Buffers, strategy: Strategy, platform: Platform) -> None:
         self._buffers, self._platform = buffers, platform
@@ -27,12 +29,22 @@ class Masters:
         part = buffer.part(buffer.values)
         if self.host:
             with host_compute():
-                copied = self._platform.host_empty(part.shape, self._dtype, "optimizer")
-                return copied.copy_(part)
+                return self._platform.host_empty(part.shape, self._dtype, "optimizer").zero_()
         if not self._own:
             return part
         with category("optimizer"):
-            return torch.empty_like(part, dtype=self._dtype).copy_(part)
+            return torch.zeros_like(part, dtype=self._dtype)
+
+    @torch.no_grad()
+    def fill(self, source: Source) -> None:
+        """Parameters and masters become the source's values, each in its own dtype: masters are not rounded
+        to the parameters'. One matrix at a time.
+        """
+        for name, buffer in self._buffers.named():
+            block, at, master = buffer.blocks[name], 0, self.values[buffer.key]
+            for _, values in matrices(name, block.shape, block.start, block.size, source):
+                buffer.fill(name, at, values, master)
+                at += values.numel()
 
     def shards(self) -> list[Shard]:
         """What the optimizer works on."""

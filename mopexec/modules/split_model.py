@@ -31,14 +31,13 @@ from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import of_name
 from mopexec.operators.rope import Positions, rope_tables
 from mopexec.run.runner import Batch
-from mopexec.weights.load import fill_block
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
 
 class SplitModel:
-    """This rank's part of the network, its parameters and gradients in `buffers`."""
+    """This rank's part of the network, its parameters (not filled yet) and gradients in `buffers`."""
 
     def __init__(
         self, plan: Plan, groups: Mesh, platform: Platform, routing: Routing, source: Source
@@ -72,11 +71,6 @@ class SplitModel:
             adopt(self.network, self.buffers.all)
         if plan.model.tie_word_embeddings:
             self.network.head.weight = self.network.embedding.weight
-        if not platform.fake:
-            with uncounted():
-                for name, buffer in self.buffers.named():
-                    block = buffer.blocks[name]
-                    fill_block(buffer.view(buffer.values, name), name, block.shape, block.start, source)
         with category("params"):
             reset_routers(self.network, platform, source)
         self._split()

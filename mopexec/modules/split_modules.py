@@ -11,6 +11,7 @@ from torch import Tensor
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import build_mesh
 from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import uncounted
 from mopexec.model import Routing
 from mopexec.modules.masters import Masters
 from mopexec.modules.optimizer import ShardedAdamW
@@ -35,6 +36,9 @@ class SplitRunner(ModuleRunner):
         self._split = SplitModel(plan, self._groups, platform, profile, source)
         self.model, self._buffers = self._split.network, self._split.buffers
         self._masters = Masters(self._buffers, plan.strategy, platform)
+        if not platform.fake:
+            with uncounted():
+                self._masters.fill(source)
         self._optimizer = ShardedAdamW(
             self._masters.shards(), plan.training, platform, host=self._masters.host
         )

@@ -56,6 +56,16 @@ class Buffer:
         size = flat.numel() // self.shard.size
         return flat.narrow(0, self.shard.place * size, size)
 
+    def fill(self, name: str, at: int, given: Tensor, part: Tensor) -> None:
+        """Elements of a parameter from `at` on become `given`, in the parameter and, where this rank has
+        them, in `part`, which is laid out as `part(values)`.
+        """
+        given, begin, first = given.reshape(-1), self.places[name] + at, self.shard.place * part.numel()
+        self.values.narrow(0, begin, given.numel()).copy_(given)
+        low, high = max(begin, first), min(begin + given.numel(), first + part.numel())
+        if low < high:
+            part[low - first : high - first].copy_(given[low - begin : high - begin])
+
     def view(self, flat: Tensor, name: str) -> Tensor:
         """A parameter's elements of a flat buffer."""
         shape = self.blocks[name].size

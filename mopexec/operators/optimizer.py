@@ -116,13 +116,6 @@ class FlatAdamW(Generic[Unit]):
             [self.platform.host_empty((largest,), param, "staging") for _ in range(2)],
         )
 
-    def adopt_parameters(self) -> None:
-        """Master weights from the parameter shards (once, after initialisation)."""
-        for unit, state in zip(self.units, self.states, strict=True):
-            if state.master is not None:
-                self.platform.copy(state.master, unit.params)
-        self.platform.synchronize()
-
     def step(self, clip: Tensor) -> None:
         """Update all parameters from the units' gradient shards times `clip` (a 0-dim tensor in the update
         dtype).

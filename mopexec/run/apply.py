@@ -7,6 +7,7 @@ import torch
 
 from mopexec.distributed.mesh import Mesh, build_mesh
 from mopexec.distributed.tiers import Platform
+from mopexec.flat import state
 from mopexec.flat.composed import ComposedAttention, needs_composed
 from mopexec.flat.contents import layer_contents, outer_contents
 from mopexec.flat.flat_units import FlatModel, FlatRunner
@@ -71,8 +72,8 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
     size = num_tokens * spec.hidden_size * compute.itemsize
     on_host = count_on_host(strategy.activations, spec.num_hidden_layers, size)
     with category("params"):
-        state = (max(1, spec.num_moe_layers), max(1, spec.num_local_experts))
-        balance_bias, load = (torch.zeros(state, dtype=torch.float32, device=platform.device) for _ in "bl")
+        shape = (max(1, spec.num_moe_layers), max(1, spec.num_local_experts))
+        balance_bias, load = (torch.zeros(shape, dtype=torch.float32, device=platform.device) for _ in "bl")
     model = FlatModel(
         embedding=embedding,
         layers=_layers(plan, mesh, platform, routing, compute),
@@ -83,14 +84,13 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
         balance_bias=balance_bias,
         load=load,
     )
-    for unit in model.units:
-        unit.initialize(source)
     for row, layer in enumerate(range(spec.num_dense_layers, spec.num_hidden_layers)):
         bias = source.buffer(f"layers.{layer}.moe.router.balance_bias")
         if bias is not None:
             balance_bias[row].copy_(bias)
     runner = FlatRunner(plan, mesh, platform, model, learned=routing == "learned")
-    runner.optimizer.adopt_parameters()
+    if not platform.fake:
+        state.initialize(runner.optimizer, source)
     return runner
 
 

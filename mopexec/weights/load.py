@@ -1,6 +1,6 @@
 """Parameters filled from a source: those of a whole model, or the block that a rank holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,24 @@ def fill(model: nn.Module, source: Source) -> None:
 def fill_block(
     target: Tensor, name: str, shape: tuple[int, ...], start: Sequence[int], source: Source
 ) -> None:
-    """`target` becomes the elements from `start` on of a parameter of `shape`, cut in one dimension of each
-    matrix at most, read one matrix at a time.
+    """`target` becomes the elements from `start` on of a parameter of `shape`."""
+    for row, values in matrices(name, shape, start, target.shape, source):
+        (target if row is None else target[row]).copy_(values)
+
+
+def matrices(
+    name: str, shape: tuple[int, ...], start: Sequence[int], size: Sequence[int], source: Source
+) -> Iterator[tuple[int | None, Tensor]]:
+    """The block [start, start + size) of a parameter of `shape`, cut in one dimension of each matrix at most,
+    one matrix at a time with its place in the block's stack; None and all of it where it is not stacked. In
+    the source's dtype, on the CPU.
     """
     if not is_stacked(name):
-        target.copy_(source.read(name, shape, None, *_cut(shape, start, target.shape)))
+        yield None, source.read(name, shape, None, *_cut(shape, start, size))
         return
-    part = _cut(shape[1:], start[1:], target.shape[1:])
-    for row in range(target.shape[0]):
-        target[row].copy_(source.read(name, shape[1:], start[0] + row, *part))
+    part = _cut(shape[1:], start[1:], size[1:])
+    for row in range(size[0]):
+        yield row, source.read(name, shape[1:], start[0] + row, *part)
 
 
 def _cut(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[int, int, int]:
