@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mopexec.run import plans
-from mopexec.run.environment import GPU_RANK, PORT
+from mopexec.run.environment import GPU_RANK, PORT, TORCHRUN
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
@@ -98,7 +98,7 @@ def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str], out: str)
         nodes=max(1, ranks // devices),
         devices=min(ranks, devices),
         port=PORT,
-        environment=" ".join(f"{name}={value}" for name, value in GPU_RANK.items()),
+        environment=" ".join(f"{name}={value}" for name, value in (GPU_RANK | TORCHRUN).items()),
         out=shlex.quote(out),
         arguments=shlex.join(["--plan", str(path), *options]),
         summary=f"{plan.model.name}, {plan.strategy.name}: {ranks} ranks on {plan.hardware.name}",

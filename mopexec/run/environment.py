@@ -116,6 +116,11 @@ GPU_RANK = {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:1"}
 up to a power of two: 81.8 GiB for 48.7 of a rank of Qwen3-30B-A3B on 8."""
 
 
+TORCHRUN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+"""What torchrun starts with: the seconds that ranks may take to end their step and write a checkpoint after a
+signal. Its own 30 are less than a step of a large plan."""
+
+
 def cpu_rank_environment() -> dict[str, str]:
     """What a rank on a CPU starts with: one thread, and an allocator that keeps what it has (glibc's names).
 

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mopexec.run import failures
-from mopexec.run.environment import GPU_RANK, LAUNCHER, cpu_rank_environment
+from mopexec.run.environment import GPU_RANK, LAUNCHER, TORCHRUN, cpu_rank_environment
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import one_stop
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.processes import kill_children
-
-SHUTDOWN_SECONDS = 600  # how long ranks may take to end their step and write a checkpoint after a signal
 
 
 class RankError(Exception):
@@ -103,9 +101,8 @@ def _set_environment(world_size: int) -> None:
     """What ranks on a CPU start with, whose end is theirs, and time to end well after a signal."""
     os.environ[LAUNCHER] = str(os.getpid())
     settings = GPU_RANK if _on_gpus() else cpu_rank_environment() if world_size > 1 else {}
-    for name, value in settings.items():
+    for name, value in (settings | TORCHRUN).items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
 
 
 def _on_gpus() -> bool:

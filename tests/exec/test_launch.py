@@ -34,7 +34,7 @@ def test_a_script_starts_a_rank_for_each_device(kind, plan, capsys):
     assert code == 0
     assert "--nnodes=2 --nproc-per-node=2" in text
     assert "--data 'my data.jsonl' --steps 9 --out '/runs/a b'" in text
-    assert "export PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1\n" in text
+    assert "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     if kind == "slurm":
         assert "#SBATCH --nodes=2" in text
@@ -51,6 +51,7 @@ def test_ranks_start_with_what_their_devices_need(gpus, monkeypatch):
     assert ("PYTORCH_ALLOC_CONF" in launch.os.environ) == gpus
     assert ("OMP_NUM_THREADS" in launch.os.environ) != gpus
     assert bool(launch._numa()) == gpus
+    assert launch.os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
 
 
 def test_options_that_may_be_repeated_may_be(plan, capsys):
