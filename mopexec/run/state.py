@@ -38,7 +38,7 @@ class RunState(Spec, frozen=True, kw_only=True):
     rules: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str) -> RunState:
+def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str | int) -> RunState:
     """The state of a run of `plan` after `step` steps. options: of the command, among its rules."""
     model, training, rules = plan.model, plan.training, io.to_plain(plan.training)
     return RunState(

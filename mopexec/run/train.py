@@ -342,9 +342,10 @@ def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
     return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"
 
 
-def _rules(options: TrainOptions) -> dict[str, str]:
-    """Of the options, what the steps are made with."""
-    return {"--schedule": options.schedule, "--routing": options.routing}
+def _rules(options: TrainOptions) -> dict[str, str | int]:
+    """Of the options, what the steps are made with: of all but a constant rate, how many there are too."""
+    rules: dict[str, str | int] = {"--schedule": options.schedule, "--routing": options.routing}
+    return rules if options.schedule == "constant" else rules | {"--steps": options.steps}
 
 
 def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[str, Any]:

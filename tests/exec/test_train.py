@@ -233,6 +233,9 @@ def test_a_run_that_goes_on_by_other_rules_says_so(inputs, tmp_path):
     )
     changes = "learning_rate 0.001 (was 0.003), --schedule 'linear' (was 'constant')"
     assert f"warning: the steps from here on are made with {changes}\n" in said
+    rules = {"settings": ["learning_rate=0.001"], "schedule": "linear", "resume": True}
+    said = fake_as_ranks(inputs, out, steps=5, **rules)
+    assert "warning: the steps from here on are made with --steps 5 (was 3)\n" in said
 
 
 def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inputs, tmp_path):
