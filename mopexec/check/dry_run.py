@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.distributed.tiers import Platform
+from mopexec.measure.program import Program
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
@@ -69,9 +70,14 @@ class DryRunResult:
 
 
 def dry_run(
-    plan: Plan, rank: int = 0, device_limit: int | None = None, host_limit: int | None = None
+    plan: Plan,
+    rank: int = 0,
+    device_limit: int | None = None,
+    host_limit: int | None = None,
+    program: Program | None = None,
 ) -> DryRunResult:
-    """Build `plan` and run one step of it as `rank`, optimizer included, on tensors without data.
+    """Build `plan` and run one step of it as `rank`, optimizer included, on tensors without data. program:
+    writes down the ops.
 
     Raises OutOfMemory at the allocation that crosses a limit (bytes), and MopError where an attention matrix
     of sequence x sequence appears or the step would run for hours. No process group may be initialised; none
@@ -86,7 +92,7 @@ def dry_run(
         tracker = MemoryTracker(
             device_limit, host_limit, refuse=quadratic_guard(plan), meta=meta, device=platform.device
         )
-        return tracked_step(plan, rank, platform, tracker)
+        return tracked_step(plan, rank, platform, tracker, program)
 
 
 @contextmanager
@@ -117,7 +123,9 @@ def _check_length(plan: Plan) -> None:
         )
 
 
-def tracked_step(plan: Plan, rank: int, platform: Platform, tracker: MemoryTracker) -> DryRunResult:
+def tracked_step(
+    plan: Plan, rank: int, platform: Platform, tracker: MemoryTracker, program: Program | None = None
+) -> DryRunResult:
     """Build `plan` and run one step under `tracker`, on whatever tensors and process group are in force.
 
     A dry run and a real run of this function are equal to the byte (tests/parity/test_dry_run.py).
@@ -125,8 +133,10 @@ def tracked_step(plan: Plan, rank: int, platform: Platform, tracker: MemoryTrack
     from mopexec.run.apply import build
 
     begin = time.perf_counter()
-    with tracker:
+    with tracker, program or nullcontext():
         runner = build(plan, platform, routing="profile", seed=plan.training.seed)
+        if program is not None:
+            program.begin_step()
         runner.step(_batches(plan, platform))
         resident, resident_by_category = tracker.memory, tracker.current_by_category
         del runner

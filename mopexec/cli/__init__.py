@@ -182,12 +182,15 @@ def dry_run(
     rank: Annotated[int, typer.Option(min=0, max=10**9, help="the rank to be")] = 0,
     device_limit: Limit = None,
     host_limit: Limit = None,
+    program: Annotated[
+        str | None, typer.Option(help="write the ops that are played, in order, as JSON")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Show one rank's memory by category at the plan's full scale, without the hardware."""
     from mopexec.cli.dry_run import run
 
-    run(plan, rank, device_limit, host_limit, json)
+    run(plan, rank, device_limit, host_limit, program, json)
 
 
 @app.command()

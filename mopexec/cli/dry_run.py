@@ -8,9 +8,12 @@ from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_bytes, parse_bytes
 
 
-def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None, json: str | None) -> None:
-    """Print (or write as JSON) the bytes of `rank` by category."""
-    check_outputs({"--json": json})
+def run(
+    path: Path, rank: int, device_limit: str | None, host_limit: str | None, program: str | None,
+    json: str | None,
+) -> None:  # fmt: skip
+    """Print (or write as JSON) the bytes of `rank` by category; write the ops that were played."""
+    check_outputs({"--program": program, "--json": json})
     plan = plans.read_plan(path)
     plans.check_supported(plan)
     device = None if device_limit is None else parse_bytes(device_limit, "--device-limit")
@@ -19,8 +22,14 @@ def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None,
     from rich.table import Table
 
     from mopexec.check.dry_run import dry_run
+    from mopexec.measure.program import Program
 
-    result = dry_run(plan, rank, device, host)
+    played = Program() if program else None
+    result = dry_run(plan, rank, device, host, played)
+    if program and played:
+        subject = {"model": plan.model.name, "strategy": plan.strategy.name, "stack": plan.stack.name}
+        ranks = {"rank": rank, "world_size": plan.strategy.world_size}
+        io.write_text(Path(program), io.as_json(subject | ranks | played.to_json()) + "\n")
     if json is not None:
         io.write_json(json, result.to_json())
     table = Table(title=f"rank {rank} of {plan.strategy.world_size}: {plan.model.name}, {plan.strategy.name}")
@@ -39,3 +48,5 @@ def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None,
         f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s",
         highlight=False,
     )
+    if program:
+        console.print(f"{program} written: {result.num_ops:,} ops", highlight=False)

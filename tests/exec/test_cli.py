@@ -247,6 +247,26 @@ def test_dry_run_writes_the_keys_that_others_read(capsys, plan):
     assert "rank must" in refusal(capsys, "dry-run", "--plan", plan, "--rank", 9).replace(": 9", "")
 
 
+def test_dry_run_writes_the_program_that_it_played(capsys, plan, tmp_path):
+    path, out = tmp_path / "program.json", tmp_path / "memory.json"
+    with pytest.raises(SystemExit) as end:
+        main(["dry-run", "--plan", str(plan), "--program", str(path), "--json", str(out)])
+    captured = capsys.readouterr()
+    assert end.value.code == 0, captured.err
+    found, memory = json.loads(path.read_text()), json.loads(out.read_text())
+    assert (found["rank"], found["world_size"]) == (0, plans.read_plan(plan).strategy.world_size)
+    ops, order = found["ops"], found["order"]
+    assert found["num_ops"] == len(order) == memory["num_ops"] == sum(op["count"] for op in ops)
+    assert 0 < found["num_build_ops"] < len(order)
+    step = [ops[place] for place in order[found["num_build_ops"] :]]
+    assert {op["phase"] for op in step} >= {"forward", "backward", "optimizer"}
+    products = [op for op in step if op["flops"]]
+    assert products
+    assert all(op["inputs"] and op["outputs"] for op in products)
+    again = ["dry-run", "--plan", plan, "--program", path, "--json", path]
+    assert "is where --program goes too" in refusal(capsys, *again)
+
+
 def test_dry_run_over_a_limit_is_one_line(capsys, plan):
     assert "over the limit" in refusal(capsys, "dry-run", "--plan", plan, "--device-limit", "10KiB")
 
