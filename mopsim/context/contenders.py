@@ -11,8 +11,7 @@ from typing import Literal
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.search.axes import exchanges
-from mopsim.search.had import axes_of, each, names
+from mopsim.search.had import axes_of, each, exchanges, names
 from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack

@@ -85,14 +85,6 @@ def _micro_batches(problem: Problem) -> list[int]:
     return sorted(small | {part * power for part in (1, batch // twos) for power in powers})
 
 
-def exchanges(problem: Problem, family: str) -> list[int]:
-    """How the family's program can trade a sequence; none where it has no context parallelism."""
-    had = problem.software(family).has
-    ways = had.get("attention.cp_comm_type", EXCHANGES)
-    spread = had.get("attention.context_parallel") != (1,)
-    return [code for code, way in enumerate(EXCHANGES) if spread and way in ways]
-
-
 def _sequences(problem: Problem) -> list[int]:
     heads, length = problem.model.num_attention_heads, problem.training.seq_len
     return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]

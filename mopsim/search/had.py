@@ -2,17 +2,26 @@
 whatever the others are is left out before values are multiplied."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from operator import attrgetter
 from typing import cast
+
+import numpy as np
+from msgspec import structs
+from numpy.typing import NDArray
 
 from mopsim.common.errors import SpecError
 from mopsim.search.axes import every_axis
 from mopsim.search.build import build
-from mopsim.search.problem import DEFAULTS, Axes, Problem, Values
+from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values
 from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import ROWS, Job, field_refusals, refusals
+from mopsim.spec.capability.expressions import fields_read
+from mopsim.spec.capability.software import what_the_stack_has
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Strategy
 
 Key = str | tuple[str, ...]
 Value = int | tuple[int, ...]
@@ -45,6 +54,16 @@ def offered(problem: Problem, family: str, column: str) -> set[int]:
     return {DEFAULTS[column]}
 
 
+def exchanges(problem: Problem, family: str) -> list[int]:
+    """How the family's program can trade a sequence; none where it has no context parallelism."""
+    ways, degrees = offered(problem, family, "exchange"), offered(problem, family, "sequence")
+    for key, values in axes_of(problem, family).items():
+        if {"sequence", "exchange"} <= set(names(key)):
+            rows = [dict(zip(names(key), each(value), strict=True)) for value in values]
+            ways = {row["exchange"] for row in rows if row["sequence"] > 1}
+    return sorted(ways) if max(degrees) > 1 else []
+
+
 def had(problem: Problem, family: str) -> Had:
     """What the program of a family has of its axes."""
     key = ("had", family)
@@ -53,16 +72,29 @@ def had(problem: Problem, family: str) -> Had:
     return problem.known[key]  # type: ignore[no-any-return]
 
 
+def refused_beside(
+    problem: Problem, family: str, name: str, columns: Mapping[str, Column]
+) -> NDArray[np.bool_]:
+    """Which rows have a value in the column of this name that is refused beside others."""
+    found = np.zeros(len(columns[name]), dtype=np.bool_)
+    for about, values, _ in had(problem, family).beside:
+        if name not in about:
+            continue
+        alike = [columns[one] == value for one, value in zip(about, values, strict=True)]
+        found |= np.logical_and.reduce(alike)
+    return found
+
+
 def left_out(problem: Problem, family: str) -> list[str]:
     """A line that names the values of the family's axes that its program lacks, and one for each value that
     is refused for another reason."""
     stack, lacks = problem.software(family), had(problem, family).lacks
-    told = {key.partition(" where ")[0] for key in stack.has}
+    told = {key for key in stack.has if " where " not in key}
     values: dict[str, list[str]] = defaultdict(list)
     others = []
     for error in lacks:
         path = error.field.removeprefix("strategy.")
-        if path in told:
+        if path in told and " where " not in error.rule:
             values[path].append(str(error.value))
         else:
             others.append(f"left out: {error}")
@@ -96,12 +128,16 @@ class _Trials:
         spread = {"experts": most["experts"], "sequence": min(most["sequence"], split)}
         whole, kept = {"recompute": 1, "modules": 0}, {"recompute": 0, "modules": 0}
         self.contexts = (whole, kept | spread, whole | spread)
+        self.built: dict[frozenset[tuple[str, int]], Strategy | None] = {}
+        self.setters: dict[str, set[Key]] = {}
+        self.stack = problem.software(family)
+        self.crossed = self._crossed()
+        self.stack = _with(self.stack, lambda entry: entry not in self.crossed)
         self.bound: dict[Key, bool] = {}
         self.jobs: dict[Key, dict[Value, list[tuple[dict[str, int], Job]]]] = {
             key: {value: list(self._jobs(key, value)) for value in values}
             for key, values in self.axes.items()
         }
-        self.setters: dict[str, set[Key]] = {}
         self.refused: dict[tuple[tuple[str, int], ...], set[str]] = {}
 
     def found(self) -> Had:
@@ -126,6 +162,7 @@ class _Trials:
         }
         selective = len(left.get("modules", ())) > 1
         pairs = [one for some in sometimes for one in self._pair(*some, selective=selective)]
+        pairs += [one for entry, keys in self.crossed.items() for one in self._together(entry, keys, left)]
         every = [error for errors in lacks.values() for error in errors.values()]
         return Had(left, list({str(error): error for error in every}.values()), "", unrun + pairs)
 
@@ -156,21 +193,53 @@ class _Trials:
     def _bound(self, key: Key) -> bool:
         """Whether an axis sets a field that the stack has under conditions."""
         if key not in self.bound:
-            fields = [one.partition(" where ") for one in self.problem.software(self.family).has]
+            fields = [one.partition(" where ") for one in self.stack.has]
             reads = [attrgetter(name) for name, where, _ in fields if where]
-            rows = [dict(zip(names(key), each(value), strict=True)) for value in self.axes[key]]
-            jobs = [job for row in rows if (job := self._job(self.contexts[1] | row)) is not None]
+            jobs = list(self._along(key, self.axes[key], self.contexts[1]))
             self.bound[key] = any(len({read(job.strategy) for job in jobs}) > 1 for read in reads)
         return self.bound[key]
 
-    def _job(self, columns: dict[str, int]) -> Job | None:
-        problem, stack = self.problem, self.problem.software(self.family)
-        try:
-            return Job(
-                problem.model, build(self.family, problem, DEFAULTS | columns), problem.training, stack
-            )
-        except SpecError:
+    def _job(self, columns: dict[str, int], stack: Stack | None = None) -> Job | None:
+        """What a row asks of the program; None where no strategy is built of it."""
+        asked = frozenset(columns.items())
+        if asked not in self.built:
+            try:
+                self.built[asked] = build(self.family, self.problem, DEFAULTS | columns)
+            except SpecError:
+                self.built[asked] = None
+        strategy = self.built[asked]
+        if strategy is None:
             return None
+        return Job(self.problem.model, strategy, self.problem.training, stack or self.stack)
+
+    def _crossed(self) -> dict[str, list[Key]]:
+        """Entries of the stack whose condition several axes decide, recomputation apart, and those axes with
+        the ones of the field: no row of defaults shows what they refuse."""
+        found = {}
+        for entry in self.stack.has:
+            path, _, where = entry.partition(" where ")
+            deciding = {key for one in (fields_read(where) if where else ()) for key in self._set_by(one)}
+            if len(deciding - {"recompute", "modules"}) > 1:
+                every = deciding | self._set_by(path)
+                found[entry] = [key for key in self.axes if key in every]
+        return found
+
+    def _together(self, entry: str, keys: list[Key], left: Axes) -> Iterator[Refused]:
+        """The values of these axes that the stack refuses beside each other, for an entry and its like; of
+        the others alone where every value of the field's own axes is refused."""
+        path = entry.partition(" where ")[0]
+        stack = _with(self.problem.software(self.family), lambda one: one.partition(" where ")[0] == path)
+        own = [key for key in keys if key in self._set_by(path)]
+        others = [key for key in keys if key not in own]
+        for given in _rows(others, left):
+            every = [given | one for one in _rows(own, left)]
+            jobs = [self._job(row, stack) for row in every]
+            errors = [next(what_the_stack_has(job, "simulator"), None) if job else None for job in jobs]
+            found = [(row, error) for row, error in zip(every, errors, strict=True) if error]
+            if len(found) == sum(job is not None for job in jobs):
+                found = [(given, error) for _, error in found[:1]]
+            for row, error in found:
+                yield tuple(row), tuple(row.values()), f"{error.field} {error.rule}"
 
     def _refusals(
         self, key: Key, jobs: list[tuple[dict[str, int], Job]]
@@ -193,28 +262,30 @@ class _Trials:
     def _mine(self, key: Key, context: dict[str, int], error: SpecError) -> bool:
         """Whether the axis sets the field of an error; or no axis does, and it is the family's own, or not
         there without the axis."""
-        if setters := self._setters(error):
+        noun, _, path = error.field.partition(".")
+        if setters := self._set_by(path) if noun == "strategy" else ():
             return key in setters
         rest = {column: value for column, value in context.items() if column not in names(key)}
         return error.field in self._refused_fields(self.contexts[0]) or (
             error.field not in self._refused_fields(rest)
         )
 
-    def _setters(self, error: SpecError) -> set[Key]:
-        """The axes that set the field of an error."""
-        if error.field not in self.setters:
-            noun, _, path = error.field.partition(".")
+    def _set_by(self, path: str) -> set[Key]:
+        """The axes that set a field of the strategy."""
+        if path not in self.setters:
             read = attrgetter(path)
-            self.setters[error.field] = {
+            self.setters[path] = {
                 key
-                for key, tried in self.jobs.items()
-                if noun == "strategy"
-                and any(
-                    len({read(jobs[i][1].strategy) for jobs in tried.values() if i < len(jobs)}) > 1
-                    for i in range(len(self.contexts))
-                )
+                for key, values in self.axes.items()
+                for context in self.contexts
+                if len({read(job.strategy) for job in self._along(key, values, context)}) > 1
             }
-        return self.setters[error.field]
+        return self.setters[path]
+
+    def _along(self, key: Key, values: Values, context: dict[str, int]) -> Iterator[Job]:
+        """The jobs of an axis's values in a row."""
+        rows = (context | dict(zip(names(key), each(value), strict=True)) for value in values)
+        return (job for row in rows if (job := self._job(row)) is not None)
 
     def _pair(
         self, key: Key, value: Value, context: dict[str, int], error: SpecError, *, selective: bool
@@ -240,6 +311,18 @@ class _Trials:
                 if self._mine(key, context, error):
                     yield f"{NOT_RUN}: {error}"
                     return
+
+
+def _rows(keys: list[Key], axes: Axes) -> Iterator[dict[str, int]]:
+    """Every row of the values of these axes."""
+    columns = [column for key in keys for column in names(key)]
+    for values in product(*(cast(Sequence[Value], axes[key]) for key in keys)):
+        yield dict(zip(columns, (one for value in values for one in each(value)), strict=True))
+
+
+def _with(stack: Stack, kept: Callable[[str], bool]) -> Stack:
+    """A stack that says less of what it has."""
+    return structs.replace(stack, has={one: values for one, values in stack.has.items() if kept(one)})
 
 
 def not_played(job: Job) -> Iterator[SpecError]:

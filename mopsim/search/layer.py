@@ -8,8 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mopsim.search.axes import exchanges
-from mopsim.search.had import offered
+from mopsim.search.had import exchanges, offered, refused_beside
 from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
 from mopsim.search.problem import EXCHANGES, LEANEST, RING, ULYSSES, Column
 from mopsim.search.space import Space
@@ -177,6 +176,8 @@ def _reference(space: Space, codes: Column, first: Column) -> Space:
     rows = space.take(order[np.unique(codes[order], return_index=True)[1]])
     once = max(offered(space.problem, space.family, "dispatcher")) if c["dispatcher"].any() else 0
     whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0
+    traded = rows.having(exchange=ULYSSES).columns
+    whole &= ~refused_beside(space.problem, space.family, "exchange", traded)
     ways = exchanges(space.problem, space.family) or [ULYSSES]
     usual = {
         "virtual_stages": 1, "layout": 0, "boundary_host": 0, "overlap": 0, "modules": 0,

@@ -14,7 +14,7 @@ from mopsim.program.workload import Workload
 from mopsim.search.had import had
 from mopsim.search.problem import DEVICE, HOST, Problem
 from mopsim.search.space import generate
-from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job
+from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -22,6 +22,7 @@ from mopsim.spec.stack import Kernels, Sharding, Stack, StateDTypes
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
 from mopsim.spec.tensors import total_params
+from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
@@ -144,6 +145,32 @@ def test_a_sequence_is_traded_as_the_program_can(stack: str) -> None:
             program(job)
         says = f"strategy.attention.{field} is not simulated on the stack {stack}, only {works}"
         assert str(refused.value) == says
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "exchange", "says"),
+    [
+        ("deepseek_v3", 4, "all_gather", "where mla, only 'ring'"),
+        ("deepseek_v3", 4, "ulysses", "where mla, only 'ring'"),
+        ("deepseek_v3", 4, "ring", ""),
+        ("gpt_oss_120b", 4, "ring", "where windowed and attention sinks, only 'ulysses'"),
+        ("gpt_oss_120b", 4, "all_gather", "where attention sinks, only 'ulysses'"),
+        ("gpt_oss_120b", 8, "ulysses", ""),
+        ("gpt_oss_120b", 16, "ulysses", "and kv heads cannot be split, nor is any other value"),
+        ("qwen3_30b_a3b", 8, "ulysses", "where kv heads cannot be split, only 'ring' or 'all_gather'"),
+        ("qwen3_30b_a3b", 8, "ring", ""),
+    ],
+)
+def test_megatron_trades_a_sequence_as_transformer_engine_can(
+    model: str, ranks: int, exchange: Exchange, says: str
+) -> None:
+    strategy = megatron(16, context_parallel=ranks, context_exchange=exchange)
+    training = TrainSpec(seq_len=4096, global_batch=16)
+    for stack in ("megatron-core", "megatron-bridge"):
+        job = Job(load_model(model), strategy, training, load_stack(stack))
+        found = [str(one) for one in refusals(job, by="simulator")]
+        assert len(found) == bool(says)
+        assert all(one.startswith("strategy.attention.cp_comm_type") and says in one for one in found)
 
 
 def test_a_target_and_its_stack_name_the_same_exchanges() -> None:

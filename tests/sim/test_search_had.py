@@ -9,7 +9,7 @@ from mopsim.common.errors import SpecError
 from mopsim.export import TARGETS
 from mopsim.search import had as had_module
 from mopsim.search.had import Had, had, left_out
-from mopsim.search.problem import Problem
+from mopsim.search.problem import ULYSSES, Problem
 from mopsim.search.space import Space, generate
 from mopsim.spec.capability import ROWS, Job, refusals
 from mopsim.spec.presets import load_model
@@ -26,18 +26,28 @@ STACKS = ("torchtitan", "megatron-core", "deepspeed", "megatron-lm-2022", "megat
           "megatron-core vocabulary.loss=ring",
           *(f"generic-fused activations.recompute={ways}"
             for ways in ("none", "full", "selective", "full,selective", "none,full")))  # fmt: skip
+NETWORKS = {
+    "tiny": TINY,
+    "windows": replace(TINY, sliding_window=64, sliding_window_period=2),
+    "sinks": replace(TINY, sliding_window=64, sliding_window_period=2, attention_sinks=True),
+    "mla": replace(
+        TINY, attention="mla", head_dim=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+        v_head_dim=16, num_key_value_heads=8,
+    ),
+}  # fmt: skip
+"""Networks whose sequences a program trades in fewer ways."""
 ROWS_TRIED = 60
 
 
-def problem(stack: str) -> Problem:
+def problem(stack: str, network: str = "tiny") -> Problem:
     """stack: a name; after a space a field, = and the values of it that a fork of the stack has."""
     name, _, told = stack.partition(" ")
     program = load_stack(name)
     if told:
         field, _, values = told.partition("=")
         program = replace(program, has={**program.has, field: tuple(values.split(","))})
-    machine = load_profile("h200-sxm-141g")
-    return Problem(TINY, machine, 1, TRAINING, total_params(TINY), stack=program)
+    machine, model = load_profile("h200-sxm-141g"), NETWORKS[network]
+    return Problem(model, machine, 1, TRAINING, total_params(model), stack=program)
 
 
 def refused(space: Space, index: int) -> bool:
@@ -47,7 +57,8 @@ def refused(space: Space, index: int) -> bool:
         space.stack.check_strategy(strategy)
     except SpecError:
         return True
-    return any(True for _ in refusals(Job(TINY, strategy, TRAINING, space.stack), by="simulator"))
+    job = Job(space.problem.model, strategy, TRAINING, space.stack)
+    return any(True for _ in refusals(job, by="simulator"))
 
 
 def codes(space: Space) -> set[tuple[int, ...]]:
@@ -61,10 +72,16 @@ def code(row: dict[str, int]) -> tuple[int, ...]:
     return tuple(row[name] if name != "exchange" or row["sequence"] > 1 else 0 for name in row)
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_a_space_has_what_its_stack_has_and_all_of_it(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stack", "network"),
+    [*((stack, "tiny") for stack in STACKS), *(("megatron-core", one) for one in list(NETWORKS)[1:])],
+)
+def test_a_space_has_what_its_stack_has_and_all_of_it(
+    stack: str, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     choose = np.random.default_rng(0)
-    spaces = {family: generate(problem(stack), family) for family in FAMILIES}
+    asked = problem(stack, network)
+    spaces = {family: generate(asked, family) for family in FAMILIES}
     monkeypatch.setattr(
         "mopsim.search.space.had", lambda given, family: Had(had_module.every_axis(given, family), [], "", [])
     )
@@ -72,9 +89,18 @@ def test_a_space_has_what_its_stack_has_and_all_of_it(stack: str, monkeypatch: p
     for family, space in spaces.items():
         for index in choose.permutation(len(space))[:ROWS_TRIED].tolist():
             assert not refused(space, index), (family, space.row(index))
-        whole, kept = generate(problem(stack), family), codes(space)
+        whole, kept = generate(asked, family), codes(space)
         for index in choose.permutation(len(whole))[: 4 * ROWS_TRIED].tolist():
             assert code(whole.row(index)) in kept or refused(whole, index), (family, whole.row(index))
+
+
+def test_ranks_that_share_kv_heads_unevenly_are_left_out_together() -> None:
+    """Tiny has 4 KV heads: 8 ranks of tensor x context parallelism trade a sequence in other ways."""
+    space = generate(problem("megatron-core"), "megatron")
+    ranks = space.columns["tensor"] * space.columns["sequence"]
+    ulysses = (space.columns["exchange"] == ULYSSES) & (space.columns["sequence"] > 1)
+    assert set(ranks[ulysses].tolist()) == {2, 4}
+    assert 8 in ranks[~ulysses & (space.columns["sequence"] > 1)]
 
 
 def test_what_is_left_out_is_named() -> None:
@@ -86,6 +112,8 @@ def test_what_is_left_out_is_named() -> None:
         in had(problem("torchtitan"), "mop").refused
     )
     assert left_out(problem("generic-fused"), "fsdp2") == []
+    mla = left_out(problem("megatron-core", "mla"), "megatron")
+    assert any("'all_gather' is not simulated" in one and "where mla, only 'ring'" in one for one in mla)
 
 
 def test_a_search_prints_and_keeps_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:

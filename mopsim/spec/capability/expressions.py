@@ -30,6 +30,17 @@ def holds(name: str) -> Callable[[Job], bool]:
     return compiled(CONDITIONS[name])
 
 
+@cache
+def fields_read(name: str) -> frozenset[str]:
+    """Paths of the strategy's fields that the condition of this name reads, itself or through others."""
+    tree = list(ast.walk(ast.parse(CONDITIONS[name].strip(), mode="eval")))
+    inner = {id(node.value) for node in tree if isinstance(node, ast.Attribute)}
+    whole = [ast.unparse(node) for node in tree if isinstance(node, ast.Attribute) and id(node) not in inner]
+    own = {path.removeprefix("strategy.") for path in whole if path.startswith("strategy.")}
+    others = {node.id for node in tree if isinstance(node, ast.Name) and node.id in CONDITIONS}
+    return frozenset(own.union(*map(fields_read, others)))
+
+
 def holds_rows(rows: int, ranks: int) -> bool:
     """Whether the last of `ranks` has any of `rows`."""
     start, stop = interval(rows, ranks, ranks - 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.spec.capability.expressions import SIDES, holds
@@ -36,17 +37,23 @@ def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
 
 
 def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
-    """Every field that acts has a value that the program can have (`Stack.has`)."""
+    """Every field that acts has a value that the program can have (`Stack.has`), under all conditions that
+    hold."""
     stack = job.software
+    entries: dict[str, dict[str, tuple[Any, ...]]] = {}
     for key, values in stack.has.items():
         path, _, where = key.partition(" where ")
+        if ROWS[f"strategy.{path}"].acts_in(job) and (not where or holds(where)(job)):
+            entries.setdefault(path, {})[where] = tuple(map(plain, values))
+    for path, had in entries.items():
         value = attrgetter(path)(job.strategy)
-        if value in map(plain, values) or not ROWS[f"strategy.{path}"].acts_in(job):
+        if all(value in values for values in had.values()):
             continue
-        if not where or holds(where)(job):
-            on = f"the stack {stack.name}{' where ' * bool(where)}{where.replace('_', ' ')}"
-            works = " or ".join(repr(one) for one in values)
-            yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, only {works}")
+        works = [one for one in next(iter(had.values())) if all(one in values for values in had.values())]
+        told = [where for where, values in had.items() if where and (value not in values or not works)]
+        on = f"the stack {stack.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
+        only = f"only {' or '.join(map(repr, works))}" if works else "nor is any other value"
+        yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
 
 
 def no_runtime(job: Job) -> SpecError | None:
