@@ -102,7 +102,7 @@ def _noting_signals(found: list[int]) -> Iterator[None]:
             found.append(number)
             if time.monotonic() < raised + REPEAT_SECONDS:
                 return
-        if _fragile(frame):
+        if fragile(frame):
             again()
         else:
             raised = time.monotonic()
@@ -149,7 +149,7 @@ def ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _fragile(frame: FrameType | None) -> bool:
+def fragile(frame: FrameType | None) -> bool:
     """Whether an exception at `frame` would be lost or do harm: while a module is imported (compiled ones
     lose it, or abort on it), or a process of multiprocessing is sent what it starts from."""
     while frame is not None and not any(name in frame.f_code.co_filename for name in _FRAGILE):
