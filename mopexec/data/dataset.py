@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopexec.data.prepare import TextPart, read_meta
-from mopexec.data.shares import Shares
+from mopexec.data.source_order import SourceOrder
 from mopexec.data.token_files import stamp_of
 from mopsim.common.errors import MopError
 from mopsim.spec.training import TrainSpec
@@ -34,7 +34,7 @@ class TokenDataset:
             _Windows(directory, part, seq_len, apart, (seed, place)) for place, part in enumerate(meta.parts)
         ]
         self.masked = apart or any(part.mask is not None for part in self.parts)
-        self._shares = Shares([part.weight for part in meta.parts])
+        self._sources = SourceOrder([part.weight for part in meta.parts])
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +76,7 @@ class TokenDataset:
 
     def _place(self, index: int) -> tuple["_Windows", int, int]:
         """(source, its epoch, window of that epoch) of a sequence of the run."""
-        number, earlier = self._shares.place(index)
+        number, earlier = self._sources.place(index)
         return (self.parts[number], *divmod(earlier, self.parts[number].num_windows))
 
 
@@ -87,7 +87,7 @@ class HeldOut(TokenDataset):
 
     def __init__(self, directory: Path, seq_len: int, seed: int, apart: bool, most: int) -> None:
         super().__init__(directory, seq_len, seed, apart)
-        self.places = self._shares.once([part.num_windows for part in self.parts], most)
+        self.places = self._sources.once([part.num_windows for part in self.parts], most)
         self.masked |= len(self.places) < most
 
     def window(self, index: int) -> tuple[Ids, Ids]:

@@ -7,7 +7,7 @@ import pytest
 
 from mopexec import data
 from mopexec.data import dataset as dataset_module
-from mopexec.data.shares import Shares
+from mopexec.data.source_order import SourceOrder
 from mopexec.run.evaluation import open_held_out
 from mopexec.run.options import TrainOptions
 from tests.exec.test_data import prepared
@@ -19,9 +19,9 @@ from tests.exec.train_plans import small_plan
 )
 def test_every_share_is_kept_over_the_run_by_the_index_alone(weights):
     count = 50_000
-    shares = Shares(weights)
+    shares = SourceOrder(weights)
     found = [shares.place(index) for index in range(count)]
-    assert found[40_000:40_100] == [Shares(weights).place(index) for index in range(40_000, 40_100)]
+    assert found[40_000:40_100] == [SourceOrder(weights).place(index) for index in range(40_000, 40_100)]
     seen = Counter[int]()
     for index, (source, earlier) in enumerate(found, start=1):
         assert earlier == seen[source]

@@ -11,7 +11,7 @@ _TURN = 1024
 Ints = npt.NDArray[np.int64]
 
 
-class Shares:
+class SourceOrder:
     """The j-th sequence (from 0) of a source with share s would stand at (j + 1/2) / s; all sequences are
     ordered by that, those of the first source first where two want one place. So a share of any size is kept
     over the run, and each sequence is known from its index alone.
