@@ -28,5 +28,6 @@ def _has(stack: Stack, asked: str | Strategy, inputs: Inputs) -> bool:
         i, total = inputs, total_params(inputs.model)
         problem = Problem(i.model, i.hardware, i.nodes, i.training, total, i.precision, stack)
         return not had(problem, asked).refused
-    job = Job(inputs.model, asked, inputs.training, stack.on_kind(inputs.hardware.device_kind))
+    machine = inputs.hardware
+    job = Job(inputs.model, asked, inputs.training, stack.on_kind(machine.device_kind), machine)
     return not any(not_played(job))

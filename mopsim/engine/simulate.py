@@ -18,6 +18,7 @@ from mopsim.engine.result import SimResult
 from mopsim.engine.streams import play
 from mopsim.program import lower
 from mopsim.program.workload import SLOTS, Program, Workload
+from mopsim.spec.capability import Job, refusals
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -51,6 +52,8 @@ def simulate(
         f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
     )
     workload = lower(model, strategy, training, hardware.scale_up_size, stack, compose=not timeline)
+    for refused in refusals(Job(model, strategy, training, stack, hardware), by="simulator"):
+        raise refused
     return run(workload, model, hardware, strategy, training, timeline=timeline)
 
 

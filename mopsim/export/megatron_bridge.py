@@ -156,11 +156,13 @@ def _layout(plan: Plan, parts: int) -> str:
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The YAML text."""
-    lines = [f"# {line}" for line in header("Megatron-Bridge", CHECKED, plan, left_out)]
+    lines, found = header("Megatron-Bridge", CHECKED, plan, left_out), sections(plan)
     lines.append(
-        "# To be set: the network (a recipe, or AutoBridge of its Hugging Face config), data, train_iters"
+        "To be set: the network (a recipe, or AutoBridge of its Hugging Face config), data, train_iters"
     )
-    return "\n".join(lines) + "\n" + io.to_yaml(sections(plan))
+    if found["model"].get("fine_grained_activation_offloading"):
+        lines.append("In the environment: NVTE_CPU_OFFLOAD_V1=1, or Transformer Engine 2.10 and later stop")
+    return "".join(f"# {line}\n" for line in lines) + io.to_yaml(found)
 
 
 MEGATRON_BRIDGE = Target("megatron-bridge", CHECKED, render)

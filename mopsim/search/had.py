@@ -210,7 +210,8 @@ class _Trials:
         strategy = self.built[asked]
         if strategy is None:
             return None
-        return Job(self.problem.model, strategy, self.problem.training, stack or self.stack)
+        p = self.problem
+        return Job(p.model, strategy, p.training, stack or self.stack, p.hardware)
 
     def _crossed(self) -> dict[str, list[Key]]:
         """Entries of the stack whose condition several axes decide, recomputation apart, and those axes with

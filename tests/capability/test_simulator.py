@@ -1,6 +1,7 @@
 """The simulator plays a field or refuses it by name: another value, another program; never a traceback."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -24,6 +25,7 @@ from mopsim.spec.strategy import Activations, Exchange, Overlap
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
+from mopsim.validate.case import read_cases
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
 
@@ -171,6 +173,16 @@ def test_megatron_trades_a_sequence_as_transformer_engine_can(
         found = [str(one) for one in refusals(job, by="simulator")]
         assert len(found) == bool(says)
         assert all(one.startswith("strategy.attention.cp_comm_type") and says in one for one in found)
+
+
+def test_no_rule_refuses_what_was_measured() -> None:
+    """Of every published run, on the hardware that it ran on."""
+    for path in sorted(Path("reports/validation/cases").glob("*.jsonl")):
+        for case in read_cases(path):
+            machine = case.profile()
+            stack = case.program().on_kind(machine.device_kind)
+            job = Job(case.network(), case.resolved(), case.training, stack, machine)
+            assert not list(refusals(job, by="simulator")), case.id
 
 
 def test_a_target_and_its_stack_name_the_same_exchanges() -> None:

@@ -94,6 +94,14 @@ def test_a_space_has_what_its_stack_has_and_all_of_it(
             assert code(whole.row(index)) in kept or refused(whole, index), (family, whole.row(index))
 
 
+@pytest.mark.parametrize(("machine", "ways"), [("h100-sxm-80g", [0, 1]), ("l40s-48g", [0])])
+def test_experts_are_reached_as_the_hardware_allows(machine: str, ways: list[int]) -> None:
+    asked = Problem(TINY, load_profile(machine), 1, TRAINING, total_params(TINY))
+    assert had(asked, "megatron").axes["dispatcher"] == ways
+    told = [one for one in left_out(asked, "megatron") if "where devices have no nvlink" in one]
+    assert bool(told) == (len(ways) == 1)
+
+
 def test_ranks_that_share_kv_heads_unevenly_are_left_out_together() -> None:
     """Tiny has 4 KV heads: 8 ranks of tensor x context parallelism trade a sequence in other ways."""
     space = generate(problem("megatron-core"), "megatron")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from mopsim.common.errors import SpecError
+from mopsim.common.io import digest
 from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.rules import RULES, value_at
@@ -13,6 +14,7 @@ from mopsim.spec.capability.software import no_runtime
 from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, FieldRow, Side
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
+from mopsim.spec.profiles import list_profiles, load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -36,8 +38,10 @@ __all__ = [
 
 
 def job_of(plan: Plan) -> Job:
-    """The parts of a plan that the table speaks of."""
-    return Job(plan.model, plan.strategy, plan.training, plan.stack)
+    """The parts of a plan that the table speaks of; its hardware where that is a shipped profile."""
+    known = load_profile(plan.hardware.name) if plan.hardware.name in list_profiles() else None
+    same = known is not None and digest(known) == plan.hardware.digest
+    return Job(plan.model, plan.strategy, plan.training, plan.stack, known if same else None)
 
 
 def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:

@@ -11,7 +11,7 @@ from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
 from mopsim.spec.strategy import CAST
 
-_PARTS = ("model", "strategy", "training", "fsdp", "chunks")
+_PARTS = ("model", "strategy", "training", "hardware", "fsdp", "chunks")
 
 
 @cache

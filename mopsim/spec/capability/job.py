@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import num_chunks
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -12,13 +13,14 @@ from mopsim.spec.training import TrainSpec
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a side. training: None where it is not known yet; its rows and rules that need it then
-    refuse nothing. stack: that which the strategy names, where None."""
+    """What is asked of a side. training, hardware: None where they are not known yet; rows and rules that
+    need them then refuse nothing. stack: that which the strategy names, where None."""
 
     model: ModelSpec
     strategy: Strategy
     training: TrainSpec | None = None
     stack: Stack | None = None
+    hardware: HardwareProfile | None = None
 
     @property
     def software(self) -> Stack:

@@ -13,8 +13,12 @@ from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert
 from mopsim.spec.capability.expressions import SIDES, compiled, read
 from mopsim.spec.capability.job import Job
-from mopsim.spec.capability.software import software_is_the_runtimes, what_the_stack_has
-from mopsim.spec.capability.table import RUNTIMES, Side
+from mopsim.spec.capability.software import (
+    software_is_the_runtimes,
+    what_the_stack_has,
+    what_the_target_has,
+)
+from mopsim.spec.capability.table import EXPORTS, RUNTIMES, Side
 from mopsim.spec.presets import list_models, load_model
 
 
@@ -95,6 +99,7 @@ RULES: dict[Side, list[Callable[[Job, Side], Iterator[SpecError]]]] = {
     side: [
         *([software_is_the_runtimes] if side in RUNTIMES else []),
         *([what_the_stack_has] if side == "simulator" else []),
+        *([what_the_target_has] if side in EXPORTS else []),
         *([flavor_is_the_preset] if SIDES[side].get("flavors") else []),
         *(rule.refused for rule in ALL_RULES if side in rule.sides),
     ]

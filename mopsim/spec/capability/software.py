@@ -1,6 +1,7 @@
 """Whether a side's program is the one that a stack describes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -54,6 +55,14 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
         on = f"the stack {stack.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
         only = f"only {' or '.join(map(repr, works))}" if works else "nor is any other value"
         yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
+
+
+def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
+    """As of the job's own stack, of the one that describes a target and has its name; fields that the target
+    does not write are told by their rows."""
+    for error in what_the_stack_has(replace(job, stack=load_stack(side)), side):
+        if ROWS[error.field].cells[side].refuse(side, error.field, error.value) is None:
+            yield error
 
 
 def no_runtime(job: Job) -> SpecError | None:
