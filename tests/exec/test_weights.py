@@ -1,10 +1,7 @@
 """Weights in Hugging Face's format: in, out, byte for byte; every tensor is accounted for."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mopexec.cli import main
-from mopexec.data.tokenizer import train_tokenizer
 from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.weights.begin import difference, keep_config, open_weights
@@ -35,7 +31,7 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests import plans
 from tests.exec import hf_models
-from tests.exec.spawn import pool, run_command
+from tests.exec.spawn import pool
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -354,53 +350,3 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     with pytest.raises(MopError, match="--run: the only checkpoint cannot be read") as refusal:
         export(run, tmp_path / "again")
     assert line in str(refusal.value)
-
-
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """train --init-from, then export: the config and a tokenizer file come along."""
-    folder = hf_models.save(hf_models.make("llama", vocab_size=300), tmp_path / "given")
-    (folder / "tokenizer_config.json").write_text("{}")
-    io.write_yaml(tmp_path / "plan.yaml", plan_of(folder, fsdp2(1, dtype="float32")))
-    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 400)
-    command = [
-        sys.executable, "-m", "mopexec.cli", "train", "--plan", str(tmp_path / "plan.yaml"), "--steps", "2",
-        "--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"), "--profile-steps", "0",
-        "--out", str(tmp_path / "run"), "--init-from",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    wrong = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(SystemExit) as end:
-        main(["export", "--run", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")])
-    assert end.value.code in (0, None)
-    assert "LlamaForCausalLM: step 2" in capsys.readouterr().out
-    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
-    assert stored(tmp_path / "out").keys() == stored(folder).keys()
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_a_run_goes_on_with_the_tokenizer_of_its_weights(tmp_path: Path) -> None:
-    folder = hf_models.save(hf_models.make("llama", vocab_size=300), tmp_path / "given")
-    train_tokenizer(["one two three four"] * 9, 290).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    io.write_yaml(tmp_path / "plan.yaml", plan_of(folder, fsdp2(1, dtype="float32")))
-    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 400)
-    names = {"--plan": "plan.yaml", "--data": "text.txt", "--cache": "cache", "--out": "run"}
-    paths = [str(item) for name, path in names.items() for item in (name, tmp_path / path)]
-    tmp_path.joinpath("ranks").mkdir()
-
-    def train(*arguments: str) -> tuple[int, str, str]:
-        return run_command(["train", *paths, "--profile-steps", "0", *arguments], 1, tmp_path / "ranks")
-
-    code, _, error = train("--steps", "1", "--init-from", str(folder))
-    assert code == 0, error
-    code, said, error = train("--steps", "2", "--resume")
-    assert code == 0, error
-    assert "going on after step 1" in said
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    code, _, error = train("--steps", "2", "--resume")
-    rule = f"--init-from: is needed: {tmp_path / 'run'} began with weights, and has no checkpoint yet"
-    assert (code, error) == (2, f"mopexec: {rule}\n")
