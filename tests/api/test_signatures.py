@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -10,14 +11,16 @@ import mopsim
 from mopsim import cli
 from tests.patience import HANG
 
+JOB: dict[str, Any] = {"model": "tiny", "hardware": "cpu-2core", "seq_len": 256, "global_batch": 4}
+
 
 def test_an_unknown_keyword_names_the_known_ones() -> None:
     with pytest.raises(TypeError, match="expert_parallel"):
         mopsim.mop(expert_paralel=8)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"search\(\) got .* 'family'; it has families$"):
-        mopsim.search(model="tiny", family="megatron")
+        mopsim.search(**JOB, family="megatron")
     with pytest.raises(TypeError, match="'zzz'; it has model, hardware, seq_len, "):
-        mopsim.search(model="tiny", zzz=1)
+        mopsim.search(**JOB, zzz=1)
 
 
 @pytest.mark.parametrize("name", ["simulate", "search", "compare", "size", "explore", "interval"])
