@@ -13,7 +13,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 
 Interval = tuple[int, int]
 """First character, and the first one behind."""
@@ -55,7 +55,8 @@ class Chat:
         return text, tuple(self._answer(said, place, whole, where) for place in places)
 
     def _answer(self, messages: Sequence[Any], place: int, whole: str, where: str) -> Interval:
-        """Of message `place`: found by another content there, before and behind which all is the same."""
+        """Of message `place`: found by another content there, before and behind which all is the same; where
+        the template writes its tool calls alone, by what there is with and without the message."""
         marked = [*messages[:place], messages[place] | {"content": _MARK}, *messages[place + 1 :]]
         before, *behind = self._render(marked, where).split(_MARK)
         prompt = before
@@ -64,6 +65,10 @@ class Chat:
         if "add_generation_prompt" not in self.template and before[len(prompt) :].strip():
             prompt = before
         start = len(prompt) if whole.startswith(prompt) else len(before)
+        if not behind and "tool_calls" in messages[place]:
+            upto = self._render(messages[: place + 1], where).rstrip()
+            if whole.startswith(upto) and upto.startswith(prompt) and len(prompt) < len(upto):
+                return len(prompt), len(upto)
         if len(behind) != 1 or not whole.endswith(behind[0]) or not whole.startswith((prompt, before)):
             raise MopError(
                 f"--data: {where}: the chat template does not show where message {place + 1} is; "
@@ -135,20 +140,30 @@ def _refuse(message: str) -> None:
 
 
 def _said(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages without what they leave open (null). Raises MopError."""
-    if not _is_chat(messages):
-        raise MopError(f"--data: {where}: 'messages' is not a list of objects with 'role' and 'content'")
-    if any(mark in message["content"] for message in messages for mark in (_OPEN, _CLOSE, _MARK)):
+    """The messages as templates take them: parts of text as one text, without what they leave open (null).
+    The content of a message that calls tools may be null. Raises MopError."""
+    if not isinstance(messages, list) or not messages:
+        raise MopError(f"--data: {where}: 'messages' is not a list of messages")
+    found = [_message(message, f"--data: {where}: message {n}") for n, message in enumerate(messages, 1)]
+    if any(mark in (message.get("content") or "") for message in found for mark in (_OPEN, _CLOSE, _MARK)):
         raise MopError(f"--data: {where}: U+FDD0, U+FDD1 or U+FDD2 is in it, which are no characters")
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+    return found
 
 
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise MopError(f"{where} is not an object with 'role' and 'content'")
+    said = {name: value for name, value in message.items() if value is not None}
+    content = said.get("content")
+    if content is None and said.get("tool_calls"):
+        return said | ({"content": None} if "content" in message else {})
+    if isinstance(content, list):
+        for part in content:
+            if not (
+                isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            ):
+                raise MopError(f"{where}: its content has {shown(part)}, only parts of text are trained on")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise MopError(f"{where}: content: {shown(content)} is no text, nor parts of text")
+    return said | {"content": content}

@@ -99,8 +99,18 @@ def place() -> RankPlace:
     )
 
 
+def threads() -> int:
+    """Threads of a rank on a CPU: of OMP_NUM_THREADS the first, for it may list those of inner levels too.
+    Raises MopError."""
+    listed = os.environ.get("OMP_NUM_THREADS") or "1"
+    return _checked("OMP_NUM_THREADS", listed.partition(",")[0].strip(), 1, 2**15 - 1)
+
+
 def _number(name: str, default: int, least: int, most: int) -> int:
-    text = os.environ.get(name, str(default))
+    return _checked(name, os.environ.get(name, str(default)), least, most)
+
+
+def _checked(name: str, text: str, least: int, most: int) -> int:
     if not (text.isdecimal() and len(text) <= 10 and least <= int(text) <= most):
         raise MopError(f"{name}: {text!r} must be an integer from {least} to {most}")
     return int(text)

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mopexec.distributed.tiers import Platform
 from mopexec.run import attempts
-from mopexec.run.environment import RankPlace, place
+from mopexec.run.environment import RankPlace, place, threads
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
 
@@ -121,7 +121,7 @@ def join(meeting: RankMeeting) -> Iterator[RankJob]:
     cores: tuple[int, ...] = ()
     if not platform.is_cuda:
         cores = pin(own.local_rank, own.local_size)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(threads())
     dist.init_process_group(
         platform.backend,
         store=meeting.store,

@@ -129,6 +129,49 @@ def test_templates_that_do_not_tell_or_fail_are_one_line():
         Chat().read([{"role": "user", "content": "\ufdd2"}], "x:1")
 
 
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+TOOLS = {
+    # content and calls in turn, each where there is one
+    "Qwen2.5": r"""{% for m in messages %}{{ '<|im_start|>' + m.role }}
+{%- if m.content %}{{ '\n' + m.content }}{% endif %}
+{%- for call in m.tool_calls or [] %}{{ '\n' + call.function | tojson }}{% endfor %}
+{{- '<|im_end|>\n' }}{% endfor %}"""
+    + PROMPT,
+    # of a message that calls, the calls alone
+    "Llama": r"""{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if 'tool_calls' in m %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}
+{{- '<|im_end|>' }}{% endfor %}"""
+    + PROMPT,
+}
+
+
+@pytest.mark.parametrize("first", [{"content": None}, {}, {"content": ""}])
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_message_that_calls_tools_may_have_no_content(name, first):
+    call = {"role": "assistant", "tool_calls": CALLS, **first}
+    said = {"role": "assistant", "content": "two", "tool_calls": None}
+    chat = [{"role": "user", "content": "1?"}, call, {"role": "tool", "content": "2"}, said]
+    text, answers = Chat(TOOLS[name]).read(chat, "x:1")
+    wrote = '{"name": "add", "arguments": {"a": 1}}<|im_end|>'
+    assert [text[start:stop] for start, stop in answers] == [wrote, "two<|im_end|>"]
+    (only,) = Chat(TOOLS[name]).read(chat[:2], "x:1")[1]
+    assert text[slice(*only)] == wrote
+
+
+def test_parts_of_text_are_one_text():
+    parts = [{"type": "text", "text": "two and"}, {"type": "text", "text": " two?"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[0]]}]
+    assert Chat().read(chat, "x:1") == Chat().read(
+        messages_of([("user", "two and two?"), ("assistant", "two and")]), "x:1"
+    )
+    for part in ({"type": "image_url"}, "text", {"type": "text"}):
+        with pytest.raises(MopError, match=r"x:1: message 1: its content has .*, only parts of text are"):
+            Chat().read([{"role": "user", "content": [part]}], "x:1")
+    for content in (None, 5):
+        with pytest.raises(MopError, match=f"x:1: message 1: content: {content} is no text"):
+            Chat().read([{"role": "assistant", "content": content}], "x:1")
+
+
 def test_of_several_templates_the_default_is_taken(tmp_path):
     named = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]
     folder = write_tokenizer(tmp_path / "list", named)

@@ -9,6 +9,7 @@ import pytest
 from mopexec.cli import main
 from mopexec.run import environment, launch
 from mopsim.common import io
+from mopsim.common.errors import MopError
 from tests.exec.train_plans import small_plan
 
 OPTIONS = ["--", "--data", "my data.jsonl", "--steps", "9", "--out", "/runs/a b"]
@@ -123,6 +124,16 @@ def test_tasks_of_srun_are_ranks(monkeypatch):
     monkeypatch.setattr(environment.os, "environ", task | {"SLURM_NTASKS": "1"})
     environment.adopt_slurm()
     assert not environment.under_torchrun()
+
+
+def test_threads_of_a_rank_are_a_number(monkeypatch):
+    for text, number in (("4", 4), ("4,2", 4), ("", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert environment.threads() == number
+    for text in ("x", "0", "1e9", "99999999999"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        with pytest.raises(MopError, match=f"OMP_NUM_THREADS: '{text}' must be an integer from 1 to 32767"):
+            environment.threads()
 
 
 @pytest.mark.parametrize(
