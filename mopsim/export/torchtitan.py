@@ -14,6 +14,9 @@ CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
 BACKENDS = {"deepep": "deepep"}
+USUAL_VIRTUAL = 2
+"""Stages of a rank, as even as can be, that a schedule of several has without
+pipeline_parallel_layers_per_stage; others have one."""
 MATMUL = {"fp8": "float8", "mxfp8": "mx"}
 
 
@@ -81,10 +84,11 @@ def _parallelism(plan: Plan) -> dict[str, Any]:
         found |= {
             "pipeline_parallel_schedule": SCHEDULES[s.pipeline.schedule],
             "pipeline_parallel_microbatch_size": s.micro_batch,
-            "pipeline_parallel_layers_per_stage": ceil_div(plan.model.num_hidden_layers, parts),
             "pipeline_parallel_first_stage_less_layers": 0,
             "pipeline_parallel_last_stage_less_layers": 0,
         }
+        if s.pipeline.virtual_stages > USUAL_VIRTUAL:
+            found["pipeline_parallel_layers_per_stage"] = ceil_div(plan.model.num_hidden_layers, parts)
     return found
 
 

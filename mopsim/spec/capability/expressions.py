@@ -53,7 +53,20 @@ def auto_ep(name: str) -> str | None:
     return next((preset for start, preset in presets.items() if name.startswith(start)), None)
 
 
-_CALLED = {"holds_rows": holds_rows, "auto_ep": auto_ep, "MODULES": MODULES, "CAST": CAST}
+def titan_has(name: str, what: str) -> bool:
+    """Whether TorchTitan's code of a network has it; yes of one without a flavor."""
+    side = SIDES["torchtitan"]
+    code = side["code"].get(side["flavors"].get(name, [""])[0])
+    return code is None or what in code
+
+
+_CALLED = {
+    "holds_rows": holds_rows,
+    "auto_ep": auto_ep,
+    "titan_has": titan_has,
+    "MODULES": MODULES,
+    "CAST": CAST,
+}
 
 
 class _Names(ast.NodeTransformer):

@@ -18,7 +18,7 @@ from mopsim.spec.capability.software import (
     what_the_stack_has,
     what_the_target_has,
 )
-from mopsim.spec.capability.table import EXPORTS, RUNTIMES, Side
+from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
 from mopsim.spec.presets import list_models, load_model
 
 
@@ -72,14 +72,18 @@ def _reader(path: str) -> tuple[str, Callable[[Any], Any]]:
 
 
 def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
-    """A flavor of a target is one network: that of the preset with this name."""
+    """A flavor of a target is one network: that of the preset with this name, less what it lacks of it."""
     if job.model.name not in list_models():
         return
     preset = load_model(job.model.name)
     flavors = dict(_values(preset))
     for path, value in _values(job.model):
-        flavor = flavors[path]
-        if value != flavor and path not in ("total_params", "active_params", "source", "assumptions"):
+        flavor, said = flavors[path], ROWS[f"model.{path}"].cells[side].values is not None
+        if (
+            value != flavor
+            and not said
+            and path not in ("total_params", "active_params", "source", "assumptions")
+        ):
             rule = f"is not {SIDES[side]['does']}'s flavor of {preset.name}: {flavor!r}"
             yield SpecError(f"model.{path}", value, rule)
 
