@@ -24,7 +24,7 @@ from mopsim.api.results import Result, Simulation
 from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
 from mopsim.common import io
 from mopsim.common.arguments import named
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, require
 from mopsim.common.outputs import whole_directory
 from mopsim.common.processes import pool
 from mopsim.common.units import parse_tokens
@@ -255,11 +255,12 @@ def size(
     given = [hardware] if isinstance(hardware, str | Path | HardwareProfile) else list(hardware)
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
     TrainSpec(seq_len=length, global_batch=1, routing=routed).check_model(network)
+    batch = count(global_batch_tokens, "global_batch_tokens")
+    require(batch >= length, "global_batch_tokens", batch, f"is less than one sequence, seq_len {length}")
     machines = _distinct(map(read_hardware, given))
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     request = Request(
-        network, goal, length, count(global_batch_tokens, "global_batch_tokens"),
-        read_families(families), max_nodes, simulations, runnable,
+        network, goal, length, batch, read_families(families), max_nodes, simulations, runnable,
         assume(assumptions, utilisation), _terms(machines, buy, reserved, prices or {}, capex or {}),
         read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
         check_level(interval), max_cost,

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.outputs import protected
 
 READS = {
@@ -28,15 +28,20 @@ class Command(TyperCommand):
     """A command that refuses an option given twice, and whose outputs may not be files that it reads."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raises MopError for an option that has a value already, unless its values are a list. A flag that
-        is only set may be set again."""
+        """Raises MopError for an option that has a value already, unless its values are a list, and for a
+        number that only a programmer reads as one: 1_0. A flag that is only set may be set again."""
         seen: list[Any] = []
-        for param in self.make_parser(ctx).parse_args(list(args))[2]:
+        typed, _, order = self.make_parser(ctx).parse_args(list(args))
+        for param in order:
             only_set = getattr(param, "is_flag", False) and not param.secondary_opts
             if param in seen and not (param.multiple or only_set):
                 raise MopError(f"{'/'.join([*param.opts, *param.secondary_opts])}: is given twice")
             seen.append(param)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for param in seen:
+            if type(ctx.params.get(param.name)) in (int, float) and "_" in str(typed.get(param.name)):
+                raise MopError(f"{param.opts[0]}: {shown(typed[param.name])} is not a number")
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, its inputs protected."""

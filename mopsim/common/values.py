@@ -22,6 +22,13 @@ def listed(given: str, field: str) -> list[str]:
     return values
 
 
+def parse_float(text: str) -> float:
+    """The number that a text says. Raises ValueError for what only a programmer reads as one: 1_0."""
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return float(text)
+
+
 def require_once(values: Sequence[Any], field: str) -> None:
     """Raise MopError for a value of `field` that is there twice."""
     for place, value in enumerate(values):

@@ -12,7 +12,7 @@ from mopsim.common.errors import MopError, require, require_name
 from mopsim.common.io import Spec, convert, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped
-from mopsim.common.values import number_problem
+from mopsim.common.values import number_problem, parse_float
 from mopsim.spec.hardware import Tag
 
 
@@ -194,7 +194,9 @@ def read_values(texts: Sequence[str], option: str) -> dict[str, float]:
 
 def _number(value: Any, option: str, name: str) -> float:
     try:
-        number = float(value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = parse_float(value) if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         raise MopError(f"{option} {name}: {value!r} is not a number") from None
     if number != number or abs(number) == float("inf"):

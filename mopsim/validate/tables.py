@@ -10,6 +10,7 @@ from mopsim.common.nearest import misspelt
 from mopsim.common.rules import UNKNOWN as UNKNOWN
 from mopsim.common.table import SURPLUS, read_table
 from mopsim.common.table import Row as Row
+from mopsim.common.values import parse_float
 from mopsim.validate.columns import COMPONENTS, NAMES, ROOTS, RUNS, Column, needed
 
 LEAST, LARGEST = 1e-12, 1e18
@@ -105,7 +106,7 @@ def number(row: Row, column: str) -> float | None:
 def parse_number(text: str, field: str) -> float:
     """A number, 0 or from LEAST to LARGEST. Raises SpecError naming `field`."""
     try:
-        value = float(text)
+        value = parse_float(text)
     except ValueError:
         raise SpecError(field, text, "is not a number") from None
     rule = f"must be 0, or from {LEAST:g} to {LARGEST:g}"

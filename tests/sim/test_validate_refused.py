@@ -145,7 +145,7 @@ def test_a_row_with_too_many_cells_is_refused_alone(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "abc"])
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "abc", "1_0"])
 def test_a_cell_that_is_no_measure_is_one_line_that_names_it(text: str) -> None:
     for read in (number, count):
         with pytest.raises(SpecError, match="step_time_s: "):

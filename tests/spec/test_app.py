@@ -112,6 +112,24 @@ def test_an_option_that_is_no_list_is_given_once(
     assert said in refused(capsys, main, line)
 
 
+SIZE = "size --model tiny --hardware cpu-2core --tokens 1M --days 3"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"simulate {JOB} --strategy mop --nodes 0_1", "--nodes: '0_1' is not a number"),
+        (f"simulate {JOB} --strategy mop --interval=0_.9", "--interval: '0_.9' is not a number"),
+        (f"{SIZE} --price cpu-2core=1_0", "--price cpu-2core: '1_0' is not a number"),
+        (f"{SIZE} --seq-len 256 --global-batch-tokens 1", "global_batch_tokens: 1 is less than one sequence"),
+    ],
+)
+def test_a_number_is_what_people_write_as_one(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, mopsim, line)
+
+
 def test_every_text_option_is_read_written_or_plain() -> None:
     """A new one has to be told apart: what is read is protected."""
     found = {
