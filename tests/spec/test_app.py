@@ -15,7 +15,7 @@ from mopsim.common.command_line import run_app
 
 JOB = "--model mop_120b --hardware h200-sxm-141g --seq-len 4K --global-batch 8"
 RESTRICTED = "--device-limit 1GB --host-limit 1GB"
-WRITTEN = {"--cache", "--json", "--out", "--plan", "--script", "--seal", "--trace"}
+WRITTEN = {"--cache", "--json", "--out", "--plan", "--program", "--script", "--seal", "--trace"}
 #: Texts that name no file: sizes, counts, names.
 PLAIN = {
     "--architecture", "--bf16", "--contender", "--device-limit", "--dtype", "--family", "--format", "--fp8",
