@@ -1,6 +1,6 @@
 """The commands of mopsim and their options; mopsim.commands runs them, each with its own heavy imports."""
 
-from mopsim.common.command_line import quiet_interrupts, run_app
+from mopsim.common.interrupts import quiet_interrupts
 
 quiet_interrupts("mopsim")  # before what takes long
 
@@ -13,6 +13,7 @@ import typer  # noqa: E402
 from mopsim.commands import options as o  # noqa: E402
 from mopsim.commands import pairs  # noqa: E402
 from mopsim.common.app import App  # noqa: E402
+from mopsim.common.command_line import run_app  # noqa: E402
 
 app = App(
     name="mopsim",

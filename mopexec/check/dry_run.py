@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.program import Program
+from mopexec.measure.program import PlayedOps
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
@@ -74,7 +74,7 @@ def dry_run(
     rank: int = 0,
     device_limit: int | None = None,
     host_limit: int | None = None,
-    program: Program | None = None,
+    program: PlayedOps | None = None,
 ) -> DryRunResult:
     """Build `plan` and run one step of it as `rank`, optimizer included, on tensors without data. program:
     writes down the ops.
@@ -124,7 +124,7 @@ def _check_length(plan: Plan) -> None:
 
 
 def tracked_step(
-    plan: Plan, rank: int, platform: Platform, tracker: MemoryTracker, program: Program | None = None
+    plan: Plan, rank: int, platform: Platform, tracker: MemoryTracker, program: PlayedOps | None = None
 ) -> DryRunResult:
     """Build `plan` and run one step under `tracker`, on whatever tensors and process group are in force.
 

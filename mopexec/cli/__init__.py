@@ -1,6 +1,6 @@
 """mopexec: train, probe, dry-run, verify. torch is imported inside the commands that need it."""
 
-from mopsim.common.command_line import quiet_interrupts, run_app
+from mopsim.common.interrupts import quiet_interrupts
 
 quiet_interrupts("mopexec")  # before what takes long
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal  # noqa: E402
 import typer  # noqa: E402
 
 from mopsim.common.app import App  # noqa: E402
+from mopsim.common.command_line import run_app  # noqa: E402
 from mopsim.common.errors import MopError  # noqa: E402
 from mopsim.common.pairs import Pair, needs, paired  # noqa: E402
 

@@ -22,9 +22,9 @@ def run(
     from rich.table import Table
 
     from mopexec.check.dry_run import dry_run
-    from mopexec.measure.program import Program
+    from mopexec.measure.program import PlayedOps
 
-    played = Program() if program else None
+    played = PlayedOps() if program else None
     result = dry_run(plan, rank, device, host, played)
     if program and played:
         subject = {"model": plan.model.name, "strategy": plan.strategy.name, "stack": plan.stack.name}

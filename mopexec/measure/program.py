@@ -9,10 +9,10 @@ from torch.utils.flop_counter import flop_registry
 from mopexec.measure.dispatch import EagerMode, plain_types, tensors_in
 from mopexec.measure.scope import NOW
 
-Played = tuple[str, str, str, tuple[str, ...], tuple[str, ...], int]
+_Op = tuple[str, str, str, tuple[str, ...], tuple[str, ...], int]
 
 
-class Program(EagerMode):
+class PlayedOps(EagerMode):
     """Writes down every op below autograd while entered; what is alike is written once.
 
     Entered after a tracker it sees the ops that this counts, before it does.
@@ -20,7 +20,7 @@ class Program(EagerMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._places: dict[Played, int] = {}
+        self._places: dict[_Op, int] = {}
         self._order: list[int] = []
         self._built = 0
 

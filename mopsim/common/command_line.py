@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from mopsim.common.errors import MopError, one_line, shown
@@ -49,20 +49,6 @@ def _forget_sizes() -> None:
     for name in ("COLUMNS", "LINES"):
         if re.fullmatch(r"0*[1-9][0-9]{0,3}", os.environ.get(name, "1"), re.ASCII) is None:
             del os.environ[name]
-
-
-def quiet_interrupts(name: str) -> None:
-    """For an entry module, before its slow imports: a Ctrl-C outside of `run_app` is one line too."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            before(kind, error, trace)
-            return
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)
-
-    sys.excepthook = hook
 
 
 def _stopped(name: str, signals: Sequence[int]) -> NoReturn:

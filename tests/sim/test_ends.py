@@ -100,6 +100,25 @@ def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("package", ["mopsim", "mopexec"])
+def test_an_interruption_of_the_first_imports_is_one_line(package: str) -> None:
+    """Whichever module of the project is being imported: all but the one that sees to it."""
+    code = (
+        "import builtins\n"
+        "usual = builtins.__import__\n"
+        "def importing(name, *others):\n"
+        f"    if name.startswith('mopsim.') and name not in ('{package}.cli', 'mopsim.common.interrupts'):\n"
+        "        raise KeyboardInterrupt\n"
+        "    return usual(name, *others)\n"
+        "builtins.__import__ = importing\n"
+        f"import {package}.cli\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG
+    )
+    assert (done.returncode, done.stderr) == (130, f"{package}: interrupted\n")
+
+
 def test_a_signal_is_the_exit_code_where_nobody_reads() -> None:
     """A pager that has gone: what is said on the way out fails, of a progress bar and of the command."""
     code = (
