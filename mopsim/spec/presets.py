@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mopsim.common.arguments import named
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
@@ -12,7 +13,8 @@ from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
 _texts = partial(shipped_texts, "mopsim", "presets")
-#: Many networks by name: those of the table of published runs (made by reports/validation/presets.py).
+#: Many networks by name: those of the table of published runs (made by reports/validation/presets.py); in place
+#: of one that ModelSpec cannot express, why.
 TRUTH_MODELS = "truth_models"
 
 
@@ -23,21 +25,26 @@ def _truth() -> dict[str, Any]:
 
 def list_models() -> list[str]:
     """Names of the shipped networks, sorted."""
-    return sorted({*_texts(), *_truth()} - {TRUTH_MODELS})
+    told = (name for name, one in _truth().items() if isinstance(one, dict))
+    return sorted({*_texts(), *told} - {TRUTH_MODELS})
 
 
 @named
 def load_model(ref: str | Path) -> ModelSpec:
     """The model that `ref` names: a preset, a YAML file, a Hugging Face config.json (or its folder).
 
-    Raises MopError in one line: an unknown preset with near names, no such file, a refused field.
+    Raises MopError in one line: an unknown preset with near names, a network that is known and cannot be
+    expressed, no such file, a refused field.
     """
     name = str(ref)
     if name != TRUTH_MODELS and name in _texts():
         return convert(parse_yaml(_texts()[name], f"preset {name}"), ModelSpec, "model", f"preset {name}")
-    if name in _truth():
-        return convert(_truth()[name], ModelSpec, "model", f"preset {name}")
+    found = _truth().get(name)
+    if isinstance(found, dict):
+        return convert(found, ModelSpec, "model", f"preset {name}")
     path = Path(ref)
+    if found and not exists(path):
+        raise MopError(f"model: {shown(name)} {found}")
     if exists(path / "config.json"):
         path = path / "config.json"
     if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):

@@ -1,7 +1,7 @@
 """Makes mopsim/presets/truth_models.yaml: python -m reports.validation.presets MODELS.csv.
 
-Networks of the table of published runs that have no preset of their own; those that a model cannot express
-are named.
+Networks of the table of published runs that have no preset of their own; of those that a model cannot express
+the reason in their place.
 """
 
 import sys
@@ -17,14 +17,14 @@ from mopsim.validate.models import from_row, read_rows
 
 def presets_text(rows: dict[str, Row], own: set[str]) -> str:
     """The file's text: the rows that are not in `own`."""
-    models, left_out = {}, []
+    found = {}
     for name in sorted(set(rows) - own, key=list(rows).index):
         try:
-            models[name] = sparse(from_row(rows[name]))
+            found[name] = sparse(from_row(rows[name]))
         except SpecError as error:
-            left_out.append(f"#   {error}\n")
+            found[name] = error.rule
     head = "# Networks of the table of published runs: python -m reports.validation.presets MODELS.csv\n"
-    return f"{head}# Left out:\n{''.join(left_out)}{to_yaml(models)}"
+    return f"{head}{to_yaml(found)}"
 
 
 def main() -> None:

@@ -116,3 +116,16 @@ def test_a_model_is_read_from_a_yaml_file(tmp_path) -> None:  # type: ignore[no-
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(MopError, match=r"nowhere/m\.yaml: no such file"):
         load_model("nowhere/m.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deepseek_v4_flash", "has sparse attention, which ModelSpec cannot express"),
+        ("nemotron_3_nano_30b_a3b", "has Mamba layers, which ModelSpec cannot express"),
+    ],
+)
+def test_a_network_that_cannot_be_expressed_says_why(name: str, reason: str) -> None:
+    assert name not in list_models()
+    with pytest.raises(MopError, match=f"^model: '{name}' {reason}$"):
+        load_model(name)
