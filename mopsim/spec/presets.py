@@ -13,8 +13,8 @@ from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
 _texts = partial(shipped_texts, "mopsim", "presets")
-#: Many networks by name: those of the table of published runs (made by reports/validation/presets.py); in place
-#: of one that ModelSpec cannot express, why.
+#: Many networks by name: those of the table of published runs (made by reports/validation/presets.py); in
+#: place of one that ModelSpec cannot express, why.
 TRUTH_MODELS = "truth_models"
 
 

@@ -109,7 +109,7 @@ def parse_number(text: str, field: str) -> float:
         value = parse_float(text)
     except ValueError:
         raise SpecError(field, text, "is not a number") from None
-    rule = f"must be 0, or from {LEAST:g} to {LARGEST:g}"
+    rule = f"must be from 0 to {LARGEST:g}, above 0 at least {LEAST:g}"
     require(value == 0 or LEAST <= value <= LARGEST, field, text, rule)
     return value
 
