@@ -154,6 +154,7 @@ def fsdp2(
     context_exchange: Exchange = "ulysses",
     expert_parallel: int = 1,
     fsdp: int = 0,
+    expert_fsdp: int = 0,
     micro_batch: int = 1,
     recompute: Literal["none", "full"] = "full",
     loss: Literal["full", "chunked"] = "full",
@@ -167,10 +168,10 @@ def fsdp2(
     """torch's FSDP2 as its users tune it: fp32 sharded parameters (the master), computed in `dtype`,
     gradients reduced in fp32.
 
-    fsdp: below the world it is HSDP. offload: parameters, gradients and optimizer on the host, updated there
-    (CPUOffloadPolicy). context_exchange: how context-parallel ranks trade a sequence. Experts are sharded
-    over their replicas. tensor_parallel above 1 has sequence parallelism and the loss over the split
-    vocabulary, whatever `loss` says.
+    fsdp: below the world it is HSDP; expert_fsdp: that of routed experts, 0 = over all of their replicas.
+    offload: parameters, gradients and optimizer on the host, updated there (CPUOffloadPolicy).
+    context_exchange: how context-parallel ranks trade a sequence. tensor_parallel above 1 has sequence
+    parallelism and the loss over the split vocabulary, whatever `loss` says.
     """
     wide, tier = _wide(dtype), _tier(offload)
     split = tensor_parallel > 1
@@ -190,7 +191,7 @@ def fsdp2(
         attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
             expert_parallel=expert_parallel,
-            expert_fsdp=_rest(world_size, expert_parallel),
+            expert_fsdp=expert_fsdp or _rest(world_size, expert_parallel),
             param_tier=tier,
             grad_tier=tier,
         ),

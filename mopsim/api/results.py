@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from mopsim.api.inputs import Inputs, make_plan
 from mopsim.common import io
 from mopsim.common.arguments import named
+from mopsim.common.errors import SpecError
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult, simulate
+from mopsim.export import gaps_of
 from mopsim.graph.counts import counts
 from mopsim.report import tables
 from mopsim.search import Options, SearchResult
@@ -22,6 +24,7 @@ from mopsim.search.miss import would_fit
 from mopsim.search.problem import Problem
 from mopsim.search.result import plan_json
 from mopsim.search.why import why
+from mopsim.spec.capability import Job
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import total_params
@@ -205,6 +208,12 @@ class Simulation(Result):
             for name, part in parts.items()
         ]
         return DataFrame(rows).sort_values("seconds", ascending=False, ignore_index=True)
+
+    @cached_property
+    def gaps(self) -> dict[str, list[SpecError]]:
+        """What each target of `mopsim export` cannot express of it, by name; empty where it writes all."""
+        i, one = self.inputs, self.result
+        return gaps_of(Job(i.model, one.strategy, i.training, one.stack, i.hardware))
 
     def plan(self) -> Plan:
         """The plan that `mopexec train` runs, with what is predicted of it."""

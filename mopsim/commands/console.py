@@ -1,7 +1,10 @@
 """Where a command prints."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from mopsim.api.results import Simulation
 from mopsim.common.outputs import STDOUT
 
 
@@ -12,6 +15,17 @@ def human(json: str | None) -> Any:
     return Console(stderr=json == "-", highlight=False)
 
 
+def exported(steps: Sequence[Simulation]) -> str:
+    """How many of these `mopsim export` writes for each target; of none, what the nearest target lacks of the
+    first."""
+    whole = Counter(to for step in steps for to, gaps in step.gaps.items() if not gaps)
+    if whole:
+        said = ", ".join(f"{count} for {to}" for to, count in whole.most_common())
+        return f"mopsim export writes {said}"
+    to, gaps = min(steps[0].gaps.items(), key=lambda one: len(one[1]))
+    return f"mopsim export writes none, --to {to} for {gaps[0]}"
+
+
 def say_written(console: Any, *paths: str | None) -> None:
     """'Written: a.yaml, b.json', of those that were asked for."""
     files = [path for path in paths if path and path != STDOUT]
@@ -19,11 +33,13 @@ def say_written(console: Any, *paths: str | None) -> None:
         console.print(f"Written: {', '.join(files)}", soft_wrap=True)
 
 
-def say_plan(console: Any, path: str, runnable: bool) -> None:
+def say_plan(console: Any, path: str, step: Simulation) -> None:
     """What a plan that was written is for."""
-    ask = (
-        f"mopexec train --plan {path}"
-        if runnable
-        else f"mopsim export --plan {path}; mopexec does not run it"
-    )
+    targets = [to for to, gaps in step.gaps.items() if not gaps]
+    if step.runnable:
+        ask = f"mopexec train --plan {path}"
+    elif targets:
+        ask = f"mopsim export --plan {path} --to {targets[0]}; mopexec does not run it"
+    else:
+        ask = f"mopexec does not run it; {exported([step])}"
     console.print(f"Written: {path} ({ask})", soft_wrap=True)

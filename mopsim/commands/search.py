@@ -8,7 +8,7 @@ from rich.console import Console
 from mopsim.api.inputs import unread
 from mopsim.api.results import Ranking
 from mopsim.api.run import search
-from mopsim.commands.console import human, say_plan, say_written
+from mopsim.commands.console import exported, human, say_plan, say_written
 from mopsim.commands.options import keywords
 from mopsim.commands.progress import progress
 from mopsim.common import io
@@ -48,7 +48,7 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     if refused:
         console.print(
             f"{len(refused)} of {len(ranking.top)} are planned only: mopexec does not run them (--runnable "
-            "leaves them out; mopsim export writes them)"
+            f"leaves them out); {exported(refused)}"
         )
     rate = found.bounded / max(found.bound_seconds, 1e-9)
     said = found.exhausted() if found.top else found.verdict()
@@ -77,6 +77,6 @@ def _write(console: Console, ranking: Ranking, plan: str | None, seal: str | Non
             print(f"mopsim: {option}: {path} not written: {ranking.found.verdict()}", file=sys.stderr)
     if plan and best:
         best.save_plan(plan)
-        say_plan(console, plan, best.runnable)
+        say_plan(console, plan, best)
     if seal and best:
         console.print(f"sealed in {seal}: sha256 {best.seal(seal)}")

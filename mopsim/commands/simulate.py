@@ -34,5 +34,5 @@ def run(*, trace: str | None, plan: str | None, seal: str | None, json: str | No
     if json:
         io.write_json(json, step.to_json())
     if plan:
-        say_plan(console, plan, step.runnable)
+        say_plan(console, plan, step)
     say_written(console, trace, json)

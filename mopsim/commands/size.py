@@ -86,5 +86,5 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
         return NONE
     if plan and found.best:
         found.best.save_plan(plan)
-        say_plan(console, plan, found.best.runnable)
+        say_plan(console, plan, found.best)
     return 0

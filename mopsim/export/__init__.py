@@ -5,12 +5,12 @@ from mopsim.export.deepspeed import DEEPSPEED
 from mopsim.export.megatron_bridge import MEGATRON_BRIDGE
 from mopsim.export.target import Target
 from mopsim.export.torchtitan import TORCHTITAN
-from mopsim.spec.capability import refusals
+from mopsim.spec.capability import Job, refusals
 from mopsim.spec.plan import Plan
 
 TARGETS: dict[str, Target] = {target.name: target for target in (TORCHTITAN, MEGATRON_BRIDGE, DEEPSPEED)}
 
-__all__ = ["TARGETS", "Target", "export", "target_of"]
+__all__ = ["TARGETS", "Target", "export", "gaps_of", "target_of"]
 
 
 def target_of(to: str) -> Target:
@@ -18,6 +18,11 @@ def target_of(to: str) -> Target:
     if to not in TARGETS:
         raise MopError(f"to: {to!r} is not one of {', '.join(TARGETS)}")
     return TARGETS[to]
+
+
+def gaps_of(job: Job) -> dict[str, list[SpecError]]:
+    """What each target cannot express of a job, by its name."""
+    return {to: list(refusals(job, by=to)) for to in TARGETS}
 
 
 def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[SpecError]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.problem import (
@@ -127,6 +128,26 @@ def _shared_experts(problem: Problem) -> list[tuple[int, ...]]:
     return [(degree, problem.world_size // degree) for degree in _expert_degrees(problem)]
 
 
+def _apart(values: Callable[[Problem], Values]) -> Callable[[Problem], Values]:
+    """Of experts or of the rest, where each has its own shards."""
+    return lambda problem: [] if _one_mesh(problem) else values(problem)
+
+
+def _of_a_mesh(shards: Callable[[Problem], list[int]]) -> Callable[[Problem], Values]:
+    """(degree, shard, ranks that share one copy of the rest), where experts have as many copies."""
+
+    def values(problem: Problem) -> list[tuple[int, ...]]:
+        pairs = product(_expert_degrees(problem), shards(problem) if _one_mesh(problem) else ())
+        return [(degree, shard // degree, shard) for degree, shard in pairs if shard % degree == 0]
+
+    return values
+
+
+def _one_mesh(problem: Problem) -> bool:
+    """Whether one degree replicates experts and the rest."""
+    return bool(problem.stack and problem.stack.sharding.one_mesh and problem.model.num_local_experts)
+
+
 def _tensor(problem: Problem) -> list[int]:
     node, heads = problem.hardware.devices_per_node, problem.model.num_attention_heads
     return [d for d in divisors(problem.world_size) if d <= node and heads % d == 0]
@@ -240,12 +261,14 @@ AXES: tuple[Axis, ...] = (
     Axis(("sequence",), _sequences, FLAT),
     Axis(("sequence", "exchange"), _exchanged, FSDP2),
     Axis(("sequence",), _contexts, MEGATRON),
-    Axis(("experts", "expert_shard"), _expert_pairs, FLAT),
-    Axis(("experts", "expert_shard"), _shared_experts, FSDP2),
+    Axis(("experts", "expert_shard"), _apart(_expert_pairs), FLAT),
+    Axis(("experts", "expert_shard"), _apart(_shared_experts), FSDP2),
+    Axis(("experts", "expert_shard", "dense_shard"), _of_a_mesh(_dense_shards), FLAT),
+    Axis(("experts", "expert_shard", "dense_shard"), _of_a_mesh(_whole_or_node), FSDP2),
     Axis(("experts", "expert_tensor"), _split_experts, MEGATRON),
     Axis(("vocabulary",), _rings, MOP),
-    Axis(("dense_shard",), _dense_shards, FLAT),
-    Axis(("dense_shard",), _whole_or_node, FSDP2),
+    Axis(("dense_shard",), _apart(_dense_shards), FLAT),
+    Axis(("dense_shard",), _apart(_whole_or_node), FSDP2),
     Axis(("chunks",), _chunks, MOP),
     Axis(("loss",), _just(RING), MOP),
     Axis(("loss", "loss_slices"), _just((FULL, 1), (CHUNKED, 8), (CHUNKED, 32)), FSDP2),

@@ -38,6 +38,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
     reduced then. Where none of a backward's tensors is as large, torch's caching allocator has blocks for
     them beside.
+    one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
+    replicas and shards); else each is sharded over as many ranks as is asked for.
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
     parameters that are gathered and reduced together are a layer's, and those of the root, which is gathered
     once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are
@@ -55,6 +57,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     buckets: float = 0.0
     reduce_copies: float = 0.0
     experts: bool = True
+    one_mesh: bool = False
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"
 

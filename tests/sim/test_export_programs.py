@@ -1,5 +1,6 @@
 """Export: a file asks of its program only what that program does."""
 
+import re
 import tomllib
 
 import pytest
@@ -14,6 +15,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Dispatcher, Strategy
 from mopsim.strategies import fsdp2, megatron
+from tests.sim.test_cli import call
 from tests.sim.test_export import plan, replace
 
 
@@ -111,7 +113,7 @@ def titan(
     ("model", "strategy", "says"),
     [
         ("gpt_oss_20b", titan(), ""),
-        ("gpt_oss_20b", titan(context=2), "attention.context_parallel: 2 is not in TorchTitan's code of"),
+        ("gpt_oss_20b", titan(context=2), "attention.context_parallel: 2 is not .* where windowed and"),
         ("deepseek_v3", titan(context=2), "attention.context_parallel: 2 is not in TorchTitan's code of"),
         ("qwen3_30b_a3b", titan(context=2), ""),
         ("gpt_oss_20b", titan(stages=2), "pipeline.pipeline_parallel: 2 is not in TorchTitan's code of"),
@@ -150,3 +152,44 @@ def test_torchtitan_cuts_stages_by_length_where_it_would_not_by_itself(
     found = tomllib.loads(export(given, "torchtitan", lossy=True)[0])["parallelism"]
     assert found.get("pipeline_parallel_layers_per_stage") == each
     assert load_model("deepseek_v3").num_hidden_layers == 61
+
+
+def test_experts_have_the_copies_of_the_rest_on_torchtitan() -> None:
+    """8 copies of the rest and 32 of 4 replicas were simulated, and refused by the export alone."""
+    job = {"model": "qwen3_30b_a3b", "hardware": "h200-sxm-141g", "nodes": 4, "seq_len": 4096}
+    made = replace(fsdp2(32, expert_parallel=4, fsdp=8), stack="torchtitan")
+    with pytest.raises(MopError, match=r"expert_fsdp: 8 is not the 2 replicas of an expert in one copy"):
+        mopsim.simulate(**job, global_batch=64, strategy=made, stack="torchtitan")
+    tied = replace(fsdp2(32, expert_parallel=4, fsdp=8, expert_fsdp=2), stack="torchtitan")
+    step = mopsim.simulate(**job, global_batch=64, strategy=tied, stack="torchtitan")
+    assert step.gaps["torchtitan"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("gpt_oss_20b", "mopsim export writes \\d for torchtitan"),
+        (
+            "mixtral_8x7b",
+            "mopsim export writes none, --to torchtitan for model.name: 'mixtral_8x7b' is not in",
+        ),
+    ],
+)
+def test_a_search_says_which_targets_take_its_plans(
+    model: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked of each target, where it was said of any plan that mopexec does not run."""
+    asked = ["--model", model, "--hardware", "h200-sxm-141g", "--nodes", "2", "--budget", "4"]
+    asked += ["--family", "fsdp2", "--stack", "torchtitan", "--global-batch", "16", "--seq-len", "4K"]
+    assert call(monkeypatch, "search", *asked) == 0
+    assert re.search(f"planned only: .* {says}", " ".join(capsys.readouterr().out.split()))
+
+
+def test_torchtitan_splits_no_sequence_that_has_windows() -> None:
+    given = plan(
+        replace(fsdp2(32, context_parallel=2, context_exchange="ring"), stack="torchtitan"), "gpt_oss_20b"
+    )
+    with pytest.raises(
+        MopError, match=r"context_parallel: 2 is not simulated on .* where windowed and attention"
+    ):
+        export(given, "torchtitan")

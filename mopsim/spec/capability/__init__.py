@@ -3,6 +3,7 @@ export target. Search, executor, simulator and exports read one table: a value i
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
 
 from mopsim.common.errors import SpecError
@@ -45,11 +46,14 @@ def job_of(plan: Plan) -> Job:
 
 
 def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
-    """What `by` does not do of a job: first single fields in the table's order, then relations of two."""
+    """What `by` does not do of a job, each field once: first single fields in the table's order, then
+    relations of two."""
     job = (job_of(job) if isinstance(job, Plan) else job).settled
-    yield from _fields(job, by)
-    for rule in RULES[by]:
-        yield from rule(job, by)
+    told: set[str] = set()
+    for refused in chain(_fields(job, by), *(rule(job, by) for rule in RULES[by])):
+        if refused.field not in told:
+            told.add(refused.field)
+            yield refused
 
 
 def field_refusals(job: Job, by: Side) -> Iterator[SpecError]:

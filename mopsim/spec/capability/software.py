@@ -58,11 +58,8 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
 
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
-    """As of the job's own stack, of the one that describes a target and has its name; fields that the target
-    does not write are told by their rows."""
-    for error in what_the_stack_has(replace(job, stack=load_stack(side)), side):
-        if ROWS[error.field].cells[side].refuse(side, error.field, error.value) is None:
-            yield error
+    """As of the job's own stack, of the one that describes a target and has its name."""
+    yield from what_the_stack_has(replace(job, stack=load_stack(side)), side)
 
 
 def no_runtime(job: Job) -> SpecError | None:
