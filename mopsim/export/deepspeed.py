@@ -14,6 +14,13 @@ CHECKED = (
     "DeepSpeed 0.19.6 (commit edaa722 of 2026-08-22): docs/_pages/config-json.md, runtime/zero/config.py"
 )
 
+RECOMPUTED = {
+    "device": "The model turns recomputation on, layer by layer (gradient_checkpointing_enable)",
+    "host": "cpu_checkpointing is read by deepspeed.checkpointing.configure and acts where the model calls "
+    "DeepSpeed's checkpoint: model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint). "
+    "gradient_checkpointing_enable calls torch's, which leaves the layers' inputs on the device",
+}
+"""Who recomputes layers, by where their inputs wait."""
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -83,8 +90,9 @@ def _zero(s: Strategy) -> dict[str, Any]:
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The JSON text; remarks under '_about' and '_not_expressed'."""
     about = header("DeepSpeed", CHECKED, plan, [])
-    if plan.strategy.activations.recompute == "full":
-        about.append("The model turns recomputation on, layer by layer (gradient_checkpointing_enable)")
+    activations = plan.strategy.activations
+    if activations.recompute == "full":
+        about.append(RECOMPUTED[activations.layer_inputs])
     if plan.strategy.attention.context_parallel > 1:
         about.append(
             "UlyssesSPAttentionHF.register_with_transformers takes sequence_parallel_size and gives the mpu"

@@ -1,5 +1,6 @@
 """Export: a file asks of its program only what that program does."""
 
+import json
 import re
 import tomllib
 
@@ -14,7 +15,7 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Dispatcher, Strategy
-from mopsim.strategies import fsdp2, megatron
+from mopsim.strategies import fsdp2, megatron, zero_offload
 from tests.sim.test_cli import call
 from tests.sim.test_export import plan, replace
 
@@ -193,3 +194,14 @@ def test_torchtitan_splits_no_sequence_that_has_windows() -> None:
         MopError, match=r"context_parallel: 2 is not simulated on .* where windowed and attention"
     ):
         export(given, "torchtitan")
+
+
+def test_offloaded_inputs_name_the_checkpoint_that_copies_them() -> None:
+    """Hugging Face's own call leaves them on the device, whatever cpu_checkpointing says."""
+    for there in (True, False):
+        given = plan(zero_offload(32, expert_parallel=8, offload_inputs=there))
+        found = json.loads(export(given, "deepspeed")[0])
+        assert found["activation_checkpointing"]["cpu_checkpointing"] is there
+        said = " ".join(found["_about"])
+        assert ("_set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)" in said) == there
+        assert "gradient_checkpointing_enable" in said
