@@ -331,6 +331,7 @@ def explore(
     hardware: Annotated[
         list[str] | None, typer.Option(help="the result's hardware, where it is no shipped profile")
     ] = None,
+    json: o.Json = None,
 ) -> None:
     """Write a result as one page that sorts, filters and zooms, and needs no network."""
     run("explore", locals())
@@ -341,11 +342,12 @@ def demo(
     out: o.OutDirectory = "reports/demo",
     seed: o.Seed = 0,
     steps: Annotated[int, typer.Option(min=20, help="training steps of each strategy")] = 40,
+    json: o.Json = None,
 ) -> None:
     """Run the whole loop on this machine: probe, search, train, calibrate, predict, report."""
     from mopsim import loop
 
-    loop.run(out, seed, steps)
+    loop.run(out, seed, steps, json)
 
 
 def main() -> None:

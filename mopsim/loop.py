@@ -28,6 +28,7 @@ import msgspec
 
 from mopsim.api.inputs import Inputs, make_plan
 from mopsim.calibrate import load_measurement
+from mopsim.commands.console import human
 from mopsim.commands.progress import Shown, progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -137,13 +138,12 @@ class Loop:
         self.console.print(f"  {text}: {time.perf_counter() - started:.1f} s")
 
 
-def run(out: str, seed: int, steps: int) -> None:
-    """The whole loop; writes the report into `out` and prints the winner."""
-    from rich.console import Console
-
+def run(out: str, seed: int, steps: int, result: str | None = None) -> None:
+    """The whole loop; writes the report into `out` and prints the winner. result: where its figures go, as
+    JSON."""
     folder = Path(out)
-    work = _work_directory(folder)
-    console = Console(highlight=False)
+    work = _work_directory(folder, result)
+    console = human(result)
     loop = Loop(folder, work, seed, steps, console)
     console.print("[bold]The closed loop on this machine[/bold]")
     started = time.perf_counter()
@@ -155,12 +155,14 @@ def run(out: str, seed: int, steps: int) -> None:
         f"{report.warning()}{report.verdict()}\nReport: {folder / names[-2]} and {names[-1]}, "
         f"{time.perf_counter() - started:.0f} s in all"
     )
+    if result:
+        io.write_json(result, report.to_json())
 
 
-def _work_directory(out: Path) -> Path:
+def _work_directory(out: Path, result: str | None) -> Path:
     """runs/NAME for the report NAME, empty. Raises MopError where it holds what no demo has made."""
     work = Path("runs") / (out.resolve().name or "demo")
-    check_outputs(directories={"--out": out, "--out (its runs)": work})
+    check_outputs({"--json": result}, {"--out": out, "--out (its runs)": work})
     earlier = work.is_dir() and any(work.iterdir())
     if earlier and not list(work.glob("01-mopexec-probe.log")):
         raise MopError(f"--out: {out} would have its runs in {work}, which is not empty and not of a demo")

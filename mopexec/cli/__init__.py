@@ -168,13 +168,14 @@ def launch(
     slurm: Annotated[bool, typer.Option("--slurm", help="a script for sbatch")] = False,
     torchrun: Annotated[bool, typer.Option("--torchrun", help="a script to run on each node")] = False,
     script: Annotated[str | None, typer.Option(help="write it here instead of printing it")] = None,
+    json: Json = None,
 ) -> None:
     """Write what a cluster needs to train a plan."""
     from mopexec.cli.launch import run
 
     if slurm == torchrun:
         raise MopError("launch: give one of --slurm and --torchrun")
-    run(plan, "slurm" if slurm else "torchrun", script, options or [])
+    run(plan, "slurm" if slurm else "torchrun", script, options or [], json)
 
 
 @app.command("dry-run")

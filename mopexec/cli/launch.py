@@ -45,12 +45,13 @@ torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
   -m mopexec.cli train {arguments} "$@"
 """
 
+_ENVIRONMENT = GPU_RANK | TORCHRUN
 _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 
 
-def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
+def run(path: Path, kind: Kind, script: str | None, options: Sequence[str], json: str | None = None) -> None:
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
-    check_outputs({"--script": script or STDOUT}, stdout=("--script",))
+    check_outputs({"--script": script or STDOUT, "--json": json}, stdout=("--script", "--json"))
     given = check_train_options(path, options)
     plan = plans.read_supported(path, given.settings)
     if given.init_from and Path(given.init_from).is_dir():
@@ -62,6 +63,10 @@ def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> N
         print(text, end="", flush=True)
     else:
         io.write_text(Path(str(script)), text)
+    if json:
+        nodes, devices = _nodes(plan)
+        found = {"kind": kind, "script": script or STDOUT, "nodes": nodes, "ranks_per_node": devices}
+        io.write_json(json, found | {"environment": _ENVIRONMENT, "train_options": options, "text": text})
 
 
 def check_train_options(path: Path, options: Sequence[str]) -> TrainOptions:
@@ -90,16 +95,23 @@ def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str], out: str)
     """The script for `plan`, which lies at `path`. out: the run's directory, as `options` name it. Raises
     SpecError for ranks that fill no whole nodes.
     """
-    ranks, devices = plan.strategy.world_size, plan.hardware.devices_per_node
-    if ranks % devices and ranks > devices:
-        raise SpecError("plan.strategy.world_size", ranks, f"fills no whole nodes of {devices} devices")
+    nodes, devices = _nodes(plan)
+    ranks = plan.strategy.world_size
     return _TEMPLATES[kind].format(
         name=re.sub(r"[^A-Za-z0-9_.-]+", "-", f"mop-{plan.model.name}"),
-        nodes=max(1, ranks // devices),
-        devices=min(ranks, devices),
+        nodes=nodes,
+        devices=devices,
         port=PORT,
-        environment=" ".join(f"{name}={value}" for name, value in (GPU_RANK | TORCHRUN).items()),
+        environment=" ".join(f"{name}={value}" for name, value in _ENVIRONMENT.items()),
         out=shlex.quote(out),
         arguments=shlex.join(["--plan", str(path), *options]),
         summary=f"{plan.model.name}, {plan.strategy.name}: {ranks} ranks on {plan.hardware.name}",
     )
+
+
+def _nodes(plan: Plan) -> tuple[int, int]:
+    """How many nodes, and the ranks of each. Raises SpecError."""
+    ranks, devices = plan.strategy.world_size, plan.hardware.devices_per_node
+    if ranks % devices and ranks > devices:
+        raise SpecError("plan.strategy.world_size", ranks, f"fills no whole nodes of {devices} devices")
+    return max(1, ranks // devices), min(ranks, devices)

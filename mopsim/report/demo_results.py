@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from mopsim.common.io import to_plain
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.spec.hardware import HardwareProfile
@@ -53,6 +54,22 @@ class DemoContender:
         """Predicted step time against the measured median, relative."""
         return result.step_time / self.measured.step_time_median - 1
 
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and bytes, of a rank."""
+        predicted = {"probed": self.probed, "piloted": self.piloted, "calibrated": self.calibrated}
+        return {
+            "name": self.name,
+            "strategy": to_plain(self.plan.strategy),
+            "measured_step_time_s": self.measured.step_time_median,
+            "measured_step_time_p10_p90_s": self.spread(),
+            "predicted_step_time_s": {name: one.step_time for name, one in predicted.items()},
+            "step_time_s_error": {name: self.error(one) for name, one in predicted.items()},
+            "measured_peak_memory_bytes": self.as_planned.peak_memory,
+            "predicted_peak_memory_bytes": self.even.peak_memory,
+            "peak_memory_bytes_error": self.memory_error(),
+            "loss": {"first": self.losses[0], "last": self.losses[-1]},
+        }
+
     def memory_error(self) -> float:
         """Predicted device peak against the tracked one, tokens routed as the plan assumes; relative."""
         return self.even.peak_memory / self.as_planned.peak_memory - 1
@@ -90,6 +107,14 @@ class DemoReport:
     tracked_steps: int
     probed_beside: str = ""
     """The line of the probe where other programs had the cores."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mopsim demo --json`."""
+        return {
+            "command": self.command, "seed": self.seed, "steps": self.steps, "verdict": self.verdict(),
+            "warning": self.warning().strip(), "memory_limit_bytes": self.probed.memory_limit(),
+            "contenders": [one.to_json() for one in self.contenders], "commands": self.commands,
+        }  # fmt: skip
 
     def verdict(self) -> str:
         """Who won, whichever it is."""

@@ -64,7 +64,7 @@ def test_the_loop_closes(
     for name, value in SMALLER.items():
         monkeypatch.setattr(loop, name, value)
     monkeypatch.setattr(loop.Loop, "_run", forked(loop.Loop._run, monkeypatch))
-    loop.run("reports/demo", seed=0, steps=6)
+    loop.run("reports/demo", seed=0, steps=6, result="demo.json")
     shown = capsys.readouterr().out
     assert "Winner:" in shown or "A tie on this machine:" in shown
     report = tmp_path / "reports" / "demo"
@@ -77,6 +77,12 @@ def test_the_loop_closes(
         "timeline-held-out.png",
     }
     assert pictures | {"index.md", "index.html"} <= {path.name for path in report.iterdir()}
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert [one["name"] for one in found["contenders"]] == ["mop", "fsdp2", "held-out"]
+    for one in found["contenders"]:
+        measured = one["measured_step_time_s"]
+        for name, predicted in one["predicted_step_time_s"].items():
+            assert one["step_time_s_error"][name] == pytest.approx(predicted / measured - 1)
     losses = {}
     for name in ("mop", "fsdp2"):
         lines = (tmp_path / "runs" / "demo" / name / "metrics.jsonl").read_text().splitlines()

@@ -1,5 +1,6 @@
 """Scripts for a cluster, and SLURM's variables as a rank's place."""
 
+import json
 import socket
 import subprocess
 
@@ -65,6 +66,19 @@ def test_options_that_may_be_repeated_may_be(plan, capsys):
 def test_a_script_can_be_written(plan, tmp_path, capsys):
     launched(capsys, "--plan", plan, "--slurm", "--script", tmp_path / "job.sh", *OPTIONS)
     assert (tmp_path / "job.sh").read_text().startswith("#!/bin/bash\n")
+
+
+def test_a_script_is_said_as_json(plan, tmp_path, capsys):
+    script = tmp_path / "job.sh"
+    options = ["--slurm", "--script", script, "--json", "-", *OPTIONS]
+    code, text, _ = launched(capsys, "--plan", plan, *options)
+    found = json.loads(text)
+    assert code == 0
+    assert (found["kind"], found["nodes"], found["ranks_per_node"]) == ("slurm", 2, 2)
+    assert found["text"] == script.read_text()
+    assert found["train_options"] == OPTIONS[1:]
+    code, _, error = launched(capsys, "--plan", plan, "--slurm", "--json", "-", *OPTIONS)
+    assert (code, error) == (2, "mopexec: --json: - is where --script goes too\n")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 import mopsim
+from mopsim.cli import app
 from mopsim.common import io
 from mopsim.report import explore
 from mopsim.report.explore.page import html
@@ -245,3 +247,11 @@ def test_colours_are_okabe_and_itos_and_have_a_shape_beside_them() -> None:
     shapes = re.search(r"const SHAPES = \[(.*?)\];", text, re.S)
     assert shapes is not None
     assert len(set(re.findall(r'"(M[^"]+)"', shapes.group(1)))) == 8
+
+
+def test_the_command_says_what_it_wrote_as_json(made: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    result, page, said = tmp_path / "r.json", tmp_path / "page.html", tmp_path / "said.json"
+    result.write_text(json.dumps(made["simulate"]))
+    done = CliRunner().invoke(app, ["explore", str(result), "--out", str(page), "--json", str(said)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(said.read_text()) == {"out": str(page), "bytes": page.stat().st_size, "notes": []}

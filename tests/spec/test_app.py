@@ -142,6 +142,12 @@ def test_every_text_option_is_read_written_or_plain() -> None:
     assert found == READS | WRITTEN | PLAIN
 
 
+def test_every_command_says_what_it_found_as_json() -> None:
+    for app in (mopsim_app, mopexec_app):
+        for command in _commands(get_command(app)):
+            assert "--json" in [written(param) for param in command.params], command.name
+
+
 def _commands(command: Any) -> Iterator[Any]:
     for one in getattr(command, "commands", {}).values():
         yield from _commands(one)
