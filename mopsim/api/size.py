@@ -255,19 +255,25 @@ def size(
     given = [hardware] if isinstance(hardware, str | Path | HardwareProfile) else list(hardware)
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
     TrainSpec(seq_len=length, global_batch=1, routing=routed).check_model(network)
-    batch = count(global_batch_tokens, "global_batch_tokens")
-    require(batch >= length, "global_batch_tokens", batch, f"is less than one sequence, seq_len {length}")
     machines = _distinct(map(read_hardware, given))
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     request = Request(
-        network, goal, length, batch, read_families(families), max_nodes, simulations, runnable,
-        assume(assumptions, utilisation), _terms(machines, buy, reserved, prices or {}, capex or {}),
+        network, goal, length, _batch(global_batch_tokens, length), read_families(families),
+        max_nodes, simulations, runnable, assume(assumptions, utilisation),
+        _terms(machines, buy, reserved, prices or {}, capex or {}),
         read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
         check_level(interval), max_cost,
     )  # fmt: skip
     for machine in machines:
         matmul_curve(machine, precision, field="precision")
     return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
+
+
+def _batch(tokens: Count, seq_len: int) -> int:
+    """Tokens of a step. Raises MopError where they are no sequence."""
+    batch = count(tokens, "global_batch_tokens")
+    require(batch >= seq_len, "global_batch_tokens", batch, f"is less than one sequence, seq_len {seq_len}")
+    return batch
 
 
 def _distinct(given: Iterable[HardwareProfile]) -> list[HardwareProfile]:
