@@ -57,6 +57,8 @@ def answer(request: Request, ask: Ask) -> Answer:
     training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
     fitting, tried = _carried(request, ask, training)
     simulated, why, gap = len(fitting), "no plan of another number of nodes fits here", None
+    best: dict[str, SimResult] = {}
+    searched: SimResult | None = None
     if ask.simulations:
         options = Options(
             ask.families, 1, ask.simulations, request.runnable, precision=request.precision, axes=coarse,
@@ -65,14 +67,13 @@ def answer(request: Request, ask: Ask) -> Answer:
         found = search(request.model, ask.hardware, ask.num_nodes, training, options)
         simulated += found.simulated
         fitting += [one for one in found.best_by_family.values() if one is not None]
-        why, gap = _memory_reason(found), found.gap
-    best: dict[str, SimResult] = {}
+        why, gap, searched = _memory_reason(found), found.gap, found.best
     for one in sorted(fitting, key=lambda one: one.step_time):
         if one.sure:
             best.setdefault(one.strategy.name, one)
     plans = tuple(_small(one) for one in best.values())
-    if plans and gap is not None and ask.plans:
-        gap = None if plans[0].step_time < min(one.step_time for one in fitting) else gap
+    if plans and gap is not None and searched is not None:  # it is the search's, of its own best
+        gap = max(0.0, (1 + gap) * plans[0].step_time / searched.step_time - 1)
     return Answer(plans, simulated, "" if plans else why, gap, tried)
 
 

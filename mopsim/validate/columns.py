@@ -43,7 +43,7 @@ RUNS: dict[str, Column] = {
     "gpu": Column(_NEED, "A hardware profile."),
     "num_gpus": Column(_NEED, "Devices in all."),
     "gpus_per_node": Column(
-        _MAY, "Devices of a node, or of its scale-up domain, as the profile has it; or fewer: then they are."
+        _MAY, "Devices of a node, or of its scale-up domain (whole nodes), as the profile has it or fewer."
     ),
     "precision": _one("Of the matrix products.", "bf16 fp16 fp8 mxfp8 nvfp4", needed=_NEED),
     "seq_len": Column(_NEED, "Tokens of a sequence."),

@@ -60,7 +60,7 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     stack, assumed = _stack(row)
     program = _refused("stack", changed, stack, known.of("stack"), "stack")
     model = _refused("model", changed, model, changes, "model")
-    _check_groups(row, degrees)
+    _check_groups(row, degrees, routed=model.num_local_experts > 0)
     split, approximations = strategy(known, degrees, model, program)
     rows = families()[split.name].vocabulary_rows * degrees.tensor
     if rows:
@@ -93,24 +93,23 @@ _COLUMN = {"measured.step_time": "step_time_s", "measured.peak_memory": "peak_me
 
 
 def _nodes(row: Row, hardware: HardwareProfile) -> Changes:
-    """What the run's nodes are other than the profile's: those of fewer devices are its nodes without the
-    rest."""
-    given, whole = count(row, "gpus_per_node"), (hardware.devices_per_node, hardware.scale_up_size)
-    if given is None or given in whole:
+    """What the run's nodes, or its scale-up domains, are other than the profile's: of fewer devices."""
+    given, node, domain = count(row, "gpus_per_node"), hardware.devices_per_node, hardware.scale_up_size
+    if given is None or given in (node, domain):
         return {}
-    rule = (
-        f"is more than the {whole[0]} devices of a node of {hardware.name}, and not its domain of {whole[1]}"
-    )
-    require(given < whole[0], "gpus_per_node", given, rule)
-    apart = whole[0] == whole[1]
-    return {"devices_per_node": given} | ({"scale_up_size": given} if apart else {})
+    if given < node:
+        return {"devices_per_node": given} | ({"scale_up_size": given} if node == domain else {})
+    rule = f"is neither at most the {node} devices of a node of {hardware.name} nor whole nodes of its"
+    require(given < domain and given % node == 0, "gpus_per_node", given, f"{rule} domain of {domain}")
+    return {"scale_up_size": given}
 
 
-def _check_groups(row: Row, d: Degrees) -> None:
-    """Refuse a number of data-parallel ranks that the other degrees contradict. Some sources count those of
-    the experts' tensor groups."""
+def _check_groups(row: Row, d: Degrees, *, routed: bool) -> None:
+    """Refuse a number of data-parallel ranks that the other degrees contradict. Of experts some sources count
+    those of their tensor groups."""
     given, ranks = count(row, "dp"), d.pipeline * d.sequence
-    found = [d.world // (ranks * one) for one in (d.tensor, d.expert_tensor) if d.world % (ranks * one) == 0]
+    ways = (d.tensor, d.expert_tensor) if routed else (d.tensor,)
+    found = [d.world // (ranks * one) for one in ways if d.world % (ranks * one) == 0]
     rule = f"is not num_gpus {d.world} over pp {d.pipeline}, cp {d.sequence} and tp {d.tensor}"
     require(given is None or not found or given in found, "dp", given, rule)
 

@@ -52,6 +52,7 @@ from tests.sim.test_validate import MODELS, row, validate_runs
         ({"dp": "é"}, "dp"),
         ({"dp": "-1"}, "dp"),
         ({"dp": "4"}, "dp"),
+        ({"tp": "8", "dp": "8", "sharding": "zero1"}, "dp"),
         ({"dp": "8.5"}, "dp"),
         ({"gpus_per_node": "é"}, "gpus_per_node"),
         ({"gpus_per_node": "1e308"}, "gpus_per_node"),
