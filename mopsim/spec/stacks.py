@@ -31,6 +31,8 @@ _texts = partial(shipped_texts, "mopsim", "stacks")
 SECTIONS = ("kernels", "cpu", "has", "sharding", "recompute", "host", "dtypes", "hides", "reading")
 _PARTS = tuple(key for key in (*SECTIONS, "sources") if key not in ("cpu", "has"))
 """Sections that hold every entry of theirs wherever a stack is written out."""
+_OPEN = ("has", "communication_share", "sources")
+"""Mappings, in which a key that is not there says something too (`has`: the field may have any value)."""
 _NAMES = ("name", "version", "extends", "source")
 _ENTRIES = tuple(sorted({*Stack.__struct_fields__, "source"} - {"sources"}))
 _OWN = ("runtime",)
@@ -67,15 +69,17 @@ def variants(stack: Stack, names: Iterable[str]) -> list[str]:
 
 
 def completed(data: Any, field: str) -> Any:
-    """A plan's stack (plain objects) with the entries that it lacks, as the shipped stack of its name and
-    version has them. One that lacks whole sections must be the shipped one: a file that was cut short would
-    become a program that nobody wrote. Raises MopError naming the section from `field`."""
+    """A plan's stack (plain objects) with the fields that it lacks, as the shipped stack of its name and
+    version has them; mappings that it has stay as they are. One that lacks whole sections must be the shipped
+    one: a file that was cut short would become a program that nobody wrote. Raises MopError naming the
+    section from `field`."""
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         return data
     name, found = data["name"], data
     shipped = to_plain(_named(name)) if name in _texts() else {}
     if shipped and data.get("version", shipped["version"]) == shipped["version"]:
-        both = (key for key in data if isinstance(data[key], dict) and isinstance(shipped.get(key), dict))
+        inner = (key for key in data if key not in _OPEN)
+        both = (key for key in inner if isinstance(data[key], dict) and isinstance(shipped.get(key), dict))
         found = {**shipped, **data, **{key: {**shipped[key], **data[key]} for key in both}}
     gone = next((key for key in _PARTS if key not in data), None)
     if gone and not (shipped and convert(found, Stack, field) == _named(name)):

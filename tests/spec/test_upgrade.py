@@ -13,7 +13,7 @@ from mopsim.spec.capability import runnable
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
-from mopsim.spec.stacks import load_stack
+from mopsim.spec.stacks import completed, list_stacks, load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_measurement, load_plan, read_strategy
 from mopsim.strategies import fsdp2, mop
@@ -203,6 +203,22 @@ def test_a_plan_has_its_shipped_stack_whole_however_little_it_says(tmp_path: Pat
     del older["kernels"]["logits_held"], older["stage_outputs"]
     found = load_plan(plan_with_stack(tmp_path, older)).stack
     assert found == replace(shipped, host=replace(shipped.host, blocking=True))
+
+
+@pytest.mark.parametrize("name", list_stacks())
+def test_a_plan_keeps_its_own_stack_of_a_shipped_name(name: str) -> None:
+    """What is not in its mappings is what it says: has anything, shares as the profile has them."""
+    shipped = load_stack(name)
+    fewer = {key: values for key, values in shipped.has.items() if " where " not in key}
+    for stack in (
+        shipped.on("hopper").on_kind("cuda"),
+        replace(shipped, has=fewer, sources={}),
+        replace(shipped, has={}, communication_share={}),
+    ):
+        assert io.convert(completed(io.to_plain(stack), "plan.stack"), Stack, "plan.stack") == stack
+    left = io.to_plain(shipped)
+    del left["has"], left["communication_share"]
+    assert io.convert(completed(left, "plan.stack"), Stack, "plan.stack") == shipped
 
 
 @pytest.mark.parametrize("name", ["mopexec-flat", "my-fork"])
