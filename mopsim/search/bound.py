@@ -20,7 +20,7 @@ from mopsim.search.facts import SpaceFacts
 from mopsim.search.footprint import Footprint
 from mopsim.search.problem import HOST, ULYSSES
 from mopsim.search.space import Space
-from mopsim.search.stages import IDEAL, kinds, load
+from mopsim.search.stages import IDEAL, kinds, laid, load, parts_of
 from mopsim.search.wires import Message, Reals
 from mopsim.spec.categories import RUNTIMES
 
@@ -183,10 +183,10 @@ class Bounder(Footprint):
         if not chosen.any():
             return found
         every, last = np.stack(layers, axis=1), np.stack(once, axis=1)
-        laid = (c["pipeline"] * 1000 + c["virtual_stages"]) * 10 + c["layout"]
-        for code in np.unique(laid[chosen]).astype(np.int64).tolist():
-            rows = np.flatnonzero(laid == code)
-            stage = load(self.model, code // 10000, code // 10 % 1000, code % 10)
+        codes = laid(self.space.columns)
+        for code in np.unique(codes[chosen]).tolist():
+            rows = np.flatnonzero(codes == code)
+            stage = load(self.model, *parts_of(code))
             each = (every[rows] + last[rows]) @ stage.layers.T
             each += every[rows] / self.microbatches[rows, None] @ stage.before.T
             each[:, -1] += head[rows]

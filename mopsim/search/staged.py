@@ -10,16 +10,19 @@ from typing import cast
 import numpy as np
 
 from mopsim.search.axes import MINOR, Axis
+from mopsim.search.balance import balanced
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
 from mopsim.search.had import axes_of, each
+from mopsim.search.legal import expanded, minor_of, multiplied, trunk
 from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import Mask, textbook
-from mopsim.search.space import Space, expanded, minor_of, trunk
+from mopsim.search.space import Space
+from mopsim.search.stages import BALANCED
 from mopsim.search.wires import Reals
 
 SAMPLE, BATCH = 500, 100
@@ -61,7 +64,7 @@ def candidates(
     first = trunk(problem, family, axes)
     step = max(1, len(first) // SAMPLE)
     some = first.take(np.arange(0, len(first), step))
-    if len(expanded(some, axes)) * step <= most:
+    if len(multiplied(some, axes)) * step <= most:
         return expanded(first, axes), Rest(first.part(0, 0), axes, np.zeros(0))
     return _staged(first, axes, most)
 
@@ -87,8 +90,9 @@ def _multiplied(rows: Space, axes: Axes, most: int) -> tuple[list[Space], int]:
     parts: list[Space] = []
     count = done = 0
     while done < len(rows) and count < most:
-        parts.append(expanded(rows.part(done, min(done + BATCH, len(rows))), axes))
-        count, done = count + len(parts[-1]), min(done + BATCH, len(rows))
+        parts.append(multiplied(rows.part(done, min(done + BATCH, len(rows))), axes))
+        laid = parts[-1].columns["layout"] != BALANCED  # of the others few stay
+        count, done = count + int(laid.sum()), min(done + BATCH, len(rows))
     return parts, done
 
 
@@ -96,7 +100,7 @@ def _joined(parts: Sequence[Space]) -> Space:
     first = parts[0]
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in first.columns}
     rejected = sum((part.rejected for part in parts), Counter[str]())
-    return Space(first.family, first.problem, columns, rejected)
+    return balanced(Space(first.family, first.problem, columns, rejected))
 
 
 def bounds_of(first: Space, axes: Axes) -> tuple[Reals, Reals]:

@@ -1,5 +1,7 @@
 """How decoder layers are laid over the parts of a pipeline: as even as can be, or as in published recipes."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,12 +12,16 @@ from mopsim.spec.layout import ceil_div, even_parts, full_parts
 from mopsim.spec.model import LayerKind, ModelSpec
 from mopsim.spec.pipeline_order import warm_up
 
-EVEN, ENDS, FRONT, IDEAL = 0, 1, 2, 3
+EVEN, ENDS, FRONT, IDEAL, BALANCED = 0, 1, 2, 3, 4
 """Codes of the `layout` column. EVEN: as even as can be. ENDS: as full as each other, where embedding, MTP
 layers and loss count as a layer each. FRONT: as full as each other but the last, which has what is left.
 IDEAL: no layout; every stage has the mean and none waits, and holds the least of any layout: of what bounds
-all from below."""
-RULES = (EVEN, ENDS, FRONT)
+all from below. BALANCED + n: the last stage, which has the loss, has n layers fewer than an even share, the
+others as many as each other. BALANCED: the best n, before it is chosen (`mopsim.search.balance`)."""
+RULES = (EVEN, ENDS, FRONT, BALANCED)
+"""Those that an axis has."""
+LIGHTEST = 12
+"""Layers that the last stage has fewer than an even share, at most."""
 VIRTUAL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
 """Virtual stages of a pipeline rank: those of published recipes, and what lies between."""
 LAYOUTS = ("even", "ends", "front")
@@ -30,8 +36,10 @@ def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple
     32 parts and 4 (15 times), 1 on 16.
     """
     layers, parts = model.num_hidden_layers, stages * virtual
-    if layout in (EVEN, IDEAL):
+    if layout in (EVEN, IDEAL, BALANCED):
         return () if parts <= layers else None
+    if layout > BALANCED:
+        return _lighter(layers, stages, virtual, layout - BALANCED)
     first = int(layout == ENDS)
     last = first * (1 + model.num_nextn_predict_layers)
     found = full_parts(layers, parts, first, last)
@@ -39,6 +47,52 @@ def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple
     if stages == 1 or sum(found) < layers or ragged:
         return None
     return None if found == even_parts(layers, parts) else found
+
+
+def _lighter(layers: int, stages: int, virtual: int, fewer: int) -> tuple[int, ...] | None:
+    """`fewer` layers less than an even share on the last stage: in its last part, and where that has none
+    left in its others. None where a part would have none that has neither embedding nor loss."""
+    mine = layers // stages - fewer
+    if stages == 1 or mine < 0:
+        return None
+    last = max(0, mine - (virtual - 1) * ceil_div(layers, stages * virtual))
+    ends = [*_spread(mine - last, virtual - 1), last]
+    others = _spread(layers - mine, virtual * (stages - 1))
+    rows = [others[at * (stages - 1) : (at + 1) * (stages - 1)] + ends[at : at + 1] for at in range(virtual)]
+    found = tuple(count for row in rows for count in row)
+    return found if all(found[:-1]) else None
+
+
+def _spread(layers: int, parts: int) -> list[int]:
+    """As even as can be, the fuller parts last: the first stage has the embedding, and most microbatches."""
+    return [*even_parts(layers, parts)][::-1] if parts else []
+
+
+@cache
+def plain(model: ModelSpec, stages: int, virtual: int) -> tuple[int, ...]:
+    """The layouts that a pipeline may have whatever its stages take. Of virtual stages of which some have
+    more layers than others, not EVEN: ENDS and FRONT are those of recipes."""
+    uneven = virtual > 1 and model.num_hidden_layers % (stages * virtual)
+    rules = (ENDS, FRONT) if uneven else (EVEN, ENDS, FRONT)
+    found = [rule for rule in rules if layers_of(model, stages, virtual, rule) is not None]
+    return tuple(found) if stages > 1 or virtual == 1 else ()
+
+
+@cache
+def lighter(model: ModelSpec, stages: int, virtual: int) -> tuple[int, ...]:
+    """Codes of what BALANCED may become, the most even first; none where a pipeline has no plain layout."""
+    codes = range(BALANCED + 1, BALANCED + LIGHTEST + 1) if plain(model, stages, virtual) else ()
+    return tuple(code for code in codes if layers_of(model, stages, virtual, code) is not None)
+
+
+def laid(columns: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """A code of the pipeline, virtual stages and layout of each row."""
+    return np.asarray((columns["pipeline"] * 1000 + columns["virtual_stages"]) * 100 + columns["layout"])
+
+
+def parts_of(code: int) -> tuple[int, int, int]:
+    """(Stages, virtual stages, layout) of a code."""
+    return code // 100_000, code // 100 % 1000, code % 100
 
 
 @cache
@@ -71,10 +125,21 @@ def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
 
 
 @cache
+def parts_by_turn(
+    model: ModelSpec, stages: int, virtual: int, layout: int
+) -> tuple[tuple[int, NDArray[np.float64]], ...]:
+    """(Virtual stages, different parts that stages have in each of them): the ranks of a pipeline go through
+    their parts in step."""
+    rows = load(model, stages, virtual, layout).parts.transpose(1, 0, 2).tolist()
+    found = Counter(frozenset(map(tuple, row)) for row in rows)
+    return tuple((times, np.array(sorted(parts))) for parts, times in found.items())
+
+
+@cache
 def of_stage(model: ModelSpec, stages: int, virtual: int, layout: int, stage: int) -> NDArray[np.float64]:
     """Layers of each kind of a stage, at least."""
     if layout == IDEAL:
-        every = [of_stage(model, stages, *one, stage) for one in _layouts(model, stages)]
+        every = [parts[:, stage].sum(axis=1).min(axis=0) for _, parts in _layouts(model, stages)]
         return np.asarray(np.minimum.reduce(every))
     return np.asarray(load(model, stages, virtual, layout).layers[stage])
 
@@ -85,25 +150,30 @@ def under_way(
 ) -> NDArray[np.float64]:
     """Forwards through layers of each kind that a stage has behind it when its first backward begins, the
     last of several its first loss, at least; ahead: see `mopsim.spec.pipeline_order`."""
-    if layout == IDEAL:
-        every = [
-            under_way(model, stages, *one, microbatches, stage, ahead) for one in _layouts(model, stages)
-        ]
-        return np.asarray(np.minimum.reduce(every))
+    every = (
+        _layouts(model, stages) if layout == IDEAL else [(virtual, _parts(model, stages, virtual, layout))]
+    )
     last = stage == stages - 1 and stages > 1
-    # woven with a backward, the forward beside it is not over when that begins
-    count = (virtual - 1) * stages + 1 if last else warm_up(stages, virtual, stage, ahead) + 1 - ahead
-    chunks = np.arange(min(count, microbatches * virtual)) % (stages * virtual) // stages
-    many = np.bincount(chunks, minlength=virtual)
-    return np.asarray(many @ load(model, stages, virtual, layout).parts[stage])
+    found = []
+    for virtual, parts in every:
+        # woven with a backward, the forward beside it is not over when that begins
+        count = (virtual - 1) * stages + 1 if last else warm_up(stages, virtual, stage, ahead) + 1 - ahead
+        chunks = np.arange(min(count, microbatches * virtual)) % (stages * virtual) // stages
+        many = np.bincount(chunks, minlength=virtual)
+        found.append((many @ parts[:, stage]).min(axis=0))
+    return np.asarray(np.minimum.reduce(found))
+
+
+def _parts(model: ModelSpec, stages: int, virtual: int, *layouts: int) -> NDArray[np.float64]:
+    """Layers of each kind, by layout, stage and virtual stage."""
+    return np.stack([load(model, stages, virtual, layout).parts for layout in layouts])
 
 
 @cache
-def _layouts(model: ModelSpec, stages: int) -> tuple[tuple[int, int], ...]:
-    """(virtual stages, layout) of all that a pipeline may have."""
-    return tuple(
-        (virtual, layout)
-        for virtual in (VIRTUAL if stages > 1 else VIRTUAL[:1])
-        for layout in RULES
-        if layers_of(model, stages, virtual, layout) is not None
-    )
+def _layouts(model: ModelSpec, stages: int) -> tuple[tuple[int, NDArray[np.float64]], ...]:
+    """(Virtual stages, their parts in every layout) of all that a pipeline may have."""
+    found = []
+    for virtual in VIRTUAL:
+        if every := plain(model, stages, virtual) + lighter(model, stages, virtual):
+            found.append((virtual, _parts(model, stages, virtual, *every)))
+    return tuple(found)

@@ -13,8 +13,8 @@ from mopsim.engine import simulate
 from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.search.had import had
+from mopsim.search.legal import generate
 from mopsim.search.problem import DEVICE, HOST, Problem
-from mopsim.search.space import generate
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model

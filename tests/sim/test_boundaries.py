@@ -12,8 +12,8 @@ from mopsim.engine import SimResult, run, simulate
 from mopsim.program import lower
 from mopsim.program.workload import Program
 from mopsim.search import Options, search
+from mopsim.search.legal import generate
 from mopsim.search.problem import Problem
-from mopsim.search.space import generate
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

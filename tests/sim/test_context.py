@@ -17,8 +17,9 @@ from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach
 from mopsim.search.bound import Bounds, bound
+from mopsim.search.legal import generate
 from mopsim.search.problem import CHUNKED, DEVICE, HOST
-from mopsim.search.space import Space, generate
+from mopsim.search.space import Space
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.strategies import fsdp2

@@ -16,10 +16,11 @@ from mopsim.engine import SimResult, simulate
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
+from mopsim.search.legal import generate
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE
-from mopsim.search.space import IN_8_BITS, Space, generate
+from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile, Quantity

@@ -15,11 +15,11 @@ from mopsim.search.bound import bound
 from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY, SPENT
 from mopsim.search.had import had
 from mopsim.search.learn import Memory, Rise, Times
+from mopsim.search.legal import generate
 from mopsim.search.pool import Pool
 from mopsim.search.problem import EXCHANGES, Problem, worked_out
 from mopsim.search.result import NOT_RUN, TIE
 from mopsim.search.simulating import rank
-from mopsim.search.space import generate
 from mopsim.spec.capability import runnable
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

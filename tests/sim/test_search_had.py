@@ -9,8 +9,9 @@ from mopsim.common.errors import SpecError
 from mopsim.export import TARGETS
 from mopsim.search import had as had_module
 from mopsim.search.had import Had, had, left_out
+from mopsim.search.legal import generate
 from mopsim.search.problem import ULYSSES, Problem
-from mopsim.search.space import Space, generate
+from mopsim.search.space import Space
 from mopsim.spec.capability import ROWS, Job, refusals
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -79,13 +80,15 @@ def code(row: dict[str, int]) -> tuple[int, ...]:
 def test_a_space_has_what_its_stack_has_and_all_of_it(
     stack: str, network: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before it is chosen which layout is balanced: that is reckoned from all of a space."""
+    monkeypatch.setattr("mopsim.search.legal.balanced", lambda space: space)
     choose = np.random.default_rng(0)
     asked = problem(stack, network)
     spaces = {family: generate(asked, family) for family in FAMILIES}
     monkeypatch.setattr(
-        "mopsim.search.space.had", lambda given, family: Had(had_module.every_axis(given, family), [], "", [])
+        "mopsim.search.legal.had", lambda given, family: Had(had_module.every_axis(given, family), [], "", [])
     )
-    monkeypatch.setattr("mopsim.search.space.axes_of", had_module.every_axis)
+    monkeypatch.setattr("mopsim.search.legal.axes_of", had_module.every_axis)
     for family, space in spaces.items():
         for index in choose.permutation(len(space))[:ROWS_TRIED].tolist():
             assert not refused(space, index), (family, space.row(index))
