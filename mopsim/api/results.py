@@ -199,7 +199,7 @@ class Simulation(Result):
         return DataFrame(rows).sort_values("at_peak_bytes", ascending=False, ignore_index=True)
 
     def time(self) -> "DataFrame":
-        """Where the step goes, seconds by component (they add up to the step)."""
+        """Where the step goes, seconds by component and `waiting` (they add up to the step)."""
         from pandas import DataFrame
 
         parts = self.result.time_by_component

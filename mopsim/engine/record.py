@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mopsim.program.workload import Op, Program
+from mopsim.spec.categories import WAITING
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class Tally:
 
 
 class Record:
-    """One rank's run. Seconds of the compute stream are booked on components; its waits on what ran meanwhile
-    and was waited for, so that no collective or copy is exposed longer than it is busy.
+    """One rank's run. Seconds of the compute stream are booked on the components of its ops, its waits on
+    `WAITING`, and on what ran meanwhile and was waited for, so that no collective or copy is exposed longer
+    than it is busy.
 
     kinds: of an op of several kinds of work (its index), each kind's share of its seconds. starts, ends,
     issued: seconds of every op (issued: 0 without a host thread). turns: of every op.
@@ -70,7 +72,7 @@ class Record:
     def waited(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op`; `blame` says for what."""
         if seconds > 0.0:
-            self._tally(op).component[op.component] += op.times * seconds
+            self._tally(op).component[WAITING] += op.times * seconds
 
     def blame(self, waiting: Op, op: Op, seconds: float, kind: str = "") -> None:
         """`op` (or what `kind` says) was what the compute stream stood still for before `waiting`."""
@@ -80,13 +82,14 @@ class Record:
     def idle(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op` because the host had not issued it."""
         if seconds > 0.0:
-            tally = self._tally(op)
-            tally.exposed["host"] += op.times * seconds
-            tally.component[op.component] += op.times * seconds
+            self._tally(op).exposed["host"] += op.times * seconds
+            self._tally(op).component[WAITING] += op.times * seconds
 
     def held(self, op: Op, seconds: float) -> None:
         """Kernels inside `op`, whose time `ended` books, ran apart because the host issued them late."""
         self._tally(op).exposed["host"] += op.times * seconds
+        self._tally(op).component[WAITING] += op.times * seconds
+        self._tally(op).component[op.component] -= op.times * seconds
 
     def stolen(self, op: Op, seconds: float) -> None:
         """Compute lost `seconds` to a collective beside it."""

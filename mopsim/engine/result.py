@@ -19,7 +19,8 @@ UPPER = 0.95
 @dataclass(frozen=True)
 class SimResult:
     """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
-    step. time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of
+    step. time_by_component sums to the step: what the compute stream's ops take, `waiting` while it stands
+    still, `runtime` that calibration adds between the ops. Spans are of
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its own
     highest, whenever that was; peak_by_phase: the highest at the height or the end of an op of each phase.
     peak_by_stage: peak memory of each pipeline stage's ranks.

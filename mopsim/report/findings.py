@@ -6,6 +6,7 @@ from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals import Ratio
 from mopsim.search.result import TIE, exhausted, format_gap
+from mopsim.spec.categories import WAITING, WAITS
 
 Gaps = Mapping[str, float | None]
 """Of strategies that a search found, by label: SearchResult.gap."""
@@ -105,13 +106,19 @@ def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
     if not slower:
         return ""
     best, (name, other) = first[0][1], slower[0]
-    parts = other.time_by_component
-    more = {kind: seconds - best.time_by_component.get(kind, 0.0) for kind, seconds in parts.items()}
+    before, parts = _parts(best), _parts(other)
+    more = {kind: seconds - before.get(kind, 0.0) for kind, seconds in parts.items()}
     kind = max(more, key=more.__getitem__)
     if more[kind] <= 0.0:
         return ""
-    note = ", once a step however many its tokens: a larger batch narrows it" if kind == "optimizer" else ""
-    return f"{name} loses most in {kind.replace('_', ' ')}, {format_seconds(more[kind])}{note}"
+    note = ", once a step however many its tokens: a larger batch narrows it" if "optimizer" in kind else ""
+    return f"{name} loses most in {kind}, {format_seconds(more[kind])}{note}"
+
+
+def _parts(one: SimResult) -> dict[str, float]:
+    """Seconds of each component, and of waiting for what compute waits for."""
+    ran = {kind.replace("_", " "): part for kind, part in one.time_by_component.items() if kind != WAITING}
+    return ran | {f"waiting for {WAITS.get(kind, kind)}": part for kind, part in one.exposed.items()}
 
 
 def software(results: Sequence[SimResult], labels: Sequence[str], stacks: Sequence[str] | None = None) -> str:

@@ -59,7 +59,7 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
             _stack(axis, chosen, scale, largest / scale)
             axis.set_xlim(0, largest / scale * 1.36 or 1.0)
             axis.set_title(title)
-        above.set_xlabel(f"simulated step by component, exposed time included, {unit}")
+        above.set_xlabel(f"simulated step by component, and waiting, {unit}")
         below.set_xlabel(f"exposed: compute waits for communication, copies or the host, {unit}")
         legend_below(above)
         legend_below(below)

@@ -37,6 +37,7 @@ COLOURS = {
     "vocabulary": "#922b21",
     "other": "#bfc9ca",
     "runtime": "#566573",
+    "waiting": "#d5d8dc",
     "forward": "#2e86c1",
     "recompute": "#f4d03f",
     "backward": "#ca6f1e",

@@ -13,17 +13,10 @@ from mopsim.search.had import offered
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import RESTRICTIONS, Restriction
 from mopsim.search.result import TIE, SearchResult
+from mopsim.spec.categories import WAITING, WAITS
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import describe
 
-WAITS = {
-    "all_gather": "all-gathers", "reduce_scatter": "reductions of gradients", "all_reduce": "all-reduces",
-    "all_to_all": "all-to-alls of experts and sequences", "send_recv": "sends between neighbours",
-    "h2d": "copies from the host", "d2h": "copies to the host", "peers": "other pipeline stages",
-    "host": "the host, which starts kernels late", "host_optimizer": "the optimizer on the host",
-    "host_memory": "gradients that the host adds",
-}  # fmt: skip
-"""What compute waits for, by kind of `SimResult.exposed`."""
 SOME, MUCH = 0.02, 0.15
 """Shares of a step from which waiting for something is told, and is said to bound the step."""
 MORE = 2.0
@@ -62,7 +55,8 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
 def _bounds(best: SimResult) -> str:
     """Where the step goes, and what it waits for most."""
     step = best.step_time
-    parts = sorted(best.time_by_component.items(), key=lambda item: -item[1])[:3]
+    ran = {name: part for name, part in best.time_by_component.items() if name != WAITING}
+    parts = sorted(ran.items(), key=lambda item: -item[1])[:3]
     spent = ", ".join(f"{name} {part / step:.0%}" for name, part in parts)
     waits = _waits(best)
     most = max(best.exposed.values(), default=0.0) / step

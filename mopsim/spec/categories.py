@@ -33,6 +33,16 @@ COMPONENTS = (
     "optimizer",
     "other",
 )
+WAITING = "waiting"
+"""Beside the components: seconds in which the compute stream stands still."""
+WAITS = {
+    "all_gather": "all-gathers", "reduce_scatter": "reductions of gradients", "all_reduce": "all-reduces",
+    "all_to_all": "all-to-alls of experts and sequences", "send_recv": "sends between neighbours",
+    "h2d": "copies from the host", "d2h": "copies to the host", "peers": "other pipeline stages",
+    "host": "the host, which starts kernels late", "host_optimizer": "the optimizer on the host",
+    "host_memory": "gradients that the host adds",
+}  # fmt: skip
+"""What compute waits for, by kind of `SimResult.exposed`."""
 MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
 """Parts of a layer that selective recomputation names beside the components (Megatron-Core's names)."""
 KEPT = (

@@ -216,7 +216,11 @@ def test_composed_microbatches_equal_expanded_ones(strategy: Strategy, batches: 
 @given(STRATEGIES, ROUTINGS)
 def test_components_add_up_to_the_step(strategy: Strategy, routing: str) -> None:
     result = simulate(MODEL, machine(), 1, strategy, _training(strategy, 2, routing))
-    assert sum(result.time_by_component.values()) == pytest.approx(result.step_time, rel=1e-6)
+    parts, kernels = result.time_by_component, sum(result.busy.get(kind, 0.0) for kind in COMPUTE_KINDS)
+    assert sum(parts.values()) == pytest.approx(result.step_time, rel=1e-6)
+    waits = sum(result.exposed.values())
+    assert parts.get("waiting", 0.0) <= waits * (1 + 1e-6) + 1e-12
+    assert sum(parts.values()) - parts.get("waiting", 0.0) >= kernels * (1 - 1e-6) or strategy.name == "fsdp2"
     assert set(result.to_json()) >= {
         "step_time_s",
         "tokens_per_s_per_device",
@@ -328,6 +332,19 @@ def test_time_scales_with_host_and_device_together(experts: int) -> None:
     assert once.exposed["host"] > 0
     assert once.step_time > simulate(MODEL, machine(), 1, strategy, training).step_time
     assert sum(once.time_by_component.values()) == pytest.approx(once.step_time, rel=1e-6)
+
+
+def test_a_component_takes_what_its_ops_take_and_waits_apart() -> None:
+    """Two stages of a pipeline: while the first waits for gradients the optimizer takes no longer."""
+    strategy = megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2)
+    training = TrainSpec(seq_len=512, global_batch=8)
+    result = simulate(small(), machine(), 1, strategy, training)
+    parts = result.time_by_component
+    assert parts["waiting"] == pytest.approx(sum(result.exposed.values()), rel=1e-6)
+    assert parts["waiting"] > 0.3 * result.step_time
+    assert parts["optimizer"] <= 1.01 * result.busy["optimizer"] + result.busy.get("memory_bound", 0.0)
+    alone = simulate(small(), machine(), 1, megatron(4, tensor_parallel=2, expert_parallel=2), training)
+    assert parts["embedding"] <= alone.time_by_component["embedding"] * 1.01
 
 
 @settings(max_examples=25, deadline=None)
