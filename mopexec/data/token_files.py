@@ -65,17 +65,17 @@ class TokenFile:
         return "" if self.ends is None else hashlib.sha256(self.ends.tobytes()).hexdigest()
 
     def content(self, cache: Path) -> IdsContent:
-        """Read once, then known by the file's path and stamp from `cache`. Raises MopError."""
-        stamp = self.stamp
-        which = json.dumps([str(self.path), *stamp, self.dtype, self.offset])
+        """Read once, then known from `cache` by the file's path and status. Raises MopError."""
+        status = _status(self.path)
+        which = json.dumps([str(self.path), *status, self.dtype, self.offset])
         known = cache / f"ids-{hashlib.sha256(which.encode()).hexdigest()[:16]}.json"
         if io.exists(known):
             with suppress(MopError):
                 return io.load(known, IdsContent, "ids")
         found = self._read()
-        if self.stamp != stamp:
+        if _status(self.path) != status:
             raise MopError(f"--data: {self.path} was changed while it was read")
-        if time.time_ns() - stamp[1] > _SETTLED:
+        if time.time_ns() - status[-1] > _SETTLED:
             with suppress(MopError):  # a cache that cannot be written is refused with what it is needed for
                 io.write_json(str(known), found)
         return found
@@ -107,11 +107,18 @@ class TokenFile:
 
 def stamp_of(path: Path) -> Stamp:
     """Raises MopError for a file that is not there."""
+    return _status(path)[:2]
+
+
+def _status(path: Path) -> tuple[int, int, int, int]:
+    """Bytes, time of the last change (ns), inode, and time (ns) that the file was last put or changed here:
+    `cp -p`, tar and rsync carry the first two over from another file, and cannot set the last.
+    """
     try:
         found = path.stat()
     except OSError as error:
         raise MopError(f"--data: {path}: {error.strerror or error}") from None
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns
 
 
 def open_token_file(path: Path) -> TokenFile | None:

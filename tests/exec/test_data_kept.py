@@ -70,7 +70,7 @@ def test_a_file_of_ids_is_read_once(tmp_path, monkeypatch):
     for _ in range(2):
         dataset_of(path, tmp_path / "cache")
     assert len(reads) == 2  # a file this young may be written again within its time of change
-    os.utime(path, (LONG_AGO, LONG_AGO))
+    monkeypatch.setattr(token_files, "_SETTLED", -1)
     for _ in range(3):
         dataset_of(path, tmp_path / "cache")
     assert len(reads) == 3
@@ -78,9 +78,23 @@ def test_a_file_of_ids_is_read_once(tmp_path, monkeypatch):
         prepared(path, 20, tmp_path / "cache")
     assert len(reads) == 3
     np.save(path, np.arange(200) % 40)
-    os.utime(path, (LONG_AGO, LONG_AGO + 1))
     assert dataset_of(path, tmp_path / "cache").parts[0].tokens.max() == 39
     assert len(reads) == 4
+
+
+def test_another_file_of_the_same_size_and_time_is_read(tmp_path, monkeypatch):
+    """As tar, cp -p and rsync -t put it there: it passed for the one before, in digest and vocabulary."""
+    monkeypatch.setattr(token_files, "_SETTLED", -1)
+    path, found = tmp_path / "ids.npy", []
+    for most in (50, 40):
+        np.save(path, np.arange(200) % most)
+        os.utime(path, (LONG_AGO, LONG_AGO))
+        found.append(dataset_of(path, tmp_path / "cache").text_digest)
+    assert found[0] != found[1]
+    np.save(path, np.arange(200) + 200)
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    with pytest.raises(SpecError, match=r"--data: 300 is token 100 of"):
+        dataset_of(path, tmp_path / "cache")
 
 
 CHATS = [[{"role": "user", "content": "two foxes"}, {"role": "assistant", "content": "four"}]] * 30
