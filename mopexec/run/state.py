@@ -8,6 +8,8 @@ import msgspec
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.io import Spec
+from mopsim.spec.config_reader import UNREAD
+from mopsim.spec.model import DESCRIPTION, ModelSpec
 from mopsim.spec.plan import Plan
 
 _FORMAT = 2
@@ -19,7 +21,8 @@ _FIXED = ("seq_len", "global_batch", "routing", "seed")
 class RunState(Spec, frozen=True, kw_only=True):
     """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too.
 
-    world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json. rules: what
+    model_digest: of the network (`_network_digest`). earlier_digests: of the same model, as earlier versions
+    wrote it. world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json. rules: what
     else its last step was made with, which may change: fields of the plan's training and options; {} = not
     known.
     """
@@ -29,6 +32,7 @@ class RunState(Spec, frozen=True, kw_only=True):
     files: dict[str, str] = msgspec.field(default_factory=dict)
     model: str
     model_digest: str
+    earlier_digests: tuple[str, ...] = ()
     world_size: int
     vocab_size: int
     seq_len: int
@@ -44,7 +48,8 @@ def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str
     return RunState(
         step=step,
         model=model.name,
-        model_digest=io.digest(model),
+        model_digest=_network_digest(model),
+        earlier_digests=_earlier_digests(model),
         format=_FORMAT,
         world_size=plan.strategy.world_size,
         vocab_size=model.vocab_size,
@@ -54,6 +59,17 @@ def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str
         text_digest=text_digest,
         rules={name: value for name, value in rules.items() if name not in _FIXED} | options,
     )
+
+
+def _network_digest(model: ModelSpec) -> str:
+    """Of what is trained: a note about a model, or where it is from, makes no other one of it."""
+    return io.digest({k: v for k, v in io.to_plain(model).items() if k not in DESCRIPTION})
+
+
+def _earlier_digests(model: ModelSpec) -> tuple[str, ...]:
+    """Of all fields, with the note on keys of a config that were not read, and from before there was one."""
+    notes = tuple(note for note in model.assumptions if not note.startswith(UNREAD))
+    return io.digest(model), io.digest(msgspec.structs.replace(model, assumptions=notes))
 
 
 def changed(found: RunState, wanted: RunState) -> str:
@@ -78,6 +94,8 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
         ("text_digest", "--data (digest)"),
     ):
         have, want = getattr(found, field), getattr(wanted, field)
+        if field == "model_digest" and have in wanted.earlier_digests:
+            continue
         if have != want and field == "text_digest":
             rule = "is another text, --tokenizer, --init-from, --text-field or --loss-mask than"
             raise SpecError(label, want, f"{rule} the {have!r} that checkpoint {path} was made with")

@@ -11,14 +11,13 @@ from mopexec.weights.files import Weights, read_config
 from mopexec.weights.layout import Layout, family_of
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import DESCRIPTION, ModelSpec
 from mopsim.spec.plan import Plan
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-BESIDE = ("name", "source", "assumptions", "total_params", "active_params")
 
 
 def open_weights(folder: Path, plan: Plan) -> Weights:
@@ -59,7 +58,7 @@ def difference(theirs: ModelSpec, ours: ModelSpec) -> str | None:
     unused = () if ours.num_dense_layers else ("intermediate_size",)
     for field in msgspec.structs.fields(ModelSpec):
         same = getattr(theirs, field.name) == getattr(ours, field.name)
-        if not same and field.name not in (*BESIDE, *unused):
+        if not same and field.name not in (*DESCRIPTION, *unused):
             return field.name
     return None
 

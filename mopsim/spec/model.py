@@ -8,6 +8,9 @@ from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.rope import RopeScaling
 
+DESCRIPTION = ("name", "source", "assumptions", "total_params", "active_params")
+"""Fields of a ModelSpec that say something about the network and do not change it."""
+
 
 class LayerKind(NamedTuple):
     """Of a layer: the window of its attention (0: none), whether it routes to experts."""

@@ -15,9 +15,13 @@ import torch.distributed as dist
 from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
 from mopexec.run.saver import Saver
-from mopexec.run.state import RunState, changed, check_state
+from mopexec.run.state import RunState, changed, check_state, run_state
+from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
+from mopsim.spec.presets import load_model
+from mopsim.spec.training import TrainSpec
 from tests.patience import HANG
+from tests.plans import plan_of, split
 
 STATE = RunState(
     step=3, model="m", model_digest="d", world_size=1, vocab_size=300, seq_len=8, format=2,
@@ -204,6 +208,24 @@ def test_a_checkpoint_of_another_run_is_refused_by_field(field, value, line):
     with pytest.raises(SpecError) as refusal:
         check_state(STATE, msgspec.structs.replace(STATE, **{field: value}), Path("c"))
     assert line in str(refusal.value)
+
+
+def test_what_is_said_of_a_network_makes_no_other_one_of_it():
+    """A newer version's note about a config refused the resume of a plan that was made again."""
+    model = load_model("tiny")
+    other = msgspec.structs.replace(model, num_hidden_layers=model.num_hidden_layers + 1)
+    noted = msgspec.structs.replace(model, source="a config", assumptions=("a guess", "not read: 'new_key'"))
+    plans = [plan_of(one, split(1), TrainSpec(seq_len=8, global_batch=2)) for one in (model, noted, other)]
+    plain, noticed, foreign = (run_state(plan, 0, 0, "t") for plan in plans)
+    check_state(plain, noticed, Path("c"))
+    unread = msgspec.structs.replace(noted, assumptions=("a guess",))
+    for earlier in (io.digest(noted), io.digest(unread)):
+        written = msgspec.structs.replace(noticed, model_digest=earlier, earlier_digests=())
+        check_state(written, noticed, Path("c"))
+        with pytest.raises(SpecError, match=r"plan\.model \(digest\)"):
+            check_state(written, foreign, Path("c"))
+    with pytest.raises(SpecError, match=r"plan\.model \(digest\)"):
+        check_state(plain, foreign, Path("c"))
 
 
 def test_other_rules_than_those_of_the_checkpoint_are_named():

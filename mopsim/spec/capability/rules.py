@@ -19,6 +19,7 @@ from mopsim.spec.capability.software import (
     what_the_target_has,
 )
 from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
+from mopsim.spec.model import DESCRIPTION
 from mopsim.spec.presets import list_models, load_model
 
 
@@ -79,11 +80,7 @@ def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
     flavors = dict(_values(preset))
     for path, value in _values(job.model):
         flavor, said = flavors[path], ROWS[f"model.{path}"].cells[side].values is not None
-        if (
-            value != flavor
-            and not said
-            and path not in ("total_params", "active_params", "source", "assumptions")
-        ):
+        if value != flavor and not said and path not in DESCRIPTION:
             rule = f"is not {SIDES[side]['does']}'s flavor of {preset.name}: {flavor!r}"
             yield SpecError(f"model.{path}", value, rule)
 
