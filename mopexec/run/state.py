@@ -21,8 +21,8 @@ _FIXED = ("seq_len", "global_batch", "routing", "seed")
 class RunState(Spec, frozen=True, kw_only=True):
     """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too.
 
-    model_digest: of the network (`_network_digest`). earlier_digests: of the same model, as earlier versions
-    wrote it. world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json. rules: what
+    model_digest: of the network (`_network_digest`); earlier_digests: as earlier versions made it.
+    world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json. rules: what
     else its last step was made with, which may change: fields of the plan's training and options; {} = not
     known.
     """
