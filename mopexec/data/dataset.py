@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mopexec.data.prepare import TextPart, read_meta
+from mopexec.data.prepare import TextPart, naming, read_meta
 from mopexec.data.source_order import SourceOrder
 from mopexec.data.token_files import stamp_of
 from mopsim.common.errors import MopError
@@ -104,19 +104,20 @@ def open_tokens(directory: Path, training: TrainSpec, seed: int) -> TokenDataset
     counts.
     """
     apart = training.attention_mask == "document"
-    return _counting(TokenDataset(directory, training.seq_len, seed, apart), "--data")
+    return _counting(TokenDataset(directory, training.seq_len, seed, apart))
 
 
 def open_held_out(directory: Path, training: TrainSpec, seed: int, most: int) -> HeldOut:
     """As `open_tokens`, of --eval-data; `most`: sequences."""
     apart = training.attention_mask == "document"
-    return _counting(HeldOut(directory, training.seq_len, seed, apart, most), "--eval-data")
+    with naming("--eval-data"):
+        return _counting(HeldOut(directory, training.seq_len, seed, apart, most))
 
 
-def _counting(dataset: T, option: str) -> T:
+def _counting(dataset: T) -> T:
     """Refuse data of which no target counts."""
     if dataset.masked and not any(part.counts(dataset.seq_len) for part in dataset.parts):
-        raise MopError(f"{option}: no target of it counts in the loss (--loss-mask all counts all)")
+        raise MopError("--data: no target of it counts in the loss (--loss-mask all counts all)")
     return dataset
 
 

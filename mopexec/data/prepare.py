@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from mopexec.data.chat import Chat
 from mopexec.data.corpus import PYTHON, Corpus, read_corpus, user_files
 from mopexec.data.documents import DocumentPiece, DocumentReading, LossMask, is_records
+from mopexec.data.source_order import ORDER
 from mopexec.data.token_files import IdsContent, Stamp, TokenFile, open_token_file
 from mopexec.data.tokenizer import END_OF_TEXT, GivenTokenizer, read_tokenizer, train_tokenizer
 from mopsim.common import io
@@ -165,7 +167,8 @@ def prepare_all(
     own = tokens / "tokenizer.json"
     if evaluation.tokenizer is None and own.is_file():
         evaluation = msgspec.structs.replace(evaluation, tokenizer=str(own))
-    held_out = _named("--eval-data", evaluation, vocab_size, cache)
+    with naming("--eval-data"):
+        held_out = prepare(evaluation, vocab_size, cache)
     if evaluation.tokenizer is None and (held_out / "tokenizer.json").is_file():
         raise MopError("--eval-data: is text, and --data is token ids: name their --tokenizer")
     return tokens, held_out
@@ -187,10 +190,11 @@ def _has_records(options: DataOptions) -> bool:
     return any(is_records(path) for one in named if one != PYTHON for path in user_files(Path(one)))
 
 
-def _named(option: str, options: DataOptions, vocab_size: int, cache: Path) -> Path:
-    """`prepare`, whose errors name `option` as what was read."""
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Errors of the body name `option` as what was read."""
     try:
-        return prepare(options, vocab_size, cache)
+        yield
     except MopError as error:
         raise MopError(str(error).replace("--data:", f"{option}:", 1)) from None
 
@@ -228,7 +232,8 @@ def _digest(options: DataOptions, sources: Sequence[_Text | _Ids], given: GivenT
         for s in sources
     ]
     tokenizer = [given.text, given.end, given.chat.template, given.chat.specials] if given else []
-    return _short([contents, tokenizer, options.text_field, options.loss_mask])
+    order = [ORDER] if len(sources) > 1 else []
+    return _short([contents, tokenizer, options.text_field, options.loss_mask, *order])
 
 
 def _places(sources: Sequence[_Text | _Ids]) -> str:

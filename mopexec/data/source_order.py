@@ -5,6 +5,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+ORDER = "even distances"
+"""The name of this order in digests of mixtures: another order takes another name."""
 _TURN = 1024
 """Sequences that are ordered at once, about."""
 

@@ -97,6 +97,21 @@ def test_another_file_of_the_same_size_and_time_is_read(tmp_path, monkeypatch):
         dataset_of(path, tmp_path / "cache")
 
 
+def test_a_mixture_in_another_order_is_another_text(tmp_path, monkeypatch):
+    """Of texts without --tokenizer the digest stayed: a resume repeated sequences without a word."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"what {name} says, over and over. " * 50)
+    (tmp_path / "mix.yaml").write_text("sources:\n- {path: a.txt}\n- {path: b.txt}\n")
+
+    def digest(name):
+        return dataset_of(tmp_path / name, tmp_path / "cache").text_digest
+
+    mixture, alone = digest("mix.yaml"), digest("a.txt")
+    monkeypatch.setitem(data.prepare.__globals__, "ORDER", "another")
+    assert digest("mix.yaml") != mixture
+    assert digest("a.txt") == alone
+
+
 CHATS = [[{"role": "user", "content": "two foxes"}, {"role": "assistant", "content": "four"}]] * 30
 WORDS = ["<unk>", "<end>", "<bos>", "a", "fox", "two", "foxes", "four"]
 

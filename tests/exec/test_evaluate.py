@@ -3,6 +3,7 @@ asked."""
 
 import json
 
+import numpy as np
 import pytest
 
 from mopexec import data
@@ -101,6 +102,16 @@ def test_data_of_which_nothing_counts_is_refused(tmp_path):
     options = TrainOptions(plan="", out="", steps=1, eval_batches=1)
     with pytest.raises(MopError, match="--eval-batches: no target of the first 1 of --eval-data counts"):
         open_held_out(tokens, options, plan, seed)
+
+
+def test_what_held_out_data_lacks_is_said_of_it(tmp_path):
+    plan = small_plan(2, seq_len=16, global_batch=2)
+    np.save(tmp_path / "short.npy", np.arange(9))
+    tokens = data.prepare(data.DataOptions(source=str(tmp_path / "short.npy")), 300, tmp_path / "cache")
+    with pytest.raises(MopError, match=r"^--data: the text has 9 tokens, too few for one sequence"):
+        data.open_tokens(tokens, plan.training, 0)
+    with pytest.raises(MopError, match=r"^--eval-data: the text has 9 tokens, too few for one sequence"):
+        data.open_held_out(tokens, plan.training, 0, 8)
 
 
 def test_the_last_checkpoint_is_there_before_the_evaluation(tmp_path):
