@@ -47,7 +47,9 @@ class Masters:
                 at += values.numel()
 
     def shards(self) -> list[Shard]:
-        """What the optimizer works on."""
+        """What the optimizer has states of: every buffer, trained or not, as checkpoints and predictions have
+        it. One without gradients (`gradients`) it leaves as it is; reduced and gathered it is all the same.
+        """
         return [Shard(b.key, self.values[b.key], b.copies) for b in self._buffers.all]
 
     def gradients(self) -> dict[str, Tensor]:
