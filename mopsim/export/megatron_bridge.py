@@ -5,7 +5,7 @@ from typing import Any
 
 from mopsim.common import io
 from mopsim.common.errors import SpecError
-from mopsim.export.target import Target, header
+from mopsim.export.target import Target, header, unsaid
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import even_parts
 from mopsim.spec.plan import Plan
@@ -25,6 +25,20 @@ MIXED = {
     "mxfp8": "bf16_with_mxfp8_mixed",
     "nvfp4": "bf16_with_nvfp4_mixed",
 }
+KEYS = {
+    "strategy.dense.sequence_parallel": ["model.sequence_parallel"],
+    "strategy.attention.cp_comm_type": ["model.cp_comm_type"],
+    "strategy.experts.token_dispatcher": [
+        "model.moe_token_dispatcher_type",
+        "model.moe_flex_dispatcher_backend",
+    ],
+    "strategy.overlap.experts": [
+        "comm_overlap.overlap_moe_expert_parallel_comm",
+        "comm_overlap.delay_wgrad_compute",
+        "model.moe_shared_expert_overlap",
+    ],
+}
+"""By field, what its recipe has the say of where the field is not expressed."""
 
 
 def sections(plan: Plan) -> dict[str, Any]:
@@ -156,7 +170,8 @@ def _layout(plan: Plan, parts: int) -> str:
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The YAML text."""
-    lines, found = header("Megatron-Bridge", CHECKED, plan, left_out), sections(plan)
+    lines = header("Megatron-Bridge", CHECKED, plan, left_out)
+    found = unsaid(sections(plan), left_out, KEYS)
     lines.append(
         "To be set: the network (a recipe, or AutoBridge of its Hugging Face config), data, train_iters"
     )

@@ -1,8 +1,9 @@
 """A configuration language, and the header of every file in one. What a language cannot say of a plan is in
 `mopsim.spec.capability`: each gap is the SpecError that names the field of the plan, its value, and why."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.spec.capability import Side
@@ -34,3 +35,18 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> 
         whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
         lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]
+
+
+def unsaid(
+    found: dict[str, Any], gaps: Sequence[SpecError], keys: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Sections without the keys ("section.key") of fields that are not expressed: no file asks for what its
+    first lines say it does not. Degrees have no keys here, they stay: the others are shares of the ranks too.
+    """
+    gone = {key for gap in gaps for key in keys.get(gap.field, ())}
+    return {
+        name: {key: value for key, value in section.items() if f"{name}.{key}" not in gone}
+        if isinstance(section, dict)
+        else section
+        for name, section in found.items()
+    }

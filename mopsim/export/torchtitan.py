@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.common.errors import SpecError
-from mopsim.export.target import Target, header
+from mopsim.export.target import Target, header, unsaid
 from mopsim.spec.capability import SIDES
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.plan import Plan
@@ -14,6 +14,8 @@ CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
 BACKENDS = {"deepep": "deepep"}
+KEYS = {"strategy.experts.token_dispatcher": ["parallelism.expert_parallel_comm_backend"]}
+"""By field, what has TorchTitan's default (`standard`) where the field is not expressed."""
 USUAL_VIRTUAL = 2
 """Stages of a rank, as even as can be, that a schedule of several has without
 pipeline_parallel_layers_per_stage; others have one."""
@@ -96,7 +98,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The TOML text."""
     lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out)]
     lines.append("# To be set: model.hf_assets_path, training.dataset, training.steps")
-    for name, section in sections(plan).items():
+    for name, section in unsaid(sections(plan), left_out, KEYS).items():
         lines += ["", f"[{name}]", *_keys(section)]
     return "\n".join(lines) + "\n"
 

@@ -93,6 +93,23 @@ def test_a_target_is_held_to_the_stack_that_describes_it() -> None:
         export(given, "megatron-bridge")
 
 
+def test_a_lossy_file_does_not_ask_for_what_it_says_it_does_not() -> None:
+    """DeepEP on GB200, gathered keys of latent attention and hidden exchanges stood under NOT EXPRESSED."""
+    latent = megatron(32, context_parallel=2, expert_parallel=4, context_exchange="all_gather")
+    hidden = megatron(32, expert_parallel=4, recompute="full")
+    hidden = replace(hidden, overlap=replace(hidden.overlap, experts=True))
+    for given, field, keys in (
+        (on("gb200-186g", "deepep"), "experts.token_dispatcher", ("moe_token_dispatcher_type", "deepep")),
+        (plan(replace(latent, stack="generic-fused"), "deepseek_v3"), "attention.cp_comm_type", ("cp_comm",)),
+        (plan(replace(hidden, stack="generic-fused")), "overlap.experts", ("overlap_moe", "moe_shared")),
+    ):
+        text, gaps = export(given, "megatron-bridge", lossy=True)
+        assert f"strategy.{field}" in [gap.field for gap in gaps]
+        asked = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+        assert not [key for key in keys if key in asked]
+        assert yaml.safe_load(text)["model"]["expert_model_parallel_size"] == 4
+
+
 def test_offloaded_inputs_name_the_variable_that_megatron_wants() -> None:
     for there in (True, False):
         text, _ = export(plan(megatron(32, expert_parallel=4, offload_inputs=there)), "megatron-bridge")
