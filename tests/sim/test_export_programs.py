@@ -11,6 +11,7 @@ import mopsim
 from mopsim.common.errors import MopError
 from mopsim.common.io import digest
 from mopsim.export import export
+from mopsim.spec.capability import Job, holds
 from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -81,6 +82,20 @@ def test_experts_are_reached_as_the_hardware_allows(
         export(given, "megatron-bridge")
     with pytest.raises(MopError, match=says):
         mopsim.simulate(**job, strategy=given.strategy, stack=stack)
+
+
+@pytest.mark.parametrize(
+    ("machine", "to_host", "there"), [("h100-sxm-96g", 380.0, True), ("l40s-48g", 10.0, False)]
+)
+def test_the_link_to_the_host_says_nothing_of_those_between_devices(
+    machine: str, to_host: float, there: bool
+) -> None:
+    """GB/s. GH200's 450 between devices and 380 to the host were taken for PCIe."""
+    made = load_profile(machine)
+    link = replace(made.host.link_h2d, value=to_host, unit="GB/s")
+    for hardware in (made, replace(made, host=replace(made.host, link_h2d=link))):
+        job = Job(load_model("qwen3_30b_a3b"), megatron(8), hardware=hardware)
+        assert holds("devices_have_no_nvlink")(job) != there
 
 
 def test_a_target_is_held_to_the_stack_that_describes_it() -> None:
