@@ -20,6 +20,7 @@ from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import ROWS, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
 from mopsim.spec.capability.software import what_the_stack_has
+from mopsim.spec.has import plain
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 
@@ -86,15 +87,15 @@ def refused_beside(
 
 
 def left_out(problem: Problem, family: str) -> list[str]:
-    """A line that names the values of the family's axes that its program lacks, and one for each value that
-    is refused for another reason."""
+    """A line that names the values of the family's axes that its program never has, and one for each value
+    that is refused for another reason."""
     stack, lacks = problem.software(family), had(problem, family).lacks
-    told = {key for key in stack.has if " where " not in key}
+    always = {key: [plain(one) for one in values] for key, values in stack.has.items()}
     values: dict[str, list[str]] = defaultdict(list)
     others = []
     for error in lacks:
         path = error.field.removeprefix("strategy.")
-        if path in told and " where " not in error.rule:
+        if error.value not in always.get(path, [error.value]):
             values[path].append(str(error.value))
         else:
             others.append(f"left out: {error}")

@@ -250,7 +250,8 @@ def _deepseek(r: ConfigReader) -> Fields:
 
 
 def _grouped(r: ConfigReader, method: str) -> Fields:
-    """Groups of experts that a token is limited to; without, 'greedy'."""
+    """Groups of experts that a token is limited to; 'greedy' has none, whatever its keys say."""
+    r.read |= {"n_group", "topk_group"}
     if method == "greedy":
         return {}
     groups = {"n_group": r.integer("n_group", 1), "topk_group": r.integer("topk_group", 1)}

@@ -127,6 +127,21 @@ def test_what_is_left_out_is_named() -> None:
     assert any("'all_gather' is not simulated" in one and "where mla, only 'ring'" in one for one in mla)
 
 
+def test_what_a_program_has_is_not_said_to_be_lacking_for_the_words_of_a_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has rings: what refuses them is another rule, in whatever words."""
+    asked = problem("torchtitan")
+    ring, ulysses = (
+        SpecError("strategy.attention.cp_comm_type", way, rule)
+        for way, rule in (("ring", "is refused beside windows"), ("ulysses", "is none of where it goes"))
+    )
+    monkeypatch.setattr("mopsim.search.had.had", lambda *_: Had({}, [ring, ulysses], "", []))
+    lacking, other = left_out(asked, "fsdp2")
+    assert lacking == "torchtitan has no attention.cp_comm_type ulysses: left out"
+    assert other == "left out: strategy.attention.cp_comm_type: 'ring' is refused beside windows"
+
+
 def test_a_search_prints_and_keeps_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     found = mopsim.search(
         "tiny", "h200-sxm-141g", seq_len=512, global_batch=8, families="fsdp2", stack="torchtitan", budget=3

@@ -310,3 +310,11 @@ def test_what_changes_no_network_is_read_over_and_the_rest_is_named(tmp_path: Pa
     named = load_model(write(tmp_path, QWEN3_MOE | {"attention_dropout": 0.1, "my_router_trick": 3}))
     assert named.assumptions == ("not read: 'attention_dropout', 'my_router_trick'",)
     assert msgspec.structs.replace(named, assumptions=()) == whole
+
+
+def test_greedy_routing_has_no_groups_to_note(tmp_path: Path) -> None:
+    """As DeepSeek-V2-Lite says it."""
+    lite = DEEPSEEK_V2 | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+    model = load_model(write(tmp_path, lite))
+    assert (model.topk_method, model.n_group, model.topk_group, model.assumptions) == ("greedy", 1, 1, ())
+    assert load_model(write(tmp_path, lite | {"n_group": 8, "topk_group": 3})) == model
