@@ -134,13 +134,16 @@ def to_yaml(spec: Any) -> str:
 
 
 def as_json(value: Any, *, indent: int | None = None, ascii: bool = True) -> str:
-    """JSON of a spec or plain objects, compact without `indent`. Raises MopError naming the first number that
-    JSON has no word for, NaN or infinite: who reads the file would break on it."""
-    plain, separators = to_plain(value), (",", ":") if indent is None else None
+    """JSON of a spec or plain objects, compact without `indent`; only specs are made plain first, a trace is
+    millions of objects. Raises MopError naming the first number that JSON has no word for, NaN or infinite:
+    who reads the file would break on it."""
+    separators = (",", ":") if indent is None else None
     try:
-        return json.dumps(plain, indent=indent, separators=separators, ensure_ascii=ascii, allow_nan=False)
+        return json.dumps(
+            value, indent=indent, separators=separators, ensure_ascii=ascii, allow_nan=False, default=to_plain
+        )
     except ValueError as error:
-        field, problem = first_unfit(plain) or ("", str(error))
+        field, problem = first_unfit(to_plain(value)) or ("", str(error))
         raise MopError(f"JSON: {field}: {problem}: nothing is written") from None
 
 
