@@ -85,6 +85,8 @@ def sections(plan: Plan) -> dict[str, Any]:
             "optimizer_offload_fraction": s.optimizer.host_fraction,
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
+        if plan.stack.sharding.host_masters == "moved":
+            found["optimizer"]["use_precision_aware_optimizer"] = True
     return found
 
 

@@ -67,6 +67,12 @@ class Context:
         return self.stack.sharding.sums == "whole" and self.strategy.dense.zero == 1
 
     @property
+    def masters_stay(self) -> int:
+        """Bytes of a master weight that stay on the device though the host updates it (a copy)."""
+        copied = self.stack.sharding.host_masters == "copied" and self.strategy.optimizer.update_on == "host"
+        return self.strategy.precision.own_master if copied else 0
+
+    @property
     def keeps_grads(self) -> bool:
         """Whether the gradients of a microbatch stay beside their wider sums (Sharding.microbatch_grads)."""
         kept = self.stack.sharding.microbatch_grads == "kept"

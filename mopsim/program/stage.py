@@ -129,7 +129,8 @@ class Stage:
                 found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
             each = 2 * int(DTYPE_BYTES[precision.moments]) + precision.own_master
             away = int(state * each * self.away)
-            found += [("optimizer", state * each - away), ("host/optimizer", away)]
+            stays = int(state * c.masters_stay * self.away)
+            found += [("optimizer", state * each - away + stays), ("host/optimizer", away)]
         model = c.model
         batches = 2 * 8 * c.shapes.region_tokens * c.training.num_microbatches(strategy)
         rows = c.training.seq_len // strategy.attention.context_parallel

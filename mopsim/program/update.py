@@ -62,7 +62,7 @@ class Update:
         divided by the scale and searched for inf and nan, whose count the host reads
         (`_unscale_main_grads_and_check_for_nan`).
         """
-        c, b, held = self.c, self.b, sum(self.here)
+        c, b, held = self.c, self.b, sum(self.numels if self.c.masters_stay else self.here)
         ready = (*reductions, *b.tail())
         if not self._master or not held:
             return c.grad, ready
@@ -98,11 +98,13 @@ class Update:
         host = update_host(c, self.stage.units, 3 * self.launches)
         work = Work("optimizer", params=float(params), launches=self.launches, host=host)
         last = b.compute("adamw", _O, _O, -1, [work], last)
-        if self._master:
-            memory = (("grads", -params * c.wide),) if self.width > c.grad else ()
-            cast = (self._passes(params * (self._master + c.param)),)
-            last = b.add("parameters cast", "compute", _O, _O, cast, (last,), memory)
-        return last
+        return self._cast(params, last) if self._master else last
+
+    def _cast(self, params: int, last: int) -> int:
+        """Masters to parameters; wide copies of their gradients are freed."""
+        memory = (("grads", -params * self.c.wide),) if self.width > self.c.grad else ()
+        work = (self._passes(params * (self._master + self.c.param)),)
+        return self.b.add("parameters cast", "compute", _O, _O, work, (last,), memory)
 
     def _over(self, last: int) -> None:
         """Parameters are whole again, gradients zero."""
@@ -157,8 +159,11 @@ class Update:
             deps = (down[index], last if last != before else None)
             last = b.add(f"host adamw {index}", "host", _O, _O, work, deps, self._on_host())
             if self.dense.param_tier == "device":
-                work = (Work("h2d", bytes=float(size * self.c.param), launches=len(bucket)),)
+                each = self.c.masters_stay or self.c.param
+                work = (Work("h2d", bytes=float(size * each), launches=len(bucket)),)
                 last = b.add(f"parameters {index} up", "h2d", _O, _O, work, (last,))
+        if self.c.masters_stay and self._master:
+            last = self._cast(sum(self.away), last)
         return b.compute("updated", _O, _O, -1, [], last)
 
     def _host_buckets(self) -> list[Bucket]:
@@ -167,21 +172,26 @@ class Update:
 
     def _on_host(self) -> Memory:
         """What is on the host while it updates, of what lives on the device: gradients, and parameters that
-        go up, those of the experts or the others at a time."""
+        go up, those of the experts or the others at a time, where it is not the masters that go up."""
         found: list[Step] = []
         if self.dense.grad_tier == "device":
-            found.append(("host/grads", sum(self.away) * self.c.grad))
-        if self.dense.param_tier == "device":
+            found.append(("host/grads", sum(self.away) * self._sent))
+        if self.dense.param_tier == "device" and not self.c.masters_stay:
             units = list(zip(self.stage.units, self.away, strict=True))
             routed = sum(away for unit, away in units if unit.component == "experts")
             found.append(("host/params", max(routed, sum(self.away) - routed) * self.c.param))
         return (*found, *((category, -size) for category, size in found))
 
+    @property
+    def _sent(self) -> int:
+        """Bytes of a gradient that goes to the host."""
+        return max(self.c.grad, self.c.masters_stay)
+
     def _send(self, bucket: Bucket, after: int) -> int:
         """Gradients of a bucket go down."""
         if self.dense.grad_tier == "host":
             return after
-        work = (Work("d2h", bytes=float(_size(bucket) * self.c.grad)),)
+        work = (Work("d2h", bytes=float(_size(bucket) * self._sent)),)
         return self.b.add("gradients to host", "d2h", _O, _O, work, (after,))
 
 

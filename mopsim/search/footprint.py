@@ -36,6 +36,7 @@ class Footprint:
         precision = first.precision
         self.hides = space.stack.resolve(first).overlap
         self.prefetch = first.dense.prefetch
+        self.copied_masters = space.stack.sharding.host_masters == "copied"
         self.separate_master = precision.master != "param"
         self.fully_shard = space.stack.sharding.fsdp
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
@@ -84,6 +85,11 @@ class Footprint:
         streamed = self.c["state"] == STREAMED
         return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
 
+    def optimizer_here(self) -> Reals:
+        """Bytes of optimizer state per parameter that are on the device."""
+        stays = self.state_away * self.master() * self.copied_masters
+        return np.asarray((1 - self.state_away) * (self.master() + self.moments) + stays)
+
     def inputs(self) -> Reals:
         """Bytes of the layer inputs that wait for the backward."""
         rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
@@ -119,7 +125,7 @@ class Footprint:
         params = np.where(c["offload"] == 1, 0, weights * self.param)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         each = self.master() + self.moments
-        optimizer = (1 - self.state_away) * state * each
+        optimizer = state * self.optimizer_here()
         optimizer = optimizer + c["beside"] * np.minimum(SLOTS * c["bucket"], state) * each
         one = c["pipeline"] == 1
         early = grads * (self.microbatches > 1) if self.fully_shard else grads
@@ -188,7 +194,7 @@ class Footprint:
         """Bytes of weights and gradients, and the share of optimizer state on the device, below ZeRO-3, of
         parameters of one stage that ranks of `tensor`, or of experts, split."""
         c = self.c
-        each = (1 - self.state_away) * (self.master() + self.moments)
+        each = self.optimizer_here()
         whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
         return np.asarray(whole * (self.param + self.grad) + (dense + routed) / self.stage * each)
 
@@ -198,7 +204,7 @@ class Footprint:
         c, (weights, state), states = self.c, self.held(), self.states()
         each = self.master() + self.moments
         if not self.flat:
-            visits = state * self.grad + np.maximum(*states) * self.param
+            visits = state * self.grad + np.maximum(*states) * self.param * (not self.copied_masters)
             updated = (c["state"] == HOST) & (c["offload"] == 0)
             each = each + np.where(updated, visits / state, 0.0)
         off = self.state_away * state * each

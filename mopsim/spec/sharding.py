@@ -38,6 +38,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
     reduced then. Where none of a backward's tensors is as large, torch's caching allocator has blocks for
     them beside.
+    host_masters: where the host updates part of the optimizer's state, the master weights of that part go
+    there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
+    down and masters come up as wide as these are (`copied`).
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards); else each is sharded over as many ranks as is asked for.
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
@@ -56,6 +59,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     update_copies: float = 0.0
     buckets: float = 0.0
     reduce_copies: float = 0.0
+    host_masters: Literal["moved", "copied"] = "moved"
     experts: bool = True
     one_mesh: bool = False
     agreements: bool = False

@@ -250,6 +250,11 @@ class Stack(Spec, frozen=True, kw_only=True):
         grads = self.sharding.microbatch_grads
         rule = "must be 'added' with explicit, whose schedule has gradients of its own"
         require(not self.explicit or grads == "added", "sharding.microbatch_grads", grads, rule)
+        masters, rule = (
+            self.sharding.host_masters,
+            "must be 'moved' with explicit, which moves all state",
+        )
+        require(not self.explicit or masters == "moved", "sharding.host_masters", masters, rule)
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 

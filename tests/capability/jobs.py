@@ -86,6 +86,10 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
             "moe",
             megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=4, recompute="selective"),
         ),
+        "megatron, state updated on the host": (
+            "moe",
+            megatron(8, tensor_parallel=2, expert_parallel=2, optimizer_on_host=0.5),
+        ),
         "megatron, context": ("moe", megatron(8, context_parallel=2, expert_parallel=2, recompute="full")),
         "split": (
             "moe",

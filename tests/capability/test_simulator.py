@@ -231,6 +231,7 @@ ON = (
     "fsdp2, gathered keys",
     "megatron, selective",
     "megatron, fp8",
+    "megatron, state updated on the host",
 )
 PARTS = 3
 """Tests that share the stack's entries, so that each is short."""

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult
 from mopsim.graph import tensors, total_params
@@ -198,11 +199,38 @@ def test_optimizer_state_moves_to_the_host_by_its_fraction() -> None:
 
     none, half, whole = at(0.0), at(0.5), at(1.0)
     state = none.memory_by_category["optimizer"]
-    assert half.memory_by_category["optimizer"] == pytest.approx(state / 2, rel=1e-6)
+    # 12 bytes a parameter, of which the masters stay on the device too; gradients come down in fp32
+    assert half.memory_by_category["optimizer"] == pytest.approx(state * (4 + 8 / 2) / 12, rel=1e-6)
+    assert whole.memory_by_category["optimizer"] == pytest.approx(state * 4 / 12, rel=1e-6)
     assert whole.host_by_category["optimizer"] == pytest.approx(state, rel=1e-6)
-    # of 12 bytes a parameter; gradients that come down (fp32) and parameters that go up (bf16) beside it
-    assert whole.host_memory == pytest.approx(state * (12 + 4 + 2) / 12, rel=1e-6)
+    assert whole.host_memory == pytest.approx(state * (12 + 4) / 12, rel=1e-6)
     assert none.step_time < half.step_time < whole.step_time
+
+
+def test_megatron_lm_has_no_master_left_on_the_device() -> None:
+    """Its trainer demands the precision-aware optimizer with one on the host."""
+    optimizer = Optimizer(state_tier="host", update_on="host", host_fraction=1.0)
+    moved = play(deep(), with_(megatron(4), optimizer=optimizer, stack="megatron-lm"), 4)
+    assert moved.memory_by_category.get("optimizer", 0) == 0
+    # gradients that come down (fp32) and parameters that go up (bf16) beside 12 bytes a parameter
+    assert moved.host_memory == pytest.approx(
+        moved.host_by_category["optimizer"] * (12 + 4 + 2) / 12, rel=1e-6
+    )
+
+
+def test_a_state_on_the_host_saves_what_megatron_bridge_measured() -> None:
+    """Qwen3-30B on 16 H100, TP 2, PP 2, EP 4: 47.2 GB and 31.9 GB (docs/training/cpu-offloading.md)."""
+    peaks = [
+        mopsim.simulate(
+            model="qwen3_30b_a3b", hardware="h100-sxm-80g", nodes=2, seq_len="4K", global_batch=8,
+            stack="megatron-bridge",
+            strategy=mopsim.megatron(
+                tensor_parallel=2, pipeline_parallel=2, expert_parallel=4, optimizer_on_host=part
+            ),
+        ).result.peak_memory
+        for part in (0, 1)
+    ]  # fmt: skip
+    assert peaks[0] - peaks[1] == pytest.approx(15.3e9, rel=0.02)
 
 
 def test_experts_have_data_parallel_groups_of_their_own() -> None:
