@@ -87,19 +87,39 @@ def collective(work: Work, profile: HardwareProfile) -> float:
 
 
 def reached(
-    places: float | NDArray[np.float64], choices: float | NDArray[np.float64], experts: float
-) -> NDArray[np.float64]:
+    places: float | NDArray[np.float64], choices: float | NDArray[np.float64], experts: float,
+    limit: tuple[int, int] = (1, 1),
+) -> NDArray[np.float64]:  # fmt: skip
     """Share of rows that go to one of equal `places`, ranks or domains: those that chose an expert there.
 
     choices: k of a row, of the busiest rank not always whole. experts: E, in equal parts of e = E / n on n
     places. The choices are different experts, so C(E - e, k) / C(E, k) of the rows have none among e
     (hypergeometric), and no row where fewer than k are elsewhere. 0: not known, (1 - 1/n)^k have none.
+    limit: (G, g), each row chooses among the experts of g of G groups (DeepSeek-V3, arXiv 2412.19437, 2.1.2),
+    each g as often: a place has experts of m = e G / E groups, of which j are among them with probability
+    C(m, j) C(G - m, g - j) / C(G, g), of one where m < 1. So it is where places and groups nest; else it is
+    some 3 % off.
     """
+    groups, chosen = limit
     if not experts:
         return np.asarray(1 - (1 - 1 / places) ** choices)
-    elsewhere = experts - experts / places
-    missed = binom(elsewhere, choices) / binom(experts, choices)
-    return np.asarray(1 - np.where(choices < elsewhere + 1, missed, 0.0))
+    held = experts / np.asarray(places, dtype=np.float64)
+    if groups <= chosen:
+        return 1 - _missed(held, experts, choices)
+    size, found = experts / groups, np.zeros_like(held)
+    pool, many = size * chosen, np.maximum(held / size, 1.0)
+    for some in range(1, chosen + 1):
+        often = binom(many, some) * binom(groups - many, chosen - some) / binom(groups, chosen)
+        found = found + often * (1 - _missed(np.minimum(held, size) * some, pool, choices))
+    return np.asarray(found)
+
+
+def _missed(
+    held: NDArray[np.float64], experts: float, choices: float | NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Share of rows that chose none of `held` among so many experts."""
+    missed = binom(experts - held, choices) / binom(experts, choices)
+    return np.asarray(np.where(choices < experts - held + 1, missed, 0.0))
 
 
 def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
@@ -109,7 +129,7 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     slower counts.
     """
     n, intra = work.group.size, work.group.intra
-    choices = work.group.choices, work.group.experts
+    choices = work.group.choices, work.group.experts, work.group.limit
     domains = n / intra
     out = profile.scale_out.collectives["all_to_all"]
     wanted = once * (n - 1) * float(reached(n, *choices))

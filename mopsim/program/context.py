@@ -210,8 +210,9 @@ def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Comm
     found = process_groups(strategy, domain)
     if strategy.experts.token_dispatcher != "alltoall":
         found["experts"] = replace(
-            found["experts"], choices=model.num_experts_per_tok, experts=model.num_local_experts
-        )
+            found["experts"], choices=model.num_experts_per_tok, experts=model.num_local_experts,
+            limit=(model.n_group, model.topk_group),
+        )  # fmt: skip
     return found
 
 

@@ -26,7 +26,8 @@ class CommGroup(Struct, frozen=True):
 
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
     chooses where the busiest rank gets more than the mean; 0: all travel. experts: of all the ranks of such
-    an exchange, 0 where their number is not known. block: devices of the smallest aligned block (a power of
+    an exchange, 0 where their number is not known. limit: (n_group, topk_group) that a token's choices are
+    limited to. block: devices of the smallest aligned block (a power of
     two) of a domain that holds its ranks there, 0 where it is not known.
     """
 
@@ -35,6 +36,7 @@ class CommGroup(Struct, frozen=True):
     choices: float = 0.0
     experts: int = 0
     block: int = 0
+    limit: tuple[int, int] = (1, 1)
 
 
 class Work(Struct, frozen=True):

@@ -271,7 +271,16 @@ class Bounder(Footprint):
         rows, twice = routes * np.maximum(c["chunks"], 1) * c["expert_tensor"], 4 * self.microbatches
         return [
             Message("all_to_all", sent, heads, 2 * passes, c["tensor"]),
-            Message("all_to_all", routes, c["experts"], times, far, once, m.num_local_experts),
+            Message(
+                "all_to_all",
+                routes,
+                c["experts"],
+                times,
+                far,
+                once,
+                m.num_local_experts,
+                (m.n_group, m.topk_group),
+            ),
             Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]
 

@@ -172,6 +172,24 @@ def test_a_row_reaches_the_ranks_that_have_its_experts(experts: int, choices: in
         assert 0 < share <= 1
 
 
+@pytest.mark.parametrize(("groups", "limited", "choices"), [(4, 2, 3), (4, 1, 2), (2, 1, 2), (4, 3, 4)])
+@pytest.mark.parametrize("places", [1, 2, 4, 8])
+def test_a_row_of_some_groups_reaches_fewer_ranks(
+    groups: int, limited: int, choices: int, places: int
+) -> None:
+    """Counted over every way to choose groups of 16 experts, and experts of these."""
+    size, each = 16 // groups, 16 // places
+    chosen = [
+        row
+        for some in combinations(range(groups), limited)
+        for row in combinations([group * size + i for group in some for i in range(size)], choices)
+    ]
+    there = sum(any(expert < each for expert in row) for row in chosen)
+    assert float(reached(places, choices, 16, (groups, limited))) == pytest.approx(there / len(chosen))
+    assert there / len(chosen) <= float(reached(places, choices, 16)) + 1e-12
+    assert float(reached(places, choices, 16, (groups, groups))) == float(reached(places, choices, 16))
+
+
 def test_a_deduplicated_exchange_sends_a_row_to_each_of_its_ranks_once() -> None:
     """Two different experts of eight, one on each rank: 2 x 7/8 of the copies leave their rank."""
     work = Work("all_to_all", bytes=8e9, group=CommGroup(8, 8, 2, 8))
