@@ -124,7 +124,7 @@ def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> No
 
     def exchanged(routing: str) -> float:
         training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch, routing=routing)
-        return simulate(model, machine(), 1, plan, training).busy["all_to_all"]
+        return simulate(model, machine(scale_up=400), 1, plan, training).busy["all_to_all"]
 
     even, uneven = 2 / 4, 1  # 50 % of all choices to one expert of four: one of every row
     assert exchanged("50/1") / exchanged("balanced") == pytest.approx(uneven / even, rel=0.01)
@@ -155,7 +155,7 @@ def test_what_a_mapped_dispatch_exposes_is_booked_on_its_gather_and_its_exchange
     experts = msgspec.structs.replace(plan.experts, token_dispatcher="hybridep")
     plan = msgspec.structs.replace(plan, experts=experts)
     training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch)
-    result = simulate(small(), machine(), 1, plan, training, changed("megatron-core"))
+    result = simulate(small(), machine(scale_up=400), 1, plan, training, changed("megatron-core"))
     assert result.exposed["all_to_all"] == pytest.approx(result.busy["all_to_all"])
     assert result.exposed["all_gather"] <= result.busy["all_gather"] * (1 + 1e-9)
 

@@ -105,7 +105,7 @@ def test_what_has_no_cause_is_counted() -> None:
 
 
 def test_a_run_is_matched_by_the_words_of_the_table() -> None:
-    one = validate_runs([row(tp="2", sharding="zero1", notes="said")]).scored[0]
+    one = validate_runs([row(tp="2", dp="4", sharding="zero1", notes="said")]).scored[0]
     found = row_of(one.case)
     for name in (
         "source",
