@@ -192,30 +192,29 @@ def test_a_parameter_passes_through_memory_as_megatron_updates_it(precision: Pre
     assert held == 0  # fp32 copies of gradients are freed
 
 
-def test_optimizer_state_moves_to_the_host_by_its_fraction() -> None:
-    def at(fraction: float) -> SimResult:
-        optimizer = Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
-        return play(deep(), with_(megatron(4), optimizer=optimizer), 4)
+def on_host(fraction: float, stack: str) -> SimResult:
+    """With so much of the optimizer on the host."""
+    optimizer = Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
+    return play(deep(), with_(megatron(4), optimizer=optimizer, stack=stack), 4)
 
-    none, half, whole = at(0.0), at(0.5), at(1.0)
+
+def test_optimizer_state_moves_to_the_host_by_its_fraction() -> None:
+    none, half, whole = (on_host(part, "megatron-core") for part in (0.0, 0.5, 1.0))
     state = none.memory_by_category["optimizer"]
-    # 12 bytes a parameter, of which the masters stay on the device too; gradients come down in fp32
-    assert half.memory_by_category["optimizer"] == pytest.approx(state * (4 + 8 / 2) / 12, rel=1e-6)
-    assert whole.memory_by_category["optimizer"] == pytest.approx(state * 4 / 12, rel=1e-6)
+    assert half.memory_by_category["optimizer"] == pytest.approx(state / 2, rel=1e-6)
+    assert whole.memory_by_category.get("optimizer", 0) == 0
     assert whole.host_by_category["optimizer"] == pytest.approx(state, rel=1e-6)
-    assert whole.host_memory == pytest.approx(state * (12 + 4) / 12, rel=1e-6)
+    # of 12 bytes a parameter; gradients that come down (fp32) and parameters that go up (bf16) beside it
+    assert whole.host_memory == pytest.approx(state * (12 + 4 + 2) / 12, rel=1e-6)
     assert none.step_time < half.step_time < whole.step_time
 
 
-def test_megatron_lm_has_no_master_left_on_the_device() -> None:
-    """Its trainer demands the precision-aware optimizer with one on the host."""
-    optimizer = Optimizer(state_tier="host", update_on="host", host_fraction=1.0)
-    moved = play(deep(), with_(megatron(4), optimizer=optimizer, stack="megatron-lm"), 4)
-    assert moved.memory_by_category.get("optimizer", 0) == 0
-    # gradients that come down (fp32) and parameters that go up (bf16) beside 12 bytes a parameter
-    assert moved.host_memory == pytest.approx(
-        moved.host_by_category["optimizer"] * (12 + 4 + 2) / 12, rel=1e-6
-    )
+def test_recipes_without_the_precision_aware_optimizer_keep_masters_on_the_device() -> None:
+    none, half, whole = (on_host(part, "megatron-bridge") for part in (0.0, 0.5, 1.0))
+    state = none.memory_by_category["optimizer"]
+    assert half.memory_by_category["optimizer"] == pytest.approx(state * (4 + 8 / 2) / 12, rel=1e-6)
+    assert whole.memory_by_category["optimizer"] == pytest.approx(state * 4 / 12, rel=1e-6)
+    assert whole.host_by_category["optimizer"] == pytest.approx(state, rel=1e-6)
 
 
 def test_a_state_on_the_host_saves_what_megatron_bridge_measured() -> None:
