@@ -88,7 +88,8 @@ class _Stop:
 
     def __exit__(self, *_: object) -> None:
         sys.unraisablehook = self._report
-        if self._number:
+        asked, self._number = self._number, 0  # first: an alarm that comes now arms no other one
+        if asked:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._alarm)
 
@@ -108,6 +109,8 @@ class _Stop:
             del found  # its traceback holds this frame
 
     def _look(self, number: int, frame: FrameType | None) -> None:
+        if not self._number:
+            return
         if self._raised is None or self._raised() is None:
             self.ask(self._number, frame)
         else:

@@ -93,3 +93,19 @@ def test_a_stop_that_is_handled_is_not_raised_again() -> None:
     with pytest.raises(Stop):
         wait_for_ranks(handle)
     assert handled
+
+
+def test_an_alarm_at_the_end_of_a_stop_arms_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler is gone by then: the alarm ended the process half a second later."""
+    disarm = signal.setitimer
+
+    def late(which: int, seconds: float) -> tuple[float, float]:
+        found = disarm(which, seconds)
+        if not seconds:
+            signal.raise_signal(signal.SIGALRM)
+        return found
+
+    monkeypatch.setattr(signal, "setitimer", late)
+    with pytest.raises(Stop):
+        wait_for_ranks(asked)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
