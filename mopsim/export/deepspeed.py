@@ -6,7 +6,7 @@ from typing import Any
 from mopsim.common.errors import SpecError
 from mopsim.common.io import as_json
 from mopsim.export.target import Target, header
-from mopsim.spec.capability.expressions import auto_ep
+from mopsim.spec.capability.expressions import experts_of
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
@@ -61,7 +61,7 @@ def sections(plan: Plan) -> dict[str, Any]:
         found["expert_parallel"] = {
             "enabled": True,
             "autoep_size": s.experts.expert_parallel,
-            "preset_model": auto_ep(plan.model.name),
+            "preset_model": experts_of("deepspeed", plan.model.name),
         }
     if s.activations.recompute != "none":
         found["activation_checkpointing"] = {

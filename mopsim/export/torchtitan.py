@@ -5,7 +5,7 @@ from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.export.target import Target, header, unsaid
-from mopsim.spec.capability import SIDES
+from mopsim.spec.capability import SIDES, Job, holds
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.plan import Plan
 
@@ -16,9 +16,6 @@ ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
 BACKENDS = {"deepep": "deepep"}
 KEYS = {"strategy.experts.token_dispatcher": ["parallelism.expert_parallel_comm_backend"]}
 """By field, what has TorchTitan's default (`standard`) where the field is not expressed."""
-USUAL_VIRTUAL = 2
-"""Stages of a rank, as even as can be, that a schedule of several has without
-pipeline_parallel_layers_per_stage; others have one."""
 MATMUL = {"fp8": "float8", "mxfp8": "mx"}
 
 
@@ -89,7 +86,7 @@ def _parallelism(plan: Plan) -> dict[str, Any]:
             "pipeline_parallel_first_stage_less_layers": 0,
             "pipeline_parallel_last_stage_less_layers": 0,
         }
-        if s.pipeline.virtual_stages > USUAL_VIRTUAL:
+        if holds("cut_by_length")(Job(plan.model, s)):
             found["pipeline_parallel_layers_per_stage"] = ceil_div(plan.model.num_hidden_layers, parts)
     return found
 

@@ -47,23 +47,22 @@ def holds_rows(rows: int, ranks: int) -> bool:
     return start < stop
 
 
-def auto_ep(name: str) -> str | None:
-    """AutoEP's preset of a network, if it has one."""
-    presets = SIDES["deepspeed"]["experts"]
+def experts_of(side: str, name: str) -> str | None:
+    """A side's preset of the experts of a network, by the beginning of its name, if it has one."""
+    presets = SIDES[side]["experts"]
     return next((preset for start, preset in presets.items() if name.startswith(start)), None)
 
 
-def titan_has(name: str, what: str) -> bool:
-    """Whether TorchTitan's code of a network has it; yes of one without a flavor."""
-    side = SIDES["torchtitan"]
-    code = side["code"].get(side["flavors"].get(name, [""])[0])
+def code_has(side: str, name: str, what: str) -> bool:
+    """Whether a side's code of a network has something; yes of a network without a flavor."""
+    code = SIDES[side]["code"].get(SIDES[side]["flavors"].get(name, [""])[0])
     return code is None or what in code
 
 
 _CALLED = {
     "holds_rows": holds_rows,
-    "auto_ep": auto_ep,
-    "titan_has": titan_has,
+    "experts_of": experts_of,
+    "code_has": code_has,
     "MODULES": MODULES,
     "CAST": CAST,
 }
