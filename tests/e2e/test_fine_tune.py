@@ -5,8 +5,6 @@ two ranks, killed, FSDP2 on four, and back to a directory that transformers load
 import json
 import random
 import signal
-import subprocess
-import sys
 
 import msgspec
 import pytest
@@ -18,9 +16,9 @@ from mopexec.data import TokenDataset
 from mopexec.data.tokenizer import train_tokenizer
 from mopsim.common import io
 from tests.exec import hf_models
+from tests.exec.forking import Program
 from tests.exec.spawn import run_command
-from tests.exec.train_runs import ROOT, environment, finish, ranks_of, steps_done, wait_for
-from tests.patience import HANG
+from tests.exec.train_runs import environment, finish, ranks_of, steps_done, wait_for
 
 SEQ, BATCH, STEPS, SIZE = 64, 4, 6, 300
 WORDS = [
@@ -72,14 +70,8 @@ def write_plan(path, folder, nodes, strategy):
     path.write_text(msgspec.yaml.encode(plain).decode())
 
 
-def command(name, *arguments):
-    return [sys.executable, "-m", "mopexec.cli", name, *map(str, arguments)]
-
-
-def run(*given):
-    done = subprocess.run(given, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr
-    return done
+def start(out, *arguments):
+    return Program(["mopexec.cli", *map(str, arguments)], environment(), out)
 
 
 def test_fine_tuning_goes_from_weights_to_weights(given, tmp_path):
@@ -99,10 +91,7 @@ def test_fine_tuning_goes_from_weights_to_weights(given, tmp_path):
         2,
     ]
     shared = [*texts, *begun, "--out", out]
-    first = subprocess.Popen(
-        command("train", "--plan", tmp_path / "mop.yaml", "--steps", 1000, *shared),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    first = start(out, "train", "--plan", tmp_path / "mop.yaml", "--steps", 1000, *shared)
     wait_for(lambda: steps_done(out) >= 3, first)
     first.send_signal(signal.SIGKILL)
     finish(first)
@@ -112,7 +101,9 @@ def test_fine_tuning_goes_from_weights_to_weights(given, tmp_path):
     (tmp_path / "output").mkdir()
     code, _, err = run_command(list(map(str, again)), 4, tmp_path / "output")
     assert code == 0, err
-    run(*command("export", "--run", out, "--to", "hf", "--out", tmp_path / "tuned"))
+    tuned = tmp_path / "tuned"
+    code, _, err = finish(start(tuned, "export", "--run", out, "--to", "hf", "--out", tuned))
+    assert code == 0, err
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))

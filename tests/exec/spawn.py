@@ -13,6 +13,7 @@ import os
 import socket
 import tempfile
 import traceback
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def end_groups() -> None:
 
 IMPORTED = (
     "torch.distributed.checkpoint",
+    "torch.distributed.run",
     "torch.distributed.fsdp",
     "torch._subclasses.fake_tensor",
     "torch._dynamo",
@@ -74,9 +76,17 @@ IMPORTED = (
     "mopexec.run.apply",
     "mopexec.run.train",
     "mopexec.run.worker",
+    "tests.exec.fake_runner",
     "tests.exec.flat_parity",
 )
 """What takes a rank seconds to import: ranks on the CPU are forked from a process that has done so."""
+
+
+def fork_server() -> ForkServerContext:
+    """What forks processes of this test process from one that has imported all of IMPORTED."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
 
 
 class Pool:
@@ -84,8 +94,7 @@ class Pool:
 
     def __init__(self, world: int, *, cuda: bool = False) -> None:
         self.world, self.ended = world, False
-        context = multiprocessing.get_context("spawn" if cuda else "forkserver")
-        context.set_forkserver_preload(list(IMPORTED))
+        context: Any = multiprocessing.get_context("spawn") if cuda else fork_server()
         self._store = tempfile.mktemp(prefix="mop_store_")
         self._pipes, self._processes = [], []
         for rank in range(world):
@@ -141,8 +150,7 @@ def run_command(
     torchrun; (exit code, standard output, standard error) of the first. folder: for their output."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context = fork_server()
     given = [(rank, world, port, arguments, folder, entry) for rank in range(world)]
     ranks = [context.Process(target=_command, args=one, daemon=True) for one in given]
     for rank in ranks:
@@ -168,8 +176,7 @@ def probe_ranks_forked(monkeypatch: Any) -> None:
     """Ranks of `mopexec probe`, in this process, are forked, as those of `run_command`."""
     from mopexec.measure import probe_ranks
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context = fork_server()
     monkeypatch.setattr(probe_ranks.multiprocessing, "get_context", lambda method: context)
     monkeypatch.setattr(probe_ranks, "_rank_main", _probe_rank)
 

@@ -15,7 +15,9 @@ from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import parse_bytes
 from mopsim.spec.plan import Prediction
+from tests.exec.forking import Program
 from tests.exec.train_plans import small_plan
+from tests.exec.train_runs import environment, finish
 from tests.patience import HANG
 
 
@@ -272,10 +274,10 @@ def test_dry_run_over_a_limit_is_one_line(capsys, plan):
 
 
 def test_verify_scaled_down_equals_the_single_device(plan):
-    command = [sys.executable, "-m", "mopexec.cli", "verify", "--plan", str(plan), "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    command = ["mopexec.cli", "verify", "--plan", str(plan), "--json", "-"]
+    code, out, err = finish(Program(command, environment(), plan))
+    assert code == 0, err
+    found = json.loads(out)
     assert found["passed"]
     assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
     assert "vocabulary ring over 2" in found["mechanisms"]

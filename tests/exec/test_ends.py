@@ -19,6 +19,7 @@ from mopsim.common.command_line import REPEAT_SECONDS
 from mopsim.common.errors import MopError
 from mopsim.spec.stacks import load_stack
 from mopsim.strategies import fsdp2
+from tests.exec.forking import Program
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
     ROOT,
@@ -45,16 +46,11 @@ def inputs(tmp_path_factory):
 def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, number):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "mopexec.cli", "verify", "--plan", str(inputs / "plan.yaml")]
-    process = subprocess.Popen(
-        [*command, "--steps", "100000"],
-        cwd=ROOT, env={**environment(), "TMPDIR": str(scratch)}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for(lambda: len(ranks_of(scratch)) == 2, process)
+    command = ["mopexec.cli", "verify", "--plan", str(inputs / "plan.yaml"), "--steps", "100000"]
+    process = Program(command, environment() | {"TMPDIR": str(scratch)}, scratch)
+    wait_for(lambda: len(ranks_of(scratch)) == 3, process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=HANG)
-    assert process.returncode == 128 + number
-    assert err == f"mopexec: stopped by {number.name}\n"
+    assert finish(process) == (128 + number, "", f"mopexec: stopped by {number.name}")
     assert ranks_of(scratch) == []
     assert not list(scratch.glob("mopexec-*"))
 
@@ -69,11 +65,8 @@ def test_a_rank_that_waits_for_others_can_be_interrupted(inputs, tmp_path, numbe
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     places = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mopexec.cli", "train", *common(inputs, out), "--steps", "1", "--resume"],
-        cwd=ROOT, env=environment() | {name: str(value) for name, value in places.items()},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = ["mopexec.cli", "train", *common(inputs, out), "--steps", "1", "--resume"]
+    process = Program(command, environment() | {name: str(value) for name, value in places.items()}, out)
     wait_for(lambda: job._answers("localhost", port), process)
     process.send_signal(number)
     said = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"

@@ -1,9 +1,6 @@
 """Weights in Hugging Face's format through the commands: train --init-from, --resume, export."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,10 @@ from mopexec.data.tokenizer import train_tokenizer
 from mopsim.common import io
 from mopsim.strategies import fsdp2
 from tests.exec import hf_models
+from tests.exec.forking import Program
 from tests.exec.spawn import run_command
 from tests.exec.test_weights import plan_of, stored
+from tests.exec.train_runs import environment, finish
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -27,16 +26,16 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     io.write_yaml(tmp_path / "plan.yaml", plan_of(folder, fsdp2(1, dtype="float32")))
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 400)
     command = [
-        sys.executable, "-m", "mopexec.cli", "train", "--plan", str(tmp_path / "plan.yaml"), "--steps", "2",
+        "mopexec.cli", "train", "--plan", str(tmp_path / "plan.yaml"), "--steps", "2",
         "--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"), "--profile-steps", "0",
         "--out", str(tmp_path / "run"), "--init-from",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    wrong = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    wrong = Program([*command, str(tmp_path)], environment(), tmp_path / "run")
+    assert wrong.communicate()[1].count("\n") == 1
+    assert wrong.returncode == 2
     assert not (tmp_path / "run" / "checkpoints").exists()
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, _, error = finish(Program([*command, str(folder)], environment(), tmp_path / "run"))
+    assert code == 0, error
     with pytest.raises(SystemExit) as end:
         main(["export", "--run", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")])
     assert end.value.code in (0, None)

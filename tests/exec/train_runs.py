@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mopsim.common import io
 from mopsim.spec.plan import Plan
+from tests.exec.forking import Program, mark
 from tests.exec.spawn import run_command
 from tests.exec.train_plans import small_plan
 from tests.patience import HANG
@@ -58,19 +59,16 @@ def common(inputs, out):
 
 def fake_under_torchrun(inputs, out, fake, restarts, **options):
     """The fake runner's command under the user's own torchrun, which starts failed ranks again."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, f"--max-restarts={restarts}", "-m", "tests.exec.train_plans"]
-    return subprocess.run(
-        [sys.executable, *command, _options(inputs, out, options)],
-        cwd=ROOT, env=environment(fake), capture_output=True, text=True, timeout=HANG,
-    )  # fmt: skip
+    process = Program([*command, _options(inputs, out, options)], environment(fake), out)
+    said = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def start_fake(inputs, out, fake, **options):
     """The command in a process of its own, with the fake runner."""
-    command = [sys.executable, "-m", "tests.exec.train_plans", _options(inputs, out, options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(fake), **pipes)
+    return Program(["tests.exec.train_plans", _options(inputs, out, options)], environment(fake), out)
 
 
 def fake_as_ranks(inputs, out, **options):
@@ -103,11 +101,12 @@ def losses(out):
 
 
 def ranks_of(out):
-    """Processes that have the run's directory in their command line."""
-    found = []
+    """Processes that have the run's directory in their command line, or are forked for it."""
+    found, own = [], f"{mark(out)}\n"
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if str(out).encode() in path.read_bytes():
+            command = path.read_bytes()  # of one that has ended nothing
+            if str(out).encode() in command or (command and path.with_name("comm").read_text() == own):
                 found.append(int(path.parent.name))
         except OSError:
             continue
