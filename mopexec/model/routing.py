@@ -50,7 +50,7 @@ class Routing:
 def profile_experts(
     routing: RoutingProfile, num_tokens: int, num_experts: int, top_k: int, device: torch.device
 ) -> Tensor:
-    """`routed_expert` of mopsim.spec.routing, of every token of a rank: [num_tokens, top_k] int64."""
+    """The experts of mopsim.spec.routing, of every token of a rank: [num_tokens, top_k] int64."""
     slot = torch.arange(top_k, device=device)[None, :]
     if routing == "balanced":
         return (_first_choices(num_tokens, num_experts, device) + slot) % num_experts
@@ -72,7 +72,7 @@ def profile_experts(
 
 
 def _first_choices(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
-    """`first_choice` of mopsim.spec.routing, of every token: [num_tokens, 1] int64."""
+    """The first expert of mopsim.spec.routing, of every token: [num_tokens, 1] int64."""
     position = torch.arange(num_tokens, device=device)[:, None]
     return (
         position * even_step(num_tokens) % num_tokens * num_experts // num_tokens if num_tokens else position

@@ -66,7 +66,6 @@ class Record:
         self.tallies: dict[int, Tally] = defaultdict(Tally)
         self.spans: list[Span] | None = [] if keep_spans else None
         self.last: Op | None = None
-        self.compute_end = 0.0
         self.end = 0.0
 
     def waited(self, op: Op, seconds: float) -> None:
@@ -114,7 +113,6 @@ class Record:
             if tally.start < 0.0:
                 tally.ready, tally.start = ready, start
             tally.component[op.component] += op.times * (end - start)
-            self.compute_end = end
         if end >= self.end:
             self.end, self.last = end, op
         if self.spans is not None and end > start:

@@ -1,6 +1,8 @@
 """The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core,
 output, residual."""
 
+from functools import lru_cache
+
 from msgspec.structs import replace
 
 from mopsim.graph.region import begin, end
@@ -11,6 +13,7 @@ from mopsim.spec.model import ModelSpec
 _C = "attention"
 
 
+@lru_cache(maxsize=1024)
 def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     """x [N,H] -> y [N,H]. N = shapes.tokens; heads are split over `sequence` x `tensor` inside the core."""
     N, H, b = shapes.tokens, model.hidden_size, shapes.width

@@ -1,5 +1,7 @@
 """The tapes of a dense FFN or a shared expert, over a slice of tokens."""
 
+from functools import lru_cache
+
 from mopsim.graph.attention import linear
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes
@@ -7,6 +9,7 @@ from mopsim.graph.tape import Kernel, Tape, Value
 from mopsim.spec.model import ModelSpec
 
 
+@lru_cache(maxsize=1024)
 def ffn(model: ModelSpec, tokens: int, width: int, b: int, component: str) -> Tape:
     """h [n,H] -> f [n,H] through `width` columns, gated where the spec has three matrices."""
     H, size = model.hidden_size, tokens * width * b

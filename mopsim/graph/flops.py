@@ -37,14 +37,6 @@ def _kinds(model: ModelSpec, seq_len: int) -> dict[LayerKind, tuple[tuple[str, f
     }
 
 
-def layer_kinds(model: ModelSpec, seq_len: int) -> dict[LayerKind, dict[str, float]]:
-    """Forward FLOP of one token by component, of each kind of decoder layer."""
-    return {
-        kind: {name: flops / seq_len for name, flops in layer}
-        for kind, layer in _kinds(model, seq_len).items()
-    }
-
-
 @lru_cache(maxsize=1024)
 def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
     found: dict[str, float] = {}

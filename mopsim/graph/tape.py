@@ -5,10 +5,7 @@ From one tape come FLOPs, memory traffic, message sizes, and the memory of its r
 Nothing else in the simulator counts them.
 """
 
-from collections.abc import Iterable
-
 from msgspec import Struct
-from msgspec.structs import replace
 
 Step = tuple[str, int]
 """(category, bytes): an allocation, or a release where negative."""
@@ -117,6 +114,10 @@ class Tape(Struct, frozen=True):
             known |= set(made)
 
     @property
+    def by_name(self) -> dict[str, Kernel]:
+        return {kernel.name: kernel for kernel in self.kernels}
+
+    @property
     def values(self) -> dict[str, Value]:
         found = {value.name: value for value in self.inputs}
         for kernel in self.kernels:
@@ -130,13 +131,6 @@ class Tape(Struct, frozen=True):
         last = len(self.kernels) - 1
         return {name: places.get(until, last) for name, until in self.held}
 
-    def flops(self) -> dict[str, float]:
-        """Forward FLOP by component."""
-        found: dict[str, float] = {}
-        for kernel in self.kernels:
-            found[kernel.component] = found.get(kernel.component, 0.0) + kernel.total_flops
-        return found
-
     @property
     def outside(self) -> set[str]:
         """Values that this tape neither makes to free nor frees."""
@@ -146,22 +140,3 @@ class Tape(Struct, frozen=True):
     def kept(self) -> set[str]:
         """Values that its backward starts from, inputs and outputs apart."""
         return {name for kernel in self.kernels for name in kernel.saves} - self.outside
-
-    def saved(self) -> int:
-        """Bytes of those."""
-        values = self.values
-        return sum(values[name].bytes for name in self.kept)
-
-
-def renamed(tape: Tape, component: str) -> Tape:
-    """The tape with all its work booked on `component`."""
-    return replace(tape, kernels=tuple(replace(kernel, component=component) for kernel in tape.kernels))
-
-
-def peak(memory: Iterable[Step]) -> int:
-    """Highest running sum of a memory script."""
-    height = top = 0
-    for _, size in memory:
-        height += size
-        top = max(top, height)
-    return top

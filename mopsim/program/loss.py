@@ -10,8 +10,7 @@ from mopsim.graph.region import begin
 from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.program.builder import Recorder
 from mopsim.program.context import Context
-from mopsim.program.entropy import back, once, passes, product
-from mopsim.program.strip_loss import StripLoss
+from mopsim.program.strip_loss import StripLoss, passes
 from mopsim.program.taped import template
 from mopsim.program.template import START, Template
 from mopsim.program.workload import Work, memory_work
@@ -161,8 +160,8 @@ def _chunks(c: Context) -> Template:
     V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
     found: list[Work] = []
     torch, gradient = c.stack.kernels.loss_chunks == "composed", float(V * H * c.b)
-    if torch:
-        found.append(once(gradient))
+    if torch:  # the head's gradient, zeroed before the chunks and scaled in the backward
+        found.append(Work("memory_bound", bytes=3 * gradient, launches=2))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
     for n in sorted(set(rows)):
         over = [Work("memory_bound", bytes=n * V * 6.0 * c.wide, launches=4)]
@@ -181,8 +180,9 @@ def _chunks(c: Context) -> Template:
 
 def _products(c: Context, rows: int) -> list[Work]:
     """Of some rows' logits, forward and backward, in the recipe's dtype where it is the vocabulary's too."""
-    V, precision = c.model.vocab_size, c.strategy.precision
+    V, H, precision = c.model.vocab_size, c.model.hidden_size, c.strategy.precision
     if precision.vocabulary == "compute" or precision.matmul == "compute":
-        return [product(c, rows, V), *back(c, rows, V)]
-    kernel = Kernel("logits", "matmul", _C, (), (), matmuls=(Matmul(rows, V, c.model.hidden_size),))
+        shapes = ((rows, V, H), (rows, H, V), (V, H, rows))
+        return [Work("matmul", m=m, n=n, k=k, dtype=precision.compute) for m, n, k in shapes]
+    kernel = Kernel("logits", "matmul", _C, (), (), matmuls=(Matmul(rows, V, H),))
     return [*works(kernel, "forward", c), *works(kernel, "backward", c)]

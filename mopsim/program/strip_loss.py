@@ -4,7 +4,7 @@ hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.operators.loss, .
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.entropy import passes
+from mopsim.program.pairs.rows import Rows
 from mopsim.program.workload import Work, memory_work
 from mopsim.program.works import Part, works
 from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
@@ -12,11 +12,20 @@ from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 _C, _L = "vocabulary", "logits"
 
 
-class StripLoss:
+def passes(c: Context, n: float, V: float) -> tuple[Work, Work]:
+    """Those over n rows of logits, forward and backward, as mopexec.operators.strips composes them: maximum,
+    exponentials in the wide dtype and their sum; the gradient from the exponentials, in the logits' memory.
+    """
+    copied = 0 if c.b == c.wide else c.wide + c.b  # a wide strip is its own exponentials
+    forward = memory_work(n * V * (2 * c.b + 4 * c.wide), 15)
+    return forward, memory_work(n * V * (2 * c.wide + copied), 9)
+
+
+class StripLoss(Rows):
     """From `hidden` (the normed last output) to `grad`, its gradient; adds to the head's gradient buffer."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.c, self.b = context, builder
+        super().__init__(context, builder)
         self.N, self.H, self.V = context.tokens, context.model.hidden_size, context.model.vocab_size
         self.P = context.strategy.vocabulary.vocab_parallel
         self.rows = ceil_div(self.V, self.P)
@@ -36,7 +45,7 @@ class StripLoss:
             b.spike(exact + 4 * n * c.wide, _L)
             b.compute("logits", _C, "forward", -1, [*self._product(n, self.V), forward], *waits)
             b.spike(exact + 5 * n * 8, _L)
-            self._temporary(self.V)
+            self.weight_gradient(self.V * self.H, _L)
             b.compute("logits", _C, "backward", -1, [backward, *self._products_back(n, self.V)])
             b.drop("strip", "numbers")
 
@@ -88,7 +97,7 @@ class StripLoss:
                     self._gradient(n, self.rows),
                     *self._products_back(n, self.rows),
                 ]
-                self._temporary(self.rows)
+                self.weight_gradient(self.rows * self.H, _L)
                 b.drop("strip")
                 b.compute("strip", _C, "backward", -1, works, coming)
             add = [Work("memory_bound", bytes=3.0 * size)]
@@ -164,8 +173,3 @@ class StripLoss:
         wide = self.c.wide
         self.b.spike(n * columns * wide + 5 * n * 8, _L)
         return memory_work(float(n * columns * (2 * self.c.b + 6 * wide)), 10)
-
-    def _temporary(self, columns: int) -> None:
-        precision = self.c.strategy.precision
-        if precision.reduce != precision.compute:
-            self.b.spike(columns * self.H * self.c.b, _L)

@@ -211,8 +211,3 @@ def deltas(memory: tuple[Step, ...]) -> tuple[Deltas, Deltas]:
             host[slot] = run[slot]
     peak = {**best, **host}
     return tuple((s, v) for s, v in peak.items() if v), tuple((s, v) for s, v in run.items() if v)
-
-
-def merge(memory: Iterable[Step]) -> tuple[Step, ...]:
-    """A memory script without empty steps."""
-    return tuple(step for step in memory if step[1])

@@ -2,6 +2,13 @@
 
 A profile is one value: `balanced`; `r/h` (r % of the token positions go to the h hot experts); `zipf:s`
 (expert e is chosen in proportion to (e + 1)^-s); or a measured histogram: each expert's share of all routes.
+
+Without preference the first expert of position i of N is floor((A i mod N) E / N), A prime to N, and the
+others are those after it: i -> A i mod N is a permutation, so all N positions fill the experts evenly, and so
+do those of every stride that divides N. Those of another stride are off by a few rows, as A/N is near the
+golden ratio. Counting up, (i mod E), a stride that shares a factor with E never meets some experts. In `r/h`
+the first r % of positions choose j mod h (so experts below min(h, top_k) only), the others evenly among the E
+- h after them (arXiv 2609.14306; LLEP's profiles). Shares: see `thresholds`.
 """
 
 import math
@@ -118,7 +125,7 @@ def turn(position: int) -> int:
 
 @lru_cache(maxsize=1024)
 def even_step(num_tokens: int) -> int:
-    """A of `first_choice`: prime to the tokens and near them over the golden ratio. Of the nearest, that
+    """A of the first expert: prime to the tokens and near them over the golden ratio. Of the nearest, that
     whose multiples K A up to _STRIDES fill the circle best: no large quotient in the continued fraction of
     K A / N."""
     near = round(num_tokens * _STRIDE / _TURN)
@@ -139,44 +146,8 @@ def _quotient(numerator: int, denominator: int) -> int:
     return largest
 
 
-def first_choice(position: int, num_tokens: int, num_experts: int) -> int:
-    """The first expert of token `position` of `num_tokens` in a profile without preference; the other choices
-    are the experts after it.
-
-    floor((A i mod N) E / N), A prime to N: i -> A i mod N is a permutation, so all N tokens fill the
-    experts evenly (exactly where E divides N), and so do the tokens of every stride that divides N: theirs
-    are equally spaced. Those of another stride are off by a few rows, as A/N is near the golden ratio (Knuth,
-    The Art of Computer Programming 3, 6.4). Counting up, (i mod E), a stride that shares a factor with E
-    never meets some experts.
-    """
-    return position * even_step(num_tokens) % num_tokens * num_experts // num_tokens
-
-
-def routed_expert(
-    routing: RoutingProfile, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int
-) -> int:
-    """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a profile.
-
-    balanced: (first_choice + j) mod E, even in every chunk. r/h: the first r % of positions choose j mod h
-    (so experts below min(h, top_k) only), the others evenly among the E - h after them (arXiv 2609.14306;
-    LLEP's profiles). Shares: see `thresholds`.
-    """
-    if routing == "balanced":
-        return (first_choice(position, num_tokens, num_experts) + slot) % num_experts
-    skew = hot(routing)
-    if skew is None:
-        ends = thresholds(routing, num_experts, top_k)
-        return min(bisect_right(ends, turn(position) + slot * _TURN), num_experts - 1)
-    percent, count = skew
-    first = warm(percent, num_tokens)
-    if position < first or count >= num_experts:
-        return slot % count
-    cold = num_experts - count
-    return count + (first_choice(position - first, whole_strides(num_tokens - first), cold) + slot) % cold
-
-
 def whole_strides(num_tokens: int) -> int:
-    """The tokens of `first_choice` for so many that the profile leaves over: rounded up, so that strides of
+    """N of the first expert for so many that the profile leaves over: rounded up, so that strides of
     2, 4, 8 and 16 divide them."""
     return -(-num_tokens // 16) * 16
 
@@ -212,7 +183,7 @@ def routing_counts(
 
 
 def _evenly(positions: range, num_tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
-    """Counts of `first_choice` and the k - 1 experts after it, from a stride of positions, in closed form."""
+    """Counts of the first expert and the k - 1 after it, from a stride of positions, in closed form."""
     if not len(positions):
         return (0,) * experts
     step = even_step(num_tokens)

@@ -18,7 +18,8 @@ from mopexec.weights.source import Seeded
 from mopsim import graph
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.routing import RoutingProfile, routed_expert
+from mopsim.spec.routing import RoutingProfile
+from tests.routed import routed_expert
 
 
 def spec(**changes: object) -> ModelSpec:

@@ -13,12 +13,12 @@ from mopsim.spec.routing import (
     RoutingProfile,
     check,
     check_model,
-    routed_expert,
     routing_counts,
     shares,
     worst,
 )
 from mopsim.spec.training import TrainSpec
+from tests.routed import routed_expert
 from tests.sim.toys import small
 
 SHARES = (0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.2, 0.1)

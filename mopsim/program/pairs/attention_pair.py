@@ -2,7 +2,6 @@
 .sequence)."""
 
 from mopsim.graph.attention import attention
-from mopsim.graph.tape import Kernel
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows, slice_rows
@@ -11,11 +10,11 @@ from mopsim.program.workload import Work
 _C = "attention"
 
 
-class AttentionPair:
-    """x1 = x + o_proj(attention(norm(x))). Buffers by name: what the executor's variables hold."""
+class AttentionPair(Rows):
+    """x1 = x + o_proj(attention(norm(x)))."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        super().__init__(context, builder)
         model, D = context.model, context.shapes.sequence
         self.N, self.H, self.D = context.tokens, model.hidden_size, D
         self.B = context.strategy.micro_batch
@@ -31,7 +30,6 @@ class AttentionPair:
         )  # a GPU's flash kernels take half precision
         self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks)) if in_turn else 1
         self.workspace = 0 if in_turn else self._workspace()
-        self._kernels: dict[int, dict[str, Kernel]] = {}
 
     def _workspace(self) -> int:
         """Of FlashAttention-2's backward: dq and its row sums in fp32, and dk and dv of every query head."""
@@ -39,15 +37,8 @@ class AttentionPair:
         expanded = 0 if self.heads // self.D == self.kv // self.kv_blocks else 2 * elements * self.c.b
         return elements * 4 + self.N * self.heads * 4 + expanded
 
-    def kernel(self, layer: int, name: str) -> Kernel:
-        window = self.c.model.window(layer)
-        if window not in self._kernels:
-            tape = attention(self.c.model, self.c.shapes, layer)
-            self._kernels[window] = {kernel.name: kernel for kernel in tape.kernels}
-        return self._kernels[window][name]
-
-    def works(self, layer: int, backward: bool, *names: str) -> list[Work]:
-        return [work for name in names for work in self.rows.works(self.kernel(layer, name), backward)]
+    def kernels(self, layer: int, backward: bool, *names: str) -> list[Work]:
+        return self.works(attention(self.c.model, self.c.shapes, layer), backward, *names)
 
     def forward(self, layer: int, *waits: int | None) -> None:
         """Makes `x1`; x is left as it was."""
@@ -65,18 +56,18 @@ class AttentionPair:
         """The gradient of x1 (`grad`, there already) becomes that of x, in place."""
         b, N, H = self.b, self.N, self.H
         self._core_backward(layer)
-        works = [self.rows.norm(N, H, "hidden")]
+        works = [self.norm(N, H, "hidden")]
         works += self._projection_backward(layer, "q", self.heads, self.q_bytes)
         works += self._projection_backward(layer, "k", self.kv, self.kv_merged)
         works += self._projection_backward(layer, "v", self.kv, self.kv_merged)
         b.drop("hidden")
-        works.append(self.rows.norm_backward(N, H))
+        works.append(self.norm_backward(N, H))
         b.compute("projections", _C, "backward", layer, works)
         b.drop("grad_hidden")
 
     def _core(self, layer: int, phase: str, waits: tuple[int | None, ...]) -> None:
         b, N = self.b, self.N
-        works = [self.rows.norm(N, self.H, "hidden")]
+        works = [self.norm(N, self.H, "hidden")]
         for name, size, heads in (
             ("q", self.q_bytes, self.heads),
             ("k", self.kv_bytes, self.kv),
@@ -84,7 +75,7 @@ class AttentionPair:
         ):
             b.make(f"{name}_packed", size)
             copies = max(1, self.D // heads)
-            works += self.works(layer, False, f"{name}_proj") * copies
+            works += self.kernels(layer, False, f"{name}_proj") * copies
             if name != "v":
                 works += self._head_norm(name)
                 works.append(self._rotate(size))
@@ -97,9 +88,9 @@ class AttentionPair:
         b.make("sums", self.sums)
         if self.repeats > 1:
             b.spike(2 * self.q_bytes // self.repeats)
-        works = self.works(layer, False, "attention_core")
+        works = self.kernels(layer, False, "attention_core")
         if self.repeats > 1:
-            works.append(self.rows.elementwise(self.q_bytes, 2, self.repeats))
+            works.append(self.elementwise(self.q_bytes, 2, self.repeats))
         b.compute("attention_core", _C, phase, layer, works, waiting)
 
     def _output(self, layer: int, phase: str) -> None:
@@ -107,7 +98,7 @@ class AttentionPair:
         b = self.b
         waiting = self._local_output(layer, phase)
         b.make("x1", self.c.hidden)
-        works = [*self._merge_work(), *self.works(layer, False, "o_proj")]
+        works = [*self._merge_work(), *self.kernels(layer, False, "o_proj")]
         b.compute("o_proj", _C, phase, layer, works, waiting)
         if self.D > 1:
             b.drop("merged")
@@ -119,7 +110,7 @@ class AttentionPair:
         b = self.b
         if self.B > 1:
             b.make("send", self.q_bytes)
-            b.compute("pack", _C, phase, layer, [self.rows.elementwise(self.q_bytes, 2, 1)])
+            b.compute("pack", _C, phase, layer, [self.elementwise(self.q_bytes, 2, 1)])
         b.make("received", self.q_bytes)
         b.flush(_C, phase, layer)
         waiting = b.issue("heads_to_sequence", "all_to_all", self.q_bytes, "sequence", _C, phase, layer)
@@ -130,7 +121,7 @@ class AttentionPair:
         return waiting
 
     def _merge_work(self) -> list[Work]:
-        return [self.rows.elementwise(self.q_bytes, 2, 1)] if self.D > 1 else []
+        return [self.elementwise(self.q_bytes, 2, 1)] if self.D > 1 else []
 
     def _to_heads(self, layer: int, phase: str, source: str, target: str, size: int) -> int | None:
         """The send layout becomes all positions of this rank's heads."""
@@ -143,7 +134,7 @@ class AttentionPair:
         waiting = b.issue("sequence_to_heads", "all_to_all", size, "sequence", _C, phase, layer)
         if self.B > 1:
             b.spike(size)
-            b.compute("unpack", _C, phase, layer, [self.rows.elementwise(size, 2, 1)], waiting)
+            b.compute("unpack", _C, phase, layer, [self.elementwise(size, 2, 1)], waiting)
         b.drop(source)
         return waiting
 
@@ -151,9 +142,9 @@ class AttentionPair:
         """Makes dq, dk, dv in the send layout; frees what the recompute kept."""
         b, phase = self.b, "backward"
         waiting = self._local_output(layer, phase)
-        kernel = self.works(layer, True, "o_proj")
+        kernel = self.kernels(layer, True, "o_proj")
         b.compute("o_proj wgrad", _C, phase, layer, [*self._merge_work(), kernel[1]], waiting)
-        self._weight_gradient(self.heads * self.d, self.H)
+        self.weight_gradient(self.heads * self.d * self.H)
         if self.D > 1:
             b.drop("merged")
         b.make("grad_packed", self.q_bytes)
@@ -166,9 +157,9 @@ class AttentionPair:
         b.spike(self.workspace)
         if self.repeats > 1:
             b.spike(local_q // self.repeats + 2 * local_kv)
-        works = self.works(layer, True, "attention_core")
+        works = self.kernels(layer, True, "attention_core")
         if self.repeats > 1:
-            works.append(self.rows.elementwise(local_q + 3 * local_kv * self.repeats, 2, 3 * self.repeats))
+            works.append(self.elementwise(local_q + 3 * local_kv * self.repeats, 2, 3 * self.repeats))
         b.compute("attention_core", _C, phase, layer, works, waiting)
         b.drop("grad_out", "q", "k", "v", "out", "sums")
         for name, size in (("dq", local_q), ("dk", local_kv), ("dv", local_kv)):
@@ -196,24 +187,24 @@ class AttentionPair:
         blocks = min(self.D, heads)
         if blocks < self.D:
             b.make("summed", merged)
-            works.append(self.rows.elementwise(self.kv_bytes, 2, 1))
+            works.append(self.elementwise(self.kv_bytes, 2, 1))
         if blocks > 1:
             b.make("merged", merged)
-            works.append(self.rows.elementwise(merged, 2, 1))
+            works.append(self.elementwise(merged, 2, 1))
         if blocks < self.D and blocks > 1:
             b.drop("summed")
         if name != "v" and self.c.model.qk_norm == "head":
-            part = self.N if self.rows.fused_norm else slice_rows(self.N)
+            part = self.N if self.fused_norm else slice_rows(self.N)
             size = heads * self.d
             b.spike((1 if part == self.N else 2) * part * size * self.c.b)
             b.make("before", part * size * self.c.b)
-            works += self.works(layer, False, f"{name}_proj")
-            works.append(self.rows.norm_backward(part, size, heads=heads))
+            works += self.kernels(layer, False, f"{name}_proj")
+            works.append(self.norm_backward(part, size, heads=heads))
             b.drop("before")
         if "grad_hidden" not in b.alive:
             b.make("grad_hidden", self.c.hidden)
-        works += self.works(layer, True, f"{name}_proj")
-        self._weight_gradient(heads * self.d, self.H)
+        works += self.kernels(layer, True, f"{name}_proj")
+        self.weight_gradient(heads * self.d * self.H)
         if name == "v":
             b.drop(f"d{name}")
         if blocks > 1:
@@ -224,28 +215,23 @@ class AttentionPair:
             b.drop(f"d{name}")
         return works
 
-    def _weight_gradient(self, out: int, inputs: int) -> None:
-        """The temporary of a weight gradient whose dtype is not the buffer's."""
-        if self.c.strategy.precision.reduce != self.c.strategy.precision.compute:
-            self.b.spike(out * inputs * self.c.b)
-
     def _head_norm(self, name: str) -> list[Work]:
         """Norm of q or k per head, block by block, copied back in place."""
         if self.c.model.qk_norm != "head":
             return []
         heads = self.heads if name == "q" else self.kv_bytes // (self.N * self.d * self.c.b)
-        if self.rows.fused_norm:
-            return [self.rows.norm(self.N, heads * self.d)]
+        if self.fused_norm:
+            return [self.norm(self.N, heads * self.d)]
         blocks = self.D
         part = slice_rows(self.N)
         width = heads * self.d // blocks
         self.b.spike(part * width * (self.c.b + self.c.wide))
-        work = self.rows.pass_(self.N, width * blocks, 5 * self.c.b + 4 * self.c.wide, 9 * blocks)
+        work = self.pass_(self.N, width * blocks, 5 * self.c.b + 4 * self.c.wide, 9 * blocks)
         return [work]
 
     def _rotate(self, size: int) -> Work:
         """Rotation in place, slice by slice of positions: one and a half slices of temporaries."""
-        if self.rows.fused_rotary:
+        if self.fused_rotary:
             return Work("memory_bound", bytes=2.0 * size, launches=2)
         positions = self.c.training.seq_len // self.D
         part = slice_rows(positions)

@@ -7,7 +7,7 @@ from mopsim.graph.experts import experts, router
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.ffn_pair import FfnPair
-from mopsim.program.pairs.moved_experts import ForeignExperts, MovedExperts
+from mopsim.program.pairs.moved_experts import moved_experts
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.workload import Work
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS, packed_row
@@ -15,15 +15,14 @@ from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS, packed_row
 _E, _R, _D = "experts", "router", "dispatch"
 
 
-class ExpertsPair:
+class ExpertsPair(Rows):
     """Buffers of chunk i are named `….i`. Everything on its way is of category dispatch."""
 
     def __init__(self, context: Context, builder: Builder, ffn: FfnPair) -> None:
-        self.c, self.b, self.ffn, self.rows = context, builder, ffn, Rows(context, builder)
-        model = context.model
+        super().__init__(context, builder)
+        self.ffn, model = ffn, context.model
         self.H, self.E, self.k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
-        nested = context.stack.recompute.chunk_inputs == "nested"
-        self.moved = (MovedExperts if nested else ForeignExperts)(context, builder)
+        self.moved = moved_experts(context, builder)
         self.up = ("experts_gate", "experts_up") if model.ffn_matrices == 3 else ("experts_up",)
         self.inner = model.moe_intermediate_size // context.strategy.experts.expert_tensor_parallel
         self.row = self.H * context.b
@@ -60,10 +59,10 @@ class ExpertsPair:
     def _weigh(self, each: int) -> list[Work]:
         """The weights of all tokens' routes. each: bytes of a token beside its logits."""
         c, b, n = self.c, self.b, self.c.tokens
-        part = n if self.rows.fused_router else slice_rows(n)
+        part = n if self.fused_router else slice_rows(n)
         b.make("route_weights", n * self.k * c.wide, _D)
-        works = [self.rows.norm(part, self.H, "hidden")]
-        cast = 0 if self.rows.fused_router or not self.rows.cast else (part + self.E) * self.H * c.wide
+        works = [self.norm(part, self.H, "hidden")]
+        cast = 0 if self.fused_router or not self.cast else (part + self.E) * self.H * c.wide
         b.spike(part * self.E * c.wide + cast)
         b.drop("hidden")
         b.spike(part * (self.E * c.wide + each))
@@ -75,10 +74,9 @@ class ExpertsPair:
         """What the router does with rows, by kernel; `back`: its products in the backward."""
         if tokens not in self._router:
             tape = router(self.c.model, tokens, self.c.b, self.c.wide)
-            kernels = {kernel.name: kernel for kernel in tape.kernels}
-            cast = self.rows.elementwise(tokens * self.H, self.c.b + self.c.wide, 2)
-            found = {name: [*self.rows.works(kernels[name], False)] for name in kernels}
-            back = [work for name in ("router", "top_k") for work in self.rows.works(kernels[name], True)]
+            cast = self.elementwise(tokens * self.H, self.c.b + self.c.wide, 2)
+            found = {name: self.works(tape, False, name) for name in tape.by_name}
+            back = self.works(tape, True, "router", "top_k")
             self._router[tokens] = found | {"back": back, "cast": [cast]}
         return self._router[tokens]
 
@@ -87,11 +85,11 @@ class ExpertsPair:
         c, b, n = self.c, self.b, self.c.tokens * self.k
         b.make("orders", n * 16, _D)
         b.spike(n * (16 if self.moved else 8), _D)
-        works = [self.rows.elementwise(n, 60, 12)]
+        works = [self.elementwise(n, 60, 12)]
         if self.ordered:
             arriving = sum(sum(c.routes(i)) for i in range(c.chunks))
             b.make("arrivals", arriving * 8, _D)
-            works.append(self.rows.elementwise(arriving, 16, 3))
+            works.append(self.elementwise(arriving, 16, 3))
         b.compute("order routes", _R, phase, layer, works)
 
     def _ordered(self) -> tuple[str, ...]:
@@ -99,56 +97,53 @@ class ExpertsPair:
 
     def forward(self, layer: int, *waits: int | None) -> None:
         """x1 becomes x2 in place. waits: the gather of the expert unit."""
-        K = self.c.chunks
-        waits = (*waits, *self.moved.gather(layer, "forward", self.b.last))
+        if self.moved:
+            waits = (*waits, self.moved.gather(layer, "forward", self.b.last))
         self._order(layer, "forward")
-        arrived = self._dispatch(0, layer, "forward")
-        returning: tuple[int, int | None] | None = None
-        for i in range(K):
-            self.ffn.shared(layer, self.c.chunk_tokens(i), backward=False)
-            works = self._receive(i, "forward")
-            here = arrived
-            if i + 1 < K:
-                self._reorder(works, here, layer, "forward")
-                self.moved.read(layer, "forward", self.b.last)
-                arrived = self._dispatch(i + 1, layer, "forward")
-            self._experts_forward(i, layer, works, here, *waits)
-            if returning is not None:
-                self._combine(*returning, layer)
-            returning = (i, self._return(i, layer, "forward"))
-        assert returning is not None
-        self._combine(*returning, layer)
-        self.moved.free()
+        self._chunks(layer, "forward", waits)
+        if self.moved:
+            self.moved.free()
         self.b.drop(*self._ordered())
 
     def backward(self, layer: int, *waits: int | None) -> None:
         """The gradient of x2 becomes that of x1, in place."""
-        K, b = self.c.chunks, self.b
-        waits = (*waits, *self.moved.gather(layer, "backward", b.last))
+        b = self.b
+        if self.moved:
+            waits = (*waits, self.moved.gather(layer, "backward", b.last))
         b.compute("weigh", _R, "backward", layer, self._weigh(0))
         self._order(layer, "backward")
         b.make("grad_route_weights", self.c.tokens * self.k * self.c.wide, _D)
-        arrived = self._dispatch(0, layer, "backward")
-        self.moved.open()
-        returning: tuple[int, int | None] | None = None
-        for i in range(K):
-            self.ffn.shared(layer, self.c.chunk_tokens(i), backward=True)
-            works = self._receive(i, "backward")
-            here = arrived
-            if i + 1 < K:
-                self._reorder(works, here, layer, "backward")
-                self.moved.read(layer, "backward", b.last)
-                arrived = self._dispatch(i + 1, layer, "backward")
-            self._experts_backward(i, layer, works, here, *waits)
-            if returning is not None:
-                self._combine_backward(*returning, layer)
-            returning = (i, self._return(i, layer, "backward"))
-        assert returning is not None
-        self._combine_backward(*returning, layer)
+        self._chunks(layer, "backward", waits)
         b.drop(*self._ordered())
         self._router_backward(layer)
-        self.moved.send_home(layer, b.last)
+        if self.moved:
+            self.moved.send_home(layer, b.last)
         b.drop(f"choice{layer}")
+
+    def _chunks(self, layer: int, phase: str, waits: tuple[int | None, ...]) -> None:
+        """dispatch(i+1) | experts(i) | combine(i-1)."""
+        back, count = phase == "backward", self.c.chunks
+        products, home = self._experts_forward, self._combine
+        if back:
+            products, home = self._experts_backward, self._combine_backward
+        arrived = self._dispatch(0, layer, phase)
+        if back and self.moved:
+            self.moved.open()
+        returning: int | None = None
+        for i in range(count):
+            self.ffn.shared(layer, self.c.chunk_tokens(i), backward=back)
+            works, here = self._receive(i, phase), arrived
+            if i + 1 < count:  # the executor waits for the chunk and reorders it before it sends the next one
+                self.b.compute("arrived", _E, phase, layer, works, here)
+                works = []
+                if self.moved:
+                    self.moved.read(layer, phase)
+                arrived = self._dispatch(i + 1, layer, phase)
+            products(i, layer, works, here, *waits)
+            if i:
+                home(i - 1, returning, layer)
+            returning = self._return(i, layer, phase)
+        home(count - 1, returning, layer)
 
     def _receive(self, i: int, phase: str) -> list[Work]:
         """The chunk at the experts: rows in their order, what was sent freed."""
@@ -157,11 +152,6 @@ class ExpertsPair:
         if phase == "backward":
             works += self._take("grads", i, received * self.row)
         return works
-
-    def _reorder(self, works: list[Work], arrived: int | None, layer: int, phase: str) -> None:
-        """The executor waits for the chunk and reorders it before it sends the next one."""
-        self.b.compute("arrived", _E, phase, layer, works, arrived)
-        works.clear()
 
     def _return(self, i: int, layer: int, phase: str) -> int | None:
         """The chunk's rows go home, and packed with them the gradients of its route weights."""
@@ -174,8 +164,8 @@ class ExpertsPair:
             return None
         if self.ordered or b.alive[name][1] != received * back:
             b.make(f"{name}_ordered.{i}", received * back, _D)
-            copy = [self.rows.by_index(received * back)] if self.ordered else []
-            b.compute("reorder", _E, phase, layer, copy or [self.rows.elementwise(received * back, 2, 1)])
+            copy = [self.by_index(received * back)] if self.ordered else []
+            b.compute("reorder", _E, phase, layer, copy or [self.elementwise(received * back, 2, 1)])
             b.drop(name)
         else:
             b.rename(name, f"{name}_ordered.{i}")
@@ -194,12 +184,12 @@ class ExpertsPair:
     def _dispatch(self, i: int, layer: int, phase: str) -> int | None:
         """Sends a chunk's rows, packed with their weights, and (backward) output gradients."""
         b, (n, sent, arrived, _) = self.b, self._sizes(i)
-        works = [] if self.rows.fused_norm else [self.rows.norm(n, self.H, "hidden")]
+        works = [] if self.fused_norm else [self.norm(n, self.H, "hidden")]
         names = [("rows", self.packed), *([("grads", self.row)] if phase == "backward" else [])]
         for name, size in names:
             b.make(f"{name}_sent.{i}", sent * size, _D)
-            works.append(self.rows.by_index(sent * size))
-        if not self.rows.fused_norm:
+            works.append(self.by_index(sent * size))
+        if not self.fused_norm:
             b.drop("hidden")
         b.compute("permute", _E, phase, layer, works)
         waiting = None
@@ -223,20 +213,18 @@ class ExpertsPair:
             return []
         b.make(name, size, _D)
         b.drop(f"{name}.{i}")
-        return [self.rows.by_index(size)]
+        return [self.by_index(size)]
 
     def _products(self, i: int, backward: bool, *names: str) -> list[Work]:
         """Works of the named products, one launch per expert where they are not grouped."""
         routes = self.c.routes(i)
         key = (routes, backward, names)
         if key not in self._works:
-            split = self.c.strategy.experts.expert_tensor_parallel
-            tape = experts(self.c.model, routes, self.c.b, split)
-            kernels = {kernel.name: kernel for kernel in tape.kernels}
-            works = [work for name in names for work in self.rows.works(kernels[name], backward)]
-            self._works[key] = (
-                works if self.grouped else [replace(work, launches=int(work.count)) for work in works]
-            )
+            tape = experts(self.c.model, routes, self.c.b, self.c.strategy.experts.expert_tensor_parallel)
+            works = self.works(tape, backward, *names)
+            if not self.grouped:
+                works = [replace(work, launches=int(work.count)) for work in works]
+            self._works[key] = works
         return self._works[key]
 
     def _experts_forward(
@@ -251,7 +239,7 @@ class ExpertsPair:
         passes = 7 if len(self.up) == 2 else 4
         if self.grouped:
             passes, active = len(self.up) + 1, 1
-        works.append(self.rows.elementwise(received * self.inner, passes * c.b, 3 * active))
+        works.append(self.elementwise(received * self.inner, passes * c.b, 3 * active))
         self.b.compute("experts", _E, "forward", layer, works, arrived, *waits)
         if self.grouped:
             self.b.drop("rows")
@@ -262,7 +250,7 @@ class ExpertsPair:
         b, n = self.b, self.c.chunk_tokens(i)
         self._arrive("rows", i)
         part = slice_rows(n)
-        if not self.rows.fused_routes:
+        if not self.fused_routes:
             b.spike(part * (self.k + 1) * self.row, _D)
         works = self._sum_routes(n, 2)
         b.compute("combine", _E, "forward", layer, works, arrived)
@@ -270,10 +258,10 @@ class ExpertsPair:
 
     def _sum_routes(self, tokens: int, launches: int) -> list[Work]:
         """Routes of each token gathered by index and summed, slice by slice."""
-        if self.rows.fused_routes:
-            return [self.rows.elementwise(tokens * (self.k + 2), self.row, 2)]
-        gathered = self.rows.by_index(tokens * self.k * self.row, tokens)
-        return [gathered, self.rows.pass_(tokens, self.H, (self.k + 4) * self.c.b, launches)]
+        if self.fused_routes:
+            return [self.elementwise(tokens * (self.k + 2), self.row, 2)]
+        gathered = self.by_index(tokens * self.k * self.row, tokens)
+        return [gathered, self.pass_(tokens, self.H, (self.k + 4) * self.c.b, launches)]
 
     def _arrive(self, name: str, i: int) -> None:
         if self.split:
@@ -296,11 +284,11 @@ class ExpertsPair:
             b.spike((4 * most + self.H) * self.inner * c.b)
         active = sum(1 for rows in c.routes(i) if rows)
         if self.grouped:
-            works.append(self.rows.elementwise(received * self.inner, 6 * c.b, 3))
-            works.append(self.rows.elementwise(3 * stack, c.b + 2 * c.reduce, 3))
-            works.append(self.rows.elementwise(received * self.H, 3 * c.b, 1))
+            works.append(self.elementwise(received * self.inner, 6 * c.b, 3))
+            works.append(self.elementwise(3 * stack, c.b + 2 * c.reduce, 3))
+            works.append(self.elementwise(received * self.H, 3 * c.b, 1))
         else:
-            works.append(self.rows.elementwise(received * self.inner, 26 * c.b, 10 * active))
+            works.append(self.elementwise(received * self.inner, 26 * c.b, 10 * active))
         b.compute("experts", _E, "backward", layer, works, arrived, *waits)
         b.drop("rows")
 
@@ -308,35 +296,35 @@ class ExpertsPair:
         """Gradients of tokens from their routes, through the norm, slice by slice."""
         b, (n, sent, _, _) = self.b, self._sizes(i)
         self._arrive("grads", i)
-        part = slice_rows(n, FUSED_ROWS if self.rows.fused_routes else SLICE_ROWS)
-        if not self.rows.fused_routes:
+        part = slice_rows(n, FUSED_ROWS if self.fused_routes else SLICE_ROWS)
+        if not self.fused_routes:
             b.spike(sent * self.c.wide, _D)
         b.make("grad_hidden", part * self.row, _D)
-        if not self.rows.fused_routes:
+        if not self.fused_routes:
             b.spike(part * self.k * self.row, _D)
-        works = [*self._sum_routes(n, 1), self.rows.elementwise(sent, 8 + 2 * self.c.wide, 1)]
+        works = [*self._sum_routes(n, 1), self.elementwise(sent, 8 + 2 * self.c.wide, 1)]
         b.compute("combine", _E, "backward", layer, works, arrived)
-        norm = self.rows.norm_backward(part, self.H)
+        norm = self.norm_backward(part, self.H)
         b.compute("combine", _R, "backward", layer, [replace(norm, bytes=norm.bytes * n / part)])
         b.drop("grad_hidden", f"grads_back.{i}", *(() if self.split else (f"grad_weights.{i}",)))
 
     def _router_backward(self, layer: int) -> None:
         """Gradients of all tokens from their route weights, and the router's own, slice by slice."""
         b, c, n = self.b, self.c, self.c.tokens
-        part = slice_rows(n, FUSED_ROWS if self.rows.fused_router else SLICE_ROWS)
-        logits, cast = part * self.E * c.wide, self.rows.cast * self.H * c.wide
+        part = slice_rows(n, FUSED_ROWS if self.fused_router else SLICE_ROWS)
+        logits, cast = part * self.E * c.wide, self.cast * self.H * c.wide
         b.make("router", self.E * cast)
-        works = [self.rows.norm(part, self.H, "hidden")]
-        b.spike(logits + (0 if self.rows.fused_router else (part + self.E) * cast))
-        b.spike((2 if self.rows.fused_router else 5) * logits)
+        works = [self.norm(part, self.H, "hidden")]
+        b.spike(logits + (0 if self.fused_router else (part + self.E) * cast))
+        b.spike((2 if self.fused_router else 5) * logits)
         b.make("grad_logits", logits)
         b.spike(part * cast)
         b.drop("hidden")
         b.make("grad_hidden", part * self.H * c.wide)
         found = self._router_works(n)
         works += [*found["cast"], *found["router"], *found["scores"], *found["back"]]
-        works.append(self.rows.norm_backward(part, self.H))
+        works.append(self.norm_backward(part, self.H))
         slices = -(-n // part)
-        works.append(self.rows.elementwise(n * self.H, 5 * c.b + 3 * c.wide, 4 * slices))
+        works.append(self.elementwise(n * self.H, 5 * c.b + 3 * c.wide, 4 * slices))
         b.compute("router", _R, "backward", layer, works)
         b.drop("router", "grad_logits", "grad_hidden", "grad_route_weights")

@@ -2,7 +2,6 @@
 (mopexec.operators.ffn)."""
 
 from mopsim.graph.ffn import ffn
-from mopsim.graph.tape import Kernel
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows
@@ -10,21 +9,13 @@ from mopsim.program.workload import Work
 from mopsim.spec.layout import token_slices
 
 
-class FfnPair:
+class FfnPair(Rows):
     """x += ffn(norm(x)) in place, and its backward into the gradient, slice by slice."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        super().__init__(context, builder)
         self.gated = context.model.ffn_matrices == 3
         self.up = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
-        self._kernels: dict[tuple[int, str], dict[str, Kernel]] = {}
-
-    def kernels(self, tokens: int, component: str) -> dict[str, Kernel]:
-        key = (tokens, component)
-        if key not in self._kernels:
-            tape = ffn(self.c.model, tokens, self.inner(component), self.c.b, component)
-            self._kernels[key] = {kernel.name: kernel for kernel in tape.kernels}
-        return self._kernels[key]
 
     def inner(self, component: str) -> int:
         model = self.c.model
@@ -36,7 +27,7 @@ class FfnPair:
         for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
             n = stop - start
             size = n * self.inner(component) * self.c.b
-            works = [self.rows.norm(n, H, "hidden")]
+            works = [self.norm(n, H, "hidden")]
             if self.gated:
                 b.make("gate", size)
             b.make("up", size)
@@ -45,7 +36,7 @@ class FfnPair:
                 b.drop("up")
             works.append(self._activation(size))
             works += self._products(n, component, False, "down_proj")
-            works.append(self.rows.elementwise(n * H * self.c.b, 1, 0))
+            works.append(self.elementwise(n * H * self.c.b, 1, 0))
             b.drop("gate" if self.gated else "up", "hidden")
             b.compute("ffn", component, "forward", layer, works, *waits)
 
@@ -55,9 +46,9 @@ class FfnPair:
         for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
             n = stop - start
             size = n * self.inner(component) * self.c.b
-            works = [self.rows.norm(n, H, "hidden")]
+            works = [self.norm(n, H, "hidden")]
             kept = ("gate", "up", "silu", "inner") if self.gated else ("up", "inner")
-            if fused := self.gated and self.rows.fused_gate:
+            if fused := self.gated and self.fused_gate:
                 kept = ("gate", "up")
             for name in kept:
                 b.make(name, size)
@@ -71,17 +62,17 @@ class FfnPair:
                 self._temporary(component)
             works += self._products(n, component, True, "down_proj")
             if fused:
-                works.append(self.rows.elementwise(size, 6, 3))
+                works.append(self.elementwise(size, 6, 3))
                 b.drop("grad_inner")
             else:
-                works.append(self.rows.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
+                works.append(self.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
                 b.drop(*("gate", "up") if self.gated else ("up",))
             self._temporary(component)
             b.make("grad_hidden", n * H * self.c.b)
             works += self._products(n, component, True, *self.up)
             done = ("gate", "up") if fused else ("grad_inner", "silu") if self.gated else ("grad_inner",)
             b.drop(*done, "hidden")
-            works.append(self.rows.norm_backward(n, H))
+            works.append(self.norm_backward(n, H))
             b.drop("grad_hidden")
             b.compute("ffn", component, "backward", layer, works)
 
@@ -94,15 +85,13 @@ class FfnPair:
 
     def _activation(self, size: int, passes: int = 2) -> Work:
         """SiLU and a product, or GELU, over `size` bytes."""
-        if self.gated and self.rows.fused_gate:
-            return self.rows.elementwise(size, 3, 1)
-        return self.rows.elementwise(size, 5 if self.gated else passes, 2 if self.gated else 1)
+        if self.gated and self.fused_gate:
+            return self.elementwise(size, 3, 1)
+        return self.elementwise(size, 5 if self.gated else passes, 2 if self.gated else 1)
 
     def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:
-        kernels = self.kernels(tokens, component)
-        return [work for name in names for work in self.rows.works(kernels[name], backward)]
+        tape = ffn(self.c.model, tokens, self.inner(component), self.c.b, component)
+        return self.works(tape, backward, *names)
 
     def _temporary(self, component: str) -> None:
-        """A weight gradient in the compute dtype, where the buffer has another."""
-        if self.c.strategy.precision.reduce != self.c.strategy.precision.compute:
-            self.b.spike(self.inner(component) * self.c.model.hidden_size * self.c.b)
+        self.weight_gradient(self.inner(component) * self.c.model.hidden_size)

@@ -51,12 +51,12 @@ def _around_core(tape: Tape) -> Recomputation:
     return Recomputation(dropped, tuple(frozenset(region) for region in regions if region), kept)
 
 
-class NestedExperts:
+class NestedExperts(Rows):
     """The backward of experts whose inputs the layer's recomputation dispatches and keeps (arXiv
     2609.14306)."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        super().__init__(context, builder)
         self.router = router(context.model, context.tokens, context.b, context.wide)
 
     def backward(self, layer: int, *waits: int | None) -> None:
@@ -64,7 +64,7 @@ class NestedExperts:
         c, b = self.c, self.b
         H, tokens, tape = c.model.hidden_size, c.tokens, kept_experts(c)
         chosen = plan(tape, "none", ())
-        last = b.compute("norm", "router", "recompute", layer, [self.rows.norm(tokens, H, "hidden")])
+        last = b.compute("norm", "router", "recompute", layer, [self.norm(tokens, H, "hidden")])
         last = play(b, c, forward(self.router, everything(self.router)), "recompute", layer, [last])
         for name in ("choice", "weight"):
             b.adopt(name, self.router.values[name].bytes)
@@ -75,6 +75,6 @@ class NestedExperts:
         play(b, c, backward(self.router, everything(self.router)), "backward", layer, [last])
         b.adopt("grad_router", c.hidden)
         b.drop("grad_router", "choice")
-        norm = self.rows.norm_backward(tokens, H)
+        norm = self.norm_backward(tokens, H)
         b.compute("norm", "router", "backward", layer, [norm])
         b.drop("grad_hidden", "hidden", f"choice{layer}")

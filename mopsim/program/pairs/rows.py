@@ -1,10 +1,11 @@
-"""Element-wise passes of the schedule: sliced norms and rotations, their temporaries and their traffic."""
+"""What pairs have in common: works of a tape's kernels, sliced norms and other element-wise passes with their
+temporaries and their traffic."""
 
-from mopsim.graph.tape import Kernel
+from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.workload import Work, memory_work
-from mopsim.program.works import works
+from mopsim.program.works import Part, works
 from mopsim.spec.layout import SLICE_ROWS
 
 
@@ -14,7 +15,7 @@ def slice_rows(rows: int, most: int = SLICE_ROWS) -> int:
 
 
 class Rows:
-    """Temporaries and work of element-wise passes over rows."""
+    """Operators over rows, written into a program. Buffers by name: what the executor's variables hold."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
         self.c, self.b, self.width, self.wide = context, builder, context.b, context.wide
@@ -24,9 +25,18 @@ class Rows:
         self.fused_routes, self.fused_router = kernels.expert_rows == "fused", kernels.router == "fused"
         self.fused_gate = kernels.activation == "fused"
 
-    def works(self, kernel: Kernel, backward: bool) -> tuple[Work, ...]:
-        """The work of one pass of a kernel."""
-        return works(kernel, "backward" if backward else "forward", self.c)
+    def works(self, tape: Tape, backward: bool, *names: str) -> list[Work]:
+        """The works of one pass of the named kernels of a tape."""
+        part: Part = "backward" if backward else "forward"
+        kernels = tape.by_name
+        return [work for name in names for work in works(kernels[name], part, self.c)]
+
+    def weight_gradient(self, size: int, category: str = "activations") -> None:
+        """The temporary of a weight gradient of `size` elements in the compute dtype, where the buffer that
+        it is added to has another."""
+        precision = self.c.strategy.precision
+        if precision.reduce != precision.compute:
+            self.b.spike(size * self.c.b, category)
 
     def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
         """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
