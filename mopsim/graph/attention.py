@@ -70,69 +70,46 @@ def linear(
 
 
 def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    """fused: one product for q, k and v, and one kernel that rotates q and k."""
     N, H, b, d = shapes.region_tokens, model.hidden_size, shapes.width, model.head_dim
     heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
     sizes = {"q": heads * d, "k": kv * d, "v": kv * d}
+    made = {name: Value(f"{name}0", int(N * size * b)) for name, size in sizes.items()}
+    kernels = [linear(f"{name}_proj", "h", made[name], N, size, H, b, _C) for name, size in sizes.items()]
     if shapes.fused:
-        return _gqa_fused(model, shapes, sizes)
-    kernels = [
-        linear(f"{name}_proj", "h", Value(f"{name}0", int(N * size * b)), N, size, H, b, _C)
-        for name, size in sizes.items()
-    ]
-    names = {"q": "q0", "k": "k0", "v": "v0"}
-    if model.qk_norm != "none":
-        for name in "qk":
-            kernels.append(_head_norm(name, model, N, int(sizes[name]), b))
-            names[name] = f"{name}1"
-    for name in "qk":
-        out = Value(f"{name}r", int(N * sizes[name] * b))
+        first, source = begin("gather_h", "h", H, _C, shapes)
+        width = sum(sizes.values())
+        joint = Kernel(
+            "qkv_proj", "matmul", _C, (source,), tuple(made.values()), saves=("h",),
+            matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
+        )  # fmt: skip
+        kernels = [*first, joint]
+    normed = model.qk_norm != "none"
+    kernels += [_head_norm(name, model, N, int(sizes[name]), b) for name in "qk"] if normed else []
+    if shapes.fused and model.learned_positions:
+        return kernels, (made["q"], made["k"], made["v"])
+    sources = tuple(f"{name}{int(normed)}" for name in "qk")
+    q, k = (Value(f"{name}r", made[name].bytes) for name in "qk")
+    if shapes.fused:
+        moved = 2 * (q.bytes + k.bytes)
+        kernels.append(
+            Kernel("rope", "memory_bound", _C, sources, (q, k), bytes=moved, back_bytes=moved, launches=2)
+        )
+        return kernels, (q, k, made["v"])
+    for name, source, out in zip("qk", sources, (q, k), strict=True):
         kernels.append(
             Kernel(
-                f"rope_{name}", "memory_bound", _C, (names[name],), (out,), bytes=4 * out.bytes, launches=5,
+                f"rope_{name}", "memory_bound", _C, (source,), (out,), bytes=4 * out.bytes, launches=5,
                 back_launches=7,
             )
         )  # fmt: skip
-    q, k = (Value(f"{name}r", int(N * sizes[name] * b)) for name in "qk")
-    return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
+    return kernels, (q, k, made["v"])
 
 
 def _head_norm(name: str, model: ModelSpec, tokens: int, size: int, b: int) -> Kernel:
     """That of q or k, head by head or over all of them."""
     heads = size / model.head_dim if model.qk_norm == "head" else 1
     return norm(f"{name}_norm", f"{name}0", f"{name}1", tokens, size, b, _C, heads)
-
-
-def _gqa_fused(
-    model: ModelSpec, shapes: Shapes, sizes: dict[str, float]
-) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
-    """One product for q, k and v; one kernel rotates q and k."""
-    N, H, b = shapes.region_tokens, model.hidden_size, shapes.width
-    width = sum(sizes.values())
-    first, source = begin("gather_h", "h", H, _C, shapes)
-    made = {name: Value(f"{name}0", int(N * size * b)) for name, size in sizes.items()}
-    kernels = [
-        *first,
-        Kernel(
-            "qkv_proj", "matmul", _C, (source,), tuple(made.values()),
-            saves=("h",), matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
-        ),
-    ]  # fmt: skip
-    names = {"q": "q0", "k": "k0"}
-    if model.qk_norm != "none":
-        for name in "qk":
-            kernels.append(_head_norm(name, model, N, int(sizes[name]), b))
-            names[name] = f"{name}1"
-    if model.learned_positions:
-        return kernels, (made["q"], made["k"], made["v"])
-    q, k = (Value(f"{name}r", made[name].bytes) for name in "qk")
-    moved = 2 * (q.bytes + k.bytes)
-    kernels.append(
-        Kernel(
-            "rope", "memory_bound", _C, tuple(names.values()), (q, k), bytes=moved, back_bytes=moved,
-            launches=2,
-        )
-    )  # fmt: skip
-    return kernels, (q, k, made["v"])
 
 
 def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:

@@ -6,7 +6,7 @@ from mopsim.graph.attention import attention
 from mopsim.graph.experts import experts, router
 from mopsim.graph.ffn import ffn
 from mopsim.graph.shapes import Shapes
-from mopsim.spec.model import LayerKind, ModelSpec
+from mopsim.spec.model import ModelSpec
 
 
 @lru_cache(maxsize=1024)
@@ -29,20 +29,10 @@ def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple
 
 
 @lru_cache(maxsize=1024)
-def _kinds(model: ModelSpec, seq_len: int) -> dict[LayerKind, tuple[tuple[str, float], ...]]:
-    """Forward FLOP of each kind of decoder layer over one whole sequence."""
-    return {
-        kind: _layer_flops(model, seq_len, layers[0], kind.routed)
-        for kind, layers in model.layer_kinds().items()
-    }
-
-
-@lru_cache(maxsize=1024)
 def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
     found: dict[str, float] = {}
-    each = _kinds(model, seq_len)
     for kind, layers in model.layer_kinds().items():
-        for name, flops in each[kind]:
+        for name, flops in _layer_flops(model, seq_len, layers[0], kind.routed):
             found[name] = found.get(name, 0.0) + len(layers) * flops
     head = 2.0 * seq_len * model.hidden_size * model.vocab_size
     for _ in range(model.num_nextn_predict_layers):

@@ -27,15 +27,14 @@ def decoder_layer(
     split: experts are spread over ranks, so that rows travel. deduplicated: the kernels of the exchange take
     rows as they lie and sum what returns (DeepEP, HybridEP), so that no copy for each route is made.
     """
-    size = shapes.tokens * model.hidden_size * shapes.width
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
     moe = bool(routes)
     part = "experts" if moe else "dense_ffn"
     first = attention(model, shapes, layer)
-    second = _norm(model, shapes, "router" if moe else "dense_ffn")
+    second = norm("ffn_norm", "y", "u", N, H, b, "router" if moe else "dense_ffn")
     third = _moe(model, shapes, routes, split, deduplicated) if moe else _dense(model, shapes)
-    add = residual("ffn_residual", "f", "y", Value("z", size), model, shapes, part)
-    kernels = first.kernels + second.kernels + third + (add,)
-    return Tape(first.inputs, kernels, ("z",))
+    add = residual("ffn_residual", "f", "y", Value("z", N * H * b), model, shapes, part)
+    return Tape(first.inputs, (*first.kernels, second, *third, add), ("z",))
 
 
 def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:
@@ -56,11 +55,6 @@ def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:
         linear("mtp_projection", "pair", Value("z", size), N, H, 2 * H, b, "vocabulary"),
     )  # fmt: skip
     return Tape((Value("x", size),), kernels, ("z",))
-
-
-def _norm(model: ModelSpec, shapes: Shapes, component: str) -> Tape:
-    N, H, b = shapes.tokens, model.hidden_size, shapes.width
-    return Tape((Value("y", N * H * b),), (norm("ffn_norm", "y", "u", N, H, b, component),), ("u",))
 
 
 def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:

@@ -85,10 +85,7 @@ class Builder:
             for slot, size in op.net:
                 left[slot] = left.get(slot, 0) + size * times
         steps = sorted(((SLOTS[slot], size) for slot, size in left.items() if size), key=lambda step: step[1])
-        self._pending, held = (
-            [],
-            self._pending,
-        )  # changes before the next layer's first op, as between any two
+        held, self._pending = self._pending, []  # of the next layer's first op, as between any two
         gap = self.add(f"{times} more", "compute", "other", self.ops[-1].phase, (), (), steps)
         self._pending = held
         return Repeat(before, first, gap, times), steps
@@ -112,6 +109,7 @@ class Builder:
             memory = [*self._pending, *memory]
             self._pending.clear()
         steps = tuple(memory)
+        self._moves(steps)
         peak, net = deltas(steps)
         after = tuple(dict.fromkeys(dep for dep in deps if dep is not None))
         index = len(self.ops)
@@ -124,6 +122,9 @@ class Builder:
         if stream == "compute":
             self.last = index
         return index
+
+    def _moves(self, steps: Memory) -> None:
+        """What the op that is appended moves of memory."""
 
     def play(
         self, template: Template, layer: int, deps: Iterable[int], hooks: Hooks | None = None
@@ -180,17 +181,9 @@ class Builder:
         return tuple(found.values())
 
     def collective(
-        self,
-        name: str,
-        kind: str,
-        size: float,
-        group: CommGroup,
-        component: str,
-        phase: str,
-        *,
-        layer: int = -1,
-        deps: Iterable[int | None] = (),
-    ) -> int:
+        self, name: str, kind: str, size: float, group: CommGroup, component: str, phase: str, *,
+        layer: int = -1, deps: Iterable[int | None] = (),
+    ) -> int:  # fmt: skip
         """A collective over `size` bytes (the full buffer); nothing is sent in a group of one."""
         work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
         stream = stream_of(group) if group.size > 1 else "compute"
@@ -209,18 +202,8 @@ class Recorder(Builder):
     def so_far(self) -> tuple[int, ...]:
         return (self.last,)
 
-    def add(
-        self, name: str, stream: str, component: str, phase: str, work: Sequence[Work] = (),
-        deps: Iterable[int | None] = (), memory: Iterable[Step] = (), rendezvous: str = "", *,
-        layer: int = -1, awaited: bool = False,
-    ) -> int:  # fmt: skip
-        steps = (*(self._pending if stream == "compute" else ()), *memory)
+    def _moves(self, steps: Memory) -> None:
         self.memory.append(steps)
-        if stream == "compute":
-            self._pending.clear()
-        return super().add(
-            name, stream, component, phase, work, deps, steps, rendezvous, layer=layer, awaited=awaited
-        )
 
     def play(
         self, template: Template, layer: int, deps: Iterable[int | None], hooks: Hooks | None = None

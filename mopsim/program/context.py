@@ -150,13 +150,8 @@ class Context:
             self.training.routing, self.tokens, model.num_local_experts, model.num_experts_per_tok,
             how.expert_parallel, how, self._row,
         )  # fmt: skip
-        each = (
-            model.ffn_matrices
-            * model.hidden_size
-            * model.moe_intermediate_size
-            // how.expert_tensor_parallel
-            * self.b
-        )
+        weights = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size
+        each = weights // how.expert_tensor_parallel * self.b
         most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.expert_parallel))
         own = model.num_local_experts // how.expert_parallel
         host = host_work(model.num_local_experts, how.expert_parallel, *place.divided())

@@ -1,13 +1,16 @@
 """Data parallelism: gathering parameters, reducing gradients, by unit or all at once."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from mopsim.program.context import Context
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import CommGroup, Work
 
-Message = tuple[str, float, CommGroup, str, int]
-"""(kind, bytes of the full buffer, ranks, component, calls)."""
+Message = tuple[str, Work]
+"""(component, collective over the full buffer)."""
+Sizes = dict[tuple[str, CommGroup, str], float]
+"""Bytes by kind, ranks and component."""
 
 
 def reduction(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
@@ -28,53 +31,48 @@ def gathering(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
 def _messages(
     c: Context, units: Sequence[ShardedUnit], width: float, first: str, second: str
 ) -> list[Message]:
-    sizes: dict[tuple[str, CommGroup, str], float] = {}
-    zero = c.strategy.dense.zero
+    sizes: Sizes = defaultdict(float)
+    split = c.strategy.dense.zero >= 1
     for unit in units:
         shard, replicas = c.groups[unit.group], c.groups.get(unit.replicas, CommGroup(1, 1))
         size = unit.padded * width
-        if shard.size > 1 and (zero >= 1 or second):
-            kind = first if zero >= 1 else second
-            sizes[kind, shard, unit.component] = sizes.get((kind, shard, unit.component), 0.0) + size
-        if second and replicas.size > 1:
-            part = size / shard.size if zero >= 1 else size
-            sizes[second, replicas, unit.component] = (
-                sizes.get((second, replicas, unit.component), 0.0) + part
-            )
-    return [(kind, size, group, component, 1) for (kind, group, component), size in sizes.items()]
+        if split or second:
+            sizes[first if split else second, shard, unit.component] += size
+        if second:
+            sizes[second, replicas, unit.component] += size / shard.size if split else size
+    return _collectives(sizes)
 
 
 def _summed(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     """Whole gradients over all ranks that hold a copy."""
-    sizes: dict[tuple[CommGroup, str], float] = {}
+    sizes: Sizes = defaultdict(float)
     for unit in units:
         shard, replicas = c.groups[unit.group], c.groups.get(unit.replicas, CommGroup(1, 1))
         block = max(shard.block, replicas.block)
         group = CommGroup(shard.size * replicas.size, shard.intra * replicas.intra, block=block)
-        sizes[group, unit.component] = sizes.get((group, unit.component), 0.0) + unit.numel * c.reduce
-    found = [("all_reduce", size, group, component, 1) for (group, component), size in sizes.items()]
-    return [message for message in found if message[2].size > 1]
+        sizes["all_reduce", group, unit.component] += unit.numel * c.reduce
+    return _collectives(sizes)
+
+
+def _collectives(sizes: Sizes) -> list[Message]:
+    """Those of several ranks."""
+    found = ((part, Work(kind, bytes=size, group=group)) for (kind, group, part), size in sizes.items())
+    return [message for message in found if message[1].group.size > 1]
 
 
 def _broadcast(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     """Each owner's tensors in a broadcast of their own, one after the other. Priced as gathers: over a ring
     all bytes pass each link where those of a gather of n ranks pass (n - 1) / n of them."""
-    sizes: dict[tuple[CommGroup, str], list[float]] = {}
+    groups: dict[tuple[CommGroup, str], list[ShardedUnit]] = defaultdict(list)
     for unit in units:
-        found = sizes.setdefault((c.groups[unit.group], unit.component), [0.0, 0])
-        found[0] += unit.numel * c.param
-        found[1] += unit.tensors
-    return [
-        ("all_gather", size * group.size / (group.size - 1), group, part, min(group.size, int(tensors)))
-        for (group, part), (size, tensors) in sizes.items()
-        if group.size > 1
-    ]
-
-
-def message_work(message: Message) -> tuple[Work, ...]:
-    """The work of a message."""
-    kind, size, group, _, calls = message
-    return (Work(kind, bytes=size, group=group, launches=calls),)
+        groups[c.groups[unit.group], unit.component].append(unit)
+    found = []
+    for (group, part), mine in groups.items():
+        size, calls = (sum(unit.numel * c.param for unit in mine), sum(unit.tensors for unit in mine))
+        if group.size > 1:
+            whole, launches = float(size) * group.size / (group.size - 1), min(group.size, calls)
+            found.append((part, Work("all_gather", bytes=whole, group=group, launches=launches)))
+    return found
 
 
 def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, ...]:

@@ -91,11 +91,5 @@ def guarantee(context: Context) -> int:
     model = context.model
     if not model.num_local_experts:
         return 0
-    return (
-        2
-        * context.strategy.experts.expert_parallel
-        * model.num_experts_per_tok
-        * context.chunk_tokens(0)
-        * model.hidden_size
-        * context.b
-    )
+    routes = context.strategy.experts.expert_parallel * model.num_experts_per_tok * context.chunk_tokens(0)
+    return 2 * routes * model.hidden_size * context.b

@@ -33,11 +33,8 @@ def _shards(context: Context) -> Iterable[int]:
     strategy = context.strategy
     if not context.stack.sharding.fsdp:
         return [unit.shard_numel for unit in context.units()]
-    experts = (
-        strategy.experts.expert_parallel
-        * strategy.experts.expert_tensor_parallel
-        * strategy.experts.expert_fsdp
-    )
+    how = strategy.experts
+    experts = how.expert_parallel * how.expert_tensor_parallel * how.expert_fsdp
     dense = strategy.dense.tensor_parallel * strategy.dense.fsdp
     return [ceil_div(tensor.numel, experts if tensor.routed else dense) for tensor in tensors(context.model)]
 

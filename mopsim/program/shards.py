@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import divided, message_work, put_together, reduction
+from mopsim.program.data_parallel import divided, put_together, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
@@ -319,9 +319,9 @@ class Shards:
                 ),
             )
             before = (divided(self.c, unit),)
-        for message in reduction(self.c, [unit]):
-            name, work, before = f"reduce {unit.name}", (*before, *message_work(message)), ()
-            stream, part_of = stream_of(message[2]), self._component(unit)
+        for _, sent in reduction(self.c, [unit]):
+            name, work, before = f"reduce {unit.name}", (*before, sent), ()
+            stream, part_of = stream_of(sent.group), self._component(unit)
             last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
             self._sent = self._sent or last
         kept = self._kept_grad(unit, part)

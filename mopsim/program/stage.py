@@ -9,6 +9,7 @@ from mopsim.graph.shapes import rotated_width
 from mopsim.graph.tape import Step
 from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
+from mopsim.program.loss import logit_elements
 from mopsim.program.units import ShardedUnit, owned_numels
 from mopsim.spec.layout import stage_layers
 
@@ -138,6 +139,22 @@ class Stage:
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
         return tuple(step for step in found if step[1])
+
+    @property
+    def flat_bytes(self) -> int:
+        """Bytes of flat tensors that only the end of a step has, in blocks of the caching allocator of their
+        own: those of the reductions or of the update, whichever are more (see Sharding.update_copies); none
+        where the last stage's logits in fp32 have left blocks as large."""
+        c, sharding = self.context, self.context.stack.sharding
+        if c.strategy.dense.zero != 1:
+            return 0
+        summed = any(unit.copies > 1 for unit in self.units)
+        found = sharding.reduce_copies * summed * sum(unit.padded for unit in self.units)
+        if c.grad < c.wide:
+            here = sum(self.updated) * (1 - self.away)
+            found = max(found, sharding.buckets * summed, sharding.update_copies * here)
+        largest = logit_elements(c) * c.wide if self.is_last else 0
+        return int(found) if found > largest else 0
 
     @property
     def away(self) -> float:

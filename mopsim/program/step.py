@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, grad_passes, message_work, reduction
-from mopsim.program.flat_tensors import flat_bytes
+from mopsim.program.data_parallel import gathering, grad_passes, reduction
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
@@ -74,9 +73,7 @@ class StageStep:
         )
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
         ops, repeats = tuple(self.issue.ops), tuple(self.repeats)
-        return Program(
-            ops, self.stage.index, resident, repeats=repeats, blocks=flat_bytes(self.c, self.stage)
-        )
+        return Program(ops, self.stage.index, resident, repeats=repeats, blocks=self.stage.flat_bytes)
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot
@@ -346,12 +343,10 @@ class StageStep:
         self.shards.reduced.update(unit.name for unit in units)
         messages = reduction(self.c, units)
         if messages and (work := grad_passes(self.c, units)):
-            ready = (self.issue.add("whole gradients", "compute", messages[0][3], "backward", work, ready),)
-        for message in messages:
-            op = self.issue.add(
-                "reduce gradients", stream_of(message[2]), message[3], "backward", message_work(message),
-                ready,
-            )  # fmt: skip
+            ready = (self.issue.add("whole gradients", "compute", messages[0][0], "backward", work, ready),)
+        for part, sent in messages:
+            stream = stream_of(sent.group)
+            op = self.issue.add("reduce gradients", stream, part, "backward", (sent,), ready)
             self.reductions.append(op)
 
     def _reduce_rest(self) -> None:
@@ -380,8 +375,8 @@ class StageStep:
             return
         for unit in self.stage.units:
             self.gathered[unit.name] = tuple(
-                self.issue.add("gather parameters", stream_of(m[2]), m[3], "forward", message_work(m))
-                for m in gathering(self.c, [unit])
+                self.issue.add("gather parameters", stream_of(sent.group), part, "forward", (sent,))
+                for part, sent in gathering(self.c, [unit])
             )
 
 

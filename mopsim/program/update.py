@@ -7,7 +7,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, message_work
+from mopsim.program.data_parallel import gathering
 from mopsim.program.fsdp2_copies import update_host
 from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
@@ -110,9 +110,8 @@ class Update:
         """Parameters are whole again, gradients zero."""
         c, b, zero = self.c, self.b, self.dense.zero
         if zero and not c.shards_params and not c.strategy.overlap.param_gather:
-            for message in gathering(c, self.stage.units):
-                stream = stream_of(message[2])
-                last = b.add("gather parameters", stream, _O, _O, message_work(message), (last,))
+            for _, sent in gathering(c, self.stage.units):
+                last = b.add("gather parameters", stream_of(sent.group), _O, _O, (sent,), (last,))
         if not self.stage.frees_gradients:
             full = sum(u.shard_numel if zero >= 2 else u.padded for u in self.stage.units)
             b.compute("gradients zeroed", _O, _O, -1, [self._passes(full * c.grad)], last)

@@ -27,15 +27,17 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     """A layer's or the loss's kernels as the program runs them."""
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
-    parts = [part for part in context.stack.composes if not part.startswith("clamps") or model.swiglu_limit]
     run = context.stack.kernels
-    if context.strategy.activations.recompute != "full":  # which makes copies and norms again itself
-        parts = ["upcasts_again" if part == "upcasts" else part for part in parts]
+    ways = {name: getattr(run, name) for name in run.__struct_fields__}
+    if not model.swiglu_limit:
+        del ways["clamped_gate"]
+    if run.norm == "upcast" and context.strategy.activations.recompute != "full":
+        ways["norm"] = "upcast_again"  # a full one makes it again itself
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
-    found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
-    found = _read_apart(found, context, wings, "residual" in parts)
+    found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
+    found = _read_apart(found, context, wings, run.residual == "composed")
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
@@ -46,7 +48,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     sharding = context.stack.sharding
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
-    return gradients_stacked(found, model.ffn_matrices) if "pieces" in parts else found
+    return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
 
 
 def _reads_lengths(context: Context) -> bool:

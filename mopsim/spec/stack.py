@@ -285,26 +285,6 @@ class Stack(Spec, frozen=True, kw_only=True):
         return self.attention != "scores"
 
     @property
-    def composes(self) -> tuple[str, ...]:
-        """What of a layer runs as eager torch composes it."""
-        k = self.kernels
-        found = {
-            "norms": k.norm == "composed",
-            "upcasts": k.norm == "upcast",
-            "rotary": k.rotary != "fused",
-            "activation": k.activation == "composed",
-            "residual": k.residual == "composed",
-            "experts": k.expert_rows == "composed",
-            "router": k.router == "composed",
-            "halves": k.rotary == "halves",
-            "exchange": k.sequence_exchange == "composed",
-            "clamps": k.clamped_gate == "composed",
-            "clamps_again": k.clamped_gate == "again",
-            "pieces": k.expert_outputs == "pieces",
-        }
-        return tuple(word for word, there in found.items() if there)
-
-    @property
     def behaviour(self) -> "Stack":
         """The stack without what changes no number: name, version, runtime, parent and sources."""
         return replace(self, name="stack", version="", extends="", runtime="", sources={})

@@ -36,7 +36,7 @@ ALL: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "expert
 
 def test_a_norm_by_hand() -> None:
     kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
-    found = {kernel.name: kernel for kernel in composed(kernels, ("norms",), 2, 4, 2)}
+    found = {kernel.name: kernel for kernel in composed(kernels, {"norm": "composed"}, 2, 4, 2)}
     narrow, wide = 16 * 64 * 2, 16 * 64 * 4
     assert found["attention_norm"].bytes == traffic(NORM, narrow, wide) == 2 * narrow + 8 * wide
     assert found["attention_norm"].back_bytes == traffic(NORM_BACKWARD, narrow, wide)

@@ -10,7 +10,6 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run, upper
 from mopsim.program import lower
 from mopsim.program.context import Context, make_context
-from mopsim.program.flat_tensors import flat_bytes
 from mopsim.program.stage import Stage
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, Workload
 from mopsim.spec.stack import Kernels, Sharding, Stack
@@ -133,7 +132,8 @@ def test_stages_hold_what_they_send_and_the_last_one_two_logits() -> None:
 
 def _flat(strategy: Strategy, training: TrainSpec = TRAINING, **entries: float) -> tuple[int, Context, Stage]:
     context = make_context(MODEL, strategy, training, 8, _stack(**entries))
-    return flat_bytes(context, Stage(context, 0)), context, Stage(context, 0)
+    stage = Stage(context, 0)
+    return stage.flat_bytes, context, stage
 
 
 def test_flat_tensors_of_a_steps_end_by_hand() -> None:

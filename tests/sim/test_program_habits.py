@@ -17,7 +17,7 @@ from mopsim.graph.rewrites.projections import summed_apart
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.context import Context, make_context
-from mopsim.program.data_parallel import gathering, grad_passes, message_work, reduction
+from mopsim.program.data_parallel import gathering, grad_passes, reduction
 from mopsim.program.loss import loss_tape
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Op, Program, Work
@@ -99,20 +99,16 @@ def _zero1(fsdp: int, *, owners: bool) -> tuple[Context, Stage]:
 
 def test_owners_sum_whole_gradients_and_send_what_they_updated_one_after_the_other() -> None:
     context, stage = _zero1(2, owners=True)
-    summed = reduction(context, stage.units)
-    assert {message[0] for message in summed} == {"all_reduce"}
-    assert {message[2].size for message in summed} == {8}, "shards and replicas at once"
-    assert sum(message[1] for message in summed) == sum(unit.numel for unit in stage.units) * context.reduce
-    sent = gathering(context, stage.units)
-    assert {message[0] for message in sent} == {"all_gather"}
-    assert {message[2].size for message in sent} == {2}
-    calls = {message[3]: message[4] for message in sent}
-    assert calls["attention"] == 2, "one for each owner"
-    assert calls["embedding"] == 1, "one tensor has one owner"
-    (work,) = message_work(sent[0])
-    assert work.launches == sent[0][4]
-    ranks = sent[0][2].size
-    wire = sum(message[1] for message in sent) * (ranks - 1) / ranks
+    summed = [work for _, work in reduction(context, stage.units)]
+    assert {work.kind for work in summed} == {"all_reduce"}
+    assert {work.group.size for work in summed} == {8}, "shards and replicas at once"
+    assert sum(work.bytes for work in summed) == sum(unit.numel for unit in stage.units) * context.reduce
+    sent = dict(gathering(context, stage.units))
+    assert {work.kind for work in sent.values()} == {"all_gather"}
+    assert {work.group.size for work in sent.values()} == {2}
+    assert sent["attention"].launches == 2, "one for each owner"
+    assert sent["embedding"].launches == 1, "one tensor has one owner"
+    wire = sum(work.bytes for work in sent.values()) * (2 - 1) / 2
     assert wire == pytest.approx(sum(unit.numel for unit in stage.units) * context.param), "all bytes pass"
 
 
@@ -136,8 +132,8 @@ def test_a_norm_on_a_copy_in_fp32_by_hand() -> None:
     kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 0).kernels
     narrow, wide = 16 * 64 * 2, 16 * 64 * 4
     again, once = (
-        next(kernel for kernel in composed(kernels, (part,), 2, 4, 2) if kernel.name == "attention_norm")
-        for part in ("upcasts_again", "upcasts")
+        next(one for one in composed(kernels, {"norm": way}, 2, 4, 2) if one.name == "attention_norm")
+        for way in ("upcast_again", "upcast")
     )
     assert again.bytes == once.bytes == 2 * narrow + 2 * wide
     assert once.back_bytes == 3 * narrow + 4 * wide

@@ -5,7 +5,7 @@ Traffic in passes over a tensor in the compute dtype (narrow) and over its fp32 
 is mopexec's.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -52,30 +52,28 @@ ADD, ADD_SENT = TensorPasses(1, 2, 1), TensorPasses(1, 4, 3)
 
 
 def composed(
-    kernels: tuple[Kernel, ...],
-    unfused: Collection[str],
-    b: int,
-    wide: int,
-    wings: int,
+    kernels: tuple[Kernel, ...], ways: Mapping[str, object], b: int, wide: int, wings: int,
     layernorm: bool = False,
-) -> tuple[Kernel, ...]:
-    """A tape's kernels, those named by `unfused` as eager torch composes them.
+) -> tuple[Kernel, ...]:  # fmt: skip
+    """A tape's kernels as a program runs them. ways: how it runs each operation, by field of its stack's
+    Kernels.
 
     b, wide: bytes of an element in the compute dtype and in fp32. wings: tensors that an activation reads.
     layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
     """
 
     def one(kernel: Kernel) -> Kernel:
-        for part, (belongs, change) in _PARTS.items():
-            if part in unfused and belongs(kernel) and not (part == "norms" and layernorm):
+        for (operation, way), (belongs, change) in _PARTS.items():
+            apart = layernorm and (operation, way) == ("norm", "composed")
+            if ways.get(operation) == way and belongs(kernel) and not apart:
                 return change(kernel, wide / b, wings)
         return kernel
 
     found = tuple(one(kernel) for kernel in kernels)
-    if "exchange" in unfused:
+    if ways.get("sequence_exchange") == "composed":
         found = tuple(part for kernel in found for part in _traded(kernel))
-    found = _weighted(found) if "experts" in unfused else found
-    return _shared_gradients(found) if "residual" in unfused else found
+    found = _weighted(found) if ways.get("expert_rows") == "composed" else found
+    return _shared_gradients(found) if ways.get("residual") == "composed" else found
 
 
 def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
@@ -347,19 +345,19 @@ def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return _beside(kernel, kernel.writes[0].bytes, None, SUM)
 
 
-_PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
-    "norms": (lambda kernel: kernel.name.endswith("norm"), _norm),
-    "upcasts": (lambda kernel: kernel.name.endswith("norm"), _upcast),
-    "upcasts_again": (lambda kernel: kernel.name.endswith("norm"), _upcast_again),
-    "halves": (lambda kernel: kernel.name.startswith("rope"), _halves),
-    "rotary": (lambda kernel: kernel.name == "rope", _rotary),
-    "activation": (lambda kernel: kernel.name == "act", _gated),
-    "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
-    "clamps": (lambda kernel: kernel.name == "experts_act", _clamped),
-    "clamps_again": (lambda kernel: kernel.name == "experts_act", _clamped_again),
-    "experts": (lambda kernel: kernel.name == "experts_act", _gated),
-    "router": (lambda kernel: kernel.name == "router", _router),
-    "pieces": (lambda kernel: kernel.name.startswith("experts_"), _one_by_one),
+_PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
+    ("norm", "composed"): (lambda one: one.name.endswith("norm"), _norm),
+    ("norm", "upcast"): (lambda one: one.name.endswith("norm"), _upcast),
+    ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), _upcast_again),
+    ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
+    ("rotary", "composed"): (lambda one: one.name == "rope", _rotary),
+    ("activation", "composed"): (lambda one: one.name == "act", _gated),
+    ("residual", "composed"): (lambda one: one.name.endswith("residual"), _summed),
+    ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", _clamped),
+    ("clamped_gate", "again"): (lambda one: one.name == "experts_act", _clamped_again),
+    ("expert_rows", "composed"): (lambda one: one.name == "experts_act", _gated),
+    ("router", "composed"): (lambda one: one.name == "router", _router),
+    ("expert_outputs", "pieces"): (lambda one: one.name.startswith("experts_"), _one_by_one),
 }
 
 
