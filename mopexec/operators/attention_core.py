@@ -8,6 +8,7 @@ padded with zeros on the way in.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -102,14 +103,17 @@ def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
 def _documents_forward(
     q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    """`causal_forward` of one document after the other."""
+    """`causal_forward` of one document after the other. Saved: how many values are each document's, and they
+    (the kernel of a window saves other ones than that of a document which the window holds).
+    """
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    alone, saved = replace(core, documents=()), list[Any]()
+    alone, saved, sizes = replace(core, documents=()), list[Any](), list[int]()
     for at in spans(core.documents):
         part, sums = causal_forward(q[at], k[at], v[at], alone, sinks)
         out[at].copy_(part)
         saved.extend(sums)
-    return out, tuple(saved)
+        sizes.append(len(sums))
+    return out, (tuple(sizes), *saved)
 
 
 def _documents_backward(
@@ -118,10 +122,10 @@ def _documents_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     alone, found = replace(core, documents=()), [torch.empty_like(t) for t in (q, k, v)]
     grad_sinks = None if sinks is None else torch.zeros_like(sinks)
-    places = list(spans(core.documents))
-    each = len(saved) // len(places)
-    for index, at in enumerate(places):
-        sums = saved[index * each : (index + 1) * each]
+    sizes, *values = saved
+    rest = iter(values)
+    for at, size in zip(spans(core.documents), sizes, strict=True):
+        sums = tuple(islice(rest, size))
         *parts, part_sinks = causal_backward(grad[at], q[at], k[at], v[at], out[at], sums, alone, sinks)
         for whole, part in zip(found, parts, strict=True):
             assert part is not None
