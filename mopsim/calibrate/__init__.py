@@ -2,7 +2,6 @@
 
 from mopsim.calibrate.observed import expected
 from mopsim.calibrate.profile import (
-    UNSEEN_STRATEGY,
     CalibrationResult,
     Residual,
     calibrate,
@@ -13,7 +12,6 @@ from mopsim.calibrate.profile import (
 from mopsim.calibrate.runs import check_output, load_measurement, measured_in, on_stack
 
 __all__ = [
-    "UNSEEN_STRATEGY",
     "CalibrationResult",
     "Residual",
     "calibrate",

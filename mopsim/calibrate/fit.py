@@ -198,8 +198,3 @@ def scatter(values: Sequence[float]) -> float:
         return 0.0
     low, middle, high = np.quantile(np.array(values), [0.25, 0.5, 0.75])
     return float((high - low) / 1.349 / middle)
-
-
-def median_noise(values: Sequence[float]) -> float:
-    """Relative standard error of the median of `values`: 1.2533 sigma / sqrt(n), sigma from the quartiles."""
-    return 1.2533 * scatter(values) / len(values) ** 0.5 if values else 0.0

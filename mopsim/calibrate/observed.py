@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_bytes, format_seconds
-from mopsim.intervals import Facts, Spread, network, of_step_time, products
+from mopsim.intervals import Facts, Spread, missed_by_most, network, of_step_time, products
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.observed import MOST_OFF, Observed
 from mopsim.spec.plan import Measurement, Plan
@@ -39,7 +39,8 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
             runs=round(sum(one.measurement.quiet for one in some), 3),
             step_time=_off("step_time_median", [_step(one) for one in some], format_seconds),
             peak_memory=_off("peak_memory", [one for one in map(_peak, some) if one], format_bytes),
-            step_time_squares=_squares(some),
+            step_time_squares=round(fsum(weight * off**2 for off, weight in _misses(some)), 5),
+            step_time_missed=round(missed_by_most(_misses(some)), 5),
             source="runs " + ", ".join(one.digest for one in some),
         )
         for (stack, precision, model), some in groups.items()
@@ -67,10 +68,11 @@ def _peak(run: Seen) -> _Pair | None:
     return pair if min(pair.measured, pair.predicted) > 0 else None
 
 
-def _squares(runs: Sequence[Seen]) -> float:
-    """Sum of ln(measured / predicted) squared, by profiles that had not seen the runs."""
-    told = ((one.measurement, one.unseen) for one in runs if one.unseen is not None)
-    return round(fsum(run.quiet * log(run.step_time_median / unseen) ** 2 for run, unseen in told), 5)
+def _misses(runs: Sequence[Seen]) -> list[tuple[float, float]]:
+    """|ln(measured / predicted)| by profiles that had not seen the runs, else by the one that has, which
+    misses no less of a run that counts for little; and what each run counts."""
+    told = ((one.measurement, one.unseen or one.step_time) for one in runs)
+    return [(abs(log(run.step_time_median / predicted)), run.quiet) for run, predicted in told]
 
 
 def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> float | None:

@@ -1,4 +1,4 @@
-"""Calibration: a profile and measured runs -> a corrected profile, its residuals and uncertainty.
+"""Calibration: a profile and measured runs -> a corrected profile, its residuals and intervals.
 
 Per kind of work, measured busy seconds are compared with simulated ones: `scale`, and an overhead per op
 where runs differ enough to tell. Collectives, and copies, are corrected as families: a common scale, from
@@ -13,6 +13,7 @@ are to be believed.
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import exp, log1p
 from typing import Any, Protocol
 
 import msgspec
@@ -24,10 +25,9 @@ from mopsim.calibrate.fit import (
     fit_family,
     fit_kind,
     fit_step,
-    median_noise,
     scatter,
 )
-from mopsim.calibrate.observed import Seen, observed
+from mopsim.calibrate.observed import Seen, expected, observed
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
@@ -41,8 +41,6 @@ TRANSFER_NOISE = 0.1
 """Least relative noise of a kind of FAMILIES: two ranks and the scheduler have a part in it."""
 ONE_STEP_NOISE = 0.2
 """Relative noise of a kind that was profiled in a single step, which tells none."""
-UNSEEN_STRATEGY = 0.15
-"""Relative error to expect of a strategy unlike the runs, where no run could be held out to tell."""
 ROUNDS = 2
 
 
@@ -87,20 +85,25 @@ class Residual:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The new profile. uncertainty: relative standard error of a predicted step. runs: digests. stacks:
-    names of the software that ran. weights: of the runs, the part of their steps that nothing disturbed."""
+    """The new profile. intervals: by the name of the software that ran, between how many times the predicted
+    step time 90 % of further runs lie. runs: digests. weights: of the runs, the part of their steps that
+    nothing disturbed."""
 
     profile: HardwareProfile
     residuals: tuple[Residual, ...]
-    uncertainty: float
+    intervals: dict[str, tuple[float, float]]
     runs: tuple[str, ...]
-    stacks: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...]
 
     def step_errors(self, which: str) -> list[float]:
         """Relative errors of the step, one per run: `which` is before, after or held_out."""
         steps = [(row, getattr(row, which)) for row in self.residuals if row.kind == "step"]
         return [row.error(value) for row, value in steps if value is not None]
+
+    def miss(self, which: str) -> float:
+        """By what factor predictions of a step are off, root mean square of its logarithm; 1 of none."""
+        errors = [log1p(error) ** 2 for error in self.step_errors(which)]
+        return exp(statistics.fmean(errors) ** 0.5) if errors else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and relative errors, for `mopsim calibrate --json`."""
@@ -118,9 +121,9 @@ class CalibrationResult:
             "digest": io.digest(self.profile),
             "calibrated_from": self.profile.calibrated_from,
             "runs": list(self.runs),
-            "stacks": list(self.stacks),
+            "stacks": list(self.intervals),
             "weights": list(self.weights),
-            "uncertainty": self.uncertainty,
+            "intervals": {stack: list(ends) for stack, ends in self.intervals.items()},
             "step_errors": {which: self.step_errors(which) for which in ("before", "after", "held_out")},
             "corrections": io.to_plain(self.profile.corrections),
             "framework_memory_scale": self.profile.framework_memory_scale,
@@ -144,10 +147,6 @@ class _Run:
     @property
     def label(self) -> str:
         return f"{self.measurement.plan.strategy.name} ({self.digest})"
-
-    @property
-    def noise(self) -> float:
-        return median_noise(self.measurement.step_times)
 
 
 def engine_simulate(plan: Plan, profile: HardwareProfile) -> SimulatedStep:
@@ -184,10 +183,9 @@ def calibrate(
         seen.append(Seen(run.measurement, run.digest, after.step_time, after.peak_memory, left_out))
         residuals += _residuals(run, before, after, unseen)
     new = msgspec.structs.replace(new, observed=observed(seen))
-    stacks = tuple(dict.fromkeys(run.plan.stack.name for run in runs))
     weights = tuple(measurement.quiet for measurement in measurements)
-    uncertainty = _uncertainty(runs, residuals)
-    return CalibrationResult(new, tuple(residuals), uncertainty, tuple(digests), stacks, weights)
+    intervals = {run.plan.stack.name: expected(run.plan, new).interval(1.0) for run in runs}
+    return CalibrationResult(new, tuple(residuals), intervals, tuple(digests), weights)
 
 
 def uncorrected(profile: HardwareProfile) -> HardwareProfile:
@@ -377,13 +375,3 @@ def _residuals(
     seen = unseen.step_time if unseen else None
     rows.append(Residual(run.label, "step", measured, before.step_time, after.step_time, seen, 0, 0))
     return rows
-
-
-def _uncertainty(runs: Sequence[_Run], residuals: Sequence[Residual]) -> float:
-    """sqrt(spread^2 + noise^2): RMS error of held-out steps (or what to expect), noise of medians."""
-    steps = [row for row in residuals if row.kind == "step"]
-    held_out = [row.error(row.held_out) for row in steps if row.held_out is not None]
-    errors = held_out or [UNSEEN_STRATEGY, *(row.error(row.after) for row in steps)]
-    spread = sum(error**2 for error in errors) / (len(errors) if held_out else 1)
-    noise = statistics.fmean(run.noise**2 for run in runs)
-    return float((spread + noise) ** 0.5)

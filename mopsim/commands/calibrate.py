@@ -9,7 +9,6 @@ from mopsim.calibrate import (
     CalibrationResult,
     calibrate,
     check_output,
-    expected,
     load_measurement,
     measured_in,
     on_stack,
@@ -19,8 +18,7 @@ from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.report.terminal import table
-from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import LOST, Measurement, Plan
+from mopsim.spec.plan import LOST, Measurement
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 
@@ -43,23 +41,15 @@ def run(
     io.write_yaml(Path(out), result.profile)
     console = human(json)
     console.print(residuals(result))
-    console.print(
-        f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}; "
-        f"expect a step within about {result.uncertainty:.0%}"
-    )
-    for plan in {one.plan.stack.name: one.plan for one in given}.values():
-        console.print(
-            f"90 % of further runs on {plan.stack.name}: {_departures(plan, result.profile)} of the "
-            f"prediction (by {known.name}: {_departures(plan, known)})"
-        )
+    console.print(f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}")
+    for name, ends in result.intervals.items():
+        said = " to ".join(f"{end - 1:+.0%}" for end in ends)
+        console.print(f"90 % of further runs on {name}: {said} of the prediction")
+    for line in warnings(result, known.name):
+        console.print(line)
     for one in given:
         if one.disturbed or one.resumed or one.others > LOST:
             console.print(_apart(one))
-    if len(result.runs) == 1:
-        console.print(
-            "one run: no run was held out to tell the error, and what another runtime costs is guessed; add "
-            "a short run of another strategy and runtime"
-        )
     if json:
         io.write_json(json, result.to_json())
 
@@ -79,9 +69,23 @@ def _apart(run: Measurement) -> str:
     return f"run of {run.plan.strategy.name} ({io.digest(run)}): {'; '.join(said)}"
 
 
-def _departures(plan: Plan, profile: HardwareProfile) -> str:
-    """'-12 % to +18 %': where a measured step lies."""
-    return " to ".join(f"{end - 1:+.0%}" for end in expected(plan, profile).interval(1.0))
+def warnings(result: CalibrationResult, before: str) -> list[str]:
+    """Why a new profile may be worth little. before: the name of the profile that was calibrated."""
+    said, runs = [], sum(result.weights)
+    missed, by_known = result.miss("held_out"), result.miss("before")
+    if missed > by_known:
+        said.append(
+            f"worse than {before}: runs are off by a factor of {missed:.2f} where they are held out, by "
+            f"{by_known:.2f} before: use {before}"
+        )
+    if runs < 1:
+        said.append(f"all runs together count as {runs:.2f} runs: measure again while nothing else runs")
+    if len(result.runs) == 1:
+        said.append(
+            "one run: no run was held out to tell the error, and what another runtime costs is guessed; add "
+            "a short run of another strategy and runtime"
+        )
+    return said
 
 
 def residuals(result: CalibrationResult) -> Table:

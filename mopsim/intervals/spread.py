@@ -31,6 +31,8 @@ SURE = 0.9
 """Probability of fitting from which a plan is taken without being asked to take risks."""
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 0.999
+MISSED = 0.9
+"""Share of a user's runs whose misses an interval of this level has to hold."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,24 @@ def ratio(step_time: float, facts: Facts, other_time: float, other: Facts) -> Ra
 
 @lru_cache(maxsize=4096)
 def _of_ratio(facts: Facts, other: Facts) -> Spread:
-    (asked, seen), (beside, also) = (_asked(one, "step_time") for one in (facts, other))
-    return between(known_errors().step_time, asked, beside, tuple(dict.fromkeys((*seen, *also))))
+    (asked, seen, off), (beside, also, far) = (_asked(one, "step_time") for one in (facts, other))
+    both = tuple(dict.fromkeys((*seen, *also)))
+    return between(known_errors().step_time, asked, beside, both, max(off, far))
 
 
-def _asked(facts: Facts, quantity: str) -> tuple[ErrorCell, tuple[ErrorCell, ...]]:
+def missed_by_most(misses: Sequence[tuple[float, float]]) -> float:
+    """The |ln(measured / predicted)| that the share MISSED of runs keeps to; 0 of no run. misses: of a run
+    and its weight, a disturbed one's below 1."""
+    heard, whole = 0.0, sum(weight for _, weight in misses)
+    for off, weight in sorted(misses):
+        heard += weight
+        if heard >= MISSED * whole:
+            return off
+    return 0.0
+
+
+def _asked(facts: Facts, quantity: str) -> tuple[ErrorCell, tuple[ErrorCell, ...], float]:
+    """The run, those that its user has seen, and what most of these were missed by."""
     asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
         network=facts.network, runs=1, mean=0.0,
@@ -160,32 +175,43 @@ def _asked(facts: Facts, quantity: str) -> tuple[ErrorCell, tuple[ErrorCell, ...
         for one in facts.seen
         if (found := getattr(one, quantity)) is not None
     )  # fmt: skip
-    return asked, seen
+    misses = [(one.step_time_missed or 0.0, one.runs) for one in facts.seen if quantity == "step_time"]
+    return asked, seen, missed_by_most(misses)
 
 
-def spread(quantity: ErrorQuantity, asked: ErrorCell, seen: tuple[ErrorCell, ...] = ()) -> Spread:
-    """The error of a run like `asked`, given the cells of `quantity` and those seen beside them."""
-    means, covariances = joint(quantity, (asked,), seen)
+def spread(
+    quantity: ErrorQuantity, asked: ErrorCell, seen: tuple[ErrorCell, ...] = (), missed: float = 0.0
+) -> Spread:
+    """The error of a run like `asked`, given the cells of `quantity` and those seen beside them. missed: what
+    most of those seen were missed by, as `missed_by_most`."""
+    means, covariances = joint(quantity, (asked,), seen, missed)
     return Spread(float(means[0]), quantity.deviations.widening * sqrt(float(covariances[0, 0])))
 
 
 def between(
-    quantity: ErrorQuantity, asked: ErrorCell, other: ErrorCell, seen: tuple[ErrorCell, ...] = ()
+    quantity: ErrorQuantity,
+    asked: ErrorCell,
+    other: ErrorCell,
+    seen: tuple[ErrorCell, ...] = (),
+    missed: float = 0.0,
 ) -> Spread:
     """The error of the ratio of two runs, that of `other` over that of `asked`."""
-    means, covariances = joint(quantity, (asked, other), seen)
+    means, covariances = joint(quantity, (asked, other), seen, missed)
     variance = covariances[0, 0] + covariances[1, 1] - 2 * covariances[0, 1]
     return Spread(float(means[1] - means[0]), quantity.deviations.ratio_widening * sqrt(float(variance)))
 
 
 def joint(
-    quantity: ErrorQuantity, asked: Sequence[ErrorCell], seen: tuple[ErrorCell, ...] = ()
+    quantity: ErrorQuantity, asked: Sequence[ErrorCell], seen: tuple[ErrorCell, ...] = (), missed: float = 0.0
 ) -> tuple[Array, Array]:
     """Means and covariances of the errors of runs like those `asked`, one of each, given the cells of
-    `quantity` and those seen beside them. No variance is below that of a run's own part."""
+    `quantity` and those seen beside them. No variance is below that of a run's own part, and this one holds
+    what was missed of those seen: a run that others disturbed tells little of the mean, but its miss was
+    seen on the machine that the next run is on."""
     cells, sd = (*quantity.cells, *seen), quantity.deviations
     runs = run_variances(cells, sd)
-    own = np.array([runs.get(one.source, sd.run**2) for one in asked])
+    least = (missed / (sd.widening * float(ndtri((1 + MISSED) / 2)))) ** 2
+    own = np.array([max(runs.get(one.source, sd.run**2), least) for one in asked])
     means, left = np.zeros(len(asked)), covariance(asked, asked, sd)
     if cells:
         between = covariance(cells, cells, sd) + np.diag([runs[one.source] / one.runs for one in cells])

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from mopsim import calibrate as calibration
 from mopsim.calibrate import calibrate, on_stack
 from mopsim.calibrate.fit import (
     KIN_PRIOR,
@@ -19,7 +18,6 @@ from mopsim.calibrate.fit import (
     fit_family,
     fit_kind,
     fit_step,
-    median_noise,
     scatter,
 )
 from mopsim.commands import calibrate as command
@@ -153,7 +151,7 @@ def test_recovers_a_known_machine() -> None:
     assert max(abs(error) for error in result.step_errors("after")) < 0.03
     assert min(abs(error) for error in result.step_errors("before")) > 0.2
     assert max(abs(error) for error in result.step_errors("held_out")) < 0.1
-    assert 0 < result.uncertainty < 0.1
+    assert 1 < result.miss("after") < result.miss("held_out") < 1.1 < result.miss("before")
 
 
 def test_two_runs_predict_a_third_with_python_between_the_ops() -> None:
@@ -168,7 +166,7 @@ def test_one_run_shares_the_rest_of_the_step_by_the_priors() -> None:
     result = calibrate(PROFILE, [measured("a", MACHINE, per_op=5e-6)], simulate)
     assert result.step_errors("after") == pytest.approx([0.0], abs=0.05)
     assert result.step_errors("held_out") == []
-    assert result.uncertainty >= calibration.UNSEEN_STRATEGY
+    assert result.miss("held_out") == 1.0
     assert result.profile.corrections["memory_bound"].overhead > 2e-6
 
 
@@ -296,12 +294,6 @@ def test_a_run_whose_steps_scatter_counts_for_little() -> None:
     assert scatter([1.0, 1.01, 1.02, 1.03]) < 0.02
 
 
-def test_noise_of_a_median() -> None:
-    assert median_noise([1.0] * 9) == 0.0
-    assert median_noise([0.8, 0.9, 1.0, 1.1, 1.2]) > 0.03
-    assert median_noise([1.0, 2.0]) == 0.0
-
-
 def test_the_command_writes_a_profile_and_residuals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "__defaults__", (simulate,))
     given, out, report = (tmp_path / name for name in ("p.yaml", "p2.yaml", "r.json"))
@@ -317,7 +309,8 @@ def test_the_command_writes_a_profile_and_residuals(tmp_path: Path, monkeypatch:
     found = json.loads(report.read_text())
     assert io.digest(load_profile(out)) == found["digest"]
     assert given.read_text() == text
-    assert found["uncertainty"] > 0
+    low, high = found["intervals"]["mopexec-flat"]
+    assert low < 1 < high
 
 
 def test_measured_runs_may_be_told_to_be_of_another_program() -> None:

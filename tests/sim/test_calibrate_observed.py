@@ -3,11 +3,12 @@
 import math
 from pathlib import Path
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from mopsim import calibrate as calibration
 from mopsim.calibrate import calibrate
+from mopsim.commands.calibrate import warnings
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.spec.hardware import Correction
@@ -34,7 +35,7 @@ def test_few_runs_narrow_the_interval_and_it_holds_a_run_that_they_lack() -> Non
 def test_an_interval_is_of_the_profile_that_is_written_and_holds_the_runs_it_was_fitted_to() -> None:
     """Two runs of which each predicts the other badly: the profile of both meets both, so its interval lies
     around what it predicts, and is as wide as what was missed."""
-    slow = msgspec.structs.replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
+    slow = replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
     near, far = measured("a", MACHINE), measured("b", slow)
     alike = [calibrate(PROFILE, [near, measured("b", MACHINE)], simulate).profile, near, None]
     apart = [calibrate(PROFILE, [near, far], simulate).profile, near, far]
@@ -50,9 +51,9 @@ def test_an_interval_is_of_the_profile_that_is_written_and_holds_the_runs_it_was
 
 
 def test_a_disturbed_run_is_observed_for_its_quiet_part() -> None:
-    slow = msgspec.structs.replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
+    slow = replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
     loud = measured("b", slow)
-    disturbed = msgspec.structs.replace(loud, steps=loud.steps + 27, disturbed=27, resumed=1)
+    disturbed = replace(loud, steps=loud.steps + 27, disturbed=27, resumed=1)
     (seen,) = calibrate(PROFILE, [disturbed], simulate).profile.runs_seen
     assert seen.runs == disturbed.quiet == 0.25
 
@@ -68,3 +69,28 @@ def test_what_was_observed_goes_through_a_file_and_nothing_else_changes_the_dige
     path.write_text(bad)
     with pytest.raises(MopError, match=r"hardware\.observed\[0\]\.runs: 0(\.0)? must be positive"):
         load_profile(path)
+
+
+@pytest.mark.parametrize("disturbed", [0, 27])
+def test_an_interval_holds_what_was_missed_of_the_runs(disturbed: int) -> None:
+    """Disturbed runs count for little in the fit, so that it misses both; the next is on the same machine."""
+    runs = [measured("a", MACHINE, constant=1.0), measured("b", MACHINE, constant=0.5)]
+    loud = [replace(one, steps=one.steps + disturbed, disturbed=disturbed) for one in runs]
+    result = calibrate(PROFILE, loud, simulate)
+    assert result.miss("held_out") > 1.5
+    low, high = result.intervals["mopexec-flat"]
+    assert all(low < 1 / (1 + error) < high for error in result.step_errors("held_out"))
+    assert any("together count as 0.5" in line for line in warnings(result, "old")) == (disturbed > 0)
+
+
+def test_a_profile_that_is_worse_than_the_old_one_says_so() -> None:
+    """Two runs that err in opposite ways: each teaches what is wrong of the other."""
+    far = [
+        measured(name, replace(PROFILE, corrections=dict.fromkeys(TRUE, Correction(scale=scale))))
+        for name, scale in (("a", 2.0), ("b", 0.5))
+    ]
+    said, *_ = warnings(calibrate(PROFILE, far, simulate), "old")
+    assert said.startswith(
+        "worse than old: runs are off by a factor of 4.00 where they are held out, by 2.00"
+    )
+    assert not warnings(calibrate(PROFILE, [measured(name, MACHINE) for name in "ab"], simulate), "old")

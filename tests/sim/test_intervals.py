@@ -18,6 +18,7 @@ from mopsim.intervals import (
     Spread,
     cells,
     known_errors,
+    missed_by_most,
     of_step_time,
     ratio,
     spread,
@@ -142,6 +143,17 @@ def test_what_nobody_ran_is_wider_than_what_somebody_did() -> None:
     seen = Observed(stack="mine", precision="bf16", network="n", runs=2, step_time=0.01)
     one, two = (width("mine", "my-machine", "n", seen=(replace(seen, runs=n),)) for n in (1, 6))
     assert two < one < width("mine", "my-machine", "n")
+
+
+def test_what_most_runs_were_missed_by_is_held_by_their_interval() -> None:
+    assert missed_by_most([]) == 0.0
+    assert missed_by_most([(0.1, 1.0), (0.9, 1.0)]) == 0.9
+    assert missed_by_most([(0.1, 1.0), (0.9, 0.05)]) == 0.1
+    seen = Observed(stack="mine", precision="bf16", network="n", runs=0.05, step_time=0.9)
+    facts = Facts("mine", "my-machine", "bf16", "n", seen=(replace(seen, step_time_missed=1.2),))
+    low, high = of_step_time(facts).interval(1.0)
+    assert math.log(high / low) > 2 * 1.2
+    assert ratio(1.0, facts, 1.0, facts).error.deviation > 1.2 / 1.645
 
 
 def test_the_installed_errors_are_of_what_is_installed() -> None:
