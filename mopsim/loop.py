@@ -12,6 +12,7 @@ runs/, so that a step can be looked at or repeated by hand; the report says whic
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,7 +92,7 @@ class Loop:
 
     def _run(self, package: str, arguments: tuple[str, ...]) -> None:
         """Run one command with its output in a log; a failure is one line that names the log."""
-        shown = " ".join([package, *arguments])
+        shown = shlex.join([package, *arguments])
         self.commands.append(shown)
         log = self.work / f"{len(self.commands):02d}-{package}-{arguments[0]}.log"
         with log.open("w", encoding="utf-8") as file:
@@ -145,7 +146,7 @@ def run(out: str, seed: int, steps: int, result: str | None = None) -> None:
     work = _work_directory(folder, result)
     console = human(result)
     loop = Loop(folder, work, seed, steps, console)
-    console.print("[bold]The closed loop on this machine[/bold]")
+    console.print("The closed loop on this machine", style="bold")
     started = time.perf_counter()
     report = _loop(loop)
     with loop.stage("write the report"), whole_directory(folder) as aside:
@@ -210,7 +211,7 @@ def _loop(loop: Loop) -> DemoReport:
         loop.steps,
         loop.commands,
         found,
-        f"mopsim demo --out {loop.out}",
+        shlex.join(["mopsim", "demo", "--out", str(loop.out)]),
         _replicated(contenders[0].plan, hardware),
         TRACKED_STEPS,
         probed_beside,

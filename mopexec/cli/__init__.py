@@ -242,7 +242,7 @@ def reach(
     """Find how long a context each plan trains under enforced limits: by dry run, then by real steps."""
     from mopexec.cli.reach import run
 
-    run(plan, device_limit, host_limit, quantum, data, confirm, out, json)
+    raise typer.Exit(run(plan, device_limit, host_limit, quantum, data, confirm, out, json))
 
 
 def _run(arguments: list[str], standalone_mode: bool) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mopexec.run import plans
 from mopsim.common import io
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, plain_console
 from mopsim.common.units import format_bytes, parse_bytes
 
 
@@ -18,7 +18,6 @@ def run(
     plans.check_supported(plan)
     device = None if device_limit is None else parse_bytes(device_limit, "--device-limit")
     host = None if host_limit is None else parse_bytes(host_limit, "--host-limit")
-    from rich.console import Console
     from rich.table import Table
 
     from mopexec.check.dry_run import dry_run
@@ -42,11 +41,10 @@ def run(
     totals = (result.peak_memory, result.resident_memory, result.host_memory)
     table.add_section()
     table.add_row("all", *(format_bytes(total) for total in totals))
-    console = Console(stderr=json == "-")
+    console = plain_console(stderr=json == "-")
     console.print(table)
     console.print(
-        f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s",
-        highlight=False,
+        f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s"
     )
     if program:
-        console.print(f"{program} written: {result.num_ops:,} ops", highlight=False)
+        console.print(f"{program} written: {result.num_ops:,} ops")

@@ -1,13 +1,13 @@
 """`mopexec reach`: the longest context of each plan under enforced limits."""
 
 import platform
-import sys
 from pathlib import Path
 
 from mopexec.data.corpus import PYTHON, user_files
 from mopexec.run import plans
+from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.io import write_json
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, plain_console
 from mopsim.common.units import format_bytes, parse_bytes, parse_count
 
 
@@ -20,8 +20,9 @@ def run(
     confirm: bool,
     out: Path,
     json: str | None,
-) -> None:
-    """Bisect every plan by dry run, confirm by real steps, write `out`/reach.md and reach.json."""
+) -> int:
+    """Bisect every plan by dry run, confirm by real steps, write `out`/reach.md and reach.json. Returns the
+    exit code: 3 where no plan fits at any length."""
     check_outputs({"--json": json}, {"--out": out})
     chosen = [plans.read_plan(path) for path in paths]
     for plan in chosen:
@@ -31,13 +32,12 @@ def run(
     if confirm and data != PYTHON:
         user_files(Path(data))
     import torch
-    from rich.console import Console
 
     from mopexec.check.reach import Limits, reach, train_one_step, write_reaches
     from mopexec.measure.probe_machine import device_name
 
     limits = Limits(*limits_text)
-    console = Console(stderr=json == "-")
+    console = plain_console(stderr=json == "-")
     found = []
     for plan in chosen:
         with console.status(f"{plan.strategy.name} on {plan.strategy.world_size} ranks"):
@@ -46,15 +46,14 @@ def run(
         console.print(
             f"{result.strategy} on {result.world_size} ranks: {result.longest:,} tokens fit "
             f"({format_bytes(result.peak_memory)}), {result.first_failing:,} do not: {result.stopped_by}",
-            highlight=False,
         )
     environment = {
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "processor": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
-    command = " ".join(["mopexec", *sys.argv[1:]])
-    payload = write_reaches(out, found, limits, command, environment)
+    payload = write_reaches(out, found, limits, as_typed("mopexec"), environment)
     if json is not None:
         write_json(json, payload)
-    console.print(f"wrote {out / 'reach.md'}", highlight=False)
+    console.print(f"wrote {out / 'reach.md'}")
+    return 0 if any(one.longest for one in found) else NOTHING_FITS

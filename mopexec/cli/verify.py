@@ -12,7 +12,7 @@ import msgspec
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.run import failures, plans
 from mopsim.common import io
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, plain_console
 from mopsim.spec.plan import Plan
 
 _ROWS = (("loss", ""), ("grad_norm", ""), ("gradients", "worst_gradient"), ("weights", "worst_weight"))
@@ -73,7 +73,6 @@ def _hide_devices(ranks: int) -> None:
 
 
 def _report(found: dict[str, Any], small: Plan, steps: int, json: str | None) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from mopexec.check.verify import TOLERANCE
@@ -82,7 +81,7 @@ def _report(found: dict[str, Any], small: Plan, steps: int, json: str | None) ->
     if json is not None:
         extra = {"passed": passed, "tolerance": TOLERANCE, "ranks": small.strategy.world_size, "steps": steps}
         io.write_json(json, {**extra, **found, "mechanisms": mechanisms(small)})
-    console = Console(stderr=json == "-", highlight=False)
+    console = plain_console(stderr=json == "-")
     title = f"{small.strategy.name} on {small.strategy.world_size} ranks against one device, float64"
     table = Table(title=title)
     for column in ("quantity", "largest relative difference", "worst at", "result"):

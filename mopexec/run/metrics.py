@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mopsim
@@ -19,6 +18,7 @@ from mopexec.measure.probe_machine import device_name
 from mopexec.measure.quiet import quiet
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
+from mopsim.common.outputs import plain_console
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.spec.plan import KindTiming, Measurement, Plan
 from mopsim.spec.routing import RoutingProfile
@@ -161,7 +161,7 @@ class Display:
     """A line a step, under a progress bar where there is a terminal. Silent on all ranks but the first."""
 
     def __init__(self, *, visible: bool, stderr: bool, steps: int, done: int) -> None:
-        self._console = Console(stderr=stderr, quiet=not visible, highlight=False)
+        self._console = plain_console(stderr=stderr, quiet=not visible)
         self._progress: Progress | None = None
         if visible and self._console.is_terminal:
             self._progress = Progress(

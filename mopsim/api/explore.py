@@ -1,6 +1,7 @@
 """mopsim.explore: a result as one page that needs no network."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _shipped(load: Callable[[str], Any], name: str) -> Any:
+    """What is known by this name, None where nothing is: a file's noun has a name of its own."""
+    with suppress(MopError):
+        return load(name)
+
+
 def _job(
     step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]
 ) -> tuple[ModelSpec, HardwareProfile, int, Strategy, TrainSpec, Stack]:
@@ -90,11 +97,11 @@ def _job(
         name, digest = made.get(noun), made.get(f"{noun}_digest")
         if not (isinstance(name, str) and isinstance(digest, str)):
             raise MopError(f"the result does not say its {noun}")
-        one = known.get(noun, {}).get(digest) or load(name)
-        if io.digest(one) != digest:
+        one = known.get(noun, {}).get(digest) or _shipped(load, name)
+        if one is None or io.digest(one) != digest:
             option = {"model": "--model", "profile": "--hardware"}.get(noun, "")
-            hint = f"; give the file by {option}" if option else ""
-            raise MopError(f"{noun} {name} is not the one of the result (digest {digest}){hint}")
+            hint = f"; give its file by {option}" if option else ""
+            raise MopError(f"the result's {noun} {name} (digest {digest}) is neither shipped nor given{hint}")
         found[noun] = one
     strategy = io.convert(step.found["strategy"], Strategy, "strategy")
     training = io.convert(step.found["training"], TrainSpec, "training")

@@ -1,6 +1,5 @@
 """`mopsim compare`: several strategies side by side, as tables and figures."""
 
-import shlex
 import sys
 from typing import Any, cast
 
@@ -9,8 +8,8 @@ from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human
 from mopsim.commands.options import keywords
-from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
+from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.values import listed
@@ -31,7 +30,7 @@ def run(*, out: str, sweep: str | None, hold: str, formats: str, json: str | Non
     except NoStrategyError as error:
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS
-    command = shlex.join(["mopsim", *sys.argv[1:]])
+    command = as_typed("mopsim")
     with io.json_beside(json, found.to_json(command) if json else None):
         written = found.write(out, command, kinds)
     console = human(json)

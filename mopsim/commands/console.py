@@ -1,18 +1,17 @@
 """Where a command prints."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from mopsim.api.results import Simulation
-from mopsim.common.outputs import STDOUT
+from mopsim.common.outputs import STDOUT, plain_console
 
 
 def human(json: str | None) -> Any:
     """A rich console: standard output, or standard error where standard output carries the JSON."""
-    from rich.console import Console
-
-    return Console(stderr=json == "-", highlight=False)
+    return plain_console(stderr=json == "-")
 
 
 def exported(steps: Sequence[Simulation]) -> str:
@@ -35,11 +34,12 @@ def say_written(console: Any, *paths: str | None) -> None:
 
 def say_plan(console: Any, path: str, step: Simulation) -> None:
     """What a plan that was written is for."""
+    given = shlex.quote(path)
     targets = [to for to, gaps in step.gaps.items() if not gaps]
     if step.runnable:
-        ask = f"mopexec train --plan {path}"
+        ask = f"mopexec train --plan {given}"
     elif targets:
-        ask = f"mopsim export --plan {path} --to {targets[0]}; mopexec does not run it"
+        ask = f"mopsim export --plan {given} --to {targets[0]}; mopexec does not run it"
     else:
         ask = f"mopexec does not run it; {exported([step])}"
     console.print(f"Written: {path} ({ask})", soft_wrap=True)

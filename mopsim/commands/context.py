@@ -1,6 +1,5 @@
 """`mopsim context`: context length against throughput, for MoP and for FSDP2 under restrictions."""
 
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +9,8 @@ import mopsim
 from mopsim.api.inputs import Inputs, facts, read_routing
 from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
-from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
+from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.common.units import parse_count
@@ -98,6 +97,6 @@ def stated(cases: Sequence[ContextCase]) -> dict[str, str]:
     inputs = Inputs(
         first.model, first.hardware, first.nodes, TrainSpec(seq_len=1, global_batch=1), first.precision
     )
-    said = facts(inputs, " ".join(["mopsim", *sys.argv[1:]]))
+    said = facts(inputs, as_typed("mopsim"))
     said["model"] = "; ".join(f"{case.model.name} (digest {io.digest(case.model)})" for case in cases)
     return said

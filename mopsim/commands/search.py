@@ -12,14 +12,12 @@ from mopsim.commands.console import exported, human, say_plan, say_written
 from mopsim.commands.options import keywords
 from mopsim.commands.progress import progress
 from mopsim.common import io
+from mopsim.common.command_line import NOTHING_FITS
 from mopsim.common.outputs import check_outputs
 from mopsim.common.processes import workers
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.tables import best_of_others, comparison
-
-NOTHING_FITS = 3
-"""Exit code where no plan fits, or none may be run."""
 
 
 def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **job: Any) -> int:

@@ -1,7 +1,6 @@
 """`mopsim size`: which cluster, and how many nodes of it."""
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from mopsim.api.size import size
 from mopsim.commands.console import human, say_plan, say_written
 from mopsim.commands.progress import progress
 from mopsim.common import io
+from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count, parse_tokens
@@ -24,9 +24,6 @@ from mopsim.report.sizing import (
     surely,
 )
 from mopsim.size.assumptions import read_values
-
-NONE = 3
-"""Exit code where no cluster will do."""
 
 
 def keywords(
@@ -55,7 +52,7 @@ def keywords(
 def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) -> int:
     """Size each machine type, show the answer, write the recommended plan, the JSON and the page.
 
-    Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too).
+    Returns the exit code: 0, or 3 where no cluster will do (the JSON says so too).
     """
     check_outputs({"--plan": plan, "--json": json}, {"--out": out})
     console = human(json)
@@ -77,13 +74,13 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     for note in unread(request.model):
         console.print(note, style="yellow")
     with io.json_beside(json, found.to_json() if json else None):
-        pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []
+        pages = found.write(out, as_typed("mopsim")) if out else []
     say_written(console, json, *map(str, pages))
     if chosen is None:
         none = f"no cluster of at most {order['max_nodes']} nodes will do; {missed(found.miss)}"
         unwritten = f"--plan: {plan} not written: " if plan else ""
         print(f"mopsim: {unwritten}{none}", file=sys.stderr)
-        return NONE
+        return NOTHING_FITS
     if plan and found.best:
         found.best.save_plan(plan)
         say_plan(console, plan, found.best)

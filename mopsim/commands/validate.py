@@ -84,7 +84,7 @@ def _told(
     """The rows of a table; its columns that are not read are told."""
     rows = read(Path(path))
     if names := unread(rows, columns):
-        console.print(f"note: {path}: not read: {', '.join(names)}"[:4000], style="yellow", markup=False)
+        console.print(f"note: {path}: not read: {', '.join(names)}"[:4000], style="yellow")
     return rows
 
 

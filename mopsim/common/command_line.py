@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +19,8 @@ from mopsim.common.outputs import lasting_streams
 
 REPEAT_SECONDS = 2.0
 """A key that is held down, or a terminal and a supervisor together, send several signals for one wish."""
+NOTHING_FITS = 3
+"""Exit code where the answer is that nothing fits."""
 _FRAGILE = ("importlib._bootstrap", "popen_spawn_posix")
 
 
@@ -42,6 +45,11 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
     atexit.unregister(ignore_signals)
     atexit.register(ignore_signals, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # all is said and done
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def as_typed(program: str) -> str:
+    """This command, for a report: as a shell takes it."""
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def _forget_sizes() -> None:

@@ -26,6 +26,13 @@ def say(line: str, *, stderr: bool = False) -> None:
     print(line, file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> Any:
+    """A rich console that prints names and paths as they are: `a[red]:car:.yaml` is no style and no emoji."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
 class _Lasting:
     """A text stream; what is written once nobody reads it any more goes nowhere, and a character that its
     encoding lacks is a question mark."""

@@ -1,7 +1,8 @@
 """How far a context reaches: bisected by dry run; a plan that fits nowhere is a row like another."""
 
 import json
-from contextlib import suppress
+
+import pytest
 
 from mopexec.check import dry_run
 from mopexec.check.reach import Limits, reach
@@ -12,14 +13,17 @@ from tests.exec.train_plans import small_plan
 
 
 def test_a_plan_that_fits_nowhere_does_not_end_the_others(tmp_path):
+    """The exit code is 3 where none fits."""
     io.write_yaml(tmp_path / "plan.yaml", small_plan())
-    rows = {}
+    rows, codes = {}, []
     for limit in ("700KiB", "8KiB"):
         out = tmp_path / limit
         limits = ["--device-limit", limit, "--host-limit", "1MB", "--quantum", "64", "--no-confirm"]
-        with suppress(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(["reach", "--plan", str(tmp_path / "plan.yaml"), *limits, "--out", str(out)])
+        codes.append(ended.value.code)
         (rows[limit],) = json.loads((out / "reach.json").read_text())["reaches"]
+    assert codes == [0, 3]
     assert rows["700KiB"]["longest"] >= 64
     assert rows["700KiB"]["peak_memory"] <= 700 * 1024
     assert (rows["8KiB"]["longest"], rows["8KiB"]["first_failing"]) == (0, 64)

@@ -69,10 +69,15 @@ def test_json_on_standard_output_is_nothing_but_json(
     assert json.loads(capsys.readouterr().out)["fits"] is True
 
 
-def test_search_writes_a_plan_that_reads_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out, plan = tmp_path / "s.json", tmp_path / "plan.yaml"
+def test_search_writes_a_plan_that_reads_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its name is printed as it is, and quoted in the command that is suggested."""
+    monkeypatch.chdir(tmp_path)
+    out, plan = Path("s.json"), Path("my [red]:car: plan.yaml")
     options = ["--family", "mop,fsdp2", "--budget", "10", "--top", "3"]
     assert call(monkeypatch, "search", *JOB, *options, "--json", str(out), "--plan", str(plan)) == 0
+    assert f"Written: {plan} (mopexec train --plan '{plan}')" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert {"candidates", "bounded", "simulated", "rejected", "seconds", "best", "top"} <= set(found)
     assert len(found["top"]) <= 3

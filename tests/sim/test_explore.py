@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import front
 from mopsim.report.explore.views import explorer, kind_of, steps_of
 from mopsim.report.tables import ENOUGH, P_FITS, comparison
+from mopsim.spec.profiles import load_profile
 from tests.sim.explored import JOB, results
 
 KINDS = ("simulate", "search", "compare", "size", "context", "validate")
@@ -195,12 +197,16 @@ def test_a_timeline_on_a_profile_whose_curves_the_step_changes(tmp_path: Path) -
     assert mopsim.explore(dict(step), tmp_path / "page.html") == []
 
 
-def test_a_timeline_of_another_profile_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    step = dict(mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32")))
-    step["provenance"] = {**step["provenance"], "profile_digest": "0" * 12}
+@pytest.mark.parametrize("name", ["cpu-2core", "amd-epyc-2x"])
+def test_a_timeline_of_a_profile_of_a_file_is_left_out_with_the_option_that_gives_it(
+    tmp_path: Path, name: str
+) -> None:
+    mine = replace(load_profile("cpu-2core"), name=name, notes="mine")
+    step = dict(mopsim.simulate(**{**JOB, "hardware": mine}, strategy=mopsim.mop(dtype="float32")))
     (note,) = mopsim.explore(step, tmp_path / "page.html")
-    assert "profile cpu-2core is not the one of the result" in note
-    assert "--hardware" in note
+    said = f"the result's profile {name} (digest {io.digest(mine)}) is neither shipped nor given; give its"
+    assert note == f"No timeline of mop: {said} file by --hardware"
+    assert mopsim.explore(step, tmp_path / "page.html", hardware=[mine]) == []
 
 
 @pytest.mark.parametrize("key", ["model", "profile", "stack", "stack_digest"])
