@@ -55,7 +55,7 @@ def problem(case: int) -> Problem:
 
 @cache
 def whole(case: int, family: str) -> tuple[Space, SpaceFacts, Pieces]:
-    space, _ = candidates(problem(case), family)
+    space, _ = candidates(problem(case), family, most=60_000)
     return space, SpaceFacts.of(space), Pieces(space)
 
 
