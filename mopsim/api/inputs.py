@@ -147,12 +147,12 @@ def _given(given: Any, kind: type[S], load: Callable[[str | Path], S], field: st
 
 
 def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
-    """A routing profile by name, or the shares in a sequence or YAML file. Raises MopError."""
+    """A routing profile by name, or the shares in a sequence, YAML or JSON file. Raises MopError."""
     if not isinstance(routing, str):
         return tuple(routing)
-    if not routing.endswith((".yaml", ".yml")):
+    if not routing.endswith(io.SUFFIXES):
         return routing
-    shares = io.parse_yaml(io.read_text(Path(routing), "routing"), routing)
+    shares = io.read_yaml(Path(routing), "routing")
     if not isinstance(shares, list) or not all(type(share) in (int, float) for share in shares):
         raise MopError(f"routing: {routing}: must be a list of the experts' shares of all routes")
     return tuple(shares)
@@ -176,7 +176,7 @@ def read_families(given: str | Sequence[str] | None) -> tuple[str, ...]:
 def read_strategy(ref: str | Path) -> tuple[Strategy, Stack] | Plan:
     """A strategy from its YAML file, with its stack, or a plan, whose strategy it is."""
     path = Path(ref)
-    if path.suffix not in (".yaml", ".yml", ".json") and not io.exists(path):
+    if path.suffix not in io.SUFFIXES and not io.exists(path):
         raise unknown("strategy", str(ref), FAMILIES, "family")
     data = io.read_yaml(path, "strategy")
     if isinstance(data, dict) and "strategy" in data and "model" in data:

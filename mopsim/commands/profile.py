@@ -1,5 +1,6 @@
 """`mopsim profile new`: a hardware profile from a data sheet, and what its assumptions are worth."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mopsim.api.sensitivity import Moved, sensitivity, turns
 from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, require
 from mopsim.common.outputs import check_outputs
 from mopsim.common.shipped import shipped
 from mopsim.common.units import format_seconds, parse_count
@@ -125,6 +126,8 @@ def asked(card: CardOrder, err: bool) -> CardOrder:
 def made(card: CardOrder) -> tuple[HardwareProfile, HardwareProfile]:
     """The new profile, and the card that fills it. Raises MopError."""
     name, source, figures = str(card.name), str(card.source), card.figures
+    plain = re.fullmatch(r"[\w+-][\w.+-]*", name)
+    require(plain is not None, "name", name, "must be a plain file name: letters, digits, ., _, + and -")
     given: dict[str, Quantity] = {
         one.name: one.read(figures[one.name], card.tag, source) for one in FIGURES if one.name in figures
     }

@@ -49,6 +49,8 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
     ]
     if allowed:
         return f"{field}: {shown(value)} {not_one_of(allowed)}"
+    if float in _options(wanted) and isinstance(value, str):  # nan and inf are words of YAML
+        return f"{field}: {shown(value)} must be a finite number"
     return f"{field}: {shown(value)} is refused: {_lower(message)}"
 
 

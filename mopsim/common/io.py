@@ -15,6 +15,7 @@ import msgspec
 from mopsim.common.errors import MopError
 from mopsim.common.explain import explain
 from mopsim.common.outputs import check_place, real_path
+from mopsim.common.results import made_by
 from mopsim.common.values import first_unfit
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.common.yaml_text import parse_yaml as parse_yaml
@@ -23,6 +24,8 @@ LARGEST = 2**28
 """Characters of a file that is read whole: a device such as /dev/zero has no end."""
 
 T = TypeVar("T", bound=msgspec.Struct)
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Of what is a file's name, whether or not there is one."""
 OF_TYPES = (AssertionError, AttributeError, ArithmeticError, LookupError, TypeError)
 """What Python raises where code meets a value of a type that it was not written for."""
 
@@ -85,8 +88,13 @@ def exists(path: Path) -> bool:
 
 
 def read_yaml(path: Path, field: str) -> Any:
-    """The plain objects of a YAML file that the user named as `field`. Raises MopError."""
-    return parse_yaml(read_text(path, field), f"{field}: {path}")
+    """The plain objects of a YAML file that the user named as `field`. Raises MopError, also for the JSON of
+    a command: no noun is in one."""
+    data = parse_yaml(read_text(path, field), f"{field}: {path}")
+    if command := made_by(data):
+        instead = "; give the file of its --plan" if field in ("plan", "strategy") else ""
+        raise MopError(f"{field}: {path}: is a result, the --json of mopsim {command}{instead}")
+    return data
 
 
 def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mopsim.common.errors import MopError
-from mopsim.common.units import DIMENSIONS, unit_of
+from mopsim.common.units import CEILINGS, DIMENSIONS, UNITS, unit_of
 
 if TYPE_CHECKING:
     from mopsim.spec.hardware import Quantity, Tag
@@ -30,7 +30,11 @@ class Figure:
         if not match or not unit:
             known = ", ".join(DIMENSIONS[self.dimension])
             raise MopError(f"{self.name}: {text[:40]!r} is not a number of {known}")
-        return Quantity(value=float(match.group(1)), unit=unit, tag=tag, source=source)
+        value, most = float(match.group(1)), CEILINGS[self.dimension]
+        if value * UNITS[unit] > most:
+            base = next(iter(DIMENSIONS[self.dimension]))
+            raise MopError(f"{self.name}: {text[:40]!r} is above {most:g} {base}: check the unit")
+        return Quantity(value=value, unit=unit, tag=tag, source=source)
 
 
 def _ungrouped(text: str) -> str:

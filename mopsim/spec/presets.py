@@ -6,7 +6,7 @@ from typing import Any
 
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, shown
-from mopsim.common.io import convert, exists, parse_yaml, read_yaml
+from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
 from mopsim.spec.huggingface import from_config
@@ -47,7 +47,7 @@ def load_model(ref: str | Path) -> ModelSpec:
         raise MopError(f"model: {shown(name)} {found}")
     if exists(path / "config.json"):
         path = path / "config.json"
-    if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
+    if path.suffix not in SUFFIXES and not exists(path):
         raise unknown("model", name, list_models(), "preset")
     data = read_yaml(path, "model")
     named = isinstance(data, dict) and ("architectures" in data or "model_type" in data)

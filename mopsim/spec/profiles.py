@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from mopsim.common.arguments import named
-from mopsim.common.io import convert, exists, parse_yaml, read_yaml
+from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
 from mopsim.spec import renamed
@@ -29,6 +29,6 @@ def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
         text = parse_yaml(_texts()[name], f"profile {name}")
         return convert(text, HardwareProfile, field, f"profile {name}")
     path = Path(ref)
-    if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
+    if path.suffix not in SUFFIXES and not exists(path):
         raise unknown(field, name, list_profiles(), "profile")
     return convert(renamed.hardware(read_yaml(path, field)), HardwareProfile, field, str(path))

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, shown
-from mopsim.common.io import convert, exists, parse_yaml, read_text, to_plain
+from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_text, to_plain
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
 from mopsim.spec import renamed
@@ -55,7 +55,7 @@ def load_stack(ref: str | Path, field: str = "stack") -> Stack:
     if name in _texts():
         return _named(name)
     path = Path(ref)
-    if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
+    if path.suffix not in SUFFIXES and not exists(path):
         raise unknown(field, name, list_stacks(), "stack")
     stack = _stack(read_text(path, field), str(path), field, ())
     _check_name(stack, str(path), field)

@@ -10,6 +10,7 @@ import typer
 import mopexec.cli
 import mopsim.cli
 from mopexec.run.metrics import StepMetrics
+from mopexec.weights.families import FAMILIES
 from mopsim.validate.case import read_cases
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,11 @@ def test_every_field_of_a_step_is_explained() -> None:
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.M)
     told = [field for row in rows for field in re.findall(r"`(\w+)`", row)]
     assert sorted(told) == sorted(StepMetrics.__struct_fields__)
+
+
+def test_families_whose_weights_are_read_are_those_of_the_table() -> None:
+    text = (ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8")
+    assert re.findall(r"`(\w+ForCausalLM)`", text) == list(FAMILIES)
 
 
 COMMAND = re.compile(r"^(?:\.venv/bin/)?(mopsim|mopexec) +([a-z][a-z-]*)(.*)$", re.M)

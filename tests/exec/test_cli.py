@@ -54,6 +54,7 @@ def edited(plan, **strategy):
     [
         ("lr=1", "'lr=1': is not FIELD=VALUE of plan.training (learning_rate, "),
         ("seq_len=8", "'seq_len=8': decides memory and time: search for a plan with it"),
+        ("learning_rate=nan", "plan.training.learning_rate: 'nan' must be a finite number"),
         ("clip_norm=-1", "plan.training.clip_norm: -1.0 must lie between 0 and"),
         ("attention_mask=all", "plan.training.attention_mask: 'all' is not one of causal, document"),
     ],

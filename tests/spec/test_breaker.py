@@ -333,6 +333,28 @@ def test_what_a_breaker_found(
     assert not list(tmp_path.iterdir())
 
 
+PLANNED = "; give the file of its --plan"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "instead"),
+    [("simulate", "strategy", PLANNED), ("export", "plan", PLANNED), ("simulate", "model", "")],
+)  # fmt: skip
+def test_a_result_where_a_noun_is_needed(
+    command: str, option: str, instead: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: File,
+) -> None:  # fmt: skip
+    result = tmp_path / "result.json"
+    result.write_text('{"step_time_s": 1.0, "strategy": {"name": "mop"}, "stack": "mopexec-flat"}')
+    given = {"model": "tiny", "hardware": "cpu-2core", "strategy": "mop"}
+    if command == "export":
+        given = {"to": "torchtitan", "out": str(tmp_path / "x")}
+    given[option] = str(result)
+    job = [*(JOB if command == "simulate" else []), *(f"--{name}={value}" for name, value in given.items())]
+    line = call(capsys, monkeypatch, command, *job)
+    assert f"{option}: {result}: is a result, the --json of mopsim simulate{instead}" in line
+
+
 def test_a_file_without_end_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,11 +1,14 @@
 """Routing profiles: counts in closed form are those of the positions; shares come out as stated."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mopsim.api.inputs import read_routing
 from mopsim.common.errors import SpecError
 from mopsim.common.io import convert, parse_yaml, to_yaml
 from mopsim.spec.presets import load_model
@@ -59,6 +62,12 @@ def test_a_token_chooses_an_expert_once(profile: RoutingProfile) -> None:
 def test_a_histogram_reads_from_yaml() -> None:
     spec = TrainSpec(seq_len=8, global_batch=1, routing=SHARES)
     assert convert(parse_yaml(to_yaml(spec), "text"), TrainSpec, "training") == spec
+
+
+@pytest.mark.parametrize("name", ["shares.yaml", "shares.json"])
+def test_shares_of_a_file_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(SHARES))
+    assert read_routing(str(tmp_path / name)) == SHARES
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mopsim.common.errors import MopError
+from mopsim.common.results import made_by
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.explore.clusters import cluster_views
@@ -29,10 +30,9 @@ from mopsim.report.tables import rate
 
 @dataclass(frozen=True)
 class Kind:
-    """What a command's JSON is known by, the steps in it (the first ones get timelines), and its views."""
+    """The command of a JSON, the steps in it (the first ones get timelines), and its views."""
 
     name: str
-    keys: frozenset[str]
     steps: Callable[[Json], list[ExplorerStep]]
     views: Callable[[Json, list[ExplorerStep]], list[View]]
     headline: Callable[[Json], str]
@@ -40,8 +40,9 @@ class Kind:
 
 def kind_of(result: Json, origin: str) -> Kind:
     """Raises MopError where no command writes such a result."""
+    command = made_by(result)
     for kind in KINDS:
-        if kind.keys <= set(result):
+        if kind.name == command:
             return kind
     names = ", ".join(kind.name for kind in KINDS)
     raise MopError(f"{origin}: is not a result of {names} (their --json): keys {', '.join(list(result)[:8])}")
@@ -193,11 +194,10 @@ def _verdict(result: Json) -> str:
 
 
 KINDS = (
-    Kind("compare", frozenset({"strategies", "finding"}), _of_compare, _compare, lambda one: one["finding"]),
-    Kind("search", frozenset({"top", "candidates"}), _of_search, _search, _verdict),
-    Kind("size", frozenset({"hardware", "deadline_s"}), _of_size, cluster_views, _recommended),
-    Kind("validate", frozenset({"runs", "summary"}), lambda _: [], run_views, _errors),
-    Kind("context", frozenset({"lengths", "contenders", "cases"}), lambda _: [], context_views, reach),
-    Kind("simulate", frozenset({"step_time_s", "strategy"}), _of_simulate, _simulate, _said),
+    Kind("compare", _of_compare, _compare, lambda one: one["finding"]),
+    Kind("search", _of_search, _search, _verdict),
+    Kind("size", _of_size, cluster_views, _recommended),
+    Kind("validate", lambda _: [], run_views, _errors),
+    Kind("context", lambda _: [], context_views, reach),
+    Kind("simulate", _of_simulate, _simulate, _said),
 )
-"""The first whose keys a result has is its kind."""
