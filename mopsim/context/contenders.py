@@ -11,7 +11,7 @@ from typing import Literal
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.search.had import axes_of, each, exchanges, names
+from mopsim.search.had import Key, Value, axes_of, columns_of, exchanges, names
 from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
@@ -93,15 +93,11 @@ class Contender(Spec, frozen=True, kw_only=True):
         key, values = _splitting(self.axes(problem, axes_of(problem, self.family)))
         heads, found = problem.model.num_attention_heads, [1]
         for value in values:
-            split, row = _split(key, value), _row(key, value)
+            split, row = _split(key, value), columns_of(key, value)
             legal = row.get("exchange", ULYSSES) != ULYSSES or heads % split == 0
             if legal and problem.world_size % split == 0:
                 found.append(split)
         return max(found)
-
-
-Key = str | tuple[str, ...]
-Value = int | tuple[int, ...]
 
 
 def _splitting(axes: Axes) -> tuple[Key, Sequence[Value]]:
@@ -109,12 +105,8 @@ def _splitting(axes: Axes) -> tuple[Key, Sequence[Value]]:
     return next((key, values) for key, values in axes.items() if "sequence" in names(key))
 
 
-def _row(key: Key, value: Value) -> dict[str, int]:
-    return dict(zip(names(key), each(value), strict=True))
-
-
 def _split(key: Key, value: Value) -> int:
-    row = _row(key, value)
+    row = columns_of(key, value)
     return row["sequence"] * row.get("tensor", 1)
 
 

@@ -1,11 +1,12 @@
 """What all candidates of a space share and bounds are made of: sizes of the network, the machine, a layer."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine.upper import ALLOCATOR
-from mopsim.intervals import Facts, network, products
 from mopsim.intervals.memory import least_share
+from mopsim.intervals.spread import Facts, network, products
 from mopsim.search.layer import Layer
 from mopsim.search.space import Space
 from mopsim.spec.hardware import HardwareProfile
@@ -29,14 +30,13 @@ class Sizes:
     @staticmethod
     def of(space: Space) -> "Sizes":
         found, model = tensors(space.problem.model), space.problem.model
-        routed: dict[int, int] = {}
-        every: dict[int, int] = {}
+        routed, every = Counter[int](), Counter[int]()
         for tensor in found:
-            every[tensor.layer] = every.get(tensor.layer, 0) + tensor.numel
+            every[tensor.layer] += tensor.numel
             if tensor.routed:
-                routed[tensor.layer] = routed.get(tensor.layer, 0) + tensor.numel
+                routed[tensor.layer] += tensor.numel
         layers = {
-            kind: min((every[layer] - routed.get(layer, 0), routed.get(layer, 0)) for layer in mine)
+            kind: min((every[layer] - routed[layer], routed[layer]) for layer in mine)
             for kind, mine in model.layer_kinds().items()
         }
         head = sum(tensor.numel for tensor in found if tensor.name == "head.weight")

@@ -51,7 +51,7 @@ def offered(problem: Problem, family: str, column: str) -> set[int]:
     """Values of a column in a family's space: of its axis, or the default where none sets it."""
     for key, values in axes_of(problem, family).items():
         if column in names(key):
-            return {each(value)[names(key).index(column)] for value in values}
+            return {columns_of(key, value)[column] for value in values}
     return {DEFAULTS[column]}
 
 
@@ -60,7 +60,7 @@ def exchanges(problem: Problem, family: str) -> list[int]:
     ways, degrees = offered(problem, family, "exchange"), offered(problem, family, "sequence")
     for key, values in axes_of(problem, family).items():
         if {"sequence", "exchange"} <= set(names(key)):
-            rows = [dict(zip(names(key), each(value), strict=True)) for value in values]
+            rows = [columns_of(key, value) for value in values]
             ways = {row["exchange"] for row in rows if row["sequence"] > 1}
     return sorted(ways) if max(degrees) > 1 else []
 
@@ -113,6 +113,11 @@ def each(value: Value) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def columns_of(key: Key, value: Value) -> dict[str, int]:
+    """The columns that a value of an axis sets."""
+    return dict(zip(names(key), each(value), strict=True))
+
+
 class _Trials:
     """Every value of every axis in rows of defaults: with nothing split; without recomputation, experts and
     sequences spread, where fields of theirs act; and so with it."""
@@ -121,7 +126,7 @@ class _Trials:
         self.problem, self.family = problem, family
         self.axes = every_axis(problem, family)
         most = {
-            column: max(each(value)[names(key).index(column)] for value in values)
+            column: max(columns_of(key, value)[column] for value in values)
             for key, values in self.axes.items()
             for column in names(key)
         }
@@ -177,7 +182,7 @@ class _Trials:
 
     def _jobs(self, key: Key, value: Value) -> Iterator[tuple[dict[str, int], Job]]:
         for context in self._contexts(key, value):
-            job = self._job(context | dict(zip(names(key), each(value), strict=True)))
+            job = self._job(context | columns_of(key, value))
             if job is not None:
                 yield context, job
 
@@ -286,15 +291,14 @@ class _Trials:
 
     def _along(self, key: Key, values: Values, context: dict[str, int]) -> Iterator[Job]:
         """The jobs of an axis's values in a row."""
-        rows = (context | dict(zip(names(key), each(value), strict=True)) for value in values)
-        return (job for row in rows if (job := self._job(row)) is not None)
+        return (job for value in values if (job := self._job(context | columns_of(key, value))) is not None)
 
     def _pair(
         self, key: Key, value: Value, context: dict[str, int], error: SpecError, *, selective: bool
     ) -> Iterator[Refused]:
         """Where it is recomputation, of layers or of modules, beside which a value is refused, their columns.
         selective: whether layers that are not recomputed whole may recompute modules."""
-        given = dict(zip(names(key), each(value), strict=True))
+        given = columns_of(key, value)
         for column, without in (("recompute", 1 - context["recompute"]), ("modules", 0)):
             other = self._job(context | {column: without} | given)
             if other is None or any(one.field == error.field for one in not_played(other)):

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from mopsim.engine import SimResult, simulate
-from mopsim.intervals import SURE
+from mopsim.intervals.spread import SURE
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.facts import surely
 from mopsim.search.options import Options
@@ -19,7 +19,6 @@ from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.simulating import keep_closest, rank, run_row, same
 from mopsim.search.space import Space
 from mopsim.search.staged import Rest
-from mopsim.search.wires import Reals
 from mopsim.spec.capability import runnable
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import Strategy
@@ -133,8 +132,7 @@ class Hunt:
         for pool in self.pools:
             if pool is not self.pool:
                 pool.next(below, hoped=least)
-            usable = pool.refined & ~pool.taken & (pool.time < below) & pool.room()[0]
-            expected = np.where(usable, pool.expected(), np.inf)
+            expected = pool.hoped(pool.refined & (pool.time < below))
             position = int(np.argmin(expected))
             if expected[position] < least:
                 least, found = float(expected[position]), (pool, position)
@@ -244,12 +242,7 @@ class Hunt:
     def _neighbour(self, below: float) -> int | None:
         """The neighbour of the least expected time, its bounds refined, if it promises."""
         pool = self.pool
-
-        def score() -> Reals:
-            usable = self.near & ~pool.taken & (pool.time < below) & pool.room()[0]
-            return np.where(usable, pool.expected(), np.inf)
-
-        position = pool.best(score, THOROUGH, briefly=True)
+        position = pool.best(lambda: pool.hoped(self.near & (pool.time < below)), THOROUGH, briefly=True)
         return position if position is not None and self._promising(position) else None
 
     def _know_neighbours(self) -> None:
@@ -338,12 +331,7 @@ class Hunt:
 
     def fastest(self, may: NDArray[np.bool_]) -> int | None:
         """Of the candidates that `may` and are expected to fit the one of the least expected time."""
-        pool = self.pool
-
-        def score() -> Reals:
-            return np.where(may & ~pool.taken & pool.room()[0], pool.expected(), np.inf)
-
-        return pool.best(score, TURNS)
+        return self.pool.best(lambda: self.pool.hoped(may), TURNS)
 
     def left(self) -> np.ndarray:
         """Lower bounds of the step time of the candidates that were not simulated."""

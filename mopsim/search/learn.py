@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-Reals = NDArray[np.float64]
-Column = NDArray[np.int64]
+from mopsim.search.problem import Column
+from mopsim.search.wires import Reals
 
 _GIB = float(2**30)
 _ODD = 4.5

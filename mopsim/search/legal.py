@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mopsim.common.working import near_batches
 from mopsim.search.axes import MINOR
 from mopsim.search.balance import balanced
-from mopsim.search.had import axes_of, had, names
+from mopsim.search.had import had, names
 from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
 from mopsim.search.space import Columns, Space, taken
 from mopsim.search.stages import BALANCED, IDEAL, laid, lighter, parts_of, plain
@@ -20,14 +20,6 @@ NO_CHOICE = ""
 """The reason against values of an axis that mean nothing in a row: no candidates, and not counted."""
 Relation = tuple[str, tuple[str, ...], Callable[[Columns], NDArray[np.bool_]]]
 """What a row breaks; the columns that it is about beside those of the ranks; whether rows keep it."""
-
-
-def generate(problem: Problem, family: str, change: Callable[[Problem, Axes], Axes] | None = None) -> Space:
-    """All legal candidates of a family: the product of its axes (as `change` leaves them), less the rows that
-    break a relation between two; what breaks one of the first axes is not multiplied by the others."""
-    axes = axes_of(problem, family)
-    axes = change(problem, axes) if change else axes
-    return expanded(trunk(problem, family, axes), axes)
 
 
 def trunk(problem: Problem, family: str, axes: Axes) -> Space:

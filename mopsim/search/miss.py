@@ -51,8 +51,8 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
 
 def _fits(problem: Problem, options: Options) -> str | None:
     """A plan that fits, in a line."""
-    short = replace(options, top=1, budget=TRIES, precision=problem.precision, stack=problem.stack)
     p = problem
+    short = replace(options, top=1, budget=TRIES, precision=p.precision, stack=p.stack)
     best = search(p.model, p.hardware, p.num_nodes, p.training, short).best
     return describe(best.strategy) if best else None
 

@@ -185,6 +185,10 @@ class Pool:
         rough = share * np.where(self.refined, 1.0, 1 / (1 + ROUGH))
         return np.maximum(surely, rough, out=rough) <= 1, np.maximum(surely, share, out=share)
 
+    def hoped(self, may: NDArray[np.bool_]) -> Reals:
+        """Expected seconds of the candidates that `may` and are expected to fit, infinite of others."""
+        return np.where(may & ~self.taken & self.room()[0], self.expected(), np.inf)
+
     def next(
         self, below: float, turns: float = TURNS, *, hoped: float = np.inf, slack: float = 0.0
     ) -> int | None:

@@ -8,10 +8,10 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import convert, to_plain
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult, simulate
-from mopsim.intervals import SURE
+from mopsim.intervals.spread import SURE
 from mopsim.search.had import offered
 from mopsim.search.problem import Problem
-from mopsim.search.restricted import RESTRICTIONS, Restriction
+from mopsim.search.restricted import RESTRICTIONS
 from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.categories import WAITING, WAITS
 from mopsim.spec.hardware import HardwareProfile
@@ -41,15 +41,16 @@ DRAM = ("host", ("memory_bandwidth",))
 
 def why(found: SearchResult, problem: Problem) -> list[str]:
     """A line each; none where nothing fits. Plays the best of the families again on faster links."""
-    if found.best is None:
+    best = found.best
+    if best is None:
         return []
-    sure = min(SURE, found.best.p_fits)
+    sure = min(SURE, best.p_fits)
     fits = [one for one in found.played if one.fits and one.p_fits >= sure]
-    lines = [_bounds(found.best)]
-    lines += [_costs(found, name, rule, fits) for name, rule in _restrictions(found, problem)]
-    lines += [line for line in (_risky(found), _memory(found, "device"), _memory(found, "host")) if line]
-    lines += [line for line in (_faster(found, problem, name) for name in _links(problem)) if line]
-    return [*lines, *_rivals(found)]
+    others = _others(best, found)
+    lines = [_bounds(best), *_costs(best, found, problem, fits), _risky(best, found.played)]
+    lines += [_memory(best, found.played, where) for where in ("device", "host")]
+    lines += [_faster(best, others, problem, name) for name in _links(problem)]
+    return [*filter(None, lines), *_rivals(best, others)]
 
 
 def _bounds(best: SimResult) -> str:
@@ -71,37 +72,32 @@ def _waits(one: SimResult) -> list[tuple[str, float]]:
     return [(WAITS.get(name, name.replace("_", " ")), share) for share, name in shares[:3] if share >= SOME]
 
 
-def _restrictions(found: SearchResult, problem: Problem) -> Iterator[tuple[str, Restriction]]:
-    """Rules that a user may have, of those that the best does not keep and that a family searched can keep:
-    its space has the values of the columns that decide it."""
-    best, families = found.best, found.best_by_family
-    assert best is not None
-    for name, one in RESTRICTIONS.items():
+def _costs(
+    best: SimResult, found: SearchResult, problem: Problem, fits: Sequence[SimResult]
+) -> Iterator[str]:
+    """What rules cost that a user may have, of those that the best does not keep and that a family searched
+    can keep: its space has the values of the columns that decide it."""
+    for name, rule in RESTRICTIONS.items():
         possible = any(
-            all(value in offered(problem, family, column) for column, value in one.columns.items())
-            for family in families
+            all(value in offered(problem, family, column) for column, value in rule.columns.items())
+            for family in found.best_by_family
         )
-        if possible and not one.kept(best, found.model):
-            yield name, one
+        if not possible or rule.kept(best, found.model):
+            continue
+        kept = [one for one in fits if rule.kept(one, found.model)]
+        if not kept:
+            yield f"{name}: no such plan among the {len(fits)} simulated that fit"
+            continue
+        fastest = min(kept, key=lambda one: one.step_time)
+        slower = fastest.step_time / best.step_time - 1
+        cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
+        yield f"{name}: {cost}, {format_seconds(fastest.step_time)}, {describe(fastest.strategy)}"
 
 
-def _costs(found: SearchResult, name: str, rule: Restriction, fits: Sequence[SimResult]) -> str:
-    best, kept = found.best, [one for one in fits if rule.kept(one, found.model)]
-    assert best is not None
-    if not kept:
-        return f"{name}: no such plan among the {len(fits)} simulated that fit"
-    fastest = min(kept, key=lambda one: one.step_time)
-    slower = fastest.step_time / best.step_time - 1
-    cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
-    return f"{name}: {cost}, {format_seconds(fastest.step_time)}, {describe(fastest.strategy)}"
-
-
-def _risky(found: SearchResult) -> str | None:
+def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
     """The likeliest of the faster plans that may not fit."""
-    best = found.best
-    assert best is not None
     faster = [
-        one for one in found.played
+        one for one in played
         if one.fits and one.p_fits < best.p_fits and one.step_time * (1 + GAIN) < best.step_time
     ]  # fmt: skip
     if not faster:
@@ -113,32 +109,24 @@ def _risky(found: SearchResult) -> str | None:
     )
 
 
-def _memory(found: SearchResult, where: str) -> str | None:
-    """The least memory that would make a faster plan fit."""
-    best = found.best
-    assert best is not None
-    over = [
-        one for one in found.played
-        if not one.fits and one.step_time * (1 + GAIN) < best.step_time and _over(one, where) > 0
-        and _over(one, where) <= MOST_MORE * (one.memory_limit if where == "device" else one.host_limit)
-        and _over(one, "host" if where == "device" else "device") <= 0
-    ]  # fmt: skip
+def _memory(best: SimResult, played: Sequence[SimResult], where: str) -> str | None:
+    """The least memory that would make a faster plan fit, which misses nothing else."""
+    over = []
+    for one in played:
+        limits = {"device": (one.memory_limit, one.peak_memory), "host": (one.host_limit, one.host_memory)}
+        limit, used = limits.pop(where)
+        ((other, needed),) = limits.values()
+        faster = not one.fits and one.step_time * (1 + GAIN) < best.step_time
+        if faster and 0 < used - limit <= MOST_MORE * limit and needed <= other:
+            over.append((used - limit, limit, one))
     if not over:
         return None
-    one = min(over, key=lambda one: _over(one, where))
-    limit, missing = (one.memory_limit if where == "device" else one.host_limit), _over(one, where)
+    missing, limit, one = min(over, key=lambda each: each[0])
     gain = best.step_time / one.step_time - 1
     return (
         f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}) "
         f"a plan fits that is {gain:.0%} faster: {describe(one.strategy)}"
     )
-
-
-def _over(one: SimResult, where: str) -> int:
-    """Bytes by which a limit is missed."""
-    if where == "device":
-        return one.peak_memory - one.memory_limit
-    return one.host_memory - one.host_limit
 
 
 def _links(problem: Problem) -> list[str]:
@@ -152,13 +140,11 @@ def _links(problem: Problem) -> list[str]:
     return [NETWORK if domain <= node else DOMAINS, HOST_LINK]
 
 
-def _faster(found: SearchResult, problem: Problem, name: str) -> str | None:
+def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name: str) -> str | None:
     """What the best of the families do where a link is faster, and the memory behind it where that is in the
     way; None where the profile would be refused or none uses the link."""
-    best, machine = found.best, problem.hardware
-    assert best is not None
-    near = [one for one in _others(found) if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
-    quick = faster(machine, *LINKS[name], MORE)
+    near = [one for one in others if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
+    quick = faster(problem.hardware, *LINKS[name], MORE)
     if quick is None:
         return None
     if name == HOST_LINK and not any(one.host_memory for one in (best, *near)):
@@ -217,20 +203,16 @@ def faster(
         return None
 
 
-def _others(found: SearchResult) -> list[SimResult]:
+def _others(best: SimResult, found: SearchResult) -> list[SimResult]:
     """The best of the other families, fastest first."""
-    best = found.best
-    assert best is not None
     others = [one for one in found.best_by_family.values() if one and one.strategy.name != best.strategy.name]
     return sorted(others, key=lambda one: one.step_time)
 
 
-def _rivals(found: SearchResult) -> list[str]:
+def _rivals(best: SimResult, others: Sequence[SimResult]) -> list[str]:
     """How the best of each other family compares, and what it waits for."""
-    best = found.best
-    assert best is not None
     lines = []
-    for one in _others(found):
+    for one in others:
         waits = _waits(one)
         said = f", waits {waits[0][1]:.0%} for {waits[0][0]}" if waits else ", waits for next to nothing"
         lines.append(f"{one.strategy.name} takes {one.step_time / best.step_time:.2f} times as long{said}")

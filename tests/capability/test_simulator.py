@@ -13,7 +13,6 @@ from mopsim.engine import simulate
 from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.search.had import had
-from mopsim.search.legal import generate
 from mopsim.search.problem import DEVICE, HOST, Problem
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
@@ -28,6 +27,7 @@ from mopsim.strategies import fsdp2, megatron, mop
 from mopsim.validate.case import read_cases
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
+from tests.sim.spaces import generate
 
 JOBS = jobs()
 HARDWARE = load_profile("b200-sxm-192g")

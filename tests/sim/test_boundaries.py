@@ -12,7 +12,6 @@ from mopsim.engine import SimResult, run, simulate
 from mopsim.program import lower
 from mopsim.program.workload import Program
 from mopsim.search import Options, search
-from mopsim.search.legal import generate
 from mopsim.search.problem import Problem
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
@@ -21,6 +20,7 @@ from mopsim.spec.strategy import Activations, Overlap, Strategy
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
+from tests.sim.spaces import generate
 from tests.sim.toys import machine, quantity, small
 
 H100 = load_profile("h100-sxm-80g")

@@ -12,12 +12,11 @@ import pytest
 from mopsim.cli import main
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_count
-from mopsim.context import Contender, ContextCase, Task, contenders, nested, sweep
-from mopsim.context.sweep import _alike, curve
+from mopsim.context.contenders import Contender, contenders
+from mopsim.context.sweep import ContextCase, Task, _alike, curve, nested, sweep
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach
 from mopsim.search.bound import Bounds, bound
-from mopsim.search.legal import generate
 from mopsim.search.problem import CHUNKED, DEVICE, HOST
 from mopsim.search.space import Space
 from mopsim.spec.presets import load_model
@@ -26,6 +25,7 @@ from mopsim.strategies import fsdp2
 from reports.context_throughput.make import main as make
 from reports.context_throughput.variants import OFFLOADED, VARIANTS
 from reports.context_throughput.words import Study, summary
+from tests.sim.spaces import generate
 
 K = 1024
 NAMES = {one.name: one for one in contenders()}

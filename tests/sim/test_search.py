@@ -16,7 +16,6 @@ from mopsim.engine import SimResult, simulate
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.legal import generate
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE
@@ -31,6 +30,7 @@ from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
+from tests.sim.spaces import generate
 
 CASES = (
     ("tiny", "cpu-2core", 1, 512, 4, "float32"),

@@ -15,7 +15,6 @@ from mopsim.search.bound import bound
 from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY, SPENT
 from mopsim.search.had import had
 from mopsim.search.learn import Memory, Rise, Times
-from mopsim.search.legal import generate
 from mopsim.search.pool import Pool
 from mopsim.search.problem import EXCHANGES, Problem, worked_out
 from mopsim.search.result import NOT_RUN, TIE
@@ -28,6 +27,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
+from tests.sim.spaces import generate
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
@@ -162,15 +162,14 @@ def test_the_microbatch_may_be_the_whole_local_batch() -> None:
 
 def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
     found = asked(("zero_offload", "fsdp2"), 4)
-    results = [one for one in found.best_by_family.values() if one]
-    text = finding(results, list(found.best_by_family), {"fsdp2": 0.25, "zero_offload": 0.0})
+    text = finding(found.best_by_family, {"fsdp2": 0.25, "zero_offload": 0.0})
     assert "is fastest" in text
     assert "not exhausted" in text
     assert "fsdp2 by at most 25 %" in text
     assert "zero_offload by" not in text
     for proven in (0.0, TIE):
-        assert "not exhausted" not in finding(results, list(found.best_by_family), {"fsdp2": proven})
-    text = finding([], [], {"megatron": None, "fsdp2": 0.0})
+        assert "not exhausted" not in finding(found.best_by_family, {"fsdp2": proven})
+    text = finding({}, {"megatron": None, "fsdp2": 0.0})
     assert text == "No strategy fits (not exhausted: plans left out may fit, megatron)"
 
 

@@ -9,7 +9,6 @@ from mopsim.common.errors import SpecError
 from mopsim.export import TARGETS
 from mopsim.search import had as had_module
 from mopsim.search.had import Had, had, left_out
-from mopsim.search.legal import generate
 from mopsim.search.problem import ULYSSES, Problem
 from mopsim.search.space import Space
 from mopsim.spec.capability import ROWS, Job, refusals
@@ -19,6 +18,7 @@ from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
+from tests.sim.spaces import generate
 
 TINY = load_model("tiny")
 TRAINING = TrainSpec(seq_len=512, global_batch=8)

@@ -17,7 +17,7 @@ from mopsim.search.coarse import coarse
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess
 from mopsim.search.had import axes_of
-from mopsim.search.legal import expanded, generate, minor_of, trunk
+from mopsim.search.legal import expanded, minor_of, trunk
 from mopsim.search.problem import PARTS, Problem
 from mopsim.search.seeds import Recipe, published, recipes, textbook
 from mopsim.search.space import Space
@@ -29,6 +29,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
+from tests.sim.spaces import generate
 
 LLAMA_405B = ModelSpec(
     name="llama31_405b", hidden_size=16384, num_hidden_layers=126, num_attention_heads=128,
