@@ -10,10 +10,11 @@ from mopsim.report.explore.steps import (
     bars,
     ends,
     front,
+    keyed,
     plan_of,
+    plot,
     proofs,
     step_table,
-    table,
 )
 from mopsim.size.figures import DAY
 
@@ -48,10 +49,15 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
         else ""
         for one in rows
     ]
-    cells = [[one[name] for name, _ in _CLUSTER] for one in rows]
     costed = [one for one in rows if one["days"] is not None and one["cost"] is not None]
     views = [
-        table("Clusters that were tried", _CLUSTER, cells, "Green: recommended. Grey: will not do.", marks)
+        keyed(
+            "Clusters that were tried",
+            [(name, kind, name) for name, kind in _CLUSTER],
+            rows,
+            "Green: recommended. Grey: will not do.",
+            marks,
+        )
     ]
     if costed:
         views.append(_scatter("Cost against time", costed, result))
@@ -98,13 +104,6 @@ def _cluster(one: Json) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for one in rows:
-        groups.setdefault(one["hardware"], []).append(one)
-    return groups
-
-
 def _cluster_rows(one: dict[str, Any]) -> list[tuple[str, Any, str]]:
     return [(name, one[name], kind) for name, kind in _CLUSTER if name != "hardware"]
 
@@ -115,43 +114,37 @@ def _pair(one: dict[str, Any], name: str) -> list[float] | None:
 
 
 def _scatter(title: str, rows: Sequence[dict[str, Any]], result: Json) -> View:
-    best = dict(zip(map(id, rows), front([(one["days"], one["cost"]) for one in rows]), strict=True))
-    series = [
-        {
-            "name": name, "line": False,
-            "points": [
-                {"x": one["days"], "y": one["cost"], "xr": _pair(one, "days"), "yr": _pair(one, "cost"),
-                 "name": f"{one['nodes']} nodes", "mark": "", "front": best[id(one)],
-                 "rows": _cluster_rows(one)}
-                for one in group
-            ],
-        }
-        for name, group in _grouped(rows).items()
-    ]  # fmt: skip
+    best = front([(one["days"], one["cost"]) for one in rows])
     deadline = result.get("deadline_s")
-    return {
-        "kind": "plot", "title": title, "note": f"Asked: {deadline / DAY:g} days." if deadline else "",
-        "x": {"name": "days", "type": "number", "log": True}, "y": {"name": "cost", "type": "dollars"},
-        "series": series,
-    }  # fmt: skip
+    return plot(
+        title,
+        {"name": "days", "type": "number", "log": True},
+        {"name": "cost", "type": "dollars"},
+        [
+            (one["hardware"], {
+                "x": one["days"], "y": one["cost"], "xr": _pair(one, "days"), "yr": _pair(one, "cost"),
+                "name": f"{one['nodes']} nodes", "mark": "", "front": ahead, "rows": _cluster_rows(one),
+            })
+            for one, ahead in zip(rows, best, strict=True)
+        ],
+        note=f"Asked: {deadline / DAY:g} days." if deadline else "",
+    )  # fmt: skip
 
 
 def _scaling(rows: Sequence[dict[str, Any]]) -> View:
+    machines = list(dict.fromkeys(one["hardware"] for one in rows))
     counts = sorted({one["nodes"] for one in rows})
-    series = [
-        {
-            "name": name, "line": True,
-            "points": [
-                {"x": one["nodes"], "y": one["days"], "yr": _pair(one, "days"), "mark": "",
-                 "name": f"{one['nodes']} nodes", "rows": _cluster_rows(one)}
-                for one in sorted(group, key=lambda one: one["nodes"])
-            ],
-        }
-        for name, group in _grouped(rows).items()
-    ]  # fmt: skip
     ticks = [[one, f"{one:,}"] for one in counts] if len(counts) <= 8 else None
-    return {
-        "kind": "plot", "title": "Days over nodes", "series": series,
-        "x": {"name": "nodes", "type": "number", "log": True, "ticks": ticks},
-        "y": {"name": "days", "type": "number", "log": True},
-    }  # fmt: skip
+    return plot(
+        "Days over nodes",
+        {"name": "nodes", "type": "number", "log": True, "ticks": ticks},
+        {"name": "days", "type": "number", "log": True},
+        [
+            (one["hardware"], {
+                "x": one["nodes"], "y": one["days"], "yr": _pair(one, "days"), "mark": "",
+                "name": f"{one['nodes']} nodes", "rows": _cluster_rows(one),
+            })
+            for one in sorted(rows, key=lambda one: (machines.index(one["hardware"]), one["nodes"]))
+        ],
+        line=True,
+    )  # fmt: skip

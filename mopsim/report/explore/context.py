@@ -4,7 +4,7 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, ExplorerStep, Json, device, table
+from mopsim.report.explore.steps import ExplorerStep, Json, device, keyed, plot
 from mopsim.report.tables import rate
 
 _RATE = "tokens_per_s_per_device"
@@ -31,15 +31,13 @@ def context_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
             for name, curve in case["curves"].items()
             for point in curve["points"]
         ]
-        rows: list[list[Cell]] = [[one.get(key) for _, _, key in columns] for one in points]
         held = (
             f"Held constant: {case['tokens_per_device']:,} tokens of a {each} and step (a sequence at least)."
         )
-        names = [(name, kind) for name, kind, _ in columns]
         marks = [_mark(one) for one in points]
         found += [
             _plot(f"Throughput over context length: {where}", held, result["lengths"], points, columns),
-            table(f"Points: {where}", names, rows, held, marks),
+            keyed(f"Points: {where}", columns, points, held, marks),
         ]
     return found
 
@@ -59,23 +57,22 @@ def _plot(
     points: list[dict[str, Any]],
     columns: list[tuple[str, str, str]],
 ) -> View:
-    series: dict[str, list[View]] = {}
-    for one in points:
-        series.setdefault(one["contender"], []).append(
-            {
-                "x": one["seq_len"],
-                "y": one[_RATE],
-                "mark": _mark(one),
+    ticks = [[one, format_count(one)] for one in lengths]
+    name = next(name for name, _, key in columns if key == _RATE)
+    return plot(
+        title,
+        {"name": "context length", "type": "number", "log": True, "ticks": ticks},
+        {"name": name, "type": "number", "zero": True},
+        [
+            (one["contender"], {
+                "x": one["seq_len"], "y": one[_RATE], "mark": _mark(one),
                 "rows": [(name, one.get(key), kind) for name, kind, key in columns if key != "contender"],
-            }
-        )
-    return {
-        "kind": "plot", "title": title, "note": note,
-        "x": {"name": "context length", "type": "number", "log": True,
-              "ticks": [[one, format_count(one)] for one in lengths]},
-        "y": {"name": next(name for name, _, key in columns if key == _RATE), "type": "number", "zero": True},
-        "series": [{"name": name, "line": True, "points": found} for name, found in series.items()],
-    }  # fmt: skip
+            })
+            for one in points
+        ],
+        line=True,
+        note=note,
+    )  # fmt: skip
 
 
 def reach(result: Json) -> str:

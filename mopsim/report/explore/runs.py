@@ -1,10 +1,9 @@
 """Views of a validation: runs, predicted against measured, what is unsupported, components."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, state_of, table
+from mopsim.report.explore.steps import ExplorerStep, Json, ends, keyed, plot, state_of, table
 
 _QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
 _STEP = "predicted_step_time_interval_s"
@@ -30,8 +29,7 @@ def run_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
         for one in simulated
     ]
     marks = [str(one["state"]) for one in known]
-    rows = [[_plain(one.get(key)) for _, _, key in _RUN] for one in known]
-    views = [table("Runs", [(title, kind) for title, kind, _ in _RUN], rows, marks=marks)]
+    views = [keyed("Runs", _RUN, known, marks=marks)]
     views += [
         _against(title, kind, key, simulated)
         for title, kind, key in _QUANTITIES
@@ -44,8 +42,7 @@ def run_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     if parts:
         kept = [("component", "text"), ("metric", "text"), ("params", "text"), ("value", "number"),
                 ("predicted", "number"), ("error", "fraction"), ("reason", "text")]  # fmt: skip
-        cells = [[_plain(one.get(name)) for name, _ in kept] for one in parts]
-        views.append(table("Components", kept, cells))
+        views.append(keyed("Components", [(name, kind, name) for name, kind in kept], parts))
     return views
 
 
@@ -53,38 +50,29 @@ def _state(run: Json) -> str:
     return state_of(run.get("predicted_fits", True), run.get("p_fits"), str(run.get("predicted_verdict", "")))
 
 
-def _plain(value: Any) -> Cell:
-    return value if value is None or isinstance(value, int | float | str) else str(value)
-
-
 def _against(title: str, kind: str, key: str, runs: Sequence[Json]) -> View:
-    series: dict[str, list[View]] = {}
+    points = []
     for one in runs:
         measured, predicted = one.get(f"measured_{key}"), one.get(f"predicted_{key}")
         if not measured or not predicted:
             continue
-        low, high = ends(one, f"predicted_{key.rpartition('_')[0]}_interval_{key.rpartition('_')[2]}")
-        series.setdefault(str(one.get("source", "runs")), []).append(
-            {
-                "x": measured,
-                "y": predicted,
-                "name": one["run_id"],
-                "mark": _state(one),
-                "yr": None if low is None else [low, high],
-                "rows": [
-                    ("measured", measured, kind),
-                    ("predicted", predicted, kind),
-                    ("error", predicted / measured - 1, "fraction"),
-                    ("at least", low, kind),
-                    ("at most", high, kind),
-                    ("family", one.get("family"), "text"),
-                    ("GPU", one.get("gpu"), "text"),
-                ],
-            }
-        )
-    return {
-        "kind": "plot", "title": f"{title}: predicted against measured", "diagonal": True,
-        "x": {"name": f"measured {title.lower()}", "type": kind, "log": True},
-        "y": {"name": f"predicted {title.lower()}", "type": kind, "log": True},
-        "series": [{"name": name, "line": False, "points": points} for name, points in series.items()],
-    }  # fmt: skip
+        interval = f"predicted_{key.rpartition('_')[0]}_interval_{key.rpartition('_')[2]}"
+        low, high = ends(one, interval)
+        rows = [
+            ("measured", measured, kind),
+            ("predicted", predicted, kind),
+            ("error", predicted / measured - 1, "fraction"),
+            ("at least", low, kind),
+            ("at most", high, kind),
+            ("family", one.get("family"), "text"),
+            ("GPU", one.get("gpu"), "text"),
+        ]
+        point = {
+            "x": measured, "y": predicted, "name": one["run_id"], "mark": _state(one),
+            "yr": one.get(interval), "rows": rows,
+        }  # fmt: skip
+        points.append((str(one.get("source", "runs")), point))
+    x, y = (
+        {"name": f"{what} {title.lower()}", "type": kind, "log": True} for what in ("measured", "predicted")
+    )
+    return plot(f"{title}: predicted against measured", x, y, points, diagonal=True)

@@ -1,13 +1,13 @@
 """Views of simulated steps: a table, time against memory, bars, a timeline. A step is JSON of `simulate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.engine import SimResult
-from mopsim.intervals import SURE
+from mopsim.intervals.spread import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.explore.page import View
 from mopsim.report.tables import ENOUGH, P_FITS, describe, freedom, rate
@@ -165,6 +165,30 @@ def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
     ]  # fmt: skip
 
 
+def plot(
+    title: str, x: View, y: View, points: Iterable[tuple[str, View]], *, line: bool = False, **more: Any
+) -> View:
+    """points: (series, point). x, y: axes. line: through the points of a series. more: of a plot."""
+    series: dict[str, list[View]] = {}
+    for name, point in points:
+        series.setdefault(name, []).append(point)
+    found = [{"name": name, "line": line, "points": those} for name, those in series.items()]
+    return {"kind": "plot", "title": title, "x": x, "y": y, "series": found, **more}
+
+
+def keyed(
+    title: str, columns: Sequence[tuple[str, str, str]], things: Sequence[Json], note: str = "",
+    marks: Sequence[str] = (),
+) -> View:  # fmt: skip
+    """A table of things. columns: name, type, and key of a thing."""
+    rows = [[_plain(one.get(key)) for _, _, key in columns] for one in things]
+    return table(title, [(name, kind) for name, kind, _ in columns], rows, note, marks)
+
+
+def _plain(value: Any) -> Cell:
+    return value if value is None or isinstance(value, int | float | str) else str(value)
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other beats in both (smaller is better)."""
     return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
@@ -173,31 +197,24 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def pareto(steps: Sequence[ExplorerStep]) -> View:
     """Step time against memory, the front among those that fit."""
     best = iter(front([_at(one) for one in steps if one.found["fits"]]))
-    series: dict[str, list[View]] = {}
+    points = []
     for one in steps:
         x, y = _at(one)
-        low, high = ends(one.found, "step_time_interval_s")
-        series.setdefault(str(one.found["strategy"].get("name", one.label)), []).append(
-            {
-                "x": x,
-                "y": y,
-                "mark": one.state,
-                "name": one.label,
-                "rows": told(one),
-                "xr": None if low is None else [low, high],
-                "yr": one.found.get("peak_memory_interval_bytes"),
-                "front": bool(one.found["fits"] and next(best)),
-            }
-        )
+        point = {
+            "x": x, "y": y, "mark": one.state, "name": one.label, "rows": told(one),
+            "xr": one.found.get("step_time_interval_s"), "yr": one.found.get("peak_memory_interval_bytes"),
+            "front": bool(one.found["fits"] and next(best)),
+        }  # fmt: skip
+        points.append((str(one.found["strategy"].get("name", one.label)), point))
     limits = {one.found["memory_limit_bytes"] for one in steps}
     largest = max(_at(one)[1] for one in steps)
-    return {
-        "kind": "plot", "title": "Step time against memory",
-        "x": {"name": "step time", "type": "seconds"},
-        "y": {"name": "device memory at the peak", "type": "bytes", "zero": True},
-        "series": [{"name": name, "line": False, "points": points} for name, points in series.items()],
-        "limits": [{"value": one, "name": "limit"} for one in limits if one < 3 * largest],
-    }  # fmt: skip
+    return plot(
+        "Step time against memory",
+        {"name": "step time", "type": "seconds"},
+        {"name": "device memory at the peak", "type": "bytes", "zero": True},
+        points,
+        limits=[{"value": one, "name": "limit"} for one in limits if one < 3 * largest],
+    )
 
 
 def _at(step: ExplorerStep) -> tuple[float, float]:

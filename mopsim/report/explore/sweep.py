@@ -4,7 +4,7 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import NO_STRATEGY, Cell, ExplorerStep, Json, device, ends, table, told
+from mopsim.report.explore.steps import NO_STRATEGY, Cell, ExplorerStep, Json, device, ends, plot, table, told
 from mopsim.report.tables import rate
 
 
@@ -14,33 +14,24 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
     values, batches = sweep["values"], sweep.get("global_batch") or [None] * len(sweep["values"])
     held = f", {sweep['hold'].replace('_', ' ')} held constant" if sweep.get("hold") else ""
     place = f": {where}" if where else ""
-    series, rows, marks = [], [], []
+    points, rows, marks = [], [], []
     per = rate(device(one) for found in sweep["results"].values() for one in found if one)
     for label, found in sweep["results"].items():
         refused = sweep.get("refused", {}).get(label) or [None] * len(values)
-        points = []
         for value, batch, one, why in zip(values, batches, found, refused, strict=True):
             step = ExplorerStep(label, one) if one else None
             rows.append([value, label, batch, *_swept(step, why)])
             marks.append(step.state if step else "out of memory")
-            points.append(_swept_point(value, batch, step, why))
-        series.append({"name": label, "line": True, "points": points})
+            points.append((label, _swept_point(value, batch, step, why)))
     names = [
         (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
         ("step", "seconds"), (per, "number"), ("memory", "bytes"), ("plan", "text"),
     ]  # fmt: skip
     title = f"Throughput over {sweep['setting']}{held}{place}"
-    axis = {
-        "name": sweep["setting"],
-        "type": "number",
-        "log": True,
-        "ticks": [[one, format_count(one)] for one in values],
-    }
-    plot = {
-        "kind": "plot", "title": title, "series": series, "x": axis,
-        "y": {"name": per, "type": "number", "zero": True},
-    }  # fmt: skip
-    return [plot, table(f"Points over {sweep['setting']}{held}{place}", names, rows, marks=marks)]
+    ticks = [[one, format_count(one)] for one in values]
+    axis = {"name": sweep["setting"], "type": "number", "log": True, "ticks": ticks}
+    drawn = plot(title, axis, {"name": per, "type": "number", "zero": True}, points, line=True)
+    return [drawn, table(f"Points over {sweep['setting']}{held}{place}", names, rows, marks=marks)]
 
 
 def _swept(step: ExplorerStep | None, why: str | None) -> list[Cell]:
