@@ -1,5 +1,6 @@
 """TorchTitan: a TOML file of its JobConfig. Newer versions configure in Python, with other names."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,17 +102,8 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
 
 
 def _keys(section: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {_toml(value)}" for key, value in section.items()]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return repr(value)
+    """What these values are in JSON they are in TOML."""
+    return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in section.items()]
 
 
 TORCHTITAN = Target("torchtitan", CHECKED, render)
