@@ -28,7 +28,7 @@ from typing import Any, Literal
 import msgspec
 
 from mopsim.api.inputs import Inputs, make_plan
-from mopsim.calibrate import load_measurement
+from mopsim.calibrate.runs import load_measurement
 from mopsim.commands.console import human
 from mopsim.commands.progress import Shown, progress
 from mopsim.common import io
@@ -84,13 +84,7 @@ class Loop:
     """What a command said last of other programs that have the cores."""
     shown: Shown = field(default=lambda done, text: None)
 
-    def mopsim(self, *arguments: str) -> None:
-        self._run("mopsim", arguments)
-
-    def mopexec(self, *arguments: str) -> None:
-        self._run("mopexec", arguments)
-
-    def _run(self, package: str, arguments: tuple[str, ...]) -> None:
+    def run(self, package: str, *arguments: str) -> None:
         """Run one command with its output in a log; a failure is one line that names the log."""
         shown = shlex.join([package, *arguments])
         self.commands.append(shown)
@@ -150,10 +144,10 @@ def run(out: str, seed: int, steps: int, result: str | None = None) -> None:
     started = time.perf_counter()
     report = _loop(loop)
     with loop.stage("write the report"), whole_directory(folder) as aside:
-        names = [path.name for path in write_demo(aside, report)]
+        write_demo(aside, report)
     console.print(result_table(report))
     console.print(
-        f"{report.warning()}{report.verdict()}\nReport: {folder / names[-2]} and {names[-1]}, "
+        f"{report.warning()}{report.verdict()}\nReport: {folder / 'index.md'} and index.html, "
         f"{time.perf_counter() - started:.0f} s in all"
     )
     if result:
@@ -175,7 +169,7 @@ def _work_directory(out: Path, result: str | None) -> Path:
 def _loop(loop: Loop) -> DemoReport:
     probed, profile = loop.work / "probed.yaml", loop.work / "profile.yaml"
     with loop.stage("probe this machine"):
-        loop.mopexec("probe", "--ranks", str(RANKS), "--out", str(probed))
+        loop.run("mopexec", "probe", "--ranks", str(RANKS), "--out", str(probed))
     probed_beside = loop.beside.get("probe", "")
     io.write_yaml(profile, _small(io.load(probed, HardwareProfile, "hardware")))
     hardware = io.load(profile, HardwareProfile, "hardware")
@@ -249,8 +243,8 @@ def _pilot(loop: Loop, strategy: Strategy, hardware: HardwareProfile) -> Path:
 
 def _calibrate(loop: Loop, profile: Path, runs: list[Path], out: Path) -> None:
     measured = [word for run in runs for word in ("--measurements", str(run))]
-    target = out.with_name(f"{out.stem}-residuals.json")
-    loop.mopsim("calibrate", "--profile", str(profile), *measured, "--out", str(out), "--json", str(target))
+    written = ("--out", str(out), "--json", str(out.with_name(f"{out.stem}-residuals.json")))
+    loop.run("mopsim", "calibrate", "--profile", str(profile), *measured, *written)
 
 
 def _as_routed(plan: Plan, seen: Measurement) -> Plan:
@@ -286,10 +280,10 @@ def _replicated(plan: Plan, hardware: HardwareProfile) -> SimResult:
 
 def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
     target = loop.work / f"search-{family}.json"
-    loop.mopsim(
-        "search", "--model", MODEL, "--hardware", str(profile), "--nodes", "1", "--seq-len", str(SEQ_LEN),
-        "--global-batch", str(GLOBAL_BATCH), "--family", family, "--precision", PRECISION,
-        "--budget", str(BUDGET), "--any-routing",
+    loop.run(
+        "mopsim", "search", "--model", MODEL, "--hardware", str(profile), "--nodes", "1",
+        "--seq-len", str(SEQ_LEN), "--global-batch", str(GLOBAL_BATCH), "--family", family,
+        "--precision", PRECISION, "--budget", str(BUDGET), "--any-routing",
         "--learning-rate", str(LEARNING_RATE), "--warmup-steps", str(WARMUP_STEPS), "--seed", str(loop.seed),
         "--plan", str(loop.work / f"{family}.yaml"), "--json", str(target),
     )  # fmt: skip
@@ -327,8 +321,8 @@ def _train(loop: Loop, name: str, steps: int) -> DemoContender:
 
 def _run_plan(loop: Loop, name: str, out: str, *options: object) -> None:
     """One `mopexec train` of the plan `name` on Python's own text, into the directory `out`."""
-    loop.mopexec(
-        "train", "--plan", str(loop.work / f"{name}.yaml"), "--data", "python", *map(str, options),
+    loop.run(
+        "mopexec", "train", "--plan", str(loop.work / f"{name}.yaml"), "--data", "python", *map(str, options),
         "--no-final-checkpoint", "--out", str(loop.work / out),
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from mopsim.common.outputs import whole_directory
 from mopsim.common.values import require_once
 from mopsim.engine import SimResult
 from mopsim.report.findings import difference, finding, lead, software, summary
-from mopsim.report.sweep import Sweep, over
+from mopsim.report.sweep import over
 from mopsim.search.result import exhausted
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
@@ -53,49 +53,43 @@ class Comparison(Result):
         self,
         inputs: Inputs,
         simulations: Mapping[str, Simulation],
-        points: Swept | None,
+        sweep: Swept | None,
         notes: Sequence[str],
         refused: Mapping[str, str],
         stacks: Sequence[str] = (),
     ) -> None:
         """stacks: shipped ones that have something of every strategy, where those found are on several."""
-        self.inputs, self.simulations, self.points = inputs, dict(simulations), points
+        self.inputs, self.simulations, self.sweep = inputs, dict(simulations), sweep
         self.notes, self.refused = list(notes), dict(refused)
         self.results = {label: one.result for label, one in simulations.items()}
         self.stacks = list(stacks)
         self.gaps = {label: one.found.gap for label, one in simulations.items() if one.found}
 
-    @property
-    def sweep(self) -> Sweep | None:
-        """What the report draws of it."""
-        return self.points.report() if self.points else None
-
     def to_json(self, command: str = "mopsim.compare") -> dict[str, Any]:
         """command: what made it."""
-        labels, results = list(self.results), list(self.results.values())
         found: dict[str, Any] = {
             "strategies": {label: one.to_json() for label, one in self.simulations.items()},
             "stack": self.inputs.stack.name if self.inputs.stack else None,
-            "finding": self._placed(finding(results, labels, self.gaps, self.inputs.interval)),
+            "finding": self._placed(finding(self.results, self.gaps, self.inputs.interval)),
             "lead": self._lead(),
-            "software": software(results, labels, self.stacks),
+            "software": software(self.results, self.stacks),
             "proven": all(exhausted(gap) for gap in self.gaps.values()),
-            "difference": difference(results, labels),
+            "difference": difference(self.results),
             "refused": self.refused,
             "facts": facts(self.inputs, command),
         }
-        return found | ({"sweep": self.points.to_json()} if self.points else {})
+        return found | ({"sweep": self.sweep.to_json()} if self.sweep else {})
 
     @property
     def any_fits(self) -> bool:
         """Whether one fits, here or at a value of the sweep."""
-        swept = [one for points in self.sweep.results.values() for one in points] if self.sweep else []
-        return any(one.fits for one in [*self.results.values(), *swept] if one)
+        swept = self.sweep.every if self.sweep else []
+        return any(one.fits for one in [*self.results.values(), *swept])
 
     def _lead(self) -> dict[str, Any] | None:
         """Of the winner over the next that fits: the ratio of their speeds, where the measured one lies, and
         the probability that the winner is the faster one."""
-        found = lead(list(self.results.values()), list(self.results))
+        found = lead(self.results)
         if found is None:
             return None
         over, ratio = found
@@ -103,18 +97,17 @@ class Comparison(Result):
         return {"over": over, "ratio": ratio.predicted, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
-        labels, results = list(self.results), list(self.results.values())
-        said = summary(results, labels, self.gaps, self.inputs.interval, self.stacks)
+        said = summary(self.results, self.gaps, self.inputs.interval, self.stacks)
         return " ".join([self._placed(said), *(f"{label} has no strategy here." for label in self.refused)])
 
     def _placed(self, said: str) -> str:
         """What is said of the job; of a sweep first who is fastest at each value, then where the job is."""
-        if self.points is None:
+        if self.sweep is None:
             return said
         nodes, length = self.inputs.nodes, self.inputs.training.seq_len
         node = f"{nodes:,} node{'s' if nodes > 1 else ''}"
-        here = node if self.points.setting == "nodes" else f"{length:,} tokens"
-        return f"{over(self.points.report())}. At {here}: {said}"
+        here = node if self.sweep.setting == "nodes" else f"{length:,} tokens"
+        return f"{over(self.sweep)}. At {here}: {said}"
 
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())
@@ -124,19 +117,18 @@ class Comparison(Result):
         legal. Raises MopError where no sweep was asked for."""
         from pandas import DataFrame, Index
 
-        shown = self.sweep
-        if shown is None:
+        if self.sweep is None:
             raise MopError("sweep: was not asked for")
         columns = {
-            label: [one.tokens_per_second_per_device if one and one.fits else float("nan") for one in points]
-            for label, points in shown.results.items()
+            label: [float("nan") if one is None else one for one in rates]
+            for label, rates in self.sweep.rates().items()
         }
-        return DataFrame(columns, index=Index(shown.values, name=shown.setting))
+        return DataFrame(columns, index=Index(self.sweep.values, name=self.sweep.setting))
 
     def _swept_on(self) -> str:
         """Network and machine at every value of the sweep."""
         inputs = self.inputs
-        if self.points and self.points.setting == "nodes":
+        if self.sweep and self.sweep.setting == "nodes":
             return f"{inputs.model.name} at {inputs.training.seq_len:,} tokens on {inputs.hardware.name}"
         return f"{inputs.model.name} on {inputs.hardware.cluster(inputs.nodes)}"
 
@@ -154,8 +146,8 @@ class Comparison(Result):
         timelines = [simulation.timeline() for simulation in self.simulations.values()]
         with whole_directory(Path(folder)) as aside, saved_as(formats):
             write_compare(
-                aside, list(self.results.values()), list(self.results), timelines, self.sweep, title,
-                facts(inputs, command), self.headline(), inputs.interval, self._swept_on(), self.refused,
+                aside, self.results, timelines, self.sweep, title, facts(inputs, command), self.headline(),
+                inputs.interval, self._swept_on(), self.refused,
             )  # fmt: skip
             written = [path.name for path in aside.iterdir()]
         return [Path(folder) / name for name in sorted(written)]

@@ -11,16 +11,15 @@ from typing import Any, TypeVar
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError
 from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
 from mopsim.common.values import listed, require_once
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
-from mopsim.intervals import check_level
-from mopsim.search import Options, SearchResult, search
-from mopsim.search.space import IN_8_BITS
+from mopsim.intervals.spread import check_level
+from mopsim.search.problem import Problem
 from mopsim.spec import upgrade
 from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.hardware import HardwareProfile
@@ -31,7 +30,8 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import CAST, MatmulDType, Strategy
+from mopsim.spec.strategy import MatmulDType, Strategy
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
@@ -65,6 +65,20 @@ class Inputs:
     @property
     def world_size(self) -> int:
         return self.nodes * self.hardware.devices_per_node
+
+    @property
+    def problem(self) -> Problem:
+        """What a search is asked about."""
+        total = total_params(self.model)
+        return Problem(
+            self.model, self.hardware, self.nodes, self.training, total, self.precision, self.stack
+        )
+
+    def simulate(self, strategy: Strategy, stack: Stack, *, timeline: bool = False) -> SimResult:
+        """One step of a strategy on this job."""
+        return simulate(
+            self.model, self.hardware, self.nodes, strategy, self.training, stack, timeline=timeline
+        )
 
     @property
     def parameters(self) -> str:
@@ -255,37 +269,8 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     return read.strategy, read.stack
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A simulated strategy; of a family's best, the search that found it."""
-
-    result: SimResult
-    found: SearchResult | None = None
-
-
 class NoStrategyError(MopError):
     """A family has no strategy that could be simulated."""
-
-
-def resolve(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget: int = 100) -> Resolved:
-    """The simulated result of a strategy, or of the best (else the closest) strategy of a family. Raises
-    NoStrategyError for a family that has none, else MopError."""
-    if not (isinstance(given, str) and given in FAMILIES):
-        strategy, own = strategy_of(given, inputs)
-        stack = inputs.stack or own
-        i = inputs
-        return Resolved(simulate(i.model, i.hardware, i.nodes, strategy, i.training, stack))
-    if inputs.precision in CAST and given not in IN_8_BITS:
-        rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
-        raise SpecError("precision", inputs.precision, rule)
-    options = Options(
-        (given,), budget=budget, runnable=runnable, precision=inputs.precision, stack=inputs.stack, prove=True
-    )
-    found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
-    result = found.best or found.closest
-    if result is None:
-        raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
-    return Resolved(result, found)
 
 
 def make_plan(inputs: Inputs, result: SimResult) -> Plan:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from mopsim.api.results import Simulation
 from mopsim.common.arguments import named
 from mopsim.engine import SimResult
-from mopsim.intervals import check_level
+from mopsim.intervals.spread import check_level
 
 
 class Interval(NamedTuple):

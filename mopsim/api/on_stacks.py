@@ -1,15 +1,14 @@
 """Which of the shipped stacks have something of every strategy of a comparison."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from mopsim.api.inputs import AnyStrategy, Inputs, is_family, strategy_of
 from mopsim.search.had import had, not_played
-from mopsim.search.problem import Problem
 from mopsim.spec.capability import Job
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import total_params
 
 
 def for_all(
@@ -25,9 +24,7 @@ def for_all(
 def _has(stack: Stack, asked: str | Strategy, inputs: Inputs) -> bool:
     """Whether a stack has something of a family, or a strategy as it is."""
     if isinstance(asked, str):
-        i, total = inputs, total_params(inputs.model)
-        problem = Problem(i.model, i.hardware, i.nodes, i.training, total, i.precision, stack)
-        return not had(problem, asked).refused
+        return not had(replace(inputs, stack=stack).problem, asked).refused
     machine = inputs.hardware
     job = Job(inputs.model, asked, inputs.training, stack.on_kind(machine.device_kind), machine)
     return not any(not_played(job))

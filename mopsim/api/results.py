@@ -15,19 +15,17 @@ from mopsim.common import io
 from mopsim.common.arguments import named
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_bytes, format_seconds
-from mopsim.engine import SimResult, simulate
+from mopsim.engine import SimResult
 from mopsim.export import gaps_of
 from mopsim.graph.counts import counts
 from mopsim.report import tables
 from mopsim.search import Options, SearchResult
 from mopsim.search.miss import would_fit
-from mopsim.search.problem import Problem
 from mopsim.search.result import plan_json
 from mopsim.search.why import why
 from mopsim.spec.capability import Job
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.validate.sealed import seal
 
 if TYPE_CHECKING:
@@ -61,17 +59,13 @@ class Result(Mapping[str, Any]):
 
     def frame(self) -> "DataFrame":
         """A row for each strategy: seconds, bytes, tokens per second."""
-        from pandas import DataFrame
-
-        return DataFrame([_numbers(result, self._level) for result in self._results()])
+        return framed([_numbers(result, self._level) for result in self._results()])
 
     def table(self) -> "DataFrame":
         """A row for each strategy, as text for people: those of mopsim.report.tables.columns()."""
-        from pandas import DataFrame
-
         level, results = self._level, self._results()
         heads = tables.columns(level, (one.each for one in results))
-        return DataFrame([tables.row(one, level) for one in results], columns=list(heads))
+        return framed([tables.row(one, level) for one in results], list(heads))
 
     @cached_property
     def _json(self) -> dict[str, Any]:
@@ -100,6 +94,13 @@ class Result(Mapping[str, Any]):
     def _repr_html_(self) -> str:
         """What a notebook shows: the headline above the table."""
         return f"<p><b>{escape(self.headline())}</b></p>{self.table().to_html(index=False)}"
+
+
+def framed(rows: Sequence[Any], columns: list[str] | None = None) -> "DataFrame":
+    """A frame of rows."""
+    from pandas import DataFrame
+
+    return DataFrame(rows, columns=columns)
 
 
 def _numbers(result: SimResult, level: float) -> dict[str, Any]:
@@ -185,29 +186,18 @@ class Simulation(Result):
 
     def memory(self) -> "DataFrame":
         """Device memory by category, bytes: at the step's peak, and each category's own highest."""
-        from pandas import DataFrame
-
-        highest = self.result.highest_by_category
-        rows = [
-            {
-                "category": name,
-                "at_peak_bytes": self.result.memory_by_category.get(name, 0),
-                "highest_bytes": most,
-            }
-            for name, most in highest.items()
-        ]
-        return DataFrame(rows).sort_values("at_peak_bytes", ascending=False, ignore_index=True)
+        at_peak = self.result.memory_by_category
+        rows = [(name, at_peak.get(name, 0), most) for name, most in self.result.highest_by_category.items()]
+        found = framed(rows, ["category", "at_peak_bytes", "highest_bytes"])
+        return found.sort_values("at_peak_bytes", ascending=False, ignore_index=True)
 
     def time(self) -> "DataFrame":
         """Where the step goes, seconds by component and `waiting` (they add up to the step)."""
-        from pandas import DataFrame
-
-        parts = self.result.time_by_component
-        rows = [
-            {"component": name, "seconds": part, "share": part / self.result.step_time}
-            for name, part in parts.items()
-        ]
-        return DataFrame(rows).sort_values("seconds", ascending=False, ignore_index=True)
+        step, parts = self.result.step_time, self.result.time_by_component
+        found = framed(
+            [(name, part, part / step) for name, part in parts.items()], ["component", "seconds", "share"]
+        )
+        return found.sort_values("seconds", ascending=False, ignore_index=True)
 
     @cached_property
     def gaps(self) -> dict[str, list[SpecError]]:
@@ -234,15 +224,14 @@ class Simulation(Result):
     @named
     def save_trace(self, path: str | Path, job: Mapping[str, Any] | None = None) -> None:
         """Simulate once more with its timeline, and write it for Perfetto or chrome://tracing (JSON)."""
-        from mopsim.report.trace import Timeline, chrome_trace, write_trace
+        from mopsim.report.trace import chrome_trace, write_trace
 
         facts = {**self.result.provenance, "job": dict(job or {})}
-        write_trace(Path(path), chrome_trace(Timeline.of(self.timeline(), facts)))
+        write_trace(Path(path), chrome_trace(self.timeline(), facts))
 
     def timeline(self) -> SimResult:
         """The same step with its spans and memory curve."""
-        i, one = self.inputs, self.result
-        return simulate(i.model, i.hardware, i.nodes, one.strategy, i.training, one.stack, timeline=True)
+        return self.inputs.simulate(self.result.strategy, self.result.stack, timeline=True)
 
 
 class Ranking(Result):
@@ -282,9 +271,7 @@ class Ranking(Result):
     def why(self) -> list[str]:
         """What bounds the step, what each restriction costs, what would change the answer, and the rivals;
         where nothing fits, what would. A line each; simulates some plans on other hardware, or searches."""
-        i = self.inputs
-        total = total_params(i.model)
-        problem = Problem(i.model, i.hardware, i.nodes, i.training, total, i.precision, i.stack)
+        problem = self.inputs.problem
         return why(self.found, problem) if self.found.best else would_fit(self.found, problem, self.options)
 
     def to_json(self) -> dict[str, Any]:

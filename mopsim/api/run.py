@@ -9,17 +9,21 @@ from mopsim.api.inputs import (
     AnyStrategy,
     Count,
     Inputs,
+    NoStrategyError,
     notes,
     read_families,
     read_inputs,
-    resolve,
+    strategy_of,
 )
 from mopsim.api.results import Ranking, Simulation
 from mopsim.common.arguments import named
+from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult
 from mopsim.search import Options
 from mopsim.search import search as ranked
-from mopsim.spec.strategy import MatmulDType
+from mopsim.search.space import IN_8_BITS
+from mopsim.spec.strategy import CAST, MatmulDType
+from mopsim.strategies import FAMILIES
 
 
 @named
@@ -62,11 +66,24 @@ def simulate(
 
 
 def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget: int = 100) -> Simulation:
-    """One step of a strategy, or of the best of a family: what simulate, compare and its sweeps are made of.
-    runnable, budget: of a family's search."""
-    one = resolve(given, inputs, runnable=runnable, budget=budget)
-    said = [one.found.exhausted()] if one.found else []
-    return Simulation(inputs, one.result, [*notes([given], inputs), *said], one.found)
+    """One step of a strategy, or of the best (else the closest) of a family: what simulate, compare and its
+    sweeps are made of. runnable, budget: of a family's search. Raises NoStrategyError for a family that has
+    none, else MopError."""
+    if not (isinstance(given, str) and given in FAMILIES):
+        strategy, own = strategy_of(given, inputs)
+        result = inputs.simulate(strategy, inputs.stack or own)
+        return Simulation(inputs, result, notes([given], inputs))
+    if inputs.precision in CAST and given not in IN_8_BITS:
+        rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
+        raise SpecError("precision", inputs.precision, rule)
+    options = Options(
+        (given,), budget=budget, runnable=runnable, precision=inputs.precision, stack=inputs.stack, prove=True
+    )
+    found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
+    best = found.best or found.closest
+    if best is None:
+        raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
+    return Simulation(inputs, best, [*notes([given], inputs), found.exhausted()], found)
 
 
 @named

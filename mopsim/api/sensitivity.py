@@ -1,14 +1,14 @@
 """How much each assumed number of a profile moves the answer on one job."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mopsim.api.results import Simulation
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert, to_plain
 from mopsim.common.units import UNITS
-from mopsim.engine import SimResult, simulate
+from mopsim.engine import SimResult
 from mopsim.spec.hardware import HardwareProfile
 
 SHARES = ("efficiency", "held", "forward", "backward", "communication_share")
@@ -136,5 +136,5 @@ def _value(data: Plain, paths: Sequence[Path]) -> str:
 def _played(reference: Simulation, profile: HardwareProfile | None) -> SimResult | None:
     if profile is None:
         return None
-    i, one = reference.inputs, reference.result
-    return simulate(i.model, profile, i.nodes, one.strategy, i.training, one.stack)
+    one = reference.result
+    return replace(reference.inputs, hardware=profile).simulate(one.strategy, one.stack)

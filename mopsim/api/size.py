@@ -20,7 +20,7 @@ from mopsim.api.inputs import (
     read_routing,
     read_stack,
 )
-from mopsim.api.results import Result, Simulation
+from mopsim.api.results import Result, Simulation, framed
 from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
 from mopsim.common import io
 from mopsim.common.arguments import named
@@ -30,8 +30,8 @@ from mopsim.common.processes import pool
 from mopsim.common.units import parse_tokens
 from mopsim.common.values import require_once
 from mopsim.cost.compute import matmul_curve
-from mopsim.engine import SimResult, simulate
-from mopsim.intervals import check_level
+from mopsim.engine import SimResult
+from mopsim.intervals.spread import check_level
 from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
@@ -94,13 +94,12 @@ class Clusters(Result):
         chosen = self.chosen
         if chosen is None or chosen.result is None:
             return None
-        nodes, training, plan = chosen.num_nodes, chosen.training, chosen.result
+        asked, plan = self.request, chosen.result
         inputs = Inputs(
-            self.request.model, chosen.hardware, nodes, training, self.request.precision, self.request.stack,
-            interval=self.request.interval,
+            asked.model, chosen.hardware, chosen.num_nodes, chosen.training, asked.precision, asked.stack,
+            interval=asked.interval,
         )  # fmt: skip
-        whole = simulate(inputs.model, inputs.hardware, nodes, plan.strategy, training, plan.stack)
-        return Simulation(inputs, whole)
+        return Simulation(inputs, inputs.simulate(plan.strategy, plan.stack))
 
     def what_if(self) -> list[Swing]:
         """Every input of the recommended cluster (or the nearest miss) moved to its low and its high value,
@@ -152,29 +151,23 @@ class Clusters(Result):
 
     def frame(self) -> "DataFrame":
         """A row for each machine type: seconds, dollars, joules, bytes; else NaN and the `reason`."""
-        from pandas import DataFrame
-
         inner = ("result", "strategy", "network", "reliability", "cost_by_part_usd", "sites")
         rows = [
             ({} if one.best is None else point_json(one.best, self.request))
             | {"hardware": one.hardware.name, "reason": one.why}
             for one in self.sizings
         ]
-        return DataFrame([{name: one for name, one in row.items() if name not in inner} for row in rows])
+        return framed([{name: one for name, one in row.items() if name not in inner} for row in rows])
 
     def tried(self) -> "DataFrame":
         """A row for each cluster that was tried."""
-        from pandas import DataFrame
-
-        rows = [one for machine in self["hardware"] for one in _named(machine)]
-        return DataFrame(rows)
+        machines = self["hardware"]
+        return framed([{"hardware": one["name"]} | tried for one in machines for tried in one["tried"]])
 
     def table(self) -> "DataFrame":
         """A row for each machine type that can, as text for people."""
-        from pandas import DataFrame
-
         rows = [row(point, self.request) for point in self._points()]
-        return DataFrame(rows, columns=list(columns(self.request)))
+        return framed(rows, list(columns(self.request)))
 
     def to_json(self) -> dict[str, Any]:
         request, goal = self.request, self.request.goal
@@ -200,10 +193,6 @@ class Clusters(Result):
             "pareto": [brief_json(point, request) for point in self.front],
             "version": mopsim.__version__,
         }
-
-
-def _named(machine: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    return ({"hardware": machine["name"]} | tried for tried in machine["tried"])
 
 
 @named

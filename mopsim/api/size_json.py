@@ -5,6 +5,7 @@ from math import isfinite
 from typing import Any
 
 from mopsim.common import io
+from mopsim.report.sizing import step_and_bill
 from mopsim.report.tables import describe
 from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES
@@ -55,9 +56,7 @@ def _tried_json(point: Point, request: Request) -> dict[str, Any]:
 
 def point_json(point: Point, request: Request) -> dict[str, Any]:
     """A cluster that fits, with its step."""
-    result, bill = point.result, point.figures
-    assert result is not None
-    assert bill is not None
+    result, bill = step_and_bill(point)
     return {
         **brief_json(point, request),
         "devices": point.num_devices,
@@ -88,9 +87,7 @@ def _reliability(good: Goodput | None) -> dict[str, Any] | None:
 
 def brief_json(point: Point, request: Request) -> dict[str, Any]:
     """A cluster that fits, in a line."""
-    bill, goal = point.figures, request.goal
-    assert bill is not None
-    assert point.result is not None
+    (result, bill), goal = step_and_bill(point), request.goal
     low, high = bill.seconds_interval(request.interval)
     costs = bill.cost_interval(request.interval)
     return {
@@ -112,9 +109,9 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "measured_over_predicted": bill.measured_over_predicted,
         **_keeps(point, request),
         "reason": point.why or None,
-        "strategy": io.to_plain(point.result.strategy),
-        "strategy_line": describe(point.result.strategy),
-        "stack": point.result.stack.name,
+        "strategy": io.to_plain(result.strategy),
+        "strategy_line": describe(result.strategy),
+        "stack": result.stack.name,
     }
 
 

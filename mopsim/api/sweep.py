@@ -9,7 +9,7 @@ from msgspec.structs import replace as changed
 from mopsim.api.inputs import Count, Inputs, count
 from mopsim.api.results import Simulation
 from mopsim.common.errors import MopError
-from mopsim.report.sweep import Sweep
+from mopsim.report.sweep import Sweep, SweepPoint
 
 Setting = Literal["seq_len", "nodes"]
 Hold = Literal["tokens_per_step", "sequences_per_step", "tokens_per_device"]
@@ -26,66 +26,23 @@ _SEQUENCES: dict[str, Callable[[Inputs, int, int], float]] = {
 
 
 @dataclass(frozen=True)
-class SweepPoint:
-    """One value. name: as it was written. simulations: by label; refused: why a label has none."""
+class Swept(Sweep):
+    """A sweep with its simulations: of each value, by label."""
 
-    value: int
-    name: str
-    inputs: Inputs
-    simulations: Mapping[str, Simulation]
-    refused: Mapping[str, str]
-
-    def to_json(self, label: str) -> dict[str, Any] | None:
-        found = self.simulations.get(label)
-        return found.to_json() if found else None
-
-
-@dataclass(frozen=True)
-class Swept:
-    """All points, ascending."""
-
-    setting: str
-    hold: Hold
-    points: Sequence[SweepPoint]
-    labels: Sequence[str]
+    simulations: Sequence[Mapping[str, Simulation]] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "setting": self.setting,
-            "hold": self.hold,
-            "values": [point.value for point in self.points],
-            "global_batch": [point.inputs.training.global_batch for point in self.points],
-            "results": {label: [point.to_json(label) for point in self.points] for label in self.labels},
-            "refused": {label: [point.refused.get(label) for point in self.points] for label in self.labels},
-        }
-
-    def report(self) -> Sweep:
-        """What the report draws."""
-        return Sweep(
-            self.setting,
-            [point.value for point in self.points],
-            [point.name for point in self.points],
-            {
-                label: [
-                    one.result if (one := point.simulations.get(label)) else None for point in self.points
-                ]
+            "hold": self.hold.replace(" ", "_"),
+            "values": self.values,
+            "global_batch": [point.batch for point in self.points],
+            "results": {
+                label: [found[label].to_json() if label in found else None for found in self.simulations]
                 for label in self.labels
             },
-            {label: [band(point.simulations.get(label)) for point in self.points] for label in self.labels},
-            {label: [point.refused.get(label, "") for point in self.points] for label in self.labels},
-            [point.inputs.training.global_batch for point in self.points],
-            [point.inputs.training.seq_len for point in self.points],
-            self.hold.replace("_", " "),
-        )
-
-
-def band(found: Simulation | None) -> tuple[float, float] | None:
-    """Tokens/s of a GPU at the ends of the step time's interval, where there is one."""
-    interval = found.get("step_time_interval_s") if found else None
-    if not found or not interval:
-        return None
-    rate = found.result.tokens_per_second_per_device * found.result.step_time
-    return rate / interval[1], rate / interval[0]
+            "refused": {label: [point.refused.get(label) for point in self.points] for label in self.labels},
+        }
 
 
 def sweep(
@@ -97,7 +54,7 @@ def sweep(
 ) -> Swept:
     """Play every label at every value. Raises MopError for a value that cannot be."""
     setting, values, names = read_sweep(*asked, hold)
-    points = []
+    points, simulations = [], []
     for value, name in zip(values, names, strict=True):
         job = _at(inputs, setting, value, hold)
         found: dict[str, Simulation] = {}
@@ -107,8 +64,11 @@ def sweep(
                 found[label] = play(label, job)
             except MopError as error:  # not legal at this point
                 refused[label] = str(error)
-        points.append(SweepPoint(value, name, job, found, refused))
-    return Swept(setting.replace("_", "-"), hold, points, labels)
+        results = {label: found[label].result if label in found else None for label in labels}
+        of = job.training
+        points.append(SweepPoint(value, name, results, refused, of.global_batch, of.seq_len))
+        simulations.append(found)
+    return Swept(setting.replace("_", "-"), points, hold.replace("_", " "), simulations)
 
 
 def read_sweep(

@@ -101,9 +101,7 @@ def fit_kind(points: Sequence[KindPoint], overhead_prior: float, floor: float) -
     overhead_prior: its standard deviation, seconds. floor: the least scale that physics allows. Every point's
     base is positive.
     """
-    base, ops, seconds = (
-        np.array([getattr(p, name) for p in points], float) for name in ("base", "ops", "seconds")
-    )
+    base, ops, seconds = np.array([[p.base, p.ops, p.seconds] for p in points], float).T
     noise = _noise(points)
     with_overhead = distinct(points)
 
@@ -165,9 +163,7 @@ def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
     """
     runtimes = sorted({point.runtime for point in points})
     which = np.array([runtimes.index(point.runtime) for point in points])
-    simulated, ops, seconds = (
-        np.array([getattr(p, name) for p in points], float) for name in ("simulated", "ops", "seconds")
-    )
+    simulated, ops, seconds = np.array([[p.simulated, p.ops, p.seconds] for p in points], float).T
     noise, typical = _noise(points), float(np.median(seconds))
 
     def parts(x: Array) -> tuple[float, float, Array]:

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, log1p
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -30,6 +30,8 @@ from mopsim.calibrate.fit import (
 from mopsim.calibrate.observed import Seen, expected, observed
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
+from mopsim.engine import SimResult
+from mopsim.engine import simulate as engine
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 
@@ -44,20 +46,7 @@ ONE_STEP_NOISE = 0.2
 ROUNDS = 2
 
 
-class SimulatedStep(Protocol):
-    """What calibration reads of a SimResult."""
-
-    @property
-    def step_time(self) -> float: ...
-    @property
-    def busy(self) -> dict[str, float]: ...
-    @property
-    def num_ops(self) -> dict[str, int]: ...
-    @property
-    def peak_memory(self) -> int: ...
-
-
-Simulate = Callable[[Plan, HardwareProfile], SimulatedStep]
+Simulate = Callable[[Plan, HardwareProfile], SimResult]
 Corrections = dict[str, Correction]
 
 
@@ -138,7 +127,7 @@ class _Run:
 
     measurement: Measurement
     digest: str
-    base: SimulatedStep
+    base: SimResult
 
     @property
     def plan(self) -> Plan:
@@ -149,11 +138,9 @@ class _Run:
         return f"{self.measurement.plan.strategy.name} ({self.digest})"
 
 
-def engine_simulate(plan: Plan, profile: HardwareProfile) -> SimulatedStep:
+def engine_simulate(plan: Plan, profile: HardwareProfile) -> SimResult:
     """One step of a plan on a profile, by the engine."""
-    from mopsim.engine import simulate
-
-    return simulate(plan.model, profile, plan.hardware.num_nodes, plan.strategy, plan.training, plan.stack)
+    return engine(plan.model, profile, plan.hardware.num_nodes, plan.strategy, plan.training, plan.stack)
 
 
 def calibrate(
@@ -170,7 +157,7 @@ def calibrate(
         _Run(m, d, simulate(m.plan_as_routed(), bare)) for m, d in zip(measurements, digests, strict=True)
     ]
     new = _corrected(profile, bare, runs, simulate)
-    held_out: list[SimulatedStep | None] = [None] * len(runs)
+    held_out: list[SimResult | None] = [None] * len(runs)
     if len(runs) > 1:
         for i, run in enumerate(runs):
             others = [other for other in runs if other is not run]
@@ -226,7 +213,7 @@ def _corrected(
     corrections = {kind: correction for kind, correction in by_kind.items() if correction is not None}
     for family in FAMILIES:
         corrections |= _family(family, bare, runs, source)
-    corrections |= _unseen(corrections, bare, source)
+    corrections = _unseen(corrections, bare, source)
     for _ in range(ROUNDS):
         trial = msgspec.structs.replace(bare, corrections=corrections)
         points = [_step_point(run, simulate(run.plan, trial)) for run in runs]
@@ -275,22 +262,23 @@ def _family(kinds: Sequence[str], bare: HardwareProfile, runs: Sequence[_Run], s
         priors[kind] = max(priors[kind], bare.scale_up.collectives[kind].latency.si)
     common, fits = fit_family(points, priors, {kind: floor(bare, kind) for kind in kinds})
     found = {kind: Correction(scale=f.scale, overhead=f.overhead, source=source) for kind, f in fits.items()}
-    note = f"the kin of this kind in {source}"
-    missing = [kind for kind in kinds if kind not in found]
-    return found | {kind: Correction(scale=max(common, floor(bare, kind)), source=note) for kind in missing}
+    return _of_kin(kinds, common, bare, source) | found
 
 
 def _unseen(corrections: Corrections, bare: HardwareProfile, source: str) -> Corrections:
-    """Corrections of kinds that no run exercised: the geometric mean of their kin's scales."""
+    """With corrections of kinds that no run exercised: the geometric mean of their kin's scales."""
     found: Corrections = {}
     for family in KIN:
         scales = [corrections[kind].scale for kind in family if kind in corrections]
         if scales:
-            scale = statistics.geometric_mean(scales)
-            note = f"the kin of this kind in {source}"
-            missing = [kind for kind in family if kind not in corrections]
-            found |= {kind: Correction(scale=max(scale, floor(bare, kind)), source=note) for kind in missing}
-    return found
+            found |= _of_kin(family, statistics.geometric_mean(scales), bare, source)
+    return found | corrections
+
+
+def _of_kin(kinds: Sequence[str], scale: float, bare: HardwareProfile, source: str) -> Corrections:
+    """Kinds scaled as their kin, as far as physics allows."""
+    note = f"the kin of this kind in {source}"
+    return {kind: Correction(scale=max(scale, floor(bare, kind)), source=note) for kind in kinds}
 
 
 def floor(bare: HardwareProfile, kind: str) -> float:
@@ -312,7 +300,7 @@ def floor(bare: HardwareProfile, kind: str) -> float:
     return SCALES[0]
 
 
-def _step_point(run: _Run, simulated: SimulatedStep) -> StepPoint:
+def _step_point(run: _Run, simulated: SimResult) -> StepPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
     measured = run.measurement
     noise, runtime = scatter(measured.step_times), run.plan.stack.runtime or run.plan.stack.name
@@ -351,9 +339,7 @@ def _framework(bare: HardwareProfile, runs: Sequence[_Run]) -> float:
     return min(max(statistics.median(ratios), 1.0), 1.5)
 
 
-def _residuals(
-    run: _Run, before: SimulatedStep, after: SimulatedStep, unseen: SimulatedStep | None
-) -> list[Residual]:
+def _residuals(run: _Run, before: SimResult, after: SimResult, unseen: SimResult | None) -> list[Residual]:
     rows = []
     for kind in WORK_KINDS:
         timing = run.measurement.kinds.get(kind)

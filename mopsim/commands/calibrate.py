@@ -5,14 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate import (
-    CalibrationResult,
-    calibrate,
-    check_output,
-    load_measurement,
-    measured_in,
-    on_stack,
-)
+from mopsim.calibrate.profile import CalibrationResult, calibrate
+from mopsim.calibrate.runs import check_output, load_measurement, measured_in, on_stack
 from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs

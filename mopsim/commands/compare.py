@@ -6,7 +6,7 @@ from typing import Any, cast
 from mopsim.api.compare import compare
 from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_notes
 from mopsim.commands.options import keywords
 from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
@@ -40,8 +40,7 @@ def run(*, out: str, sweep: str | None, hold: str, formats: str, json: str | Non
     if found.sweep:
         console.print(swept_table(found.sweep, level))
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")
-    for note in found.notes:
-        console.print(note, style="yellow")
+    say_notes(console, found.notes)
     return 0 if found.any_fits else NOTHING_FITS
 
 

@@ -14,6 +14,12 @@ def human(json: str | None) -> Any:
     return plain_console(stderr=json == "-")
 
 
+def say_notes(console: Any, notes: Sequence[str]) -> None:
+    """What a user must know, a line each."""
+    for note in notes:
+        console.print(note, style="yellow")
+
+
 def exported(steps: Sequence[Simulation]) -> str:
     """How many of these `mopsim export` writes for each target; of none, what the nearest target lacks of the
     first."""

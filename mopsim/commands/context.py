@@ -15,7 +15,8 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.common.units import parse_count
 from mopsim.common.values import listed, require_once
-from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
+from mopsim.context.contenders import Contender, contenders
+from mopsim.context.sweep import ContextCase, Curve, Task, nested, sweep, totals
 from mopsim.report.context import case_name, case_table, ends, shown_table, to_json
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.spec.presets import load_model

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopsim.api.explore import explore
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_notes
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 
@@ -17,8 +17,7 @@ def run(
     check_outputs({"--out": out, "--json": json})
     notes = explore(result, out, timelines=timelines, models=models or (), hardware=hardware or ())
     console, size = human(json), Path(out).stat().st_size
-    for note in notes:
-        console.print(note, style="yellow")
+    say_notes(console, notes)
     console.print(f"Written: {out} ({size / 1e3:,.0f} kB)")
     if json:
         io.write_json(json, {"out": out, "bytes": size, "notes": notes})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate import load_measurement, measured_in
+from mopsim.calibrate.runs import load_measurement, measured_in
 from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.errors import MopError

@@ -8,7 +8,7 @@ from rich.console import Console
 from mopsim.api.inputs import unread
 from mopsim.api.results import Ranking
 from mopsim.api.run import search
-from mopsim.commands.console import exported, human, say_plan, say_written
+from mopsim.commands.console import exported, human, say_notes, say_plan, say_written
 from mopsim.commands.options import keywords
 from mopsim.commands.progress import progress
 from mopsim.common import io
@@ -54,8 +54,7 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
         f"{said}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
         f"{found.simulated} simulated, {found.seconds:.1f} s"
     )
-    for note in unread(ranking.inputs.model):
-        console.print(note, style="yellow")
+    say_notes(console, unread(ranking.inputs.model))
     for line in found.left_out:
         console.print(line, style="dim")
     for reason, count in found.rejected.most_common():

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mopsim.api.run import simulate
-from mopsim.commands.console import human, say_plan, say_written
+from mopsim.commands.console import human, say_notes, say_plan, say_written
 from mopsim.commands.options import keywords
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
@@ -29,8 +29,7 @@ def run(*, trace: str | None, plan: str | None, seal: str | None, json: str | No
     console.print(breakdown(step.result))
     if sealed:
         console.print(f"sealed in {seal}: sha256 {sealed}")
-    for note in step.notes:
-        console.print(note, style="yellow")
+    say_notes(console, step.notes)
     if json:
         io.write_json(json, step.to_json())
     if plan:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mopsim.api.inputs import unread
 from mopsim.api.size import size
-from mopsim.commands.console import human, say_plan, say_written
+from mopsim.commands.console import human, say_notes, say_plan, say_written
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
@@ -71,8 +71,7 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     if better := surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
     console.print(f"Fastest{within}: {summary(found.fastest)}")
-    for note in unread(request.model):
-        console.print(note, style="yellow")
+    say_notes(console, unread(request.model))
     with io.json_beside(json, found.to_json() if json else None):
         pages = found.write(out, as_typed("mopsim")) if out else []
     say_written(console, json, *map(str, pages))

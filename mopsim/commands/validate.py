@@ -12,7 +12,7 @@ from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
 from mopsim.common.errors import MopError, one_line
 from mopsim.common.outputs import check_outputs, say, whole_directory
-from mopsim.intervals import check_level
+from mopsim.intervals.spread import check_level
 from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import tables

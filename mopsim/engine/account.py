@@ -12,7 +12,7 @@ from mopsim.engine.gaps import added, lasted
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
-from mopsim.intervals import Facts, network, products
+from mopsim.intervals.spread import Facts, network, products
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec

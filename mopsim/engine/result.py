@@ -7,7 +7,8 @@ from typing import Any, Literal
 from mopsim.common.io import to_plain
 from mopsim.common.units import format_probability
 from mopsim.engine.record import Span
-from mopsim.intervals import SURE, Facts, PeakSpread, Ratio, Spread, of_peak_memory, of_step_time, ratio
+from mopsim.intervals.memory import PeakSpread
+from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from mopsim.common import io
 from mopsim.common.units import format_count
-from mopsim.context import Contender, ContextCase, ContextPoint, Curve
+from mopsim.context.contenders import Contender
+from mopsim.context.sweep import ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
 from mopsim.report.tables import describe
 from mopsim.report.terminal import numbered, table

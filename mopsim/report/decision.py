@@ -8,7 +8,8 @@ from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
-from mopsim.intervals import machines_share
+from mopsim.intervals.spread import machines_share
+from mopsim.report.formats import saved_as
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
     CARRIED,
@@ -21,6 +22,7 @@ from mopsim.report.sizing import (
     odds,
     row,
     searched,
+    step_and_bill,
     steps,
     surely,
     title,
@@ -56,24 +58,21 @@ class Decision:
         return self.chosen or (self.miss.point if self.miss else None)
 
 
-def write_decision(folder: Path, decision: Decision) -> list[Path]:
-    """Write decision.html and its figures (PNG and SVG) into `folder`; returns the files."""
-    figures, drawn = [], {"pareto": "", "tornado": ""}
+def write_decision(folder: Path, decision: Decision) -> None:
+    """Write decision.html and its figures (PNG and SVG) into `folder`."""
     subject, goal, level = decision.subject, decision.request.goal, decision.request.interval
-    for kind in ("png", "svg"):
+    with saved_as(("svg",)):
         if decision.points:
-            path = folder / f"pareto.{kind}"
-            figures.append(cost_time(path, decision.points, decision.front, decision.chosen, goal, level))
+            path = folder / "pareto.png"
+            cost_time(path, decision.points, decision.front, decision.chosen, goal, level)
         if subject and decision.swings:
-            figures.append(tornado(folder / f"tornado.{kind}", decision.swings, subject))
-    for path in figures:
-        if path.suffix == ".svg":
-            text = path.read_text("utf-8")
-            drawn[path.stem] = text[text.index("<svg") :]
-    page = folder / "decision.html"
-    shown = templates(escape=True).get_template("decision.html.j2").render(**content(decision), **drawn)
-    write_text(page, shown)
-    return [page, *figures]
+            tornado(folder / "tornado.png", decision.swings, subject)
+    drawn = {"pareto": "", "tornado": ""}
+    for path in folder.glob("*.svg"):
+        text = path.read_text("utf-8")
+        drawn[path.stem] = text[text.index("<svg") :]
+    template = templates(escape=True).get_template("decision.html.j2")
+    write_text(folder / "decision.html", template.render(**content(decision), **drawn))
 
 
 def content(d: Decision) -> dict[str, object]:
@@ -175,9 +174,7 @@ def why(d: Decision) -> list[str]:
 
 def _against(other: Point, chosen: Point) -> str:
     """'h200-sxm-141g: 200 nodes take 58 days, 1.24 times the cost'."""
-    mine, theirs = chosen.figures, other.figures
-    assert mine is not None
-    assert theirs is not None
+    mine, theirs = (step_and_bill(point)[1] for point in (chosen, other))
     text = f"{other.hardware.cluster(other.num_nodes)}: {format_days(theirs.days)} days"
     if mine.cost and theirs.cost:
         text += f", {theirs.cost / mine.cost:.2f} times the cost"
@@ -198,9 +195,9 @@ def _rivals(d: Decision) -> Table:
 
 
 def _rival(point: Point, request: Request) -> list[str]:
-    assert point.result is not None
+    plan = describe(step_and_bill(point)[0].strategy)
     remarks = [point.why, CARRIED if point.gap is None else ""]
-    return [*row(point, request)[:-1], describe(point.result.strategy), "; ".join(filter(None, remarks))]
+    return [*row(point, request)[:-1], plan, "; ".join(filter(None, remarks))]
 
 
 def _parts(bill: Figures | None) -> Table:

@@ -9,7 +9,7 @@ import mopsim
 from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
-from mopsim.report.compare import memory_figure, time_figure, timeline_title
+from mopsim.report.compare import memory_figure, time_figure
 from mopsim.report.demo_results import DemoContender, DemoReport
 from mopsim.report.page import Page, Section, Table, templates, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
@@ -18,40 +18,34 @@ from mopsim.report.terminal import table
 from mopsim.report.timeline import timeline_plot
 
 
-def write_demo(folder: Path, report: DemoReport) -> list[Path]:
-    """index.md, index.html and PNGs; returns what was written, the pages last."""
+def write_demo(folder: Path, report: DemoReport) -> None:
+    """index.md, index.html and PNGs."""
     contenders = report.contenders
-    results, labels = [one.calibrated for one in contenders], [one.name for one in contenders]
     off = [abs(one.error(one.piloted)) for one in contenders]
     before = [abs(one.error(one.probed)) for one in contenders]
-    written = [
-        memory_figure(folder / "memory.png", [one.even for one in contenders], labels),
-        time_figure(folder / "time.png", results, labels, title="Simulated step by component"),
-        loss_lines(
-            folder / "loss.png", {one.name: one.losses for one in contenders}, _loss_title(contenders)
-        ),
-        predicted_bars(
-            folder / "predicted.png",
-            [
-                Compared(
-                    one.name,
-                    one.measured.step_time_median,
-                    *one.spread(),
-                    one.probed.step_time,
-                    one.piloted.step_time,
-                )
-                for one in contenders
-            ],
-            f"Predicted from pilot runs of other plans: at most {max(off):.0%} off, {max(before):.0%} before",
-        ),
-    ]
-    for one, result in zip(contenders, results, strict=True):
-        target = folder / f"timeline-{one.name}.png"
-        title = timeline_title(result, one.name)
-        written.append(timeline_plot(target, result.spans, result.memory_curve, None, title))
+    memory_figure(folder / "memory.png", {one.name: one.even for one in contenders})
+    parts = {one.name: one.calibrated for one in contenders}
+    time_figure(folder / "time.png", parts, title="Simulated step by component")
+    losses = {one.name: one.losses for one in contenders}
+    loss_lines(folder / "loss.png", losses, _loss_title(contenders))
+    predicted_bars(
+        folder / "predicted.png",
+        [
+            Compared(
+                one.name,
+                one.measured.step_time_median,
+                *one.spread(),
+                one.probed.step_time,
+                one.piloted.step_time,
+            )
+            for one in contenders
+        ],
+        f"Predicted from pilot runs of other plans: at most {max(off):.0%} off, {max(before):.0%} before",
+    )
+    for one in contenders:
+        timeline_plot(folder / f"timeline-{one.name}.png", one.calibrated, one.name)
     finding = f"{report.warning()}{report.verdict()}."
-    page = Page("The loop, closed on this machine", finding, _sections(report), _facts(report))
-    return written + write_page(folder, page)
+    write_page(folder, Page("The loop, closed on this machine", finding, _sections(report), _facts(report)))
 
 
 def _loss_title(contenders: Sequence[DemoContender]) -> str:

@@ -4,22 +4,22 @@ from collections.abc import Mapping, Sequence
 
 from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
-from mopsim.intervals import Ratio
+from mopsim.intervals.spread import Ratio
 from mopsim.search.result import TIE, exhausted, format_gap
 from mopsim.spec.categories import WAITING, WAITS
 
+Results = Mapping[str, SimResult | None]
+"""Of strategies, by label; None: there is no legal one."""
 Gaps = Mapping[str, float | None]
 """Of strategies that a search found, by label: SearchResult.gap."""
 SHOWN = 4
 """Stacks that are named of those that could run all strategies."""
 
 
-def finding(
-    results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None, level: float = 0.9
-) -> str:
+def finding(results: Results, gaps: Gaps | None = None, level: float = 0.9) -> str:
     """One sentence: the winner, by how much and how surely, or that nothing fits; and whose search was not
     exhausted. level: of the ratio's interval."""
-    found = headline(results, labels) + _how_surely(results, labels, level)
+    found = headline(results) + _how_surely(results, level)
     open_gaps = {label: gap for label, gap in (gaps or {}).items() if not exhausted(gap)}
     faster = ", ".join(f"{label} by at most {format_gap(gap)}" for label, gap in open_gaps.items() if gap)
     fit = ", ".join(label for label, gap in open_gaps.items() if gap is None)
@@ -28,26 +28,24 @@ def finding(
     return f"{found} (not exhausted: {left})" if left else found
 
 
-def _fastest_first(results: Sequence[SimResult | None], labels: Sequence[str]) -> list[tuple[str, SimResult]]:
+def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:
     """Those that fit."""
-    fitting = [(label, one) for label, one in zip(labels, results, strict=True) if one and one.fits]
+    fitting = [(label, one) for label, one in results.items() if one and one.fits]
     return sorted(fitting, key=lambda one: (one[1].step_time, one[0]))
 
 
-def _ranked(
-    results: Sequence[SimResult | None], labels: Sequence[str]
-) -> tuple[list[tuple[str, SimResult]], list[tuple[str, SimResult]]]:
+def _ranked(results: Results) -> tuple[list[tuple[str, SimResult]], list[tuple[str, SimResult]]]:
     """(the fastest that fits and those that tie with it, the slower ones), fastest first."""
-    order = _fastest_first(results, labels)
+    order = _fastest_first(results)
     first = [one for one in order if one[1].step_time <= (1 + TIE) * order[0][1].step_time]
     return first, order[len(first) :]
 
 
-def outcome(results: Sequence[SimResult | None], labels: Sequence[str]) -> str:
-    """'mop is fastest', 'mop and fsdp2 tie', 'mop is the only one that fits' or 'No strategy fits'. None:
-    no legal strategy; where that alone stops the others, memory is not named."""
-    first, slower = _ranked(results, labels)
-    legal = sum(one is not None for one in results)
+def outcome(results: Results) -> str:
+    """'mop is fastest', 'mop and fsdp2 tie', 'mop is the only one that fits' or 'No strategy fits'. Where
+    being legal alone stops the others, memory is not named."""
+    first, slower = _ranked(results)
+    legal = sum(one is not None for one in results.values())
     if not first:
         return "No strategy fits" if legal or not results else "No strategy is legal"
     names = [label for label, _ in first]
@@ -60,34 +58,34 @@ def outcome(results: Sequence[SimResult | None], labels: Sequence[str]) -> str:
     return f"{names[0]} is the only one that {'fits' if legal > 1 else 'is legal'}"
 
 
-def headline(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+def headline(results: Results) -> str:
     """The outcome, and how many times as fast the first is as the next that does not tie."""
-    first, slower = _ranked(results, labels)
+    first, slower = _ranked(results)
     within = f" within {format_gap(TIE)}" if len(first) > 1 else ""
     ahead = ""
     if slower:
         other, second = slower[0]
         ahead = f", {second.step_time / first[0][1].step_time:.2f}x as fast as {other}"
-    return f"{outcome(results, labels)}{within}{ahead}"
+    return f"{outcome(results)}{within}{ahead}"
 
 
-def lead(results: Sequence[SimResult], labels: Sequence[str]) -> tuple[str, Ratio] | None:
+def lead(results: Results) -> tuple[str, Ratio] | None:
     """The next best's label and how many times as fast the winner is; None where fewer than two fit."""
-    order = _fastest_first(results, labels)
+    order = _fastest_first(results)
     return (order[1][0], order[0][1].times_as_fast_as(order[1][1])) if len(order) > 1 else None
 
 
-def odds(results: Sequence[SimResult | None], labels: Sequence[str]) -> str:
+def odds(results: Results) -> str:
     """'probability 0.53': that the fastest is faster than the next that does not tie; empty without one."""
-    first, slower = _ranked(results, labels)
+    first, slower = _ranked(results)
     if len(first) != 1 or not slower:
         return ""
     return f"probability {format_probability(first[0][1].times_as_fast_as(slower[0][1]).p_faster)}"
 
 
-def _how_surely(results: Sequence[SimResult], labels: Sequence[str], level: float) -> str:
+def _how_surely(results: Results, level: float) -> str:
     """Of the lead over the next that does not tie; where all tie, of the first over the next."""
-    first, slower = _ranked(results, labels)
+    first, slower = _ranked(results)
     if len(first) + len(slower) < 2:
         return ""
     name, fastest = first[0]
@@ -99,10 +97,10 @@ def _how_surely(results: Sequence[SimResult], labels: Sequence[str], level: floa
     return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; the faster one with probability {sure})"
 
 
-def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+def difference(results: Results) -> str:
     """Where the next that does not tie loses most to the fastest; of the optimizer, that it runs once a
     step."""
-    first, slower = _ranked(results, labels)
+    first, slower = _ranked(results)
     if not slower:
         return ""
     best, (name, other) = first[0][1], slower[0]
@@ -121,14 +119,14 @@ def _parts(one: SimResult) -> dict[str, float]:
     return ran | {f"waiting for {WAITS.get(kind, kind)}": part for kind, part in one.exposed.items()}
 
 
-def software(results: Sequence[SimResult], labels: Sequence[str], stacks: Sequence[str] | None = None) -> str:
+def software(results: Results, stacks: Sequence[str] | None = None) -> str:
     """That the winner's lead is of plan and software, where the next best runs on another stack. stacks:
     those that could run all strategies, where they are known."""
-    order = _fastest_first(results, labels)[:2]
+    order = _fastest_first(results)[:2]
     if len(order) < 2 or order[0][1].stack == order[1][1].stack:
         return ""
     named = ", ".join(f"{label} on {one.stack.name}" for label, one in order)
-    what = "ratio" if len(_ranked(results, labels)[0]) < 2 else "tie"
+    what = "ratio" if len(_ranked(results)[0]) < 2 else "tie"
     return f"The {what} is of plan and software together ({named}): {_on_one(stacks)}"
 
 
@@ -144,16 +142,15 @@ def _on_one(stacks: Sequence[str] | None) -> str:
 
 
 def summary(
-    results: Sequence[SimResult],
-    labels: Sequence[str],
+    results: Results,
     gaps: Gaps | None = None,
     level: float = 0.9,
     stacks: Sequence[str] | None = None,
 ) -> str:
     """The finding, whether it is of plans alone, and where the difference lies."""
     found = (
-        finding(results, labels, gaps, level),
-        software(results, labels, stacks),
-        difference(results, labels),
+        finding(results, gaps, level),
+        software(results, stacks),
+        difference(results),
     )
     return " ".join(f"{one}." for one in found if one)

@@ -56,11 +56,8 @@ def templates(escape: bool = False) -> Environment:
     )  # fmt: skip
 
 
-def write_page(folder: Path, page: Page) -> list[Path]:
-    """Write index.md and index.html into `folder`; returns both paths."""
-    written = []
+def write_page(folder: Path, page: Page) -> None:
+    """Write index.md and index.html into `folder`."""
     for kind in ("md", "html"):
         text = templates(kind == "html").get_template(f"page.{kind}.j2").render(page=page)
         write_text(folder / f"index.{kind}", text)
-        written.append(folder / f"index.{kind}")
-    return written

@@ -34,7 +34,7 @@ class Bar:
         return max(sum(self.parts.values()), self.interval[1] if self.interval else 0.0)
 
 
-def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str) -> Path:
+def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str) -> None:
     """Peak memory by category, stacked, one bar per strategy, with the device's limit as a line."""
     totals = [bar.end for bar in bars]
     unit, scale = byte_scale(max([*totals, limit or 0]))
@@ -47,10 +47,9 @@ def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str
         axis.set_xlabel(f"device memory at the peak, {unit} per rank")
         axis.set_title(title)
         legend_below(axis)
-    return path
 
 
-def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tuple[str, str]) -> Path:
+def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tuple[str, str]) -> None:
     """Above: the step by component, stacked. Below: what of it is exposed, by what compute waits for."""
     largest = max(bar.end for bar in bars)
     unit, scale = time_scale(largest)
@@ -63,7 +62,6 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
         below.set_xlabel(f"exposed: compute waits for communication, copies or the host, {unit}")
         legend_below(above)
         legend_below(below)
-    return path
 
 
 SEEN = 0.002
@@ -116,7 +114,7 @@ def sweep_lines(
     lost: Mapping[str, Sequence[str]],
     bands: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
     level: float = 0.9,
-) -> Path:
+) -> None:
     """Throughput over a swept setting; where there is none (None) the line ends, and a mark on the floor says
     why. lost: that reason, by label. bands: the ends of each point's interval, where it has one; level: its
     probability."""
@@ -154,10 +152,9 @@ def sweep_lines(
         axis.set_title(title)
         axis.grid(axis="y", alpha=0.3)
         legend_below(axis, 5)
-    return path
 
 
-def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> Path:
+def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> None:
     """Training loss per step; the first dashed strategies lie over each other where they agree."""
     styles = ("-", "--", ":", "-.")
     with figure(path, 10, 4.6) as (axis,):
@@ -176,7 +173,6 @@ def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) ->
         axis.set_title(title)
         axis.grid(alpha=0.3)
         axis.legend(loc="upper right")
-    return path
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,7 @@ class Compared:
     after: float | None
 
 
-def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> Path:
+def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> None:
     """Step time per strategy: predicted before calibration, measured (with its p10-p90 spread), predicted
     after the pilot runs."""
     values = [value for row in rows for value in (row.high, row.before or 0, row.after or 0)]
@@ -238,7 +234,6 @@ def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> Path:
         axis.set_ylabel(f"step time, {unit}")
         axis.set_title(title)
         legend_below(axis, 3)
-    return path
 
 
 def remark(over: str | None, over_bytes: float) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
-from mopsim.intervals import known_errors
+from mopsim.intervals.errors import known_errors
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
@@ -22,6 +22,13 @@ CARRIED = "plan carried from another number of nodes"
 """Of a point whose own number of nodes was not searched, or brought nothing faster."""
 
 
+def step_and_bill(point: Point) -> tuple[SimResult, Figures]:
+    """Those of a point that fits."""
+    assert point.result is not None
+    assert point.figures is not None
+    return point.result, point.figures
+
+
 def columns(request: Request) -> tuple[str, ...]:
     """Heads of `row`. days: wall clock, expected; then between which it ends with the probability that is
     asked for; in time: probability of the deadline. goodput: share of the wall clock that trains. MFU: as
@@ -32,9 +39,7 @@ def columns(request: Request) -> tuple[str, ...]:
 
 def row(point: Point, request: Request) -> list[str]:
     """The cells of `columns` for a point that fits; '-' where the profile does not say."""
-    result, bill = point.result, point.figures
-    assert result is not None
-    assert bill is not None
+    result, bill = step_and_bill(point)
     low, high = (one / DAY for one in bill.seconds_interval(request.interval))
     certain = bill.p_within(request.goal.seconds)
     return [
@@ -75,9 +80,7 @@ def format_carbon(kilograms: float) -> str:
 def steps(point: Point) -> str:
     """'1,000 steps of 18.4 s as simulated (the days count 1.06 times that, 19.5 s, as measured runs take by
     the median)', the factor where it is more than a hundredth."""
-    result, bill = point.result, point.figures
-    assert result is not None
-    assert bill is not None
+    result, bill = step_and_bill(point)
     more = bill.measured_over_predicted
     said = f"{point.num_steps:,.0f} steps of {format_seconds(result.step_time)} as simulated"
     if abs(more - 1) < 0.01:
@@ -88,9 +91,7 @@ def steps(point: Point) -> str:
 
 def _details(point: Point) -> str:
     """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host."""
-    result, bill, training = point.result, point.figures, point.training
-    assert result is not None
-    assert bill is not None
+    (result, bill), training = step_and_bill(point), point.training
     tokens = training.global_batch * training.seq_len
     return (
         f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "

@@ -17,7 +17,7 @@ GOOD, BAD, EDGE = "#1b4f72", "#ca6f1e", "#c0392b"
 def cost_time(
     path: Path, points: Sequence[Point], front: Sequence[Point], chosen: Point | None, goal: Goal,
     level: float = LEVEL,
-) -> Path:  # fmt: skip
+) -> None:  # fmt: skip
     """Cost over days of every cluster tried, an interval of days each, of probability `level`; the front as a
     line."""
     names = list(dict.fromkeys(point.hardware.name for point in points))
@@ -53,7 +53,6 @@ def cost_time(
         axis.set_ylabel(f"cost, {unit}")
         axis.grid(alpha=0.3)
         legend_below(axis, 4)
-    return path
 
 
 def _priced(points: Sequence[Point]) -> list[Figures]:
@@ -75,7 +74,7 @@ MOST = 14
 """Inputs that a tornado shows."""
 
 
-def tornado(path: Path, swings: Sequence[Swing], point: Point) -> Path:
+def tornado(path: Path, swings: Sequence[Swing], point: Point) -> None:
     """What each input does to the cost and to the days, alone, at its low and its high value."""
     bill = point.figures
     assert bill is not None
@@ -105,7 +104,6 @@ def tornado(path: Path, swings: Sequence[Swing], point: Point) -> Path:
         axes[0].set_title(
             "blue: the input's low value, orange: its high one", fontsize=10, fontweight="normal"
         )
-    return path
 
 
 def _label(swing: Swing) -> str:

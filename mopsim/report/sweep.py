@@ -1,60 +1,87 @@
 """Strategies over the values of one setting: words, tables and a figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
+from typing import TypeVar
 
 from rich.console import Group
 from rich.text import Text
 
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
-from mopsim.report.findings import odds, outcome
+from mopsim.report.findings import Results, odds, outcome
 from mopsim.report.page import Table
 from mopsim.report.plots import NO_MEMORY, NO_STRATEGY, sweep_lines
 from mopsim.report.tables import beside, columns, plan_line, rate, row
 from mopsim.report.terminal import duration, size, table
 
+T = TypeVar("T")
 TITLE = 84
 """Characters of a line of a figure's title."""
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Strategies over the values of one setting (names: as they were written), by label; None where there is
-    no result.
+class SweepPoint:
+    """One value of a setting. name: as it was written. results: by label; refused: why one has none. batch,
+    length: sequences of a step, tokens of a sequence."""
 
-    bands: tokens/s of a GPU at the ends of an interval, where there is one. refused: why there is no result.
-    batches, lengths: sequences of a step, tokens of a sequence, at each value. hold: what is constant.
-    """
+    value: int
+    name: str
+    results: Results
+    refused: Mapping[str, str] = field(default_factory=dict)
+    batch: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Strategies over the values of one setting, ascending. hold: what is constant."""
 
     setting: str
-    values: Sequence[int]
-    names: Sequence[str]
-    results: Mapping[str, Sequence[SimResult | None]]
-    bands: Mapping[str, Sequence[tuple[float, float] | None]] = field(default_factory=dict)
-    refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    batches: Sequence[int] = ()
-    lengths: Sequence[int] = ()
+    points: Sequence[SweepPoint]
     hold: str = ""
+
+    @property
+    def values(self) -> list[int]:
+        return [point.value for point in self.points]
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.points[0].results)
+
+    @property
+    def every(self) -> list[SimResult]:
+        """All results that there are."""
+        return [one for point in self.points for one in point.results.values() if one]
+
+    def by_label(self, what: Callable[[SimResult | None], T]) -> dict[str, list[T]]:
+        """Something of each value's result."""
+        return {label: [what(point.results[label]) for point in self.points] for label in self.labels}
+
+    def rates(self) -> dict[str, list[float | None]]:
+        """Tokens/s of a device; None where a strategy does not fit, or is not legal."""
+        return self.by_label(lambda one: one.tokens_per_second_per_device if one and one.fits else None)
 
     @property
     def each(self) -> list[str]:
         """What the devices of the results are called."""
-        return [one.each for points in self.results.values() for one in points if one]
+        return [one.each for one in self.every]
 
     @property
     def held(self) -> str:
         """'held constant: tokens per step (1,048,576)', and where that is not exact."""
         if not self.hold:
             return ""
-        tokens = [batch * length for batch, length in zip(self.batches, self.lengths, strict=True)]
+        tokens = [point.batch * point.length for point in self.points]
         if self.hold != "tokens per step":
             return f"held constant: {self.hold}; tokens per step {min(tokens):,} to {max(tokens):,}"
         usual = max(set(tokens), key=tokens.count)
         other = [
-            f"{name} has {count:,}" for name, count in zip(self.names, tokens, strict=True) if count != usual
+            f"{point.name} has {count:,}"
+            for point, count in zip(self.points, tokens, strict=True)
+            if count != usual
         ]
         return "; ".join([f"held constant: tokens per step ({usual:,})", *other])
 
@@ -62,38 +89,28 @@ class Sweep:
 def over(sweep: Sweep) -> str:
     """'Over nodes: a is fastest at 1 (probability 0.53), 2 (probability 0.8); a and b tie at 4, 8'."""
     places: dict[str, list[str]] = {}
-    for index, name in enumerate(sweep.names):
-        sure = odds(*_at(sweep, index))
-        places.setdefault(outcome_at(sweep, index), []).append(f"{name} ({sure})" if sure else name)
+    for point in sweep.points:
+        sure = odds(point.results)
+        name = f"{point.name} ({sure})" if sure else point.name
+        places.setdefault(outcome(point.results), []).append(name)
     found = [f"{said} at {', '.join(names)}" for said, names in places.items()]
     return f"Over {sweep.setting}: {'; '.join(found)}"
-
-
-def outcome_at(sweep: Sweep, index: int) -> str:
-    """Who is fastest at one value of the sweep."""
-    return outcome(*_at(sweep, index))
-
-
-def _at(sweep: Sweep, index: int) -> tuple[list[SimResult | None], list[str]]:
-    """Results at one value, and their labels."""
-    return [points[index] for points in sweep.results.values()], list(sweep.results)
 
 
 def _title(sweep: Sweep) -> str:
     """How far the strategies go, and who is fastest at the last value that all reach."""
     unit = {"seq-len": "tokens"}.get(sweep.setting, sweep.setting)
-    fit = {label: [bool(one and one.fits) for one in points] for label, points in sweep.results.items()}
-    last = max((index for found in fit.values() for index, fits in enumerate(found) if fits), default=None)
-    if last is None:
-        legal = any(one for points in sweep.results.values() for one in points)
-        return f"Nothing {'fits' if legal else 'is legal'} anywhere in the sweep"
-    name, leaders = sweep.names[last], [label for label, found in fit.items() if found[last]]
-    if len(leaders) < len(fit):
+    reached = [point for point in sweep.points if any(one and one.fits for one in point.results.values())]
+    if not reached:
+        return f"Nothing {'fits' if sweep.every else 'is legal'} anywhere in the sweep"
+    last, name = reached[-1].results, reached[-1].name
+    leaders = [label for label, one in last.items() if one and one.fits]
+    if len(leaders) < len(last):
         return f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {name} {unit}"
-    whole = [one for one, *fits in zip(sweep.names, *fit.values(), strict=True) if all(fits)]
-    holes = len(whole) < last + 1
-    sure = odds(*_at(sweep, last))
-    first = f"; {outcome_at(sweep, last)} {f'at {name}' if holes else 'there'}" if len(fit) > 1 else ""
+    whole = [point.name for point in reached if all(one and one.fits for one in point.results.values())]
+    holes = len(whole) < sweep.points.index(reached[-1]) + 1
+    sure = odds(last)
+    first = f"; {outcome(last)} {f'at {name}' if holes else 'there'}" if len(last) > 1 else ""
     where = f"at {', '.join(whole)}" if holes else f"up to {name}"
     return f"All fit {where} {unit}{first}{f' ({sure})' if sure else ''}"
 
@@ -103,19 +120,26 @@ def _lost(result: SimResult | None) -> str:
     return NO_STRATEGY if result is None else "" if result.fits else NO_MEMORY
 
 
-def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> Path:
+def _band(result: SimResult | None, level: float) -> tuple[float, float] | None:
+    """Tokens/s of a device at the ends of the step time's interval."""
+    if result is None:
+        return None
+    fast, slow = result.step_time_interval(level)
+    tokens = result.tokens_per_second_per_device * result.step_time
+    return tokens / slow, tokens / fast
+
+
+def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> None:
     """Throughput over the setting, marks where there is none. level: of the bands. where: the network and the
     machine, for the title, which says too what is held constant."""
-    series = {
-        label: [r.tokens_per_second_per_device if r and r.fits else None for r in points]
-        for label, points in sweep.results.items()
-    }
-    lost = {label: [_lost(one) for one in points] for label, points in sweep.results.items()}
+
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
     below = "; ".join(filter(None, (where, sweep.held)))
     title = "\n".join(filter(None, (*wrap(_title(sweep), TITLE), *wrap(below, TITLE))))
     per = rate(sweep.each)
-    return sweep_lines(path, sweep.values, series, title, xlabel, per, sweep.names, lost, sweep.bands, level)
+    names, lost = [point.name for point in sweep.points], sweep.by_label(_lost)
+    bands = sweep.by_label(lambda one: _band(one, level))
+    sweep_lines(path, sweep.values, sweep.rates(), title, xlabel, per, names, lost, bands, level)
 
 
 def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
@@ -127,14 +151,12 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
     )  # fmt: skip
     shown.padding = 0  # seven numbers in 80 columns
     plans = []
-    for index, name in enumerate(sweep.names):
-        for label, points in sweep.results.items():
-            result = points[index]
-            batch = f"{sweep.batches[index]:,}" if sweep.batches else ""
+    for point in sweep.points:
+        name, batch = point.name, f"{point.batch:,}"
+        for label, result in point.results.items():
             if result is None:
                 shown.add_row(name, label, batch, *["-"] * 6, style="red")
-                why = sweep.refused.get(label, [""] * (index + 1))[index]
-                plans.append(Text(f"{name} {label}: {NO_STRATEGY}: {why}"))
+                plans.append(Text(f"{name} {label}: {NO_STRATEGY}: {point.refused.get(label, '')}"))
                 continue
             step = duration(result.step_time)
             shown.add_row(
@@ -150,16 +172,11 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
 def swept_rows(sweep: Sweep, level: float = 0.9) -> Table:
     """A row for each value and strategy, its plan among them."""
     numbers = columns(level, sweep.each)
-    heads = [sweep.setting, *(["batch"] if sweep.batches else []), "label", *numbers]
+    heads = [sweep.setting, "batch", "label", *numbers]
     rows = []
-    for index, name in enumerate(sweep.names):
-        head = [name, *(f"{batch:,}" for batch in sweep.batches[index : index + 1])]
-        for label, points in sweep.results.items():
-            result = points[index]
-            if result is None:
-                why = sweep.refused[label][index] if label in sweep.refused else ""
-                cells = [f"{NO_STRATEGY}{': ' if why else ''}{why}", *[""] * (len(numbers) - 1)]
-            else:
-                cells = row(result, level)
-            rows.append([*head, label, *cells])
+    for point in sweep.points:
+        for label, result in point.results.items():
+            why = f": {point.refused[label]}" if label in point.refused else ""
+            none = [f"{NO_STRATEGY}{why}", *[""] * (len(numbers) - 1)]
+            rows.append([point.name, f"{point.batch:,}", label, *(row(result, level) if result else none)])
     return Table(heads, rows)

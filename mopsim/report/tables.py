@@ -9,7 +9,7 @@ from rich.text import Text
 from mopsim.common.units import UNITS, format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
-from mopsim.intervals import SURE
+from mopsim.intervals.spread import SURE
 from mopsim.report.terminal import duration, numbered, size, table
 from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe

@@ -3,18 +3,34 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mopsim.common.units import format_bytes
-from mopsim.engine import Span
+from matplotlib.patches import Patch
+
+from mopsim.common.units import format_bytes, format_seconds
+from mopsim.engine import SimResult
 from mopsim.program.workload import STREAMS
 from mopsim.report.style import byte_scale, colour, figure, time_scale
 
 
-def timeline_plot(
-    path: Path, spans: Sequence[Span], curve: Sequence[tuple[float, float]], limit: float | None, title: str
-) -> Path:
-    """Gantt chart, one lane per stream coloured by component, over the device memory curve."""
-    from matplotlib.patches import Patch
+def timeline_title(result: SimResult, label: str) -> str:
+    """What the picture shows: the step's length, what is exposed, how many microbatches and which stages."""
+    drawn, total = result.drawn_microbatches, result.training.num_microbatches(result.strategy)
+    part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
+    between = result.time_by_component.get("runtime", 0.0) / result.step_time
+    undrawn = f", {between:.0%} between ops (not drawn)" if between >= 0.005 else ""
+    seen, full, stages = (
+        result.span_stage + 1,
+        result.memory_stage + 1,
+        result.strategy.pipeline.pipeline_parallel,
+    )
+    where = f"\nof {stages} stages: streams of stage {seen}, memory of stage {full}" if stages > 1 else ""
+    step = format_seconds(result.step_time)
+    return f"{label}: {step} a step, {result.exposed_share:.0%} of it exposed{undrawn}{part}{where}"
 
+
+def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None = None) -> None:
+    """Gantt chart of a step that was simulated with its timeline, one lane per stream coloured by component,
+    over the device memory curve. limit: of that, where it is to be drawn."""
+    spans, curve = result.spans, result.memory_curve
     found = {span.stream for span in spans}
     streams = [stream for stream in STREAMS if stream in found]
     end = max([*(span.end for span in spans), *(time for time, _ in curve)], default=1.0)
@@ -38,7 +54,7 @@ def timeline_plot(
                 used[component] = colour(component)
         lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])
         lanes.invert_yaxis()
-        lanes.set_title(title)
+        lanes.set_title(timeline_title(result, label))
         handles = [Patch(color=tint, label=name.replace("_", " ")) for name, tint in used.items()]
         lanes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
         size, factor = byte_scale(max([value for _, value in curve] + [1]))
@@ -54,7 +70,6 @@ def timeline_plot(
         memory.set_ylim(bottom=0)
         memory.set_ylabel(f"device memory, {size}")
         memory.set_xlabel(f"time in the step, {unit}")
-    return path
 
 
 def to_the_end(curve: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

@@ -1,56 +1,33 @@
 """A simulated step as a Chrome/Perfetto trace."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mopsim.common.io import as_json, write_text
-from mopsim.engine import SimResult, Span
+from mopsim.engine import SimResult
 
 Event = dict[str, Any]
 MICROSECONDS = 1e6
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """What a trace shows. curve: (seconds, bytes of device memory); categories: bytes at the same times.
-
-    span_stage, memory_stage: the pipeline stages that spans and memory are of.
-    """
-
-    spans: Sequence[Span]
-    curve: Sequence[tuple[float, int]]
-    categories: Mapping[str, Sequence[int]]
-    span_stage: int = 0
-    memory_stage: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def of(result: SimResult, metadata: Mapping[str, Any]) -> "Timeline":
-        """The timeline of a result that was simulated with one. Repetitions of a microbatch that are composed
-        rather than played are not drawn: `metadata` says how many of how many are."""
-        counts = {
-            "microbatches": result.training.num_microbatches(result.strategy),
-            "microbatches_drawn": result.drawn_microbatches,
-            "step_time_s": result.step_time,
-        }
-        return Timeline(
-            result.spans, result.memory_curve, result.memory_curve_by_category, result.span_stage,
-            result.memory_stage, {**metadata, **counts},
-        )  # fmt: skip
-
-
-def chrome_trace(timeline: Timeline) -> dict[str, Any]:
-    """The Trace Event Format (times in microseconds): a process per stage, a thread per stream, an
-    asynchronous slice per microbatch and direction, and counters of device memory in bytes."""
+def chrome_trace(timeline: SimResult, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The Trace Event Format (times in microseconds) of a step that was simulated with its timeline: a
+    process per stage, a thread per stream, an asynchronous slice per microbatch and direction, and counters
+    of device memory in bytes. Repetitions of a microbatch that are composed rather than played are not
+    drawn: the metadata says how many of how many are."""
+    counts = {
+        "microbatches": timeline.training.num_microbatches(timeline.strategy),
+        "microbatches_drawn": timeline.drawn_microbatches,
+        "step_time_s": timeline.step_time,
+    }
     streams = list(dict.fromkeys(span.stream for span in timeline.spans))
     events = [*_names(timeline, streams), *_slices(timeline, streams), *_microbatches(timeline)]
     events += _counters(timeline)
-    return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": dict(timeline.metadata)}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {**metadata, **counts}}
 
 
-def _names(timeline: Timeline, streams: Sequence[str]) -> Iterator[Event]:
+def _names(timeline: SimResult, streams: Sequence[str]) -> Iterator[Event]:
     for stage in sorted({timeline.span_stage, timeline.memory_stage}):
         shows = [
             what
@@ -65,7 +42,7 @@ def _names(timeline: Timeline, streams: Sequence[str]) -> Iterator[Event]:
         yield {**at, "name": "thread_sort_index", "args": {"sort_index": tid}}
 
 
-def _slices(timeline: Timeline, streams: Sequence[str]) -> Iterator[Event]:
+def _slices(timeline: SimResult, streams: Sequence[str]) -> Iterator[Event]:
     place = {stream: tid for tid, stream in enumerate(streams)}
     for span in timeline.spans:
         yield {
@@ -80,7 +57,7 @@ def _slices(timeline: Timeline, streams: Sequence[str]) -> Iterator[Event]:
         }
 
 
-def _microbatches(timeline: Timeline) -> Iterator[Event]:
+def _microbatches(timeline: SimResult) -> Iterator[Event]:
     """From the first op of a microbatch's forward (or of its recompute and backward) to its last."""
     ends: dict[tuple[int, str], tuple[float, float]] = {}
     for span in timeline.spans:
@@ -97,12 +74,13 @@ def _microbatches(timeline: Timeline) -> Iterator[Event]:
         yield {**at, "ph": "e", "ts": end * MICROSECONDS}
 
 
-def _counters(timeline: Timeline) -> Iterator[Event]:
+def _counters(timeline: SimResult) -> Iterator[Event]:
     """Every value in order; those of ops without a duration share one time."""
-    series = [("device memory", [value for _, value in timeline.curve])]
-    series += [(f"memory: {name}", list(found)) for name, found in timeline.categories.items() if any(found)]
+    series = [("device memory", [value for _, value in timeline.memory_curve])]
+    by_category = timeline.memory_curve_by_category
+    series += [(f"memory: {name}", list(found)) for name, found in by_category.items() if any(found)]
     for name, values in series:
-        for (time, _), value in zip(timeline.curve, values, strict=True):
+        for (time, _), value in zip(timeline.memory_curve, values, strict=True):
             yield {
                 "ph": "C", "pid": timeline.memory_stage, "tid": 0, "ts": time * MICROSECONDS, "name": name,
                 "args": {"bytes": value},

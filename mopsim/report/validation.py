@@ -23,24 +23,23 @@ BAND = 0.1
 """Relative error that the grey band shows."""
 
 
-def figures(folder: Path, validation: Validation, level: float | None = None) -> list[Path]:
-    """Write the figures that there are points for; returns their paths. level: of the intervals, if any are
+def figures(folder: Path, validation: Validation, level: float | None = None) -> None:
+    """Write the figures that there are points for. level: of the intervals, if any are
     drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    return by(folder, validation, "source", lambda one: one.case.source.name, spread, level)
+    by(folder, validation, "source", lambda one: one.case.source.name, spread, level)
 
 
 def by(
     folder: Path, validation: Validation, name: str, key: Callable[[Scored], str],
     title: Callable[[str, Mapping[str, Points]], str], level: float | None = None,
     runs: Callable[[str], Iterable[Scored]] | None = None,
-) -> list[Path]:  # fmt: skip
+) -> None:  # fmt: skip
     """Step times and peaks by group. title: of a quantity and its groups. level: as of `figures`. runs: those
     of a quantity that are drawn, where not all are."""
     asked: tuple[tuple[Name, str, float], ...] = (
         ("step_time", "seconds of a step", 1.0), ("peak_memory", "GiB at the peak", UNITS["GiB"]),
     )  # fmt: skip
-    written = []
     for quantity, unit, scale in asked:
         groups: dict[str, Points] = defaultdict(list)
         ends: dict[tuple[float, float], tuple[float, float]] = {}
@@ -54,8 +53,7 @@ def by(
                     ends[point] = low / scale, high / scale
         if groups:
             path = folder / f"{quantity}_by_{name}.png"
-            written.append(scatter(path, groups, unit, title(quantity, groups), ends))
-    return written
+            scatter(path, groups, unit, title(quantity, groups), ends)
 
 
 def spread(name: str, groups: Mapping[str, Points]) -> str:
@@ -75,7 +73,7 @@ def mean_error(points: Points) -> float:
 
 def scatter(
     path: Path, groups: Mapping[str, Points], unit: str, title: str, ends: Ends | None = None
-) -> Path:
+) -> None:
     """Measured on the horizontal, predicted on the vertical axis, both logarithmic; the diagonal and a
     band. ends: of a line through a point, its interval."""
     with figure(path, 8.5, 7) as (axis,):
@@ -100,7 +98,6 @@ def scatter(
                 one.set_major_formatter(LogFormatter())
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axis.legend(loc="upper left", fontsize=8, title="runs, their mean error", title_fontsize=8)
-    return path
 
 
 def _diagonal(axis: Axes, low: float, high: float) -> None:

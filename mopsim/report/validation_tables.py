@@ -1,5 +1,6 @@
 """Tables of a validation: one content, shown on a terminal or written as Markdown."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,15 +55,11 @@ def _percent(value: float | None, signed: bool = False) -> str:
 
 
 def _cells(found: ErrorSummary | None) -> tuple[str, ...]:
+    """Number, mean, bias, 90 %, largest."""
     if found is None:
         return ("", "", "", "", "")
-    return (
-        str(found.n),
-        _percent(found.mape),
-        _percent(found.bias, True),
-        _percent(found.p90),
-        _percent(found.max_ape),
-    )
+    rest = _percent(found.p90), _percent(found.max_ape)
+    return (str(found.n), _percent(found.mape), _percent(found.bias, True), *rest)
 
 
 def _selections(validation: Validation) -> Grid:
@@ -119,14 +116,12 @@ def _groups(validation: Validation, group: str) -> Grid:
     names = ("calibrated", "bias", "uncalibrated", "memory")
     table = Grid(f"mean errors by {group}, all rows", (group,), ("n", *names))
     found = {name: by_group(validation.scored, value, GROUPS[group]) for name, value in MEASURES.items()}
-    step = found["step_time_s"]
     for key in sorted({GROUPS[group](one) for one in validation.scored}):
-        cells: list[str] = [str(step[key].n) if key in step else ""]
-        cells.append(_percent(step[key].mape) if key in step else "")
-        cells.append(_percent(step[key].bias, True) if key in step else "")
-        for name in ("step_time_s_uncalibrated", "peak_memory_bytes"):
-            cells.append(_percent(found[name][key].mape) if key in found[name] else "")
-        table.add_row(key, *cells)
+        step, alone, memory = (
+            _cells(found[name].get(key))
+            for name in ("step_time_s", "step_time_s_uncalibrated", "peak_memory_bytes")
+        )
+        table.add_row(key, *step[:3], alone[1], memory[1])
     return table
 
 
@@ -147,20 +142,21 @@ def _verdicts(validation: Validation) -> Grid:
     fits, jobs = capacity(validation.scored), regrets(validation.scored)
     table.add_row("ran, P(fits) above 0.5", str(fits.ran), str(fits.ran_right))
     table.add_row("ran out, predicted to, or P(fits) at most 0.5", str(fits.ran_out), str(fits.ran_out_right))
-    mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
-    table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
-    alone = sum(job.uncalibrated for job in jobs) / len(jobs) if jobs else None
-    table.add_row("the same, chosen by the profile alone (uncalibrated)", str(len(jobs)), _percent(alone))
+    for what, slower in (
+        ("jobs with a choice of strategy; mean slowdown of ours", [job.slowdown for job in jobs]),
+        ("the same, chosen by the profile alone (uncalibrated)", [job.uncalibrated for job in jobs]),
+    ):
+        mean = sum(slower) / len(slower) if slower else None
+        table.add_row(what, str(len(jobs)), _percent(mean))
     return table
 
 
 def _refused(validation: Validation) -> Grid:
-    counts: dict[tuple[str, str], int] = {}
-    for one in validation.refused:
-        key = (one.field, one.told.removeprefix(f"{one.field}: ")[:LONGEST_REASON])
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(
+        (one.field, one.told.removeprefix(f"{one.field}: ")[:LONGEST_REASON]) for one in validation.refused
+    )
     table = Grid(f"{len(validation.refused)} rows unsupported", ("field", "reason"), ("rows",))
-    for (name, reason), count in sorted(counts.items(), key=lambda item: -item[1]):
+    for (name, reason), count in counts.most_common():
         table.add_row(name, reason, str(count))
     return table
 
@@ -172,10 +168,7 @@ def _components(parts: list[Predicted]) -> Grid:
     for kind, metrics in found.items():
         for metric, entry in metrics.items():
             name = kind + "*" * entry["in_sample"]
-            errors = (
-                _percent(entry.get("mape")),
-                _percent(entry.get("bias"), True),
-                _percent(entry.get("max_ape")),
-            )
-            table.add_row(name, metric, f"{entry['n']}/{entry['rows']}", *errors)
+            mean, most = _percent(entry.get("mape")), _percent(entry.get("max_ape"))
+            bias = _percent(entry.get("bias"), True)
+            table.add_row(name, metric, f"{entry['n']}/{entry['rows']}", mean, bias, most)
     return table

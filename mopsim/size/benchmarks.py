@@ -6,7 +6,7 @@ from functools import cache
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
 from mopsim.engine import SimResult
-from mopsim.intervals import machines_share
+from mopsim.intervals.spread import machines_share
 from mopsim.size.figures import Figures
 from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Tag
 

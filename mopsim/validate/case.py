@@ -15,7 +15,7 @@ from mopsim.common.errors import MopError, SpecError, require, require_at_least,
 from mopsim.common.json_text import parse_json
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
-from mopsim.intervals import network, products
+from mopsim.intervals.spread import network, products
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import LONGEST, SHORTEST

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.common import io
-from mopsim.intervals import SURE, ErrorCell, PeakSpread, Spread, cells
+from mopsim.intervals.errors import ErrorCell, cells
+from mopsim.intervals.memory import PeakSpread
+from mopsim.intervals.spread import SURE, Spread
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case

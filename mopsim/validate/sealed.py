@@ -14,7 +14,8 @@ from mopsim.common import io
 from mopsim.common.errors import MopError, require, require_at_least, require_name
 from mopsim.common.json_text import parse_json
 from mopsim.engine import SimResult
-from mopsim.intervals import check_level, known_errors
+from mopsim.intervals.errors import known_errors
+from mopsim.intervals.spread import check_level
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import LONGEST, SHORTEST, Measurement, Plan
 

@@ -7,7 +7,8 @@ from math import log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
-from mopsim.intervals import ErrorCell, ErrorQuantity, Spread, known_errors, spread
+from mopsim.intervals.errors import ErrorCell, ErrorQuantity, known_errors
+from mopsim.intervals.spread import Spread, spread
 from mopsim.validate.case import Case
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mopsim.common.units import format_count
-from mopsim.context import ContextCase, Curve
+from mopsim.context.sweep import ContextCase, Curve
 from mopsim.report.context import case_name, ratio, reach
 from mopsim.report.style import SERIES, figure, legend_below
 from reports.context_throughput.words import Study, farthest, published_of, range_of, span
@@ -21,7 +21,7 @@ LINES = {
 """Colour, line and width by contender."""
 
 
-def throughput_figure(path: Path, study: Study) -> Path:
+def throughput_figure(path: Path, study: Study) -> None:
     """A panel a network: tokens/s per device over context length, a cross where memory ends."""
     columns = min(2, len(study.cases))
     rows = -(-len(study.cases) // columns)
@@ -75,10 +75,9 @@ def throughput_figure(path: Path, study: Study) -> Path:
         axes[0].scatter([], [], marker="*", s=130, color="#515a5a", label="published")
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=2 * columns)  # type: ignore[union-attr]
-    return path
 
 
-def ratio_figure(path: Path, study: Study) -> Path:
+def ratio_figure(path: Path, study: Study) -> None:
     """MoP's throughput over FSDP2's at each length, a line a network; a mark in a strip of its own, which
     has no scale, where only MoP runs. No strip where there is no such length."""
     low, high = span(study.curves)
@@ -139,7 +138,6 @@ def ratio_figure(path: Path, study: Study) -> Path:
             f"Where both run, MoP is {low:.2f}x to {high:.2f}x as fast as the least restricted FSDP2"
         )
         legend_below(axis, 4)
-    return path
 
 
 def _only_mop(curves: Mapping[str, Curve]) -> list[int]:
@@ -156,7 +154,7 @@ def _panel_title(case: ContextCase, curves: Mapping[str, Curve]) -> str:
     return title
 
 
-def reach_figure(path: Path, study: Study) -> Path:
+def reach_figure(path: Path, study: Study) -> None:
     """The longest context of each contender on each cluster, with what stops it."""
     count = len(study.contenders)
     least = min(study.lengths)
@@ -188,4 +186,3 @@ def reach_figure(path: Path, study: Study) -> Path:
         axis.set_title(
             f"MoP reaches {range_of(study, 'mop')} tokens, FSDP2 {farthest(study)} where it runs, by rules"
         )
-    return path

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import mopsim
 from mopsim.common import io
-from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
+from mopsim.context.contenders import Contender, contenders
+from mopsim.context.sweep import ContextCase, Curve, Task, nested, sweep, totals
 from mopsim.report.context import case_name, curves_json, to_json
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

@@ -111,15 +111,11 @@ def small_step(study: Study) -> str:
     )
 
 
-def write_context(
-    folder: Path, study: Study, facts: dict[str, str], assumptions: Sequence[str]
-) -> list[Path]:
-    """index.md, index.html and the figures; returns what was written."""
-    written = [
-        throughput_figure(folder / "throughput.png", study),
-        ratio_figure(folder / "ratio.png", study),
-        reach_figure(folder / "reach.png", study),
-    ]
+def write_context(folder: Path, study: Study, facts: dict[str, str], assumptions: Sequence[str]) -> None:
+    """index.md, index.html and the figures."""
+    throughput_figure(folder / "throughput.png", study)
+    ratio_figure(folder / "ratio.png", study)
+    reach_figure(folder / "reach.png", study)
     sections = [
         Section(
             "Throughput over context length",
@@ -163,4 +159,4 @@ def write_context(
     sections.append(Section("What is assumed", "", Table(["assumption"], rows)))
     sections.append(Section("The strategies", "", strategies_table(study)))
     title = "Context length against throughput: MoP and FSDP2, simulated"
-    return written + write_page(folder, Page(title, summary(study), sections, facts))
+    write_page(folder, Page(title, summary(study), sections, facts))

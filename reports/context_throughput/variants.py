@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from mopsim.context import Contender, ContextCase
+from mopsim.context.contenders import Contender
+from mopsim.context.sweep import ContextCase
 from mopsim.spec.model import ModelSpec
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mopsim.common.units import format_count
-from mopsim.context import Contender, ContextCase, Curve
+from mopsim.context.contenders import Contender
+from mopsim.context.sweep import ContextCase, Curve
 from mopsim.report.context import case_name, length_of, ratio, reach
 from reports.context_throughput.published import POINTS, PRINTED_END, Published
 from reports.context_throughput.variants import Variant

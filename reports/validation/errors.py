@@ -3,18 +3,18 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import mopsim.intervals
 from mopsim.common import io
 from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
-from mopsim.intervals import ErrorCell, Errors
+from mopsim.intervals import errors
+from mopsim.intervals.errors import ErrorCell, Errors
 from mopsim.validate.case import Case
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import Simulated, as_read
 from mopsim.validate.uncertain import cell, reading
 from reports.validation.fitted_errors import fit_errors
 
-INSTALLED = Path(mopsim.intervals.__file__).with_name("errors.yaml")
+INSTALLED = Path(errors.__file__).with_name("errors.yaml")
 MADE_BY = "python -m reports.validation.make"
 EXACT = 0.006
 EXACT_SOURCE = (
@@ -42,6 +42,6 @@ def learn(runs: Iterable[tuple[Case, Simulated]]) -> Errors:
 
 def install(runs: Sequence[tuple[Case, Simulated]]) -> None:
     """Write what is learned where mopsim reads it."""
-    errors = learn(runs)
-    io.write_text(INSTALLED, dump_yaml(sparse(errors)))
-    mopsim.intervals.known_errors.cache_clear()
+    found = learn(runs)
+    io.write_text(INSTALLED, dump_yaml(sparse(found)))
+    errors.known_errors.cache_clear()

@@ -24,15 +24,14 @@ COMPONENTS = {
 }
 
 
-def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) -> list[Path]:
-    """Write the figures that there are points for; returns their paths."""
-    written = []
+def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) -> None:
+    """Write the figures that there are points for."""
     for group in ("source", "gpu", "family"):
 
         def title(quantity: str, groups: Mapping[str, Points], group: str = group) -> str:
             return finding(validation, quantity, group, groups)
 
-        written += by(
+        by(
             folder,
             validation,
             group,
@@ -40,7 +39,7 @@ def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) ->
             title,
             runs=lambda quantity: judged(validation, quantity),
         )
-    return written + _components(folder, parts)
+    _components(folder, parts)
 
 
 def judged(validation: Validation, quantity: str) -> list[Scored]:
@@ -66,13 +65,11 @@ def finding(validation: Validation, quantity: str, group: str, groups: Mapping[s
     return f"{head}{worst}\n({which})"
 
 
-def _components(folder: Path, parts: Sequence[Predicted]) -> list[Path]:
+def _components(folder: Path, parts: Sequence[Predicted]) -> None:
     metrics: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(list))
     for one in parts:
         if one.predicted and one.component.value:
             metrics[one.component.metric][one.component.kind].append((one.component.value, one.predicted))
-    return [
-        scatter(folder / f"components_{metric}.png", metrics[metric], unit, spread(name, metrics[metric]))
-        for metric, (name, unit) in COMPONENTS.items()
-        if metrics.get(metric)
-    ]
+    for metric, (name, unit) in COMPONENTS.items():
+        if points := metrics.get(metric):
+            scatter(folder / f"components_{metric}.png", points, unit, spread(name, points))

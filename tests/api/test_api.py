@@ -72,7 +72,7 @@ def test_a_family_without_a_strategy_is_a_row_of_the_comparison(
     (why,) = found.refused.values()
     assert why.startswith("strategy: megatron has no strategy here: ")
     assert (list(found.strategies), found["refused"]) == (["one"], {"other": why})
-    assert found.points.to_json()["refused"]["other"][0] == why
+    assert found.sweep.to_json()["refused"]["other"][0] == why
     assert found.any_fits
     assert found.headline().endswith("other has no strategy here.")
     found.write(tmp_path / "report")

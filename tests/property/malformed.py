@@ -8,7 +8,7 @@ from pathlib import Path as File
 from typing import Any
 
 from mopsim.api.inputs import read_strategy
-from mopsim.calibrate import load_measurement
+from mopsim.calibrate.runs import load_measurement
 from mopsim.common.io import to_plain
 from mopsim.spec.hardware import Correction
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction

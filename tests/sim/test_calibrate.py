@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from mopsim.calibrate import calibrate, on_stack
 from mopsim.calibrate.fit import (
     KIN_PRIOR,
     SCALE_PRIOR,
@@ -20,6 +19,8 @@ from mopsim.calibrate.fit import (
     fit_step,
     scatter,
 )
+from mopsim.calibrate.profile import calibrate
+from mopsim.calibrate.runs import on_stack
 from mopsim.commands import calibrate as command
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError

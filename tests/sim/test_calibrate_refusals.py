@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mopsim import calibrate as calibration
-from mopsim.calibrate import calibrate
 from mopsim.calibrate.observed import Seen, observed
+from mopsim.calibrate.profile import calibrate
+from mopsim.calibrate.runs import load_measurement
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from tests.sim.test_calibrate import MACHINE, PROFILE, measured, simulate
@@ -26,12 +26,12 @@ def test_refusals(tmp_path: Path) -> None:
     ):
         calibrate(PROFILE, [msgspec.structs.replace(run, peak_memory=0)], simulate)
     with pytest.raises(MopError, match="neither a run directory"):
-        calibration.load_measurement(tmp_path / "none")
+        load_measurement(tmp_path / "none")
     with pytest.raises(MopError, match=r"no measurement\.yaml"):
-        calibration.load_measurement(tmp_path)
+        load_measurement(tmp_path)
     (tmp_path / "measurement.yaml").write_text("steps: many\n")
     with pytest.raises(MopError, match="measurement") as refused:
-        calibration.load_measurement(tmp_path)
+        load_measurement(tmp_path)
     assert "\n" not in str(refused.value)
 
 

@@ -86,7 +86,7 @@ def test_a_stage_that_takes_long_is_said_without_a_terminal(
     monkeypatch.setattr("mopsim.commands.progress.EVERY", 0.1)
     loop = Loop(tmp_path, tmp_path, 0, 1, Console())
     with loop.stage("list the stacks"):
-        loop.mopsim("list", "stacks")
+        loop.run("mopsim", "list", "stacks")
     said = capsys.readouterr()
     assert "mopsim: list the stacks" in said.err
     assert "  list the stacks: " in said.out

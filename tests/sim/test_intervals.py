@@ -9,22 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
-from mopsim.intervals import (
-    Deviations,
-    ErrorCell,
-    ErrorQuantity,
-    Facts,
-    PeakSpread,
-    Spread,
-    cells,
-    known_errors,
-    missed_by_most,
-    of_step_time,
-    ratio,
-    spread,
-)
-from mopsim.intervals.errors import LEVELS
-from mopsim.intervals.spread import between
+from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
+from mopsim.intervals.memory import PeakSpread
+from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
 from mopsim.spec.observed import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks

@@ -16,16 +16,16 @@ from rich.console import Console
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult, simulate
-from mopsim.report.compare import timeline_title, write_compare
-from mopsim.report.findings import difference, finding, headline, outcome, software, summary
+from mopsim.report.compare import write_compare
+from mopsim.report.findings import Results, difference, finding, headline, outcome, software, summary
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars, sweep_lines
 from mopsim.report.style import figure, legend_below
-from mopsim.report.sweep import Sweep, over, sweep_figure, swept_rows
+from mopsim.report.sweep import Sweep, SweepPoint, over, sweep_figure, swept_rows
 from mopsim.report.tables import columns, comparison, describe, row
-from mopsim.report.timeline import timeline_plot, to_the_end
-from mopsim.report.trace import Timeline, chrome_trace
+from mopsim.report.timeline import timeline_plot, timeline_title, to_the_end
+from mopsim.report.trace import chrome_trace
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Pipeline
@@ -33,6 +33,14 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 
 PNG = b"\x89PNG"
+
+
+def point(value: int, results: Results) -> SweepPoint:
+    return SweepPoint(value, str(value), results)
+
+
+def swept(setting: str, results: dict[int, Results]) -> Sweep:
+    return Sweep(setting, [point(*each) for each in results.items()])
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +52,17 @@ def results() -> list[SimResult]:
 
 
 def test_compare_writes_pictures_and_pages(results: list[SimResult], tmp_path: Path) -> None:
-    sweep = Sweep(
-        "seq-len", [256, 512], ["256", "512"], {"mop": [results[0], None], "fsdp2": [results[1], results[1]]}
-    )
+    labelled = dict(zip(("mop", "fsdp2"), results, strict=True))
+    sweep = swept("seq-len", {256: labelled, 512: labelled | {"mop": None}})
     facts = {"command": "mopsim compare ...", "version": "1"}
-    written = write_compare(tmp_path, results, ["mop", "fsdp2"], results, sweep, "tiny", facts, "won")
+    write_compare(tmp_path, labelled, results, sweep, "tiny", facts, "won")
+    written = list(tmp_path.iterdir())
     names = {path.name for path in written}
     assert {"memory.png", "time.png", "sweep.png", "timeline-1.png", "index.md", "index.html"} <= names
     assert all(path.read_bytes().startswith(PNG) for path in written if path.suffix == ".png")
     text = (tmp_path / "index.md").read_text()
     assert "mopsim compare ..." in text
     assert all(f"({path.name})" in text for path in written if path.suffix == ".png")
-    assert {path.name for path in tmp_path.iterdir()} == names
     assert "Lines over the bars: a measured value lies between their ends with probability 90%" in text
 
 
@@ -70,11 +77,11 @@ def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) ->
 
 
 def test_a_sweep_says_what_it_holds(results: list[SimResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    points = {"mop": [results[0], None]}
-    sweep = Sweep("seq-len", [256, 768], ["256", "768"], points, {}, {"mop": ["", "x: 1 is not 2"]}, [6, 2],
-                  [256, 768], "tokens per step")  # fmt: skip
+    first = SweepPoint(256, "256", {"mop": results[0]}, {}, 6, 256)
+    second = SweepPoint(768, "768", {"mop": None}, {"mop": "x: 1 is not 2"}, 2, 768)
+    sweep = Sweep("seq-len", [first, second], "tokens per step")
     assert sweep.held == "held constant: tokens per step (1,536)"
-    assert "768 has 2,304" in replace(sweep, batches=[6, 3]).held
+    assert "768 has 2,304" in replace(sweep, points=[first, replace(second, batch=3)]).held
     assert "no legal strategy: x: 1 is not 2" in str(swept_rows(sweep).rows)
     named: list[tuple[str, ...]] = []
     drawn = "mopsim.report.sweep.sweep_lines"
@@ -90,34 +97,32 @@ def test_a_sweep_says_what_it_holds(results: list[SimResult], monkeypatch: pytes
 def test_finding_names_the_winner(results: list[SimResult]) -> None:
     fast = min(results, key=lambda one: one.step_time)
     label = {id(results[0]): "mop", id(results[1]): "fsdp2"}[id(fast)]
-    assert finding(results, ["mop", "fsdp2"]).startswith(f"{label} is fastest")
+    assert finding(dict(zip(("mop", "fsdp2"), results, strict=True))).startswith(f"{label} is fastest")
 
 
 def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a search: step times within 0.5 %."""
     fast = min(results, key=lambda one: one.step_time)
     near, far = (replace(fast, step_time=part * fast.step_time) for part in (1.004, 1.2))
-    labels = ["a", "b", "c"]
-    assert outcome([fast, near, far], labels) == "a and b tie"
-    assert headline([fast, near, far], labels) == "a and b tie within 0.5 %, 1.20x as fast as c"
-    assert "probability" in finding([fast, near, far], labels)
-    assert "fastest" not in summary([fast, near], labels[:2])
-    assert "loses" not in summary([fast, near], labels[:2])
-    assert outcome([fast, replace(fast, step_time=1.006 * fast.step_time)], labels[:2]) == "a is fastest"
-    assert software(
-        [fast, replace(near, stack=structs.replace(near.stack, name="other"))], labels[:2]
-    ).startswith("The tie is of")
-    sweep = Sweep("nodes", [1, 2, 4], ["1", "2", "4"], {"a": [fast, fast, fast], "b": [far, near, None]})
+    three = {"a": fast, "b": near, "c": far}
+    assert outcome(three) == "a and b tie"
+    assert headline(three) == "a and b tie within 0.5 %, 1.20x as fast as c"
+    assert "probability" in finding(three)
+    assert "fastest" not in summary({"a": fast, "b": near})
+    assert "loses" not in summary({"a": fast, "b": near})
+    assert outcome({"a": fast, "b": replace(fast, step_time=1.006 * fast.step_time)}) == "a is fastest"
+    elsewhere = replace(near, stack=structs.replace(near.stack, name="other"))
+    assert software({"a": fast, "b": elsewhere}).startswith("The tie is of")
+    sweep = swept("nodes", {1: {"a": fast, "b": far}, 2: {"a": fast, "b": near}, 4: {"a": fast, "b": None}})
     sure = format_probability(fast.times_as_fast_as(far).p_faster)
     ahead = f"Over nodes: a is fastest at 1 (probability {sure}); a and b tie at 2"
     assert over(sweep) == f"{ahead}; a is the only one that is legal at 4"
-    full = replace(sweep, results=sweep.results | {"b": [far, near, replace(fast, fits=False)]})
+    full = replace(sweep, points=[*sweep.points[:2], point(4, {"a": fast, "b": replace(fast, fits=False)})])
     assert over(full) == f"{ahead}; a is the only one that fits at 4"
     titles: list[str] = []
     drawn = "mopsim.report.sweep.sweep_lines"
     monkeypatch.setattr(drawn, lambda path, values, series, title, *rest: titles.append(title))
-    two = Sweep("nodes", [1, 2], ["1", "2"], {"a": [fast, fast], "b": [far, near]})
-    sweep_figure(Path("sweep.png"), two)
+    sweep_figure(Path("sweep.png"), replace(sweep, points=sweep.points[:2]))
     assert titles == ["All fit up to 2 nodes; a and b tie there"]
 
 
@@ -126,8 +131,8 @@ def test_a_hole_in_a_sweep_is_not_memory(
 ) -> None:
     """Of 3 nodes no batch divided: the title said that all fit up to 4, and lines ran through 3."""
     one = results[0]
-    points = {"a": [one, one, None, one], "b": [one, one, one, replace(one, step_time=2 * one.step_time)]}
-    sweep = Sweep("nodes", [1, 2, 3, 4], ["1", "2", "3", "4"], points)
+    both, slow = {"a": one, "b": one}, replace(one, step_time=2 * one.step_time)
+    sweep = swept("nodes", {1: both, 2: both, 3: both | {"a": None}, 4: both | {"b": slow}})
     drawn: list[tuple[str, dict[str, list[str]]]] = []
     monkeypatch.setattr(
         "mopsim.report.sweep.sweep_lines",
@@ -148,13 +153,11 @@ def test_a_hole_in_a_sweep_is_not_memory(
 
 
 def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
-    labels = ["a", "b"]
-    said = software(results, labels, ["one", "two"])
+    both = dict(zip("ab", results, strict=True))
+    said = software(both, ["one", "two"])
     assert said.endswith("--stack NAME simulates all on one (one, two have something of each)")
-    assert software(results, labels, list("abcdef")).endswith(
-        "(a, b, c, d and 2 others have something of each)"
-    )
-    assert software(results, labels, []).endswith("no shipped stack has something of each")
+    assert software(both, list("abcdef")).endswith("(a, b, c, d and 2 others have something of each)")
+    assert software(both, []).endswith("no shipped stack has something of each")
 
 
 def test_memory_is_drawn_to_the_end_of_the_step(results: list[SimResult], tmp_path: Path) -> None:
@@ -162,21 +165,20 @@ def test_memory_is_drawn_to_the_end_of_the_step(results: list[SimResult], tmp_pa
     assert to_the_end([(0.0, 1.0), (5.0, 3.0)], 5.0) == [(0.0, 1.0), (5.0, 3.0)]
     assert to_the_end([], 5.0) == []
     one = results[0]
-    path = timeline_plot(tmp_path / "t.png", one.spans, one.memory_curve, one.memory_limit, "t")
-    assert path.read_bytes().startswith(PNG)
+    timeline_plot(tmp_path / "t.png", one, "t", one.memory_limit)
+    assert (tmp_path / "t.png").read_bytes().startswith(PNG)
 
 
 def test_a_ratio_over_another_stack_is_said_to_be_of_software_too(results: list[SimResult]) -> None:
     fast, slow = sorted(results, key=lambda one: one.step_time)
-    said = summary([fast, slow], ["a", "b"])
+    said = summary({"a": fast, "b": slow})
     assert f"plan and software together (a on {fast.stack.name}, b on {slow.stack.name}): --stack" in said
-    alone = [fast, replace(slow, stack=fast.stack)]
-    assert "software" not in summary(alone, ["a", "b"])
-    assert software([fast], ["a"]) == software([fast, replace(slow, fits=False)], ["a", "b"]) == ""
+    assert "software" not in summary({"a": fast, "b": replace(slow, stack=fast.stack)})
+    assert software({"a": fast}) == software({"a": fast, "b": replace(slow, fits=False)}) == ""
 
 
 def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> None:
-    write_compare(tmp_path, results, ["mop", "fsdp2"], [], None, "tiny", {}, "won", level=0.5)
+    write_compare(tmp_path, dict(zip("ab", results, strict=True)), [], None, "tiny", {}, "won", level=0.5)
     text, shown = (tmp_path / "index.md").read_text(), StringIO()
     assert "| step, 50 % |" in text
     assert not re.search(r"\b90 ?%", text)
@@ -190,9 +192,9 @@ def test_difference_names_the_component_that_the_next_best_loses_in(results: lis
     fast, slow = sorted(results, key=lambda one: one.step_time)
     parts = {**fast.time_by_component, "optimizer": fast.time_by_component.get("optimizer", 0.0) + 2.0}
     slower = replace(slow, step_time=fast.step_time + 2.0, time_by_component=parts)
-    said = difference([fast, slower], ["a", "b"])
+    said = difference({"a": fast, "b": slower})
     assert said.startswith("b loses most in optimizer, 2 s, once a step")
-    assert difference([fast], ["a"]) == difference([fast, replace(slower, fits=False)], ["a", "b"]) == ""
+    assert difference({"a": fast}) == difference({"a": fast, "b": replace(slower, fits=False)}) == ""
 
 
 def test_row_has_a_cell_for_every_column(results: list[SimResult]) -> None:
@@ -207,7 +209,7 @@ def test_describe_names_what_differs() -> None:
 
 def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
     one = results[0]
-    trace = chrome_trace(Timeline.of(one, {"version": "1"}))
+    trace = chrome_trace(one, {"version": "1"})
     events = json.loads(json.dumps(trace))["traceEvents"]
     threads = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert {"compute", "scale_up"} <= threads

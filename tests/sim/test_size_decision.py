@@ -16,7 +16,7 @@ import mopsim
 from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
-from mopsim.intervals import known_errors
+from mopsim.intervals.errors import known_errors
 from mopsim.report.decision import Decision, answer, content, risks, why
 from mopsim.report.sizing import format_days, missed, stated, summary, surely
 from mopsim.report.sizing_plots import dollars

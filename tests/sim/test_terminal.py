@@ -7,11 +7,12 @@ import pytest
 from rich.console import Console
 
 from mopsim.common.units import format_seconds
-from mopsim.context import ContextCase, ContextPoint, Curve, contenders
+from mopsim.context.contenders import contenders
+from mopsim.context.sweep import ContextCase, ContextPoint, Curve
 from mopsim.engine import simulate
 from mopsim.report.context import shown_table
 from mopsim.report.sizing import sizing_table
-from mopsim.report.sweep import Sweep, swept_table
+from mopsim.report.sweep import Sweep, SweepPoint, swept_table
 from mopsim.report.tables import breakdown, comparison
 from mopsim.size import Goal, size
 from mopsim.size.figures import DAY
@@ -64,7 +65,7 @@ def test_a_step_of_hours_stays_in_its_lines() -> None:
     job = TrainSpec(seq_len=2**20, global_batch=batch)
     result = simulate(load_model("mop_1t"), machine, 12, mop(96, context_parallel=8, expert_parallel=32), job)
     assert result.step_time > 1e6
-    sweep = Sweep("seq-len", [2**20], ["1M"], {"mop": [result]}, batches=[batch])
+    sweep = Sweep("seq-len", [SweepPoint(2**20, "1M", {"mop": result}, batch=batch)])
     for lines, place in ((shown(comparison([result], "a job")), 1), (shown(swept_table(sweep)), 3)):
         first = rows(lines)[1].split()
         step, unit, interval = first[place : place + 3]
