@@ -96,15 +96,10 @@ def _cases(
     known = [case for one in files for case in read_cases(Path(one))]
     if stack:
         load_stack(stack, "--stack")
-        known = [_under(case, stack) for case in known]
+        known = [replace(one, strategy=replace(one.strategy, stack=stack), stack_changes={}) for one in known]
     if not runs:
         return known, []
     rows = [{**row, "stack": stack or row.get("stack", "")} for row in _told(runs, RUNS, read_runs, console)]
     networks = _told(models, MODELS, lambda path: [*read_rows(path).values()], console) if models else []
     found, refused = cases_of(rows, {one["model"]: one for one in networks})
     return known + found, refused
-
-
-def _under(case: Case, stack: str) -> Case:
-    """The same run by other software."""
-    return replace(case, strategy=replace(case.strategy, stack=stack), stack_changes={})

@@ -1,7 +1,7 @@
 """TorchTitan: a TOML file of its JobConfig. Newer versions configure in Python, with other names."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mopsim.common.errors import SpecError
@@ -97,13 +97,9 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out)]
     lines.append("# To be set: model.hf_assets_path, training.dataset, training.steps")
     for name, section in unsaid(sections(plan), left_out, KEYS).items():
-        lines += ["", f"[{name}]", *_keys(section)]
+        lines += ["", f"[{name}]"]  # values of these kinds are written in TOML as in JSON
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in section.items()]
     return "\n".join(lines) + "\n"
-
-
-def _keys(section: Mapping[str, Any]) -> list[str]:
-    """What these values are in JSON they are in TOML."""
-    return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in section.items()]
 
 
 TORCHTITAN = Target("torchtitan", CHECKED, render)

@@ -9,7 +9,6 @@ from mopsim.common.units import format_bytes, format_number, format_probability,
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import machines_share
-from mopsim.report.formats import saved_as
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
     CARRIED,
@@ -61,12 +60,12 @@ class Decision:
 def write_decision(folder: Path, decision: Decision) -> None:
     """Write decision.html and its figures (PNG and SVG) into `folder`."""
     subject, goal, level = decision.subject, decision.request.goal, decision.request.interval
-    with saved_as(("svg",)):
+    for kind in ("png", "svg"):
         if decision.points:
-            path = folder / "pareto.png"
+            path = folder / f"pareto.{kind}"
             cost_time(path, decision.points, decision.front, decision.chosen, goal, level)
         if subject and decision.swings:
-            tornado(folder / "tornado.png", decision.swings, subject)
+            tornado(folder / f"tornado.{kind}", decision.swings, subject)
     drawn = {"pareto": "", "tornado": ""}
     for path in folder.glob("*.svg"):
         text = path.read_text("utf-8")

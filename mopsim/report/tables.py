@@ -204,16 +204,12 @@ def breakdown(result: SimResult) -> Group:
         for column in columns:
             cells += column[index] if index < len(column) else ("", "")
         shown.add_row(*cells)
-    notes = [
-        Text(f"on top of the {name} at most: {_causes(causes)}", style="dim")
-        for name, causes in (("device memory", result.above_peak), ("host memory", result.above_host))
-        if causes
-    ]
+    notes = []
+    for name, causes in (("device memory", result.above_peak), ("host memory", result.above_host)):
+        if causes:
+            said = ", ".join(f"{cause} {size(part)}" for cause, part in causes.items())
+            notes.append(Text(f"on top of the {name} at most: {said}", style="dim"))
     return Group(shown, *notes)
-
-
-def _causes(causes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size(part)}" for name, part in causes.items())
 
 
 def _ranked(values: dict[str, float], show: object) -> list[tuple[str, str]]:

@@ -76,14 +76,11 @@ class Memory:
             self._above = weights[self.kinds, -1], fixed
         return self._above
 
-    def _regressors(self) -> Reals:
-        return np.vstack([self.parts, self.bound])
-
     def _fit(self, seen: list[tuple[int, float]]) -> Reals:
         """Bytes for each unit of each part and for each byte of the bound, by least squares of what they miss
         as a share of the bound; of the gathered weights near 1, of the others near 0, where too few
         simulations say."""
-        parts = self._regressors()
+        parts = np.vstack([self.parts, self.bound])
         least = np.zeros(len(parts))
         least[0] = 1.0
         if not seen:
