@@ -119,11 +119,7 @@ class Comparison(Result):
 
         if self.sweep is None:
             raise MopError("sweep: was not asked for")
-        columns = {
-            label: [float("nan") if one is None else one for one in rates]
-            for label, rates in self.sweep.rates().items()
-        }
-        return DataFrame(columns, index=Index(self.sweep.values, name=self.sweep.setting))
+        return DataFrame(self.sweep.rates(), index=Index(self.sweep.values, name=self.sweep.setting))
 
     def _swept_on(self) -> str:
         """Network and machine at every value of the sweep."""

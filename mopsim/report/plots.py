@@ -3,18 +3,12 @@ measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.transforms import blended_transform_factory
 
 from mopsim.common.units import format_bytes
 from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, text_on, time_scale
-
-NO_MEMORY, NO_STRATEGY = "does not fit in memory", "no legal strategy"
-MARKS = {NO_MEMORY: "x", NO_STRATEGY: "+"}
-"""Why a strategy has no throughput, and the mark of that."""
 
 
 @dataclass(frozen=True)
@@ -101,57 +95,6 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: fl
         axis.text(place, row, f"  {bar.remark}", va="center", fontsize=10, color=tint)
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
     axis.set_ylim(len(bars) - 0.5, -0.5)
-
-
-def sweep_lines(
-    path: Path,
-    values: Sequence[int],
-    series: Mapping[str, Sequence[float | None]],
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    names: Sequence[str],
-    lost: Mapping[str, Sequence[str]],
-    bands: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
-    level: float = 0.9,
-) -> None:
-    """Throughput over a swept setting; where there is none (None) the line ends, and a mark on the floor says
-    why. lost: that reason, by label. bands: the ends of each point's interval, where it has one; level: its
-    probability."""
-    marks = {why: mark for why, mark in MARKS.items() if any(why in found for found in lost.values())}
-    with figure(path, 10, 5.2) as (axis,):
-        for index, (label, points) in enumerate(series.items()):
-            tint = SERIES[index % len(SERIES)]
-            heights = [nan if y is None else y for y in points]
-            axis.plot(values, heights, marker="o", color=tint, linewidth=2, label=label)
-            ends = (bands or {}).get(label) or [None] * len(points)
-            low, high = zip(
-                *((nan, nan) if y is None or not e else e for y, e in zip(points, ends, strict=True)),
-                strict=True,
-            )
-            axis.fill_between(values, low, high, color=tint, alpha=0.18, linewidth=0)
-            for why, mark in marks.items():
-                at = [x for x, one in zip(values, lost[label], strict=True) if one == why]
-                axis.scatter(
-                    at, [0.03 + 0.05 * index] * len(at), marker=mark, s=70, linewidth=2.5, color=tint,
-                    zorder=5, transform=blended_transform_factory(axis.transData, axis.transAxes),
-                )  # fmt: skip
-        if any(ends for found in (bands or {}).values() for ends in found):
-            axis.fill_between(
-                [], [], [], color="#515a5a", alpha=0.18, linewidth=0, label=f"{level:.0%} interval"
-            )
-        for why, mark in marks.items():
-            axis.scatter([], [], marker=mark, color="#515a5a", label=why)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(list(values), list(names))
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xlabel(xlabel)
-        axis.set_ylabel(ylabel)
-        axis.set_title(title)
-        axis.grid(axis="y", alpha=0.3)
-        legend_below(axis, 5)
 
 
 def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from textwrap import wrap
 from typing import TypeVar
 
+from matplotlib.transforms import blended_transform_factory
 from rich.console import Group
 from rich.text import Text
 
@@ -13,11 +15,14 @@ from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
 from mopsim.report.findings import Results, odds, outcome
 from mopsim.report.page import Table
-from mopsim.report.plots import NO_MEMORY, NO_STRATEGY, sweep_lines
+from mopsim.report.style import SERIES, figure, legend_below
 from mopsim.report.tables import beside, columns, plan_line, rate, row
 from mopsim.report.terminal import duration, size, table
 
 T = TypeVar("T")
+NO_MEMORY, NO_STRATEGY = "does not fit in memory", "no legal strategy"
+MARKS = {NO_MEMORY: "x", NO_STRATEGY: "+"}
+"""Why a strategy has no throughput, and the mark of that."""
 TITLE = 84
 """Characters of a line of a figure's title."""
 
@@ -60,9 +65,9 @@ class Sweep:
         """Something of each value's result."""
         return {label: [what(point.results[label]) for point in self.points] for label in self.labels}
 
-    def rates(self) -> dict[str, list[float | None]]:
-        """Tokens/s of a device; None where a strategy does not fit, or is not legal."""
-        return self.by_label(lambda one: one.tokens_per_second_per_device if one and one.fits else None)
+    def rates(self) -> dict[str, list[float]]:
+        """Tokens/s of a device; NaN where a strategy does not fit, or is not legal."""
+        return self.by_label(lambda one: one.tokens_per_second_per_device if one and one.fits else nan)
 
     @property
     def each(self) -> list[str]:
@@ -120,26 +125,50 @@ def _lost(result: SimResult | None) -> str:
     return NO_STRATEGY if result is None else "" if result.fits else NO_MEMORY
 
 
-def _band(result: SimResult | None, level: float) -> tuple[float, float] | None:
-    """Tokens/s of a device at the ends of the step time's interval."""
-    if result is None:
-        return None
+def _band(result: SimResult | None, level: float) -> tuple[float, float]:
+    """Tokens/s of a device at the ends of the step time's interval, where it fits."""
+    if not result or not result.fits:
+        return nan, nan
     fast, slow = result.step_time_interval(level)
     tokens = result.tokens_per_second_per_device * result.step_time
     return tokens / slow, tokens / fast
 
 
 def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> None:
-    """Throughput over the setting, marks where there is none. level: of the bands. where: the network and the
-    machine, for the title, which says too what is held constant."""
-
-    xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
+    """Throughput over the setting; where there is none the line ends, and a mark on the floor says why.
+    level: of the bands. where: the network and the machine, for the title, which says too what is held
+    constant."""
     below = "; ".join(filter(None, (where, sweep.held)))
-    title = "\n".join(filter(None, (*wrap(_title(sweep), TITLE), *wrap(below, TITLE))))
-    per = rate(sweep.each)
-    names, lost = [point.name for point in sweep.points], sweep.by_label(_lost)
-    bands = sweep.by_label(lambda one: _band(one, level))
-    sweep_lines(path, sweep.values, sweep.rates(), title, xlabel, per, names, lost, bands, level)
+    lost = sweep.by_label(_lost)
+    marks = {why: mark for why, mark in MARKS.items() if any(why in found for found in lost.values())}
+    with figure(path, 10, 5.2) as (axis,):
+        for index, (label, heights) in enumerate(sweep.rates().items()):
+            tint = SERIES[index % len(SERIES)]
+            axis.plot(sweep.values, heights, marker="o", color=tint, linewidth=2, label=label)
+            low, high = zip(*(_band(point.results[label], level) for point in sweep.points), strict=True)
+            axis.fill_between(sweep.values, low, high, color=tint, alpha=0.18, linewidth=0)
+            for why, mark in marks.items():
+                at = [x for x, one in zip(sweep.values, lost[label], strict=True) if one == why]
+                axis.scatter(
+                    at, [0.03 + 0.05 * index] * len(at), marker=mark, s=70, linewidth=2.5, color=tint,
+                    zorder=5, transform=blended_transform_factory(axis.transData, axis.transAxes),
+                )  # fmt: skip
+        if sweep.every:
+            axis.fill_between(
+                [], [], [], color="#515a5a", alpha=0.18, linewidth=0, label=f"{level:.0%} interval"
+            )
+        for why, mark in marks.items():
+            axis.scatter([], [], marker=mark, color="#515a5a", label=why)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sweep.values, [point.name for point in sweep.points])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlabel({"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting))
+        axis.set_ylabel(rate(sweep.each))
+        axis.set_title("\n".join(filter(None, (*wrap(_title(sweep), TITLE), *wrap(below, TITLE)))))
+        axis.grid(axis="y", alpha=0.3)
+        legend_below(axis, 5)
 
 
 def swept_table(sweep: Sweep, level: float = 0.9) -> Group:

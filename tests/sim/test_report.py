@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from msgspec import structs
 from rich.console import Console
@@ -20,7 +21,7 @@ from mopsim.report.compare import write_compare
 from mopsim.report.findings import Results, difference, finding, headline, outcome, software, summary
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
-from mopsim.report.plots import Compared, loss_lines, predicted_bars, sweep_lines
+from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
 from mopsim.report.sweep import Sweep, SweepPoint, over, sweep_figure, swept_rows
 from mopsim.report.tables import columns, comparison, describe, row
@@ -76,19 +77,26 @@ def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) ->
         pass
 
 
-def test_a_sweep_says_what_it_holds(results: list[SimResult], monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(monkeypatch: pytest.MonkeyPatch, folder: Path, sweep: Sweep, where: str = "") -> Axes:
+    """The axis of a sweep's figure."""
+    axes: list[Axes] = []
+    monkeypatch.setattr("mopsim.report.sweep.legend_below", lambda axis, columns: axes.append(axis))
+    sweep_figure(folder / "sweep.png", sweep, where=where)
+    return axes[0]
+
+
+def test_a_sweep_says_what_it_holds(
+    results: list[SimResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first = SweepPoint(256, "256", {"mop": results[0]}, {}, 6, 256)
     second = SweepPoint(768, "768", {"mop": None}, {"mop": "x: 1 is not 2"}, 2, 768)
     sweep = Sweep("seq-len", [first, second], "tokens per step")
     assert sweep.held == "held constant: tokens per step (1,536)"
     assert "768 has 2,304" in replace(sweep, points=[first, replace(second, batch=3)]).held
     assert "no legal strategy: x: 1 is not 2" in str(swept_rows(sweep).rows)
-    named: list[tuple[str, ...]] = []
-    drawn = "mopsim.report.sweep.sweep_lines"
-    monkeypatch.setattr(drawn, lambda path, values, series, *names: named.append(names))
-    sweep_figure(Path("sweep.png"), sweep, where="tiny on 1 node of cpu-2core")
-    title, across, up, *_ = named[0]
-    assert (across, up) == ("sequence length, tokens", "tokens/s per rank")
+    axis = drawn(monkeypatch, tmp_path, sweep, "tiny on 1 node of cpu-2core")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("sequence length, tokens", "tokens/s per rank")
+    title = axis.get_title("left")
     assert {"step, 50 %", "tokens/s per rank"} <= set(swept_rows(sweep, 0.5).columns)
     assert title.splitlines()[0] == "All fit up to 256 tokens"
     assert title.splitlines()[1:] == ["tiny on 1 node of cpu-2core; held constant: tokens per step (1,536)"]
@@ -100,7 +108,7 @@ def test_finding_names_the_winner(results: list[SimResult]) -> None:
     assert finding(dict(zip(("mop", "fsdp2"), results, strict=True))).startswith(f"{label} is fastest")
 
 
-def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a search: step times within 0.5 %."""
     fast = min(results, key=lambda one: one.step_time)
     near, far = (replace(fast, step_time=part * fast.step_time) for part in (1.004, 1.2))
@@ -119,11 +127,8 @@ def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPat
     assert over(sweep) == f"{ahead}; a is the only one that is legal at 4"
     full = replace(sweep, points=[*sweep.points[:2], point(4, {"a": fast, "b": replace(fast, fits=False)})])
     assert over(full) == f"{ahead}; a is the only one that fits at 4"
-    titles: list[str] = []
-    drawn = "mopsim.report.sweep.sweep_lines"
-    monkeypatch.setattr(drawn, lambda path, values, series, title, *rest: titles.append(title))
-    sweep_figure(Path("sweep.png"), replace(sweep, points=sweep.points[:2]))
-    assert titles == ["All fit up to 2 nodes; a and b tie there"]
+    axis = drawn(monkeypatch, tmp_path, replace(sweep, points=sweep.points[:2]))
+    assert axis.get_title("left") == "All fit up to 2 nodes; a and b tie there"
 
 
 def test_a_hole_in_a_sweep_is_not_memory(
@@ -133,23 +138,14 @@ def test_a_hole_in_a_sweep_is_not_memory(
     one = results[0]
     both, slow = {"a": one, "b": one}, replace(one, step_time=2 * one.step_time)
     sweep = swept("nodes", {1: both, 2: both, 3: both | {"a": None}, 4: both | {"b": slow}})
-    drawn: list[tuple[str, dict[str, list[str]]]] = []
-    monkeypatch.setattr(
-        "mopsim.report.sweep.sweep_lines",
-        lambda path, values, series, title, x, y, names, lost, *rest: drawn.append((title, lost)),
-    )
-    sweep_figure(tmp_path / "sweep.png", sweep)
-    title, lost = drawn[0]
-    assert title.startswith("All fit at 1, 2, 4 nodes; a is fastest at 4 (probability ")
-    assert lost == {"a": ["", "", "no legal strategy", ""], "b": [""] * 4}
-    shown: list[Axes] = []
-    monkeypatch.setattr("mopsim.report.plots.legend_below", lambda axis, columns: shown.append(axis))
-    sweep_lines(tmp_path / "s.png", [1, 2, 4], {"a": [3.0, None, 2.0]}, "t", "x", "y", ["1", "2", "4"],
-                {"a": ["", "no legal strategy", ""]})  # fmt: skip
-    heights = list(shown[0].lines[0].get_ydata())
-    assert heights[::2] == [3.0, 2.0]
-    assert math.isnan(heights[1])
-    assert shown[0].get_legend_handles_labels()[1] == ["a", "no legal strategy"]
+    axis = drawn(monkeypatch, tmp_path, sweep)
+    assert axis.get_title("left").startswith("All fit at 1, 2, 4 nodes; a is fastest at 4 (probability ")
+    heights = list(axis.lines[0].get_ydata())
+    assert math.isnan(heights[2])
+    assert heights[0] == heights[1] == heights[3] == one.tokens_per_second_per_device
+    assert axis.get_legend_handles_labels()[1] == ["a", "b", "90% interval", "no legal strategy"]
+    scattered = [one for one in axis.collections if isinstance(one, PathCollection)]
+    assert [x for one in scattered for x, _ in one.get_offsets()] == [3]
 
 
 def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
