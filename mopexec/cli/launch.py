@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mopexec.run import plans
-from mopexec.run.environment import GPU_RANK, PORT, TORCHRUN
+from mopexec.run.environment import GPU_RANK, GPU_RANK_SCRIPT, PORT, TORCHRUN
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
@@ -27,6 +27,7 @@ _SLURM = """#!/bin/bash
 # {summary}
 # Before its time is over the job gets SIGTERM: a checkpoint is written, and a requeued job goes on from it.
 set -euo pipefail
+{allocator}
 export {environment}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=$(test -e {out}/metrics.jsonl && echo --resume || true)
@@ -39,13 +40,13 @@ _TORCHRUN = """#!/bin/bash
 # {summary}
 # Run this on each of the {nodes} node(s), with HEAD set to the first one's address.
 set -euo pipefail
+{allocator}
 export {environment}
 torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
   --rdzv-id={name} --rdzv-backend=c10d --rdzv-endpoint="${{HEAD:-localhost}}:{port}" \\
   -m mopexec.cli train {arguments} "$@"
 """
 
-_ENVIRONMENT = GPU_RANK | TORCHRUN
 _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 
 
@@ -66,7 +67,9 @@ def run(path: Path, kind: Kind, script: str | None, options: Sequence[str], json
     if json:
         nodes, devices = _nodes(plan)
         found = {"kind": kind, "script": script or STDOUT, "nodes": nodes, "ranks_per_node": devices}
-        io.write_json(json, found | {"environment": _ENVIRONMENT, "train_options": options, "text": text})
+        io.write_json(
+            json, found | {"environment": GPU_RANK | TORCHRUN, "train_options": options, "text": text}
+        )
 
 
 def check_train_options(path: Path, options: Sequence[str]) -> TrainOptions:
@@ -102,7 +105,8 @@ def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str], out: str)
         nodes=nodes,
         devices=devices,
         port=PORT,
-        environment=" ".join(f"{name}={value}" for name, value in _ENVIRONMENT.items()),
+        environment=" ".join(f"{name}={value}" for name, value in TORCHRUN.items()),
+        allocator=GPU_RANK_SCRIPT,
         out=shlex.quote(out),
         arguments=shlex.join(["--plan", str(path), *options]),
         summary=f"{plan.model.name}, {plan.strategy.name}: {ranks} ranks on {plan.hardware.name}",

@@ -1,9 +1,11 @@
 """Hooks of the `fully_shard` runtime: component names, memory categories, recompute and boundary offload."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -94,10 +96,12 @@ def _book_full(parameter: Tensor) -> None:
 
 class InputHooks:
     """Where checkpointed layers keep their inputs: on the device, or the first `count` of a forward on the
-    host, copied there beside what follows and back when their backward asks."""
+    host, copied there beside what follows and back when their backward asks. Memory of inputs that are gone
+    holds the next ones: a pinned block takes a system call."""
 
     def __init__(self, platform: Platform, count: int) -> None:
         self._platform, self._count = platform, count
+        self._free: defaultdict[Any, list[Tensor]] = defaultdict(list)
 
     @classmethod
     def of(cls, plan: Plan, platform: Platform) -> "InputHooks":
@@ -115,8 +119,12 @@ class InputHooks:
         return saved_tensors_hooks(partial(self._pack, x.untyped_storage()._cdata), self._unpack)
 
     def _pack(self, storage: int, tensor: Tensor) -> Tensor | HostInput:
-        inside = tensor.untyped_storage()._cdata == storage
-        return HostInput(self._platform, tensor) if inside else tensor
+        if tensor.untyped_storage()._cdata != storage:
+            return tensor
+        free = self._free[tensor.shape, tensor.dtype]
+        packed = HostInput(self._platform, tensor, free.pop() if free else None)
+        finalize(packed, free.append, packed.host)
+        return packed
 
     def _unpack(self, packed: Tensor | HostInput) -> Tensor:
         return packed.take() if isinstance(packed, HostInput) else packed

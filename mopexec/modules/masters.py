@@ -23,6 +23,8 @@ class Masters:
         self.host = strategy.optimizer.state_tier == "host"
         self._own = strategy.precision.master != "param"
         self._dtype = of_name(strategy.precision.masters)
+        self._down: dict[str, Tensor] = {}
+        self._narrow: Tensor | None = None
         self.values: dict[str, Tensor] = {buffer.key: self._make(buffer) for buffer in buffers.all}
 
     def _make(self, buffer: Buffer) -> Tensor:
@@ -53,28 +55,35 @@ class Masters:
         return [Shard(b.key, self.values[b.key], b.copies) for b in self._buffers.all]
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's parts of the reduced gradients of what is trained, where the optimizer works."""
+        """This rank's parts of the reduced gradients of what is trained, where the optimizer works; on the
+        host in memory that is kept, for a pinned block takes a system call.
+        """
         parts: dict[str, Tensor] = {b.key: b.part(b.grads) for b in self._buffers.all if b.trained}
         if not self.host:
             return parts
-        down = {
-            key: self._platform.host_empty(part.shape, part.dtype, "grads") for key, part in parts.items()
-        }
         for key, part in parts.items():
-            self._platform.copy(down[key], part)
+            if key not in self._down:
+                self._down[key] = self._platform.host_empty(part.shape, part.dtype, "grads")
+            self._platform.copy(self._down[key], part)
         self._platform.wait_host(self._platform.record())
-        return down
+        return self._down
 
     def write_back(self) -> None:
         """Updated masters to the parameters."""
         for buffer in self._buffers.all:
             master, part = self.values[buffer.key], buffer.part(buffer.values)
             if self.host:
+                narrow = self._staging(part.dtype).narrow(0, 0, part.numel())
                 with host_compute():
-                    narrow = self._platform.host_empty(part.shape, part.dtype, "params").copy_(master)
+                    narrow.copy_(master)
                 self._platform.copy(part, narrow)
-                del narrow  # before the next is made
+                self._platform.wait_host(self._platform.record())  # the next buffer is written there
             elif self._own:
                 part.copy_(master)
-        if self.host:
-            self._platform.wait_host(self._platform.record())
+
+    def _staging(self, dtype: torch.dtype) -> Tensor:
+        """Host memory that holds any buffer's part in the parameters' dtype, kept."""
+        if self._narrow is None:
+            largest = max(master.numel() for master in self.values.values())
+            self._narrow = self._platform.host_empty((largest,), dtype, "params")
+        return self._narrow

@@ -25,8 +25,8 @@ class HostInput:
 
     def __init__(self, platform: Platform, x: Tensor, host: Tensor | None = None) -> None:
         self.platform = platform
-        self._host = platform.host_empty(x.shape, x.dtype, "boundaries") if host is None else host
-        self._stored = platform.store((self._host, x))
+        self.host = platform.host_empty(x.shape, x.dtype, "boundaries") if host is None else host
+        self._stored = platform.store((self.host, x))
         self._coming: tuple[Tensor, Any] | None = None
 
     def prefetch(self) -> None:
@@ -34,10 +34,10 @@ class HostInput:
         if self._coming is not None:
             return
         with category("boundaries"):
-            x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self.platform.device)
+            x = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.platform.device)
         self.platform.wait(self._stored, "h2d")
         self.platform.wait(self.platform.record(), "h2d")
-        self.platform.copy(x, self._host, "h2d")
+        self.platform.copy(x, self.host, "h2d")
         self._coming = (x, self.platform.record("h2d"))
 
     def take(self) -> Tensor:

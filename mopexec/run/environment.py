@@ -121,9 +121,33 @@ def launcher() -> int:
     return int(os.environ.get(LAUNCHER, "0"))
 
 
-GPU_RANK = {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:1"}
-"""What a rank on a GPU starts with: pinned blocks above 1 MiB take what was asked for. Torch would round each
-up to a power of two: 81.8 GiB for 48.7 of a rank of Qwen3-30B-A3B on 8."""
+_PINNED = "pinned_max_cached_size_mb"
+_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Settings of torch's allocators: it reads the first that is there, and no other (2.13)."""
+
+GPU_RANK = {_ALLOCATORS[-1]: f"{_PINNED}:1"}
+"""What a rank on a GPU starts with: pinned blocks above 1 MiB take what was asked for, and go back to the
+system when they are freed. Torch would round each up to a power of two: 81.8 GiB for 48.7 of a rank of
+Qwen3-30B-A3B on 8. With `pinned_max_round_threshold_mb` alone, a freed block is given to one who asks for
+more, up to the next power of two, and writes beyond it (torch up to 2.13,
+github.com/pytorch/pytorch/pull/192722)."""
+
+
+def gpu_rank_environment() -> dict[str, str]:
+    """GPU_RANK, added to what the user has set, in the variable that torch reads; nothing where the user has
+    set the same."""
+    name = next((name for name in _ALLOCATORS if name in os.environ), _ALLOCATORS[-1])
+    given = os.environ.get(name, "")
+    if _PINNED in given:
+        return {}
+    return {name: ",".join(filter(None, (given, GPU_RANK[_ALLOCATORS[-1]])))}
+
+
+GPU_RANK_SCRIPT = f"""allocator={_ALLOCATORS[1]}  # torch reads one of two
+[[ ! -v {_ALLOCATORS[0]} ]] || allocator={_ALLOCATORS[0]}
+[[ ${{!allocator:-}} == *{_PINNED}* ]] || export "$allocator=${{!allocator:+${{!allocator}},}}{_PINNED}:1"
+echo "$allocator=${{!allocator}}" >&2"""
+"""`gpu_rank_environment` in bash."""
 
 
 TORCHRUN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mopexec.run import failures
-from mopexec.run.environment import GPU_RANK, LAUNCHER, TORCHRUN, cpu_rank_environment
+from mopexec.run.environment import LAUNCHER, TORCHRUN, cpu_rank_environment, gpu_rank_environment
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import one_stop
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.common.outputs import say
 from mopsim.common.processes import kill_children
 
 
@@ -100,8 +101,15 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
 def _set_environment(world_size: int) -> None:
     """What ranks on a CPU start with, whose end is theirs, and time to end well after a signal."""
     os.environ[LAUNCHER] = str(os.getpid())
-    settings = GPU_RANK if _on_gpus() else cpu_rank_environment() if world_size > 1 else {}
-    for name, value in (settings | TORCHRUN).items():
+    defaults = dict(TORCHRUN)
+    if _on_gpus():
+        for name, value in gpu_rank_environment().items():
+            if os.environ.get(name):
+                say(f"mopexec: ranks start with {name}={value}", stderr=True)
+            os.environ[name] = value
+    elif world_size > 1:
+        defaults |= cpu_rank_environment()
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 

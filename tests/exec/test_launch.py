@@ -13,6 +13,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from tests.exec.train_plans import small_plan
 
+PINNED = "pinned_max_cached_size_mb:1"
 OPTIONS = ["--", "--data", "my data.jsonl", "--steps", "9", "--out", "/runs/a b"]
 
 
@@ -36,7 +37,7 @@ def test_a_script_starts_a_rank_for_each_device(kind, plan, capsys):
     assert code == 0
     assert "--nnodes=2 --nproc-per-node=2" in text
     assert "--data 'my data.jsonl' --steps 9 --out '/runs/a b'" in text
-    assert "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600\n" in text
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     if kind == "slurm":
         assert "#SBATCH --nodes=2" in text
@@ -54,6 +55,42 @@ def test_ranks_start_with_what_their_devices_need(gpus, monkeypatch):
     assert ("OMP_NUM_THREADS" in launch.os.environ) != gpus
     assert bool(launch._numa()) == gpus
     assert launch.os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": PINNED}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": PINNED}),
+        ({"PYTORCH_ALLOC_CONF": "a:[1:2,3:4]"}, {"PYTORCH_ALLOC_CONF": f"a:[1:2,3:4],{PINNED}"}),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "a:1", "PYTORCH_ALLOC_CONF": "b:2"},
+            {"PYTORCH_CUDA_ALLOC_CONF": f"a:1,{PINNED}", "PYTORCH_ALLOC_CONF": "b:2"},
+        ),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": PINNED}),
+        (
+            {"PYTORCH_ALLOC_CONF": "pinned_max_cached_size_mb:64"},
+            {"PYTORCH_ALLOC_CONF": "pinned_max_cached_size_mb:64"},
+        ),
+    ],
+)
+def test_the_allocators_settings_join_the_users(given, expected, monkeypatch, capsys):
+    """In the one variable that torch reads, said in a line; by the script as by the launcher."""
+    monkeypatch.setattr(launch.os, "environ", dict(given))
+    monkeypatch.setattr(launch, "_on_gpus", lambda: True)
+    launch._set_environment(2)
+    found = {name: value for name, value in launch.os.environ.items() if "ALLOC" in name}
+    assert found == expected
+    said = capsys.readouterr().err.splitlines()
+    changes = [name for name in given if given[name] and found[name] != given[name]]
+    assert said == [f"mopexec: ranks start with {name}={found[name]}" for name in changes]
+    script = f"set -euo pipefail\n{environment.GPU_RANK_SCRIPT}\nenv"
+    ran = subprocess.run(["/bin/bash", "-c", script], env=given, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert {line for line in ran.stdout.splitlines() if "ALLOC" in line} == {
+        f"{name}={value}" for name, value in expected.items()
+    }
+    assert ran.stderr.count("\n") == 1
 
 
 def test_options_that_may_be_repeated_may_be(plan, capsys):
