@@ -31,9 +31,15 @@ class Platform:
         """This rank's CUDA device (LOCAL_RANK) if there is one, else the CPU."""
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            torch.cuda.set_device(device)
-            return cls(device)
+            found = cls(device)
+            found.begin_thread()
+            return found
         return cls(torch.device("cpu"))
+
+    def begin_thread(self) -> None:
+        """Make this rank's device the calling thread's current one: each thread has its own, at first 0."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
 
     @property
     def is_cuda(self) -> bool:

@@ -87,6 +87,7 @@ class Saver:
         _step_aside()
         assert self._copy is not None
         try:
+            self._platform.begin_thread()  # torch's writer asks for the current stream
             self._save(self._copy, state)
         except MopError as error:
             self._problem = error

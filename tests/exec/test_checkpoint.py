@@ -93,6 +93,26 @@ def test_a_checkpoint_beside_the_steps_is_of_the_moment_it_was_asked_for(tmp_pat
     saver.wait()
 
 
+def test_the_thread_that_writes_works_on_the_ranks_device(tmp_path, monkeypatch):
+    """A context on the first card of every other rank takes memory there, and its streams are waited for."""
+    current, platform = threading.local(), Platform(torch.device("cuda", 5))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    monkeypatch.setattr(platform, "host_empty", lambda shape, dtype, _: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(platform, "copy", lambda target, source: target.copy_(source))
+    monkeypatch.setattr(platform, "synchronize", lambda: None)
+    whole, seen = checkpoint.save, []
+
+    def save(*given, **options):
+        seen.append(getattr(current, "device", torch.device("cuda", 0)))
+        return whole(*given, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    saver = Saver(tmp_path, Holder(), platform, keep=1, background=True)
+    saver.save(STATE)
+    saver.wait()
+    assert seen == [torch.device("cuda", 5)]
+
+
 def test_the_newest_complete_one_is_found_and_old_ones_go(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, Holder(), at(step), keep=2)
