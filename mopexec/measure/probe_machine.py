@@ -62,6 +62,11 @@ def usable_cores() -> list[int]:
     return cores
 
 
+def threads_of_rank(cores: int, ranks: int) -> int:
+    """Threads of each rank with a GPU on a node: those of AdamW on the host."""
+    return max(1, cores // ranks)
+
+
 def machine_memory() -> int:
     """Bytes of RAM that this process may use: the machine's, held to the container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

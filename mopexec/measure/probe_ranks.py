@@ -21,7 +21,7 @@ from mopexec.measure import probe_compute
 from mopexec.measure.probe_collectives import collectives, communication_share
 from mopexec.measure.probe_compute import DTYPES, AttentionProbe
 from mopexec.measure.probe_fit import Shape
-from mopexec.measure.probe_machine import pin_to
+from mopexec.measure.probe_machine import pin_to, threads_of_rank
 from mopexec.measure.probe_timing import Sample, Stopwatch
 from mopexec.run.environment import cpu_rank_environment
 from mopsim.common.errors import MopError
@@ -153,7 +153,7 @@ def _rank_main(rank: int, job: ProbeJob, store: str, messages: Any, parent: int)
         if job.device_type == "cuda":
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
-            torch.set_num_threads(max(len(job.cores) // job.ranks, 1))
+            torch.set_num_threads(threads_of_rank(len(job.cores), job.ranks))
         else:
             torch.set_num_threads(1)
         torch.manual_seed(rank)

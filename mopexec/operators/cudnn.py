@@ -23,12 +23,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. The kernel takes no bias, and an empty tensor in its place."""
+    """Gradients of q, k and v. No bias, no ends of documents: what is there, even empty, is taken for one."""
     lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
-    none = torch.empty(0, dtype=q.dtype, device=q.device)
     dq, dk, dv = _ATEN._scaled_dot_product_cudnn_attention_backward(
         grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
-        lse, seed, offset, none, cum_q if cum_q is not None else none, cum_k if cum_k is not None else none,
-        max_q, max_k, 0.0, causal, scale=scale,
+        lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

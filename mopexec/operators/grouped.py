@@ -2,6 +2,7 @@
 device, so that no count is uploaded for them.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,11 +68,21 @@ def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
     return kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
 
 
+@functools.cache
+def _leaves_memory(device: torch.device) -> bool:
+    """Whether the card's kernel leaves in an expert's product over no rows what was in memory: Blackwell's
+    (torch 2.13, github.com/pytorch/pytorch/issues/172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 class Groups:
     """ends [E] int32: where each expert's rows end; of each row its expert where there are biases."""
 
     def __init__(self, ends: Tensor, num_rows: int, *, biased: bool) -> None:
         self.ends = ends
+        self._empty: Tensor | None = None
+        if _leaves_memory(ends.device):
+            self._empty = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
         self.expert: Tensor | None = None
         if biased:
             place = torch.arange(num_rows, dtype=ends.dtype, device=ends.device)
@@ -89,13 +100,18 @@ class Groups:
 
     def of_weights(self, rows: Tensor, grads: Tensor) -> Tensor:
         """Gradient of a stack [E, a, b]: rows [R, a] transposed times grads [R, b], by expert."""
-        return F.grouped_mm(rows.t(), grads, offs=self.ends)
+        return self._over_rows(rows, grads)
 
     def of_bias(self, grads: Tensor) -> Tensor:
         """Gradient of a bias [E, b]: the sum of each expert's rows, as a product with ones: in a fixed
         order."""
         ones = torch.ones((grads.shape[0], _BLOCK), dtype=grads.dtype, device=grads.device)
-        return F.grouped_mm(ones.t(), grads, offs=self.ends)[:, 0]
+        return self._over_rows(ones, grads)[:, 0]
+
+    def _over_rows(self, rows: Tensor, grads: Tensor) -> Tensor:
+        """[E, a, b]: rows [R, a] transposed times grads [R, b], by expert; zero where it has no rows."""
+        product = F.grouped_mm(rows.t(), grads, offs=self.ends)
+        return product if self._empty is None else product.masked_fill_(self._empty, 0)
 
     def add_weights(self, target: Tensor, rows: Tensor, grads: Tensor) -> None:
         """target [E, a, b] += `of_weights`."""

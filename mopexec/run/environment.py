@@ -12,6 +12,10 @@ LAUNCHER = "MOPEXEC_LAUNCHER"
 """The process that started the ranks."""
 
 
+CORES = "MOPEXEC_CORES"
+"""How many cores that process may use; it binds each rank with a GPU to those near it."""
+
+
 PORT = 29500
 """Where ranks of several nodes meet, unless the launcher says otherwise; torchrun's own default."""
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mopexec.distributed.tiers import Platform
+from mopexec.measure.probe_machine import threads_of_rank, usable_cores
 from mopexec.run import attempts
-from mopexec.run.environment import RankPlace, place, threads
+from mopexec.run.environment import CORES, RankPlace, place, threads
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
 
@@ -119,19 +120,27 @@ def join(meeting: RankMeeting) -> Iterator[RankJob]:
     """The process group of the ranks that have met; left when the block ends well."""
     own, platform = meeting.place, Platform.detect()
     cores: tuple[int, ...] = ()
-    if not platform.is_cuda:
+    if platform.is_cuda:
+        known = int(os.environ.get(CORES) or len(usable_cores()))
+        torch.set_num_threads(threads_of_rank(known, own.local_size))  # torchrun's own default is 1
+    else:
         cores = pin(own.local_rank, own.local_size)
         torch.set_num_threads(threads())
+    begin_group(platform, meeting.store, own.rank, own.world_size)
+    yield RankJob(own.rank, own.world_size, own.local_rank, own.local_size, meeting.again, platform, cores)
+    dist.destroy_process_group()
+
+
+def begin_group(platform: Platform, store: Store, rank: int, world_size: int) -> None:
+    """The default process group, bound to the device where there is one: NCCL then connects at once."""
     dist.init_process_group(
         platform.backend,
-        store=meeting.store,
-        rank=own.rank,
-        world_size=own.world_size,
+        store=store,
+        rank=rank,
+        world_size=world_size,
         timeout=TIMEOUT,
         device_id=platform.device if platform.is_cuda else None,
     )
-    yield RankJob(own.rank, own.world_size, own.local_rank, own.local_size, meeting.again, platform, cores)
-    dist.destroy_process_group()
 
 
 def pin(local_rank: int, local_size: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mopexec.run import failures
-from mopexec.run.environment import LAUNCHER, TORCHRUN, cpu_rank_environment, gpu_rank_environment
+from mopexec.run.environment import CORES, LAUNCHER, TORCHRUN, cpu_rank_environment, gpu_rank_environment
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import one_stop
 from mopsim.common import io
@@ -103,6 +103,9 @@ def _set_environment(world_size: int) -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     defaults = dict(TORCHRUN)
     if _on_gpus():
+        from mopexec.measure.probe_machine import usable_cores
+
+        os.environ[CORES] = str(len(usable_cores()))
         for name, value in gpu_rank_environment().items():
             if os.environ.get(name):
                 say(f"mopexec: ranks start with {name}={value}", stderr=True)

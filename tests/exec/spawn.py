@@ -30,10 +30,11 @@ def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> No
     import torch.distributed as dist
 
     from mopexec.distributed.tiers import Platform
+    from mopexec.run.job import begin_group
 
     torch.set_num_threads(1)
     platform = Platform.detect()
-    dist.init_process_group(platform.backend, init_method=f"file://{store}", rank=rank, world_size=world)
+    begin_group(platform, dist.FileStore(store, world), rank, world)
     gc.freeze()  # what was imported: a collection looks at what tasks leave
     connection.send((True, None))
     while (task := connection.recv()) is not None:

@@ -13,6 +13,10 @@ from mopexec.run.agreed import of_cards
 GIB = 2**30
 
 
+class NVMLError(Exception):
+    """As pynvml's."""
+
+
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card of 10 GiB in use, 350 W, 5 J a reading; 6 GiB allocated, 7 reserved."""
@@ -27,6 +31,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return "handle"
 
     fake = SimpleNamespace(
+        NVMLError=NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=by_uuid,
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=10 * GIB),
@@ -60,6 +65,31 @@ def test_without_nvml_the_allocator_speaks(nvml: dict[str, Any], monkeypatch: py
     card = Card(torch.device("cuda", 0))
     card.begin()
     assert set(card.end()) == {"allocated_bytes", "reserved_bytes"}
+
+
+@pytest.mark.parametrize(
+    ("refused", "missing"),
+    [
+        ("nvmlInit", {"device_used_bytes", "power_w", "energy_j"}),
+        ("nvmlDeviceGetHandleByUUID", {"device_used_bytes", "power_w", "energy_j"}),
+        ("nvmlDeviceGetMemoryInfo", {"device_used_bytes"}),
+        ("nvmlDeviceGetPowerUsage", {"power_w"}),
+        ("nvmlDeviceGetTotalEnergyConsumption", {"energy_j"}),
+    ],
+)
+@pytest.mark.usefixtures("nvml")
+def test_what_nvml_refuses_is_left_out(
+    refused: str, missing: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a part of a card (MIG), a virtual one, or without the driver's library."""
+
+    def no(*_: object) -> None:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setattr(sys.modules["pynvml"], refused, no)
+    card = Card(torch.device("cuda", 0))
+    card.begin()
+    assert set(NAMES) - set(card.end()) == missing
 
 
 def test_a_cpu_says_nothing() -> None:

@@ -3,16 +3,19 @@
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mopexec.model.attention import causal_attention
-from mopexec.operators import fused
+from mopexec.operators import cudnn, fused, grouped
 from mopexec.operators.attention_core import Core
 from mopexec.operators.documents import Documents
+from mopexec.operators.grouped import Groups
 from mopexec.operators.kernels import using
 from mopsim.spec.stacks import load_stack
 
@@ -41,6 +44,41 @@ def test_an_op_has_many_variants(compiler: Any, monkeypatch: pytest.MonkeyPatch)
             lambda flags: run(torch.zeros(()), *flags).item(), product((False, True), repeat=4)
         )
     assert sorted(found) == list(range(16))
+
+
+def test_cudnns_backward_is_told_of_nothing_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias or ends of documents that are there, even empty, are taken for such."""
+    op, given = cudnn._ATEN._scaled_dot_product_cudnn_attention_backward, dict[str, Any]()
+
+    def called(*args: Any, **_: Any) -> list[Any]:
+        given.update(zip((one.name for one in op.default._schema.arguments), args, strict=False))
+        return list(args[1:4])
+
+    q, k, v = (torch.empty((1, 32, 8, 64), dtype=torch.bfloat16, device="meta") for _ in "qkv")
+    out, saved = cudnn.forward(q, k, v, 0.1, causal=True)
+    monkeypatch.setattr(cudnn, "_ATEN", SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=called))
+    cudnn.backward(out, q, k, v, out, saved, 0.1, causal=True)
+    assert [given[name] for name in ("attn_bias", "cum_seq_q", "cum_seq_k")] == [None] * 3
+
+
+def test_experts_without_rows_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a kernel that leaves their memory as it was, as Blackwell's does."""
+    ends, whole = torch.tensor([3, 3, 8, 8], dtype=torch.int32), functional.grouped_mm
+
+    def leaving(rows: Tensor, grads: Tensor, *, offs: Tensor) -> Tensor:
+        product = whole(rows, grads, offs=offs)
+        product[[1, 3]] = float("nan")
+        return product
+
+    rows, grads = (torch.randn(8, 16).bfloat16() for _ in "rg")
+    groups = Groups(ends, 8, biased=False)
+    expected = groups.of_weights(rows, grads), groups.of_bias(grads)
+    monkeypatch.setattr(functional, "grouped_mm", leaving)
+    monkeypatch.setattr(grouped, "_leaves_memory", lambda device: True)
+    groups = Groups(ends, 8, biased=False)
+    for found, wanted in zip((groups.of_weights(rows, grads), groups.of_bias(grads)), expected, strict=True):
+        assert torch.equal(found, wanted)
+        assert not found[[1, 3]].any()
 
 
 @pytest.mark.parametrize("documents", [((100, 160), (30, 31, 160)), ((100, 160), (30, 160))])

@@ -6,9 +6,11 @@ import subprocess
 
 import msgspec
 import pytest
+import torch
 
 from mopexec.cli import main
-from mopexec.run import environment, launch
+from mopexec.distributed.tiers import Platform
+from mopexec.run import environment, job, launch
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from tests.exec.train_plans import small_plan
@@ -91,6 +93,25 @@ def test_the_allocators_settings_join_the_users(given, expected, monkeypatch, ca
         f"{name}={value}" for name, value in expected.items()
     }
     assert ran.stderr.count("\n") == 1
+
+
+def test_ranks_with_a_gpu_share_the_launchers_cores(monkeypatch):
+    """As probe's do, which measures AdamW on the host; torchrun would give each one thread. The device is
+    bound, so that NCCL connects at once."""
+    begun, device, before = [], torch.device("cuda", 1), torch.get_num_threads()
+    monkeypatch.setattr(job.Platform, "detect", lambda: Platform(device))
+    monkeypatch.setattr(job.dist, "init_process_group", lambda *_, **given: begun.append(given["device_id"]))
+    monkeypatch.setattr(job.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(job, "usable_cores", lambda: list(range(24)))
+    meeting = job.RankMeeting(environment.RankPlace(1, 8, 1, 8, 29500), None, again=False)
+    try:
+        for cores, expected in (("", 3), ("48", 6), ("4", 1)):
+            monkeypatch.setenv(environment.CORES, cores)
+            with job.join(meeting):
+                assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    assert begun == [device] * 3
 
 
 def test_options_that_may_be_repeated_may_be(plan, capsys):
