@@ -91,8 +91,8 @@ class Case(io.Spec, frozen=True, kw_only=True):
 
     @property
     def stack(self) -> str:
-        """The strategy's stack, by name."""
-        return self.strategy.stack
+        """The name of the program: the strategy's stack may be a file."""
+        return self.program().name
 
     @property
     def precision(self) -> str:
@@ -119,7 +119,7 @@ class Case(io.Spec, frozen=True, kw_only=True):
 
     def program(self) -> Stack:
         """The stack with what this run changes of it. Raises MopError naming the field."""
-        return _program(self.stack, _key(self.stack_changes))
+        return _program(self.strategy.stack, _key(self.stack_changes))
 
     def resolved(self) -> Strategy:
         """The strategy with the stack's entries where it leaves them to the stack."""
@@ -160,8 +160,8 @@ def _machine(name: str, changes: str) -> HardwareProfile:
 
 
 @cache
-def _program(name: str, changes: str) -> Stack:
-    return changed(load_stack(name, "strategy.stack"), json.loads(changes), "stack_changes")
+def _program(stack: str, changes: str) -> Stack:
+    return changed(load_stack(stack, "strategy.stack"), json.loads(changes), "stack_changes")
 
 
 def least_time(case: Case) -> float:

@@ -15,7 +15,6 @@ from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.routing import RoutingProfile
-from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
@@ -57,7 +56,8 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     degrees = _degrees(row, model)
     nodes = _nodes(row, _refused("gpu", machine, row["gpu"]))
     hardware = changed(machine(row["gpu"]), nodes, "hardware")
-    stack, assumed = _stack(row)
+    named_stack, assumed = _stack(row)
+    stack = _refused("stack", load_stack, named_stack)
     program = _refused("stack", changed, stack, known.of("stack"), "stack")
     model = _refused("model", changed, model, changes, "model")
     _check_groups(row, degrees, routed=model.num_local_experts > 0)
@@ -73,6 +73,7 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     training.check_strategy(split)
     training.check_model(model)
     program.check_strategy(split)
+    split = replace(split, stack=named_stack)
     case = Case(
         id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
@@ -122,14 +123,13 @@ def _refused(field: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         raise UnsupportedError(field, str(error)) from error
 
 
-def _stack(row: Row) -> tuple[Stack, tuple[str, ...]]:
-    """The stack that the row names, or that its source does; else a general one, which is told."""
-    named = row["stack"]
-    if named:
-        return _refused("stack", load_stack, named), ()
+def _stack(row: Row) -> tuple[str, tuple[str, ...]]:
+    """The stack, or file of one, that the row names, or that its source does; else a general one, which is
+    told."""
+    if row["stack"]:
+        return row["stack"], ()
     usual = families()[family_of(row)].stack
-    text = f"stack {usual}: none is stated, and none is known of the source {row['source']!r}"
-    return load_stack(usual), (text,)
+    return usual, (f"stack {usual}: none is stated, and none is known of the source {row['source']!r}",)
 
 
 def _measured(row: Row, approximations: tuple[str, ...]) -> Measured:

@@ -47,6 +47,18 @@ def test_a_source_never_seen_has_the_stack_that_it_names(
     assert any("generic" in text for text in found.assumptions) == stack.startswith("generic")
 
 
+def test_a_row_is_of_a_program_in_a_file(tmp_path: Path) -> None:
+    fork = tmp_path / "fork.yaml"
+    fork.write_text(
+        "name: my-fork\nversion: '1'\nextends: torchtitan\nkernels:\n  source: fork.py\n  norm: fused\n"
+    )
+    found = read_case(row(stack=str(fork)), MODELS)
+    assert (found.stack, found.strategy.stack) == ("my-fork", str(fork))
+    assert found.program().kernels.norm == "fused"
+    write_cases(tmp_path / "cases.jsonl", [found])
+    assert read_cases(tmp_path / "cases.jsonl") == [found]
+
+
 def test_rules_have_names_of_their_own_and_sources() -> None:
     assert len({rule.id for rule in rules()}) == len(rules())
     assert all(rule.when and rule.set and rule.source for rule in rules())
