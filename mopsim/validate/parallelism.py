@@ -39,6 +39,8 @@ MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
 }  # fmt: skip
 DISPATCHERS: dict[str, Dispatcher] = {"deepep": "deepep", "hybridep": "hybridep"}
 """Dispatchers that send a token once to a rank."""
+LOSSES = ("full", "vocab_parallel", "chunked")
+"""What the column `loss` says of a strategy's."""
 TILE = 8192
 """Tokens of a tile of a chunked loss, where the source does not say: memory no longer depends on it."""
 FEW = re.compile(r"full\(block,(\d+) layers\)")
@@ -113,7 +115,7 @@ def strategy(
             expert_fsdp=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
             token_dispatcher=DISPATCHERS.get(row.get("dispatcher", ""), "alltoall"),
         ),
-        vocabulary=_vocabulary(row, degrees, model),
+        vocabulary=_vocabulary(row, degrees, model, stack),
         optimizer=_optimizer(row),
         activations=activations,
         overlap=_overlap(row),
@@ -168,8 +170,17 @@ def _exchange(row: Row, family: FamilyHabits, stack: Stack) -> Exchange:
     return usual if usual in had or not had else had[0]
 
 
-def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec) -> Vocabulary:
+def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec, stack: Stack) -> Vocabulary:
+    """`fused` is a cross entropy fused with the projection where the program has one, else one that is a
+    single kernel on whole logits, where that is its loss. Raises SpecError where it has neither."""
     kind = row.get("loss", "")
+    had = stack.has.get("vocabulary.loss", LOSSES)
+    if kind == "fused" and "chunked" not in had and stack.kernels.loss == "fused":
+        kind = "unknown"
+    if kind not in UNKNOWN and ("chunked" if kind == "fused" else kind) not in had:
+        works = ", ".join(one for one in LOSSES if one in had)
+        rule = f"is not in the stack {stack.name}, which has {works}, and fused with a column"
+        raise SpecError("loss", kind, f"{rule} stack.kernels.loss of fused (its own: {stack.kernels.loss})")
     if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
         return Vocabulary(vocab_parallel=degrees.tensor, loss="vocab_parallel")
     if kind == "fused":

@@ -9,6 +9,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.validate.case import read_cases, write_cases
 from mopsim.validate.facts import facts, rules, stack_names
 from mopsim.validate.rows import read_case
+from mopsim.validate.tables import UnsupportedError
 from tests.sim.test_validate import MODELS, row
 
 
@@ -35,6 +36,14 @@ def test_every_stack_that_is_named_exists() -> None:
         ("torchtitan-2026", "", "zero3", "torchtitan"),
         ("new", "Megatron-LM core_r0.15", "zero1", "megatron-core"),
         ("new", "DeepSpeed ZeRO-3", "zero3", "deepspeed"),
+        ("new", "Megatron-DeepSpeed", "zero1", "megatron-deepspeed"),
+        ("dgxc-nemo-2505", "", "zero1", "nemo"),
+        ("nemo-rl-9", "", "zero1", "megatron-core"),
+        ("nemo-automodel-9", "DDP", "zero1", "generic-fused"),
+        ("new", "Nemotron by our own trainer", "zero1", "generic-fused"),
+        ("new", "Primus v25.9", "zero1", "megatron-core"),
+        ("new", "foundation-model-stack/fms-fsdp", "zero3", "fms-fsdp"),
+        ("new", "InternEvo", "zero1", "internevo"),
         ("new", "our own trainer", "zero3", "generic-eager"),
         ("new", "our own trainer", "zero1", "generic-fused"),
     ],
@@ -45,6 +54,23 @@ def test_a_source_never_seen_has_the_stack_that_it_names(
     found = read_case(row(source=source, notes=notes, sharding=sharding), MODELS)
     assert found.stack == stack
     assert any("generic" in text for text in found.assumptions) == stack.startswith("generic")
+
+
+def test_a_fused_loss_is_what_the_program_calls_so() -> None:
+    for stack in ("megatron-core", "nemo", "megatron-bridge", "llm-foundry"):
+        zero = "zero3" if stack == "llm-foundry" else "zero1"
+        found = read_case(row(stack=stack, loss="fused", sharding=zero), MODELS)
+        assert (found.strategy.vocabulary.loss, found.program().kernels.loss) == ("full", "fused")
+    assert read_case(row(stack="halo", loss="fused"), MODELS).strategy.vocabulary.loss == "chunked"
+    split = read_case(row(stack="nemo", loss="fused", sharding="zero1", tp="2", dp="4"), MODELS)
+    assert split.strategy.vocabulary.loss == "vocab_parallel"
+    for kind in ("fused", "chunked"):
+        with pytest.raises(
+            UnsupportedError, match=f"loss: '{kind}' is not in the stack torchtitan, which has full, v"
+        ):
+            read_case(row(stack="torchtitan", loss=kind), MODELS)
+    asked = row(stack="torchtitan", loss="fused") | {"stack.kernels.loss": "fused"}
+    assert read_case(asked, MODELS).program().kernels.loss == "fused"
 
 
 def test_a_row_is_of_a_program_in_a_file(tmp_path: Path) -> None:
