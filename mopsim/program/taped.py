@@ -145,7 +145,7 @@ def template(
         draft.receive(item, direction)
         talks = _talks(item, context)
         source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
-        if source is not None and context.groups[source.group].size == 1:
+        if source is not None and (context.groups[source.group].size == 1 or _apart(kernel, source, context)):
             source = None
         following = played[index + 1] if index + 1 < len(played) else None
         if talks and _beside(item, context):
@@ -220,6 +220,17 @@ def _region(kernel: Kernel) -> tuple[str, ...]:
     return tuple(value.name for value in kernel.writes) if kernel.kind == "all_gather" else ()
 
 
+def _keeps(kernel: Kernel) -> bool:
+    """Whether a product keeps what it reads, so that its weight gradient needs nothing gathered again."""
+    return kernel.reads[0] in kernel.saves
+
+
+def _apart(kernel: Kernel, source: Kernel, context: Context) -> bool:
+    """Whether what begins the product's region has a backward of its own, after both of its gradients."""
+    in_turn = context.stack.kernels.region_backward == "in_turn"
+    return in_turn and source.group == "tensor" and bool(source.writes) and _keeps(kernel)
+
+
 def _partner(played: Sequence[Played], index: int, source: Kernel, done: set[int]) -> int:
     """Place of the backward of what begins a product's region; 0 where another product took it already."""
     found = (i for i in range(index, len(played)) if played[i].kernel is source and played[i].backward)
@@ -245,7 +256,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         _column_in_turn(draft, item, gathered)
         return
     kernel, again, start = item.kernel, gathered.kernel, draft.ready
-    rows = () if draft.split else works(again, "forward", draft.context)
+    rows = () if draft.split or _keeps(kernel) else works(again, "forward", draft.context)
     stream = stream_of(draft.context.groups[again.group])
     held = [("activations", int(again.bytes))] if rows else []
     ready: tuple[int, ...] = ()
@@ -304,7 +315,7 @@ def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template
         if not kernel.matmuls:
             continue
         source = gathers.get(kernel.reads[0])
-        if source is not None and context.groups[source.group].size > 1:
+        if source is not None and context.groups[source.group].size > 1 and not _keeps(kernel):
             stream = stream_of(context.groups[source.group])
             rows = works(source, "forward", context)
             ready.append(draft.add(source.name, stream, kernel.component, "backward", rows, (START,), ()))

@@ -8,7 +8,14 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.projections import gradients_added, lengths_read, rows_fused, split, summed_apart
+from mopsim.graph.rewrites.projections import (
+    gathered_kept,
+    gradients_added,
+    lengths_read,
+    rows_fused,
+    split,
+    summed_apart,
+)
 from mopsim.graph.rewrites.quantized import EXACT, cast_once
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -37,6 +44,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
+    found = gathered_kept(found) if run.gathered_rows == "kept" else found
     found = _read_apart(found, context, wings, run.residual == "composed")
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split

@@ -63,11 +63,13 @@ class Kernels(Spec, frozen=True, kw_only=True):
     kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`). row_sums:
     rows of a token, and of its gradient, are gathered and added, or added by atomic operations on bf16
     (`atomic`, torch's index_add_), or that only where a token chooses
-    fewer experts than the expert-parallel degree (`atomic_if_sparse`). region_backward: what begins a region
-    of split products gathers their rows again and scatters their input's gradient beside them, or one after
-    the other. region_sums: without sequence parallelism the input's gradient of a region is summed `once`, or
-    that of each product that gate_up says is one of its own (`each`). sequence_exchange: Ulysses' tensors
-    in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
+    fewer experts than the expert-parallel degree (`atomic_if_sparse`). gathered_rows: those that a region of
+    split products gathers under sequence parallelism are gathered `again` for the weight gradients, as
+    Megatron-Core's own autograd function does, or `kept`, as plain autograd does. region_backward: what
+    begins a region gathers its rows again and scatters their input's gradient beside the products, or one
+    after the other. region_sums: without sequence parallelism the input's gradient of a region is summed
+    `once`, or that of each product that gate_up says is one of its own (`each`). sequence_exchange:
+    Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
     and one for queries, keys and values, or one each, shared experts after the routed ones; or one each
     that are counted as one whose input's gradients are added (`added`), gate and up only in `ffn_added`.
     qkv_split:
@@ -99,6 +101,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     router: Built = "fused"
     sequence_exchange: Built = "fused"
+    gathered_rows: Literal["again", "kept"] = "again"
     region_backward: Literal["beside", "in_turn"] = "beside"
     region_sums: Literal["once", "each"] = "once"
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"

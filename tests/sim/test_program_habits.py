@@ -19,6 +19,7 @@ from mopsim.program import lower
 from mopsim.program.context import Context, make_context
 from mopsim.program.data_parallel import gathering, grad_passes, reduction
 from mopsim.program.loss import loss_tape
+from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.profiles import load_profile
@@ -173,3 +174,26 @@ def test_a_length_that_the_host_reads_is_waited_for_in_every_forward() -> None:
         assert [op.name for op in program.ops].count(
             "lengths read"
         ) == reads * larger.global_batch // 8 // rows
+
+
+def test_gathered_rows_are_kept_or_gathered_again() -> None:
+    """Of a dense layer on 4 tensor-parallel ranks: two regions, of attention and of the FFN."""
+    strategy = megatron(4, tensor_parallel=4, recompute="none")
+    training, network = TrainSpec(seq_len=32, global_batch=1), small(num_hidden_layers=1)
+    found = {}
+    for rows, turn in (("again", "beside"), ("kept", "beside"), ("again", "in_turn"), ("kept", "in_turn")):
+        stack = Stack(name="mine", kernels=Kernels(gathered_rows=rows, region_backward=turn))
+        context = make_context(network, strategy, training, 4, stack)
+        passes = Passes(context)
+        backward = [piece.name for piece in passes.backward(0).pieces]
+        gathers = [name for name in backward if name == "gather_h"]
+        kept = sum(size for _, size in passes.kept(0))
+        (program,) = lower(network, strategy, training, 4, stack).programs
+        sent = sum(w.bytes for op in program.ops for w in op.work if w.kind == "all_gather")
+        found[rows, turn] = (len(gathers), kept, sent)
+    again, kept, whole = found["again", "beside"], found["kept", "beside"], 32 * 64 * 2
+    assert (again[0], kept[0]) == (4, 2), "rows again and the gradient scattered, or that alone"
+    assert kept[1] - again[1] == 2 * (whole - whole // 4)
+    assert again[2] - kept[2] == 3 * whole, "and of the loss"
+    assert found["again", "in_turn"] == again
+    assert found["kept", "in_turn"] == kept

@@ -75,6 +75,21 @@ def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple
     return tuple(map(one, kernels))
 
 
+def gathered_kept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Tensor-parallel regions under sequence parallelism whose products keep the gathered rows that they
+    read, where others keep the rows of their own rank and gather again in the backward."""
+    gathers = (one for one in kernels if one.kind == "all_gather" and one.group == "tensor")
+    own = {one.writes[0].name: one.reads[0] for one in gathers if one.back_kind == "reduce_scatter"}
+
+    def kept(kernel: Kernel) -> Kernel:
+        whole = kernel.reads[0] if kernel.reads else ""
+        if not kernel.matmuls or whole not in own:
+            return kernel
+        return replace(kernel, saves=tuple(whole if name == own[whole] else name for name in kernel.saves))
+
+    return tuple(map(kept, kernels))
+
+
 def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
     """Gradients of a value that several products read are added: by eager autograd one after the other, those
     of all kernels; by a compiler in one kernel, those of the parts of one. A residual's has the sum already.
