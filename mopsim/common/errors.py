@@ -1,8 +1,12 @@
 """Errors that a user can cause. Each prints as one line and ends a command with exit code 2."""
 
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
+Rule = tuple[bool, str, str]
+"""(what must hold, the dotted field, the rule where it does not)."""
+Rules = Iterator[Rule]
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 4000
 

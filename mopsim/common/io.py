@@ -4,15 +4,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, Rule, Rules, SpecError
 from mopsim.common.explain import explain
 from mopsim.common.outputs import check_place, real_path
 from mopsim.common.results import made_by
@@ -31,23 +31,36 @@ OF_TYPES = (AssertionError, AttributeError, ArithmeticError, LookupError, TypeEr
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every noun: frozen, keyword-only, unknown fields refused, validated when made. Python holds no
-    field to its type: where a rule meets a value of another, that field is named."""
+    """Base of every noun: frozen, keyword-only, unknown fields refused, held to its rules when made. Python
+    holds no field to its type: where a rule meets a value of another, that field is named."""
 
     def __init_subclass__(cls) -> None:
-        rules = cls.__dict__.get("__post_init__")
-        if rules is None:
+        check = cls.__dict__.get("__post_init__")
+        if check is None and "_rules" not in cls.__dict__:
             return
 
-        @wraps(rules)
-        def hold(self: "Spec") -> None:
+        def made(self: "Spec") -> None:
             try:
-                rules(self)
+                if check is not None:
+                    check(self)
+                self.hold(self._rules())
             except OF_TYPES:
                 checked(self, cls, cls.__name__)
                 raise
 
-        cls.__post_init__ = hold  # type: ignore[attr-defined]
+        cls.__post_init__ = made  # type: ignore[attr-defined]
+
+    def _rules(self) -> Rules:
+        """What must hold, in the order in which it is told."""
+        return iter(())
+
+    def hold(self, rules: Iterable[Rule], prefix: str = "") -> None:
+        """Raise SpecError for the first rule that does not hold. Values are looked up for the message only: a
+        search makes thousands of strategies."""
+        for holds, field, rule in rules:
+            if not holds:
+                value = attrgetter(field)(self)
+                raise SpecError(prefix + field, list(value) if isinstance(value, tuple) else value, rule)
 
 
 def leaves(spec: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, Any]]:

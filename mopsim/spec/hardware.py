@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from mopsim.common.errors import require, require_name
+from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import RUNTIMES
@@ -51,12 +51,11 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
     tag: Tag
     source: str
 
-    def __post_init__(self) -> None:
-        require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, f"is not one of {', '.join(DTYPE_BYTES)}")
-        require_dimension(self, "arithmetic", "peak")
+    def _rules(self) -> Rules:
+        yield self.dtype in DTYPE_BYTES, "dtype", f"is not one of {', '.join(DTYPE_BYTES)}"
+        require_dimension(self, "arithmetic", "peak", least=1e8)
         require_between(self, 1e-4, 1, "efficiency", "held")
         require_between(self, 0, 1e9, "m_half", "n_half", "k_half")
-        require(self.peak.si >= 1e8, "peak", self.peak.si, "FLOP/s is below 1e8: check the unit")
 
 
 class AttentionCurve(Spec, frozen=True, kw_only=True):
@@ -102,11 +101,9 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_dimension(self, "time", "latency", "latency_per_rank")
-        require_dimension(self, "bandwidth", "bandwidth")
+        require_dimension(self, "bandwidth", "bandwidth", least=1e6)
         require_between(self, 0, 1e12, "bytes_half")
         require_between(self, 0.1, 1, "ramp")
-        rate = self.bandwidth.si
-        require(rate >= 1e6, "bandwidth", rate, "bytes/s is below 1 MB/s: check the unit")
 
     def moved(self, wire: float) -> float:
         """Bytes that cost as much at full bandwidth as `wire` bytes do: wire / efficiency(wire)."""
@@ -197,30 +194,23 @@ class Device(Spec, frozen=True, kw_only=True):
     power: Quantity | None = None
     speed_spread: Quantity | None = None
 
-    def __post_init__(self) -> None:
-        require_dimension(self, "memory", "memory", "reserved")
+    def _rules(self) -> Rules:
+        require_dimension(self, "memory", "memory", least=1e6)
+        require_dimension(self, "memory", "reserved")
         require_dimension(self, "share", "speed_spread")
-        require_dimension(self, "bandwidth", "memory_bandwidth", "index_bandwidth")
+        require_dimension(self, "bandwidth", "memory_bandwidth", least=1e8)
+        require_dimension(self, "bandwidth", "index_bandwidth")
         require_dimension(self, "time", "launch_overhead")
-        require_dimension(self, "update rate", "adam_rate")
+        require_dimension(self, "update rate", "adam_rate", least=1e3)
         require_dimension(self, "power", "power")
         for field in ("matmul", "grouped_matmul"):
             dtypes = [curve.dtype for curve in getattr(self, field)]
             require(len(set(dtypes)) == len(dtypes), field, dtypes, "has a dtype twice")
         require_between(self, 0, 1e12, "memory_bytes_half")
-        require(
-            self.adam_rate.si >= 1e3, "adam_rate", self.adam_rate.si, "params/s is below 1e3: check the unit"
-        )
-        require(len(self.matmul) >= 1, "matmul", self.matmul, "needs at least one curve")
-        require(self.memory.si >= 1e6, "memory", self.memory.si, "bytes is below 1 MB: check the unit")
-        rate = self.memory_bandwidth.si
-        require(rate >= 1e8, "memory_bandwidth", rate, "bytes/s is below 0.1 GB/s: check the unit")
-        require(
-            self.index_bandwidth is None or 0 < self.index_bandwidth.si <= self.memory_bandwidth.si,
-            "index_bandwidth",
-            self.index_bandwidth.si if self.index_bandwidth else None,
-            "must be above 0 and no more than memory_bandwidth",
-        )
+        yield len(self.matmul) >= 1, "matmul", "needs at least one curve"
+        if self.index_bandwidth:
+            rate, rule = self.index_bandwidth.si, "must be above 0 and no more than memory_bandwidth"
+            require(0 < rate <= self.memory_bandwidth.si, "index_bandwidth", rate, rule)
         rule = "is not less than the device memory"
         require(self.reserved.si < self.memory.si, "reserved", self.reserved.si, rule)
 
@@ -249,15 +239,9 @@ class Host(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_dimension(self, "memory", "memory")
         require_dimension(self, "time", "cpu_launch_time")
-        require_dimension(self, "bandwidth", "memory_bandwidth", "link_h2d", "link_d2h")
+        require_dimension(self, "bandwidth", "memory_bandwidth", "link_h2d", "link_d2h", least=1e7)
         require_dimension(self, "time", "link_latency")
-        require_dimension(self, "update rate", "adam_rate")
-        for field in ("memory_bandwidth", "link_h2d", "link_d2h"):
-            rate = getattr(self, field).si
-            require(rate >= 1e7, field, rate, "bytes/s is below 10 MB/s: check the unit")
-        require(
-            self.adam_rate.si >= 1e3, "adam_rate", self.adam_rate.si, "params/s is below 1e3: check the unit"
-        )
+        require_dimension(self, "update rate", "adam_rate", least=1e3)
         require_between(self, 1, 2**16, "link_sharing", "cores")
 
 
@@ -273,9 +257,9 @@ class Correction(Spec, frozen=True, kw_only=True):
     tag: Tag = "calibrated"
     source: str = ""
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_between(self, 0.02, 50, "scale")
-        require(-1.0 <= self.overhead <= 1.0, "overhead", self.overhead, "must lie between -1 and 1 second")
+        yield -1.0 <= self.overhead <= 1.0, "overhead", "must lie between -1 and 1 second"
 
 
 class HardwareProfile(Spec, frozen=True, kw_only=True):
@@ -311,29 +295,16 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     observed: tuple[Observed, ...] | msgspec.UnsetType = msgspec.UNSET
     notes: str = ""
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_name(self.name)
         require_between(self, 1, 2**16, "devices_per_node", "scale_up_size")
         require_dimension(self, "price", "price_per_device_hour")
         require_dimension(self, "power", "node_power")
-        require(
-            self.scale_out.topology == "switch",
-            "scale_out.topology",
-            self.scale_out.topology,
-            "must be switch",
-        )
-        require(
-            self.scale_up.topology == "switch" or self.scale_up_size > 1,
-            "scale_up.topology",
-            self.scale_up.topology,
-            "needs a scale_up_size above 1",
-        )
-        require(
-            self.scale_up.oversubscription == 1,
-            "scale_up.oversubscription",
-            self.scale_up.oversubscription,
-            "must be 1: only scale_out has leaves and a spine",
-        )
+        yield self.scale_out.topology == "switch", "scale_out.topology", "must be switch"
+        alone = self.scale_up.topology == "mesh" and self.scale_up_size == 1
+        yield not alone, "scale_up.topology", "needs a scale_up_size above 1"
+        rule = "must be 1: only scale_out has leaves and a spine"
+        yield self.scale_up.oversubscription == 1, "scale_up.oversubscription", rule
         if self.device_kind != "cpu":  # whose ranks share the memory that their links are made of
             links = {
                 "host.link_h2d": self.host.link_h2d, "host.link_d2h": self.host.link_d2h,
@@ -342,13 +313,10 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
             require_slower(links, self.device.memory_bandwidth)
         require_between(self, 0, 1, "communication_share")
         require_between(self, 1, 1.5, "framework_memory_scale")
+        rule = f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}, nor step_ with the name of a stack"
         for kind in self.corrections:
-            require(
-                kind in (*WORK_KINDS, *STEP_KINDS) or kind.startswith("step_"),
-                "corrections",
-                kind,
-                f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}, nor step_ with the name of a stack",
-            )
+            known = kind in (*WORK_KINDS, *STEP_KINDS) or kind.startswith("step_")
+            require(known, "corrections", kind, rule)
 
     @property
     def each(self) -> Literal["GPU", "rank"]:

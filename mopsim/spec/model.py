@@ -1,10 +1,9 @@
 """ModelSpec: the dimensions of a transformer, in Hugging Face field names."""
 
-from collections.abc import Iterator
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from mopsim.common.errors import require, require_name
+from mopsim.common.errors import Rules, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.rope import RopeScaling
 
@@ -103,12 +102,10 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     source: str = ""
     assumptions: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        for holds, field, rule in _sizes(self):
-            require(holds, field, getattr(self, field), rule)
+    def _rules(self) -> Rules:
+        yield from _sizes(self)
         require_name(self.name)
-        for holds, field, rule in chain(_layers(self), _attention(self), _numbers(self), _groups(self)):
-            require(holds, field, getattr(self, field), rule)
+        yield from chain(_layers(self), _attention(self), _numbers(self), _groups(self))
 
     @property
     def num_dense_layers(self) -> int:
@@ -142,8 +139,6 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         return found
 
 
-Rules = Iterator[tuple[bool, str, str]]
-"""(what must hold, the field, the rule where it does not)."""
 _NEEDED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mopsim.common.errors import require, require_at_least, require_name
+from mopsim.common.errors import Rules, require_at_least, require_name
 from mopsim.common.io import Spec
 
 MOST_OFF = 5
@@ -29,17 +29,11 @@ class Observed(Spec, frozen=True, kw_only=True):
     step_time_missed: float | msgspec.UnsetType = msgspec.UNSET
     source: str = ""
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_name(self.stack, "stack")
-        require(self.runs > 0, "runs", self.runs, "must be positive")
+        yield self.runs > 0, "runs", "must be positive"
         require_at_least(self, 0, "step_time_squares")
-        require(
-            (self.step_time_missed or 0.0) >= 0,
-            "step_time_missed",
-            self.step_time_missed,
-            "must be at least 0",
-        )
+        yield (self.step_time_missed or 0.0) >= 0, "step_time_missed", "must be at least 0"
+        rule = f"must lie between -{MOST_OFF} and {MOST_OFF}: a logarithm of a ratio"
         for field in ("step_time", "peak_memory"):
-            value = getattr(self, field)
-            rule = f"must lie between -{MOST_OFF} and {MOST_OFF}: a logarithm of a ratio"
-            require(value is None or abs(value) <= MOST_OFF, field, value, rule)
+            yield abs(getattr(self, field) or 0.0) <= MOST_OFF, field, rule

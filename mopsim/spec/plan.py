@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
-from mopsim.common.errors import require, require_at_least, require_name
+from mopsim.common.errors import Rules, require, require_at_least, require_name
 from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
 from mopsim.spec.model import ModelSpec
@@ -58,11 +58,11 @@ class Prediction(Spec, frozen=True, kw_only=True):
     mfu: float = 0.0
     model_flops_per_second: float = 0.0
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_at_least(
             self, 0, "tokens_per_second", "peak_memory", "host_memory", "mfu", "model_flops_per_second"
         )
-        require(self.step_time > 0, "step_time", self.step_time, "must be positive")
+        yield self.step_time > 0, "step_time", "must be positive"
         for field in ("memory_by_category", "time_by_kind"):
             _require_counts(field, getattr(self, field))
 
@@ -82,20 +82,16 @@ class Plan(Spec, frozen=True, kw_only=True):
     prediction: Prediction | None = None
     mop_version: str = ""
 
-    def __post_init__(self) -> None:
-        ranks = self.hardware.num_nodes * self.hardware.devices_per_node
-        require(
-            self.strategy.world_size <= ranks,
-            "strategy.world_size", self.strategy.world_size,
-            f"is more than the {ranks} devices of {self.hardware.num_nodes} node(s) of {self.hardware.name}",
-        )  # fmt: skip
+    def _rules(self) -> Rules:
+        where, ranks = self.hardware, self.hardware.num_nodes * self.hardware.devices_per_node
+        rule = f"is more than the {ranks} devices of {where.num_nodes} node(s) of {where.name}"
+        yield self.strategy.world_size <= ranks, "strategy.world_size", rule
         self.strategy.check_model(self.model)
         self.stack.check_strategy(self.strategy)
-        named, rule = self.strategy.stack, f"is not the plan's stack {self.stack.name}"
-        require(named == self.stack.name, "strategy.stack", named, rule)
+        rule = f"is not the plan's stack {self.stack.name}"
+        yield self.strategy.stack == self.stack.name, "strategy.stack", rule
         for part, field in unsaid(self.strategy, self.stack):
-            value = getattr(getattr(self.strategy, part), field)
-            require(False, f"strategy.{part}.{field}", value, "must be said in a plan, not left to the stack")
+            yield False, f"strategy.{part}.{field}", "must be said in a plan, not left to the stack"
         self.training.check_strategy(self.strategy)
         self.training.check_model(self.model)
 
@@ -128,13 +124,13 @@ class KindTiming(Spec, frozen=True, kw_only=True):
     flops: float = 0.0
     bytes: float = 0.0
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_at_least(self, 0, "count", "seconds", "seconds_low", "seconds_high", "flops", "bytes")
         rule = f"must be 1 to {MOST_OPS:g}, the ops that took {self.seconds:g} seconds"
-        require(1 <= self.count <= MOST_OPS or self.seconds == 0, "count", self.count, rule)
+        yield 1 <= self.count <= MOST_OPS or self.seconds == 0, "count", rule
         low, high = self.seconds_low, self.seconds_high
         rule = f"does not lie between seconds_low {low} and seconds_high {high}"
-        require(low <= self.seconds <= high <= LONGEST, "seconds", self.seconds, rule)
+        yield low <= self.seconds <= high <= LONGEST, "seconds", rule
 
 
 class Measurement(Spec, frozen=True, kw_only=True):
@@ -174,31 +170,27 @@ class Measurement(Spec, frozen=True, kw_only=True):
     disturbed: int = 0
     others: float = 0.0
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         ranks = self.plan.strategy.world_size
-        require(self.world_size == ranks, "world_size", self.world_size, f"is not the plan's {ranks}")
+        yield self.world_size == ranks, "world_size", f"is not the plan's {ranks}"
         require_at_least(
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory",
             "resumed", "disturbed",
         )  # fmt: skip
-        require(self.tokens_per_second > 0, "tokens_per_second", self.tokens_per_second, "must be positive")
+        yield self.tokens_per_second > 0, "tokens_per_second", "must be positive"
         sizes = {"peak_memory": self.peak_memory, "host_memory": self.host_memory}
         sizes |= {f"memory_by_category.{name}": size for name, size in self.memory_by_category.items()}
         for field, size in sizes.items():
             require(size <= MOST_BYTES, field, size, f"must be the bytes of a rank, at most {MOST_BYTES:g}")
-        require(0 <= self.others <= 1, "others", self.others, "must lie between 0 and 1")
+        yield 0 <= self.others <= 1, "others", "must lie between 0 and 1"
         times, steady = self.step_times, self.steps - self.warmup - self.disturbed
         rule = f"less warmup and disturbed is not the {len(times)} step_times"
-        require(1 <= steady == len(times), "steps", self.steps, rule)
+        yield 1 <= steady == len(times), "steps", rule
         for index, seconds in enumerate(times):
             rule = f"must be the seconds of a step, {SHORTEST:g} to {LONGEST:g}"
             require(SHORTEST <= seconds <= LONGEST, f"step_times[{index}]", seconds, rule)
-        require(
-            min(times) <= self.step_time_median <= max(times),
-            "step_time_median",
-            self.step_time_median,
-            f"does not lie between {min(times)} and {max(times)}, the step_times",
-        )
+        rule = f"does not lie between {min(times)} and {max(times)}, the step_times"
+        yield min(times) <= self.step_time_median <= max(times), "step_time_median", rule
         _require_counts("memory_by_category", self.memory_by_category)
         profiles.check(self.routing)
         profiles.check_model(self.routing, self.plan.model, "routing")

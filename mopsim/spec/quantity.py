@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
-from mopsim.common.errors import require
+from mopsim.common.errors import Rules, require
 from mopsim.common.io import Spec
 from mopsim.common.units import CEILINGS, DIMENSIONS, UNITS
 
@@ -24,10 +24,10 @@ class Quantity(Spec, frozen=True, kw_only=True, dict=True):
     tag: Tag
     source: str
 
-    def __post_init__(self) -> None:
-        require(self.unit in UNITS, "unit", self.unit, f"is not one of {', '.join(UNITS)}")
-        require(self.value >= 0, "value", self.value, "must not be negative")
-        require(bool(self.source), "source", self.source, "must name where the number comes from")
+    def _rules(self) -> Rules:
+        yield self.unit in UNITS, "unit", f"is not one of {', '.join(UNITS)}"
+        yield self.value >= 0, "value", "must not be negative"
+        yield bool(self.source), "source", "must name where the number comes from"
 
     @cached_property
     def si(self) -> float:
@@ -47,16 +47,19 @@ def require_between(owner: Spec, low: float, high: float, *fields: str) -> None:
         require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
 
 
-def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
-    """Raise SpecError where a quantity of `owner` has a unit of another dimension (see units.DIMENSIONS)."""
+def require_dimension(owner: Spec, dimension: str, *fields: str, least: float = 0.0) -> None:
+    """Raise SpecError where a quantity of `owner` has a unit of another dimension (see units.DIMENSIONS), or
+    is below `least` or above what there is of it, in SI units: the unit is wrong."""
     for field in fields:
         quantity = getattr(owner, field)
         if quantity is not None:
             known = DIMENSIONS[dimension]
             rule = f"is not a unit of {dimension}: {', '.join(known)}"
             require(quantity.unit in known, f"{field}.unit", quantity.unit, rule)
-            ceiling = f"{known[0]} is above {CEILINGS[dimension]:g}: check the unit"
-            require(quantity.si <= CEILINGS[dimension], field, quantity.si, ceiling)
+            rule = f"{known[0]} is below {least:g}: check the unit"
+            require(quantity.si >= least, field, quantity.si, rule)
+            rule = f"{known[0]} is above {CEILINGS[dimension]:g}: check the unit"
+            require(quantity.si <= CEILINGS[dimension], field, quantity.si, rule)
 
 
 def require_slower(links: Mapping[str, Quantity], memory: Quantity) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from mopsim.common.errors import require
+from mopsim.common.errors import Rules
 from mopsim.common.io import Spec
 
 
@@ -31,18 +31,15 @@ class RopeScaling(Spec, frozen=True, kw_only=True):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         for field, low, high in (
             ("factor", 1.0, 1e6), ("original_max_position_embeddings", 0, 2**40), ("beta_fast", 1e-3, 1e6),
             ("beta_slow", 1e-3, 1e6), ("mscale", 0.0, 100.0), ("mscale_all_dim", 0.0, 100.0),
             ("low_freq_factor", 1e-3, 1e6), ("high_freq_factor", 1e-3, 1e6),
         ):  # fmt: skip
-            value = getattr(self, field)
-            require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
-        scaled = self.rope_type != "default"
-        original = self.original_max_position_embeddings
+            yield low <= getattr(self, field) <= high, field, f"must lie between {low:g} and {high:g}"
+        known = self.rope_type == "default" or self.original_max_position_embeddings >= 1
         rule = f"must be at least 1 with rope_type {self.rope_type!r}"
-        require(not scaled or original >= 1, "original_max_position_embeddings", original, rule)
+        yield known, "original_max_position_embeddings", rule
         rule = f"must be below high_freq_factor {self.high_freq_factor:g}"
-        apart = self.low_freq_factor < self.high_freq_factor
-        require(apart, "low_freq_factor", self.low_freq_factor, rule)
+        yield self.low_freq_factor < self.high_freq_factor, "low_freq_factor", rule

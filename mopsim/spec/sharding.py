@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from mopsim.common.errors import require
+from mopsim.common.errors import Rules
 from mopsim.common.io import Spec
 from mopsim.spec.quantity import require_between
 
@@ -65,13 +65,13 @@ class Sharding(Spec, frozen=True, kw_only=True):
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies")
         require_between(self, 0, MOST_BUCKETS, "buckets")
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
         for field in WHOLE:
-            value, without = getattr(self, field), defaults[field]
+            without = defaults[field]
             rule = f"must be {without!r} with fsdp, under which each rank sums and updates a shard only"
-            require(not self.fsdp or value == without, field, value, rule)
+            yield not self.fsdp or getattr(self, field) == without, field, rule
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
-        require(not (self.flat and self.copies), "flat", self.flat, rule)
+        yield not (self.flat and self.copies), "flat", rule

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from mopsim.common.errors import require, require_name
+from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
 from mopsim.spec.has import require_had
@@ -246,18 +246,15 @@ class Stack(Spec, frozen=True, kw_only=True):
     communication_share: dict[str, float] = msgspec.field(default_factory=dict)
     sources: dict[str, str] = msgspec.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_name(self.name)
         for key, values in self.has.items():
             require_had(key, values)
-        grads = self.sharding.microbatch_grads
+        grads, masters = self.sharding.microbatch_grads, self.sharding.host_masters
         rule = "must be 'added' with explicit, whose schedule has gradients of its own"
-        require(not self.explicit or grads == "added", "sharding.microbatch_grads", grads, rule)
-        masters, rule = (
-            self.sharding.host_masters,
-            "must be 'moved' with explicit, which moves all state",
-        )
-        require(not self.explicit or masters == "moved", "sharding.host_masters", masters, rule)
+        yield not self.explicit or grads == "added", "sharding.microbatch_grads", rule
+        rule = "must be 'moved' with explicit, which moves all state"
+        yield not self.explicit or masters == "moved", "sharding.host_masters", rule
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 

@@ -6,7 +6,7 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
-from mopsim.common.errors import SpecError, require_name
+from mopsim.common.errors import Rules, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec import strategy_rules as rules
@@ -241,23 +241,10 @@ class Strategy(Spec, frozen=True, kw_only=True):
     overlap: Overlap = Overlap()
     precision: Precision = Precision()
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> Rules:
         require_name(self.name)
         require_name(self.stack, "stack")
-        self._require(rules.own(self))
-
-    def _require(self, given: rules.Rules, prefix: str = "") -> None:
-        """Values are looked up for the message only: a search makes thousands of strategies."""
-        for holds, field, rule in given:
-            if not holds:
-                raise SpecError(prefix + field, self.at(field), rule)
-
-    def at(self, path: str) -> object:
-        """The value of a dotted field; a list where it is a sequence."""
-        value: object = self
-        for step in path.split("."):
-            value = getattr(value, step)
-        return list(value) if isinstance(value, tuple) else value
+        yield from rules.own(self)
 
     @property
     def stage_ranks(self) -> int:
@@ -286,4 +273,4 @@ class Strategy(Spec, frozen=True, kw_only=True):
 
     def check_model(self, model: ModelSpec) -> None:
         """Raise SpecError where a degree does not fit the model."""
-        self._require(rules.with_model(self, model), "strategy.")
+        self.hold(rules.with_model(self, model), "strategy.")

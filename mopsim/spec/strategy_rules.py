@@ -1,10 +1,10 @@
 """The rules of a Strategy, in order: (what must hold, the field, the rule where it does not)."""
 
-from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from mopsim.common.errors import Rule, Rules
 from mopsim.common.units import LARGEST
 from mopsim.common.working import near_divisors
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
@@ -12,8 +12,6 @@ from mopsim.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from mopsim.spec.strategy import Strategy
-
-Rules = Iterator[tuple[bool, str, str]]
 
 LEAST = {
     "world_size": 1, "micro_batch": 1, "pipeline.pipeline_parallel": 1, "pipeline.virtual_stages": 1,
@@ -77,7 +75,7 @@ def _degrees(s: "Strategy") -> Rules:
     )
 
 
-def _divides(total: int, degree: int, field: str, what: str) -> tuple[bool, str, str]:
+def _divides(total: int, degree: int, field: str, what: str) -> Rule:
     """The rule that `degree` divides `total`, which is `what`; broken, it names the nearest that do."""
     fits = total % degree == 0
     return fits, field, f"does not divide {what}{'' if fits else near_divisors(total, degree)}"

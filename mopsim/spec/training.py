@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from mopsim.common.errors import SpecError, require
+from mopsim.common.errors import Rules, SpecError, require
 from mopsim.common.io import Spec
 from mopsim.common.working import near_multiples
 from mopsim.spec import routing as profiles
@@ -46,38 +46,35 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     attention_mask: Literal["causal", "document"] = "causal"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        require(self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1")
-        require(self.global_batch >= 1, "global_batch", self.global_batch, "must be at least 1")
+    def _rules(self) -> Rules:
+        yield self.seq_len >= 1, "seq_len", "must be at least 1"
+        yield self.global_batch >= 1, "global_batch", "must be at least 1"
         profiles.check(self.routing)
         for field in ("seq_len", "global_batch"):
-            require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
+            yield getattr(self, field) <= 2**40, field, "must be at most 2^40"
         for field in ("learning_rate", "eps"):
-            require(getattr(self, field) > 0, field, getattr(self, field), "must be positive")
+            yield getattr(self, field) > 0, field, "must be positive"
         for field, most in (
             ("learning_rate", 10), ("eps", 1), ("warmup_steps", 2**40), ("weight_decay", 10),
             ("clip_norm", 1e12), ("bias_update_rate", 1), ("router_aux_loss_coef", 1e3),
             ("router_z_loss_coef", 1e3), ("mtp_loss_coef", 1e3), ("seed", 2**62),
         ):  # fmt: skip
-            value = getattr(self, field)
-            require(0 <= value <= most, field, value, f"must lie between 0 and {most:g}")
+            yield 0 <= getattr(self, field) <= most, field, f"must lie between 0 and {most:g}"
         for field in ("beta1", "beta2"):
-            require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must lie in [0, 1)")
+            yield 0 <= getattr(self, field) < 1, field, "must lie in [0, 1)"
 
     def check_model(self, model: ModelSpec) -> None:
         """Raise SpecError where the routing does not fit the model's experts."""
         profiles.check_model(self.routing, model)
+        self.hold(self._with_model(model), "training.")
+
+    def _with_model(self, model: ModelSpec) -> Rules:
         positions = model.learned_positions
         rule = f"is more than model.learned_positions {positions}"
-        require(positions == 0 or self.seq_len <= positions, "training.seq_len", self.seq_len, rule)
-        apart, further = (
-            self.attention_mask == "document",
-            self.mtp_loss_coef and model.num_nextn_predict_layers,
-        )
-        rule = (
-            "is not trained with MTP modules, which would predict across borders: mtp_loss_coef 0 leaves them"
-        )
-        require(not (apart and further), "training.attention_mask", self.attention_mask, rule)
+        yield positions == 0 or self.seq_len <= positions, "seq_len", rule
+        further = bool(self.mtp_loss_coef and model.num_nextn_predict_layers)
+        rule = "is not trained with MTP modules, which would predict across borders: mtp_loss_coef 0 leaves"
+        yield self.attention_mask != "document" or not further, "attention_mask", f"{rule} them"
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the batch or the sequence does not divide over the strategy's ranks."""
@@ -86,26 +83,25 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             needed = f"micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}"
             rule, works = f"is not a multiple of {needed}", near_multiples(self.global_batch, per_step)
             raise SpecError("training.global_batch", self.global_batch, f"{rule}{works}")
-        microbatches = self.num_microbatches(strategy)
-        rule = f"makes {microbatches} microbatches, more than {MOST_MICROBATCHES}"
-        require(microbatches <= MOST_MICROBATCHES, "training.global_batch", self.global_batch, rule)
-        pipeline = strategy.pipeline
-        require(
-            pipeline.virtual_stages == 1 or self.num_microbatches(strategy) % pipeline.pipeline_parallel == 0,
-            "training.global_batch",
-            self.global_batch,
-            f"makes {self.num_microbatches(strategy)} microbatches, not a multiple of "
-            f"pipeline.pipeline_parallel {pipeline.pipeline_parallel} as interleaving needs",
-        )
-        dense = strategy.dense
-        split = strategy.attention.context_parallel * (
-            dense.tensor_parallel if dense.sequence_parallel else 1
-        )
+        self.hold(self._with_batch(strategy), "training.")
+        split = strategy.attention.context_parallel
+        split *= strategy.dense.tensor_parallel if strategy.dense.sequence_parallel else 1
         if self.seq_len % split:
             works = near_multiples(self.seq_len, split)
             rule = f"is not a multiple of the sequence split {split}{works}"
             raise SpecError("training.seq_len", self.seq_len, rule)
         self._check_chunks(strategy)
+
+    def _with_batch(self, strategy: Strategy) -> Rules:
+        microbatches, pipeline = self.num_microbatches(strategy), strategy.pipeline
+        rule = f"makes {microbatches} microbatches, more than {MOST_MICROBATCHES}"
+        yield microbatches <= MOST_MICROBATCHES, "global_batch", rule
+        rule = (
+            f"makes {microbatches} microbatches, not a multiple of pipeline.pipeline_parallel "
+            f"{pipeline.pipeline_parallel} as interleaving needs"
+        )
+        plain = pipeline.virtual_stages == 1
+        yield plain or microbatches % pipeline.pipeline_parallel == 0, "global_batch", rule
 
     def _check_chunks(self, strategy: Strategy) -> None:
         """A chunk is a bound on its tokens: it may be larger than what there is, but not absurdly small."""

@@ -268,7 +268,7 @@ def test_a_missing_field_is_named(name: str) -> None:
             "hardware",
             ("device", "memory", "unit"),
             "B",
-            r"hardware\.device\.memory: 140\.4 bytes is below 1 MB",
+            r"hardware\.device\.memory: 140\.4 B is below 1e\+06: check the unit",
         ),
         ("hardware", ("device", "memory_bandwidth", "unit"), "MB/s", r"check the unit"),
         (
