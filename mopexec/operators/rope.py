@@ -12,8 +12,7 @@ from mopexec.operators import kernels
 from mopexec.operators.documents import Documents, positions
 from mopexec.operators.dtypes import wide
 from mopexec.operators.fused import OPS
-from mopsim.spec.model import ModelSpec
-from mopsim.spec.rope import RopeScaling
+from mopsim.spec.model import ModelSpec, RopeScaling
 
 
 def rope_tables(

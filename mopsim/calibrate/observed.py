@@ -9,8 +9,7 @@ from typing import NamedTuple
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.intervals.spread import Facts, Spread, missed_by_most, network, of_step_time, products
-from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.observed import MOST_OFF, Observed
+from mopsim.spec.hardware import MOST_OFF, HardwareProfile, Observed
 from mopsim.spec.plan import Measurement, Plan
 
 

@@ -86,11 +86,8 @@ def _accepts(value: Any, wanted: Any) -> bool:
 
 
 def _wrong_key(mapping: Any) -> Any:
-    return (
-        next((key for key in mapping if not isinstance(key, str)), mapping)
-        if isinstance(mapping, dict)
-        else mapping
-    )
+    keys = mapping if isinstance(mapping, dict) else ()
+    return next((key for key in keys if not isinstance(key, str)), mapping)
 
 
 def _value_at(data: Any, steps: list[str]) -> Any:

@@ -1,16 +1,17 @@
-"""A machine as a stack uses it: its attention kernel, sums in a fixed order, the SMs that its exchanges
-take."""
+"""A machine as a stack and a job use it: its attention kernel, sums in a fixed order, the SMs that its
+exchanges take, the slowest of its devices."""
 
 from functools import cache
 
 import msgspec
 from msgspec.structs import replace
+from scipy.special import ndtri
 
 from mopsim.common import io
 from mopsim.common.shipped import shipped
 from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
-from mopsim.spec.hardware import NARROW_HEAD, AttentionCurve, HardwareProfile, Quantity
+from mopsim.spec.hardware import NARROW_HEAD, AttentionCurve, Correction, HardwareProfile, Quantity
 from mopsim.spec.stack import Stack
 
 DETERMINISTIC: float = 1 - RATES["deterministic"]["backward_loses"]
@@ -26,6 +27,11 @@ SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
 CLOCK_BY_POWER: float = RATES["clock_by_power"]["exponent"]
 """Exponent of the rate that a card's power leaves to kernels that use all of it."""
+
+
+BY_POWER = ("matmul", "grouped_matmul", "attention")
+"""Work whose speed differs between devices, by the clock that each one's power and temperature leave it; that
+of kernels which memory bounds hardly does (arXiv 2208.11035)."""
 
 
 class Shares(io.Spec, frozen=True, kw_only=True):
@@ -169,3 +175,29 @@ def _in_rings(hardware: HardwareProfile) -> HardwareProfile:
     )
     changed = {**curves, "all_reduce": replace(old, bandwidth=bandwidth)}
     return replace(hardware, scale_up=replace(hardware.scale_up, collectives=changed))
+
+
+def slowest(count: int, spread: float) -> float:
+    """Expected time of the slowest of `count` devices over the mean one's.
+
+    Speeds are normal with deviation `spread`; the largest of n is expected at the quantile (n - 0.375) / (n +
+    0.25) (Blom 1958).
+    """
+    return 1 + spread * max(0.0, float(ndtri((count - 0.375) / (count + 0.25))))
+
+
+def speed_spread(hardware: HardwareProfile) -> float:
+    """Of the speeds of its devices; 0 where the profile has none."""
+    return hardware.device.speed_spread.si if hardware.device.speed_spread else 0.0
+
+
+def waiting(hardware: HardwareProfile, devices: int) -> HardwareProfile:
+    """The profile as a step sees it that waits for the slowest of `devices` of it."""
+    factor = slowest(devices, speed_spread(hardware))
+    if factor == 1.0:
+        return hardware
+    corrections = dict(hardware.corrections)
+    for kind in BY_POWER:
+        own = corrections.get(kind, Correction())
+        corrections[kind] = replace(own, scale=own.scale * factor)
+    return replace(hardware, corrections=corrections)

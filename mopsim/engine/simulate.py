@@ -8,8 +8,7 @@ from mopsim.common.errors import require
 from mopsim.common.garbage import collected_later
 from mopsim.common.io import digest
 from mopsim.cost import seconds
-from mopsim.cost.slowest import waiting
-from mopsim.cost.stack import as_used
+from mopsim.cost.stack import as_used, waiting
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
 from mopsim.engine.gaps import settled, steady
 from mopsim.engine.ledger import Ledger
@@ -45,12 +44,8 @@ def simulate(
         strategy = replace(strategy, stack=stack.name)
     strategy = stack.resolve(strategy)
     ranks = num_nodes * hardware.devices_per_node
-    require(
-        strategy.world_size <= ranks,
-        "strategy.world_size",
-        strategy.world_size,
-        f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
-    )
+    rule = f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}"
+    require(strategy.world_size <= ranks, "strategy.world_size", strategy.world_size, rule)
     workload = lower(model, strategy, training, hardware.scale_up_size, stack, compose=not timeline)
     for refused in refusals(Job(model, strategy, training, stack, hardware), by="simulator"):
         raise refused

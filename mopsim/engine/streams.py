@@ -3,6 +3,7 @@
 A thread of the host issues the ops (see HostThread); no stream runs what is not issued yet.
 """
 
+from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -45,14 +46,8 @@ class Rank:
         meetings: dict[str, Meeting],
         host: HostThread | None,
     ) -> None:
-        self.env, self.program, self.durations, self.ledger, self.record = (
-            env,
-            program,
-            durations,
-            ledger,
-            record,
-        )
-        self.meetings, self.host = meetings, host
+        self.env, self.program, self.durations = env, program, durations
+        self.ledger, self.record, self.meetings, self.host = ledger, record, meetings, host
         self.repeats = {repeat.gap: repeat for repeat in program.repeats}
         record.issued, record.turns = [0.0] * len(program.ops), turns(program)
         self.done = [False] * len(program.ops)
@@ -113,7 +108,8 @@ class Rank:
             if duration > 0.0:
                 if compute and shares:
                     yield self.compute(duration)
-                    self._finished()
+                    self._settle()
+                    self.finish = None
                 elif talks and shares:
                     self.communicate(op, begins=True)
                     yield env.timeout(duration)
@@ -159,10 +155,6 @@ class Rank:
         self.remaining, self.since = duration, self.env.now
         self.finish = self._timer()
         return self.finish
-
-    def _finished(self) -> None:
-        self._settle()
-        self.finish = None
 
     def blame(self, waiting: Op, index: int, since: float, until: float) -> None:
         """Book the compute stream's wait for op `index`, backwards in time: while that op ran, on it; before,
@@ -230,11 +222,7 @@ def play(
     user's mistake.
     """
     env = simpy.Environment()
-    parties: dict[str, int] = {}
-    for program in programs:
-        for op in program.ops:
-            if op.rendezvous:
-                parties[op.rendezvous] = parties.get(op.rendezvous, 0) + 1
+    parties = Counter(op.rendezvous for program in programs for op in program.ops if op.rendezvous)
     meetings = {key: Meeting(env, count) for key, count in parties.items()}
     thread_of, plays = BlockedThread if blocking else HostThread, blocking or issue > 0.0
     threads = [
@@ -248,11 +236,7 @@ def play(
         )
     ]
     env.run()
-    left = [
-        f"{rank.program.stage}:{op.name}"
-        for rank in ranks
-        for op in rank.program.ops
-        if not rank.done[op.index]
-    ]
+    rest = ((rank, op) for rank in ranks for op in rank.program.ops if not rank.done[op.index])
+    left = [f"{rank.program.stage}:{op.name}" for rank, op in rest]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"
     return max(record.end for record in records)  # env.now may be a timer that was overtaken

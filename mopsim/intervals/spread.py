@@ -20,8 +20,8 @@ from scipy.special import ndtr, ndtri
 from mopsim.common.errors import require
 from mopsim.common.io import digest
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, known_errors
+from mopsim.spec.hardware import Observed
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.observed import Observed
 from mopsim.spec.strategy import Precision
 
 Array = NDArray[np.float64]

@@ -84,11 +84,6 @@ class Context:
         return bool(self.model.num_local_experts) and self.stack.kernels.expert_products == "looped"
 
     @property
-    def mapped(self) -> bool:
-        """Whether a dispatch begins with a gather of the choices of all rows."""
-        return self.strategy.experts.token_dispatcher == "hybridep"
-
-    @property
     def hidden(self) -> int:
         """Bytes of one [N, H] tensor in the compute dtype."""
         return self.shapes.tokens * self.model.hidden_size * self.b

@@ -51,7 +51,7 @@ class StageStep:
         self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
         self._gather_updated()
         self.shards.updated = self.passes.updates(self.issue, self.stage)
-        left = self._left(slots)
+        left = Counter(chunk for phase, _, chunk in slots if phase in ("backward", "weight_grad"))
         for turn in turns:
             if len(turn) > 1:
                 self._pair(turn[0], turn[1], left, pairs)
@@ -129,14 +129,6 @@ class StageStep:
             self.issue.microbatch = microbatch
             op = self._posted(way, microbatch, part, place == len(needed) - 1)
             self.arriving[f"{way} {microbatch} {part}"] = op
-
-    def _left(self, slots: Sequence[Slot]) -> dict[int, int]:
-        """Passes to come that make weight gradients, by chunk."""
-        found: dict[int, int] = {}
-        for phase, _, chunk in slots:
-            if phase in ("backward", "weight_grad"):
-                found[chunk] = found.get(chunk, 0) + 1
-        return found
 
     def _forward(self, microbatch: int, chunk: int) -> None:
         c, issue, part = self.c, self.issue, self.stage.part(chunk)

@@ -43,10 +43,10 @@ class StripLoss(Rows):
             forward, backward = passes(c, n, self.V)
             exact = 0 if c.b == c.wide else n * self.V * c.wide
             b.spike(exact + 4 * n * c.wide, _L)
-            b.compute("logits", _C, "forward", -1, [*self._product(n, self.V), forward], *waits)
+            b.compute("logits", _C, "forward", -1, [*self._works(n, self.V, "forward"), forward], *waits)
             b.spike(exact + 5 * n * 8, _L)
             self.weight_gradient(self.V * self.H, _L)
-            b.compute("logits", _C, "backward", -1, [backward, *self._products_back(n, self.V)])
+            b.compute("logits", _C, "backward", -1, [backward, *self._works(n, self.V, "backward")])
             b.drop("strip", "numbers")
 
     def ring(self, *waits: int | None) -> None:
@@ -69,7 +69,7 @@ class StripLoss(Rows):
             for start, stop in self.slices:
                 n = stop - start
                 b.make("strip", n * self.rows * c.b, _L)
-                works = [*self._product(n, self.rows), self._fold(n, self.rows)]
+                works = [*self._works(n, self.rows, "forward"), self._fold(n, self.rows)]
                 b.drop("strip")
                 b.compute("strip", _C, "forward", -1, works, coming, *waits)
             coming = following
@@ -93,9 +93,9 @@ class StripLoss(Rows):
                 n = stop - start
                 b.make("strip", n * self.rows * c.b, _L)
                 works = [
-                    *self._product(n, self.rows),
+                    *self._works(n, self.rows, "forward"),
                     self._gradient(n, self.rows),
-                    *self._products_back(n, self.rows),
+                    *self._works(n, self.rows, "backward"),
                 ]
                 self.weight_gradient(self.rows * self.H, _L)
                 b.drop("strip")
@@ -147,12 +147,6 @@ class StripLoss(Rows):
         b.compute("numbers", _C, "forward", -1, [Work("memory_bound", bytes=2.0 * size)], before)
         b.drop("numbers")
         return b.issue("ring numbers", "send_recv", size, "vocabulary", _C, "forward")
-
-    def _product(self, n: int, columns: int) -> tuple[Work, ...]:
-        return self._works(n, columns, "forward")
-
-    def _products_back(self, n: int, columns: int) -> tuple[Work, ...]:
-        return self._works(n, columns, "backward")
 
     def _works(self, n: int, columns: int, part: Part) -> tuple[Work, ...]:
         """Equal strips are equal work."""

@@ -137,7 +137,8 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         if group.size == 1:
             return ()
         work = Work(kind, bytes=size, launches=launches, group=group)
-        mapped = kernel.name == "dispatch" and forward and context.mapped
+        hybrid = context.strategy.experts.token_dispatcher == "hybridep"
+        mapped = hybrid and forward and kernel.name == "dispatch"
         return (*_map(context, group), work) if mapped else (work,)
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes

@@ -19,7 +19,7 @@ from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values
 from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import ROWS, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
-from mopsim.spec.capability.software import what_the_stack_has
+from mopsim.spec.capability.rules import what_the_stack_has
 from mopsim.spec.has import plain
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy

@@ -7,8 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mopsim.cost.slowest import waiting
-from mopsim.cost.stack import as_used
+from mopsim.cost.stack import as_used, waiting
 from mopsim.search.build import build
 from mopsim.search.problem import Column, Problem, tokens
 from mopsim.spec.hardware import HardwareProfile

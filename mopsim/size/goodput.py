@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from scipy.special import pdtr
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.cost.slowest import slowest, speed_spread
+from mopsim.cost.stack import slowest, speed_spread
 from mopsim.size.assumptions import Assumptions
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import Precision

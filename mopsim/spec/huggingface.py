@@ -11,8 +11,7 @@ from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
 from mopsim.common.values import first_unreadable
 from mopsim.spec.config_reader import Config, ConfigReader
-from mopsim.spec.model import ModelSpec
-from mopsim.spec.rope import RopeScaling
+from mopsim.spec.model import ModelSpec, RopeScaling
 
 Fields = dict[str, Any]
 
@@ -154,11 +153,13 @@ def _no_window(r: ConfigReader) -> None:
     r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
 
 
+def _attention_bias(r: ConfigReader, usual: bool = False) -> Fields:
+    return {"attention_bias": "qkvo" if r.flag("attention_bias", usual) else "none"}
+
+
 def _llama(r: ConfigReader) -> Fields:
-    bias = r.flag("attention_bias", False)
-    return {
+    return _attention_bias(r) | {
         "intermediate_size": r.integer("intermediate_size"),
-        "attention_bias": "qkvo" if bias else "none",
         "ffn_bias": r.flag("mlp_bias", False),
     }
 
@@ -182,11 +183,9 @@ def _qwen2(r: ConfigReader) -> Fields:
 
 def _qwen3(r: ConfigReader) -> Fields:
     _no_window(r)
-    bias = r.flag("attention_bias", False)
-    return {
+    return _attention_bias(r) | {
         "intermediate_size": r.integer("intermediate_size"),
         "head_dim": r.integer("head_dim", 128),
-        "attention_bias": "qkvo" if bias else "none",
         "qk_norm": "head",
     }
 
@@ -220,8 +219,7 @@ def _qwen2_moe(r: ConfigReader) -> Fields:
 
 
 def _qwen3_moe(r: ConfigReader) -> Fields:
-    bias = r.flag("attention_bias", False)
-    return _qwen_experts(r) | {"attention_bias": "qkvo" if bias else "none", "qk_norm": "head"}
+    return _qwen_experts(r) | _attention_bias(r) | {"qk_norm": "head"}
 
 
 def _deepseek(r: ConfigReader) -> Fields:
@@ -277,20 +275,23 @@ def _deepseek_v3(r: ConfigReader) -> Fields:
 
 
 def _gpt_oss(r: ConfigReader) -> Fields:
-    return {
-        "num_local_experts": r.integer("num_local_experts"),
-        "num_experts_per_tok": r.integer(r.present("num_experts_per_tok", "experts_per_token")),
-        "moe_intermediate_size": r.integer("intermediate_size"),
-        "sliding_window": r.integer("sliding_window"),
-        "sliding_window_period": 2,
-        "attention_bias": "qkvo" if r.flag("attention_bias", True) else "none",
-        "attention_sinks": True,
-        "expert_bias": True,
-        "router_bias": True,
-        "swiglu_limit": r.number("swiglu_limit", 7.0),
-        "swiglu_alpha": r.number("swiglu_alpha", 1.702),
-        "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
-    } | _rope(r, 150000.0, _GPT_OSS_ROPE)
+    return (
+        {
+            "num_local_experts": r.integer("num_local_experts"),
+            "num_experts_per_tok": r.integer(r.present("num_experts_per_tok", "experts_per_token")),
+            "moe_intermediate_size": r.integer("intermediate_size"),
+            "sliding_window": r.integer("sliding_window"),
+            "sliding_window_period": 2,
+            "attention_sinks": True,
+            "expert_bias": True,
+            "router_bias": True,
+            "swiglu_limit": r.number("swiglu_limit", 7.0),
+            "swiglu_alpha": r.number("swiglu_alpha", 1.702),
+            "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
+        }
+        | _attention_bias(r, True)
+        | _rope(r, 150000.0, _GPT_OSS_ROPE)
+    )
 
 
 _GPT_OSS_ROPE: Config = {
@@ -308,10 +309,9 @@ def _olmoe(r: ConfigReader) -> Fields:
         "num_experts_per_tok": r.integer("num_experts_per_tok", 8),
         "moe_intermediate_size": r.integer("intermediate_size"),
         "norm_topk_prob": r.flag("norm_topk_prob", False),
-        "attention_bias": "qkvo" if r.flag("attention_bias", False) else "none",
         "qk_norm": "full",
         "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
-    }
+    } | _attention_bias(r)
 
 
 ARCHITECTURES: dict[str, Callable[[ConfigReader], Fields]] = {

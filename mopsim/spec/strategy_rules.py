@@ -44,9 +44,8 @@ def _ranges(s: "Strategy") -> Rules:
 
 def _degrees(s: "Strategy") -> Rules:
     """Each degree divides what it is a view of."""
-    yield _divides(
-        s.world_size, s.pipeline.pipeline_parallel, "pipeline.pipeline_parallel", f"world_size {s.world_size}"
-    )
+    degree, world = s.pipeline.pipeline_parallel, f"world_size {s.world_size}"
+    yield _divides(s.world_size, degree, "pipeline.pipeline_parallel", world)
     ranks = s.stage_ranks
     stage = f"the {ranks} ranks of a stage"
     for field, degree in (
@@ -57,22 +56,14 @@ def _degrees(s: "Strategy") -> Rules:
         ("vocabulary.vocab_parallel", s.vocabulary.vocab_parallel),
     ):
         yield _divides(ranks, degree, field, stage)
-    split, not_split = s.experts.expert_parallel * s.experts.expert_tensor_parallel, "does not divide"
-    yield (
-        ranks % split == 0,
-        "experts.expert_tensor_parallel",
-        f"times experts.expert_parallel {s.experts.expert_parallel} {not_split} {stage}",
-    )
-    replicas = s.expert_replicas
-    yield _divides(
-        replicas, s.experts.expert_fsdp, "experts.expert_fsdp", f"the {replicas} replicas of an expert"
-    )
+    split = s.experts.expert_parallel * s.experts.expert_tensor_parallel
+    rule = f"times experts.expert_parallel {s.experts.expert_parallel} does not divide {stage}"
+    yield ranks % split == 0, "experts.expert_tensor_parallel", rule
+    replicas = f"the {s.expert_replicas} replicas of an expert"
+    yield _divides(s.expert_replicas, s.experts.expert_fsdp, "experts.expert_fsdp", replicas)
     split = s.dense.tensor_parallel * s.attention.context_parallel
-    yield (
-        ranks % split == 0,
-        "attention.context_parallel",
-        f"times dense.tensor_parallel {s.dense.tensor_parallel} {not_split} {stage}",
-    )
+    rule = f"times dense.tensor_parallel {s.dense.tensor_parallel} does not divide {stage}"
+    yield ranks % split == 0, "attention.context_parallel", rule
 
 
 def _divides(total: int, degree: int, field: str, what: str) -> Rule:
@@ -89,13 +80,9 @@ def _state(s: "Strategy") -> Rules:
     chunked = loss == "chunked"
     least = "must be at least 1 for a chunked loss"
     yield not chunked or s.vocabulary.chunk_tokens >= 1, "vocabulary.chunk_tokens", least
-    on_host = s.optimizer.state_tier == "host"
-    yield (
-        s.optimizer.update_on == "device" or on_host,
-        "optimizer.update_on",
-        "needs optimizer.state_tier host",
-    )
-    streamed = on_host and s.optimizer.update_on == "device" and s.optimizer.host_fraction == 1
+    on_host, update = s.optimizer.state_tier == "host", s.optimizer.update_on
+    yield update == "device" or on_host, "optimizer.update_on", "needs optimizer.state_tier host"
+    streamed = on_host and update == "device" and s.optimizer.host_fraction == 1
     rule = "needs all of the state streamed: optimizer.state_tier host, update_on device, host_fraction 1"
     yield s.optimizer.overlap == "none" or streamed, "optimizer.overlap", rule
 
@@ -121,11 +108,8 @@ def _activations(s: "Strategy") -> Rules:
 def _pipeline(s: "Strategy") -> Rules:
     p = s.pipeline
     virtual = p.virtual_stages > 1
-    yield (
-        not virtual or p.pipeline_parallel > 1,
-        "pipeline.virtual_stages",
-        "needs a pipeline.pipeline_parallel above 1",
-    )
+    alone = "needs a pipeline.pipeline_parallel above 1"
+    yield not virtual or p.pipeline_parallel > 1, "pipeline.virtual_stages", alone
     one_part = f"plays one part a stage, not pipeline.virtual_stages {p.virtual_stages}: needs interleaved"
     yield not virtual or p.schedule == "interleaved", "pipeline.schedule", one_part
     parts = p.pipeline_parallel * p.virtual_stages
@@ -138,16 +122,11 @@ def _pipeline(s: "Strategy") -> Rules:
 def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     """Rules of a strategy for one model."""
     experts, heads, layers = model.num_local_experts, model.num_attention_heads, model.num_hidden_layers
+    field, degree = "experts.expert_parallel", s.experts.expert_parallel
     if experts:
-        yield _divides(
-            experts, s.experts.expert_parallel, "experts.expert_parallel", f"num_local_experts {experts}"
-        )
+        yield _divides(experts, degree, field, f"num_local_experts {experts}")
     else:
-        yield (
-            s.experts.expert_parallel == 1,
-            "experts.expert_parallel",
-            "must be 1 for a model without experts",
-        )
+        yield degree == 1, field, "must be 1 for a model without experts"
     head = "needs a head of its own, but model.tie_word_embeddings is true"
     yield s.vocabulary.loss != "ring" or not model.tie_word_embeddings, "vocabulary.loss", head
     tensor = s.dense.tensor_parallel

@@ -33,9 +33,7 @@ def tensors(model: ModelSpec) -> tuple[Tensor, ...]:
     H = model.hidden_size
     found = [Tensor("embedding.weight", (model.vocab_size, H), "embedding")]
     if model.learned_positions:
-        found.append(
-            Tensor("position_embedding.weight", (model.learned_positions, H), "embedding", whole=True)
-        )
+        found += _linear("position_embedding", model.learned_positions, H, "embedding", -1, whole=True)
     for layer in range(model.num_hidden_layers):
         found += layer_tensors(model, layer, f"layers.{layer}", model.is_moe_layer(layer))
     found += _norm(model, "final_norm", H, "vocabulary")
@@ -56,11 +54,8 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
         return found + _ffn(
             model, f"{prefix}.ffn", model.intermediate_size, "dense_ffn", layer, model.ffn_bias
         )
-    found.append(
-        Tensor(f"{prefix}.moe.router.weight", (model.num_local_experts, H), "router", layer, whole=True)
-    )
-    if model.router_bias:
-        found.append(Tensor(f"{prefix}.moe.router.bias", (model.num_local_experts,), "router", layer))
+    experts, bias = model.num_local_experts, model.router_bias
+    found += _linear(f"{prefix}.moe.router", experts, H, "router", layer, bias, whole=True)
     found += _experts(model, f"{prefix}.moe.experts", layer)
     if model.shared_expert_intermediate_size:
         found += _ffn(
@@ -68,9 +63,7 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
             False,
         )  # fmt: skip
         if model.shared_expert_gate:
-            found.append(
-                Tensor(f"{prefix}.moe.shared_gate.weight", (1, H), "shared_experts", layer, whole=True)
-            )
+            found += _linear(f"{prefix}.moe.shared_gate", 1, H, "shared_experts", layer, whole=True)
     return found
 
 
@@ -105,8 +98,10 @@ def _norm(model: ModelSpec, name: str, size: int, component: str, layer: int = -
     return found + [Tensor(f"{name}.bias", (size,), component, layer)] * (model.norm == "layernorm")
 
 
-def _linear(name: str, out: int, inp: int, component: str, layer: int, bias: bool = False) -> list[Tensor]:
-    found = [Tensor(f"{name}.weight", (out, inp), component, layer)]
+def _linear(
+    name: str, out: int, inp: int, component: str, layer: int, bias: bool = False, whole: bool = False
+) -> list[Tensor]:
+    found = [Tensor(f"{name}.weight", (out, inp), component, layer, whole=whole)]
     return found + [Tensor(f"{name}.bias", (out,), component, layer)] * bias
 
 
@@ -134,15 +129,13 @@ def _mla(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     q = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
     found = []
     if model.q_lora_rank:
-        found.append(
-            Tensor(f"{prefix}.q_a_proj.weight", (model.q_lora_rank, H), "attention", layer, whole=True)
-        )
+        found += _linear(f"{prefix}.q_a_proj", model.q_lora_rank, H, "attention", layer, whole=True)
         found.append(Tensor(f"{prefix}.q_a_norm.weight", (model.q_lora_rank,), "attention", layer))
         found += _linear(f"{prefix}.q_b_proj", q, model.q_lora_rank, "attention", layer)
     else:
         found += _linear(f"{prefix}.q_proj", q, H, "attention", layer)
-    down = (model.kv_lora_rank + model.qk_rope_head_dim, H)
-    found.append(Tensor(f"{prefix}.kv_a_proj.weight", down, "attention", layer, whole=True))
+    down = model.kv_lora_rank + model.qk_rope_head_dim
+    found += _linear(f"{prefix}.kv_a_proj", down, H, "attention", layer, whole=True)
     found.append(Tensor(f"{prefix}.kv_a_norm.weight", (model.kv_lora_rank,), "attention", layer))
     out = heads * (model.qk_nope_head_dim + model.v_head_dim)
     found += _linear(f"{prefix}.kv_b_proj", out, model.kv_lora_rank, "attention", layer)
@@ -160,9 +153,8 @@ def _ffn(model: ModelSpec, prefix: str, width: int, component: str, layer: int, 
 def _experts(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     E, H, width = model.num_local_experts, model.hidden_size, model.moe_intermediate_size
     found = []
-    for name in (
-        ("gate_proj", "up_proj", "down_proj") if model.ffn_matrices == 3 else ("up_proj", "down_proj")
-    ):
+    gated = ("gate_proj",) if model.ffn_matrices == 3 else ()
+    for name in (*gated, "up_proj", "down_proj"):
         shape = (E, H, width) if name != "down_proj" else (E, width, H)
         found.append(Tensor(f"{prefix}.{name}", shape, "experts", layer, routed=True))
         if model.expert_bias:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from mopsim.common.errors import MopError
 from mopsim.common.explain import not_one_of
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.profiles import load_profile
 from mopsim.validate import kernels, parts
+from mopsim.validate.case import machine
 from mopsim.validate.component import Component, parse
 from mopsim.validate.tables import Row, UnsupportedError
 
@@ -80,11 +79,6 @@ def _of_row(row: Row) -> Predicted:
         return Predicted(Component(row, {}, None), None, error.field, error.reason)
 
 
-@lru_cache(maxsize=64)
-def _profile(name: str) -> HardwareProfile:
-    return load_profile(name)
-
-
 def _predict(component: Component) -> Predicted:
     if component.kind not in PREDICTORS:
         return Predicted(component, None, "component", f"{component.kind!r} has no predictor")
@@ -92,7 +86,7 @@ def _predict(component: Component) -> Predicted:
     if component.metric not in predictor.metrics:
         return Predicted(component, None, "metric", f"{component.metric!r} {not_one_of(predictor.metrics)}")
     try:
-        hardware = _profile(component.row["gpu"])
+        hardware = machine(component.row["gpu"])
     except MopError as error:
         return Predicted(component, None, "gpu", str(error))
     try:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-import msgspec
+from msgspec.structs import replace
 
 from mopsim.common.units import UNITS
 from mopsim.engine import SimResult, run, simulate
@@ -69,10 +69,10 @@ def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int
             ranks, expert_parallel=ranks, optimizer_bucket_params=round(sum(groups) / len(groups)),
             optimizer_slots=component.count("slots"), offload_inputs=False, grad_dtype="bfloat16",
         )  # fmt: skip
-        strategy = msgspec.structs.replace(
+        strategy = replace(
             strategy,
-            dense=msgspec.structs.replace(strategy.dense, grad_tier="host"),
-            precision=msgspec.structs.replace(strategy.precision, grad="float32"),
+            dense=replace(strategy.dense, grad_tier="host"),
+            precision=replace(strategy.precision, grad="float32"),
         )
     else:
         strategy = mop(
@@ -107,7 +107,7 @@ def _tensor_groups(model: ModelSpec, ranks: int, target: float) -> list[int]:
 def _plain(model: ModelSpec) -> ModelSpec:
     """The network with the same parameters to a per mille, but no sinks, windows or biases (they don't bear
     on this)."""
-    return msgspec.structs.replace(
+    return replace(
         model, attention_sinks=False, sliding_window=0, attention_bias="none", expert_bias=False,
         router_bias=False
     )  # fmt: skip
@@ -196,8 +196,8 @@ def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
     strategy = _expert_strategy(component)
     result = _expert_layer(component, strategy, hardware)
     if component.metric == "speedup":
-        whole = msgspec.structs.replace(strategy.experts, chunk_tokens=0)
-        other = msgspec.structs.replace(strategy, experts=whole)
+        whole = replace(strategy.experts, chunk_tokens=0)
+        other = replace(strategy, experts=whole)
         return _expert_layer(component, other, hardware).step_time / result.step_time
     forward = [span for span in result.spans if span.phase == "forward"]
     end = max(span.end for span in (forward if passes == "forward" else result.spans))
@@ -227,7 +227,7 @@ def _expert_strategy(component: Component) -> Strategy:
         chunk_tokens=component.count("chunk_tokens") if chunked else 0,
         max_chunks=component.count("num_chunks") if chunked else 1,
     )
-    return msgspec.structs.replace(fsdp2(degree, expert_parallel=degree, recompute="none"), experts=experts)
+    return replace(fsdp2(degree, expert_parallel=degree, recompute="none"), experts=experts)
 
 
 def _expert_model(component: Component) -> ModelSpec:
@@ -252,9 +252,7 @@ def _nested(strategy: Strategy) -> Stack:
     """PipelinedLLEP keeps the inputs of chunks in the layer's recompute (arXiv 2609.14306)."""
     stack = load_stack(strategy.stack)
     how: Literal["nested", "redispatch"] = "nested" if strategy.experts.chunk_tokens else "redispatch"
-    return msgspec.structs.replace(
-        stack, recompute=msgspec.structs.replace(stack.recompute, chunk_inputs=how)
-    )
+    return replace(stack, recompute=replace(stack.recompute, chunk_inputs=how))
 
 
 def _beside(component: Component) -> int:

@@ -12,7 +12,7 @@ from msgspec.structs import asdict, replace
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
-from mopsim.spec.observed import Observed
+from mopsim.spec.hardware import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases

@@ -103,6 +103,11 @@ class AttentionPair(Rows):
         if self.D > 1:
             b.drop("merged")
 
+    def _exchange(self, layer: int, phase: str, name: str, size: int) -> int | None:
+        """What was made so far is there before ranks trade heads for positions, or the other way."""
+        self.b.flush(_C, phase, layer)
+        return self.b.issue(name, "all_to_all", size, "sequence", _C, phase, layer)
+
     def _local_output(self, layer: int, phase: str) -> int | None:
         """out -> `merged`, all heads of this rank's positions; a view without an exchange."""
         if self.D == 1:
@@ -112,8 +117,7 @@ class AttentionPair(Rows):
             b.make("send", self.q_bytes)
             b.compute("pack", _C, phase, layer, [self.elementwise(self.q_bytes, 2, 1)])
         b.make("received", self.q_bytes)
-        b.flush(_C, phase, layer)
-        waiting = b.issue("heads_to_sequence", "all_to_all", self.q_bytes, "sequence", _C, phase, layer)
+        waiting = self._exchange(layer, phase, "heads_to_sequence", self.q_bytes)
         if self.B > 1:
             b.drop("send")
         b.make("merged", self.q_bytes)
@@ -130,8 +134,7 @@ class AttentionPair(Rows):
             b.rename(source, target)
             return None
         b.make(target, size)
-        b.flush(_C, phase, layer)
-        waiting = b.issue("sequence_to_heads", "all_to_all", size, "sequence", _C, phase, layer)
+        waiting = self._exchange(layer, phase, "sequence_to_heads", size)
         if self.B > 1:
             b.spike(size)
             b.compute("unpack", _C, phase, layer, [self.elementwise(size, 2, 1)], waiting)
@@ -151,9 +154,9 @@ class AttentionPair(Rows):
         b.compute("o_proj dgrad", _C, phase, layer, [kernel[0], *kernel[2:]])
         waiting = self._to_heads(layer, phase, "grad_packed", "grad_out", self.q_bytes)
         local_q, local_kv = self.q_bytes, self.kv_bytes
-        b.make("dq_whole", local_q)
-        b.make("dk_whole", local_kv)
-        b.make("dv_whole", local_kv)
+        whole = {"dq": local_q, "dk": local_kv, "dv": local_kv}
+        for name, size in whole.items():
+            b.make(f"{name}_whole", size)
         b.spike(self.workspace)
         if self.repeats > 1:
             b.spike(local_q // self.repeats + 2 * local_kv)
@@ -162,7 +165,7 @@ class AttentionPair(Rows):
             works.append(self.elementwise(local_q + 3 * local_kv * self.repeats, 2, 3 * self.repeats))
         b.compute("attention_core", _C, phase, layer, works, waiting)
         b.drop("grad_out", "q", "k", "v", "out", "sums")
-        for name, size in (("dq", local_q), ("dk", local_kv), ("dv", local_kv)):
+        for name, size in whole.items():
             waiting = self._to_positions(layer, f"{name}_whole", name, size)
         works = [self._rotate(local_q), self._rotate(local_kv)]
         b.compute("rotate", _C, phase, layer, works, waiting)
@@ -175,8 +178,7 @@ class AttentionPair(Rows):
         if self.B > 1:
             b.make("send", size)
         b.make(target, size)
-        b.flush(_C, "backward", layer)
-        waiting = b.issue("heads_to_sequence", "all_to_all", size, "sequence", _C, "backward", layer)
+        waiting = self._exchange(layer, "backward", "heads_to_sequence", size)
         b.drop(*(("send",) if self.B > 1 else ()), source)
         return waiting
 
@@ -205,14 +207,9 @@ class AttentionPair(Rows):
             b.make("grad_hidden", self.c.hidden)
         works += self.kernels(layer, True, f"{name}_proj")
         self.weight_gradient(heads * self.d * self.H)
-        if name == "v":
-            b.drop(f"d{name}")
-        if blocks > 1:
-            b.drop("merged")
-        elif blocks < self.D:
-            b.drop("summed")
-        if name != "v":
-            b.drop(f"d{name}")
+        used = "merged" if blocks > 1 else "summed" if blocks < self.D else ""
+        order = (f"d{name}", used) if name == "v" else (used, f"d{name}")
+        b.drop(*filter(None, order))
         return works
 
     def _head_norm(self, name: str) -> list[Work]:
@@ -222,12 +219,9 @@ class AttentionPair(Rows):
         heads = self.heads if name == "q" else self.kv_bytes // (self.N * self.d * self.c.b)
         if self.fused_norm:
             return [self.norm(self.N, heads * self.d)]
-        blocks = self.D
-        part = slice_rows(self.N)
-        width = heads * self.d // blocks
-        self.b.spike(part * width * (self.c.b + self.c.wide))
-        work = self.pass_(self.N, width * blocks, 5 * self.c.b + 4 * self.c.wide, 9 * blocks)
-        return [work]
+        width = heads * self.d // self.D
+        self.b.spike(slice_rows(self.N) * width * (self.c.b + self.c.wide))
+        return [self.pass_(self.N, width * self.D, 5 * self.c.b + 4 * self.c.wide, 9 * self.D)]
 
     def _rotate(self, size: int) -> Work:
         """Rotation in place, slice by slice of positions: one and a half slices of temporaries."""

@@ -10,8 +10,7 @@ from mopsim.common.errors import SpecError
 from mopsim.common.io import digest
 from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
-from mopsim.spec.capability.rules import RULES, value_at
-from mopsim.spec.capability.software import no_runtime
+from mopsim.spec.capability.rules import RULES, no_runtime, value_at
 from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, FieldRow, Side
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
