@@ -266,8 +266,8 @@ MOST_OFF = 5
 
 
 class Observed(Spec, frozen=True, kw_only=True):
-    """What calibration leaves in a profile of the runs that it saw, of one network, stack and precision: how
-    far off their predictions by the profile still were.
+    """What calibration leaves in a profile of the runs of one network, one stack and one precision that it
+    saw: how far off their predictions by the profile still were.
 
     stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
     disturbed one for the part of it that was quiet. step_time, peak_memory: mean ln(measured / predicted) by
