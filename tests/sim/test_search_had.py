@@ -88,7 +88,7 @@ def test_a_space_has_what_its_stack_has_and_all_of_it(
     monkeypatch.setattr(
         "mopsim.search.legal.had", lambda given, family: Had(had_module.every_axis(given, family), [], "", [])
     )
-    monkeypatch.setattr("mopsim.search.legal.axes_of", had_module.every_axis)
+    monkeypatch.setattr("tests.sim.spaces.axes_of", had_module.every_axis)
     for family, space in spaces.items():
         for index in choose.permutation(len(space))[:ROWS_TRIED].tolist():
             assert not refused(space, index), (family, space.row(index))
