@@ -17,10 +17,12 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from mopsim.common.processes import end_with_parent
 from tests.patience import HANG
 
 
 def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> None:
+    end_with_parent(0)  # a rank that waits for others would hold its card for ever
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(

@@ -7,13 +7,15 @@ says so in one line and ends with 0. Exits with 1 where parity fails or a run do
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -32,12 +34,18 @@ ROOT = Path(__file__).parents[2]
 NO_GPU = "no GPU here (torch.cuda.is_available() is false): nothing was measured"
 LAYERS_A_CARD = 3
 """Of Qwen3-30B-A3B, whose layers have 0.6e9 parameters of 16 to 18 bytes: 33 GB of a card of 80."""
+TESTS = tuple(
+    f"tests/exec/test_{name}.py"
+    for name in ("flat_gpu", "fully_shard", "probe", "split_modules", "tiers", "train")
+)
+"""Files with tests of the mark `gpu`: to collect all tests takes minutes."""
+TESTS_SECONDS = 900
 Execute = Callable[[Sequence[str]], int]
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained. seconds: that one command may take, so that all end in 20 minutes."""
+    """What is trained. seconds: that a training may take, so that all ends in half an hour."""
 
     model: ModelSpec
     seq_len: int
@@ -95,7 +103,7 @@ def measure(plans: dict[str, Plan], size: Size, folder: Path, execute: Execute) 
             io.write_yaml(path, plan)
         code = execute(
             ["-m", "mopexec.cli", "train", "--plan", str(path), "--data", "python", "--steps",
-             str(size.steps), "--tracked-steps", "1", "--out", str(out)]
+             str(size.steps), "--tracked-steps", "1", "--out", str(out), "--no-final-checkpoint"]
         )  # fmt: skip
         found[name] = {"rc": code, **(_steady(out / "metrics.jsonl") if code == 0 else {})}
     return found
@@ -132,16 +140,22 @@ def table(found: dict[str, dict[str, Any]], device: str, parity: str) -> str:
 
 
 def execute_here(seconds: int) -> Execute:
-    """Runs Python with these arguments in the project's root; 124 where it takes longer."""
+    """Runs Python with these arguments in the project's root; 124 where it takes longer. What it has started
+    ends with it."""
 
     def run(arguments: Sequence[str]) -> int:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True
+        )
         try:
-            return subprocess.run(
-                [sys.executable, *arguments], cwd=ROOT, env=environment, timeout=seconds
-            ).returncode
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return 124
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     return run
 
@@ -167,11 +181,13 @@ def main(arguments: Sequence[str] | None = None, execute: Execute | None = None)
     parity = "not run (several nodes)" if under_torchrun() else "no GPU"
     failed = 0
     if gpus and not under_torchrun():
-        failed = run(["-m", "pytest", "-q", "-m", "gpu", "tests"])
+        tests = execute or execute_here(TESTS_SECONDS)
+        failed = tests(["-m", "pytest", "-q", "-m", "gpu", *TESTS])
         parity = f"failed with {failed}" if failed else "passed"
-    folder = given.out / "runs" if under_torchrun() else Path(tempfile.mkdtemp(prefix="mop_gpu_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    found = measure(contenders(size, ranks, kind), size, folder, run)
+    with nullcontext(given.out / "runs") if under_torchrun() else TemporaryDirectory(prefix="mop_") as name:
+        folder = Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measure(contenders(size, ranks, kind), size, folder, run)
     if place().rank == 0:
         device = f"{ranks} x {device_name(torch.device(kind, 0) if gpus else torch.device(kind))}"
         given.out.mkdir(parents=True, exist_ok=True)

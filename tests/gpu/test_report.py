@@ -1,16 +1,21 @@
 """The script of `make gpu` on a machine without one."""
 
+import ctypes
 import json
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from mopexec.distributed.tiers import Platform
 from mopsim.common import io
 from mopsim.spec.plan import Plan
-from tests.exec.spawn import run_command
-from tests.gpu.report import NO_GPU, contenders, execute_here, full, main, table
+from tests.exec.spawn import pool, run_command
+from tests.gpu.report import NO_GPU, ROOT, TESTS, contenders, execute_here, full, main, table
+from tests.patience import HANG
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
@@ -28,7 +33,8 @@ def test_both_strategies_are_run_and_reported(tmp_path: Path) -> None:
     plans: dict[str, Plan] = {}
 
     def execute(arguments: Sequence[str]) -> int:
-        given = dict(zip(arguments[3::2], arguments[4::2], strict=True))
+        given = dict(zip(arguments[3:-1:2], arguments[4::2], strict=True))
+        assert arguments[-1] == "--no-final-checkpoint"
         plan = plans[Path(given["--plan"]).stem] = io.load(Path(given["--plan"]), Plan, "plan")
         out, seconds = Path(given["--out"]), 1.0 if "mop" in given["--out"].rsplit("/", 1)[-1] else 2.0
         out.mkdir()
@@ -43,6 +49,35 @@ def test_both_strategies_are_run_and_reported(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert found["fsdp2"]["step_time_s"] == 2 * found["mop"]["step_time_s"] == 2.0
     assert "0.50 of the baseline's step time" in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_a_command_has_started_ends_with_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = f"import subprocess as s; open({str(pid)!r}, 'w').write(str(s.Popen(['sleep', '9999']).pid))"
+    assert execute_here(int(HANG))(["-c", code]) == 0
+    started, end = Path(f"/proc/{pid.read_text()}/stat"), time.monotonic() + HANG
+    while started.exists() and started.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert execute_here(1)(["-c", "import time; time.sleep(9999)"]) == 124
+
+
+@needs_none
+def test_ranks_of_tests_end_with_them() -> None:
+    """Those too that wait for one another on a card."""
+    assert pool(2).run("tests.gpu.test_report", "death_signal") == [signal.SIGKILL] * 2
+
+
+def death_signal(platform: Platform) -> int:
+    """That this process gets when its parent ends."""
+    found = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(found))
+    return found.value
+
+
+def test_the_tests_for_gpus_are_named() -> None:
+    marked = (path for path in ROOT.glob("tests/exec/test_*.py") if "mark.gpu" in path.read_text())
+    assert sorted(str(path.relative_to(ROOT)) for path in marked) == list(TESTS)
 
 
 def test_a_run_that_fails_is_an_error(tmp_path: Path) -> None:
