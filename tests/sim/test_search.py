@@ -20,7 +20,6 @@ from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE
 from mopsim.search.space import IN_8_BITS, Space
-from mopsim.search.staged import candidates
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.presets import load_model
@@ -30,7 +29,7 @@ from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
-from tests.sim.spaces import generate
+from tests.sim.spaces import generate, spread
 
 CASES = (
     ("tiny", "cpu-2core", 1, 512, 4, "float32"),
@@ -63,7 +62,7 @@ def with_memory(hardware: HardwareProfile, device: float, host: float | None = N
 @cache
 def whole(case: int, family: str) -> tuple[Space, SpaceFacts]:
     """A family's space, and what bounds its rows."""
-    space, _ = candidates(problem(case), family)
+    space = spread(problem(case), family)
     return space, SpaceFacts.of(space)
 
 
@@ -126,7 +125,7 @@ def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, Spac
     """A family's space whose products are cast, and what bounds its rows."""
     spec, training = load_model(narrow[2]), TrainSpec(seq_len=4096, global_batch=64)
     asked = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
-    space, _ = candidates(asked, family)
+    space = spread(asked, family)
     return space, SpaceFacts.of(space)
 
 

@@ -29,6 +29,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
+from tests.sim.spaces import spread
 
 CASES = (
     ("tiny", "cpu-2core", 2, 1024, 8),
@@ -54,6 +55,15 @@ def problem(case: int) -> Problem:
 
 
 @cache
+def all_kinds(case: int, family: str) -> tuple[Space, SpaceFacts, Pieces]:
+    space = spread(problem(case), family)
+    return space, SpaceFacts.of(space), Pieces(space)
+
+
+WHOLE = pytest.mark.xdist_group("whole spaces of megatron")
+
+
+@cache
 def whole(case: int, family: str) -> tuple[Space, SpaceFacts, Pieces]:
     space, _ = candidates(problem(case), family, most=60_000)
     return space, SpaceFacts.of(space), Pieces(space)
@@ -70,7 +80,7 @@ def played(one: Problem, space: Space) -> SimResult | None:
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=PLAIN)
 @given(case=st.integers(0, len(CASES) - 1), place=st.floats(0, 1, exclude_max=True))
 def test_a_refined_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
-    space, shared, pieces = whole(case, family)
+    space, shared, pieces = all_kinds(case, family)
     index = int(place * len(space))
     at = np.array([index])
     row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
@@ -115,7 +125,7 @@ def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: 
     if family == "mop":  # a fork with its loss
         program = replace(program, has={**program.has, "vocabulary.loss": ("ring",)})
     asked = Problem(model, machine, 1, training, total_params(model), stack=program)
-    space, _ = candidates(asked, family)
+    space = spread(asked, family)
     shared, pieces = SpaceFacts.of(space), Pieces(space)
     for index in np.random.default_rng(0).choice(len(space), 5, replace=False):
         at = np.array([index])
@@ -165,6 +175,7 @@ def _woven(space: Space, count: int, least: int = 1) -> list[int]:
     return [int(one) for one in rows[np.linspace(0, len(rows) - 1, count).astype(int)]]
 
 
+@WHOLE
 @pytest.mark.parametrize("woven", [False, True])
 def test_what_is_expected_of_known_parts_is_what_is_simulated(woven: bool) -> None:
     """Step times of candidates whose parts are known, of the twentieth that is guessed to be fastest: within
@@ -189,6 +200,7 @@ def test_what_is_expected_of_known_parts_is_what_is_simulated(woven: bool) -> No
     assert np.quantile(misses, 0.75) < 0.06
 
 
+@WHOLE
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=PLAIN)
 @given(case=st.sampled_from((2, 5)), place=st.floats(0, 1, exclude_max=True), flat=st.booleans())
 def test_bounds_of_a_woven_pipeline_are_at_most_what_is_simulated(
@@ -205,6 +217,7 @@ def test_bounds_of_a_woven_pipeline_are_at_most_what_is_simulated(
         assert closer.device_memory()[0][0] <= found.peak_memory + 1
 
 
+@WHOLE
 def test_the_memory_of_a_woven_pipeline_is_known() -> None:
     """What a first pair needs is nearly what the step does: 0.95 of it by mean."""
     space, shared, pieces = whole(5, "megatron")
@@ -219,6 +232,7 @@ def test_the_memory_of_a_woven_pipeline_is_known() -> None:
     assert np.mean(shares) > 0.95
 
 
+@WHOLE
 def test_passes_are_woven_as_the_program_weaves_them() -> None:
     """The seconds that the ops of the program's builder take, one after the other on each stream."""
     space, _, pieces = whole(2, "megatron")
