@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from mopexec.distributed import collectives
+from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.scope import component, host_compute
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import mark_host
@@ -37,6 +38,56 @@ def test_matmuls_and_what_only_moves_data():
     assert (kinds["grouped_matmul"].count, kinds["grouped_matmul"].flops) == (2, 2 * 2 * 8 * 16 * 4)
     assert kinds["memory_bound"].count == 1
     assert all(timing.seconds > 0 for timing in kinds.values())
+
+
+class Device(EagerMode):
+    """A GPU's stream: every op takes the host 20 us to launch and the device 2 us to run. host, stream: where
+    each is, in seconds."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.host = self.stream = 0.0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 2e9))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def launch(self, seconds):
+        self.host += 20e-6
+        self.stream = max(self.stream, self.host) + seconds
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.launch(2e-6)
+        return func(*args, **(kwargs or {}))
+
+
+class Event:
+    """An event of Device's stream."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.seconds = max(self.device.stream, self.device.host)
+
+    def elapsed_time(self, end):
+        return (end.seconds - self.seconds) * 1e3
+
+
+def test_events_count_the_device_and_not_the_launch(monkeypatch):
+    x, device, timer = torch.zeros(8), Device(monkeypatch), KindTimer(cuda=True)
+    with device, timer:
+        for _ in range(3):
+            x.add_(1)
+            device.host += 1e-3  # what the host does in between: the stream is idle
+    assert timer.kinds()["memory_bound"].seconds == pytest.approx(3 * 2e-6)
+
+
+def test_the_hosts_own_work_is_timed_by_its_clock(monkeypatch):
+    monkeypatch.delattr(torch.cuda, "Event")
+    timer = KindTimer(cuda=True)
+    with timer, component("optimizer"), host_compute():
+        torch.zeros(1000, 1000).mul_(2)
+    assert timer.kinds()["host_optimizer"].seconds > 0
 
 
 def test_causal_attention_counts_half_and_its_backward_five_products():
