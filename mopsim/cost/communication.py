@@ -88,7 +88,7 @@ def collective(work: Work, profile: HardwareProfile) -> float:
 
 def reached(
     places: float | NDArray[np.float64], choices: float | NDArray[np.float64], experts: float,
-    limit: tuple[int, int] = (1, 1),
+    limit: tuple[int, int] = (1, 1), consecutive: bool = False,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Share of rows that go to one of equal `places`, ranks or domains: those that chose an expert there.
 
@@ -99,7 +99,14 @@ def reached(
     each g as often: a place has experts of m = e G / E groups, of which j are among them with probability
     C(m, j) C(G - m, g - j) / C(G, g), of one where m < 1. So it is where places and groups nest; else it is
     some 3 % off.
+    consecutive: a row chooses k experts one after the other, the first of row i being i k modulo E: the first
+    lies on every multiple of gcd(k, e) in a place alike, so that 1 + (k - gcd(k, e)) / e places are met.
     """
+    if consecutive and experts:
+        held = np.asarray(experts / np.asarray(places), dtype=np.float64)
+        step = np.gcd(np.rint(choices).astype(np.int64), np.maximum(held, 1).astype(np.int64))
+        met = 1 + np.maximum(choices - step, 0) / np.maximum(held, 1)
+        return np.asarray(np.minimum(met / places, 1.0))
     groups, chosen = limit
     if not experts:
         return np.asarray(1 - (1 - 1 / places) ** choices)
@@ -129,7 +136,7 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     slower counts.
     """
     n, intra = work.group.size, work.group.intra
-    choices = work.group.choices, work.group.experts, work.group.limit
+    choices = work.group.choices, work.group.experts, work.group.limit, work.group.consecutive
     domains = n / intra
     out = profile.scale_out.collectives["all_to_all"]
     wanted = once * (n - 1) * float(reached(n, *choices))

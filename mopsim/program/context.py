@@ -194,14 +194,14 @@ def _routes(
     return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
 
 
-def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, CommGroup]:
+def _groups(model: ModelSpec, strategy: Strategy, domain: int, consecutive: bool) -> dict[str, CommGroup]:
     """Process groups; that of the experts knows how many a token chooses, of how many, where copies are sent
     once."""
     found = process_groups(strategy, domain)
     if strategy.experts.token_dispatcher != "alltoall":
         found["experts"] = replace(
             found["experts"], choices=model.num_experts_per_tok, experts=model.num_local_experts,
-            limit=(model.n_group, model.topk_group),
+            limit=(model.n_group, model.topk_group), consecutive=consecutive,
         )  # fmt: skip
     return found
 
@@ -230,7 +230,8 @@ def make_context(
     )  # fmt: skip
     count = model.num_hidden_layers + model.num_nextn_predict_layers
     return Context(
-        model, strategy, training, stack, _groups(model, strategy, domain), shapes,
+        model, strategy, training, stack,
+        _groups(model, strategy, domain, stack.forces_consecutive(training.routing)), shapes,
         {layer: layer_units(model, strategy, layer) for layer in range(count)}, edge_units(model, strategy),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
         int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),

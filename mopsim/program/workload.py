@@ -27,8 +27,8 @@ class CommGroup(Struct, frozen=True):
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
     chooses where the busiest rank gets more than the mean; 0: all travel. experts: of all the ranks of such
     an exchange, 0 where their number is not known. limit: (n_group, topk_group) that a token's choices are
-    limited to. block: devices of the smallest aligned block (a power of
-    two) of a domain that holds its ranks there, 0 where it is not known.
+    limited to. consecutive: they are one after the other. block: devices of the smallest aligned block (a
+    power of two) of a domain that holds its ranks there, 0 where it is not known.
     """
 
     size: int
@@ -37,6 +37,7 @@ class CommGroup(Struct, frozen=True):
     experts: int = 0
     block: int = 0
     limit: tuple[int, int] = (1, 1)
+    consecutive: bool = False
 
 
 class Work(Struct, frozen=True):

@@ -280,6 +280,7 @@ class Bounder(Footprint):
                 once,
                 m.num_local_experts,
                 (m.n_group, m.topk_group),
+                self.space.stack.forces_consecutive(self.problem.training.routing),
             ),
             Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]

@@ -17,7 +17,8 @@ class Message:
 
     size: bytes of the full buffer. ranks: of the group, each `stride` ranks after the one before. choices: of
     an all-to-all that sends a row once to a domain and once to a rank, the experts that it is meant for, of
-    so many `experts`, in some groups (`limit`, see `reached`); 0: a row for each.
+    so many `experts`, in some groups or one after the other (`limit`, `consecutive`, see `reached`); 0: a row
+    for each.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Message:
     choices: Reals | float = 0.0
     experts: int = 0
     limit: tuple[int, int] = (1, 1)
+    consecutive: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _distinct(places: Reals, message: Message) -> Reals:
     many, at = np.unique(places, return_inverse=True)
     found = places
     for choices in np.unique(message.choices):
-        sent = many * reached(many, choices, message.experts, message.limit)
+        sent = many * reached(many, choices, message.experts, message.limit, message.consecutive)
         once = sent / choices if choices else np.ones(len(many))
         found = np.where(message.choices == choices, once[at], found)
     return found

@@ -17,6 +17,7 @@ from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
 from mopsim.spec.has import require_had
 from mopsim.spec.quantity import require_between
+from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import MOST_BYTES
 from mopsim.spec.sharding import Sharding as Sharding
 from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
@@ -69,9 +70,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     begins a region gathers its rows again and scatters their input's gradient beside the products, or one
     after the other. region_sums: without sequence parallelism the input's gradient of a region is summed
     `once`, or that of each product that gate_up says is one of its own (`each`). sequence_exchange:
-    Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
-    and one for queries, keys and values, or one each, shared experts after the routed ones; or one each
-    that are counted as one whose input's gradients are added (`added`), gate and up only in `ffn_added`.
+    Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`). gate_up: one
+    product for both, and one for queries, keys and values, or one each, shared experts after the routed ones;
+    or one each that are counted as one whose input's gradients are added (`added`), gate and up only in
+    `ffn_added`.
     qkv_split:
     parts of the one for queries, keys and values are read where they lie, and their gradients written so;
     or torch splits them and puts their gradients together (`views`), and copies what attention wants
@@ -218,6 +220,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     stage_outputs: what a pipeline stage makes is freed once it is sent, the last one's logits with their
     backward (`freed`); or lies in buffers of the schedule until its own backward is over, whole, and logits
     until the next ones' is (`held`), or a part on each tensor-parallel rank (`parts`).
+    balanced_routes: a token's experts where it makes `balanced` routing itself, for benchmarks: drawn
+    independently (random logits), or `consecutive` ones (round robin), which lie on fewer ranks.
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
     a file: the entries that are others).
     sharding: how state is sharded and gathered. recompute: habits of recomputation. host: what its Python
@@ -235,6 +239,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     explicit: bool = False
     has: dict[str, tuple[Any, ...]] = msgspec.field(default_factory=dict)
     stage_outputs: Literal["freed", "held", "parts"] = "freed"
+    balanced_routes: Literal["independent", "consecutive"] = "independent"
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None
     sharding: Sharding = Sharding()
@@ -283,6 +288,10 @@ class Stack(Spec, frozen=True, kw_only=True):
     def flash(self) -> bool:
         """Whether attention scores are never kept in memory."""
         return self.attention != "scores"
+
+    def forces_consecutive(self, routing: RoutingProfile) -> bool:
+        """Whether a token's experts lie one after the other."""
+        return routing == "balanced" and self.balanced_routes == "consecutive"
 
     @property
     def behaviour(self) -> "Stack":

@@ -10,12 +10,16 @@ from msgspec.structs import replace
 from mopsim.common.errors import SpecError
 from mopsim.cost import raw_seconds, seconds
 from mopsim.cost.communication import reached
+from mopsim.program import lower
 from mopsim.program.topology import span
 from mopsim.program.workload import CommGroup, Work
 from mopsim.search.wires import Message, Wires
 from mopsim.spec.hardware import Correction, MatmulCurve
 from mopsim.spec.profiles import load_profile
-from tests.sim.toys import machine, quantity
+from mopsim.spec.stack import Sharding, Stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+from tests.sim.toys import machine, quantity, small
 
 TOY = machine()
 
@@ -188,6 +192,32 @@ def test_a_row_of_some_groups_reaches_fewer_ranks(
     assert float(reached(places, choices, 16, (groups, limited))) == pytest.approx(there / len(chosen))
     assert there / len(chosen) <= float(reached(places, choices, 16)) + 1e-12
     assert float(reached(places, choices, 16, (groups, groups))) == float(reached(places, choices, 16))
+
+
+@pytest.mark.parametrize(("experts", "choices"), [(8, 2), (8, 5), (12, 4), (32, 6), (256, 8)])
+@pytest.mark.parametrize("places", [1, 2, 4])
+def test_consecutive_experts_lie_on_few_ranks(experts: int, choices: int, places: int) -> None:
+    """Counted over the rows of a round robin, and never more than of independent choices."""
+    each = experts // places
+    met = [len({(i * choices + j) % experts // each for j in range(choices)}) for i in range(experts)]
+    found = float(reached(places, choices, experts, consecutive=True))
+    assert found == pytest.approx(sum(met) / len(met) / places)
+    assert found <= float(reached(places, choices, experts)) + 1e-12
+
+
+def test_a_programs_own_balanced_routing_says_where_a_tokens_experts_lie() -> None:
+    strategy = fsdp2(8, expert_parallel=4)
+    strategy = replace(strategy, experts=replace(strategy.experts, token_dispatcher="deepep"))
+    times = {}
+    for routes in ("independent", "consecutive"):
+        stack = Stack(name="mine", balanced_routes=routes, sharding=Sharding(fsdp=True))
+        for routing in ("balanced", "zipf:0.5"):
+            training = TrainSpec(seq_len=4096, global_batch=8, routing=routing)
+            (program,) = lower(small(), strategy, training, 8, stack).programs
+            sent = [work for op in program.ops for work in op.work if work.kind == "all_to_all"]
+            times[routes, routing] = sum(seconds(work, TOY) for work in sent)
+    assert times["consecutive", "balanced"] < times["independent", "balanced"]
+    assert times["consecutive", "zipf:0.5"] == times["independent", "zipf:0.5"]
 
 
 def test_a_deduplicated_exchange_sends_a_row_to_each_of_its_ranks_once() -> None:
