@@ -43,7 +43,9 @@ RUNS: dict[str, Column] = {
     "gpu": Column(_NEED, "A hardware profile."),
     "num_gpus": Column(_NEED, "Devices in all."),
     "gpus_per_node": Column(
-        _MAY, "Devices of a node, or of its scale-up domain (whole nodes), as the profile has it or fewer."
+        _MAY,
+        "Devices of the scale-up domain (72 of GB200), as the profile has it, or fewer: whole nodes, or part "
+        "of one.",
     ),
     "precision": _one("Of the matrix products.", "bf16 fp16 fp8 mxfp8 nvfp4", needed=_NEED),
     "seq_len": Column(_NEED, "Tokens of a sequence."),

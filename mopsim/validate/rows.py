@@ -79,7 +79,7 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
         hardware_changes=nodes, stack_changes=known.of("stack"), measured=_measured(row, approximations),
         quality=_quality(row), approximations=approximations,
-        assumptions=(*assumed, *(rule.id for rule in known.rules)),
+        assumptions=(*assumed, *_smaller(nodes), *(rule.id for rule in known.rules)),
         source=CaseSource(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
     try:
@@ -96,13 +96,19 @@ _COLUMN = {"measured.step_time": "step_time_s", "measured.peak_memory": "peak_me
 def _nodes(row: Row, hardware: HardwareProfile) -> Changes:
     """What the run's nodes, or its scale-up domains, are other than the profile's: of fewer devices."""
     given, node, domain = count(row, "gpus_per_node"), hardware.devices_per_node, hardware.scale_up_size
-    if given is None or given in (node, domain):
+    if given is None or given == domain:
         return {}
     if given < node:
         return {"devices_per_node": given} | ({"scale_up_size": given} if node == domain else {})
     rule = f"is neither at most the {node} devices of a node of {hardware.name} nor whole nodes of its"
     require(given < domain and given % node == 0, "gpus_per_node", given, f"{rule} domain of {domain}")
     return {"scale_up_size": given}
+
+
+def _smaller(nodes: Changes) -> tuple[str, ...]:
+    """A scale-up domain that is smaller than the machine's is told: a node's devices may have been meant."""
+    size = nodes.get("scale_up_size")
+    return (f"a scale-up domain of {size} devices (gpus_per_node), not the profile's",) if size else ()
 
 
 def _check_groups(row: Row, d: Degrees, *, routed: bool) -> None:

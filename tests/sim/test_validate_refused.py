@@ -79,6 +79,9 @@ def test_nodes_of_fewer_devices_are_simulated_as_such() -> None:
     assert read_case(row(gpus_per_node="unknown", dp=""), MODELS).hardware_changes == {}
     domain = {"gpu": "gb200-186g", "gpus_per_node": "72"}
     assert read_case(row(**domain), MODELS).num_nodes == 2
+    one_node = read_case(row(**domain | {"gpus_per_node": "4"}), MODELS)
+    assert (one_node.num_nodes, one_node.profile().scale_up_size) == (2, 4)
+    assert "a scale-up domain of 4 devices (gpus_per_node), not the profile's" in one_node.assumptions
 
 
 def test_a_name_is_read_however_it_is_written() -> None:
