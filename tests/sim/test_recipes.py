@@ -56,6 +56,17 @@ def test_a_source_never_seen_has_the_stack_that_it_names(
     assert any("generic" in text for text in found.assumptions) == stack.startswith("generic")
 
 
+def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
+    for stack in ("torchtitan", "torchtitan-compile"):
+        for when, kernels in (
+            ("202506", ("flash2", "flash2", "cudnn")),
+            ("202511", ("flash2", "cudnn", "cudnn")),
+        ):
+            found = read_case(row(stack=stack, source_ref=f"benchmarks/llama3_{when}.md"), MODELS).program()
+            on = tuple(found.on(one).attention for one in ("ampere", "hopper", "blackwell"))
+            assert on == kernels
+
+
 def test_a_fused_loss_is_what_the_program_calls_so() -> None:
     for stack in ("megatron-core", "nemo", "megatron-bridge", "llm-foundry"):
         zero = "zero3" if stack == "llm-foundry" else "zero1"
