@@ -297,12 +297,17 @@ class StageStep:
 
     def _posted(self, way: str, microbatch: int, part: int, awaited: bool) -> int:
         """A receive into a new buffer, which the host makes once it has issued what ran before. awaited:
-        Megatron-Core synchronizes the device after an exchange that is not overlapped (`batch_p2p_sync`)."""
+        Megatron-Core synchronizes the device after an exchange that is not overlapped (`batch_p2p_sync`).
+        What the host reads of a message's shape it waits for too."""
         self.issue.hold((("activations", self.c.hidden),))
-        return self.issue.add(
+        op = self.issue.add(
             f"receive {way}", f"{way}_in", "other", way, self._sent(), (), (), f"{way} {microbatch} {part}",
             awaited=awaited,
         )  # fmt: skip
+        if not (reads := self.c.stack.host.message_reads):
+            return op
+        work = (Work("memory_bound", launches=reads),)
+        return self.issue.add("shape read", "compute", "other", way, work, (op,), awaited=True)
 
     def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
         """To a neighbour, and freed: where it overlaps once it is sent, else by what comes next, which waits
@@ -322,7 +327,9 @@ class StageStep:
             self.after = (*self.after, op)
 
     def _sent(self) -> tuple[Work, ...]:
-        return (Work("send_recv", bytes=float(self.c.hidden), group=self.c.groups["stage"]),)
+        parts = 3 if self.c.stack.host.message_reads else 1  # with the two that say its shape
+        group = self.c.groups["stage"]
+        return (Work("send_recv", bytes=float(self.c.hidden), launches=parts, group=group),)
 
     def _reduced(self, ready: Ops, edge: str, final: bool) -> None:
         """The gradients of an edge are whole: reduced now where that overlaps."""

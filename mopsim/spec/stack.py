@@ -23,6 +23,8 @@ from mopsim.spec.sharding import Sharding as Sharding
 from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
 
 T = TypeVar("T", bound=Spec)
+MOST_READS = 1000
+"""Values of a message's shape: more than any has."""
 _STATE = ("param", "reduce", "grad", "moments")
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
@@ -157,16 +159,19 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     layer's Python frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the
     host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the
     forward of a layer it reads from the device how long sequences are, for the attention kernel, in every one
-    or where a microbatch is one sequence (`single`)."""
+    or where a microbatch is one sequence (`single`). message_reads: values that it reads from the device
+    before a message between pipeline stages can come, whose shape two messages before it say."""
 
     modules: bool = False
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
+    message_reads: int = 0
     frames: bool = False
     graphs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_known("graphs", self.graphs, ("step", *COMPONENTS))
+        require_between(self, 0, MOST_READS, "message_reads")
 
 
 class StateDTypes(Spec, frozen=True, kw_only=True):

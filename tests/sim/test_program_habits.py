@@ -197,3 +197,23 @@ def test_gathered_rows_are_kept_or_gathered_again() -> None:
     assert again[2] - kept[2] == 3 * whole, "and of the loss"
     assert found["again", "in_turn"] == again
     assert found["kept", "in_turn"] == kept
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_stages": 2}], ids=["1f1b", "interleaved"])
+def test_a_message_whose_shape_the_host_reads_comes_later(options: dict[str, int]) -> None:
+    strategy = megatron(8, pipeline_parallel=4, **options)
+    training = TrainSpec(seq_len=32, global_batch=32)
+    reading = Stack(name="mine", host=HostCosts(message_reads=9))
+    network, machine = small(num_hidden_layers=8), load_profile("a100-sxm-80g")
+    programs = lower(network, strategy, training, 8, reading).programs
+    for program in programs:
+        received = [op for op in program.ops if op.name.startswith("receive")]
+        read = [op for op in program.ops if op.name == "shape read"]
+        assert len(read) == len(received)
+        assert all(op.awaited and op.work[0].launches == 9 for op in read)
+        assert all(op.work[0].launches == 3 for op in received)
+    free, waits = (
+        simulate(network, machine, 1, strategy, training, stack).step_time
+        for stack in (Stack(name="mine"), reading)
+    )
+    assert waits > free

@@ -44,6 +44,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "Primus v25.9", "zero1", "megatron-core"),
         ("new", "foundation-model-stack/fms-fsdp", "zero3", "fms-fsdp"),
         ("new", "InternEvo", "zero1", "internevo"),
+        ("nanotron-bench", "", "zero1", "nanotron"),
         ("new", "our own trainer", "zero3", "generic-eager"),
         ("new", "our own trainer", "zero1", "generic-fused"),
     ],
