@@ -155,7 +155,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "host_memory": host,
         "host_limit": host_limit,
         "host_by_category": on_host,
-        "above_peak": _above_peak(played, hardware, peak),
+        "above_peak": _above_peak(played, hardware, peak, strategy),
         "above_host": {} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
         "memory_stage": workload.programs[place].stage,
     }
@@ -215,7 +215,9 @@ def _sum(record: Record, field: str, weights: dict[int, float]) -> dict[str, flo
     return found
 
 
-def _above_peak(played: PlayedStep, hardware: HardwareProfile, peak: int) -> dict[str, int]:
+def _above_peak(
+    played: PlayedStep, hardware: HardwareProfile, peak: int, strategy: Strategy
+) -> dict[str, int]:
     """Bytes above the peak by cause, of the fullest rank. A CPU has no caching allocator, no pools of streams
     and no communicators, and mopexec holds it to a limit of live tensors."""
     if hardware.device_kind == "cpu":
@@ -224,7 +226,8 @@ def _above_peak(played: PlayedStep, hardware: HardwareProfile, peak: int) -> dic
     now, high = (dict(zip(SLOTS, values, strict=True)) for values in (fullest.at_peak, fullest.high))
     passes = [size for phase, size in fullest.by_phase.items() if phase != "optimizer"]
     blocks = workload.programs[played.fullest].blocks
-    pools = upper.idle_blocks(workload.stack.sharding.fsdp, now, high)
+    sharding = workload.stack.under(strategy.dense.zero).sharding
+    pools = upper.idle_blocks(sharding.fsdp, now, high)
     pools += upper.cached_blocks(blocks, max(passes, default=0), fullest.peak)
     wires = upper.communication(work for work, _ in played.prices.values())
     return upper.device(peak, pools, wires)

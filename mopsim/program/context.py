@@ -211,7 +211,7 @@ def make_context(
 ) -> Context:
     """stack: that of the strategy where none is given. Raises SpecError where they do not fit together, or
     are not simulated."""
-    stack = stack or load_stack(strategy.stack, "strategy.stack")
+    stack = (stack or load_stack(strategy.stack, "strategy.stack")).under(strategy.dense.zero)
     strategy = stack.resolve(strategy)
     strategy.check_model(model)
     stack.check_strategy(strategy)

@@ -14,6 +14,7 @@ from mopsim.program.workload import Workload
 from mopsim.spec.capability import Job, holds, runnable
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -38,8 +39,9 @@ def lower(
 
     Raises SpecError where model, strategy, training and stack do not fit together.
     """
+    stack = stack or load_stack(strategy.stack, "strategy.stack")
     context = make_context(model, strategy, training, domain, stack)
-    strategy, stack = context.strategy, context.stack
+    strategy = context.strategy
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total, rounds)
     expanded = total if expand else expanded
@@ -50,7 +52,7 @@ def lower(
         for stage in stages
     )
     if stack.host.modules:
-        programs = tuple(by_modules(program, stack) for program in programs)
+        programs = tuple(by_modules(program, context.stack) for program in programs)
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len

@@ -57,7 +57,7 @@ class Space:
     @cached_property
     def stack(self) -> Stack:
         """The software that the candidates run on."""
-        return self.problem.software(self.family)
+        return self.problem.software(self.family).under(int(self.columns["zero"].min(initial=3)))
 
     @cached_property
     def machine(self) -> HardwareProfile:

@@ -21,23 +21,24 @@ class Sharding(Spec, frozen=True, kw_only=True):
     """How state is sharded and gathered.
 
     fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
-    step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
-    (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
-    spread over ranks are plain tensors, whole on every replica. flat: a group's parameters are views of one
-    tensor, whose gradient autograd puts together and which is cast and divided before it is reduced (torch's
-    FullyShardedDataParallel). sums: under ZeRO-1 gradients are scattered to the ranks that update them
-    (`scattered`), or all ranks sum them whole (`whole`). owners: under ZeRO-1 each tensor's optimizer state
-    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
-    bytes moved for each gradient of a rank once the last backward has made it, where they are reduced: into
-    the buffers of reductions and back, scaled, counted into a norm while they are whole. microbatch_grads:
-    where gradients are summed in a wider dtype than the products' and no rank shards them, each that a
-    backward makes is added and freed at once (`added`); or all are added after the backward, each from a copy
-    in the sums' dtype, and live until the next backward begins, through forwards and update (`kept`).
-    update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
-    makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
-    after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
-    reduced then. Where none of a backward's tensors is as large, torch's caching allocator has blocks for
-    them beside.
+    step (torch's FSDP, Megatron-FSDP). optional: that, and copies, are of ZeRO-2 and 3 alone; below them
+    parameters and gradients are whole on every rank (torch's DistributedDataParallel). copies: between shards
+    or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters are
+    sharded by what shards the others; else those spread over ranks are plain tensors, whole on every replica.
+    flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which is
+    cast and divided before it is reduced (torch's FullyShardedDataParallel). sums: under ZeRO-1 gradients are
+    scattered to the ranks that update them (`scattered`), or all ranks sum them whole (`whole`). owners:
+    under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners broadcast what they have
+    updated one after the other. grad_passes: bytes moved for each gradient of a rank once the last backward
+    has made it, where they are reduced: into the buffers of reductions and back, scaled, counted into a norm
+    while they are whole. microbatch_grads: where gradients are summed in a wider dtype than the products' and
+    no rank shards them, each that a backward makes is added and freed at once (`added`); or all are added
+    after the backward, each from a copy in the sums' dtype, and live until the next backward begins, through
+    forwards and update (`kept`). update_copies: under ZeRO-1, bytes for each parameter that a rank updates of
+    flat tensors that its update makes of gradients narrower than fp32; buckets: bytes of those through which
+    such gradients are reduced after the last backward; reduce_copies: bytes for each gradient of a rank of
+    one whole copy that is reduced then. Where none of a backward's tensors is as large, torch's caching
+    allocator has blocks for them beside.
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
@@ -50,6 +51,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     """
 
     fsdp: bool = False
+    optional: bool = False
     copies: bool = False
     flat: bool = False
     sums: Literal["scattered", "whole"] = "scattered"
@@ -73,5 +75,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
             without = defaults[field]
             rule = f"must be {without!r} with fsdp, under which each rank sums and updates a shard only"
             yield not self.fsdp or getattr(self, field) == without, field, rule
+        rule = "is of a program that may shard parameters (fsdp)"
+        yield self.fsdp or not self.optional, "optional", rule
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
         yield not (self.flat and self.copies), "flat", rule

@@ -294,6 +294,12 @@ class Stack(Spec, frozen=True, kw_only=True):
         """Whether attention scores are never kept in memory."""
         return self.attention != "scores"
 
+    def under(self, zero: int) -> "Stack":
+        """The stack as it shards state at a level of ZeRO."""
+        if zero >= 2 or not self.sharding.optional:
+            return self
+        return replace(self, sharding=replace(self.sharding, fsdp=False, copies=False, optional=False))
+
     def forces_consecutive(self, routing: RoutingProfile) -> bool:
         """Whether a token's experts lie one after the other."""
         return routing == "balanced" and self.balanced_routes == "consecutive"
@@ -341,7 +347,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         """Raise SpecError where the program does not do what a strategy asks."""
         zero, shard = strategy.dense.zero, strategy.experts.expert_fsdp
         require(
-            not self.sharding.fsdp or zero >= 2, "strategy.dense.zero", zero,
+            not self.under(zero).sharding.fsdp or zero >= 2, "strategy.dense.zero", zero,
             f"must be 2 or 3 under the stack {self.name}, which shards gradients (sharding.fsdp)",
         )  # fmt: skip
         require(

@@ -2,7 +2,7 @@
 
 import random
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -14,9 +14,12 @@ from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks
 from mopsim.graph.rewrites.projections import gradients_added, split
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
+from mopsim.program.context import make_context
+from mopsim.program.stage import Stage
 from mopsim.program.workload import Work
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import Unfused
 from mopsim.strategies import megatron
@@ -208,6 +211,22 @@ def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> N
     peak, bandwidth = 312e12, a100.device.memory_bandwidth.si
     score = 2 * 128 / peak * (1 / 0.31 + 1 / 0.44) + SCORE_BYTES["forward"] / bandwidth
     assert rates[128] == pytest.approx(2 * 128 / score / peak, rel=0.1)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_eager_program_has_fsdp_or_not(zero: Literal[0, 1, 2, 3]) -> None:
+    """Below ZeRO-2 it gathers no layer's parameters, and its gradients are whole through the step."""
+    strategy = megatron(8)
+    dense = msgspec.structs.replace(strategy.dense, zero=zero, fsdp=8 if zero else 1, prefetch=int(zero == 3))
+    strategy = msgspec.structs.replace(strategy, dense=dense)
+    stack, training = load_stack("generic-eager"), TrainSpec(seq_len=32, global_batch=16)
+    found = lower(small(), strategy, training, 8, stack)
+    gathers = [op for op in found.programs[0].ops if op.name.startswith("gather ") and op.phase == "forward"]
+    assert bool(gathers) == (zero >= 2)
+    assert found.stack == stack
+    result = simulate(small(), machine(), 2, strategy, training, stack)
+    whole = sum(unit.numel for unit in Stage(make_context(small(), strategy, training, 8, stack), 0).units)
+    assert (result.highest_by_category["grads"] >= 4 * whole) == (zero < 2)
 
 
 def test_a_fixed_order_slows_attention_backward() -> None:

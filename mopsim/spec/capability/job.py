@@ -35,7 +35,7 @@ class Job:
     @property
     def fsdp(self) -> bool:
         """Whether the program shards parameters by groups of modules, whatever `dense.zero` says."""
-        return self.software.sharding.fsdp
+        return self.software.under(self.strategy.dense.zero).sharding.fsdp
 
     @property
     def chunks(self) -> int:
