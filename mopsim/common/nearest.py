@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from mopsim.common.errors import MopError, shown
 
@@ -21,6 +22,12 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     A name is made of words (`b200-sxm-192g`): a word in common says more than letters in common, so that B200
     is near b200-sxm-192g and not near gb200-186g. Letters decide among equals, and where no word is shared.
     """
+    return list(_nearest(name, tuple(known))[:most])
+
+
+@lru_cache(maxsize=256)
+def _nearest(name: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """All that are near: a table of many rows asks for the same name in each."""
     asked = _words(name)[:20]
     scores = {one: (_shared(asked, _words(one)), _alike(name, one)) for one in known}
     same = max((words for words, _ in scores.values()), default=0.0)
@@ -28,7 +35,7 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
         ranked = {one: words + letters / 2 for one, (words, letters) in scores.items() if words >= 0.6 * same}
     else:
         ranked = {one: letters for one, (_, letters) in scores.items() if letters >= 0.6}
-    return sorted(ranked, key=lambda one: (-ranked[one], one))[:most]
+    return tuple(sorted(ranked, key=lambda one: (-ranked[one], one)))
 
 
 def misspelt(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,10 +20,12 @@ def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
     """Rows as text by column of the CSV that the user named as `field`; its header must have `columns`, and
     may have others. A row with more cells has SURPLUS. Raises MopError naming the column or the line."""
     where = f"{field}: {path}"
-    lines = csv.reader(io.StringIO(read_text(path, field)), strict=True)
+    lines = csv.reader(io.StringIO(read_text(path, field)), strict=True, skipinitialspace=True)
     rows: list[Row] = []
     try:
-        header = next((cells for cells in lines if cells), [])
+        header = [cell.strip() for cell in next((cells for cells in lines if cells), [])]
+        if len(header) == 1 and (other := re.search("[;\t]", header[0])):
+            raise MopError(f"{where}: cells must be separated by commas, not {other.group()!r}")
         for column in columns:
             if column not in header:
                 raise MopError(f"{where}: has no column {column!r}; columns found: {', '.join(header)[:200]}")

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation
 
 from mopsim.common.errors import MopError
@@ -114,8 +115,18 @@ def figure(
         fig = Figure(figsize=(width, height), layout="constrained")
         axes = fig.subplots(rows, columns, squeeze=False, **grid)
         yield [axis for row in axes for axis in row]
+        _as_written(fig)
         for kind in dict.fromkeys((path.suffix[1:], *also())):
             _save(fig, path.with_suffix(f".{kind}"))
+
+
+def _as_written(fig: Figure) -> None:
+    """No text but the numbers of an axis is mathematics: names and prices have dollars."""
+    lines = [line for axis in fig.axes for line in (axis.xaxis, axis.yaxis)]
+    numbers = {label for line in lines for label in line.get_ticklabels(which="both")}
+    for text in fig.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
 
 
 def _save(fig: Figure, path: Path) -> None:

@@ -77,6 +77,16 @@ def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) ->
         pass
 
 
+def test_text_of_a_figure_is_no_mathematics_but_on_its_axes(tmp_path: Path) -> None:
+    with figure(tmp_path / "f.png", 4, 3) as (axis,):
+        axis.loglog([1, 1e6], [1, 1e6], label=r"$\frac{$")
+        axis.set_title("$57 k to $120 k")
+        legend = axis.legend()
+    assert (tmp_path / "f.png").exists()
+    assert not any(text.get_parse_math() for text in (axis.title, *legend.get_texts()))
+    assert all(label.get_parse_math() for label in axis.get_xticklabels(which="both"))
+
+
 def drawn(monkeypatch: pytest.MonkeyPatch, folder: Path, sweep: Sweep, where: str = "") -> Axes:
     """The axis of a sweep's figure."""
     axes: list[Axes] = []

@@ -11,7 +11,7 @@ BROKEN = [
     (b"", "has no column 'a'"),
     (b"\n\n", "has no column 'a'"),
     (b"b,c\n1,2\n", "has no column 'a'; columns found: b, c"),
-    (b"a;b\n1;2\n", "has no column 'a'"),
+    (b"a;b\n1;2\n", "cells must be separated by commas, not ';'"),
     (b"a,b,b\n1,2,3\n", "column 'b' appears twice"),
     (b'a,b\n1,2\n"3,4\n', "line 3 is not CSV: unexpected end of data"),
     (b'a,b\n"1"x,2\n', "line 2 is not CSV: "),
@@ -32,7 +32,7 @@ def test_what_is_no_csv_is_refused(content: bytes, says: str, tmp_path: Path) ->
 
 
 def test_short_rows_are_filled_and_empty_ones_left_out(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + b'a,b\r\n 1 ,"2\n3"\r\n\r\n,\r\n4\r\n')
+    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + b'a, b\r\n 1 , "2\n3"\r\n\r\n,\r\n4\r\n')
     assert read_table(tmp_path / "x.csv", "ab", "runs") == [{"a": "1", "b": "2\n3"}, {"a": "4", "b": ""}]
 
 
