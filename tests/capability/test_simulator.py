@@ -258,7 +258,10 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all(part: int) 
     ignored = {
         path for path, seen in found.items() if seen == {"same"} and ROWS[path].cells["simulator"].reads
     }
-    assert ignored <= {"stack.communication_share"}  # jobs this small wait for the host, not for the SMs
+    assert ignored <= {
+        "stack.communication_share",  # jobs this small wait for the host, not for the SMs
+        "stack.sharding.optional",  # without it a strategy below ZeRO-2 is no job at all
+    }
 
 
 def left_to_the_stack() -> dict[str, Job]:
