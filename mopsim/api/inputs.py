@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, require
 from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
 from mopsim.common.values import listed, require_once
@@ -205,7 +205,7 @@ def is_family(given: AnyStrategy) -> bool:
 
 def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
     """What of the model's config was not read, and what of the job the strategies among `given` leave aside:
-    its precision, devices; what plans were made for, where it is another job: their strategy alone is taken.
+    devices; what plans were made for, where it is another job: their strategy alone is taken.
     """
     found = unread(inputs.model)
     for one in given:
@@ -238,21 +238,26 @@ def _left_aside(read: AnyStrategy | tuple[Strategy, Stack], inputs: Inputs) -> l
     strategy = read.strategy if isinstance(read, Plan) else read[0] if isinstance(read, tuple) else read
     if not isinstance(strategy, Strategy):
         return []
-    found, dtypes = [], strategy.precision
-    own = dtypes.compute if dtypes.matmul == "compute" else dtypes.matmul
-    if inputs.precision not in (own, "bfloat16"):
-        found.append(f"note: {strategy.name} computes in {own}; {inputs.precision} is for families")
     if strategy.world_size < inputs.world_size:
-        found.append(f"note: {strategy.name} uses {strategy.world_size} of the {inputs.world_size} devices")
-    return found
+        return [f"note: {strategy.name} uses {strategy.world_size} of the {inputs.world_size} devices"]
+    return []
 
 
 def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     """The strategy that is named or given, for this model and number of ranks, and its stack; not a family's
     name.
 
-    Raises MopError where it is of a plan for another model.
+    Raises MopError where it is of a plan for another model, or computes in another precision than asked for.
     """
+    strategy, stack = _read_strategy(given, inputs)
+    dtypes = strategy.precision
+    own = dtypes.compute if dtypes.matmul == "compute" else dtypes.matmul
+    rule = f"contradicts the strategy {strategy.name}, which computes in {own}: it is for families"
+    require(inputs.precision in (own, "bfloat16"), "precision", inputs.precision, rule)
+    return strategy, stack
+
+
+def _read_strategy(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     read = read_strategy(given) if isinstance(given, str | Path) else given
     if isinstance(read, StrategyTemplate):
         read = read.on(inputs.world_size)

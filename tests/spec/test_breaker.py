@@ -269,11 +269,13 @@ def test_a_plan_of_another_job_is_used_with_a_note(
     assert call(capsys, monkeypatch, "simulate", *first) == ""
     assert call(capsys, monkeypatch, "simulate", *job, "--seq-len", "128", "--strategy", "plan.yaml") == ""
     assert "made for seq_len 64 (here 128)" in json.loads((tmp_path / "r.json").read_text())["notes"][0]
-    aside = [*job, "--seq-len", "64", "--strategy", "s.yaml", "--nodes", "2", "--precision", "float64"]
+    aside = [*job, "--seq-len", "64", "--strategy", "s.yaml", "--nodes", "2"]
     assert call(capsys, monkeypatch, "simulate", *aside) == ""
     said = " ".join(json.loads((tmp_path / "r.json").read_text())["notes"])
-    assert "computes in float32; float64 is for families" in said
     assert "uses 2 of the 4 devices" in said
+    for strategy in ("s.yaml", "plan.yaml"):
+        asked = [*job, "--seq-len", "64", "--strategy", strategy, "--precision", "float64"]
+        assert "'float64' contradicts the strategy" in call(capsys, monkeypatch, "simulate", *asked)
 
 
 def test_a_sizing_without_an_answer_says_so_and_is_no_success(
