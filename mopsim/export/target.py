@@ -40,8 +40,8 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> 
 def unsaid(
     found: dict[str, Any], gaps: Sequence[SpecError], keys: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """Sections without the keys ("section.key") of fields that are not expressed: no file asks for what its
-    first lines say it does not. Degrees have no keys here, they stay: the others are shares of the ranks too.
+    """Sections without the keys ("section.key") or whole sections of fields that are not expressed: no file
+    asks for what its first lines say it does not. Degrees whose ranks the others share stay.
     """
     gone = {key for gap in gaps for key in keys.get(gap.field, ())}
     return {
@@ -49,4 +49,5 @@ def unsaid(
         if isinstance(section, dict)
         else section
         for name, section in found.items()
+        if name not in gone
     }
