@@ -95,7 +95,7 @@ class Passes:
             precision = c.strategy.precision
             if precision.matmul in CAST and c.stack.kernels.casts == "kept":
                 share = DTYPE_BYTES[precision.matmul] / c.b
-                tape = quantized(tape, share, c.strategy.activations.modules)
+                tape = quantized(tape, share, c.strategy.activations.modules, c.stack.kernels.norm_within)
             tape = self._added_up(tape)
             if not c.stack.recompute.gathers_again:
                 activations = c.strategy.activations
@@ -256,7 +256,8 @@ class Passes:
         # where an exchange is replayed, the checkpoint is not torch's
         early = self.context.stack.recompute.stops_early and "dispatch" not in activations.save_ops
         apart = () if self.context.stack.recompute.around else AROUND
-        return plan(tape, activations.recompute, activations.modules, activations.save_ops, early, apart)
+        within, how = self.context.stack.kernels.norm_within, activations.recompute
+        return plan(tape, how, activations.modules, activations.save_ops, early, apart, within)
 
 
 def _holding(played: list[Played], one: Step) -> list[Played]:

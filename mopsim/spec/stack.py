@@ -32,6 +32,8 @@ AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn
 """profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
 query heads of a KV head one after another. scores: kept in memory, no flash kernel.
 """
+Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
+"""Products of the layers' tapes that come after a norm, in joined projections."""
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
@@ -54,8 +56,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
 
     norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm on a copy of its
     input in fp32, both made again in the backward, of which a checkpoint keeps the input alone (`upcast`);
-    rotary embedding by
-    products of complex numbers (`composed`) or of halves (`halves`). router: its product's input is cast to
+    rotary embedding by products of complex numbers (`composed`) or of halves (`halves`). norm_within:
+    products (of the layers' tapes) whose kernel has the norm before them in it: its output is kept for their
+    weight gradient, and is neither recomputed nor offloaded alone. router: its product's input is cast to
     fp32 and kept (`composed`), or cast inside it. attention: by device architecture (`ampere`, `hopper`,
     ...), `default` for the others. deterministic: sums in a fixed order. expert_rows: gated activation and
     route weights of routed experts; expert_products: `grouped` in one kernel, `looped` expert by expert
@@ -94,6 +97,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     """
 
     norm: Literal["fused", "composed", "upcast"] = "fused"
+    norm_within: tuple[Normed, ...] = ()
     rotary: Literal["fused", "composed", "halves"] = "fused"
     activation: Built = "fused"
     residual: Built = "fused"
@@ -192,12 +196,13 @@ class Hides(Spec, frozen=True, kw_only=True):
     """Communication that the program hides by default, where a strategy does not say: see Overlap.
 
     grad_reduce: reductions of gradients. param_gather: gathers of updated parameters. pipeline: sends between
-    stages. tensor: exchanges of tensor-parallel regions. experts: dispatch and combine.
+    stages, or those of interleaved stages alone. tensor: exchanges of tensor-parallel regions. experts:
+    dispatch and combine.
     """
 
     grad_reduce: bool = False
     param_gather: bool = False
-    pipeline: bool = False
+    pipeline: bool | Literal["interleaved"] = False
     tensor: bool = False
     experts: bool = False
 
@@ -326,8 +331,12 @@ class Stack(Spec, frozen=True, kw_only=True):
     def _overlap(self, strategy: Strategy, activations: Activations) -> Overlap:
         """Experts' exchanges are hidden where there is another microbatch to hide them behind, and where
         they are not recomputed."""
-        found, pipeline = _filled(strategy.overlap, self.hides, None), strategy.pipeline
-        behind = pipeline.pipeline_parallel == 1 or pipeline.virtual_stages > 1
+        pipeline, hides = strategy.pipeline, self.hides
+        interleaved = pipeline.virtual_stages > 1
+        if hides.pipeline == "interleaved":
+            hides = replace(hides, pipeline=interleaved)
+        found = _filled(strategy.overlap, hides, None)
+        behind = pipeline.pipeline_parallel == 1 or interleaved
         hidden = strategy.overlap.experts or (behind and not activations.experts_again)
         return found if hidden else replace(found, experts=False)
 

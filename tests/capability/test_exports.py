@@ -20,8 +20,9 @@ def said() -> dict[str, tuple[Side, Strategy]]:
         overlap=Overlap(grad_reduce=True, pipeline=True, tensor=True, experts=True),
     )  # fmt: skip
     inputs = megatron(8, context_parallel=2, expert_parallel=2, offload_inputs=True)
+    hosted = megatron(8, context_parallel=2, expert_parallel=2)
     hosted = replace(
-        inputs, optimizer=replace(inputs.optimizer, state_tier="host", update_on="host", host_fraction=0.5)
+        hosted, optimizer=replace(hosted.optimizer, state_tier="host", update_on="host", host_fraction=0.5)
     )
     sharded = megatron(8, expert_parallel=2)
     sharded = replace(sharded, dense=replace(sharded.dense, zero=3, prefetch=1, reshard_after_forward=True))
@@ -56,7 +57,9 @@ def file(job: Job, target: Side) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_a_field_is_written_or_refused_and_never_ignored(name: str) -> None:
     target, strategy = CASES[name]
-    job = Job(load_model("qwen3_30b_a3b"), strategy, TRAINING).settled
+    # the norm of a layer's input is a module of its own with latent attention alone
+    latent = name == "megatron-bridge, inputs"
+    job = Job(load_model("deepseek_v3" if latent else "qwen3_30b_a3b"), strategy, TRAINING).settled
     base = file(job, target)
     wrong = []
     for variant in variants(name, job, ("strategy", "model", "training")):

@@ -267,9 +267,9 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all(part: int) 
 def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
-    where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again;
-    parameters that lie on the host; tensor ranks that hold all rows, and two readers of each; gradients as
-    narrow as the products; FSDP's groups without copies.
+    where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
+    again; parameters that lie on the host; tensor ranks that hold all rows, and two readers of each; gradients
+    as narrow as the products; FSDP's groups without copies.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -280,7 +280,9 @@ def left_to_the_stack() -> dict[str, Job]:
     away = Activations(recompute="full", layer_inputs="host")
     whole = JOBS["fsdp2"]
     again = megatron(8, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
-    again = structs.replace(again, activations=Activations(recompute="selective", modules=("moe",)))
+    again = structs.replace(
+        again, activations=Activations(recompute="selective", modules=("layernorm", "moe"))
+    )
     flat = JOBS["mop"]
     shards = structs.replace(flat.strategy.dense, param_tier="host")
     narrow = structs.replace(megatron(8, expert_parallel=2), precision=precision)

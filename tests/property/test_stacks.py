@@ -89,7 +89,9 @@ def test_what_a_strategy_leaves_to_the_stack_is_filled_and_what_it_says_stays() 
         "bfloat16",
         "float32",
     )
-    assert found.overlap == Overlap(grad_reduce=True, param_gather=True, pipeline=True, tensor=True)
+    assert found.overlap == Overlap(grad_reduce=True, param_gather=True, pipeline=False, tensor=True)
+    interleaved = megatron(8, pipeline_parallel=2, virtual_stages=2, overlap=AS_STACK)
+    assert bridge.resolve(interleaved).overlap.pipeline is True
     assert titan.resolve(strategy).precision == Precision(
         param="float32", reduce="float32", grad="float32", moments="float32", master="param"
     )

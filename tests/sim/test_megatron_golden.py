@@ -120,7 +120,7 @@ def test_step_time_of_llama3_70b_fp8_on_h100() -> None:
 def test_step_time_of_deepseek_v3_on_b200() -> None:
     """256 B200, PP 16 x EP 8, MXFP8, HybridEP, up-projections recomputed, the recipe's layout, batch 4096:
     23.3 s on the page of NeMo 26.04."""
-    overlap = Overlap(grad_reduce=True, param_gather=True, pipeline=True)
+    overlap = Overlap(grad_reduce=True, param_gather=True)
     strategy = megatron(
         256,
         pipeline_parallel=16,

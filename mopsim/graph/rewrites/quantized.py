@@ -1,26 +1,26 @@
 """What is kept of the inputs of products in 8 or 4 bits: the cast copy that the weight gradient reads."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.recompute import DISCARDED, MODULES
+from mopsim.graph.rewrites.recompute import DISCARDED, members
 from mopsim.graph.tape import Kernel, Tape, Value
 
 EXACT = ("router", "vocabulary")
 """Components whose products stay in the compute dtype under an 8-bit or 4-bit recipe."""
 
 
-def quantized(tape: Tape, share: float, modules: Sequence[str]) -> Tape:
+def quantized(tape: Tape, share: float, modules: Sequence[str], within: Collection[str]) -> Tape:
     """The tape with a cast copy, `share` of the bytes of what is cast, kept for each product instead of its
     input (Transformer Engine saves the columnwise copy of an input, never the input).
 
     modules: recomputed ones. A product whose input such a module makes and discards keeps the input, which is
-    made again (Megatron-Core sets save_original_input there).
+    made again (Megatron-Core sets save_original_input there). within: as in `plan`.
     """
     values = tape.values
-    names = {name for module in modules if module in DISCARDED for name in MODULES[module]}
-    again = {value.name for kernel in tape.kernels if kernel.name in names for value in kernel.writes}
+    places = {i for module in modules if module in DISCARDED for i in members(tape, module, within)}
+    again = {value.name for i in places for value in tape.kernels[i].writes}
     kernels = []
     for kernel in tape.kernels:
         saved = kernel.saves[0] if kernel.saves else ""

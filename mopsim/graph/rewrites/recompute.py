@@ -28,11 +28,12 @@ DISCARDED = ("layernorm", "moe_act", "mla_up_proj")
 
 def plan(
     tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False,
-    apart: Collection[str] = (),
+    apart: Collection[str] = (), within: Collection[str] = (),
 ) -> Recomputation:  # fmt: skip
     """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out. early: it
     stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop). apart:
-    kernels that belong to no module.
+    kernels that belong to no module. within: products whose kernel has the norm before them too, whose output
+    it then keeps.
     """
     outside, saved = tape.outside, tape.kept
     alone = _alone(tape, kept)
@@ -50,7 +51,7 @@ def plan(
     regions = list(alone)
     dropped = _lost(tape, own, saved, discard=False)
     if recompute == "selective":
-        found = {module: _region(tape, module) for module in modules}
+        found = {module: members(tape, module, within) for module in modules}
         taken = own
         for module in sorted(found, key=lambda name: -len(found[name])):  # a wider one holds the narrower
             region = frozenset(i for i in found[module] - taken if tape.kernels[i].name not in apart)
@@ -88,14 +89,21 @@ def _after(tape: Tape, own: frozenset[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-def _region(tape: Tape, module: str) -> frozenset[int]:
+def members(tape: Tape, module: str, within: Collection[str]) -> frozenset[int]:
+    """Kernels of a module; `layernorm` has no norm that is in the kernel of a product (`within`)."""
     names = MODULES.get(module)
     parts = WIDER.get(module, (module,) if module in COMPONENTS else ())
     return frozenset(
         i
         for i, kernel in enumerate(tape.kernels)
         if (kernel.name in names if names else kernel.component in parts)
+        and not (module == "layernorm" and _next_product(tape, i) in within)
     )
+
+
+def _next_product(tape: Tape, place: int) -> str:
+    """The first product after a kernel."""
+    return next((kernel.name for kernel in tape.kernels[place + 1 :] if kernel.matmuls), "")
 
 
 def _lost(tape: Tape, region: frozenset[int], saved: set[str], discard: bool) -> set[str]:
