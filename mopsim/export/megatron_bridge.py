@@ -11,21 +11,56 @@ from mopsim.spec.layout import even_parts
 from mopsim.spec.plan import Plan
 
 CHECKED = (
-    "Megatron-Bridge 0.7.0 in development (commit 067f987 of 2026-08-22): "
-    "docs/megatron-lm-to-megatron-bridge.md, docs/parallelisms.md, training/config.py, "
-    "training/comm_overlap.py"
+    "Megatron-Bridge 0.7.0 in development (commit 067f987 of 2026-08-22) and its Megatron-LM (d98e8a64): "
+    "docs/parallelisms.md, training/config.py, training/comm_overlap.py, training/mixed_precision.py"
+)
+LOADED = (
+    "To load: process_config_with_overrides(config, config_filepath=THIS FILE) in Python, of "
+    "megatron.bridge.training.utils.omegaconf_utils; config is a recipe's. Its scripts take no such file"
 )
 
 EXCHANGE = {"ulysses": "a2a", "ring": "p2p", "all_gather": "all_gather"}
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
-MIXED = {
-    "compute": "bf16_mixed",
-    "bfloat16": "bf16_mixed",
-    "fp8": "bf16_with_fp8_current_scaling_mixed",
-    "mxfp8": "bf16_with_mxfp8_mixed",
-    "nvfp4": "bf16_with_nvfp4_mixed",
+MADE = "megatron.bridge.training"
+"""A section with a class is made anew, whatever the recipe has there: a name, an object or nothing."""
+DTYPE = {"_target_": "torch.bfloat16", "_call_": False}
+BF16 = {
+    "fp32": False,
+    "fp16": False,
+    "bf16": True,
+    "params_dtype": DTYPE,
+    "pipeline_dtype": DTYPE,
+    "autocast_enabled": False,
+    "fp8": None,
+    "fp8_recipe": "tensorwise",
+    "fp8_param_gather": False,
+    "first_last_layers_bf16": False,
+    "num_layers_at_start_in_bf16": 0,
+    "num_layers_at_end_in_bf16": 0,
+    "fp8_dot_product_attention": False,
+    "fp8_multi_head_attention": False,
+    "fp4": None,
+    "fp4_param_gather": False,
+    "reuse_grad_buf_for_mxfp8_param_ag": False,
 }
+"""Fields of MixedPrecisionConfig without a recipe of products."""
+MIXED: dict[str, dict[str, Any]] = {
+    "fp8": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param_gather": True},
+    "mxfp8": {
+        "fp8": "e4m3",
+        "fp8_recipe": "mxfp8",
+        "fp8_param_gather": True,
+        "reuse_grad_buf_for_mxfp8_param_ag": True,
+    },
+    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param_gather": True},
+}
+"""Those of the Bridge's recipes, by `precision.matmul`; every layer has it, as in a simulation."""
 KEYS = {
+    "strategy.activations.layer_inputs": [
+        "model.fine_grained_activation_offloading",
+        "model.offload_modules",
+    ],
+    "strategy.overlap.pipeline": ["comm_overlap.overlap_p2p_comm", "comm_overlap.batch_p2p_comm"],
     "strategy.dense.sequence_parallel": ["model.sequence_parallel"],
     "strategy.attention.cp_comm_type": ["model.cp_comm_type"],
     "strategy.experts.token_dispatcher": [
@@ -42,71 +77,80 @@ KEYS = {
 
 
 def sections(plan: Plan) -> dict[str, Any]:
-    """Sections and keys of the ConfigContainer."""
+    """Sections and keys of the ConfigContainer. What a recipe may have set is set, or cleared."""
     s, t = plan.strategy, plan.training
-    sharded = s.dense.zero >= 1
+    sharded, whole = s.dense.zero >= 1, s.dense.zero == 3
+    ddp: dict[str, Any] = {
+        "use_distributed_optimizer": sharded,
+        "grad_reduce_in_fp32": s.precision.reduce == "float32",
+        "overlap_grad_reduce": s.overlap.grad_reduce or whole,
+        "overlap_param_gather": s.overlap.param_gather or whole,
+        "use_megatron_fsdp": s.dense.zero in SHARDING,
+    }
+    if sharded and s.dense_copies > 1:
+        ddp["num_distributed_optimizer_instances"] = s.dense_copies
     found: dict[str, Any] = {
         "model": _model(plan),
         "train": {"global_batch_size": t.global_batch, "micro_batch_size": s.micro_batch},
         "dataset": {"seq_length": t.seq_len},
-        "optimizer": {
-            "optimizer": "adam",
-            "lr": t.learning_rate,
-            "weight_decay": t.weight_decay,
-            "adam_beta1": t.beta1,
-            "adam_beta2": t.beta2,
-            "adam_eps": t.eps,
-            "clip_grad": t.clip_norm,
-            "use_distributed_optimizer": sharded,
-        },
-        "ddp": {
-            "use_distributed_optimizer": sharded,
-            "grad_reduce_in_fp32": s.precision.reduce == "float32",
-            "overlap_grad_reduce": s.overlap.grad_reduce or s.dense.zero == 3,
-            "overlap_param_gather": s.overlap.param_gather or s.dense.zero == 3,
-        },
+        "optimizer": _optimizer(plan),
+        "ddp": ddp,
         "scheduler": {"lr_warmup_iters": t.warmup_steps},
         "rng": {"seed": t.seed},
-        "mixed_precision": MIXED.get(s.precision.matmul, "bf16_mixed"),
+        "mixed_precision": {
+            "_target_": f"{MADE}.mixed_precision.MixedPrecisionConfig",
+            **BF16,
+            **MIXED.get(s.precision.matmul, {}),
+            "grad_reduce_in_fp32": ddp["grad_reduce_in_fp32"],
+        },
+        "comm_overlap": _comm_overlap(plan, ddp),
     }
-    found |= _comm_overlap(plan, found["ddp"])
-    if sharded and s.dense_copies > 1:
-        found["ddp"]["num_distributed_optimizer_instances"] = s.dense_copies
     if s.dense.zero in SHARDING:
-        found["ddp"] |= {
-            "use_megatron_fsdp": True,
-            "data_parallel_sharding_strategy": SHARDING[s.dense.zero],
-        }
+        ddp["data_parallel_sharding_strategy"] = SHARDING[s.dense.zero]
         found["model"]["gradient_accumulation_fusion"] = False
         found["checkpoint"] = {"ckpt_format": "fsdp_dtensor"}
-    if s.optimizer.state_tier == "host" and s.optimizer.update_on == "host":
-        found["optimizer"] |= {
-            "optimizer_cpu_offload": True,
-            "optimizer_offload_fraction": s.optimizer.host_fraction,
-            "overlap_cpu_optimizer_d2h_h2d": True,
-        }
-        if plan.stack.sharding.host_masters == "moved":
-            found["optimizer"]["use_precision_aware_optimizer"] = True
     return found
 
 
+def _optimizer(plan: Plan) -> dict[str, Any]:
+    """Dtypes other than fp32 need the optimizer that is aware of them; Megatron-Core asserts it."""
+    s, t = plan.strategy, plan.training
+    on_host = s.optimizer.state_tier == "host" and s.optimizer.update_on == "host"
+    aware = on_host and plan.stack.sharding.host_masters == "moved"
+    return {
+        "optimizer": "adam",
+        "lr": t.learning_rate,
+        "weight_decay": t.weight_decay,
+        "adam_beta1": t.beta1,
+        "adam_beta2": t.beta2,
+        "adam_eps": t.eps,
+        "clip_grad": t.clip_norm,
+        "use_distributed_optimizer": s.dense.zero >= 1,
+        "optimizer_cpu_offload": on_host,
+        "optimizer_offload_fraction": s.optimizer.host_fraction if on_host else 0.0,
+        "overlap_cpu_optimizer_d2h_h2d": on_host,
+        "use_precision_aware_optimizer": aware,
+        "main_grads_dtype": f"torch.{s.precision.grad if aware else 'float32'}",
+        "main_params_dtype": "torch.float32",
+        "exp_avg_dtype": "torch.float32",
+        "exp_avg_sq_dtype": "torch.float32",
+    }
+
+
 def _comm_overlap(plan: Plan, ddp: dict[str, Any]) -> dict[str, Any]:
-    """The section, where something is hidden by it: it sets all overlaps anew, so all are in it."""
+    """The section sets all overlaps of the others anew, so all are in it."""
     s = plan.strategy
-    tensor = bool(s.overlap.tensor) and s.dense.tensor_parallel > 1
-    experts = _hides_experts(plan)
-    if not tensor and not experts:
-        return {}
-    found = {"tp_comm_overlap": tensor}
-    found |= {key: ddp[key] for key in ("overlap_grad_reduce", "overlap_param_gather")}
-    if s.pipeline.pipeline_parallel > 1:
-        found |= {
-            "overlap_p2p_comm": bool(s.overlap.pipeline),
-            "batch_p2p_comm": not s.overlap.pipeline,
-        }
-    if experts:
-        found |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": False}
-    return {"comm_overlap": found}
+    return {
+        "_target_": f"{MADE}.comm_overlap.CommOverlapConfig",
+        "tp_comm_overlap": bool(s.overlap.tensor) and s.dense.tensor_parallel > 1,
+        "tp_comm_overlap_cfg": None,
+        "overlap_p2p_comm": bool(s.overlap.pipeline),
+        "batch_p2p_comm": not s.overlap.pipeline,
+        "overlap_grad_reduce": ddp["overlap_grad_reduce"],
+        "overlap_param_gather": ddp["overlap_param_gather"],
+        "overlap_moe_expert_parallel_comm": _hides_experts(plan),
+        "delay_wgrad_compute": False,
+    }
 
 
 def _hides_experts(plan: Plan) -> bool:
@@ -128,8 +172,14 @@ def _model(plan: Plan) -> dict[str, Any]:
         "context_parallel_size": s.attention.context_parallel,
     }
     parts = s.pipeline.pipeline_parallel * s.pipeline.virtual_stages
-    if s.pipeline.layers or plan.model.num_hidden_layers % parts:
-        found["pipeline_model_parallel_layout"] = _layout(plan, parts)
+    uneven = s.pipeline.layers or plan.model.num_hidden_layers % parts
+    found |= {
+        "pipeline_model_parallel_layout": _layout(plan, parts) if uneven else None,
+        "account_for_embedding_in_pipeline_split": False,
+        "account_for_loss_in_pipeline_split": False,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+    }
     if s.attention.context_parallel > 1:
         found["cp_comm_type"] = EXCHANGE[s.attention.cp_comm_type]
     if plan.model.num_local_experts:
@@ -147,15 +197,16 @@ def _model(plan: Plan) -> dict[str, Any]:
         if _hides_experts(plan):
             found["moe_shared_expert_overlap"] = False  # it refuses both
     recompute = s.activations.recompute
-    found["recompute_granularity"] = None if recompute == "none" else recompute
-    if recompute == "full":
-        found |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    elif recompute == "selective":
-        found["recompute_modules"] = [name for name in s.activations.modules if name in MODULES]
-    if s.activations.layer_inputs == "host" and recompute != "full":
-        found |= {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]}
-    if s.pipeline.pipeline_parallel > 1:
-        found["overlap_p2p_comm"] = s.overlap.pipeline
+    modules, full = s.activations.modules if recompute == "selective" else (), recompute == "full"
+    offloads = s.activations.layer_inputs == "host" and not full
+    found |= {
+        "recompute_granularity": None if recompute == "none" else recompute,
+        "recompute_method": "uniform" if full else None,
+        "recompute_num_layers": 1 if full else None,
+        "recompute_modules": [name for name in modules if name in MODULES] or None,
+        "fine_grained_activation_offloading": offloads,
+        "offload_modules": ["attn_norm"] if offloads else [],
+    }
     found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss in ("fused", "upcast")
     return found
 
@@ -174,6 +225,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The YAML text."""
     lines = header("Megatron-Bridge", CHECKED, plan, left_out)
     found = unsaid(sections(plan), left_out, KEYS)
+    lines.append(LOADED)
     lines.append(
         "To be set: the network (a recipe, or AutoBridge of its Hugging Face config), data, train_iters"
     )

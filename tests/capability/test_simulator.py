@@ -268,8 +268,8 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
-    again; parameters that lie on the host; tensor ranks that hold all rows, and two readers of each; gradients
-    as narrow as the products; FSDP's groups without copies.
+    again; parameters that lie on the host; tensor ranks that hold all rows, and two readers of each;
+    gradients as narrow as the products; FSDP's groups without copies.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")

@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -15,10 +16,13 @@ from mopsim.spec.capability import Job, holds
 from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.strategy import Dispatcher, Strategy
+from mopsim.spec.strategy import Dispatcher, Overlap, Strategy
 from mopsim.strategies import fsdp2, megatron, zero_offload
 from tests.sim.test_cli import call
 from tests.sim.test_export import plan, replace
+
+AS_STACK = Overlap(grad_reduce=None, param_gather=None, pipeline=None, tensor=None, experts=None)
+Recipe = Literal["fp8", "mxfp8", "nvfp4"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_uneven_parts_are_written_for_megatron(
     """Without a layout it wants equal parts; MTP layers are with the loss."""
     made = megatron(32, pipeline_parallel=stages, virtual_stages=virtual, expert_parallel=4)
     found = yaml.safe_load(export(plan(made, model), "megatron-bridge")[0])["model"]
-    written = found.get("pipeline_model_parallel_layout", "")
+    written = found["pipeline_model_parallel_layout"] or ""
     assert tuple(part.count("t") for part in written.split("|") if part) == layout
     if layout:
         assert written.startswith("Et")
@@ -125,9 +129,89 @@ def test_a_lossy_file_does_not_ask_for_what_it_says_it_does_not() -> None:
         assert yaml.safe_load(text)["model"]["expert_model_parallel_size"] == 4
 
 
+def bridged(stack: str = "megatron-bridge", **degrees: object) -> dict[str, Any]:
+    """What Megatron-Bridge reads of a plan that leaves overlaps and dtypes to the stack."""
+    made = megatron(32, expert_parallel=4, overlap=AS_STACK, **degrees)  # type: ignore[arg-type]
+    blank = replace(made.precision, reduce="stack", grad="stack")
+    text, gaps = export(plan(replace(made, stack=stack, precision=blank)), "megatron-bridge")
+    assert not gaps
+    assert "process_config_with_overrides(config, config_filepath=" in text
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_sends_are_overlapped_under_interleaving_alone(virtual: int) -> None:
+    """Megatron-Core raises without it (schedules.py:2181), and where batches are asked for beside (:1086).
+    The section was missing where no other overlap was in it, and CommOverlapConfig is made, not merged: a
+    recipe may have none."""
+    for stack, hides in (("megatron-bridge", virtual > 1), ("megatron-core", False)):
+        found = bridged(stack=stack, pipeline_parallel=4, virtual_stages=virtual)["comm_overlap"]
+        assert next(iter(found)) == "_target_"
+        assert (found["overlap_p2p_comm"], found["batch_p2p_comm"]) == (hides, not hides)
+    said = megatron(32, pipeline_parallel=4, virtual_stages=virtual, overlap=Overlap(pipeline=True))
+    job = {"model": "qwen3_30b_a3b", "hardware": "h100-sxm-80g", "nodes": 4, "seq_len": 4096}
+    if virtual > 1:
+        assert mopsim.simulate(**job, global_batch=64, strategy=said, stack="megatron-core").step_time_s
+    else:
+        with pytest.raises(MopError, match=r"overlap\.pipeline: True is not .* where one part a stage"):
+            mopsim.simulate(**job, global_batch=64, strategy=said, stack="megatron-core")
+
+
+@pytest.mark.parametrize(("stack", "wide"), [("megatron-bridge", False), ("megatron-core", True)])
+def test_gradients_have_the_dtype_that_is_simulated(stack: str, wide: bool) -> None:
+    """`mixed_precision: bf16_mixed` set ddp.grad_reduce_in_fp32, whatever the file said."""
+    found = bridged(stack=stack)
+    assert found["mixed_precision"]["grad_reduce_in_fp32"] is wide
+    assert found["ddp"]["grad_reduce_in_fp32"] is wide
+    assert found["mixed_precision"]["params_dtype"] == {"_target_": "torch.bfloat16", "_call_": False}
+
+
+def test_what_a_recipe_may_have_set_is_cleared() -> None:
+    found = bridged()
+    model, optimizer = found["model"], found["optimizer"]
+    assert {model[key] for key in CLEARED} <= {None, False}
+    assert optimizer["use_precision_aware_optimizer"] is False
+    dtypes = {optimizer[f"{name}_dtype"] for name in ("main_grads", "main_params", "exp_avg", "exp_avg_sq")}
+    assert dtypes == {"torch.float32"}
+    full = bridged(recompute="full")["model"]
+    assert (full["recompute_method"], full["recompute_num_layers"]) == ("uniform", 1)
+
+
+CLEARED = (
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split", "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage", "recompute_method", "recompute_num_layers", "recompute_modules",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("matmul", ["fp8", "mxfp8", "nvfp4"])
+def test_every_layer_has_the_recipe_of_products_and_none_offloads_its_optimizer(matmul: Recipe) -> None:
+    """The Bridge's recipe in 8 bits keeps the first and the last layer in bf16; Megatron-Core asserts that
+    weights in 8 bits stay with their optimizer."""
+    made = megatron(32, expert_parallel=4)
+    made = replace(made, precision=replace(made.precision, matmul=matmul))
+    found = yaml.safe_load(export(plan(made), "megatron-bridge")[0])["mixed_precision"]
+    assert bool(found["fp8"]) == (matmul != "nvfp4")
+    assert bool(found["fp4"]) == (matmul == "nvfp4")
+    assert found["first_last_layers_bf16"] is False
+    assert found["reuse_grad_buf_for_mxfp8_param_ag"] is (matmul == "mxfp8")
+    away = replace(made, optimizer=replace(made.optimizer, state_tier="host", update_on="host"))
+    with pytest.raises(MopError, match=rf"matmul: '{matmul}' is not .* where state on host, only 'compute'"):
+        export(plan(away), "megatron-bridge")
+
+
+def test_autoep_is_not_asked_for_what_it_has_no_preset_of() -> None:
+    given = plan(zero_offload(32, expert_parallel=8), "gpt_oss_20b")
+    text, gaps = export(given, "deepspeed", lossy=True)
+    assert "strategy.experts.expert_parallel" in [gap.field for gap in gaps]
+    assert "expert_parallel" not in json.loads(text)
+
+
 def test_offloaded_inputs_name_the_variable_that_megatron_wants() -> None:
     for there in (True, False):
-        text, _ = export(plan(megatron(32, expert_parallel=4, offload_inputs=there)), "megatron-bridge")
+        made = megatron(32, expert_parallel=4, offload_inputs=there)
+        text, _ = export(plan(made, "deepseek_v3"), "megatron-bridge")
         assert ("NVTE_CPU_OFFLOAD_V1=1" in text) == there
 
 
