@@ -1,7 +1,7 @@
 """Context: everything that a program of one strategy looks up: sizes, groups, units, routing."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from msgspec.structs import replace
 
@@ -32,7 +32,6 @@ class Context:
     stack: Stack
     groups: dict[str, CommGroup]
     shapes: Shapes
-    layers: dict[int, list[ShardedUnit]]
     edges: dict[str, ShardedUnit]
     chunks: int
     b: int
@@ -40,6 +39,12 @@ class Context:
     param: int
     grad: int
     reduce: int
+
+    @cached_property
+    def layers(self) -> dict[int, list[ShardedUnit]]:
+        """Units of every layer."""
+        count = self.model.num_hidden_layers + self.model.num_nextn_predict_layers
+        return {layer: layer_units(self.model, self.strategy, layer) for layer in range(count)}
 
     @property
     def tokens(self) -> int:
@@ -228,11 +233,10 @@ def make_context(
         tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
     )  # fmt: skip
-    count = model.num_hidden_layers + model.num_nextn_predict_layers
     return Context(
         model, strategy, training, stack,
         _groups(model, strategy, domain, stack.forces_consecutive(training.routing)), shapes,
-        {layer: layer_units(model, strategy, layer) for layer in range(count)}, edge_units(model, strategy),
+        edge_units(model, strategy),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
         int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),
         int(DTYPE_BYTES[precision.reduce]),

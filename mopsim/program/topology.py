@@ -28,13 +28,16 @@ def worst(all_groups: Iterable[Sequence[int]], domain: int) -> CommGroup:
     return min((span(ranks, domain) for ranks in all_groups), key=lambda group: (group.intra, -group.block))
 
 
-def process_groups(strategy: Strategy, domain: int) -> dict[str, CommGroup]:
-    """Groups by the names that tapes and units use; of each name the one spread most over the domains.
+def devices_taken(world_size: int, domain: int) -> int:
+    """Of each domain: a job larger than one takes as many devices of each, as schedulers place it (64 of 72
+    for 256 ranks)."""
+    return next(size for size in range(min(domain, world_size), 0, -1) if world_size % size == 0)
 
-    A job larger than a domain takes as many devices of each, as schedulers place it (64 of 72 for 256 ranks).
-    """
+
+def process_groups(strategy: Strategy, domain: int) -> dict[str, CommGroup]:
+    """Groups by the names that tapes and units use; of each name the one spread most over the domains."""
     ranks, s = strategy.stage_ranks, strategy
-    domain = next(size for size in range(min(domain, s.world_size), 0, -1) if s.world_size % size == 0)
+    domain = devices_taken(s.world_size, domain)
     tensor, split_by = s.dense.tensor_parallel, s.experts.expert_tensor_parallel
     ring = _worst("whole", ranks, domain, s.vocabulary.vocab_parallel, 1, s.vocabulary.rank_placement)
     sequence = (s.attention.context_parallel * tensor, tensor, s.attention.rank_placement)

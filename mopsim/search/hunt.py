@@ -164,7 +164,7 @@ class Hunt:
         fast = keep[bounds.time[keep] < below]
         found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
         if len(fast):
-            more = Pool.of(space, bounds, fast, self.pool.pieces)
+            more = Pool.of(space, bounds, fast)
             more.enough = self.pool.enough
             self.pools.append(more)
 

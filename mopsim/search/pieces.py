@@ -4,10 +4,10 @@ Many candidates share a layer: they differ in what surrounds it (shards, stages,
 templates of one stand for all of them, at some milliseconds for each kind of layer.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from mopsim.common.errors import MopError
 from mopsim.program.context import make_context
@@ -100,20 +100,21 @@ class PipelinePart:
     last: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pieces:
-    """The pieces of a space's candidates, made as they are asked for."""
+    """The pieces of a space's candidates, made as they are asked for: once for each family of a problem."""
 
     space: Space
-    made: dict[Key, dict[LayerKind, LayerPiece] | None] = field(default_factory=dict)
-    losses: dict[Key, LayerPiece | None] = field(default_factory=dict)
-    embeddings: dict[Key, LayerPiece | None] = field(default_factory=dict)
-    flows: dict[tuple[object, ...], Flow] = field(default_factory=dict)
-    pairs: dict[tuple[object, ...], Alone] = field(default_factory=dict)
+
+    @cached_property
+    def made(self) -> dict[Hashable, Any]:
+        """By what they are, with the columns and values that they depend on."""
+        made: dict[Hashable, Any] = self.space.problem.pieces.setdefault(self.space.family, {})
+        return made
 
     @cached_property
     def prices(self) -> Prices:
-        return Prices(self.space.machine, self.space.stack)
+        return self._once("prices", lambda: Prices(self.space.machine, self.space.stack))
 
     @cached_property
     def launch(self) -> float:
@@ -123,11 +124,11 @@ class Pieces:
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
-        return self._known(self.made, LAYER, index, self._layers)
+        return self._known(LAYER, index, self._layers)
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
-        kind, turns = self.key(index, ("loss", "vocabulary"))
+        kind, turns, _ = self.key(index, ("loss", "vocabulary"))
         long = kind == RING and turns > TURNS
         shorter = max(one for one in range(1, TURNS + 1) if turns % one == 0) if long else turns
 
@@ -135,17 +136,18 @@ class Pieces:
             found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
             return replace(found, left=0, starts=(0,), heights=(0,)) if long else found
 
-        return self._known(self.losses, LOSS, index, make, vocabulary=shorter)
+        return self._known(LOSS, index, make, vocabulary=shorter)
 
     def woven(self, index: int, ahead: PipelinePart, back: PipelinePart) -> Alone:
         """A forward through one part woven with a backward through another, of a row that no rule refuses."""
         inputs = self.inputs(index)
         loss = LOSS if ahead.last or back.last else ()
-        key = (self.key(index, LAYER), self.key(index, loss), ahead, back, inputs)
-        if key not in self.pairs:
-            flows = (self._flow(index, part, way, inputs) for way, part in (("ahead", ahead), ("back", back)))
-            self.pairs[key] = alone(*flows)
-        return self.pairs[key]
+
+        def make() -> Alone:
+            parts = (("ahead", ahead), ("back", back))
+            return alone(*(self._flow(index, part, way, inputs) for way, part in parts))
+
+        return self._once((self.key(index, LAYER), self.key(index, loss), ahead, back, inputs), make)
 
     def inputs(self, index: int) -> str:
         """Where layer inputs of a row wait for the backward: `device`, `host`, or `some` there."""
@@ -155,15 +157,19 @@ class Pieces:
         return "host" if c["boundary_parts"][index] == PARTS else "some"
 
     def key(self, index: int, names: Sequence[str]) -> Key:
-        """Values of some columns of a row."""
-        return tuple(int(self.space.columns[name][index]) for name in names)
+        """Values of some columns of a row, and what decides beside them how far its groups spread: the ranks
+        of its stage, 0 where these are whole scale-up domains and a group's ranks lie side by side."""
+        problem, c = self.space.problem, self.space.columns
+        ranks = problem.world_size // int(c["pipeline"][index])
+        apart = ranks if ranks % problem.domain or c["strided"][index] else 0
+        return (*(int(c[name][index]) for name in names), apart)
 
     def _flow(self, index: int, part: PipelinePart, way: str, inputs: str) -> Flow:
         """A pass through a part. Where inputs of layers are on the host, each goes as its layer ends and
         comes back as its backward begins; where only some are, they go and none comes back."""
         loss = LOSS if part.last else ()
-        key = (self.key(index, LAYER), self.key(index, loss), part, way, inputs)
-        if key not in self.flows:
+
+        def make() -> Flow:
             layers, embedding = self.layers(index), self.embedding(index)
             assert layers is not None, "a row that a rule refuses"
             assert embedding is not None, "a row that a rule refuses"
@@ -179,8 +185,9 @@ class Pieces:
                 if way == "ahead" and inputs != "device":
                     flow.free(size)
             flow = flow.play(getattr(last, way)) if last else flow.free(size)
-            self.flows[key] = flow.settled()
-        return self.flows[key]
+            return flow.settled()
+
+        return self._once((self.key(index, LAYER), self.key(index, loss), part, way, inputs), make)
 
     def embedding(self, index: int) -> LayerPiece | None:
         """Of a row; what its forward leaves is the first layer's input."""
@@ -188,19 +195,23 @@ class Pieces:
         def make(passes: Passes) -> LayerPiece:
             return self._piece(passes.embedding("forward"), passes.embedding("backward"))
 
-        return self._known(self.embeddings, EMBEDDING, index, make)
+        return self._known(EMBEDDING, index, make)
 
     def _known(
-        self, made: dict[Key, Made | None], names: Sequence[str], index: int,
-        make: Callable[[Passes], Made], **changed: int,
-    ) -> Made | None:  # fmt: skip
-        """What was made of a row like this one before; None where a rule refuses it. changed: columns that
-        have other values."""
-        key = (*self.key(index, names), *changed.values())
-        if key not in made:
-            passes = self._passes((self.space.family, *names, *key), self.space.row(index) | changed)
-            made[key] = make(passes) if passes else None
-        return made[key]
+        self, names: Sequence[str], index: int, make: Callable[[Passes], Made], **changed: int
+    ) -> Made | None:
+        """What was made of a row like this one before; None where a rule refuses it, which may be for what
+        it has in other columns. changed: columns that have other values."""
+        key = (*names, *self.key(index, names), *changed.values())
+        if key in self.made:
+            return cast(Made, self.made[key])
+        passes = self._passes((self.space.family, *key), self.space.row(index) | changed)
+        return self._once(key, lambda: make(passes)) if passes else None
+
+    def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        if key not in self.made:
+            self.made[key] = make()
+        return cast(Made, self.made[key])
 
     def _passes(self, key: tuple[object, ...], row: dict[str, int]) -> Passes | None:
         problem, stack = self.space.problem, self.space.stack
@@ -219,7 +230,9 @@ class Pieces:
         return cast(Passes, problem.made.setdefault(key, passes_of(context)))
 
     def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
-        kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}
+        model = self.space.problem.model
+        count = model.num_hidden_layers + model.num_nextn_predict_layers
+        kinds = {passes.key(layer): layer for layer in reversed(range(count))}
         return {
             kind: self._piece(passes.forward(layer), passes.backward(layer), layer=True)
             for kind, layer in kinds.items()

@@ -1,7 +1,7 @@
 """The candidates of a family that the bounds let through, and what simulations teach of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,9 +85,8 @@ class Pool:
     turns: int = 0
 
     @staticmethod
-    def of(space: Space, bounds: Bounds, keep: Column, known: Pieces | None = None) -> "Pool":
-        """The rows `keep` of a space; equal guesses in order of memory. known: pieces of another space of
-        the same family and problem."""
+    def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
+        """The rows `keep` of a space; equal guesses in order of memory."""
         likely = np.maximum(guess(space.take(keep)), bounds.time[keep])
         order = np.lexsort((bounds.device[keep], likely))
         order, rest = _most(order, bounds.device[keep] + bounds.gathered[keep])
@@ -103,11 +102,10 @@ class Pool:
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
         seeds, recipes = textbook(kept, likely), frozenset(published(kept, likely))
-        pieces = replace(known, space=space) if known else Pieces(space)
         time, host = bounds.time[rows], bounds.host[rows]
         return Pool(
             space, rows, time, host, memory, Rise(kinds), Rise(waiting), times, seeds, taken,
-            Rise(shards, min), beyond, recipes, pieces, SpaceFacts.of(kept), *alike(kept),
+            Rise(shards, min), beyond, recipes, Pieces(space), SpaceFacts.of(kept), *alike(kept),
             np.zeros_like(taken), np.zeros_like(taken),
         )  # fmt: skip
 

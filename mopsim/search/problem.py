@@ -11,6 +11,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from mopsim.program.topology import devices_taken
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -85,10 +86,11 @@ def worked_out(asked: bytes) -> dict[Any, Any]:
     return {}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def lowered(asked: bytes) -> dict[Any, Any]:
     """Templates of layers where this is all that they depend on beside a candidate's columns: problems of
-    other node counts, batches and cards share them."""
+    other node counts, batches and cards share them. A sizing asks by turns about problems that take other
+    parts of a scale-up domain, or another kind of device."""
     return {}
 
 
@@ -98,6 +100,7 @@ class Problem:
     model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
     stack: the software, where it is not the family's own. runnable: only what mopexec runs. known: what was
     worked out, by its name; equal problems share it. made: of layers what those of other sizes share too.
+    pieces: of layers and losses what was priced while this one is searched.
     """
 
     model: ModelSpec
@@ -110,6 +113,7 @@ class Problem:
     runnable: bool = False
     known: dict[Any, Any] = field(init=False, compare=False, repr=False)
     made: dict[Any, Any] = field(init=False, compare=False, repr=False)
+    pieces: dict[Any, Any] = field(init=False, compare=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         asked = (
@@ -118,9 +122,7 @@ class Problem:
         )  # fmt: skip
         object.__setattr__(self, "known", worked_out(msgspec.msgpack.encode(asked)))
         hardware, training = self.hardware, replace(self.training, global_batch=1)
-        layer = (
-            self.model, hardware.scale_up_size, hardware.device_kind, training, self.precision, self.stack,
-        )  # fmt: skip
+        layer = (self.model, self.domain, hardware.device_kind, training, self.precision, self.stack)
         object.__setattr__(self, "made", lowered(msgspec.msgpack.encode(layer)))
 
     @property
@@ -131,6 +133,11 @@ class Problem:
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.hardware.devices_per_node
+
+    @property
+    def domain(self) -> int:
+        """Devices of each scale-up domain that the step runs on."""
+        return devices_taken(self.world_size, self.hardware.scale_up_size)
 
     def software(self, family: str) -> Stack:
         """The software of a family's candidates, on the problem's kind of device."""

@@ -17,9 +17,9 @@ from mopsim.program.lower import passes_of
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess, likely
-from mopsim.search.pieces import Pieces, PipelinePart
+from mopsim.search.pieces import LayerPiece, Pieces, PipelinePart
 from mopsim.search.pool import Pool
-from mopsim.search.problem import Problem
+from mopsim.search.problem import DEFAULTS, Problem
 from mopsim.search.refined import Refined
 from mopsim.search.space import Space
 from mopsim.search.staged import candidates
@@ -165,7 +165,23 @@ def test_what_shares_layers_is_refined_together() -> None:
     mine = pool.alike[pool.group[0]]
     assert pool.refined[mine].all()
     assert pool.refined.sum() == len(mine)
-    assert len(pool.pieces.made) == 1
+    again = Pieces(space.take(np.array([1, int(pool.rows[0])])))
+    assert again.layers(1) is pool.pieces.layers(int(pool.rows[0])), "made once for a problem"
+
+
+def test_layers_of_other_node_counts_have_groups_of_their_own() -> None:
+    """64 ranks take one domain of 72, and 80 two halves, over which groups of 16 spread."""
+    model, machine = load_model("qwen3_30b_a3b"), load_profile("gb200-186g")
+
+    def layer(nodes: int) -> LayerPiece:
+        training = TrainSpec(seq_len=4096, global_batch=320)
+        asked = Problem(model, machine, nodes, training, total_params(model))
+        row = {name: np.array([value]) for name, value in (DEFAULTS | {"experts": 16}).items()}
+        made = Pieces(Space("megatron", asked, row)).layers(0)
+        assert made is not None
+        return next(iter(made.values()))
+
+    assert (layer(16).forward.out > 0, layer(20).forward.out > 0) == (False, True)
 
 
 def _woven(space: Space, count: int, least: int = 1) -> list[int]:
