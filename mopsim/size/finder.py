@@ -160,8 +160,8 @@ def _close_in(known: KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], 
 
 
 def _hopeful(known: KnownSteps, counts: Sequence[int]) -> list[int]:
-    """Counts that would be better than the best at the work of the best count around: of a budget alone larger
-    ones that keep it; else those that keep the deadline and are smaller, or fill their racks better."""
+    """Counts that would be better than the best at the work of the best count around: of a budget alone
+    larger ones that keep it; else those that keep the deadline and are smaller, or fill racks better."""
     best, goal = _best(known), known.request.goal
     if goal.seconds is None:
         least = best.num_nodes if best else 0
@@ -170,11 +170,11 @@ def _hopeful(known: KnownSteps, counts: Sequence[int]) -> list[int]:
         ]
     hoped = {count: known.work(known.least_work(count)) for count in counts}
     most = best.num_nodes if best else math.inf
-    least = known.work(best.num_nodes) * _paid_for(known, best.num_nodes) if best else 0.0
+    cost = known.work(best.num_nodes) * _paid_for(known, best.num_nodes) if best else 0.0
     return [
         count
         for count, work in hoped.items()
-        if work <= count * goal.seconds and (count < most or work * _paid_for(known, count) * SLOWER < least)
+        if work <= count * goal.seconds and (count < most or work * _paid_for(known, count) * SLOWER < cost)
     ]
 
 
