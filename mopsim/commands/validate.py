@@ -60,15 +60,14 @@ def run(
         console.print(table(grid.title, grid.left, grid.right, grid.rows))
     console.print(LEGEND, style="dim")
     written: list[str] = []
-    if out:
-        from mopsim.report.validation import figures
+    with io.json_beside(json, to_json(validation, parts, interval) if json else None):
+        if out:
+            from mopsim.report.validation import figures
 
-        with whole_directory(Path(out)) as aside, saved_as(kinds):
-            figures(aside, validation, interval)
-            io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
-            written = [str(Path(out) / path.name) for path in sorted(aside.iterdir())]
-    if json:
-        io.write_json(json, to_json(validation, parts, interval))
+            with whole_directory(Path(out)) as aside, saved_as(kinds):
+                figures(aside, validation, interval)
+                io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
+                written = [str(Path(out) / path.name) for path in sorted(aside.iterdir())]
     say_written(console, json, *written)
     if validation.scored or any(one.predicted is not None for one in parts):
         return 0

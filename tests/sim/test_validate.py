@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mopsim.cli import app
+from mopsim.common.errors import MopError
 from mopsim.common.units import UNITS
 from mopsim.cost import seconds
 from mopsim.cost.stack import SCORE_BYTES, as_used
@@ -238,7 +239,12 @@ def test_json_has_the_agreed_keys() -> None:
     assert found["summary"]["unsupported"] == 1
 
 
-def test_command_writes_json_and_figures(tmp_path: Path) -> None:
+def refuse(*_: object, **__: object) -> str:
+    raise MopError("full")
+
+
+def test_command_writes_json_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both, or neither."""
     path, cases, out = tmp_path / "runs.csv", tmp_path / "cases.jsonl", tmp_path / "json"
     cells = row("a")
     path.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
@@ -252,6 +258,10 @@ def test_command_writes_json_and_figures(tmp_path: Path) -> None:
     assert {run["stack"] for run in found.values()} == {"torchtitan"}
     assert found["a"]["predicted_step_time_s"] == found["a"]["uncalibrated_step_time_s"]
     assert (tmp_path / "figures" / "step_time_by_source.png").stat().st_size > 1000
+    monkeypatch.setattr("mopsim.common.io.as_json", refuse)
+    command = f"validate --cases {cases} --json {tmp_path / 'again'} --out {tmp_path / 'again-figures'}"
+    assert "full" in str(CliRunner().invoke(app, command.split()).exception)
+    assert not list(tmp_path.glob("again*"))
 
 
 def test_traffic_of_a_kept_score_is_that_of_softmax_and_dropout() -> None:
