@@ -308,7 +308,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     device. corrections: calibration by kind of work; under `step`, and `step_` with a runtime or a
     stack, of the constant that each step takes. framework_memory_scale: what a framework keeps,
     over what is counted. calibrated_from: digest of the uncorrected profile that the corrections were
-    fitted on. observed: what was left of the runs of the calibration, which narrows the intervals of
+    fitted on. observed: what was left of the runs of the calibration, which decides the intervals of
     predictions. notes: what a reader should know.
     """
 
