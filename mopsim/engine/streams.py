@@ -108,8 +108,7 @@ class Rank:
             if duration > 0.0:
                 if compute and shares:
                     yield self.compute(duration)
-                    self._settle()
-                    self.finish = None
+                    self._finished()
                 elif talks and shares:
                     self.communicate(op, begins=True)
                     yield env.timeout(duration)
@@ -155,6 +154,10 @@ class Rank:
         self.remaining, self.since = duration, self.env.now
         self.finish = self._timer()
         return self.finish
+
+    def _finished(self) -> None:
+        self._settle()
+        self.finish = None
 
     def blame(self, waiting: Op, index: int, since: float, until: float) -> None:
         """Book the compute stream's wait for op `index`, backwards in time: while that op ran, on it; before,
