@@ -60,7 +60,8 @@ class Layer:
     def of(space: Space, each: float) -> "Layer":
         """each: bytes of an element."""
         experts, alike = space.columns["experts"], np.zeros(len(space), dtype=np.int64)
-        rows = [_reference(space, alike, first) for first in (experts, _apart(experts), -experts)]
+        split = space.columns["expert_tensor"]
+        rows = [_reference(space, alike, split, first) for first in (experts, _apart(experts), -experts)]
         small = {name: int(space.columns[name].max()) for name in ("chunks", "ffn_slices")}
         references = [
             row.having(exchange=exchange, **small)
@@ -73,16 +74,20 @@ class Layer:
 
     @cached_property
     def fixed(self) -> Least:
-        """Of one microbatch, all but experts."""
-        codes = _dense_shapes(self.space)
-        return Least.of(codes, _reference(self.space, codes, self.space.columns["experts"]), part=0)
+        """Of one microbatch, all but experts: with the fewest ranks that share them, or a sequence (around a
+        ring, its attention is in more and smaller parts)."""
+        codes, c = _dense_shapes(self.space), self.space.columns
+        experts = c["expert_tensor"], c["experts"]
+        rows = (_reference(self.space, codes, *first) for first in (experts, (c["sequence"], *experts)))
+        return Least.of(codes, *rows, part=0)
 
     @cached_property
     def routed(self) -> Least:
         """Of a token's experts: of most tokens on one rank, or on the fewest that exchange them."""
         codes, experts = _expert_shapes(self.space), self.space.columns["experts"]
+        split = self.space.columns["expert_tensor"]
         most = [(one << 40) - _tokens(self.space) for one in (experts, _apart(experts))]
-        return Least.of(codes, *(_reference(self.space, codes, one) for one in most), part=1)
+        return Least.of(codes, *(_reference(self.space, codes, split, one) for one in most), part=1)
 
     @cached_property
     def loss(self) -> Least:
@@ -168,11 +173,11 @@ def _apart(experts: Column) -> Column:
     return np.where(experts > 1, experts, MOST)
 
 
-def _reference(space: Space, codes: Column, first: Column) -> Space:
+def _reference(space: Space, codes: Column, *first: Column) -> Space:
     """The row of each code whose layers and sequences are split least; first: what decides before sequences
-    do, the least."""
+    do, the least of one after the other."""
     c, heads = space.columns, space.problem.model.num_attention_heads
-    order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], first, c["expert_tensor"], codes))
+    order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], *first[::-1], codes))
     rows = space.take(order[np.unique(codes[order], return_index=True)[1]])
     once = max(offered(space.problem, space.family, "dispatcher")) if c["dispatcher"].any() else 0
     whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0
