@@ -197,13 +197,14 @@ def _model(plan: Plan) -> dict[str, Any]:
         if _hides_experts(plan):
             found["moe_shared_expert_overlap"] = False  # it refuses both
     recompute = s.activations.recompute
-    modules, full = s.activations.modules if recompute == "selective" else (), recompute == "full"
+    full = recompute == "full"
+    modules = [name for name in s.activations.modules if name in MODULES]
     offloads = s.activations.layer_inputs == "host" and not full
     found |= {
         "recompute_granularity": None if recompute == "none" else recompute,
         "recompute_method": "uniform" if full else None,
         "recompute_num_layers": 1 if full else None,
-        "recompute_modules": [name for name in modules if name in MODULES] or None,
+        "recompute_modules": modules if recompute == "selective" else None,  # null is core_attn there
         "fine_grained_activation_offloading": offloads,
         "offload_modules": ["attn_norm"] if offloads else [],
     }

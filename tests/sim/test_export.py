@@ -130,6 +130,16 @@ def test_megatron_bridge_by_hand() -> None:
     assert found["ddp"]["grad_reduce_in_fp32"] is True
 
 
+def test_megatron_bridge_is_told_where_it_recomputes_no_module() -> None:
+    """Its null is core_attn beside `selective`."""
+    for recompute, modules in (("selective", []), ("full", None), ("none", None)):
+        made = megatron(8, recompute=recompute)
+        made = replace(made, activations=replace(made.activations, modules=("attention",)))
+        text, gaps = export(plan(made), "megatron-bridge", lossy=True)
+        assert yaml.safe_load(text)["model"]["recompute_modules"] == modules
+        assert bool(gaps) == (recompute == "selective")
+
+
 def test_megatron_bridge_hides_the_exchanges_of_experts() -> None:
     """Beside what it demands: no recomputation across a dispatch, no overlap of shared experts; its section
     sets the other overlaps anew."""
