@@ -38,7 +38,7 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
             runs=round(sum(one.measurement.quiet for one in some), 3),
             step_time=_off("step_time_median", [_step(one) for one in some], format_seconds),
             peak_memory=_off("peak_memory", [one for one in map(_peak, some) if one], format_bytes),
-            step_time_squares=round(fsum(weight * off**2 for off, weight in _misses(some)), 5),
+            step_time_squares=round(_squares(some), 5),
             step_time_missed=round(missed_by_most(_misses(some)), 5),
             source="runs " + ", ".join(one.digest for one in some),
         )
@@ -72,6 +72,11 @@ def _misses(runs: Sequence[Seen]) -> list[tuple[float, float]]:
     misses no less of a run that counts for little; and what each run counts."""
     told = ((one.measurement, one.unseen or one.step_time) for one in runs)
     return [(abs(log(run.step_time_median / predicted)), run.quiet) for run, predicted in told]
+
+
+def _squares(runs: Sequence[Seen]) -> float:
+    """Sum of the squares of what profiles that had not seen the runs missed."""
+    return fsum(weight * off**2 for off, weight in _misses([one for one in runs if one.unseen is not None]))
 
 
 def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> float | None:

@@ -206,12 +206,11 @@ def joint(
 ) -> tuple[Array, Array]:
     """Means and covariances of the errors of runs like those `asked`, one of each, given the cells of
     `quantity` and those seen beside them. No variance is below that of a run's own part, and this one holds
-    what was missed of those seen: a run that others disturbed tells little of the mean, but its miss was
-    seen on the machine that the next run is on."""
+    what was missed of those seen, on either side of the prediction and so all the farther from the mean on
+    one: a run that others disturbed tells little of the mean, but its miss was seen on the machine that the
+    next run is on."""
     cells, sd = (*quantity.cells, *seen), quantity.deviations
     runs = run_variances(cells, sd)
-    least = (missed / (sd.widening * float(ndtri((1 + MISSED) / 2)))) ** 2
-    own = np.array([max(runs.get(one.source, sd.run**2), least) for one in asked])
     means, left = np.zeros(len(asked)), covariance(asked, asked, sd)
     if cells:
         between = covariance(cells, cells, sd) + np.diag([runs[one.source] / one.runs for one in cells])
@@ -220,6 +219,10 @@ def joint(
         means = weights.T @ np.array([cell.mean for cell in cells])
         left = left - to_asked.T @ weights
         np.fill_diagonal(left, np.maximum(np.diag(left), 0.0))
+    own = np.array([runs.get(one.source, sd.run**2) for one in asked])
+    if missed:
+        half = missed + np.abs(means)
+        own = np.maximum(own, (half / (sd.widening * float(ndtri((1 + MISSED) / 2)))) ** 2)
     return means, left + np.diag(own)
 
 

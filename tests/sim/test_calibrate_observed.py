@@ -81,6 +81,32 @@ def test_an_interval_holds_what_was_missed_of_the_runs(disturbed: int) -> None:
     assert any("together count as 0.5" in line for line in warnings(result, "old")) == (disturbed > 0)
 
 
+@pytest.mark.parametrize(
+    "scales",
+    [{"a": 1.7, "b": 3, "c": 3}, {"a": 1.7, "b": 10}, {"a": 10, "b": 1.7}],
+    ids=lambda scales: ",".join(f"{name} x {scale}" for name, scale in scales.items()),
+)
+def test_an_interval_holds_misses_on_both_sides_of_a_mean_that_is_not_0(scales: dict[str, float]) -> None:
+    """Machines whose products take `scales` as long as those of the profile's curves."""
+    runs = [
+        measured(name, replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=scale)}))
+        for name, scale in scales.items()
+    ]
+    result = calibrate(PROFILE, runs, simulate)
+    low, high = result.intervals["mopexec-flat"]
+    assert all(low < 1 / (1 + error) < high for error in result.step_errors("held_out"))
+
+
+def test_a_run_that_every_profile_saw_has_no_square_but_its_miss() -> None:
+    loud = measured("b", MACHINE, constant=1.0)
+    loud = replace(loud, steps=loud.steps + 27, disturbed=27)
+    (one,) = calibrate(PROFILE, [loud], simulate).profile.runs_seen
+    (two,) = calibrate(PROFILE, [measured("a", MACHINE), loud], simulate).profile.runs_seen
+    assert one.step_time_squares == 0
+    assert one.step_time_missed > 0.1
+    assert two.step_time_squares > 0.1
+
+
 def test_a_profile_that_is_worse_than_the_old_one_says_so() -> None:
     """Two runs that err in opposite ways: each teaches what is wrong of the other."""
     far = [
