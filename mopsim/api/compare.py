@@ -163,7 +163,7 @@ def compare(
     runnable: bool = False,
     budget: int = 100,
     routing: str | Sequence[float] = "balanced",
-    precision: MatmulDType = "bfloat16",
+    precision: MatmulDType | None = None,
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,

@@ -49,16 +49,21 @@ Count = int | str
 """A number of tokens: 32768, "32K" or "1M" (binary)."""
 
 
+FAMILIES_IN: MatmulDType = "bfloat16"
+"""What the matrix products of families compute in where no precision is asked for."""
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The specs of a job. stack: the software of all strategies, where it is not each one's own. interval:
-    probability that the intervals of its predictions are to have."""
+    """The specs of a job. precision: of the matrix products where it was asked for. stack: the software of
+    all strategies, where it is not each one's own. interval: probability that the intervals of its
+    predictions are to have."""
 
     model: ModelSpec
     hardware: HardwareProfile
     nodes: int
     training: TrainSpec
-    precision: MatmulDType
+    precision: MatmulDType | None
     stack: Stack | None = None
     interval: float = 0.9
 
@@ -67,11 +72,16 @@ class Inputs:
         return self.nodes * self.hardware.devices_per_node
 
     @property
+    def of_families(self) -> MatmulDType:
+        """The precision of the matrix products of families."""
+        return self.precision or FAMILIES_IN
+
+    @property
     def problem(self) -> Problem:
         """What a search is asked about."""
         total = total_params(self.model)
         return Problem(
-            self.model, self.hardware, self.nodes, self.training, total, self.precision, self.stack
+            self.model, self.hardware, self.nodes, self.training, total, self.of_families, self.stack
         )
 
     def simulate(self, strategy: Strategy, stack: Stack, *, timeline: bool = False) -> SimResult:
@@ -111,7 +121,7 @@ def read_inputs(
     seq_len: Count,
     global_batch: int,
     routing: str | Sequence[float] = "balanced",
-    precision: MatmulDType = "bfloat16",
+    precision: MatmulDType | None = None,
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,
@@ -129,7 +139,7 @@ def read_inputs(
     network = read_model(model)
     training.check_model(network)
     machine = read_hardware(hardware)
-    matmul_curve(machine, precision, field="precision")
+    matmul_curve(machine, precision or FAMILIES_IN, field="precision")
     return Inputs(network, machine, nodes, training, precision, read_stack(stack), check_level(interval))
 
 
@@ -253,7 +263,7 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     dtypes = strategy.precision
     own = dtypes.compute if dtypes.matmul == "compute" else dtypes.matmul
     rule = f"contradicts the strategy {strategy.name}, which computes in {own}: it is for families"
-    require(inputs.precision in (own, "bfloat16"), "precision", inputs.precision, rule)
+    require(inputs.precision in (own, None), "precision", inputs.precision, rule)
     return strategy, stack
 
 

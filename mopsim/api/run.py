@@ -36,7 +36,7 @@ def simulate(
     global_batch: int,
     nodes: int = 1,
     routing: str | Sequence[float] = "balanced",
-    precision: MatmulDType = "bfloat16",
+    precision: MatmulDType | None = None,
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,
@@ -49,10 +49,10 @@ def simulate(
     name, a YAML file or a HardwareProfile. nodes: machines of `hardware`. seq_len: tokens of a sequence
     (32768 or "32K"). global_batch: sequences of one step. strategy: mopsim.mop(...) and its like, a Strategy,
     a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
-    experts (mopsim.spec.routing). precision: of the matrix products where a family is searched.
-    learning_rate, warmup_steps, seed: for the plan that comes of it. stack: the software that runs it: a
-    name, a YAML file or a Stack; default: that which the strategy is meant for. interval: probability of the
-    intervals of its time and memory.
+    experts (mopsim.spec.routing). precision: of the matrix products where a family is searched;
+    default: bfloat16; refused where a strategy computes in another one. learning_rate, warmup_steps, seed:
+    for the plan that comes of it. stack: the software that runs it: a name, a YAML file or a Stack; default:
+    that which the strategy is meant for. interval: probability of the intervals of its time and memory.
 
     A strategy that does not fit is a result (`fits` is False). Raises MopError, one line with field, value
     and rule, for what cannot be: an unknown name, a degree that does not divide, a batch that does not split.
@@ -73,11 +73,16 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
         strategy, own = strategy_of(given, inputs)
         result = inputs.simulate(strategy, inputs.stack or own)
         return Simulation(inputs, result, notes([given], inputs))
-    if inputs.precision in CAST and given not in IN_8_BITS:
+    if inputs.of_families in CAST and given not in IN_8_BITS:
         rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
         raise SpecError("precision", inputs.precision, rule)
     options = Options(
-        (given,), budget=budget, runnable=runnable, precision=inputs.precision, stack=inputs.stack, prove=True
+        (given,),
+        budget=budget,
+        runnable=runnable,
+        precision=inputs.of_families,
+        stack=inputs.stack,
+        prove=True,
     )
     found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     best = found.best or found.closest

@@ -28,9 +28,17 @@ Routing = Annotated[
         "the experts' shares of all routes"
     ),
 ]
+Products = Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"]
 Precision = Annotated[
-    Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"],
+    Products,
     typer.Option(help="what matmuls compute in (for a family); fp8, mxfp8, nvfp4: beside bfloat16"),
+]
+FamilyPrecision = Annotated[
+    Products | None,
+    typer.Option(
+        "--precision",
+        help="what matmuls compute in (for a family; default: bfloat16); fp8, mxfp8, nvfp4: beside bfloat16",
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, help="recorded in the plan; the simulation draws no random numbers")

@@ -274,8 +274,9 @@ def test_a_plan_of_another_job_is_used_with_a_note(
     said = " ".join(json.loads((tmp_path / "r.json").read_text())["notes"])
     assert "uses 2 of the 4 devices" in said
     for strategy in ("s.yaml", "plan.yaml"):
-        asked = [*job, "--seq-len", "64", "--strategy", strategy, "--precision", "float64"]
-        assert "'float64' contradicts the strategy" in call(capsys, monkeypatch, "simulate", *asked)
+        for other in ("float64", "bfloat16"):
+            asked = [*job, "--seq-len", "64", "--strategy", strategy, "--precision", other]
+            assert f"'{other}' contradicts the strategy" in call(capsys, monkeypatch, "simulate", *asked)
 
 
 def test_a_sizing_without_an_answer_says_so_and_is_no_success(
