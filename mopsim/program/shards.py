@@ -260,8 +260,8 @@ class Shards:
     def _groups(self, layer: int) -> list[ShardedUnit]:
         """A layer's parameters as they are gathered and reduced together (see Sharding.groups)."""
         units = self.c.layers[layer]
-        apart = self._modules or not self.copied or len({unit.shard for unit in units}) > 1
-        if apart or not all(map(self._copied, units)):
+        groups = {(unit.copies, self.c.groups[unit.group]) for unit in units}
+        if self._modules or len(groups) > 1 or not all(map(self._copied, units)):
             return units
         numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
         largest = max(unit.largest for unit in units)

@@ -17,12 +17,13 @@ from mopsim.program import lower
 from mopsim.program.context import make_context
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Work
+from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import Unfused
-from mopsim.strategies import megatron
+from mopsim.strategies import fsdp2, megatron
 from mopsim.validate.natural import busiest, natural, repeated
 from tests.sim.toys import machine, small
 from tests.software import changed, unfused
@@ -227,6 +228,19 @@ def test_an_eager_program_has_fsdp_or_not(zero: Literal[0, 1, 2, 3]) -> None:
     result = simulate(small(), machine(), 2, strategy, training, stack)
     whole = sum(unit.numel for unit in Stage(make_context(small(), strategy, training, 8, stack), 0).units)
     assert (result.highest_by_category["grads"] >= 4 * whole) == (zero < 2)
+
+
+def test_a_layers_experts_are_gathered_in_a_group_of_their_own_ranks() -> None:
+    """Eight shards over four nodes take as long however the dense part is sharded: also over eight ranks, of
+    one node."""
+    model, training = load_model("qwen3_30b_a3b"), TrainSpec(seq_len=4096, global_batch=64)
+    h100, stack = load_profile("h100-sxm-80g"), load_stack("nemo-automodel")
+    found = {}
+    for dense in (8, 16, 32):
+        strategy = fsdp2(32, expert_parallel=4, expert_fsdp=8, fsdp=dense, micro_batch=1, recompute="full")
+        found[dense] = simulate(model, h100, 4, strategy, training, stack).busy["all_gather"]
+    assert found[8] == pytest.approx(found[32], rel=0.05)
+    assert found[16] == pytest.approx(found[32], rel=0.05)
 
 
 def test_a_fixed_order_slows_attention_backward() -> None:
