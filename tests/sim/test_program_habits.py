@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
@@ -22,8 +23,10 @@ from mopsim.program.loss import loss_tape
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Op, Program, Work
+from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import HostCosts, Kernels, Sharding, Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.sim.toys import small
@@ -217,3 +220,17 @@ def test_a_message_whose_shape_the_host_reads_comes_later(options: dict[str, int
         for stack in (Stack(name="mine"), reading)
     )
     assert waits > free
+
+
+def test_a_host_that_waits_for_every_kernel_has_no_exchanges_beside_another_microbatch() -> None:
+    strategy = megatron(
+        32, pipeline_parallel=4, tensor_parallel=4, expert_parallel=2, virtual_stages=4, recompute="full"
+    )
+    training, model = TrainSpec(seq_len=4096, global_batch=128), load_model("deepseek_v2")
+    beside = replace(strategy, overlap=replace(strategy.overlap, experts=True))
+    for stack, why in (
+        (load_stack("megatron-deepspeed-bigscience"), "on the stack megatron-deepspeed-bigscience"),
+        (Stack(name="mine", host=HostCosts(blocking=True)), "where the host waits for every kernel"),
+    ):
+        with pytest.raises(SpecError, match=rf"^strategy.overlap.experts: True is not simulated {why}"):
+            simulate(model, load_profile("h100-sxm-80g"), 4, beside, training, stack)
