@@ -175,17 +175,17 @@ def test_products_keep_their_cast_inputs(dtype: str, width: float) -> None:
     tokens, H, F = 1024, model.hidden_size, model.intermediate_size
     tape = decoder_layer(model, Shapes(tokens, tokens, fused=True), 0)
     cast = H + H + H + F
-    less = kept(tape) - kept(quantized(tape, width / 2, ()))
+    less = kept(tape) - kept(quantized(tape, width / 2, (), ()))
     assert less == tokens * (2 * (cast - H) - width * cast)  # attention keeps its output beside the cast copy
 
 
 def test_a_discarded_input_is_not_kept_cast() -> None:
     model = load_model("qwen3_30b_a3b")
     tape = decoder_layer(model, Shapes(256, 256, fused=True), 0, (64,) * 128)
-    plain = quantized(tape, 0.5, ("moe_act",))
+    plain = quantized(tape, 0.5, ("moe_act",), ())
     down = next(kernel for kernel in plain.kernels if kernel.name == "experts_down")
     assert down.saves == ("act",)
-    assert kept(plain, "selective", ("moe_act",)) < kept(quantized(tape, 0.5, ()))
+    assert kept(plain, "selective", ("moe_act",)) < kept(quantized(tape, 0.5, (), ()))
 
 
 @pytest.mark.parametrize(
