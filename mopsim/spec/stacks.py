@@ -168,6 +168,9 @@ def _flat(data: dict[str, Any], origin: str, field: str) -> dict[str, Any]:
     for key in SECTIONS:
         if not isinstance(data.get(key, {}), dict):
             raise MopError(f"{origin}: {field}.{key}: {shown(data[key])} must be a mapping of fields")
+        source = data.get(key, {}).get("source", "")  # which its entries may all have of their own
+        if not isinstance(source, str):
+            raise MopError(f"{origin}: {field}.{key}.source: {shown(source)} must be text")
     plain = {"name", "version", "extends"} | (set(data) - set(_ENTRIES))  # an unknown one is refused as such
     found: dict[str, Any] = {key: value for key, value in data.items() if key in plain}
     sources: dict[str, str] = {}
