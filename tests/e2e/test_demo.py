@@ -29,14 +29,14 @@ QUICKLY = ("--budget", "0.05")
 
 
 def forked(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Loop._run that starts a process for the first training and the first calibration; other commands run in
+    """Loop.run that starts a process for the first training and the first calibration; other commands run in
     this process, and the ranks of other trainings and of the probe are forked."""
     apart = {"train", "calibrate"}
 
-    def either(self: loop.Loop, package: str, arguments: tuple[str, ...]) -> None:
+    def either(self: loop.Loop, package: str, *arguments: str) -> None:
         if arguments[0] in apart:
             apart.remove(arguments[0])
-            return run(self, package, arguments)
+            return run(self, package, *arguments)
         self.commands.append(" ".join([package, *arguments]))
         if arguments[0] != "train":
             with monkeypatch.context() as changed:
@@ -63,7 +63,7 @@ def test_the_loop_closes(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, value in SMALLER.items():
         monkeypatch.setattr(loop, name, value)
-    monkeypatch.setattr(loop.Loop, "_run", forked(loop.Loop._run, monkeypatch))
+    monkeypatch.setattr(loop.Loop, "run", forked(loop.Loop.run, monkeypatch))
     loop.run("reports/demo", seed=0, steps=6, result="demo.json")
     shown = capsys.readouterr().out
     assert "Winner:" in shown or "A tie on this machine:" in shown
