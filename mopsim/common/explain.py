@@ -48,7 +48,8 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
         choice for option in _options(wanted) if get_origin(option) is Literal for choice in get_args(option)
     ]
     if allowed:
-        return f"{field}: {shown(value)} {not_one_of(allowed)}"
+        words = ["true", "false"] if bool in _options(wanted) else []
+        return f"{field}: {shown(value)} {not_one_of([*words, *allowed])}"
     if float in _options(wanted) and isinstance(value, str):  # nan and inf are words of YAML
         return f"{field}: {shown(value)} must be a finite number"
     return f"{field}: {shown(value)} is refused: {_lower(message)}"

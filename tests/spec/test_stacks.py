@@ -48,6 +48,10 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
     ("text", "says"),
     [
         ("name: a\nversion: b\nkernels: {norm: fast, source: s}", "stack.kernels.norm: 'fast' is not one of"),
+        (
+            "name: a\nversion: b\nhides: {pipeline: some, source: s}",
+            "stack.hides.pipeline: 'some' is not one of true, false, interleaved",
+        ),
         ("name: a\nversion: b\nkernels: {norm: fused}", "stack.kernels.norm: 'fused' has no source"),
         ("name: a\nversion: b\nexplicit: true", "stack.explicit: True has no source"),
         (
