@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
+from mopsim.common.changes import sparse
 from mopsim.common.errors import require
 from mopsim.common.io import digest
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, known_errors
@@ -53,8 +54,10 @@ class Facts:
 
 
 def network(model: ModelSpec) -> str:
-    """Digest of a network, whatever its name and source; without its MTP layers it is the same."""
-    return digest(replace(model, name="network", source="", assumptions=(), num_nextn_predict_layers=0))
+    """Digest of a network, whatever its name and source; without its MTP layers it is the same. Of the fields
+    that differ from their defaults, so that a field that ModelSpec gains changes none."""
+    bare = replace(model, name="network", source="", assumptions=(), num_nextn_predict_layers=0)
+    return digest(sparse(bare))
 
 
 def products(precision: Precision) -> str:

@@ -156,7 +156,7 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
 
 
 def test_the_installed_errors_know_the_networks_that_ran() -> None:
-    """A field that ModelSpec gains changes every digest: runs would then say nothing of their own network."""
+    """Digests are written: where they change, runs say nothing of their own network any more."""
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
     ran = {of_case(case, reading=read) for case in cases for read in ("", reading(case))}
     for quantity in (known_errors().step_time, known_errors().peak_memory):
