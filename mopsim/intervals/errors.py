@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from statistics import fmean
+from typing import Literal
 
 import msgspec
 from msgspec.structs import astuple, replace
@@ -105,6 +106,18 @@ class ErrorQuantity(Spec, frozen=True, kw_only=True):
         return ErrorQuantity(deviations=self.without.get(source, self.deviations), cells=kept)
 
 
+Name = Literal["step_time", "peak_memory"]
+
+
+class Guesses(Spec, frozen=True, kw_only=True):
+    """The errors of the same runs, predicted by stacks that are none of their programs' but stand for what
+    nobody described. The level `stack` is the program's own."""
+
+    stacks: tuple[str, ...]
+    step_time: ErrorQuantity
+    peak_memory: ErrorQuantity
+
+
 class Errors(Spec, frozen=True, kw_only=True):
     """The data of `errors.yaml`. made_by: the command that fits it; exact: standard deviation of ln(measured
     / predicted) of the peak of a program that allocates to the byte what is simulated, exact_source: whence.
@@ -115,6 +128,12 @@ class Errors(Spec, frozen=True, kw_only=True):
     exact_source: str
     step_time: ErrorQuantity
     peak_memory: ErrorQuantity
+    guesses: Guesses
+
+    def of(self, name: Name, stack: str) -> ErrorQuantity:
+        """What is known of the errors of a prediction by this stack."""
+        known: ErrorQuantity = getattr(self.guesses if stack in self.guesses.stacks else self, name)
+        return known
 
 
 @cache

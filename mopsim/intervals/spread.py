@@ -20,7 +20,7 @@ from scipy.special import ndtr, ndtri
 from mopsim.common.changes import sparse
 from mopsim.common.errors import require
 from mopsim.common.io import digest
-from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, known_errors
+from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, Name, known_errors
 from mopsim.spec.hardware import Observed
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Precision
@@ -94,7 +94,7 @@ def check_level(level: float, field: str = "interval") -> float:
 @lru_cache(maxsize=4096)
 def of_step_time(facts: Facts) -> Spread:
     """The error to expect of a step time."""
-    return spread(known_errors().step_time, *_asked(facts, "step_time"))
+    return spread(known_errors().of("step_time", facts.stack), *_asked(facts, "step_time"))
 
 
 MACHINES = ("hardware", "precision")
@@ -105,7 +105,7 @@ MACHINES = ("hardware", "precision")
 def machines_share(facts: Facts) -> float:
     """Part of the variance of a step time's error that would go if all machine types, and how fast they are
     in each precision, were known."""
-    whole = known_errors().step_time
+    whole = known_errors().of("step_time", facts.stack)
     known = replace(whole, deviations=replace(whole.deviations, **dict.fromkeys(MACHINES, 0.0)))
     asked = _asked(facts, "step_time")
     return max(0.0, 1 - (spread(known, *asked).deviation / spread(whole, *asked).deviation) ** 2)
@@ -116,7 +116,7 @@ def of_peak_memory(facts: Facts) -> Spread:
     """The error to expect of a peak of tensors on the device."""
     if facts.exact:
         return Spread(0.0, known_errors().exact)
-    return spread(known_errors().peak_memory, *_asked(facts, "peak_memory"))
+    return spread(known_errors().of("peak_memory", facts.stack), *_asked(facts, "peak_memory"))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def ratio(step_time: float, facts: Facts, other_time: float, other: Facts) -> Ra
 
     What the two have in common (the stack, the machine type, the network, ...) cancels; what separates them
     does not: two plans of one stack on one network are told apart by a run's own scatter alone. Runs that
-    either of them has seen tell of both.
+    either of them has seen tell of both. Where one of two stacks is a guess, what that one is off by is as
+    wide as guesses are.
     """
     return Ratio(other_time / step_time, _of_ratio(facts, other))
 
@@ -148,8 +149,13 @@ def ratio(step_time: float, facts: Facts, other_time: float, other: Facts) -> Ra
 @lru_cache(maxsize=4096)
 def _of_ratio(facts: Facts, other: Facts) -> Spread:
     (asked, seen, off), (beside, also, far) = (_asked(one, "step_time") for one in (facts, other))
-    both = tuple(dict.fromkeys((*seen, *also)))
-    return between(known_errors().step_time, asked, beside, both, max(off, far))
+    both, missed = tuple(dict.fromkeys((*seen, *also))), max(off, far)
+    own, others = (known_errors().of("step_time", one.stack) for one in (facts, other))
+    if own is others:
+        return between(own, asked, beside, both, missed)
+    guessed = own if facts.stack in known_errors().guesses.stacks else others
+    mean = spread(others, beside, both).mean - spread(own, asked, both).mean
+    return Spread(mean, between(guessed, asked, beside, both, missed).deviation)
 
 
 def missed_by_most(misses: Sequence[tuple[float, float]]) -> float:
@@ -163,7 +169,7 @@ def missed_by_most(misses: Sequence[tuple[float, float]]) -> float:
     return 0.0
 
 
-def _asked(facts: Facts, quantity: str) -> tuple[ErrorCell, tuple[ErrorCell, ...], float]:
+def _asked(facts: Facts, quantity: Name) -> tuple[ErrorCell, tuple[ErrorCell, ...], float]:
     """The run, those that its user has seen, and what most of these were missed by."""
     asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,

@@ -118,7 +118,8 @@ def _paid(point: Point, bill: Figures) -> str:
 
 def unmeasured(result: SimResult) -> str:
     """What the interval of a step rests on where no run of its stack was measured; else empty."""
-    stack, known = result.stack.name, known_errors().step_time
+    stack = result.stack.name
+    known = known_errors().of("step_time", stack)
     others = {one.stack for one in known.cells}
     if stack in others | {one.stack for one in result.facts.seen if one.step_time is not None}:
         return ""

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
 from mopsim.common.units import UNITS
+from mopsim.intervals.errors import Name
 from mopsim.report.style import SERIES, figure
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Scored
-from mopsim.validate.uncertain import Name
 
 Points = list[tuple[float, float]]
 """(measured, predicted)."""

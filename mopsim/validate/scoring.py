@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.common import io
-from mopsim.intervals.errors import ErrorCell, cells
+from mopsim.intervals.errors import ErrorCell, Name, cells
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Spread
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated, as_read
-from mopsim.validate.uncertain import Name, cell, expected, reading
+from mopsim.validate.uncertain import cell, expected, reading
 
 UNUSED = Fit()
 

@@ -5,16 +5,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from mopsim.intervals.errors import ErrorCell, ErrorQuantity, known_errors
+from mopsim.intervals.errors import ErrorCell, Name, known_errors
 from mopsim.intervals.spread import Spread, spread
 from mopsim.validate.case import Case
 
 if TYPE_CHECKING:
     from mopsim.validate.scoring import Scored
 
-Name = Literal["step_time", "peak_memory"]
 NAMES: tuple[Name, ...] = ("step_time", "peak_memory")
 
 
@@ -35,7 +34,7 @@ def reading(case: Case) -> str:
 
 def expected(case: Case, name: Name, own: Sequence[ErrorCell] = (), reading: str = "") -> Spread:
     """The error to expect of a run, as if its source had never been seen, but for `own` runs of it."""
-    known: ErrorQuantity = getattr(known_errors(), name)
+    known = known_errors().of(name, case.stack)
     return spread(known.leaving_out(case.source.name), cell(case, reading=reading), tuple(own))
 
 

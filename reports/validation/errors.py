@@ -7,12 +7,13 @@ from mopsim.common import io
 from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.intervals import errors
-from mopsim.intervals.errors import ErrorCell, Errors
-from mopsim.validate.case import Case
+from mopsim.intervals.errors import ErrorCell, ErrorQuantity, Errors, Guesses
+from mopsim.validate.facts import families
 from mopsim.validate.scoring import trusted
-from mopsim.validate.simulated import Simulated, as_read
+from mopsim.validate.simulated import as_read
 from mopsim.validate.uncertain import cell, reading
 from reports.validation.fitted_errors import fit_errors
+from reports.validation.guesses import Run
 
 INSTALLED = Path(errors.__file__).with_name("errors.yaml")
 MADE_BY = "python -m reports.validation.make"
@@ -22,8 +23,18 @@ EXACT_SOURCE = (
 )
 
 
-def learn(runs: Iterable[tuple[Case, Simulated]]) -> Errors:
-    """From runs of grade A and B, as simulated: uncalibrated, and without a refusal."""
+def learn(runs: Iterable[Run], guesses: Iterable[Run]) -> Errors:
+    """From runs of grade A and B without a refusal, by their own stacks and by general ones."""
+    (step_time, peak_memory), (guessed_time, guessed_memory) = map(_fitted, (runs, guesses))
+    stacks = tuple(sorted({one.stack for one in families().values()}))
+    return Errors(
+        made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, step_time=step_time, peak_memory=peak_memory,
+        guesses=Guesses(stacks=stacks, step_time=guessed_time, peak_memory=guessed_memory),
+    )  # fmt: skip
+
+
+def _fitted(runs: Iterable[Run]) -> tuple[ErrorQuantity, ErrorQuantity]:
+    """Of the step time, of the peak."""
     times: list[ErrorCell] = []
     peaks: list[ErrorCell] = []
     for case, result in runs:
@@ -34,14 +45,11 @@ def learn(runs: Iterable[tuple[Case, Simulated]]) -> Errors:
         if case.measured.peak_memory:
             peak = as_read(result, case.program().reading.memory, case.profile())
             peaks.append(cell(case, case.measured.peak_memory, peak, reading(case)))
-    return Errors(
-        made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE,
-        step_time=fit_errors(times), peak_memory=fit_errors(peaks),
-    )  # fmt: skip
+    return fit_errors(times), fit_errors(peaks)
 
 
-def install(runs: Sequence[tuple[Case, Simulated]]) -> None:
+def install(runs: Sequence[Run], guesses: Sequence[Run]) -> None:
     """Write what is learned where mopsim reads it."""
-    found = learn(runs)
+    found = learn(runs, guesses)
     io.write_text(INSTALLED, dump_yaml(sparse(found)))
     errors.known_errors.cache_clear()

@@ -5,11 +5,12 @@ from pathlib import Path
 from statistics import fmean
 
 from mopsim.common import io
+from mopsim.intervals.errors import Name
 from mopsim.report.validation_tables import Grid
 from mopsim.validate import Predicted, Validation
 from mopsim.validate.output import GROUPS, MEASURES, component_errors, selections, worst
 from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, errors, over_sources, regrets
-from mopsim.validate.uncertain import NAMES, Name, coverage
+from mopsim.validate.uncertain import NAMES, coverage
 from reports.validation import regression
 
 README = Path(__file__).with_name("README.md")
@@ -22,12 +23,12 @@ FEW_HELD = 0.85
 """Share of held intervals below which a source is named: an average over sources hides it."""
 
 
-def install(validation: Validation, parts: Sequence[Predicted], few: Grid) -> None:
-    """Replace what stands between the marks."""
+def install(validation: Validation, unknown: Sequence[Scored], parts: Sequence[Predicted], few: Grid) -> None:
+    """Replace what stands between the marks. unknown: runs by stacks that are none of theirs."""
     text = io.read_text(README)
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    grids = [_asked(validation, parts), few, _by_source(validation), _largest(validation)]
+    grids = [_asked(validation, parts), few, _by_source(validation), _guessed(unknown), _largest(validation)]
     body = "\n".join(grid.markdown() for grid in grids)
     io.write_text(README, f"{head}{BEGIN}\n\n{body}\n{END}{tail}")
 
@@ -103,6 +104,26 @@ def _by_source(validation: Validation) -> Grid:
         cells = [text for other in (one, found["model"][source]) for text in _cells(other)]
         table.add_row(source, str(one.n), *cells, f"{line.mape:.1%}" if line else "none")
     return table
+
+
+def _guessed(unknown: Sequence[Scored]) -> Grid:
+    """What programs are off by that nobody described."""
+    columns = ("runs", "error", "bias", "90% held", "width", "peaks", "error", "bias", "held", "width")
+    table = Grid("runs by the general stack of their family, source left out", ("source",), columns)
+    groups = GROUPS["source"]
+    for source in (*sorted({groups(one) for one in unknown}), ""):
+        some = [one for one in unknown if not source or groups(one) == source]
+        cells = [text for name in NAMES for text in _guessed_cells(some, name)]
+        table.add_row(source or "sources weighing alike", *cells)
+    return table
+
+
+def _guessed_cells(some: Sequence[Scored], name: Name) -> tuple[str, ...]:
+    measure = "step_time_s" if name == "step_time" else "peak_memory_bytes"
+    found, held = over_sources(some, MEASURES[measure]), coverage(some, name, LEVEL)
+    if found is None or held is None:
+        return ("",) * 5
+    return str(found.n), *_cells(found), f"{held.share_of_sources:.0%}", f"{held.width:.0%}"
 
 
 def _cells(one: ErrorSummary) -> tuple[str, str]:

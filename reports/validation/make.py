@@ -23,12 +23,14 @@ from mopsim.validate import (
 from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
 from mopsim.validate.run import refused_of, scored_by
+from mopsim.validate.scoring import Scored, score
 from mopsim.validate.simulated import simulate_all
 from mopsim.validate.tables import read_components, read_runs
 from reports.validation import errors as expected
 from reports.validation import headline
 from reports.validation.few_runs import few_runs
 from reports.validation.figures import figures
+from reports.validation.guesses import guesses
 from reports.validation.misses import markdown, missed_json, misses
 
 HERE = Path(__file__).parent
@@ -51,7 +53,7 @@ def main() -> None:
         if options.resolve_only:
             return
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
-    validation = _validated(cases, options.jobs, refused)
+    validation, unknown = _validated(cases, options.jobs, refused)
     parts = predict_components(read_components(options.components)) if options.components else []
     few = few_runs(validation.scored)
     grids = [*tables(validation, parts), few]
@@ -59,20 +61,25 @@ def main() -> None:
     io.write_text(HERE / "tables.md", "\n".join(grid.markdown() for grid in grids))
     io.write_text(HERE / "misses.md", markdown(missed))
     figures(HERE, validation, parts)
-    headline.install(validation, parts, few)
+    headline.install(validation, unknown, parts, few)
     if options.json:
         io.write_json(options.json, to_json(validation, parts) | missed_json(missed))
 
 
-def _validated(cases: list[Case], jobs: int, refused: list[Refused]) -> Validation:
+def _validated(cases: list[Case], jobs: int, refused: list[Refused]) -> tuple[Validation, list[Scored]]:
     """The cases simulated, the errors to expect learned from them and installed, then all scored, each by
-    what other sources teach."""
-    results = simulate_all(cases, jobs, lambda n, of: print(f"\r{n} of {of}", end="", flush=True))
-    print()
+    what other sources teach; and some of them as runs of programs that nobody described."""
+    results = simulate_all(cases, jobs, _told)
     known = [(case, result) for case, result in zip(cases, results, strict=True) if not result.error]
-    expected.install(known)
+    own, general = guesses([case for case, _ in known], jobs, _told)
+    expected.install(known, own)
     held = scored_by(known, "source")
-    return Validation(held["source"], refused + refused_of(cases, results), held)
+    unknown = score([case for case, _ in general], [result for _, result in general])
+    return Validation(held["source"], refused + refused_of(cases, results), held), unknown
+
+
+def _told(count: int, of: int) -> None:
+    print(f"\r{count} of {of}", end="\n" if count == of else "", flush=True)
 
 
 def resolve(runs: Path, models: Path | None) -> list[Refused]:

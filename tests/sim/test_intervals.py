@@ -16,8 +16,9 @@ from mopsim.spec.hardware import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases
+from mopsim.validate.facts import families
+from mopsim.validate.uncertain import NAMES, reading
 from mopsim.validate.uncertain import cell as of_case
-from mopsim.validate.uncertain import reading
 from reports.validation.fitted_errors import fit_errors, likeliest, weighted_quantile
 
 CASES = Path(__file__).parents[2] / "reports/validation/cases"
@@ -97,6 +98,15 @@ def test_a_lead_is_sure_by_as_much_as_it_is_large() -> None:
     assert turned.interval() == pytest.approx([1 / end for end in reversed(leads[1].interval())])
 
 
+def test_a_lead_over_a_guess_is_as_wide_as_guesses_are() -> None:
+    """Whichever of the two it is; what runs of the described one tell of its mean stays."""
+    described, guess = (Facts(name, "h200-sxm-141g", "bf16") for name in ("megatron-bridge", "generic-fused"))
+    lead, back = ratio(1.0, described, 1.0, guess), ratio(1.0, guess, 1.0, described)
+    assert lead.error.deviation == back.error.deviation > 1.3 * of_step_time(described).deviation
+    assert lead.error.mean == -back.error.mean
+    assert lead.error.mean == of_step_time(guess).mean - of_step_time(described).mean
+
+
 def test_a_left_out_source_leaves_its_deviations_too() -> None:
     sd, other = replace(NONE, stack=0.2, run=0.1), replace(NONE, stack=0.4, run=0.1)
     known = ErrorQuantity(deviations=sd, cells=(cell("s"), cell("t", mean=0.5)), without={"t": other})
@@ -126,7 +136,8 @@ def test_what_nobody_ran_is_wider_than_what_somebody_did() -> None:
         return of_step_time(Facts(stack, hardware, "bf16", network, **more)).deviation
 
     known = width("simumax", "b200-sxm-192g")
-    assert known < width("generic-eager", "b200-sxm-192g") < width("generic-eager", "my-machine") * 1.0001
+    assert known < width("described", "b200-sxm-192g") < width("described", "my-machine") * 1.0001
+    assert 1.3 * width("described", "my-machine") < width("generic-eager", "my-machine")
     seen = Observed(stack="mine", precision="bf16", network="n", runs=2, step_time=0.01)
     one, two = (width("mine", "my-machine", "n", seen=(replace(seen, runs=n),)) for n in (1, 6))
     assert two < one < width("mine", "my-machine", "n")
@@ -143,9 +154,14 @@ def test_what_most_runs_were_missed_by_is_held_by_their_interval() -> None:
     assert ratio(1.0, facts, 1.0, facts).error.deviation > 1.2 / 1.645
 
 
-def test_the_installed_errors_are_of_what_is_installed() -> None:
+def quantities() -> list[ErrorQuantity]:
     errors = known_errors()
-    for quantity in (errors.step_time, errors.peak_memory):
+    return [getattr(some, name) for some in (errors, errors.guesses) for name in NAMES]
+
+
+def test_the_installed_errors_are_of_what_is_installed() -> None:
+    assert set(known_errors().guesses.stacks) == {one.stack for one in families().values()}
+    for quantity in quantities():
         sources = {one.source for one in quantity.cells}
         assert set(quantity.without) == sources
         assert len(sources) >= 6
@@ -159,7 +175,7 @@ def test_the_installed_errors_know_the_networks_that_ran() -> None:
     """Digests are written: where they change, runs say nothing of their own network any more."""
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
     ran = {of_case(case, reading=read) for case in cases for read in ("", reading(case))}
-    for quantity in (known_errors().step_time, known_errors().peak_memory):
+    for quantity in quantities():
         known = {replace(one, runs=1, mean=0.0, squares=0.0) for one in quantity.cells}
         assert known <= ran
 
