@@ -1,9 +1,12 @@
 """A plan made small for this machine with every mechanism still at work: the same switches on tiny shapes."""
 
+from itertools import groupby
+from typing import Any
+
 import msgspec
 
 from mopsim.spec import layout
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import ModelSpec, dense_fields, window_fields
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Precision, Strategy
 
@@ -67,6 +70,7 @@ def mechanisms(plan: Plan) -> list[str]:
         f"runtime {plan.stack.runtime or 'none'}": True,
         "latent attention": m.attention == "mla",
         "sliding windows": m.sliding_window > 0,
+        "dense layers between MoE layers": len(m.mlp_only_layers) > 0,
         "attention sinks": m.attention_sinks,
         f"rotary positions scaled by {m.rope_scaling.rope_type}": m.rope_scaling.rope_type != "default",
         "clamped SwiGLU": m.swiglu_limit > 0,
@@ -203,7 +207,7 @@ def _vocabulary(plan: Plan, strategy: Strategy, num_tokens: int) -> int:
 
 
 def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
-    moe, dense = model.num_moe_layers > 0, model.num_dense_layers > 0
+    moe = model.num_moe_layers > 0
     heads, kv, latent = model.num_attention_heads, model.num_key_value_heads, model.attention == "mla"
     sizes: dict[str, int] = {name: size for name, size in _LATENT.items() if latent and getattr(model, name)}
     if model.topk_method != "greedy":
@@ -211,20 +215,15 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
     return msgspec.structs.replace(
         model,
         hidden_size=_HIDDEN,
-        num_hidden_layers=max(
-            3 if moe and dense else 2, strategy.pipeline.pipeline_parallel * strategy.pipeline.virtual_stages
-        ),
         num_attention_heads=_HEADS,
         num_key_value_heads=_HEADS
         if kv == heads or latent
         else max(min(kv, 2), strategy.dense.tensor_parallel),
         head_dim=_LATENT_DIM if latent else _HEAD_DIM,
-        sliding_window=min(model.sliding_window, _WINDOW),
         swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,
         num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
         vocab_size=vocab_size,
         intermediate_size=2 * _INNER if model.intermediate_size else 0,
-        first_k_dense_replace=(1 if dense else 0) if moe else min(model.first_k_dense_replace, 2),
         num_local_experts=_EXPERTS if moe else 0,
         num_experts_per_tok=min(model.num_experts_per_tok, 4) if moe else 0,
         moe_intermediate_size=_INNER if moe else 0,
@@ -232,4 +231,21 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
         total_params=None,
         active_params=None,
         **sizes,
+        **_layers(model, strategy.pipeline.pipeline_parallel * strategy.pipeline.virtual_stages),
+    )
+
+
+def _layers(model: ModelSpec, parts: int) -> dict[str, Any]:
+    """Of each run of equal layers one, from the first on, until every kind is there; more where the stages
+    need them."""
+    runs = [kind for kind, _ in groupby(map(model.layer_kind, range(model.num_hidden_layers)))]
+    every = max(runs.index(kind) + 1 for kind in runs)
+    mixed = 0 < model.num_moe_layers < model.num_hidden_layers
+    count = max(3 if mixed else 2, every, parts)
+    layers = (runs + runs[-1:] * count)[:count]
+    dense = [place for place, kind in enumerate(layers) if not kind.routed] if model.num_moe_layers else []
+    return (
+        {"num_hidden_layers": count, "sliding_window": 0, "sliding_window_period": 1, "layer_types": ()}
+        | dense_fields(dense, count)
+        | window_fields([kind.window > 0 for kind in layers], min(model.sliding_window, _WINDOW))
     )

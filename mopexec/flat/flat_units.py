@@ -66,7 +66,7 @@ class FlatRunner:
         self.prefetch, self.loss_chunk = strategy.dense.prefetch, strategy.vocabulary.chunk_tokens
         self.num_tokens = self._counted = training.global_batch * training.seq_len
         self._reducing: list[Unit] = []
-        self._first_moe = plan.model.num_dense_layers
+        self._rows = {layer: row for row, layer in enumerate(plan.model.moe_layers)}
 
     @torch.no_grad()
     def step(self, batches: list[Batch]) -> StepResult:
@@ -233,7 +233,7 @@ class FlatRunner:
         return square.sqrt_()
 
     def _router_state(self, index: int) -> tuple[Tensor, Tensor]:
-        place = max(0, index - self._first_moe)
+        place = self._rows.get(index, 0)
         return self.model.balance_bias[place], self.model.load[place]
 
     def _balance(self) -> Tensor | None:

@@ -57,7 +57,7 @@ class Positions:
 
 def frequencies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Angle per position of each pair of elements, scaled as `spec.rope_scaling` says."""
-    scaling, width = spec.rope_scaling, rotated(spec)
+    scaling, width = spec.rope_scaling, spec.rotary_dim
     base = spec.rope_theta ** (-torch.arange(0, width, 2, dtype=dtype, device=device) / width)
     if scaling.rope_type == "default":
         return base
@@ -68,11 +68,6 @@ def frequencies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Te
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     return base * kept + base / scaling.factor * (1 - kept)
-
-
-def rotated(spec: ModelSpec) -> int:
-    """Elements of a head that are rotated."""
-    return spec.qk_rope_head_dim if spec.attention == "mla" else spec.head_dim
 
 
 def vector_factor(scaling: RopeScaling) -> float:

@@ -84,7 +84,7 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
         balance_bias=balance_bias,
         load=load,
     )
-    for row, layer in enumerate(range(spec.num_dense_layers, spec.num_hidden_layers)):
+    for row, layer in enumerate(spec.moe_layers):
         bias = source.buffer(f"layers.{layer}.moe.router.balance_bias")
         if bias is not None:
             balance_bias[row].copy_(bias)

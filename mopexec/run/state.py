@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from mopsim.common import io
+from mopsim.common.changes import sparse
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.io import Spec
 from mopsim.spec.config_reader import UNREAD
@@ -16,6 +17,10 @@ _FORMAT = 2
 """1: flat tensors of one runtime's own units."""
 _FIXED = ("seq_len", "global_batch", "routing", "seed")
 """Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
+
+
+_LATER = ("mlp_only_layers", "layer_types", "partial_rotary_factor")
+"""Fields of ModelSpec that no digest of all of them had."""
 
 
 class RunState(Spec, frozen=True, kw_only=True):
@@ -62,14 +67,18 @@ def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str
 
 
 def _network_digest(model: ModelSpec) -> str:
-    """Of what is trained: a note about a model, or where it is from, makes no other one of it."""
-    return io.digest({k: v for k, v in io.to_plain(model).items() if k not in DESCRIPTION})
+    """Of what is trained: a note about a model, or where it is from, makes no other one of it. Of fields that
+    differ from their defaults: one that ModelSpec gains changes none."""
+    return io.digest({k: v for k, v in sparse(model).items() if k not in DESCRIPTION})
 
 
 def _earlier_digests(model: ModelSpec) -> tuple[str, ...]:
-    """Of all fields, with the note on keys of a config that were not read, and from before there was one."""
-    notes = tuple(note for note in model.assumptions if not note.startswith(UNREAD))
-    return io.digest(model), io.digest(msgspec.structs.replace(model, assumptions=notes))
+    """Of all fields that there were, without notes; with the one on keys of a config that were not read; and
+    from before there was one."""
+    notes = [note for note in model.assumptions if not note.startswith(UNREAD)]
+    there = {k: v for k, v in io.to_plain(model).items() if k not in _LATER or k in sparse(model)}
+    trained = {k: v for k, v in there.items() if k not in DESCRIPTION}
+    return io.digest(trained), io.digest(there), io.digest({**there, "assumptions": notes})
 
 
 def changed(found: RunState, wanted: RunState) -> str:

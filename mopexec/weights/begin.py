@@ -11,7 +11,7 @@ from mopexec.weights.files import Weights, read_config
 from mopexec.weights.layout import Layout, family_of
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.model import DESCRIPTION, ModelSpec
+from mopsim.spec.model import DESCRIPTION, LayerKind, ModelSpec
 from mopsim.spec.plan import Plan
 
 _TOKENIZER = (
@@ -55,12 +55,18 @@ def architecture(config: dict[str, Any], folder: Path) -> str:
 
 def difference(theirs: ModelSpec, ours: ModelSpec) -> str | None:
     """The first field in which two networks differ, None where they are the same one."""
-    unused = () if ours.num_dense_layers else ("intermediate_size",)
+    unused: tuple[str, ...] = () if ours.num_dense_layers else ("intermediate_size",)
+    if _kinds(theirs) == _kinds(ours):
+        unused += ("first_k_dense_replace", "mlp_only_layers", "sliding_window_period", "layer_types")
     for field in msgspec.structs.fields(ModelSpec):
         same = getattr(theirs, field.name) == getattr(ours, field.name)
         if not same and field.name not in (*DESCRIPTION, *unused):
             return field.name
     return None
+
+
+def _kinds(model: ModelSpec) -> list[LayerKind]:
+    return [model.layer_kind(layer) for layer in range(model.num_hidden_layers)]
 
 
 def keep_config(folder: Path, run: Path) -> None:

@@ -8,6 +8,7 @@ from mopsim.common.errors import SpecError
 from mopsim.export.target import Target, header, unsaid
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import even_parts
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 
 CHECKED = (
@@ -196,6 +197,7 @@ def _model(plan: Plan) -> dict[str, Any]:
             found["moe_token_dispatcher_type"] = "alltoall"
         if _hides_experts(plan):
             found["moe_shared_expert_overlap"] = False  # it refuses both
+    found |= _apart(plan.model)
     recompute = s.activations.recompute
     full = recompute == "full"
     modules = [name for name in s.activations.modules if name in MODULES]
@@ -209,6 +211,20 @@ def _model(plan: Plan) -> dict[str, Any]:
         "offload_modules": ["attn_norm"] if offloads else [],
     }
     found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss in ("fused", "upcast")
+    return found
+
+
+def _apart(model: ModelSpec) -> dict[str, Any]:
+    """Layers in an order that recipes do not know: 1 of each that has experts, 1 of each with a window, which
+    counts the tokens before a query (megatron/core/transformer/transformer_config.py; a list needs one entry
+    for each of num_layers)."""
+    found: dict[str, Any] = {}
+    layers = range(model.num_hidden_layers)
+    if model.mlp_only_layers:
+        found["moe_layer_freq"] = [int(model.is_moe_layer(layer)) for layer in layers]
+    if model.layer_types and model.sliding_window:
+        found["window_size"] = [model.sliding_window - 1, 0]
+        found["window_attn_skip_freq"] = [int(model.window(layer) > 0) for layer in layers]
     return found
 
 

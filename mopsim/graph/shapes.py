@@ -52,11 +52,6 @@ def attended_span(seq_len: int, window: int = 0) -> int:
     return seq_len if window == 0 or window >= seq_len else round(2 * causal_pairs(seq_len, window) / seq_len)
 
 
-def rotated_width(model: ModelSpec) -> int:
-    """Elements of a head that the rotary embedding turns."""
-    return model.qk_rope_head_dim if model.attention == "mla" else model.head_dim
-
-
 def attention_widths(model: ModelSpec) -> tuple[int, int]:
     """(query-key, value) elements of a head."""
     if model.attention == "mla":

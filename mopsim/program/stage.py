@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.shapes import rotated_width
 from mopsim.graph.tape import Step
 from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
@@ -135,7 +134,7 @@ class Stage:
         model = c.model
         batches = 2 * 8 * c.shapes.region_tokens * c.training.num_microbatches(strategy)
         rows = c.training.seq_len // strategy.attention.context_parallel
-        tables = rows * rotated_width(model) * c.wide
+        tables = rows * model.rotary_dim * c.wide
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
         return tuple(step for step in found if step[1])

@@ -59,11 +59,12 @@ _MOST = 10
 
 class ConfigReader:
     """Typed access to a config's fields; null counts as absent, as in transformers. read: keys that were
-    asked for."""
+    asked for. passed: keys that say what is left out of the network, which its assumptions tell."""
 
     def __init__(self, config: Config, origin: str) -> None:
         self.config, self.origin = config, origin
         self.read: set[str] = set()
+        self.passed: set[str] = set()
 
     def has(self, key: str) -> bool:
         self.read.add(key)
@@ -127,7 +128,7 @@ class ConfigReader:
         left = {k: v for k, v in left.items() if v != 1 or not re.fullmatch(_FACTORS, k)}
         for key, value in left.items():
             rule = next((why for names, why in _MECHANISMS if re.fullmatch(names, key)), "")
-            if rule:
+            if rule and key not in self.passed:
                 raise MopError(f"{self.origin}: {key}: {shown(value)} is refused for {architecture}: {rule}")
         names = [shown(key) for key in left if not _BESIDE.fullmatch(key)]
         more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""

@@ -1,7 +1,8 @@
 """ModelSpec: the dimensions of a transformer, in Hugging Face field names."""
 
-from itertools import chain
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
+from typing import Any, Literal, NamedTuple
 
 from mopsim.common.errors import Rules, require_name
 from mopsim.common.io import Spec
@@ -49,6 +50,12 @@ class RopeScaling(Spec, frozen=True, kw_only=True):
         yield self.low_freq_factor < self.high_freq_factor, "low_freq_factor", rule
 
 
+MOST_LAYERS = 10_000
+LayerType = Literal["full_attention", "sliding_attention"]
+LAYER_TYPES: tuple[LayerType, LayerType] = ("full_attention", "sliding_attention")
+"""Words for a layer without and with a window."""
+
+
 class LayerKind(NamedTuple):
     """Of a layer: the window of its attention (0: none), whether it routes to experts."""
 
@@ -63,27 +70,29 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     num_hidden_layers: decoder layers, MTP layers not counted. num_attention_heads: query heads.
     num_key_value_heads: key and value heads (GQA). head_dim: of queries and keys; of MLA, its two parts
     together. vocab_size: rows of the embedding. intermediate_size: columns of a dense FFN.
-    first_k_dense_replace: leading layers that are dense; the others route to experts. num_local_experts:
-    routed experts of a layer. num_experts_per_tok: of them, how many a token chooses. moe_intermediate_size:
-    columns of one expert. shared_expert_intermediate_size: columns of all shared experts together.
-    shared_expert_gate: a sigmoid gate scales their output. tie_word_embeddings: the output projection is the
-    embedding. attention: grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank,
-    qk_nope_head_dim, qk_rope_head_dim, v_head_dim: the sizes of MLA, as in DeepSeek's configs.
-    attention_bias: which projections have a bias. attention_sinks: each head has a learned logit that takes
-    attention away. qk_norm: queries and keys are normalised in each head, or over the full projection.
-    sliding_window: tokens that a windowed layer attends to. sliding_window_period: every so many layers one
-    is windowed, from the first. learned_positions: rows of a learned table of positions; without it, rotary.
-    expert_bias, router_bias, ffn_bias: whether these products have a bias. ffn_matrices: 3 with a gate, 2
-    without. norm: the kind of norm in the layers. num_nextn_predict_layers: MTP layers (DeepSeek-V3).
-    scoring_func: what turns the router's logits into weights. norm_topk_prob: the weights of the chosen
-    experts are normalised. routed_scaling_factor: what these weights are multiplied by. topk_method: experts
-    are chosen among all, or of some groups only: those with the best expert (group_limited_greedy,
-    DeepSeek-V2), or with the best two together (noaux_tc, DeepSeek-V3). n_group: groups of experts.
-    topk_group: groups that a token is limited to. swiglu_limit: what the gate and up products of experts are
-    clamped to, with up + 1, as in GPT-OSS; 0 is plain SwiGLU. swiglu_alpha: what the gate is multiplied by in
-    its sigmoid, where there is a limit. rms_norm_eps: what a norm adds to the mean of squares.
-    rope_theta: base of rotary angles. rope_interleave: rotary positions turn neighbouring elements, not those
-    half a head apart. rope_scaling: of rotary frequencies, for longer sequences than first trained on.
+    first_k_dense_replace: leading layers that are dense. mlp_only_layers: layers after those that are dense
+    too, counted from 0; the others route to experts. num_local_experts: routed experts of a layer.
+    num_experts_per_tok: of them, how many a token chooses. moe_intermediate_size: columns of one expert.
+    shared_expert_intermediate_size: columns of all shared experts together. shared_expert_gate: a sigmoid
+    gate scales their output. tie_word_embeddings: the output projection is the embedding. attention:
+    grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank, qk_nope_head_dim,
+    qk_rope_head_dim, v_head_dim: the sizes of MLA, as in DeepSeek's configs. attention_bias: which
+    projections have a bias. attention_sinks: each head has a learned logit that takes attention away.
+    qk_norm: queries and keys are normalised in each head, or over the full projection. sliding_window: tokens
+    that a windowed layer attends to. sliding_window_period: every so many layers one is windowed, from the
+    first. layer_types: which layers are windowed, where no such period says it. learned_positions: rows of a
+    learned table of positions; without it, rotary. expert_bias, router_bias, ffn_bias: whether these products
+    have a bias. ffn_matrices: 3 with a gate, 2 without. norm: the kind of norm in the layers.
+    num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: what turns the router's logits into
+    weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: what
+    these weights are multiplied by. topk_method: experts are chosen among all, or of some groups only: those
+    with the best expert (group_limited_greedy, DeepSeek-V2), or with the best two together (noaux_tc,
+    DeepSeek-V3). n_group: groups of experts. topk_group: groups that a token is limited to. swiglu_limit:
+    what the gate and up products of experts are clamped to, with up + 1, as in GPT-OSS; 0 is plain SwiGLU.
+    swiglu_alpha: what the gate is multiplied by in its sigmoid, where there is a limit. rms_norm_eps: what a
+    norm adds to the mean of squares. rope_theta: base of rotary angles. rope_interleave: rotary positions
+    turn neighbouring elements, not those half a head apart. partial_rotary_factor: part of a head that they
+    turn, without MLA. rope_scaling: of rotary frequencies, for longer sequences than first trained on.
     dropout: rate for the outputs of attention and FFN, and for the attention weights where they are kept.
     total_params, active_params: the published counts, which are checked against and never used in a
     calculation. source: where the numbers are from. assumptions: what the source does not say.
@@ -98,6 +107,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     vocab_size: int
     intermediate_size: int = 0
     first_k_dense_replace: int = 0
+    mlp_only_layers: tuple[int, ...] = ()
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -115,6 +125,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     qk_norm: Literal["none", "head", "full"] = "none"
     sliding_window: int = 0
     sliding_window_period: int = 1
+    layer_types: tuple[LayerType, ...] = ()
     expert_bias: bool = False
     router_bias: bool = False
     ffn_matrices: Literal[2, 3] = 3
@@ -134,6 +145,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_interleave: bool = False
+    partial_rotary_factor: float = 1.0
     rope_scaling: RopeScaling = RopeScaling()
     total_params: float | None = None
     active_params: float | None = None
@@ -146,27 +158,45 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         yield from chain(_layers(self), _attention(self), _numbers(self), _groups(self))
 
     @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that rotary positions turn."""
+        return (
+            self.qk_rope_head_dim
+            if self.attention == "mla"
+            else int(self.head_dim * self.partial_rotary_factor)
+        )
+
+    @property
     def num_dense_layers(self) -> int:
-        """Layers with a dense FFN: the leading ones, or all where there are no experts."""
-        return self.first_k_dense_replace if self.num_local_experts else self.num_hidden_layers
+        """Layers with a dense FFN: all where there are no experts."""
+        dense = self.first_k_dense_replace + len(self.mlp_only_layers)
+        return dense if self.num_local_experts else self.num_hidden_layers
 
     @property
     def num_moe_layers(self) -> int:
         return self.num_hidden_layers - self.num_dense_layers
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (from 0) routes to experts."""
-        return layer >= self.num_dense_layers
+        """Whether layer `layer` (from 0) routes to experts. MTP layers do where the network has any."""
+        dense = layer < self.first_k_dense_replace or layer in self.mlp_only_layers
+        return self.num_local_experts > 0 and not dense
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Decoder layers that route to experts."""
+        return tuple(filter(self.is_moe_layer, range(self.num_hidden_layers)))
 
     def window(self, layer: int) -> int:
-        """Sliding-window width of `layer` in tokens; 0 is full causal attention."""
-        return self.sliding_window if self.sliding_window and layer % self.sliding_window_period == 0 else 0
+        """Sliding-window width of `layer` in tokens; 0 is full causal attention. MTP layers, after the
+        decoder's, see the whole sequence."""
+        if layer >= self.num_hidden_layers:
+            return 0
+        if self.layer_types:
+            return self.sliding_window if self.layer_types[layer] == "sliding_attention" else 0
+        return self.sliding_window if layer % self.sliding_window_period == 0 else 0
 
     def layer_kind(self, layer: int) -> LayerKind:
-        """Equal for layers that do the same work. MTP layers, after the decoder's, see the whole sequence and
-        have experts where the network has any."""
-        if layer >= self.num_hidden_layers:
-            return LayerKind(0, bool(self.num_local_experts))
+        """Equal for layers that do the same work."""
         return LayerKind(self.window(layer), self.is_moe_layer(layer))
 
     def layer_kinds(self) -> dict[LayerKind, list[int]]:
@@ -175,6 +205,38 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         for layer in range(self.num_hidden_layers):
             found.setdefault(self.layer_kind(layer), []).append(layer)
         return found
+
+    def cut(self, layers: int) -> dict[str, Any]:
+        """What differs of the network with so many of its layers: its first ones, or more like its last."""
+        found: dict[str, Any] = {
+            "num_hidden_layers": layers,
+            "first_k_dense_replace": min(self.first_k_dense_replace, layers),
+        }
+        if self.mlp_only_layers:
+            found["mlp_only_layers"] = tuple(one for one in self.mlp_only_layers if one < layers)
+        if self.layer_types:
+            given = [self.window(min(layer, self.num_hidden_layers - 1)) > 0 for layer in range(layers)]
+            found |= {"sliding_window": 0, "layer_types": ()} | window_fields(given, self.sliding_window)
+        return found
+
+
+def dense_fields(dense: Iterable[int], layers: int) -> dict[str, Any]:
+    """The fields that say which of the decoder layers of a network with experts are dense."""
+    found = set(dense)
+    leading = next((layer for layer in range(layers) if layer not in found), layers)
+    return {"first_k_dense_replace": leading, "mlp_only_layers": tuple(sorted(found - set(range(leading))))}
+
+
+def window_fields(windowed: Sequence[bool], window: int) -> dict[str, Any]:
+    """The fields that say which decoder layers have a window of so many tokens; the period where one says
+    it."""
+    if not any(windowed):
+        return {}
+    for period in range(1, len(windowed) + 1):
+        if all(one == (layer % period == 0) for layer, one in enumerate(windowed)):
+            return {"sliding_window": window, "sliding_window_period": period}
+    types = tuple(LAYER_TYPES[one] for one in windowed)
+    return {"sliding_window": window, "layer_types": types}
 
 
 _NEEDED = (
@@ -201,7 +263,8 @@ def _sizes(m: ModelSpec) -> Rules:
     for field in _NEEDED:
         yield getattr(m, field) >= 1, field, "must be at least 1"
         yield getattr(m, field) <= 2**40, field, "must be at most 2^40"
-    yield m.num_hidden_layers <= 10_000, "num_hidden_layers", "must be at most 10000"
+    rule = f"must be at most {MOST_LAYERS}"
+    yield m.num_hidden_layers <= MOST_LAYERS, "num_hidden_layers", rule
     for field in _OPTIONAL:
         yield getattr(m, field) >= 0, field, "must not be negative"
         yield getattr(m, field) <= 2**40, field, "must be at most 2^40"
@@ -214,6 +277,7 @@ def _layers(m: ModelSpec) -> Rules:
     yield heads % m.num_key_value_heads == 0, "num_key_value_heads", grouped
     more = f"is more than num_hidden_layers {layers}"
     yield m.first_k_dense_replace <= layers, "first_k_dense_replace", more
+    yield from _apart(m)
     dense = "must be at least 1 where a layer is dense"
     yield m.num_dense_layers == 0 or m.intermediate_size >= 1, "intermediate_size", dense
     if experts:
@@ -227,14 +291,38 @@ def _layers(m: ModelSpec) -> Rules:
             yield getattr(m, field) == 0, field, rule
 
 
+def _apart(m: ModelSpec) -> Rules:
+    """Layers that are named one by one."""
+    layers, dense = m.num_hidden_layers, m.mlp_only_layers
+    rule = "must be empty where num_local_experts is 0: there are no MoE layers"
+    yield m.num_local_experts > 0 or not dense, "mlp_only_layers", rule
+    rule = f"must name layers after the first_k_dense_replace {m.first_k_dense_replace} leading ones, below "
+    inside = all(m.first_k_dense_replace <= layer < layers for layer in dense)
+    yield inside, "mlp_only_layers", f"{rule}num_hidden_layers {layers}"
+    ascending = all(one < other for one, other in pairwise(dense))
+    yield ascending, "mlp_only_layers", "must name each layer once, in ascending order"
+    types = m.layer_types
+    rule = f"is of {len(types)} layers, not the num_hidden_layers {layers}"
+    yield len(types) in (0, layers), "layer_types", rule
+    yield not types or m.sliding_window_period == 1, "sliding_window_period", "must be 1 beside layer_types"
+    windowed = not types or "sliding_attention" in types
+    yield windowed or not m.sliding_window, "sliding_window", "is of no layer in layer_types"
+    rule = "has windowed layers, which need a sliding_window"
+    yield not types or not windowed or m.sliding_window > 0, "layer_types", rule
+
+
 def _attention(m: ModelSpec) -> Rules:
     for field in ("total_params", "active_params"):
         value = getattr(m, field)
         yield value is None or 1 <= value <= 1e18, field, "must lie between 1 and 1e18"
     latent = m.attention == "mla"
-    rotated = "qk_rope_head_dim" if latent else "head_dim"
-    even = bool(m.learned_positions) or getattr(m, rotated) % 2 == 0
-    yield even, rotated, "must be even: rotary positions turn pairs of elements"
+    part = m.partial_rotary_factor
+    yield 0 < part <= 1, "partial_rotary_factor", "must be above 0 and at most 1"
+    yield part == 1 or not latent, "partial_rotary_factor", "must be 1 for mla"
+    rotated = "qk_rope_head_dim" if latent else "head_dim" if part == 1 else "partial_rotary_factor"
+    even = bool(m.learned_positions) or (m.rotary_dim >= 2 and m.rotary_dim % 2 == 0)
+    of = f" of head_dim {m.head_dim}" if part != 1 else ""
+    yield even, rotated, f"must be even{of}: rotary positions turn pairs of elements"
     if not latent:
         for field in _MLA:
             yield getattr(m, field) == 0, field, "must be 0 for gqa"

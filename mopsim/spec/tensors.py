@@ -74,8 +74,7 @@ def parameters(model: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def buffers(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every buffer: the routers' balancing biases, fp32."""
-    layers = range(model.num_dense_layers, model.num_hidden_layers)
-    names = [f"layers.{i}" for i in layers]
+    names = [f"layers.{i}" for i in model.moe_layers]
     if model.num_local_experts:
         names += [f"mtp.{i}.layer" for i in range(model.num_nextn_predict_layers)]
     return {f"{name}.moe.router.balance_bias": (model.num_local_experts,) for name in names}

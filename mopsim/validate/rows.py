@@ -170,8 +170,7 @@ def _model(known: RowFacts, models: dict[str, Row]) -> tuple[str | ModelSpec, Ch
     changes: Changes = {}
     layers = count(row, "num_layers") or model.num_hidden_layers
     if layers != model.num_hidden_layers:
-        changes["num_hidden_layers"] = layers
-        changes["first_k_dense_replace"] = min(model.first_k_dense_replace, layers)
+        changes |= model.cut(layers)
     if model.learned_positions:
         changes["learned_positions"] = count(row, "seq_len") or model.learned_positions
     preset = name in list_models() and _priced(load_model(name)) == _priced(model)

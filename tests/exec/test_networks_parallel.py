@@ -10,7 +10,7 @@ from mopexec.check.scale_down import scale_down
 from mopexec.check.verify import TOLERANCE
 from mopexec.run.supported import check_supported
 from mopsim.common import io
-from mopsim.spec.capability import runnable
+from mopsim.spec.capability import model_refusals, runnable
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.presets import list_models, load_model
@@ -41,9 +41,11 @@ def check(plan: Plan, masked: bool = False) -> None:
 
 
 GATED = [
-    name for name in list_models() if load_model(name).num_moe_layers and load_model(name).ffn_matrices == 3
+    name
+    for name in list_models()
+    if load_model(name).num_moe_layers and not list(model_refusals(load_model(name)))
 ]
-"""Networks with experts; mopexec runs no FFN without a gate."""
+"""Networks with experts that mopexec runs."""
 
 
 def modules(name: str) -> Plan:
@@ -82,7 +84,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True},
     "two MTP modules": {"num_nextn_predict_layers": 2},
     "full norm": {"qk_norm": "full"},
-}
+    "dense layers between": {"num_hidden_layers": 5, "mlp_only_layers": (2, 4)},
+    "windows of some layers": {
+        "sliding_window": 5, "layer_types": (*["sliding_attention"] * 3, "full_attention"),
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -91,9 +97,10 @@ def test_what_no_preset_has(switch: str) -> None:
     plain = fsdp2(2, recompute="none", loss="full")
     check(small(model, plain, **AUXILIARY))
     check(small(model, fsdp2(2, **EVERYTHING, offload=True), **AUXILIARY))
-    strategy = mop(2, **FLAT)
-    if runnable(strategy, model) is None:
-        check(small(model, strategy))
+    stages = split(2, dtype="float64", pipeline_parallel=2)
+    for strategy in (mop(2, **FLAT), stages, split(2, dtype="float64", expert_parallel=2)):
+        if runnable(strategy, model) is None:
+            check(small(model, strategy))
 
 
 @pytest.mark.parametrize(

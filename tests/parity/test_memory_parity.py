@@ -82,6 +82,11 @@ SINKS = msgspec.structs.replace(
     shared_expert_intermediate_size=0,
 )  # fmt: skip
 """Like DeepSeek's and like GPT-OSS's."""
+MIXED = msgspec.structs.replace(
+    SMALL, num_hidden_layers=5, first_k_dense_replace=0, mlp_only_layers=(1, 4), sliding_window=64,
+    layer_types=(*["full_attention"] * 2, *["sliding_attention"] * 3),
+)  # fmt: skip
+"""Dense layers and windows at places of their own."""
 MTP = msgspec.structs.replace(SMALL, num_nextn_predict_layers=1)
 GATED = msgspec.structs.replace(SMALL, shared_expert_gate=True)
 DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
@@ -150,6 +155,8 @@ SPLIT |= {
     "fp32 of tensors": (2, TWO | {"dtype": "float32"}),
     "sinks": (2, {"model": SINKS}),
     "sinks of tensors": (2, TWO | {"model": SINKS}),
+    "mixed layers": (2, {"model": MIXED, "expert_parallel": 2}),
+    "mixed layers in stages": (2, STAGES | {"model": MIXED}),
     "MTP": (2, {"model": MTP}),
     "MTP, full": (2, FULL | {"model": MTP}),
     "MTP of tensors": (2, TWO | {"model": MTP}),
@@ -175,7 +182,9 @@ def test_split_modules_at_a_published_width(options: dict[str, Any]) -> None:
     _check_stages(_split(8, {"expert_parallel": 4, **options, "model": WEIGHTY}), 0.01)
 
 
-@pytest.mark.parametrize("model", [LATENT, SINKS, MTP, GATED], ids=["latent", "sinks", "mtp", "gated"])
+@pytest.mark.parametrize(
+    "model", [LATENT, SINKS, MTP, GATED, MIXED], ids=["latent", "sinks", "mtp", "gated", "mixed"]
+)
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
     strategy = fsdp2(2, expert_parallel=2, context_parallel=2 if loss == "full" else 1, loss=loss)  # type: ignore[arg-type]
@@ -185,8 +194,9 @@ def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
 MOP = mop(2, expert_parallel=2, context_parallel=2, vocab_parallel=2, expert_chunk_tokens=512)
 
 
-def test_windows_and_sinks_under_mop() -> None:
-    _check(SINKS, MOP, TrainSpec(seq_len=2048, global_batch=2), 0.01)
+@pytest.mark.parametrize("model", [SINKS, MIXED], ids=["windows and sinks", "mixed"])
+def test_layers_that_differ_under_mop(model: ModelSpec) -> None:
+    _check(model, MOP, TrainSpec(seq_len=2048, global_batch=2), 0.01)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])

@@ -8,7 +8,7 @@ import msgspec
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.program.context import make_context
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import LAYER_TYPES, ModelSpec, dense_fields
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
@@ -23,13 +23,24 @@ Case = tuple[ModelSpec, Strategy, TrainSpec, int]
 def short(name: str, layers: int = 4) -> ModelSpec:
     """A preset with a few of its layers: every mechanism is in each."""
     model = load_model(name)
-    return replace(model, num_hidden_layers=layers, first_k_dense_replace=min(model.first_k_dense_replace, 1))
+    leading = min(model.first_k_dense_replace, 1)
+    return replace(model, **{**model.cut(layers), "first_k_dense_replace": leading})
+
+
+def mixed(layers: int = 6) -> ModelSpec:
+    """Dense and MoE layers in turn, windows in two layers of three."""
+    types = [LAYER_TYPES[layer % 3 > 0] for layer in range(layers)]
+    dense = dense_fields(range(0, layers, 2), layers)
+    return replace(
+        load_model("qwen3_30b_a3b"), name="mixed", num_hidden_layers=layers, intermediate_size=6144,
+        sliding_window=1024, layer_types=tuple(types), total_params=None, active_params=None, **dense,
+    )  # fmt: skip
 
 
 def random_strategies(count: int, seed: int = 9) -> Iterator[tuple[str, Case]]:
     """`count` valid strategies of the families, by name; equal for equal seeds."""
     draw, found = random.Random(seed), 0
-    models = {name: short(name) for name in ("qwen3_30b_a3b", "llama3_8b", "mop_120b")}
+    models = {name: short(name) for name in ("qwen3_30b_a3b", "llama3_8b", "mop_120b")} | {"mixed": mixed()}
     while found < count:
         family, name = draw.choice(list(_FAMILIES)), draw.choice(list(models))
         nodes, length = draw.choice([1, 2]), draw.choice([2048, 4096, 16384])

@@ -228,6 +228,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         ("deepseek_v3", huggingface.DEEPSEEK_V3),
         ("gpt_oss", huggingface.GPT_OSS),
         ("olmoe", huggingface.OLMOE),
+        ("glm4_moe", huggingface.GLM4_MOE),
+        ("dots1", huggingface.DOTS1 | {"sliding_window": 4096, "layer_types": ["full_attention"] * 62}),
+        ("ernie4_5_moe", huggingface.ERNIE),
     )
 }
 KINDS = {

@@ -18,6 +18,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+from tests.property.drawn import mixed
 from tests.sim.toys import small
 
 DRAWN, PLAYED = 600, 40
@@ -28,6 +29,7 @@ MODELS = {
         shared_expert_intermediate_size=0, num_hidden_layers=4,
     ),
     "tied": small(tie_word_embeddings=True, num_hidden_layers=4, ffn_matrices=2, dropout=0.1),
+    "mixed": mixed(5),
     "latent": replace(
         load_model("deepseek_v3"), num_hidden_layers=5, first_k_dense_replace=1, hidden_size=256,
         num_local_experts=16, vocab_size=1024, intermediate_size=512, moe_intermediate_size=128

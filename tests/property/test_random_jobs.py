@@ -15,7 +15,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.engine import SimResult, simulate
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import ModelSpec, dense_fields
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -66,9 +66,10 @@ def _changed(kind: type, share: float, draw: random.Random) -> dict[str, Any]:
 
 def model(draw: random.Random) -> dict[str, Any]:
     heads = draw.choice((1, 4, 8, 12))
+    layers = draw.choice((1, 2, 3, 5, 8, 61))
     fields: dict[str, Any] = {
         "name": "drawn", "hidden_size": draw.choice((1, 64, 96, 512, 7168)),
-        "num_hidden_layers": draw.choice((1, 2, 3, 5, 8, 61)), "num_attention_heads": heads,
+        "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": draw.choice((heads, 1)), "head_dim": draw.choice((2, 32, 128, 192)),
         "vocab_size": draw.choice((1, 17, 1000, 128_000)),
         "intermediate_size": draw.choice((1, 64, 500, 20_000)),
@@ -86,7 +87,7 @@ def model(draw: random.Random) -> dict[str, Any]:
             "num_local_experts": experts,
             "num_experts_per_tok": draw.choice((1, min(2, experts), min(8, experts), experts)),
             "moe_intermediate_size": draw.choice((1, 64, 768)),
-            "first_k_dense_replace": draw.choice((0, 0, 1)),
+            **draw.choice(({}, {"first_k_dense_replace": 1}, dense_fields(range(0, layers, 2), layers))),
             "shared_expert_intermediate_size": draw.choice((0, 64)), "expert_bias": draw.random() < 0.2,
         }  # fmt: skip
     if draw.random() < 0.2:

@@ -18,6 +18,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Dispatcher, Overlap, Strategy
 from mopsim.strategies import fsdp2, megatron, zero_offload
+from tests.property.drawn import mixed
 from tests.sim.test_cli import call
 from tests.sim.test_export import plan, replace
 
@@ -44,6 +45,30 @@ def test_uneven_parts_are_written_for_megatron(
     if layout:
         assert written.startswith("Et")
         assert written.endswith("tmL")
+
+
+def test_layers_in_an_order_of_their_own_are_written_for_megatron() -> None:
+    """As its TransformerConfig reads them: 1 of each layer with experts, 1 of each with a window; the layout
+    of a pipeline counts both kinds."""
+    model = mixed(10)
+    made = plan(megatron(32, pipeline_parallel=4, expert_parallel=4))
+    made = replace(made, model=model)
+    found = yaml.safe_load(export(made, "megatron-bridge")[0])["model"]
+    assert found["moe_layer_freq"] == [0, 1] * 5
+    assert found["window_attn_skip_freq"] == [0, 1, 1, 0, 1, 1, 0, 1, 1, 0]
+    assert found["window_size"] == [1023, 0]
+    assert found["pipeline_model_parallel_layout"].count("t") == 10
+    leading = yaml.safe_load(export(plan(megatron(32), "deepseek_v3"), "megatron-bridge")[0])["model"]
+    assert not {"moe_layer_freq", "window_size"} & leading.keys()
+
+
+def test_a_network_that_is_no_flavor_is_refused_for_torchtitan() -> None:
+    model = load_model("qwen3_30b_a3b")
+    made = plan(fsdp2(32), "qwen3_30b_a3b")
+    for fields in ({"mlp_only_layers": (4,)}, {"sliding_window": 64, "layer_types": mixed(48).layer_types}):
+        other = replace(model, intermediate_size=6144, total_params=None, active_params=None, **fields)
+        with pytest.raises(MopError, match=r"model\.\w+: .* is not in TorchTitan's flavor of qwen3_30b_a3b"):
+            export(replace(made, model=other), "torchtitan")
 
 
 def on(name: str, dispatcher: Dispatcher, stack: str = "megatron-core") -> Plan:

@@ -29,6 +29,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
+from tests.property.drawn import mixed
 from tests.sim.spaces import spread
 
 CASES = (
@@ -39,8 +40,9 @@ CASES = (
     ("gpt_oss_20b", "b200-sxm-192g", 1, 8192, 32),
     ("deepseek_v2", "h100-sxm-80g", 4, 4096, 128),
     ("qwen3_30b_a3b", "mi300x-192g", 2, 8192, 32),
+    ("mixed", "h200-sxm-141g", 2, 8192, 32),
 )
-"""Networks with and without windows, latents and dense layers; a CPU, and cards."""
+"""Networks with and without windows, latents and dense layers, at places of their own; a CPU, and cards."""
 PLAIN = (Phase.explicit, Phase.reuse, Phase.generate)
 """Without shrinking, whose examples are simulations."""
 FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
@@ -49,7 +51,7 @@ FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
 @cache
 def problem(case: int) -> Problem:
     model, hardware, nodes, seq_len, batch = CASES[case]
-    spec = load_model(model)
+    spec = mixed(24) if model == "mixed" else load_model(model)
     training = TrainSpec(seq_len=seq_len, global_batch=batch)
     return Problem(spec, load_profile(hardware), nodes, training, total_params(spec))
 
@@ -99,6 +101,14 @@ NETWORKS = {
     "with dropout": replace(TINY, dropout=0.1, total_params=None, active_params=None),
     "whose MTP layer is like none before it": replace(
         TINY, num_nextn_predict_layers=1, sliding_window=64, total_params=None, active_params=None
+    ),
+    "whose layers differ": replace(
+        TINY,
+        num_hidden_layers=6,
+        mlp_only_layers=(2, 4),
+        sliding_window=64,
+        total_params=None,
+        layer_types=(*["full_attention", "sliding_attention"] * 2, *["sliding_attention"] * 2),
     ),
 }
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from mopsim.common.errors import MopError
-from mopsim.spec.huggingface import ARCHITECTURES
+from mopsim.spec.architectures import ARCHITECTURES
 from mopsim.spec.presets import load_model
 
 LLAMA = {
@@ -185,6 +185,29 @@ QWEN2 = {
     "use_sliding_window": False,
     "sliding_window": 131072,
 }
+GLM4_MOE = {
+    "architectures": ["Glm4MoeForCausalLM"], "hidden_size": 5120, "intermediate_size": 12288,
+    "num_hidden_layers": 92, "vocab_size": 151552, "num_attention_heads": 96, "num_key_value_heads": 8,
+    "head_dim": 128, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
+    "first_k_dense_replace": 3, "n_routed_experts": 160, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 1,
+    "topk_group": 1, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+DOTS1 = {
+    "architectures": ["Dots1ForCausalLM"], "hidden_size": 4096, "intermediate_size": 10944,
+    "num_hidden_layers": 62, "vocab_size": 152064, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "first_k_dense_replace": 1, "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408, "moe_layer_freq": 1, "norm_topk_prob": True, "n_group": 1,
+    "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": None,
+}  # fmt: skip
+ERNIE = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "hidden_size": 2560, "intermediate_size": 12288,
+    "num_hidden_layers": 28, "vocab_size": 103424, "num_attention_heads": 20, "num_key_value_heads": 4,
+    "head_dim": 128, "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536,
+    "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 27,
+    "moe_layer_interval": 1, "use_bias": False, "rope_theta": 500000, "tie_word_embeddings": True,
+}  # fmt: skip
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "vocab_size": 32000, "sliding_window": 4096}
 CASES = {
     "llama3_8b": LLAMA,
@@ -196,6 +219,7 @@ CASES = {
     "deepseek_v3": DEEPSEEK_V3,
     "gpt_oss_20b": GPT_OSS,
     "olmoe_1b_7b": OLMOE,
+    "glm4_5_355b_a32b": GLM4_MOE,
 }
 #: Fields that a preset takes from elsewhere than the config, or that shapes do not depend on.
 BESIDE = {
@@ -236,7 +260,8 @@ def test_qwen2_and_mistral(tmp_path: Path) -> None:
 
 
 def test_every_architecture_is_covered_here() -> None:
-    assert {config["architectures"][0] for config in (*CASES.values(), QWEN2, MISTRAL)} == set(ARCHITECTURES)  # type: ignore[index]
+    others = (QWEN2, MISTRAL, DOTS1, ERNIE)
+    assert {config["architectures"][0] for config in (*CASES.values(), *others)} == set(ARCHITECTURES)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -265,11 +290,32 @@ def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step: 2 is refused"),
-        (QWEN3_MOE | {"mlp_only_layers": [3]}, r"mlp_only_layers: \[3\] is refused"),
-        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window: True is refused"),
-        (GPT_OSS | {"layer_types": ["full_attention"] * 24}, "layer_types: .* only sliding and full in turn"),
-        (DEEPSEEK_V3 | {"moe_layer_freq": 2}, "moe_layer_freq: 2 is refused"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step: 0 must be at least 1"),
+        (QWEN3_MOE | {"mlp_only_layers": [48]}, r"mlp_only_layers: \[48\] must name layers below num_hidden"),
+        (QWEN3_MOE | {"mlp_only_layers": [True]}, r"mlp_only_layers: \[True\] must name layers"),
+        (
+            QWEN3_MOE | {"mlp_only_layers": [3], "intermediate_size": 0},
+            r"where a layer is dense \(from mlp_only",
+        ),
+        (
+            QWEN2 | {"use_sliding_window": True, "num_hidden_layers": 30, "sliding_window": 0},
+            "layer_types: .* need a sliding_window",
+        ),
+        (QWEN2_MOE | {"use_sliding_window": True}, "use_sliding_window: True is refused without layer_types"),
+        (
+            GPT_OSS | {"layer_types": ["chunked_attention"] * 24},
+            "layer_types: .* only full_attention or slid",
+        ),
+        (GPT_OSS | {"layer_types": ["full_attention"] * 23}, "layer_types: .* num_hidden_layers 24"),
+        (DEEPSEEK_V3 | {"moe_layer_freq": 0}, "moe_layer_freq: 0 must be at least 1"),
+        (
+            DEEPSEEK_V3 | {"moe_layer_freq": [1, 0]},
+            r"moe_layer_freq: \[1, 0\] must be 0 or 1 for each of num_h",
+        ),
+        (DEEPSEEK_V3 | {"first_k_dense_replace": 62}, "first_k_dense_replace: 62 is more than num_hidden"),
+        (DOTS1 | {"scoring_func": "softmax"}, "scoring_func: 'softmax' is refused"),
+        (ERNIE | {"use_bias": True}, "use_bias: True is refused"),
+        (ERNIE | {"moe_norm_min": 0.1}, "moe_norm_min: must be at most"),
         (
             QWEN3_MOE | {"layer_types": ["linear_attention"] * 48},
             "layer_types: .* only full_attention, one for each of num_hidden_layers 48",

@@ -22,7 +22,7 @@ DEFAULTS = {
 """What a command, a family or a strategy takes where nothing is said, and what mopexec runs."""
 OTHERS = (
     "mopsim/export/",
-    "mopsim/spec/huggingface.py",
+    "mopsim/spec/architectures.py",
     "mopexec/weights/config.py",
 )
 """What others call their own: targets of exports and what these know, types of Hugging Face's configs."""

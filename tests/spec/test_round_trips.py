@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import ModelSpec, dense_fields, window_fields
 from mopsim.spec.plan import LONGEST, SHORTEST, HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
@@ -71,8 +71,10 @@ def models(draw: Any) -> ModelSpec:
             "num_experts_per_tok": draw(st.integers(1, experts)),
             "moe_intermediate_size": draw(size),
             "shared_expert_intermediate_size": draw(count),
-            "first_k_dense_replace": draw(st.integers(0, layers)),
+            **dense_fields(draw(st.sets(st.integers(0, layers - 1))), layers),
         }
+    windowed = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+    fields |= window_fields(windowed, draw(st.integers(1, 2**20)))
     return ModelSpec(
         name=draw(text),
         hidden_size=draw(size),
