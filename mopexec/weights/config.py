@@ -10,7 +10,7 @@ import msgspec
 from mopexec.weights.begin import difference
 from mopsim.common.errors import MopError
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import LAYER_TYPES, ModelSpec
 
 Config = dict[str, Any]
 Value = str | int | bool | None | Callable[[ModelSpec], Any]
@@ -30,8 +30,11 @@ def _biased(model: ModelSpec) -> bool:
 
 
 def _kinds(model: ModelSpec) -> list[str]:
-    layers = range(model.num_hidden_layers)
-    return ["sliding_attention" if model.window(layer) else "full_attention" for layer in layers]
+    return [LAYER_TYPES[model.window(layer) > 0] for layer in range(model.num_hidden_layers)]
+
+
+def _dense(model: ModelSpec) -> list[int]:
+    return [layer for layer in range(model.num_hidden_layers) if not model.is_moe_layer(layer)]
 
 
 _COMMON: dict[str, Value] = {
@@ -48,26 +51,37 @@ _CHOICE: dict[str, Value] = {
     "num_experts_per_tok": ".num_experts_per_tok",
     "norm_topk_prob": ".norm_topk_prob",
 }
-_QWEN: dict[str, Value] = _CHOICE | {
-    "head_dim": ".head_dim",
-    "num_experts": ".num_local_experts",
-    "moe_intermediate_size": ".moe_intermediate_size",
-    "intermediate_size": lambda m: m.intermediate_size or m.moe_intermediate_size,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": lambda m: list(range(m.first_k_dense_replace)),
-    "use_sliding_window": False,
+_WINDOWED: dict[str, Value] = {
+    "use_sliding_window": lambda m: m.sliding_window > 0,
+    "sliding_window": _window,
 }
-_DEEPSEEK: dict[str, Value] = _CHOICE | {
+_QWEN: dict[str, Value] = (
+    _CHOICE
+    | _WINDOWED
+    | {
+        "head_dim": ".head_dim",
+        "num_experts": ".num_local_experts",
+        "moe_intermediate_size": ".moe_intermediate_size",
+        "intermediate_size": lambda m: m.intermediate_size or m.moe_intermediate_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": _dense,
+    }
+)
+_EXPERTS: dict[str, Value] = _CHOICE | {
     name: f".{name}"
     for name in (
-        "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size",
-        "moe_intermediate_size", "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group",
-        "topk_method", "scoring_func",
+        "intermediate_size", "moe_intermediate_size", "first_k_dense_replace", "routed_scaling_factor",
+        "n_group", "topk_group",
+    )
+} | {"n_routed_experts": ".num_local_experts", "n_shared_experts": _shared}  # fmt: skip
+"""Those of DeepSeek's layout."""
+_DEEPSEEK: dict[str, Value] = _EXPERTS | {
+    name: f".{name}"
+    for name in (
+        "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "topk_method", "scoring_func",
     )
 } | {
     "q_lora_rank": lambda m: m.q_lora_rank or None,
-    "n_routed_experts": ".num_local_experts",
-    "n_shared_experts": _shared,
     "moe_layer_freq": 1,
     "attention_bias": False,
     "rope_interleave": ".rope_interleave",
@@ -80,7 +94,7 @@ KEYS: dict[str, Mapping[str, Value]] = {
     },
     "Qwen3ForCausalLM": {
         "model_type": "qwen3", "intermediate_size": ".intermediate_size", "head_dim": ".head_dim",
-        "attention_bias": _biased, "use_sliding_window": False,
+        "attention_bias": _biased, "layer_types": _kinds, **_WINDOWED,
     },
     "MixtralForCausalLM": {
         "model_type": "mixtral", "num_experts_per_tok": ".num_experts_per_tok",
@@ -89,7 +103,7 @@ KEYS: dict[str, Mapping[str, Value]] = {
     },
     "Qwen3MoeForCausalLM": _QWEN | {"model_type": "qwen3_moe", "attention_bias": _biased},
     "Qwen2MoeForCausalLM": _QWEN | {
-        "model_type": "qwen2_moe", "qkv_bias": _biased,
+        "model_type": "qwen2_moe", "qkv_bias": _biased, "layer_types": _kinds,
         "shared_expert_intermediate_size": ".shared_expert_intermediate_size",
     },
     "OlmoeForCausalLM": _CHOICE | {
@@ -105,6 +119,16 @@ KEYS: dict[str, Mapping[str, Value]] = {
     "DeepseekV2ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v2"},
     "DeepseekV3ForCausalLM": _DEEPSEEK | {
         "model_type": "deepseek_v3", "num_nextn_predict_layers": ".num_nextn_predict_layers",
+    },
+    "Dots1ForCausalLM": _EXPERTS | {
+        "model_type": "dots1", "head_dim": ".head_dim", "attention_bias": _biased, "layer_types": _kinds,
+        "sliding_window": _window,
+    },
+    "Ernie4_5_MoeForCausalLM": {
+        "model_type": "ernie4_5_moe", "intermediate_size": ".intermediate_size", "head_dim": ".head_dim",
+        "moe_num_experts": ".num_local_experts", "moe_k": ".num_experts_per_tok", "use_bias": False,
+        "moe_intermediate_size": ".moe_intermediate_size", "moe_num_shared_experts": _shared,
+        "moe_layer_start_index": ".first_k_dense_replace",
     },
 }  # fmt: skip
 

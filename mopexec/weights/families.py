@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class TensorPlace:
     """Where a parameter (of a stack: one expert's matrix) lies. transposed: the file has [outputs, inputs].
-    first, step: it is every step-th element of the last dimension, from the first on.
+    first, step: it is every step-th element of the last dimension, from the first on. row: the file has it as
+    a matrix of one row.
     """
 
     tensor: str
+    row: bool = False
     transposed: bool = False
     first: int = 0
     step: int = 1
@@ -115,7 +117,10 @@ def _shared(block: str) -> dict[str, TensorPlace]:
 
 
 _BASE = _OUTER | _NORMS
-_DEEPSEEK = _BASE | _LATENT | _DENSE | _experts("mlp") | _router("mlp.gate") | _shared("shared_experts")
+_EXPERTS = _DENSE | _experts("mlp") | _router("mlp.gate") | _shared("shared_experts")
+_DEEPSEEK = _BASE | _LATENT | _EXPERTS
+_GROUPED_DEEPSEEK = _BASE | _GROUPED | _EXPERTS
+_CORRECTION = {BALANCE_BIAS: TensorPlace(f"{_LAYER}mlp.gate.e_score_correction_bias")}
 _MTP = _places(
     {
         "embedding_norm.weight": "enorm.weight",
@@ -179,9 +184,16 @@ FAMILIES: dict[str, Family] = {
             _TIED,
         ),
         Family("DeepseekV2ForCausalLM", _DEEPSEEK, _TIED),
+        Family("Dots1ForCausalLM", _GROUPED_DEEPSEEK | _CORRECTION, _TIED),
+        Family(
+            "Ernie4_5_MoeForCausalLM",
+            _GROUPED_DEEPSEEK
+            | {BALANCE_BIAS: TensorPlace(f"{_LAYER}mlp.moe_statics.e_score_correction_bias", row=True)},
+            _TIED,
+        ),
         Family(
             "DeepseekV3ForCausalLM",
-            _DEEPSEEK | _MTP | {BALANCE_BIAS: TensorPlace(f"{_LAYER}mlp.gate.e_score_correction_bias")},
+            _DEEPSEEK | _MTP | _CORRECTION,
             _TIED | _MTP_COPIES,
             writes_copies=True,
         ),

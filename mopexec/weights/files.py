@@ -105,7 +105,7 @@ class Weights:
         """A buffer, or None where the files have none."""
         if self.layout.place(name) is None:
             return None
-        return self.files.tensor(self.layout.tensor(name))
+        return self.layout.view(name, None, self.files.tensor(self.layout.tensor(name)))
 
 
 def check(files: Files, layout: Layout) -> None:

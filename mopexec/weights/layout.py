@@ -68,6 +68,8 @@ class Layout:
         found = self.place(name)
         assert found is not None
         place = found[0]
+        if place.row:
+            tensor = tensor[0]
         if expert is not None and "{expert}" not in place.tensor:
             tensor = tensor[expert]
         if place.step > 1:
@@ -117,4 +119,4 @@ class Layout:
             shape = shape[1:]
         if place.transposed:
             shape = shape[::-1]
-        return (*shape[:-1], shape[-1] * place.step)
+        return (1,) * place.row + (*shape[:-1], shape[-1] * place.step)

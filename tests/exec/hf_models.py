@@ -1,4 +1,4 @@
-"""Small random models of transformers, one for each family of weights."""
+"""Small random models of transformers, one or more for each family of weights."""
 
 import copy
 from pathlib import Path
@@ -46,6 +46,46 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 3, "norm_topk_prob": True, "intermediate_size": 40, "mlp_only_layers": [0],
         },
     ),
+    "qwen3_moe, every second": (
+        "Qwen3Moe",
+        {
+            "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 20, "num_experts": 8,
+            "num_experts_per_tok": 3, "intermediate_size": 40, "num_hidden_layers": 4,
+            "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5,
+        },
+    ),
+    "qwen2_moe, dense layers and windows between": (
+        "Qwen2Moe",
+        {
+            "num_key_value_heads": 2, "moe_intermediate_size": 20, "num_experts": 8,
+            "num_experts_per_tok": 3, "intermediate_size": 40, "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3, late windows": (
+        "Qwen3",
+        {
+            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 40, "use_sliding_window": True,
+            "sliding_window": 5, "max_window_layers": 1,
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            "num_key_value_heads": 2, "intermediate_size": 40, "moe_intermediate_size": 20,
+            "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+            "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True, "sliding_window": 5, "max_window_layers": 2,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "num_key_value_heads": 2, "intermediate_size": 40, "moe_intermediate_size": 20,
+            "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 2, "tie_word_embeddings": False,
+        },
+    ),
     "olmoe": (
         "Olmoe",
         {"num_key_value_heads": 4, "intermediate_size": 20, "num_experts": 8, "num_experts_per_tok": 3},
@@ -55,6 +95,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20, "num_local_experts": 8,
             "num_experts_per_tok": 3, "sliding_window": 5, "swiglu_limit": 0.02,
+            "rope_parameters": _YARN | {"truncate": False},
+        },
+    ),
+    "gpt_oss, one full layer": (
+        "GptOss",
+        {
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20, "num_local_experts": 8,
+            "num_experts_per_tok": 3, "sliding_window": 5,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "rope_parameters": _YARN | {"truncate": False},
         },
     ),
