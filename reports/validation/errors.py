@@ -25,8 +25,11 @@ EXACT_SOURCE = (
 
 def learn(runs: Iterable[Run], guesses: Iterable[Run]) -> Errors:
     """From runs of grade A and B without a refusal, by their own stacks and by general ones."""
-    (step_time, peak_memory), (guessed_time, guessed_memory) = map(_fitted, (runs, guesses))
     stacks = tuple(sorted({one.stack for one in families().values()}))
+    described = [run for run in runs if run[0].stack not in stacks]
+    unknown = [run for run in runs if run[0].stack in stacks]
+    step_time, peak_memory = _fitted(described)
+    guessed_time, guessed_memory = _fitted([*unknown, *guesses])
     return Errors(
         made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, step_time=step_time, peak_memory=peak_memory,
         guesses=Guesses(stacks=stacks, step_time=guessed_time, peak_memory=guessed_memory),

@@ -31,10 +31,13 @@ def guesses(cases: Iterable[Case], jobs: int, progress: Progress) -> tuple[list[
 
 
 def _chosen(cases: Iterable[Case]) -> list[Case]:
-    """Few of many that are alike."""
+    """Few of many that are alike, of programs that a stack describes."""
+    general = {one.stack for one in families().values()}
     groups: dict[tuple[ErrorCell, bool], list[Case]] = defaultdict(list)
     for case in cases:
-        if trusted(case) and (case.measured.step_time or case.measured.peak_memory):
+        if not trusted(case) or case.stack in general:
+            continue
+        if case.measured.step_time or case.measured.peak_memory:
             groups[cell(case, reading=reading(case)), case.measured.peak_memory is None].append(case)
     return [case for some in groups.values() for case in _spread_out(some)]
 
