@@ -155,7 +155,12 @@ def size(
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
     ] = "4M",
     families: o.Family = None,
-    max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
+    max_nodes: Annotated[
+        int | None, typer.Option(min=1, max=65536, help="nodes at most; without --max-devices 512")
+    ] = None,
+    max_devices: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="devices at most, whatever a node has")
+    ] = None,
     confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
     prices: Annotated[
         list[str] | None,

@@ -36,7 +36,16 @@ from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend, surer
+from mopsim.size.points import (
+    DEFAULT_SIMULATIONS,
+    MOST_NODES,
+    MOST_NODES_OF_DEVICES,
+    Miss,
+    nearest_miss,
+    pareto,
+    recommend,
+    surer,
+)
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -207,7 +216,8 @@ def size(
     global_batch_tokens: Count = "4M",
     families: str | Sequence[str] | None = None,
     runnable: bool = False,
-    max_nodes: int = 512,
+    max_nodes: int | None = None,
+    max_devices: int | None = None,
     confidence: float = 0.5,
     prices: Mapping[str, float] | None = None,
     reserved: bool = False,
@@ -231,8 +241,8 @@ def size(
     wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them at least.
     With a budget alone the fastest cluster is recommended, else the cheapest. confidence: probability of
     meeting the deadline that will do. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each
-    cluster. families, runnable: as for mopsim.search. max_nodes: at most. prices: dollars per device and hour
-    by profile; reserved: the profile's price times `reserved_factor`. buy: as a purchase; capex: dollars of a
+    cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at most, without both 512
+    nodes. prices: dollars per device and hour by profile; reserved: the profile's price times `reserved_factor`. buy: as a purchase; capex: dollars of a
     node by profile. sites: a YAML file of data centres (mopsim/size/sites.yaml is one). assumptions: values
     in place of mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, in
     place of what failures leave. max_cost: dollars, for `fastest`. simulations: of a family, where a node
@@ -248,13 +258,16 @@ def size(
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     request = Request(
         network, goal, length, _batch(global_batch_tokens, length), read_families(families),
-        max_nodes, simulations, runnable, assume(assumptions, utilisation),
+        max_nodes or (MOST_NODES if max_devices is None else MOST_NODES_OF_DEVICES), simulations,
+        runnable, assume(assumptions, utilisation),
         _terms(machines, buy, reserved, prices or {}, capex or {}),
         read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
-        check_level(interval), max_cost,
+        check_level(interval), max_cost, max_devices,
     )  # fmt: skip
     for machine in machines:
         matmul_curve(machine, precision, field="precision")
+        rule = f"is less than a node of {machine.name}, {machine.devices_per_node} devices"
+        require(request.most_nodes(machine) > 0, "max_devices", max_devices, rule)
     return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
 
 

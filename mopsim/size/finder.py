@@ -84,12 +84,13 @@ def _least(request: Request, hardware: HardwareProfile, share: float) -> int:
 def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str]:
     """(the node counts worth asking about, why none can do): the largest alone, for what it misses by, where
     arithmetic says that none is enough."""
-    counts = node_counts(request.max_nodes, rack_nodes(hardware))
+    most = request.most_nodes(hardware)
+    counts = node_counts(most, rack_nodes(hardware))
     if request.goal.seconds is None:
         return counts, ""
     least = _least(request, hardware, 1.0)
-    if least > request.max_nodes:
-        allowed = f"{request.max_nodes:,} allowed (--max-nodes)"
+    if least > most:
+        allowed = f"{request.limit} at most are allowed"
         return counts[-1:], f"not fast enough: {least:,} nodes at the peak rate of products, {allowed}"
     return [count for count in counts if count >= least], ""
 

@@ -23,6 +23,8 @@ cost it may be for it to be named beside that."""
 FEW_TOKENS = 8192
 """Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
 the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
+MOST_NODES, MOST_NODES_OF_DEVICES = 512, 65536
+"""Of a cluster, where nothing is said of its size, and where its devices are."""
 NEAR = 2.0
 """How many times a point's nodes its speed is still said to grow with them."""
 
@@ -33,7 +35,7 @@ class Request:
 
     simulations: of each family, where a node count is searched; twice as many where the answer is.
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
-    interval: that of the intervals of days and cost.
+    interval: that of the intervals of days and cost. max_nodes, max_devices: of a cluster.
     max_cost: dollars of outlay within which the fastest is wanted too.
     """
 
@@ -42,7 +44,7 @@ class Request:
     seq_len: int
     batch_tokens: int
     families: tuple[str, ...] = FAMILIES
-    max_nodes: int = 512
+    max_nodes: int = MOST_NODES
     simulations: int = DEFAULT_SIMULATIONS
     runnable: bool = False
     assumptions: Assumptions = field(default_factory=assume)
@@ -54,6 +56,19 @@ class Request:
     stack: Stack | None = None
     interval: float = LEVEL
     max_cost: float | None = None
+    max_devices: int | None = None
+
+    @property
+    def limit(self) -> str:
+        """How large a cluster may be."""
+        devices = None if self.max_devices is None else f"{self.max_devices:,} devices"
+        nodes = f"{self.max_nodes:,} nodes" if self.max_nodes < MOST_NODES_OF_DEVICES else None
+        return " and ".join(filter(None, (nodes, devices)))
+
+    def most_nodes(self, hardware: HardwareProfile) -> int:
+        """Of this machine type, at most."""
+        most = self.max_devices
+        return self.max_nodes if most is None else min(self.max_nodes, most // hardware.devices_per_node)
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""

@@ -28,10 +28,9 @@ def seconds() -> float:
 def main(folder: Path, jobs: int) -> None:
     """Ask, time it, write the page, its figures and README.md into `folder`."""
     machines = [mopsim.load_hardware(name) for name in MACHINES]
-    nodes = max(DEVICES // machine.devices_per_node for machine in machines)
     wall, cpu = time.perf_counter(), seconds()
     found = mopsim.size(
-        hardware=machines, max_nodes=nodes, jobs=jobs,
+        hardware=machines, max_devices=DEVICES, jobs=jobs,
         progress=lambda done, total, text: print(f"{done} of {total} so far: {text}", file=sys.stderr),
         **QUESTION,
     )  # fmt: skip

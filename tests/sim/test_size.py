@@ -311,3 +311,11 @@ def test_a_plan_of_no_cluster_is_not_written_and_the_exit_code_is_3(
     assert f"--plan: {plan} not written: no cluster of at most" in err
     assert len(err.strip().splitlines()) == 1
     assert not plan.exists()
+
+
+def test_a_limit_of_devices_is_one_of_nodes_of_each_machine() -> None:
+    machine = priced()
+    asked = dataclasses.replace(request(3 * DAY, max_nodes=48), max_devices=20 * machine.devices_per_node + 1)
+    assert asked.limit == f"48 nodes and {20 * machine.devices_per_node + 1:,} devices"
+    assert asked.most_nodes(machine) == 20
+    assert max(point.num_nodes for point in size(asked, machine).tried) <= 20
