@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from mopsim.spec import layout
-from mopsim.spec.model import ModelSpec, dense_fields, window_fields
+from mopsim.spec.model import ModelSpec, dense_fields
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Precision, Strategy
 
@@ -244,8 +244,5 @@ def _layers(model: ModelSpec, parts: int) -> dict[str, Any]:
     count = max(3 if mixed else 2, every, parts)
     layers = (runs + runs[-1:] * count)[:count]
     dense = [place for place, kind in enumerate(layers) if not kind.routed] if model.num_moe_layers else []
-    return (
-        {"num_hidden_layers": count, "sliding_window": 0, "sliding_window_period": 1, "layer_types": ()}
-        | dense_fields(dense, count)
-        | window_fields([kind.window > 0 for kind in layers], min(model.sliding_window, _WINDOW))
-    )
+    windows = model.windowed_at([kind.window > 0 for kind in layers], _WINDOW)
+    return {"num_hidden_layers": count} | dense_fields(dense, count) | windows

@@ -19,7 +19,7 @@ _FIXED = ("seq_len", "global_batch", "routing", "seed")
 """Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
 
 
-_LATER = ("mlp_only_layers", "layer_types", "partial_rotary_factor")
+_LATER = ("mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor")
 """Fields of ModelSpec that no digest of all of them had."""
 
 

@@ -10,7 +10,7 @@ import msgspec
 from mopexec.weights.begin import difference
 from mopsim.common.errors import MopError
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.model import LAYER_TYPES, ModelSpec
+from mopsim.spec.model import ModelSpec
 
 Config = dict[str, Any]
 Value = str | int | bool | None | Callable[[ModelSpec], Any]
@@ -30,7 +30,7 @@ def _biased(model: ModelSpec) -> bool:
 
 
 def _kinds(model: ModelSpec) -> list[str]:
-    return [LAYER_TYPES[model.window(layer) > 0] for layer in range(model.num_hidden_layers)]
+    return list(model.layer_words)
 
 
 def _dense(model: ModelSpec) -> list[int]:

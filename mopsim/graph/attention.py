@@ -165,7 +165,8 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     d, b = shapes.sequence, shapes.width
     heads = model.num_attention_heads / shapes.tensor
     qk, v_width = attention_widths(model)
-    pairs = causal_pairs(shapes.seq_len, model.window(layer)) * shapes.region_tokens / shapes.seq_len
+    band = model.window(layer), model.attention_chunk_size > 0
+    pairs = causal_pairs(shapes.seq_len, *band) * shapes.region_tokens / shapes.seq_len
     out = Value("o", int(shapes.region_tokens * heads * v_width * b))
     lse = Value("lse", int(shapes.region_tokens * heads * 4), grad=False)
     q, k, v = values
@@ -189,7 +190,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         )  # fmt: skip
         inner = (q.name, "kg", "vg")
     chunk = shapes.seq_len // d if shapes.exchange == "ring" else shapes.seq_len
-    chunk = attended_span(chunk, model.window(layer))
+    chunk = attended_span(chunk, *band)
     reads = (*inner, "moving") if shapes.exchange == "ring" else inner
     kernels.append(
         Kernel(
@@ -211,7 +212,8 @@ def _head_sharded(
     heads = model.num_attention_heads / (shapes.tensor * d)
     qk, v_width = attention_widths(model)
     sequences = shapes.attended / shapes.seq_len
-    pairs = causal_pairs(shapes.seq_len, model.window(layer)) * sequences
+    band = model.window(layer), model.attention_chunk_size > 0
+    pairs = causal_pairs(shapes.seq_len, *band) * sequences
     out = Value("os" if d > 1 else "o", int(shapes.attended * heads * v_width * b))
     inner, kernels = values, []
     if d > 1:
@@ -224,7 +226,7 @@ def _head_sharded(
     reads = tuple(value.name for value in inner)
     core = Kernel(
         "attention_core", "attention", _C, reads, (out,), flops=2 * pairs * heads * (qk + v_width),
-        seq=attended_span(shapes.seq_len, model.window(layer)),
+        seq=attended_span(shapes.seq_len, *band),
         bytes=sum(v.bytes for v in inner) + out.bytes,
     )  # fmt: skip
     rows = shapes.attended * heads

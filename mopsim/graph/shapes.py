@@ -39,17 +39,22 @@ class Shapes(Struct, frozen=True):
         return self.region_tokens * self.sequence
 
 
-def causal_pairs(seq_len: int, window: int = 0) -> float:
-    """Query-key pairs of one causal sequence: S(S+1)/2, or of a band `window` wide."""
+def causal_pairs(seq_len: int, window: int = 0, chunked: bool = False) -> float:
+    """Query-key pairs of one causal sequence: S(S+1)/2, or of a band `window` wide; chunked: of chunks of so
+    many tokens, each by itself."""
     if window == 0 or window >= seq_len:
         return seq_len * (seq_len + 1) / 2
+    if chunked:
+        return seq_len // window * causal_pairs(window) + causal_pairs(seq_len % window)
     return window * (window + 1) / 2 + (seq_len - window) * window
 
 
-def attended_span(seq_len: int, window: int = 0) -> int:
+def attended_span(seq_len: int, window: int = 0, chunked: bool = False) -> int:
     """The causal sequence without a window whose queries see as many keys on average: tiles of a band's edges
     are computed whole, as those of the diagonal are, so that a kernel is as efficient on the two."""
-    return seq_len if window == 0 or window >= seq_len else round(2 * causal_pairs(seq_len, window) / seq_len)
+    if window == 0 or window >= seq_len:
+        return seq_len
+    return window if chunked else round(2 * causal_pairs(seq_len, window) / seq_len)
 
 
 def attention_widths(model: ModelSpec) -> tuple[int, int]:

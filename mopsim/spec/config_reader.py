@@ -50,7 +50,7 @@ _BESIDE = re.compile(
     r"|max_position_embeddings|initial_context_length|qk_head_dim|use_mrope|id2label|label2id|problem_type"
     r"|chunk_size_feed_forward|task_specific_params|finetuning_task|tokenizer_class|prefix|is_decoder"
     r"|tie_encoder_decoder|pruned_heads|torchscript|tf_legacy_loss|use_bfloat16|layer_types|summary_\w+"
-    r"|bad_words_ids|.*beam.*|do_sample|early_stopping|.*(length|penalty|ngram_size|top_k|top_p|typical_p)"
+    r"|for_llm_compressor|bad_words_ids|.*beam.*|do_sample|early_stopping|.*(length|penalty|ngram_size|top_k|top_p|typical_p)"
     r"|temperature|remove_invalid_values|num_return_sequences|suppress_tokens"
 )
 """Keys of how a network is stored, made, trained or generated from."""

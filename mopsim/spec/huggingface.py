@@ -8,9 +8,10 @@ import msgspec
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
 from mopsim.common.values import first_unreadable
-from mopsim.spec.architectures import ARCHITECTURES, MODEL_TYPES, common
+from mopsim.spec.architectures import ARCHITECTURES, MODEL_TYPES, TEXT_OF
+from mopsim.spec.config_parts import common
 from mopsim.spec.config_reader import Config, ConfigReader
-from mopsim.spec.model import LAYER_TYPES, ModelSpec
+from mopsim.spec.model import ModelSpec
 
 
 def from_config(config: Config, origin: str) -> ModelSpec:
@@ -18,6 +19,7 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     unreadable = first_unreadable(config)
     if unreadable:
         raise MopError(f"{origin}: {unreadable[0]}: {unreadable[1]}")
+    config, told = _text(config)
     architecture = _architecture(config, origin)
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "partial_rotary_factor" in nested:
@@ -26,7 +28,7 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     fields = common(reader) | ARCHITECTURES[architecture](reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
-    fields["assumptions"] = reader.unread(architecture)
+    fields["assumptions"] = (*told, *fields.get("assumptions", ()), *reader.unread(architecture))
     try:
         model = convert(fields, ModelSpec, "model", origin)
     except MopError as error:
@@ -35,13 +37,22 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     return model
 
 
+def _text(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The config of the text network, and what is said of the others, where there are more."""
+    listed, inner = config.get("architectures"), config.get("text_config")
+    name = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if name not in TEXT_OF or not isinstance(inner, dict):
+        return config, ()
+    return {**inner, "architectures": [TEXT_OF[name]]}, (f"the text network of {name} alone",)
+
+
 def _check_layer_types(r: ConfigReader, model: ModelSpec) -> None:
     """Refuse `layer_types` that are not the layers of the network that was read."""
     kinds, layers = r.items("layer_types"), range(model.num_hidden_layers)
     if not r.has("layer_types"):
         return
-    if kinds != [LAYER_TYPES[model.window(layer) > 0] for layer in layers]:
-        only = LAYER_TYPES[model.sliding_window > 0]
+    if kinds != model.layer_words:
+        only = model.layer_words[0]
         raise MopError(
             f"{r.origin}: layer_types: {shown(kinds)} is refused: only {only}, "
             f"one for each of num_hidden_layers {len(layers)}, can be expressed of this architecture"

@@ -50,10 +50,12 @@ class RopeScaling(Spec, frozen=True, kw_only=True):
         yield self.low_freq_factor < self.high_freq_factor, "low_freq_factor", rule
 
 
-MOST_LAYERS = 10_000
-LayerType = Literal["full_attention", "sliding_attention"]
-LAYER_TYPES: tuple[LayerType, LayerType] = ("full_attention", "sliding_attention")
-"""Words for a layer without and with a window."""
+MOST_LAYERS, MOST_TOKENS = 10_000, 2**40
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
+WINDOWS: dict[str, LayerType] = {
+    "sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"
+}  # fmt: skip
+"""Fields that say how wide a window is, and the words for layers that have such a one."""
 
 
 class LayerKind(NamedTuple):
@@ -79,10 +81,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     qk_rope_head_dim, v_head_dim: the sizes of MLA, as in DeepSeek's configs. attention_bias: which
     projections have a bias. attention_sinks: each head has a learned logit that takes attention away.
     qk_norm: queries and keys are normalised in each head, or over the full projection. sliding_window: tokens
-    that a windowed layer attends to. sliding_window_period: every so many layers one is windowed, from the
-    first. layer_types: which layers are windowed, where no such period says it. learned_positions: rows of a
-    learned table of positions; without it, rotary. expert_bias, router_bias, ffn_bias: whether these products
-    have a bias. ffn_matrices: 3 with a gate, 2 without. norm: the kind of norm in the layers.
+    that a windowed layer attends to. attention_chunk_size: instead of a window, tokens of the chunks within
+    which they attend. sliding_window_period: every so many layers one is windowed, from the first.
+    layer_types: which layers are windowed, where no such period says it. learned_positions: rows of a learned
+    table of positions; without it, rotary. expert_bias, router_bias, ffn_bias: whether these products have a
+    bias. ffn_matrices: 3 with a gate, 2 without. norm: the kind of norm in the layers.
     num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: what turns the router's logits into
     weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: what
     these weights are multiplied by. topk_method: experts are chosen among all, or of some groups only: those
@@ -124,6 +127,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     attention_sinks: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     sliding_window: int = 0
+    attention_chunk_size: int = 0
     sliding_window_period: int = 1
     layer_types: tuple[LayerType, ...] = ()
     expert_bias: bool = False
@@ -187,13 +191,21 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         return tuple(filter(self.is_moe_layer, range(self.num_hidden_layers)))
 
     def window(self, layer: int) -> int:
-        """Sliding-window width of `layer` in tokens; 0 is full causal attention. MTP layers, after the
-        decoder's, see the whole sequence."""
+        """Width of the window, or chunk, of `layer` in tokens; 0 is full causal attention. MTP layers, after
+        the decoder's, see the whole sequence."""
         if layer >= self.num_hidden_layers:
             return 0
+        width = self.sliding_window or self.attention_chunk_size
         if self.layer_types:
-            return self.sliding_window if self.layer_types[layer] == "sliding_attention" else 0
-        return self.sliding_window if layer % self.sliding_window_period == 0 else 0
+            return width if self.layer_types[layer] != "full_attention" else 0
+        return width if layer % self.sliding_window_period == 0 else 0
+
+    @property
+    def layer_words(self) -> list[LayerType]:
+        """Of each decoder layer its word in the `layer_types` of a Hugging Face config."""
+        word = WINDOWS["attention_chunk_size" if self.attention_chunk_size else "sliding_window"]
+        windowed = map(self.window, range(self.num_hidden_layers))
+        return [word if width else "full_attention" for width in windowed]
 
     def layer_kind(self, layer: int) -> LayerKind:
         """Equal for layers that do the same work."""
@@ -216,8 +228,14 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
             found["mlp_only_layers"] = tuple(one for one in self.mlp_only_layers if one < layers)
         if self.layer_types:
             given = [self.window(min(layer, self.num_hidden_layers - 1)) > 0 for layer in range(layers)]
-            found |= {"sliding_window": 0, "layer_types": ()} | window_fields(given, self.sliding_window)
+            found |= self.windowed_at(given)
         return found
+
+    def windowed_at(self, layers: Sequence[bool], widest: int = MOST_TOKENS) -> dict[str, Any]:
+        """What differs of the network with its windows, at most so wide, at these decoder layers."""
+        none = {"sliding_window": 0, "attention_chunk_size": 0, "sliding_window_period": 1, "layer_types": ()}
+        field = "attention_chunk_size" if self.attention_chunk_size else "sliding_window"
+        return none | window_fields(layers, min(getattr(self, field), widest), field)
 
 
 def dense_fields(dense: Iterable[int], layers: int) -> dict[str, Any]:
@@ -227,16 +245,18 @@ def dense_fields(dense: Iterable[int], layers: int) -> dict[str, Any]:
     return {"first_k_dense_replace": leading, "mlp_only_layers": tuple(sorted(found - set(range(leading))))}
 
 
-def window_fields(windowed: Sequence[bool], window: int) -> dict[str, Any]:
+def window_fields(windowed: Sequence[bool], width: int, field: str = "sliding_window") -> dict[str, Any]:
     """The fields that say which decoder layers have a window of so many tokens; the period where one says
     it."""
     if not any(windowed):
         return {}
     for period in range(1, len(windowed) + 1):
         if all(one == (layer % period == 0) for layer, one in enumerate(windowed)):
-            return {"sliding_window": window, "sliding_window_period": period}
-    types = tuple(LAYER_TYPES[one] for one in windowed)
-    return {"sliding_window": window, "layer_types": types}
+            return {field: width, "sliding_window_period": period}
+    return {
+        field: width,
+        "layer_types": tuple(WINDOWS[field] if one else "full_attention" for one in windowed),
+    }
 
 
 _NEEDED = (
@@ -246,7 +266,8 @@ _NEEDED = (
 _OPTIONAL = (
     "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
     "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "learned_positions",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "attention_chunk_size",
+    "learned_positions",
     "num_nextn_predict_layers",
 )  # fmt: skip
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -305,10 +326,12 @@ def _apart(m: ModelSpec) -> Rules:
     rule = f"is of {len(types)} layers, not the num_hidden_layers {layers}"
     yield len(types) in (0, layers), "layer_types", rule
     yield not types or m.sliding_window_period == 1, "sliding_window_period", "must be 1 beside layer_types"
-    windowed = not types or "sliding_attention" in types
-    yield windowed or not m.sliding_window, "sliding_window", "is of no layer in layer_types"
-    rule = "has windowed layers, which need a sliding_window"
-    yield not types or not windowed or m.sliding_window > 0, "layer_types", rule
+    both = m.sliding_window > 0 and m.attention_chunk_size > 0
+    yield not both, "attention_chunk_size", "must be 0 beside a sliding_window"
+    for field, word in WINDOWS.items():
+        yield not types or word in types or getattr(m, field) == 0, field, "is of no layer in layer_types"
+        rule = f"has {word}, which needs a {field}"
+        yield word not in types or getattr(m, field) > 0, "layer_types", rule
 
 
 def _attention(m: ModelSpec) -> Rules:

@@ -36,6 +36,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "model.rms_norm_eps": (1e-6, 1e-5),
     "model.mlp_only_layers": ((), (2,), (1, 3)),
     "model.sliding_window": (0, 16),
+    "model.attention_chunk_size": (0, 16),
     "model.layer_types": ((), ("full_attention", "sliding_attention") * 2),
     "model.partial_rotary_factor": (1.0, 0.5),
     "model.learned_positions": (0, 256),

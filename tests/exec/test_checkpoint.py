@@ -231,7 +231,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_field(field, value, line):
     assert line in str(refusal.value)
 
 
-LATER = ("mlp_only_layers", "layer_types", "partial_rotary_factor")
+LATER = ("mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor")
 """Fields from after there were checkpoints."""
 
 

@@ -22,7 +22,7 @@ from mopexec.weights.files import INDEX, read_config
 from mopexec.weights.load import fill
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.spec.capability import runnable
+from mopsim.spec.capability import model_refusals, runnable
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.plan import Plan
 from mopsim.spec.presets import list_models, load_model
@@ -159,7 +159,8 @@ def test_a_part_is_read_alone(qwen: Path) -> None:
     assert torch.equal(weights.read("layers.0.attention.q_proj.weight", (64, 32), None, 0, 3, 9), q[3:9])
 
 
-KNOWN = [name for name in list_models() if name != "tiny" and not name.startswith("mop_")]
+TRAINED = [name for name in list_models() if not list(model_refusals(load_model(name)))]
+KNOWN = [name for name in TRAINED if name != "tiny" and not name.startswith("mop_")]
 
 
 @pytest.mark.parametrize("family", hf_models.CONFIGS)

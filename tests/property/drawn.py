@@ -8,7 +8,7 @@ import msgspec
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.program.context import make_context
-from mopsim.spec.model import LAYER_TYPES, ModelSpec, dense_fields
+from mopsim.spec.model import ModelSpec, dense_fields, window_fields
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
@@ -29,11 +29,11 @@ def short(name: str, layers: int = 4) -> ModelSpec:
 
 def mixed(layers: int = 6) -> ModelSpec:
     """Dense and MoE layers in turn, windows in two layers of three."""
-    types = [LAYER_TYPES[layer % 3 > 0] for layer in range(layers)]
+    windows = window_fields([layer % 3 > 0 for layer in range(layers)], 1024)
     dense = dense_fields(range(0, layers, 2), layers)
     return replace(
         load_model("qwen3_30b_a3b"), name="mixed", num_hidden_layers=layers, intermediate_size=6144,
-        sliding_window=1024, layer_types=tuple(types), total_params=None, active_params=None, **dense,
+        total_params=None, active_params=None, **dense, **windows,
     )  # fmt: skip
 
 

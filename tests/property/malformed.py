@@ -231,6 +231,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         ("glm4_moe", huggingface.GLM4_MOE),
         ("dots1", huggingface.DOTS1 | {"sliding_window": 4096, "layer_types": ["full_attention"] * 62}),
         ("ernie4_5_moe", huggingface.ERNIE),
+        ("llama4", {"architectures": ["Llama4ForCausalLM"], **huggingface.TEXT}),
     )
 }
 KINDS = {

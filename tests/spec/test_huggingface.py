@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from mopsim.common.errors import MopError
-from mopsim.spec.architectures import ARCHITECTURES
+from mopsim.spec.architectures import ARCHITECTURES, TEXT_OF
 from mopsim.spec.presets import load_model
 
 LLAMA = {
@@ -194,6 +194,18 @@ GLM4_MOE = {
     "topk_group": 1, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
     "tie_word_embeddings": False,
 }  # fmt: skip
+LLAMA4 = {
+    "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "vision_config": {},
+    "text_config": {
+        "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "vocab_size": 202048,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": False,
+        "attention_chunk_size": 8192, "interleave_moe_layer_step": 2, "num_local_experts": 128,
+        "num_experts_per_tok": 1, "no_rope_layers": [], "use_qk_norm": False, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "rope_scaling": None,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 DOTS1 = {
     "architectures": ["Dots1ForCausalLM"], "hidden_size": 4096, "intermediate_size": 10944,
     "num_hidden_layers": 62, "vocab_size": 152064, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -208,6 +220,7 @@ ERNIE = {
     "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 27,
     "moe_layer_interval": 1, "use_bias": False, "rope_theta": 500000, "tie_word_embeddings": True,
 }  # fmt: skip
+TEXT: dict[str, Any] = LLAMA4["text_config"]  # type: ignore[assignment]
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "vocab_size": 32000, "sliding_window": 4096}
 CASES = {
     "llama3_8b": LLAMA,
@@ -220,6 +233,7 @@ CASES = {
     "gpt_oss_20b": GPT_OSS,
     "olmoe_1b_7b": OLMOE,
     "glm4_5_355b_a32b": GLM4_MOE,
+    "llama4_maverick": LLAMA4,
 }
 #: Fields that a preset takes from elsewhere than the config, or that shapes do not depend on.
 BESIDE = {
@@ -248,7 +262,8 @@ def test_a_config_reads_as_the_preset(preset: str, tmp_path: Path) -> None:
         assert getattr(read, field) == getattr(expected, field), field
     if expected.num_dense_layers:
         assert read.intermediate_size == expected.intermediate_size
-    assert read.rope_theta == CASES[preset].get("rope_theta", 10000.0)
+    text: dict[str, Any] = CASES[preset].get("text_config", CASES[preset])  # type: ignore[assignment]
+    assert read.rope_theta == text.get("rope_theta", 10000.0)
     assert load_model(tmp_path) == read
 
 
@@ -261,7 +276,8 @@ def test_qwen2_and_mistral(tmp_path: Path) -> None:
 
 def test_every_architecture_is_covered_here() -> None:
     others = (QWEN2, MISTRAL, DOTS1, ERNIE)
-    assert {config["architectures"][0] for config in (*CASES.values(), *others)} == set(ARCHITECTURES)  # type: ignore[index]
+    said = {config["architectures"][0] for config in (*CASES.values(), *others)}  # type: ignore[index]
+    assert {TEXT_OF.get(name, name) for name in said} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +315,7 @@ def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: 
         ),
         (
             QWEN2 | {"use_sliding_window": True, "num_hidden_layers": 30, "sliding_window": 0},
-            "layer_types: .* need a sliding_window",
+            "layer_types: .* which needs a sliding_window",
         ),
         (QWEN2_MOE | {"use_sliding_window": True}, "use_sliding_window: True is refused without layer_types"),
         (
@@ -315,6 +331,13 @@ def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: 
         (DEEPSEEK_V3 | {"first_k_dense_replace": 62}, "first_k_dense_replace: 62 is more than num_hidden"),
         (DOTS1 | {"scoring_func": "softmax"}, "scoring_func: 'softmax' is refused"),
         (ERNIE | {"use_bias": True}, "use_bias: True is refused"),
+        (TEXT | {"attention_chunk_size": None}, "attention_chunk_size: cannot be expressed without"),
+        (
+            TEXT | {"layer_types": ["full_attention"] * 48},
+            "attention_chunk_size: cannot be expressed without",
+        ),
+        (TEXT | {"no_rope_layers": [1, 2]}, r"no_rope_layers: \[1, 2\] must be 0 or 1 for each"),
+        (TEXT | {"moe_layers": [48]}, r"moe_layers: \[48\] must name layers below"),
         (ERNIE | {"moe_norm_min": 0.1}, "moe_norm_min: must be at most"),
         (
             QWEN3_MOE | {"layer_types": ["linear_attention"] * 48},

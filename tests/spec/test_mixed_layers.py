@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from mopsim.common.errors import MopError
+from mopsim.graph.flops import flops_per_token
+from mopsim.graph.shapes import causal_pairs
+from mopsim.spec.capability import model_refusals
 from mopsim.spec.presets import load_model
 from mopsim.spec.tensors import tensors, total_params
 from tests.spec import test_huggingface as told
@@ -33,11 +36,13 @@ def test_published_totals(config: dict[str, Any], total: float, tmp_path: Path) 
         (told.DEEPSEEK_V3 | {"moe_layer_freq": 2}, (0, 1, 2, *range(3, 61, 2))),
         (told.DEEPSEEK_V3 | {"moe_layer_freq": [1, 0] * 30 + [1]}, (0, 1, 2, *range(3, 61, 2))),
         (told.ERNIE | {"moe_layer_interval": 2, "moe_layer_end_index": 5}, {*range(28)} - {1, 3, 5}),
+        (told.LLAMA4, range(0, 48, 2)),
+        (told.TEXT | {"moe_layers": [5, 7]}, {*range(48)} - {5, 7}),
         (told.ERNIE | {"moe_layer_start_index": 3, "moe_layer_end_index": -1}, (0, 1, 2)),
     ],
 )
 def test_dense_layers_anywhere(config: dict[str, Any], dense: Collection[int], tmp_path: Path) -> None:
-    model = load_model(told.write(tmp_path, config | {"intermediate_size": 6144}))
+    model = load_model(told.write(tmp_path, {"intermediate_size": 6144} | config))
     layers = range(model.num_hidden_layers)
     assert [layer for layer in layers if not model.is_moe_layer(layer)] == sorted(dense)
     assert (model.num_dense_layers, len(model.moe_layers)) == (len(dense), model.num_moe_layers)
@@ -58,6 +63,8 @@ MIXED = ["full_attention", *["sliding_attention"] * 5] * 8
         (told.QWEN3_MOE | WINDOW, range(48)),
         (told.GPT_OSS | {"layer_types": MIXED[:24]}, [at for at in range(24) if at % 6]),
         (told.GPT_OSS | {"layer_types": ["full_attention"] * 24}, ()),
+        (told.LLAMA4, [at for at in range(48) if at % 4 < 3]),
+        (told.TEXT | {"no_rope_layers": [1, 0] * 24}, range(0, 48, 2)),
         (told.DOTS1 | {"sliding_window": 4096, "max_window_layers": 60}, (60, 61)),
     ],
 )
@@ -65,6 +72,17 @@ def test_windows_anywhere(config: dict[str, Any], windowed: Collection[int], tmp
     model = load_model(told.write(tmp_path, config))
     layers = range(model.num_hidden_layers)
     assert [layer for layer in layers if model.window(layer)] == list(windowed)
+
+
+def test_chunks_are_attended_each_by_itself(tmp_path: Path) -> None:
+    """As many pairs as sequences of a chunk have; what is left out is said, and mopexec trains none of it."""
+    model = load_model(told.write(tmp_path, told.LLAMA4))
+    assert causal_pairs(2 * 8192 + 5, 8192, chunked=True) == 2 * causal_pairs(8192) + causal_pairs(5)
+    short, long = (flops_per_token(model, seq_len)["attention_core"] for seq_len in (8192, 32768))
+    assert long / short == pytest.approx((36 + 12 * 32769 / 8193) / 48)
+    assert any("outputs, not their inputs" in note for note in model.assumptions)
+    (refused,) = model_refusals(model)
+    assert str(refused).startswith("model.attention_chunk_size: 8192 is not run by mopexec, only 0")
 
 
 def test_part_of_a_head_is_rotated(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_missing_field_is_named(name: str) -> None:
             "model",
             ("layer_types",),
             ["sliding_attention"] * 61,
-            r"layer_types: .* which need a sliding_window",
+            r"layer_types: .* which needs a sliding_window",
         ),
         ("model", ("partial_rotary_factor",), 0.5, r"partial_rotary_factor: 0\.5 must be 1 for mla"),
         ("model", ("num_local_experts",), 0, r"must be 0 where num_local_experts is 0"),

@@ -1,0 +1,151 @@
+"""Parts of a config that readers of several architectures share: rotary positions, dense layers, windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mopsim.common.errors import MopError, shown
+from mopsim.spec.config_reader import Config, ConfigReader
+from mopsim.spec.model import MOST_LAYERS, WINDOWS, RopeScaling, dense_fields, window_fields
+
+Fields = dict[str, Any]
+
+
+def common(r: ConfigReader) -> Fields:
+    heads = r.integer("num_attention_heads")
+    hidden = r.integer("hidden_size")
+    r.must_be("hidden_act", "silu", "only SwiGLU can be expressed")
+    if heads < 1:
+        raise MopError(f"{r.origin}: num_attention_heads: {heads} must be at least 1")
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": r.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": r.integer("num_key_value_heads", heads),
+        "head_dim": r.integer("head_dim", hidden // heads),
+        "vocab_size": r.integer("vocab_size"),
+        "tie_word_embeddings": r.flag("tie_word_embeddings", False),
+        "rms_norm_eps": r.number("rms_norm_eps", 1e-6),
+    } | rope(r)
+
+
+_SCALING = {field.name: field.default for field in msgspec.structs.fields(RopeScaling)}
+
+
+def rope(r: ConfigReader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
+    """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both.
+    theta, usual: where the config has neither."""
+    key = "rope_parameters" if r.has("rope_parameters") else "rope_scaling"
+    given = r.mapping(key, usual or {})
+    inner = ConfigReader(given, f"{r.origin}: {key}")
+    found = {"rope_theta": inner.number("rope_theta", r.number("rope_theta", theta))}
+    r.read |= {"rope_parameters", "rope_scaling", "rope_theta"}
+    if given and not {"rope_type", "type", "rope_theta"} & given.keys():
+        raise MopError(f"{inner.origin}: rope_type: missing, the field is required")
+    field = inner.present("rope_type", "type")
+    kind = given.get(field) or "default"
+    if kind == "default":
+        return found
+    if kind not in ("yarn", "llama3"):
+        raise MopError(f"{inner.origin}: {field}: {shown(kind)} is refused: yarn and llama3 can be expressed")
+    if inner.has("attention_factor"):
+        raise MopError(f"{inner.origin}: attention_factor: cannot be expressed, only YaRN's own rule")
+    scaling: Fields = {"rope_type": kind}
+    longest = r.integer("max_position_embeddings", 0)
+    original = inner.integer("original_max_position_embeddings", longest)
+    scaling["original_max_position_embeddings"] = original
+    scaling["factor"] = inner.number("factor", longest / original if original else None)
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"):
+        scaling[name] = inner.number(name, float(_SCALING[name]))
+    return found | {"rope_scaling": scaling | {"truncate": inner.flag("truncate", True)}}
+
+
+def layers_of(r: ConfigReader) -> range:
+    """Decoder layers; what ModelSpec refuses as their number makes no long range here."""
+    return range(min(r.integer("num_hidden_layers"), MOST_LAYERS))
+
+
+def one_window(r: ConfigReader) -> Fields:
+    """A sliding window over every layer (Mistral, Mixtral); Qwen3-MoE's is off unless use_sliding_window."""
+    if r.has("sliding_window") and r.flag("use_sliding_window", True):
+        return {"sliding_window": r.integer("sliding_window")}
+    return {}
+
+
+def windows(
+    r: ConfigReader, usual: Callable[[int], bool], field: str = "sliding_window", width: int | None = None
+) -> Fields:
+    """Windows of the layers in `layer_types`; usual: whether a layer has one in a config without. field: that
+    says how wide; width: where it is absent."""
+    layers = layers_of(r)
+    windowed = [usual(layer) for layer in layers]
+    if r.has("layer_types"):
+        types, words = r.items("layer_types"), ("full_attention", WINDOWS[field])
+        if len(types) != len(layers) or not all(one in words for one in types):
+            rule = f"{' or '.join(words)} for each of num_hidden_layers {len(layers)}"
+            raise MopError(
+                f"{r.origin}: layer_types: {shown(types)} is refused: only {rule} can be expressed"
+            )
+        windowed = [one == words[1] for one in types]
+    return window_fields(windowed, r.integer(field, width if any(windowed) else 0), field)
+
+
+def late_windows(r: ConfigReader, most: int) -> Fields:
+    """Windows of the layers after the first max_window_layers; most: where the config has none of these."""
+    full = r.integer("max_window_layers", most)
+    return windows(r, lambda layer: layer >= full) if r.has("sliding_window") else {}
+
+
+def qwen_windows(r: ConfigReader) -> Fields:
+    """Qwen's `sliding_window` says nothing unless use_sliding_window."""
+    r.has("sliding_window")
+    return late_windows(r, 28) if r.flag("use_sliding_window", False) else {}
+
+
+def dense_layers(r: ConfigReader, routed: Callable[[int], bool]) -> Fields:
+    """Of a network with experts, in whose layers `routed` says whether they are."""
+    layers = layers_of(r)
+    return dense_fields((layer for layer in layers if not routed(layer)), len(layers))
+
+
+def layer_list(r: ConfigReader, key: str) -> list[int]:
+    """Layers by their numbers; none where the key is absent."""
+    layers, found = layers_of(r), r.items(key)
+    if not all(type(one) is int and one in layers for one in found):
+        rule = f"must name layers below num_hidden_layers {len(layers)}"
+        raise MopError(f"{r.origin}: {key}: {shown(found)} {rule}")
+    return found
+
+
+def layer_flags(r: ConfigReader, key: str) -> list[int]:
+    """0 or 1 of each layer; empty where the key is absent or so."""
+    layers, found = layers_of(r), r.items(key)
+    flags = all(type(one) is int and one in (0, 1) for one in found)
+    if found and not (flags and len(found) == len(layers)):
+        rule = f"must be 0 or 1 for each of num_hidden_layers {len(layers)}"
+        raise MopError(f"{r.origin}: {key}: {shown(found)} {rule}")
+    return found
+
+
+def period_of(r: ConfigReader, key: str, usual: int = 1) -> int:
+    """Every so many layers one is of a kind."""
+    found = r.integer(key, usual)
+    if found < 1:
+        raise MopError(f"{r.origin}: {key}: {found} must be at least 1")
+    return found
+
+
+def attention_bias(r: ConfigReader, usual: bool = False) -> Fields:
+    return {"attention_bias": "qkvo" if r.flag("attention_bias", usual) else "none"}
+
+
+def routed_layers(r: ConfigReader) -> Callable[[int], bool]:
+    """Whether a layer has experts, in the keys of DeepSeek's own model code: those after the first
+    first_k_dense_replace, of them every moe_layer_freq-th, or those that this is a list of 1 for."""
+    first = r.integer("first_k_dense_replace", 0)
+    if not isinstance(r.config.get("moe_layer_freq"), list):
+        every = period_of(r, "moe_layer_freq")
+        return lambda layer: layer >= first and layer % every == 0
+    each = layer_flags(r, "moe_layer_freq")
+    return lambda layer: layer >= first and (not each or each[layer] == 1)
