@@ -17,11 +17,14 @@ EVEN, ENDS, FRONT, IDEAL, BALANCED = 0, 1, 2, 3, 4
 layers and loss count as a layer each. FRONT: as full as each other but the last, which has what is left.
 IDEAL: no layout; every stage has the mean and none waits, and holds the least of any layout: of what bounds
 all from below. BALANCED + n: the last stage, which has the loss, has n layers fewer than an even share, the
-others as many as each other. BALANCED: the best n, before it is chosen (`mopsim.search.balance`)."""
+others as many as each other. WEIGHTED + n: parts of the same weight, where layers without experts or with a
+window count as WEIGHTS[n] of others, and the loss as one of these. BALANCED: the best of the last two, before
+it is chosen (`mopsim.search.balance`)."""
 RULES = (EVEN, ENDS, FRONT, BALANCED)
 """Those that an axis has."""
 LIGHTEST = 12
 """Layers that the last stage has fewer than an even share, at most."""
+WEIGHTED, WEIGHTS = BALANCED + LIGHTEST + 1, (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 VIRTUAL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
 """Virtual stages of a pipeline rank: those of published recipes, and what lies between."""
 LAYOUTS = ("even", "ends", "front")
@@ -38,6 +41,8 @@ def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple
     layers, parts = model.num_hidden_layers, stages * virtual
     if layout in (EVEN, IDEAL, BALANCED):
         return () if parts <= layers else None
+    if layout >= WEIGHTED:
+        return _weighted(model, parts, WEIGHTS[layout - WEIGHTED])
     if layout > BALANCED:
         return _lighter(layers, stages, virtual, layout - BALANCED)
     first = int(layout == ENDS)
@@ -63,6 +68,20 @@ def _lighter(layers: int, stages: int, virtual: int, fewer: int) -> tuple[int, .
     return found if all(found[:-1]) else None
 
 
+def _weighted(model: ModelSpec, parts: int, light: float) -> tuple[int, ...] | None:
+    """Layers by the part in which the middle of their weight lies, the loss as one more. None where a part
+    before it would have none, or fewer than a quarter of the layers weigh less: a few leading dense ones
+    change no stage by much."""
+    kinds = [model.layer_kind(layer) for layer in range(model.num_hidden_layers)]
+    routed, full = (any(kind.routed for kind in kinds), any(not kind.window for kind in kinds))
+    lighter = [(routed and not kind.routed) + (full and kind.window > 0) for kind in kinds]
+    weights = light ** np.array(lighter, dtype=np.float64)
+    middle = np.cumsum(weights) - weights / 2
+    found = np.bincount((middle * parts / (weights.sum() + 1)).astype(np.int64), minlength=parts)
+    many = 4 * np.count_nonzero(lighter) >= len(lighter)
+    return tuple(found.tolist()) if parts > 1 and many and found[:-1].all() else None
+
+
 def _spread(layers: int, parts: int) -> list[int]:
     """As even as can be, the fuller parts last: the first stage has the embedding, and most microbatches."""
     return [*even_parts(layers, parts)][::-1] if parts else []
@@ -81,7 +100,7 @@ def plain(model: ModelSpec, stages: int, virtual: int) -> tuple[int, ...]:
 @cache
 def lighter(model: ModelSpec, stages: int, virtual: int) -> tuple[int, ...]:
     """Codes of what BALANCED may become, the most even first; none where a pipeline has no plain layout."""
-    codes = range(BALANCED + 1, BALANCED + LIGHTEST + 1) if plain(model, stages, virtual) else ()
+    codes = range(BALANCED + 1, WEIGHTED + len(WEIGHTS)) if plain(model, stages, virtual) else ()
     return tuple(code for code in codes if layers_of(model, stages, virtual, code) is not None)
 
 

@@ -22,8 +22,8 @@ from mopsim.search.problem import PARTS, Problem
 from mopsim.search.seeds import Recipe, published, recipes, textbook
 from mopsim.search.space import Space
 from mopsim.search.staged import bounds_of, candidates, facts_of
-from mopsim.search.stages import BALANCED, ENDS, EVEN, FRONT, layers_of, lighter
-from mopsim.spec.model import ModelSpec
+from mopsim.search.stages import BALANCED, ENDS, EVEN, FRONT, WEIGHTED, layers_of, lighter
+from mopsim.spec.model import ModelSpec, dense_fields
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.tensors import total_params
@@ -138,10 +138,41 @@ def test_layouts(
     assert layers_of(model, stages, virtual, layout) == expected
 
 
-def balanced_rows(pipeline: int) -> Space:
-    """Of a network whose loss takes as long as some three layers."""
+HALVES = msgspec.structs.replace(
+    load_model("qwen3_30b_a3b"), intermediate_size=2048, total_params=None, active_params=None,
+    **dense_fields(range(24), 48),
+)  # fmt: skip
+"""Dense layers, and after them as many with experts."""
+
+
+def test_layers_that_weigh_less_are_more_of_a_part() -> None:
+    assert layers_of(HALVES, 4, 1, WEIGHTED + 3) == (18, 12, 10, 8)
+    assert layers_of(load_model("qwen3_30b_a3b"), 3, 1, WEIGHTED + 1) is None
+    turns = msgspec.structs.replace(HALVES, **dense_fields(range(0, 48, 2), 48))
+    assert layers_of(turns, 3, 1, WEIGHTED + 1) == (17, 16, 15)
+
+
+def test_stages_of_layers_that_weigh_less_have_more_of_them() -> None:
+    """The step of an even pipeline is that of its stages with experts."""
+    space = balanced_rows(8, HALVES)
+    c, problem = space.columns, space.problem
+    rows = np.flatnonzero((c["layout"] >= WEIGHTED) & (c["virtual_stages"] == 1) & (c["overlap"] == 0))
+    strategy = space.build(int(rows[0]))
+    even = msgspec.structs.replace(strategy, pipeline=msgspec.structs.replace(strategy.pipeline, layers=()))
+    ours, theirs = (
+        simulate(problem.model, problem.hardware, problem.num_nodes, one, problem.training)
+        for one in (strategy, even)
+    )
+    assert strategy.pipeline.layers[0] > strategy.pipeline.layers[-1]
+    assert ours.step_time < 0.9 * theirs.step_time
+
+
+def balanced_rows(pipeline: int, model: ModelSpec | None = None) -> Space:
+    """Of a network whose loss takes as long as some three layers, or another."""
     case = ("qwen3_30b_a3b", "l40s-48g", 4, 4096, 512, "megatron")
     given, wanted = asked(case), {"pipeline": pipeline, "tensor": 1, "sequence": 1, "recompute": 1}
+    if model:
+        given = replace(given, model=model, total_params=total_params(model))
     axes = axes_of(given, "megatron")
     first = trunk(given, "megatron", axes)
     kept = np.logical_and.reduce([first.columns[name] == value for name, value in wanted.items()])
