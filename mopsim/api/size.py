@@ -242,12 +242,13 @@ def size(
     With a budget alone the fastest cluster is recommended, else the cheapest. confidence: probability of
     meeting the deadline that will do. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each
     cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at most, without both 512
-    nodes. prices: dollars per device and hour by profile; reserved: the profile's price times `reserved_factor`. buy: as a purchase; capex: dollars of a
-    node by profile. sites: a YAML file of data centres (mopsim/size/sites.yaml is one). assumptions: values
-    in place of mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, in
-    place of what failures leave. max_cost: dollars, for `fastest`. simulations: of a family, where a node
-    count is searched. interval: probability of the intervals of days, cost, step time and memory. jobs:
-    processes. progress(done, known so far, what was asked).
+    nodes. prices: dollars per device and hour by profile; reserved: the profile's price times
+    `reserved_factor`. buy: as a purchase; capex: dollars of a node by profile. sites: a YAML file of data
+    centres (mopsim/size/sites.yaml is one). assumptions: values in place of mopsim/size/assumptions.yaml, by
+    name. utilisation: share of the wall clock that trains, in place of what failures leave. max_cost:
+    dollars, for `fastest`. simulations: of a family, where a node count is searched. interval: probability of
+    the intervals of days, cost, step time and memory. jobs: processes. progress(done, known so far, what was
+    asked).
 
     That no cluster will do is a result. Raises MopError.
     """
