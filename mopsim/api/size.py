@@ -38,9 +38,8 @@ from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
 from mopsim.size.points import (
     DEFAULT_SIMULATIONS,
-    MOST_NODES,
-    MOST_NODES_OF_DEVICES,
     Miss,
+    most_nodes,
     nearest_miss,
     pareto,
     recommend,
@@ -237,39 +236,43 @@ def size(
 ) -> Clusters:
     """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and what it costs.
 
-    hardware: one machine type or several, as for mopsim.simulate. tokens: to train on, decimal ("1T"). days:
-    wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them at least.
-    With a budget alone the fastest cluster is recommended, else the cheapest. confidence: probability of
-    meeting the deadline that will do. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each
-    cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at most, without both 512
-    nodes. prices: dollars per device and hour by profile; reserved: the profile's price times
-    `reserved_factor`. buy: as a purchase; capex: dollars of a node by profile. sites: a YAML file of data
-    centres (mopsim/size/sites.yaml is one). assumptions: values in place of mopsim/size/assumptions.yaml, by
-    name. utilisation: share of the wall clock that trains, in place of what failures leave. max_cost:
-    dollars, for `fastest`. simulations: of a family, where a node count is searched. interval: probability of
-    the intervals of days, cost, step time and memory. jobs: processes. progress(done, known so far, what was
-    asked).
+    hardware: one machine type or several, as for mopsim.simulate. tokens: to train on, decimal ("1T").
+    days: wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them
+    at least. With a budget alone the fastest cluster is recommended, else the cheapest. confidence:
+    probability of meeting the deadline that will do. global_batch_tokens: tokens of a step (binary,
+    "4M"), fitted to each cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at
+    most, without both 512 nodes. prices: dollars per device and hour by profile; reserved: the profile's
+    price times `reserved_factor`. buy: as a purchase; capex: dollars of a node by profile. sites: a YAML
+    file of data centres (mopsim/size/sites.yaml is one). assumptions: values in place of
+    mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, in place of
+    what failures leave. max_cost: dollars, for `fastest`. simulations: of a family, where a node count is
+    searched. interval: probability of the intervals of days, cost, step time and memory. jobs: processes.
+    progress(done, known so far, what was asked).
 
     That no cluster will do is a result. Raises MopError.
     """
     given = [hardware] if isinstance(hardware, str | Path | HardwareProfile) else list(hardware)
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
+    goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     TrainSpec(seq_len=length, global_batch=1, routing=routed).check_model(network)
     machines = _distinct(map(read_hardware, given))
-    goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     request = Request(
         network, goal, length, _batch(global_batch_tokens, length), read_families(families),
-        max_nodes or (MOST_NODES if max_devices is None else MOST_NODES_OF_DEVICES), simulations,
-        runnable, assume(assumptions, utilisation),
-        _terms(machines, buy, reserved, prices or {}, capex or {}),
-        read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
-        check_level(interval), max_cost, max_devices,
+        most_nodes(max_nodes, max_devices), simulations, runnable, assume(assumptions, utilisation),
+        _terms(machines, buy, reserved, prices or {}, capex or {}), read_sites(sites),
+        _confidence(confidence), precision, routed, read_stack(stack), interval, max_cost, max_devices,
     )  # fmt: skip
-    for machine in machines:
-        matmul_curve(machine, precision, field="precision")
-        rule = f"is less than a node of {machine.name}, {machine.devices_per_node} devices"
-        require(request.most_nodes(machine) > 0, "max_devices", max_devices, rule)
+    _check(request, machines)
     return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
+
+
+def _check(request: Request, machines: Sequence[HardwareProfile]) -> None:
+    """Raises MopError where a machine has no such products, or no node of it is allowed."""
+    check_level(request.interval)
+    for machine in machines:
+        matmul_curve(machine, request.precision, field="precision")
+        rule = f"is less than a node of {machine.name}, {machine.devices_per_node} devices"
+        require(request.most_nodes(machine) > 0, "max_devices", request.max_devices, rule)
 
 
 def _batch(tokens: Count, seq_len: int) -> int:

@@ -29,6 +29,11 @@ NEAR = 2.0
 """How many times a point's nodes its speed is still said to grow with them."""
 
 
+def most_nodes(nodes: int | None, devices: int | None) -> int:
+    """As asked, else what is usual, or enough for as many devices."""
+    return nodes or (MOST_NODES if devices is None else MOST_NODES_OF_DEVICES)
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be trained, and how the answer is looked for. batch_tokens: wanted tokens per step.
