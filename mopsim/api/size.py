@@ -39,7 +39,6 @@ from mopsim.size.figures import DAY
 from mopsim.size.points import (
     DEFAULT_SIMULATIONS,
     Miss,
-    most_nodes,
     nearest_miss,
     pareto,
     recommend,
@@ -258,7 +257,7 @@ def size(
     machines = _distinct(map(read_hardware, given))
     request = Request(
         network, goal, length, _batch(global_batch_tokens, length), read_families(families),
-        most_nodes(max_nodes, max_devices), simulations, runnable, assume(assumptions, utilisation),
+        max_nodes, simulations, runnable, assume(assumptions, utilisation),
         _terms(machines, buy, reserved, prices or {}, capex or {}), read_sites(sites),
         _confidence(confidence), precision, routed, read_stack(stack), interval, max_cost, max_devices,
     )  # fmt: skip
@@ -267,11 +266,15 @@ def size(
 
 
 def _check(request: Request, machines: Sequence[HardwareProfile]) -> None:
-    """Raises MopError where a machine has no such products, or no node of it is allowed."""
+    """Raises MopError for a limit below 1, where a machine has no such products, and where no node of it is
+    allowed."""
     check_level(request.interval)
+    for name in ("max_nodes", "max_devices"):
+        value = getattr(request, name)
+        require(value is None or value > 0, name, value, "must be at least 1")
     for machine in machines:
         matmul_curve(machine, request.precision, field="precision")
-        rule = f"is less than a node of {machine.name}, {machine.devices_per_node} devices"
+        rule = f"is less than a node of {machine.name}, {machine.devices_per_node} devices: leave it out"
         require(request.most_nodes(machine) > 0, "max_devices", request.max_devices, rule)
 
 

@@ -10,7 +10,7 @@ variance of its level.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import exp, log, sqrt
+from math import exp, hypot, log, sqrt
 
 import numpy as np
 from msgspec.structs import replace
@@ -140,8 +140,8 @@ def ratio(step_time: float, facts: Facts, other_time: float, other: Facts) -> Ra
 
     What the two have in common (the stack, the machine type, the network, ...) cancels; what separates them
     does not: two plans of one stack on one network are told apart by a run's own scatter alone. Runs that
-    either of them has seen tell of both. Where one of two stacks is a guess, what that one is off by is as
-    wide as guesses are.
+    either of them has seen tell of both. Where one of two stacks is a guess, the ratio is as wide as that of
+    two guesses is, and no wider than if the two had nothing in common.
     """
     return Ratio(other_time / step_time, _of_ratio(facts, other))
 
@@ -154,8 +154,10 @@ def _of_ratio(facts: Facts, other: Facts) -> Spread:
     if own is others:
         return between(own, asked, beside, both, missed)
     guessed = own if facts.stack in known_errors().guesses.stacks else others
-    mean = spread(others, beside, both).mean - spread(own, asked, both).mean
-    return Spread(mean, between(guessed, asked, beside, both, missed).deviation)
+    mine, theirs = spread(own, asked, both, missed), spread(others, beside, both, missed)
+    apart = hypot(mine.deviation, theirs.deviation)
+    alike = between(guessed, asked, beside, both, missed).deviation
+    return Spread(theirs.mean - mine.mean, min(alike, apart))
 
 
 def missed_by_most(misses: Sequence[tuple[float, float]]) -> float:

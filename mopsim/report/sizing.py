@@ -226,8 +226,8 @@ def surely(one: Point | None, chosen: Point | None, request: Request) -> str:
     )
 
 
-def missed(miss: Miss | None) -> str:
-    """What comes nearest, and the smallest change that would do."""
+def missed(miss: Miss | None, flag: str = "--max-nodes") -> str:
+    """What comes nearest, and the smallest change that would do. flag: of more nodes."""
     if miss is None:
         return "nothing fits: no number of nodes was found on which the model trains"
     point, changes = miss.point, []
@@ -237,10 +237,10 @@ def missed(miss: Miss | None) -> str:
         changes.append(f"--budget {math.ceil(miss.dollars)}")
     elif not point.affordable:
         changes.append("a price (--price, --capex)")
-    return f"nearest: {summary(point)}; it would do with {' and '.join(changes)}{_more_nodes(miss)}"
+    return f"nearest: {summary(point)}; it would do with {' and '.join(changes)}{_more_nodes(miss, flag)}"
 
 
-def _more_nodes(miss: Miss) -> str:
+def _more_nodes(miss: Miss, flag: str) -> str:
     """Whether more nodes would do where the nearest is late, and how many."""
     if miss.thin is not None:
         return (
@@ -248,8 +248,8 @@ def _more_nodes(miss: Miss) -> str:
             f"each added as much, have {miss.thin:,.0f} tokens a device and step"
         )
     if miss.nodes is not None:
-        return f", or about {miss.nodes:,} nodes (--max-nodes)"
-    return ", or with more nodes (--max-nodes)" if miss.days is not None and miss.point.affordable else ""
+        return f", or about {miss.nodes:,} nodes ({flag})"
+    return f", or with more nodes ({flag})" if miss.days is not None and miss.point.affordable else ""
 
 
 def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:

@@ -23,15 +23,10 @@ cost it may be for it to be named beside that."""
 FEW_TOKENS = 8192
 """Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
 the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
-MOST_NODES, MOST_NODES_OF_DEVICES = 512, 65536
-"""Of a cluster, where nothing is said of its size, and where its devices are."""
+MOST_NODES = 512
+"""Of a cluster, where nothing is said of its size."""
 NEAR = 2.0
 """How many times a point's nodes its speed is still said to grow with them."""
-
-
-def most_nodes(nodes: int | None, devices: int | None) -> int:
-    """As asked, else what is usual, or enough for as many devices."""
-    return nodes or (MOST_NODES if devices is None else MOST_NODES_OF_DEVICES)
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,8 @@ class Request:
 
     simulations: of each family, where a node count is searched; twice as many where the answer is.
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
-    interval: that of the intervals of days and cost. max_nodes, max_devices: of a cluster.
+    interval: that of the intervals of days and cost. max_nodes, max_devices: of a cluster; MOST_NODES
+    without both.
     max_cost: dollars of outlay within which the fastest is wanted too.
     """
 
@@ -49,7 +45,7 @@ class Request:
     seq_len: int
     batch_tokens: int
     families: tuple[str, ...] = FAMILIES
-    max_nodes: int = MOST_NODES
+    max_nodes: int | None = None
     simulations: int = DEFAULT_SIMULATIONS
     runnable: bool = False
     assumptions: Assumptions = field(default_factory=assume)
@@ -66,14 +62,22 @@ class Request:
     @property
     def limit(self) -> str:
         """How large a cluster may be."""
-        devices = None if self.max_devices is None else f"{self.max_devices:,} devices"
-        nodes = f"{self.max_nodes:,} nodes" if self.max_nodes < MOST_NODES_OF_DEVICES else None
-        return " and ".join(filter(None, (nodes, devices)))
+        limits = {"node": self.max_nodes, "device": self.max_devices}
+        if not any(limits.values()):
+            limits["node"] = MOST_NODES
+        return " and ".join(f"{n:,} {what}{'s' * (n > 1)}" for what, n in limits.items() if n)
 
     def most_nodes(self, hardware: HardwareProfile) -> int:
         """Of this machine type, at most."""
-        most = self.max_devices
-        return self.max_nodes if most is None else min(self.max_nodes, most // hardware.devices_per_node)
+        if self.max_devices is None:
+            return self.max_nodes or MOST_NODES
+        nodes = self.max_devices // hardware.devices_per_node
+        return min(self.max_nodes or nodes, nodes)
+
+    @property
+    def flag(self) -> str:
+        """The option that allows a larger cluster."""
+        return "--max-nodes" if self.max_devices is None else "--max-devices"
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""

@@ -102,7 +102,9 @@ def test_a_lead_over_a_guess_is_as_wide_as_guesses_are() -> None:
     """Whichever of the two it is; what runs of the described one tell of its mean stays."""
     described, guess = (Facts(name, "h200-sxm-141g", "bf16") for name in ("megatron-bridge", "generic-fused"))
     lead, back = ratio(1.0, described, 1.0, guess), ratio(1.0, guess, 1.0, described)
-    assert lead.error.deviation == back.error.deviation > 1.3 * of_step_time(described).deviation
+    apart = [of_step_time(one).deviation for one in (described, guess)]
+    assert lead.error.deviation == back.error.deviation
+    assert max(apart) < lead.error.deviation <= math.hypot(*apart)
     assert lead.error.mean == -back.error.mean
     assert lead.error.mean == of_step_time(guess).mean - of_step_time(described).mean
 
@@ -161,11 +163,16 @@ def quantities() -> list[ErrorQuantity]:
 
 def test_the_installed_errors_are_of_what_is_installed() -> None:
     assert set(known_errors().guesses.stacks) == {one.stack for one in families().values()}
+    guesses = [getattr(known_errors().guesses, name) for name in NAMES]
     for quantity in quantities():
         sources = {one.source for one in quantity.cells}
         assert set(quantity.without) == sources
         assert len(sources) >= 6
-        assert {one.stack for one in quantity.cells} <= set(list_stacks())
+        programs = {one.stack for one in quantity.cells}
+        assert not programs & set(known_errors().guesses.stacks)
+        if quantity in guesses:  # what no stack describes is known by its source
+            programs -= sources
+        assert programs <= set(list_stacks())
         assert {one.hardware for one in quantity.cells} <= set(list_profiles())
         assert 0.3 < quantity.deviations.widening < 3
         assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))
@@ -175,6 +182,8 @@ def test_the_installed_errors_know_the_networks_that_ran() -> None:
     """Digests are written: where they change, runs say nothing of their own network any more."""
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
     ran = {of_case(case, reading=read) for case in cases for read in ("", reading(case))}
+    general = known_errors().guesses.stacks
+    ran = {replace(one, stack=one.source) if one.stack in general else one for one in ran}
     for quantity in quantities():
         known = {replace(one, runs=1, mean=0.0, squares=0.0) for one in quantity.cells}
         assert known <= ran

@@ -317,5 +317,7 @@ def test_a_limit_of_devices_is_one_of_nodes_of_each_machine() -> None:
     machine = priced()
     asked = dataclasses.replace(request(3 * DAY, max_nodes=48), max_devices=20 * machine.devices_per_node + 1)
     assert asked.limit == f"48 nodes and {20 * machine.devices_per_node + 1:,} devices"
+    assert (asked.flag, request(DAY, max_nodes=1).limit) == ("--max-devices", "1 node")
+    assert dataclasses.replace(asked, max_nodes=None, max_devices=None).limit == "512 nodes"
     assert asked.most_nodes(machine) == 20
     assert max(point.num_nodes for point in size(asked, machine).tried) <= 20
