@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from mopsim.common import io
 from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.intervals import errors
 from mopsim.intervals.errors import ErrorCell, ErrorQuantity, Errors, Guesses
+from mopsim.validate.case import Case
 from mopsim.validate.facts import families
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import as_read
@@ -28,8 +31,7 @@ def learn(runs: Iterable[Run], guesses: Iterable[Run]) -> Errors:
     stacks = tuple(sorted({one.stack for one in families().values()}))
     described = [run for run in runs if run[0].stack not in stacks]
     unknown = [run for run in runs if run[0].stack in stacks]
-    step_time, peak_memory = _fitted(described)
-    guessed_time, guessed_memory = _fitted([*unknown, *guesses])
+    (step_time, peak_memory), (guessed_time, guessed_memory) = map(_fitted, (described, [*unknown, *guesses]))
     return Errors(
         made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, step_time=step_time, peak_memory=peak_memory,
         guesses=Guesses(stacks=stacks, step_time=guessed_time, peak_memory=guessed_memory),
@@ -44,11 +46,18 @@ def _fitted(runs: Iterable[Run]) -> tuple[ErrorQuantity, ErrorQuantity]:
         if not trusted(case) or result.error:
             continue
         if case.measured.step_time:
-            times.append(cell(case, case.measured.step_time, result.step_time))
+            times.append(_cell(case, case.measured.step_time, result.step_time))
         if case.measured.peak_memory:
             peak = as_read(result, case.program().reading.memory, case.profile())
-            peaks.append(cell(case, case.measured.peak_memory, peak, reading(case)))
+            peaks.append(_cell(case, case.measured.peak_memory, peak, reading(case)))
     return fit_errors(times), fit_errors(peaks)
+
+
+def _cell(case: Case, measured: float, predicted: float, read: str = "") -> ErrorCell:
+    """By its program: that of a general stack is known by its source alone."""
+    found = cell(case, measured, predicted, read)
+    general = any(case.stack == one.stack for one in families().values())
+    return replace(found, stack=case.source.name) if general else found
 
 
 def install(runs: Sequence[Run], guesses: Sequence[Run]) -> None:
