@@ -56,6 +56,18 @@ def test_a_card_of_less_power_runs_a_kernel_at_a_lower_clock() -> None:
     assert ratio == pytest.approx((500 / 700) ** CLOCK_BY_POWER)
 
 
+def test_torch_on_amd_runs_a_slower_kernel_than_aiter() -> None:
+    """torch's SDPA on MI355X: 630 TFLOP/s forward and 224 backward at 8192 tokens (HipKittens)."""
+    stack = Stack(name="flash2", kernels=Kernels(attention={"default": "flash2"}))
+    for name in ("mi300x-192g", "mi325x-256g", "mi355x-288g"):
+        own = load_profile(name)
+        torch = as_used(own, stack, 128, 8192).device.attention
+        assert torch.forward * 1.18 < own.device.attention.forward
+        assert torch.backward * 2 < own.device.attention.backward
+    rates = [share * 2516.6 * 8192 / (8192 + torch.seq_half) for share in (torch.forward, torch.backward)]
+    assert rates == pytest.approx([630, 224], rel=0.1)
+
+
 def test_a_weight_gradient_moves_the_sum_that_it_is_added_to() -> None:
     plain = Work("grouped_matmul", m=4096, n=1024, k=64, count=8, dtype="bfloat16")
     summed = replace(plain, gradient=8.0)

@@ -155,6 +155,26 @@ def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8", "forward"),
+    [("mi300x-192g", 588e12, 960e12, 460e12), ("mi355x-288g", 1400e12, 2800e12, 1200e12)],
+)
+def test_amd_cards_hold_what_torch_and_aiter_reach(
+    name: str, bf16: float, fp8: float, forward: float
+) -> None:
+    """Products of training's sizes by hipBLASLt, 8192 tokens of causal attention by AITER."""
+    device = load_profile(name).device
+    curves = {curve.dtype: curve for curve in device.matmul}
+    for dtype, known in (("bfloat16", bf16), ("fp8", fp8)):
+        curve = curves[dtype]
+        assert curve.peak.si * min(curve.held, curve.efficiency) == pytest.approx(known, rel=0.05)
+    attention = device.attention
+    rate = attention.forward * 8192 / (8192 + attention.seq_half) * curves["bfloat16"].peak.si
+    assert rate == pytest.approx(forward, rel=0.05)
+    assert {curves["bfloat16"].tag, attention.tag} == {"measured"}
+    assert device.launch_overhead.tag == "assumed"
+
+
 def test_an_unknown_profile_is_refused_with_near_names() -> None:
     with pytest.raises(
         MopError, match=r"hardware: 'h200' is neither a profile nor a file; near: .*h200-sxm-141g"

@@ -29,6 +29,8 @@ Entry = dict[str, Any]
 ADAM_BYTES = 28
 #: What NCCL's all-to-all over 32 H100 in 4 nodes reaches of the NIC: 352 MB in 8.06 ms (components.csv).
 SCALE_OUT_FRACTION = 0.875
+#: Part of compute that a collective takes.
+COMMUNICATION_SHARE = (0.15, "20 of 132 SMs run a collective (Calculon ships the same), assumed.")
 #: Grouped products against dense ones where nobody measured: fraction of the efficiency, tokens at half rate.
 GROUPED_ASSUMED = (0.8, 200.0)
 GROUPED_SOURCE = "0.8 of the dense efficiency, half rate at 200 tokens an expert: assumed, B200 is lower"
@@ -58,6 +60,7 @@ class MachineFits:
     matmul: MatmulFit
     matmul_tag: Tag
     matmul_source: str
+    floor_tag: Tag
     dtype_ratio: dict[str, tuple[float, str]]
     grouped: tuple[float, float, Tag, str] | None
     """(share of the dense efficiency, tokens at half rate, tag, source)."""
@@ -70,6 +73,8 @@ class MachineFits:
     collectives: dict[str, CollectiveFit]
     collectives_tag: Tag
     collectives_source: str
+    derived: tuple[str, ...] = ()
+    """Collectives whose rate is not of those timings."""
 
 
 def quantity(value: float, unit: str, tag: Tag, source: str) -> Quantity:
@@ -82,6 +87,7 @@ def _given(listed: list[Any]) -> Quantity:
 
 def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> HardwareProfile:
     """The profile of one machine type."""
+    share, why = machine.get("communication_share", COMMUNICATION_SHARE)
     return HardwareProfile(
         name=name,
         device_kind=machine["device_kind"],
@@ -91,10 +97,10 @@ def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> Hardwa
         host=_host(host),
         scale_up=_scale_up(machine, fits),
         scale_out=_scale_out(machine),
-        communication_share=0.15,
+        communication_share=share,
         price_per_device_hour=_given(machine["price"]),
         node_power=_given(machine["node_power"]) if "node_power" in machine else None,
-        notes="communication_share 0.15: 20 of 132 SMs run a collective (Calculon ships the same), assumed.",
+        notes=f"communication_share {share}: {why}",
     )
 
 
@@ -110,7 +116,7 @@ def _device(machine: Entry, fits: MachineFits) -> Device:
             round_to(INDEX_FRACTION * fits.bandwidth / 1e12, 3), "TB/s", "assumed", INDEX_SOURCE
         ),
         launch_overhead=quantity(
-            round_to(fits.matmul.floor * 1e6, 3), "us", fits.matmul_tag,
+            round_to(fits.matmul.floor * 1e6, 3), "us", fits.floor_tag,
             f"the floor of a kernel: {fits.matmul_source}",
         ),
         matmul=tuple(_matmul(dtype, machine, fits) for dtype in machine["peaks"]),
@@ -160,10 +166,14 @@ def _matmul(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
         dtype=dtype, peak=peak, efficiency=min(1.0, round_to(fit.efficiency * ratio)),
         m_half=round_to(fit.m_half * scale), n_half=round_to(fit.n_half * scale),
         k_half=round_to(fit.k_half * scale),
-        held=round_to(most * HELD_RATIO.get(dtype, ratio)) if most < 1 else 1.0,
+        held=round_to(most * _held_ratio(dtype, machine, ratio)) if most < 1 else 1.0,
         tag=fits.matmul_tag if dtype == "bfloat16" else "assumed",
         source=fits.matmul_source if dtype == "bfloat16" else f"as the bf16 curve; {why or 'the same rate'}",
     )  # fmt: skip
+
+
+def _held_ratio(dtype: str, machine: Entry, ratio: float) -> float:
+    return ratio if dtype in machine.get("ratios", {}) else HELD_RATIO.get(dtype, ratio)
 
 
 def _size_scale(dtype: str, machine: Entry) -> float:
@@ -205,12 +215,15 @@ def _host(host: Entry) -> Host:
 
 
 def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
-    tag, source = fits.collectives_tag, fits.collectives_source
+    source = fits.collectives_source
+    tags: dict[str, Tag] = {
+        op: "assumed" if op in fits.derived else fits.collectives_tag for op in fits.collectives
+    }
     curves = {
         op: CollectiveCurve(
-            latency=quantity(round_to(fit.latency * 1e6, 3), "us", tag, source),
-            latency_per_rank=quantity(round_to(fit.latency_per_rank * 1e6, 3), "us", tag, source),
-            bandwidth=quantity(round_to(fit.bandwidth / 1e9), "GB/s", tag, source),
+            latency=quantity(round_to(fit.latency * 1e6, 3), "us", tags[op], source),
+            latency_per_rank=quantity(round_to(fit.latency_per_rank * 1e6, 3), "us", tags[op], source),
+            bandwidth=quantity(round_to(fit.bandwidth / 1e9), "GB/s", tags[op], source),
             bytes_half=fit.bytes_half,
             ramp=RAMP,
         )
@@ -239,7 +252,9 @@ def _bridges(given: Entry) -> Bridges:
 
 
 def _scale_out(machine: Entry) -> Fabric:
+    """Over the NIC: a rate of its own where an op has one in `out`, and the size at half rate there."""
     peak = _given(machine["nic"])
+    given = machine.get("out", {})
     source = f"{SCALE_OUT_FRACTION} of the NIC, as NCCL's all-to-all over 32 H100 in 4 nodes (components.csv)"
     latency = "a hop over NIC and switch; no multi-node curve was published"
     rate = round_to(peak.si / 1e9 * SCALE_OUT_FRACTION)
@@ -248,8 +263,8 @@ def _scale_out(machine: Entry) -> Fabric:
         op: CollectiveCurve(
             latency=quantity(20.0, "us", "assumed", latency),
             latency_per_rank=quantity(per_rank.get(op, 5.0), "us", "assumed", latency),
-            bandwidth=quantity(rate, "GB/s", "assumed", source),
-            bytes_half=1e6,
+            bandwidth=_given(given[op]) if op in given else quantity(rate, "GB/s", "assumed", source),
+            bytes_half=float(given.get("bytes_half", 1e6)),
             ramp=RAMP,
         )
         for op in COLLECTIVES

@@ -38,7 +38,10 @@ def _in_class(row: dict[str, str], heads: str) -> bool:
     return heads == ("narrow" if width <= NARROW_HEAD else "wide" if width > WIDE_HEAD else "")
 
 
-def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> AttentionFit:
+def _fit(
+    rows: list[dict[str, str]], rates: Array, source: str, peak: float, half: float = 0.0
+) -> AttentionFit:
+    """half: tokens at half rate where the rows are of one length, which cannot tell them."""
     seq = np.array(
         [float(attended_span(params(row)["seq_len"], params(row).get("window", 0))) for row in rows]
     )
@@ -49,11 +52,12 @@ def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> 
         return np.asarray(np.log(share * peak / rates))
 
     result = least_squares(
-        errors, [0.6, 0.5, 1.0], loss="soft_l1", f_scale=0.1, bounds=([0.1, 0.1, 0.0], [1.0, 1.0, 50.0])
-    )
-    forward, back, half = (float(value) for value in result.x)
+        errors, [0.6, 0.5, half / 1e3 + 1e-9 if half else 1.0], loss="soft_l1", f_scale=0.1,
+        bounds=([0.05, 0.05, half / 1e3], [1.0, 1.0, half / 1e3 + 1e-6 if half else 50.0]),
+    )  # fmt: skip
+    forward, back, fitted = (float(value) for value in result.x)
     return AttentionFit(
-        round_to(forward), round_to(back), round_to(half * 1e3, 3), Residuals.of(errors(result.x)), source
+        round_to(forward), round_to(back), round_to(fitted * 1e3, 3), Residuals.of(errors(result.x)), source
     )
 
 
@@ -79,6 +83,35 @@ def fit_cudnn(rows: list[dict[str, str]], gpu: str, peak: float, heads: str) -> 
         ratios = [narrow[key] / rates["bf16"][key] for key in narrow if key[1] == name]
         gains.append(round_to(float(np.mean(ratios)), 3) if ratios else 1.0)
     return replace(fit, eight_bit=(gains[0], gains[1]))
+
+
+def fit_aiter(rows: list[dict[str, str]], peaks: dict[str, float]) -> dict[str, AttentionFit]:
+    """AITER's kernels of CDNA3 and CDNA4, causal half counted, by machine and class of heads; narrow and wide
+    heads of MI300X at one length. On MI355X narrow heads were timed forward alone: the backward keeps its
+    share of that of heads of 128 on MI300X. The backward of heads of 128 there is the middle of two sources:
+    one of as many key heads by length, one of grouped queries at 8192 tokens with sums of 32 bits, which
+    Transformer Engine takes.
+    """
+    mi300x, mi355x = "mi300x-192g", "mi355x-288g"
+    widths = {"": "of 128", "narrow": "of 64", "wide": "of 192 and 128"}
+    fits: dict[str, AttentionFit] = {}
+    for gpu, heads in ((mi300x, ""), (mi300x, "narrow"), (mi300x, "wide"), (mi355x, ""), (mi355x, "narrow")):
+        mine = [
+            row for row in rows if row["gpu"] == gpu and row["system"] == "AITER" and _in_class(row, heads)
+        ]
+        lengths = {params(row)["seq_len"] for row in mine}
+        half = fits[gpu].seq_half if len(lengths) == 1 else 0.0
+        source = f"AITER on {gpu}, causal, heads {widths[heads]} (components.csv)"
+        fit = _fit(mine, column(mine, "value"), source, peaks[gpu], half)
+        fits[f"{gpu}_{heads}" if heads else gpu] = fit
+    sums = next(row for row in rows if row["gpu"] == mi355x and row["system"] == "AITER, sums of 32 bits")
+    curve, tokens = fits[mi355x], params(sums)["seq_len"]
+    own = peaks[mi355x] * curve.backward * tokens / (tokens + curve.seq_half)
+    middle = curve.backward * (1 + float(sums["value"]) / own) / 2
+    share = fits[f"{mi300x}_narrow"].backward / fits[mi300x].backward
+    fits[mi355x] = replace(fits[mi355x], backward=round_to(middle))
+    fits[f"{mi355x}_narrow"] = replace(fits[f"{mi355x}_narrow"], backward=round_to(middle * share))
+    return fits
 
 
 def fit_hopper(rows: list[dict[str, str]], peak: float) -> AttentionFit:

@@ -1,11 +1,11 @@
 """Fits of CollectiveCurve from NCCL timings inside a node."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from hardware_profiles.data.fit.tables import Array, Residuals, column, round_to
+from hardware_profiles.data.fit.tables import Array, Residuals, column, params, round_to
 
 #: Names of the table -> ours.
 OPS = {
@@ -81,6 +81,19 @@ def fit_node(rows: list[dict[str, str]], peak: float, at_ranks: int = 0) -> dict
         size = np.array([float(key[1] * ELEMENT_BYTES) for key in keys])
         fits[ours] = fit_collective(ours, ranks, size, seconds, peak)
     return fits
+
+
+def fit_timed(rows: list[dict[str, str]], peak: float) -> CollectiveFit:
+    """All-reduces of one group size by bytes (components.csv: num_gpus, params.size_bytes, seconds)."""
+    ranks, seconds = column(rows, "num_gpus"), column(rows, "value")
+    size = np.array([float(params(row)["size_bytes"]) for row in rows])
+    return fit_collective("all_reduce", ranks, size, seconds, peak)
+
+
+def at_length(op: str, ranks: int, size: float, rate: float, like: CollectiveFit) -> CollectiveFit:
+    """The curve of another that has `rate` (bytes/s of a rank) in a buffer of `size`."""
+    wire = float(wire_bytes(op, np.array([float(ranks)]), np.array([size]))[0])
+    return replace(like, bandwidth=round_to(rate * (1 + (like.bytes_half / wire) ** RAMP)))
 
 
 def check_against_vtrain(rows: list[dict[str, str]], fit: CollectiveFit, gpu: str = "A100") -> Residuals:

@@ -13,7 +13,7 @@ from hardware_profiles.data.fit.tables import Residuals, read_csv, round_to
 from mopsim.common.errors import MopError
 from mopsim.common.io import parse_yaml, read_text
 from mopsim.common.units import UNITS
-from mopsim.spec.hardware import HardwareProfile, Tag
+from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Tag
 
 _NONE = Residuals(0, 0.0, 0.0, 0.0)
 
@@ -28,24 +28,17 @@ ASSUMED_MATMUL = {
         _assumed(0.51, 100.0, 5e-6),
         "best of a shape search 668 of 1307 TFLOP/s; sizes at half rate assumed",
     ),
-    "mi325x": (_assumed(0.54, 100.0, 5e-6), "as MI300X, 1000 W instead of 750 W; assumed"),
-    "mi355x": (_assumed(0.60, 100.0, 5e-6), "assumed"),
+    "amd": (_assumed(0.51, 100.0, 5e-6), "sizes at half rate as MI300X, assumed"),
     "rtx4090": (_assumed(0.90, 80.0, 3e-6), "a small, power-unlimited part runs near its peak; assumed"),
 }
-#: Collectives of the AMD cards: rate as a fraction of all links of the mesh together.
-MESH_SOURCE = (
-    "0.7 of the datasheet rate of all links together, assumed: AMD calls 48 of a link's 64 GB/s reachable "
-    "(rocm.blogs.amd.com, mi300x-rccl-xgmi); no curve was published"
-)
 ASSUMED_ATTENTION = {
     "a100": AttentionFit(
         0.64, 0.54, 500.0, _NONE, "FlashAttention-2 (arXiv 2307.08691, A100), read from its figures"
     ),
     "ada": AttentionFit(0.70, 0.55, 500.0, _NONE, "FlashAttention-2 on Ada, assumed"),
-    "amd": AttentionFit(0.40, 0.30, 1000.0, _NONE, "composable-kernel FlashAttention on MI300, assumed"),
 }
 #: gemm table -> the machine whose attention curve its cards take where they have none of their own.
-ATTENTION_OF = {"h100_sxm": "h200-sxm-141g", "b300_sxm": "gb300-288g"}
+ATTENTION_OF = {"h100_sxm": "h200-sxm-141g", "b300_sxm": "gb300-288g", "assumed:amd": "mi300x-192g"}
 #: bf16 card -> the card whose best fp8 product is compared with its best bf16 product.
 FP8_MEASURED = {
     "h100_sxm": "h100-sxm-80g",
@@ -87,10 +80,14 @@ class Fitter:
         bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
         grouped = self._grouped(curves["grouped"], name) if "grouped" in curves else None
         shapes, shape_tag = self._attention(name, curves["gemm"], fit.held)
-        node, node_tag, node_source = self._collectives(machine)
+        node, node_tag, node_source = self._collectives(name, machine)
+        ratios = self._fp8(curves["gemm"])
+        ratios |= {dtype: (ratio, why) for dtype, (ratio, why) in machine.get("ratios", {}).items()}
+        derived = tuple(machine.get("rates", {}).get("derived", ()))
+        floor_tag: Tag = "assumed" if str(curves["gemm"]).startswith("assumed:") else tag
         return MachineFits(
-            fit, tag, source, self._fp8(curves["gemm"]), grouped, bandwidth, bandwidth_tag, bandwidth_source,
-            shapes, shape_tag, node, node_tag, node_source,
+            fit, tag, source, floor_tag, ratios, grouped, bandwidth, bandwidth_tag, bandwidth_source,
+            shapes, shape_tag, node, node_tag, node_source, derived,
         )  # fmt: skip
 
     def _table(self, gpu: str) -> tuple[MatmulFit, float]:
@@ -110,47 +107,50 @@ class Fitter:
         """The fit of one GPU of the gemm table."""
         return self._table(gpu)[0]
 
-    def _dense(self, name: str, machine: Entry) -> tuple[MatmulFit, Tag, str]:
-        curves = machine["curves"]
-        gpu = str(curves["gemm"])
+    def _micro(self, machine: Entry) -> tuple[MatmulFit, float, Tag, str]:
+        """The curve of a machine's microbenchmark, or an assumed one: fit, bandwidth, tag, source."""
+        gpu = str(machine["curves"]["gemm"])
         if gpu.startswith("assumed:"):
             fit, why = ASSUMED_MATMUL[gpu.removeprefix("assumed:")]
-            return fit, "assumed", why
-        fit, _ = self._table(gpu)
+            return fit, self._bandwidth(machine)[0], "assumed", why
+        fit, bandwidth = self._table(gpu)
         source = f"fitted to the {gpu} rows of gemm_bf16.csv (aiconfigurator system tables)"
+        return fit, bandwidth, "measured", source
+
+    def _dense(self, name: str, machine: Entry) -> tuple[MatmulFit, Tag, str]:
+        curves = machine["curves"]
+        fit, _, tag, source = self._micro(machine)
         if "table" in curves:
-            rows = [row for row in self._of("gemm", curves["table"]) if row["system"].startswith("library")]
-            rows = [row for row in rows if "grouped" not in row["params"]]
+            rows = self._library(curves["table"])
             efficiency, residuals = matmul.table_efficiency(rows, fit, _si(machine["peaks"]["bfloat16"]))
             self.report[f"matmul {name}, its own table"] = str(residuals)
-            fit = MatmulFit(
-                efficiency, fit.m_half, fit.n_half, fit.k_half, fit.floor, fit.residuals, residuals
-            )
-            return (
-                fit,
-                "measured",
-                f"efficiency from the {curves['table']} table of components.csv, shape {source}",
-            )
+            fit = replace(fit, efficiency=efficiency, residuals_large=residuals, held=1.0)
+            tag = "measured"
+            source = f"efficiency from the {curves['table']} table of components.csv, shape {source}"
         if "held" in curves:
             return self._held(curves["held"], name, fit, source)
         if "held_rate" in curves:
             held = replace(fit, held=float(curves["held_rate"]), held_wide=fit.held)
-            return held, "assumed", f"{source}; held: {curves['held_why']}"
-        return fit, "measured", source
+            return held, curves.get("held_tag", "assumed"), f"{source}; held: {curves['held_why']}"
+        return fit, tag, source
 
     def _held(self, owner: str, name: str, fit: MatmulFit, source: str) -> tuple[MatmulFit, Tag, str]:
         """A microbenchmark's curve, bounded by what the owner of a sweep of training's products holds in it;
         on other cards of the architecture by the same share of their own microbenchmark."""
         other = self.machines[owner]
-        micro, bandwidth = self._table(other["curves"]["gemm"])
-        rows = [row for row in self._of("gemm", owner) if row["system"].startswith("library")]
-        rows = [row for row in rows if "grouped" not in row["params"]]
-        held, residuals = matmul.held_rate(rows, micro, _si(other["peaks"]["bfloat16"]), bandwidth)
+        micro, bandwidth, _, _ = self._micro(other)
+        peak = _si(other["peaks"]["bfloat16"])
+        held, residuals = matmul.held_rate(self._library(owner), micro, peak, bandwidth)
         self.report[f"matmul {owner}, a sweep of training's products"] = str(residuals)
         share = held / micro.efficiency
         why = f"{source}; held: {share:.3f} of it, as {owner} in a sweep of training's products"
         tag: Tag = "measured" if owner == name else "assumed"
         return replace(fit, held=round_to(fit.efficiency * share)), tag, why
+
+    def _library(self, gpu: str) -> list[dict[str, str]]:
+        """A card's dense products by a library, of no search for the best shape."""
+        rows = [row for row in self._of("gemm", gpu) if row["system"].startswith("library")]
+        return [row for row in rows if "grouped" not in row["params"]]
 
     def _owner(self, gpu: str) -> Entry:
         """The machine that a GPU of the measured tables is."""
@@ -166,6 +166,9 @@ class Fitter:
         datasheet, gpu = _si(machine["memory_bandwidth"]), str(machine["curves"]["gemm"])
         value, unit, _, where = machine["memory_bandwidth"]
         sheet = f"{value} {unit} ({where})"
+        if "bandwidth_share" in machine:
+            share, given, why = machine["bandwidth_share"]
+            return float(share) * datasheet, given, f"{share} of {sheet}: {why}"
         if gpu.startswith("assumed:"):
             return 0.85 * datasheet, "assumed", f"0.85 of {sheet}"
         _, streaming = self._table(gpu)
@@ -186,6 +189,9 @@ class Fitter:
         peak = _si(machine["peaks"]["bfloat16"])
         fit = matmul.fit_grouped(rows, dense, peak, self._bandwidth(machine)[0])
         self.report[f"grouped matmul {owner}"] = str(fit.residuals)
+        if "grouped_share" in self.machines[name]:
+            own, why = self.machines[name]["grouped_share"]
+            return float(own), fit.m_half, "measured", str(why)
         share = min(1.0, fit.efficiency / dense.efficiency)
         source = f"grouped products of {owner}, forward and gradients of inputs (components.csv)"
         return share, fit.m_half, "measured" if owner == name else "assumed", source
@@ -216,6 +222,7 @@ class Fitter:
             for heads in ("", "narrow", "wide"):
                 key = f"{name}_{heads}" if heads else name
                 fits[key] = attention.fit_cudnn(rows, name, peaks[name], heads)
+        fits |= attention.fit_aiter(rows, peaks)
         fits[f"{b200}_narrow"] = fits["gb200-186g_narrow"]
         fits[f"{h200}_narrow"] = replace(
             attention.fit_cudnn(rows, h200, peaks[h200], "narrow"),
@@ -230,9 +237,10 @@ class Fitter:
         fits = self._attention_fits
         owner = name if name in fits else ATTENTION_OF.get(gpu, "")
         if not owner:
-            family = "a100" if gpu.startswith("a100") else "amd" if ":mi" in gpu else "ada"
+            family = "a100" if gpu.startswith("a100") else "ada"
             return {"": ASSUMED_ATTENTION[family]}, "assumed"
-        found = {heads: fits[f"{owner}_{heads}" if heads else owner] for heads in ("", "narrow", "wide")}
+        keys = {heads: f"{owner}_{heads}" if heads else owner for heads in ("", "narrow", "wide")}
+        found = {heads: fits[key] for heads, key in keys.items() if key in fits}
         found = {heads: attention.under_power(fit, products) for heads, fit in found.items()}
         return found, "measured" if owner == name else "assumed"
 
@@ -247,16 +255,15 @@ class Fitter:
                 self.report[f"{op} {gpu}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
         return self._nodes[gpu]
 
-    def _collectives(self, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
-        curves, peak = machine["curves"], _si(machine["scale_up"])
+    def _collectives(self, name: str, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
+        curves = machine["curves"]
         wanted = curves["collectives"]
         if wanted == "given":
             given = machine["given"]
             fits = {op: _plain(v[0] * 1e-6, v[1] * 1e9) for op, v in given.items() if op != "source"}
             return fits, "assumed", str(given["source"])
-        if wanted == "assumed":
-            fits = {op: _plain(1e-5, 0.7 * peak, 1e-6, 5e6) for op in collectives.OPS.values()}
-            return fits, "assumed", MESH_SOURCE
+        if wanted == "mesh":
+            return self._mesh(name, machine)
         node = self.node(wanted)
         source = f"fitted to the {wanted} rows of nccl_single_node.csv (aiconfigurator system tables)"
         if "bandwidth_scale" in curves:
@@ -265,6 +272,23 @@ class Fitter:
             return scaled, "assumed", f"{source}, bandwidth times {scale}: {curves['bandwidth_why']}"
         tag: Tag = "measured" if machine is self._owner(wanted) else "assumed"
         return node, tag, source + (", all 8 ranks of a node" if wanted == "l40s" else "")
+
+    def _mesh(self, name: str, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
+        """RCCL over all links of a mesh: delays and the size at half rate of the all-reduce that was timed by
+        size, on other cards too; the rate of each op in 8 GiB as `rates` has it (GB/s; 0: of the timings)."""
+        given = machine["rates"]
+        owner = given["timed"]
+        peak = _si(self.machines[owner]["scale_up"])
+        timed = collectives.fit_timed(self._of("all_reduce", owner), peak)
+        self.report[f"all_reduce {owner}"] = f"all {timed.residuals}; above 1 MB {timed.residuals_large}"
+        rates = {op: float(rate) * 1e9 for op, rate in given.items() if op in COLLECTIVES}
+        ranks = machine["devices_per_node"]
+        fits = {
+            op: collectives.at_length(op, ranks, 2.0**33, rate, timed) if rate else timed
+            for op, rate in rates.items()
+        }
+        fits["send_recv"] = _plain(1e-5, rates["send_recv"], half=timed.bytes_half)
+        return fits, "measured" if owner == name else "assumed", str(given["source"])
 
 
 #: Which machine each GPU of the tables is.
