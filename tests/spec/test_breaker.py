@@ -299,7 +299,7 @@ def test_a_sizing_without_an_answer_says_so_and_is_no_success(
         main()
     assert end.value.code == 3
     said = capsys.readouterr().err
-    assert "no cluster of at most 1 nodes will do; nearest: 1 node" in said
+    assert "no cluster of at most 1 node will do; nearest: 1 node" in said
     assert "it would do with --days" in said
 
 
