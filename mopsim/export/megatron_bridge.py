@@ -215,14 +215,14 @@ def _model(plan: Plan) -> dict[str, Any]:
 
 
 def _apart(model: ModelSpec) -> dict[str, Any]:
-    """Layers in an order that recipes do not know: 1 of each that has experts, 1 of each with a window, which
-    counts the tokens before a query (megatron/core/transformer/transformer_config.py; a list needs one entry
-    for each of num_layers)."""
+    """Layers that differ, whatever a recipe knows of them: 1 of each that has experts, 1 of each with a
+    window, which counts the tokens before a query (megatron/core/transformer/transformer_config.py; a list
+    needs one entry for each of num_layers)."""
     found: dict[str, Any] = {}
     layers = range(model.num_hidden_layers)
-    if model.mlp_only_layers:
+    if 0 < model.num_moe_layers < len(layers):
         found["moe_layer_freq"] = [int(model.is_moe_layer(layer)) for layer in layers]
-    if model.layer_types and model.sliding_window:
+    if model.sliding_window:
         found["window_size"] = [model.sliding_window - 1, 0]
         found["window_attn_skip_freq"] = [int(model.window(layer) > 0) for layer in layers]
     return found

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from mopsim.common.errors import MopError
 from mopsim.spec.config_parts import (
+    WINDOW,
     Fields,
     attention_bias,
     dense_layers,
@@ -29,7 +30,7 @@ def _llama(r: ConfigReader) -> Fields:
 
 
 def _mistral(r: ConfigReader) -> Fields:
-    return {"intermediate_size": r.integer("intermediate_size")} | one_window(r)
+    return {"intermediate_size": r.integer("intermediate_size")} | one_window(r, WINDOW)
 
 
 def _mixtral(r: ConfigReader) -> Fields:
@@ -37,7 +38,7 @@ def _mixtral(r: ConfigReader) -> Fields:
         "num_local_experts": r.integer("num_local_experts", 8),
         "num_experts_per_tok": r.integer("num_experts_per_tok", 2),
         "moe_intermediate_size": r.integer("intermediate_size"),
-    } | one_window(r)
+    } | one_window(r, 0)
 
 
 def _qwen2(r: ConfigReader) -> Fields:
@@ -85,24 +86,25 @@ def _qwen2_moe(r: ConfigReader) -> Fields:
 
 def _qwen3_moe(r: ConfigReader) -> Fields:
     r.has("sliding_window")
-    window = one_window(r) if r.flag("use_sliding_window", False) else {}
+    window = one_window(r, WINDOW) if r.flag("use_sliding_window", False) else {}
     return _qwen_experts(r) | attention_bias(r) | {"qk_norm": "head"} | window
 
 
-def _deepseek_experts(r: ConfigReader) -> Fields:
-    """Layers and experts in the keys of DeepSeek's configs."""
-    expert, first = r.integer("moe_intermediate_size"), r.integer("first_k_dense_replace", 0)
-    dense = (
-        dense_layers(r, routed_layers(r))
+def _deepseek_experts(r: ConfigReader, dense: int = 0, shared: int = 0) -> Fields:
+    """Layers and experts in the keys of DeepSeek's configs; dense, shared: layers and experts of one without
+    these keys."""
+    expert, first = r.integer("moe_intermediate_size"), r.integer("first_k_dense_replace", dense)
+    layers = (
+        dense_layers(r, routed_layers(r, first))
         if first in range(len(layers_of(r)) + 1)
         else {"first_k_dense_replace": first}
     )
-    return dense | {
+    return layers | {
         "intermediate_size": r.integer("intermediate_size"),
         "num_local_experts": r.integer(r.present("n_routed_experts", "num_local_experts")),
         "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": expert,
-        "shared_expert_intermediate_size": r.integer("n_shared_experts", 0) * expert,
+        "shared_expert_intermediate_size": r.integer("n_shared_experts", shared) * expert,
         "norm_topk_prob": r.flag("norm_topk_prob", False),
         "routed_scaling_factor": r.number("routed_scaling_factor", 1.0),
     }
@@ -158,7 +160,7 @@ def _glm4_moe(r: ConfigReader) -> Fields:
     """Grouped queries of which half a head is rotated, the experts of DeepSeek-V3."""
     r.must_be("topk_method", "noaux_tc", "its groups are scored by their best two experts")
     return (
-        _deepseek_experts(r)
+        _deepseek_experts(r, dense=1, shared=1)
         | {
             "attention_bias": "qkv" if r.flag("attention_bias", False) else "none",
             "qk_norm": "head" if r.flag("use_qk_norm", False) else "none",
@@ -251,7 +253,9 @@ def _llama4(r: ConfigReader) -> Fields:
     expert = r.integer("intermediate_size")
     return (
         {
-            "intermediate_size": r.integer("intermediate_size_mlp", 0),
+            "num_key_value_heads": r.integer("num_key_value_heads", 8),
+            "head_dim": r.integer("head_dim", 128),
+            "intermediate_size": r.integer("intermediate_size_mlp", 16384),
             "num_local_experts": r.integer("num_local_experts"),
             "num_experts_per_tok": r.integer("num_experts_per_tok"),
             "moe_intermediate_size": expert,

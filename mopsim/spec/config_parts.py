@@ -66,11 +66,13 @@ def layers_of(r: ConfigReader) -> range:
     return range(min(r.integer("num_hidden_layers"), MOST_LAYERS))
 
 
-def one_window(r: ConfigReader) -> Fields:
-    """A sliding window over every layer (Mistral, Mixtral); Qwen3-MoE's is off unless use_sliding_window."""
-    if r.has("sliding_window") and r.flag("use_sliding_window", True):
-        return {"sliding_window": r.integer("sliding_window")}
-    return {}
+WINDOW = 4096
+"""Of configs of Mistral, Qwen and Dots without `sliding_window` (transformers, configuration_*.py)."""
+
+
+def one_window(r: ConfigReader, width: int) -> Fields:
+    """A sliding window over every layer; width: where the config has no such key. 0 and a null are none."""
+    return {} if r.is_null("sliding_window") else {"sliding_window": r.integer("sliding_window", width)}
 
 
 def windows(
@@ -94,7 +96,9 @@ def windows(
 def late_windows(r: ConfigReader, most: int) -> Fields:
     """Windows of the layers after the first max_window_layers; most: where the config has none of these."""
     full = r.integer("max_window_layers", most)
-    return windows(r, lambda layer: layer >= full) if r.has("sliding_window") else {}
+    if r.is_null("sliding_window"):
+        return {}
+    return windows(r, lambda layer: layer >= full, width=WINDOW)
 
 
 def qwen_windows(r: ConfigReader) -> Fields:
@@ -140,10 +144,9 @@ def attention_bias(r: ConfigReader, usual: bool = False) -> Fields:
     return {"attention_bias": "qkvo" if r.flag("attention_bias", usual) else "none"}
 
 
-def routed_layers(r: ConfigReader) -> Callable[[int], bool]:
-    """Whether a layer has experts, in the keys of DeepSeek's own model code: those after the first
-    first_k_dense_replace, of them every moe_layer_freq-th, or those that this is a list of 1 for."""
-    first = r.integer("first_k_dense_replace", 0)
+def routed_layers(r: ConfigReader, first: int) -> Callable[[int], bool]:
+    """Whether a layer has experts, in the keys of DeepSeek's own model code: those after the `first`, of them
+    every moe_layer_freq-th, or those that this is a list of 1 for."""
     if not isinstance(r.config.get("moe_layer_freq"), list):
         every = period_of(r, "moe_layer_freq")
         return lambda layer: layer >= first and layer % every == 0

@@ -70,6 +70,11 @@ class ConfigReader:
         self.read.add(key)
         return self.config.get(key) is not None
 
+    def is_null(self, key: str) -> bool:
+        """Whether the config says that there is none of it; a key that is absent says nothing."""
+        self.read.add(key)
+        return self.config.get(key, 0) is None
+
     def present(self, *keys: str) -> str:
         """The key of several for one thing (transformers has renamed some) that the config has, or the first.
         Raises MopError where they contradict each other."""

@@ -108,7 +108,8 @@ def _plain(model: ModelSpec) -> ModelSpec:
     """The network with the same parameters to a per mille, but no sinks, windows or biases (they don't bear
     on this)."""
     return replace(
-        model, attention_sinks=False, sliding_window=0, attention_chunk_size=0, attention_bias="none",
+        model, attention_sinks=False, sliding_window=0, attention_chunk_size=0, layer_types=(),
+        attention_bias="none",
         expert_bias=False, router_bias=False,
     )  # fmt: skip
 

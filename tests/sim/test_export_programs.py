@@ -59,7 +59,12 @@ def test_layers_in_an_order_of_their_own_are_written_for_megatron() -> None:
     assert found["window_size"] == [1023, 0]
     assert found["pipeline_model_parallel_layout"].count("t") == 10
     leading = yaml.safe_load(export(plan(megatron(32), "deepseek_v3"), "megatron-bridge")[0])["model"]
-    assert not {"moe_layer_freq", "window_size"} & leading.keys()
+    assert leading["moe_layer_freq"] == [0] * 3 + [1] * 58
+    assert "window_size" not in leading
+    window = replace(load_model("qwen3_30b_a3b"), sliding_window=512, sliding_window_period=3)
+    every = yaml.safe_load(export(replace(made, model=window), "megatron-bridge")[0])["model"]
+    assert every["window_attn_skip_freq"] == [1, 0, 0] * 16
+    assert (every["window_size"], "moe_layer_freq" in every) == ([511, 0], False)
 
 
 def test_a_network_that_is_no_flavor_is_refused_for_torchtitan() -> None:
