@@ -39,6 +39,10 @@ def priced(name: str = "toy", price: float = 2.0) -> HardwareProfile:
     )
 
 
+AS_SIMULATED = assume({"step_time_spread": 0.1})
+"""Whatever published runs teach of a stack: the median of days is what is simulated."""
+
+
 def request(seconds: float, tokens: int = 10**12, max_nodes: int = 64) -> Request:
     goal = Goal(tokens, seconds)
     return Request(MODEL, goal, 512, 2**17, ("mop", "fsdp2"), max_nodes=max_nodes, simulations=1)
@@ -164,7 +168,8 @@ def test_a_longer_deadline_is_never_dearer_and_what_one_finds_all_find() -> None
     machine, model = load_profile("h200-sxm-141g"), load_model("qwen3_30b_a3b")
     found = []
     for days in (2.1, 2.45, 20):
-        asked = Request(model, Goal(10**12, days * DAY), 4096, 2**22, ("fsdp2",), max_nodes=512)
+        goal = Goal(10**12, days * DAY)
+        asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=512, assumptions=AS_SIMULATED)
         best = size(asked, machine).best
         assert best is not None
         assert best.figures is not None
@@ -178,7 +183,8 @@ def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
     much for 4.5."""
     machine, model = load_profile("h200-sxm-141g"), load_model("qwen3_30b_a3b")
     goal = Goal(10**12, None, 100_000)
-    best = size(Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=128), machine).best
+    asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=128, assumptions=AS_SIMULATED)
+    best = size(asked, machine).best
     assert best is not None
     assert best.num_nodes == 32
 
