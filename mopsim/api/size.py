@@ -36,14 +36,7 @@ from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import (
-    DEFAULT_SIMULATIONS,
-    Miss,
-    nearest_miss,
-    pareto,
-    recommend,
-    surer,
-)
+from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend, surer
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile

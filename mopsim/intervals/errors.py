@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from msgspec.structs import astuple, replace
@@ -107,6 +107,7 @@ class ErrorQuantity(Spec, frozen=True, kw_only=True):
 
 
 Name = Literal["step_time", "peak_memory"]
+NAMES: tuple[Name, ...] = get_args(Name)
 
 
 class Guesses(Spec, frozen=True, kw_only=True):

@@ -76,7 +76,7 @@ def scatter(
 ) -> None:
     """Measured on the horizontal, predicted on the vertical axis, both logarithmic; the diagonal and a
     band. ends: of a line through a point, its interval."""
-    with figure(path, 8.5, 7) as (axis,):
+    with figure(path, 11, 7) as (axis,):
         for index, (name, points) in enumerate(sorted(groups.items())):
             axis.scatter(
                 [p[0] for p in points], [max(p[1], 1e-12) for p in points], s=22, alpha=0.7,
@@ -97,7 +97,10 @@ def scatter(
             for one in (axis.xaxis, axis.yaxis):
                 one.set_major_formatter(LogFormatter())
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-        axis.legend(loc="upper left", fontsize=8, title="runs, their mean error", title_fontsize=8)
+        axis.legend(
+            loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0,
+            fontsize=8, title="runs, their mean error", title_fontsize=8,
+        )  # fmt: skip
 
 
 def _diagonal(axis: Axes, low: float, high: float) -> None:

@@ -219,7 +219,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         return found
 
     def cut(self, layers: int) -> dict[str, Any]:
-        """What differs of the network with so many of its layers: its first ones, or more like its last."""
+        """What differs of the network with so many of its layers: its first ones, or more, which have experts
+        where the network has any and the window of its last."""
         found: dict[str, Any] = {
             "num_hidden_layers": layers,
             "first_k_dense_replace": min(self.first_k_dense_replace, layers),
@@ -267,8 +268,7 @@ _OPTIONAL = (
     "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
     "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "attention_chunk_size",
-    "learned_positions",
-    "num_nextn_predict_layers",
+    "learned_positions", "num_nextn_predict_layers",
 )  # fmt: skip
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MOE = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")

@@ -45,6 +45,12 @@ def families() -> dict[str, FamilyHabits]:
     return {name: io.convert(one, FamilyHabits, name) for name, one in plain.items()}
 
 
+@cache
+def general_stacks() -> frozenset[str]:
+    """The stacks that stand for programs that nobody described."""
+    return frozenset(one.stack for one in families().values())
+
+
 def facts(row: Row) -> RowFacts:
     """All that is known of a row. `stack` is looked up from `source` where it is missing; `stages` is pp x
     vp; `graphs` are the components that CUDA graphs replay, joined by +, or `step`."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from mopsim.intervals.errors import Name
+from mopsim.intervals.errors import NAMES, Name
 from mopsim.validate.components import IN_SAMPLE, Predicted
 from mopsim.validate.run import Refused, Validation, about
 from mopsim.validate.scoring import (
@@ -18,7 +18,7 @@ from mopsim.validate.scoring import (
     over_sources,
     regrets,
 )
-from mopsim.validate.uncertain import NAMES, coverage
+from mopsim.validate.uncertain import coverage
 
 UNITS: dict[Name, str] = {"step_time": "step_time_s", "peak_memory": "peak_memory_bytes"}
 """The keys of what has an interval."""

@@ -14,8 +14,6 @@ from mopsim.validate.case import Case
 if TYPE_CHECKING:
     from mopsim.validate.scoring import Scored
 
-NAMES: tuple[Name, ...] = ("step_time", "peak_memory")
-
 
 def cell(case: Case, measured: float | None = None, predicted: float = 1.0, reading: str = "") -> ErrorCell:
     """A run by what it may have in common with others, and its error where it was measured. reading: how."""

@@ -11,7 +11,7 @@ from mopsim.common.yaml_text import dump_yaml
 from mopsim.intervals import errors
 from mopsim.intervals.errors import ErrorCell, ErrorQuantity, Errors, Guesses
 from mopsim.validate.case import Case
-from mopsim.validate.facts import families
+from mopsim.validate.facts import general_stacks
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import as_read
 from mopsim.validate.uncertain import cell, reading
@@ -26,12 +26,12 @@ EXACT_SOURCE = (
 )
 
 
-def learn(runs: Iterable[Run], guesses: Iterable[Run]) -> Errors:
+def learn(runs: Sequence[Run], guesses: Sequence[Run]) -> Errors:
     """From runs of grade A and B without a refusal, by their own stacks and by general ones."""
-    stacks = tuple(sorted({one.stack for one in families().values()}))
-    described = [run for run in runs if run[0].stack not in stacks]
-    unknown = [run for run in runs if run[0].stack in stacks]
+    described = [run for run in runs if run[0].stack not in general_stacks()]
+    unknown = [run for run in runs if run[0].stack in general_stacks()]
     (step_time, peak_memory), (guessed_time, guessed_memory) = map(_fitted, (described, [*unknown, *guesses]))
+    stacks = tuple(sorted(general_stacks()))
     return Errors(
         made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, step_time=step_time, peak_memory=peak_memory,
         guesses=Guesses(stacks=stacks, step_time=guessed_time, peak_memory=guessed_memory),
@@ -56,8 +56,7 @@ def _fitted(runs: Iterable[Run]) -> tuple[ErrorQuantity, ErrorQuantity]:
 def _cell(case: Case, measured: float, predicted: float, read: str = "") -> ErrorCell:
     """By its program: that of a general stack is known by its source alone."""
     found = cell(case, measured, predicted, read)
-    general = any(case.stack == one.stack for one in families().values())
-    return replace(found, stack=case.source.name) if general else found
+    return replace(found, stack=case.source.name) if case.stack in general_stacks() else found
 
 
 def install(runs: Sequence[Run], guesses: Sequence[Run]) -> None:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from mopsim.common.io import to_plain
 from mopsim.intervals.errors import ErrorCell
 from mopsim.validate.case import Case, Measured
-from mopsim.validate.facts import families
+from mopsim.validate.facts import families, general_stacks
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import Progress, Simulated, simulate_all
 from mopsim.validate.uncertain import cell, reading
@@ -32,10 +32,9 @@ def guesses(cases: Iterable[Case], jobs: int, progress: Progress) -> tuple[list[
 
 def _chosen(cases: Iterable[Case]) -> list[Case]:
     """Few of many that are alike, of programs that a stack describes."""
-    general = {one.stack for one in families().values()}
     groups: dict[tuple[ErrorCell, bool], list[Case]] = defaultdict(list)
     for case in cases:
-        if not trusted(case) or case.stack in general:
+        if not trusted(case) or case.stack in general_stacks():
             continue
         if case.measured.step_time or case.measured.peak_memory:
             groups[cell(case, reading=reading(case)), case.measured.peak_memory is None].append(case)

@@ -5,12 +5,12 @@ from pathlib import Path
 from statistics import fmean
 
 from mopsim.common import io
-from mopsim.intervals.errors import Name
+from mopsim.intervals.errors import NAMES, Name
 from mopsim.report.validation_tables import Grid
 from mopsim.validate import Predicted, Validation
-from mopsim.validate.output import GROUPS, MEASURES, component_errors, selections, worst
+from mopsim.validate.output import GROUPS, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, errors, over_sources, regrets
-from mopsim.validate.uncertain import NAMES, coverage
+from mopsim.validate.uncertain import coverage
 from reports.validation import regression
 
 README = Path(__file__).with_name("README.md")
@@ -119,8 +119,7 @@ def _guessed(unknown: Sequence[Scored]) -> Grid:
 
 
 def _guessed_cells(some: Sequence[Scored], name: Name) -> tuple[str, ...]:
-    measure = "step_time_s" if name == "step_time" else "peak_memory_bytes"
-    found, held = over_sources(some, MEASURES[measure]), coverage(some, name, LEVEL)
+    found, held = over_sources(some, MEASURES[UNITS[name]]), coverage(some, name, LEVEL)
     if found is None or held is None:
         return ("",) * 5
     return str(found.n), *_cells(found), f"{held.share_of_sources:.0%}", f"{held.width:.0%}"

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
-from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
+from mopsim.intervals.errors import LEVELS, NAMES, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
 from mopsim.spec.hardware import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases
-from mopsim.validate.facts import families
-from mopsim.validate.uncertain import NAMES, reading
+from mopsim.validate.facts import general_stacks
 from mopsim.validate.uncertain import cell as of_case
+from mopsim.validate.uncertain import reading
 from reports.validation.fitted_errors import fit_errors, likeliest, weighted_quantile
 
 CASES = Path(__file__).parents[2] / "reports/validation/cases"
@@ -162,7 +162,7 @@ def quantities() -> list[ErrorQuantity]:
 
 
 def test_the_installed_errors_are_of_what_is_installed() -> None:
-    assert set(known_errors().guesses.stacks) == {one.stack for one in families().values()}
+    assert set(known_errors().guesses.stacks) == general_stacks()
     guesses = [getattr(known_errors().guesses, name) for name in NAMES]
     for quantity in quantities():
         sources = {one.source for one in quantity.cells}

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from mopsim.common.errors import MopError
-from mopsim.common.io import convert, parse_yaml, to_plain
-from mopsim.spec.hardware import Correction, HardwareProfile, Quantity
+from mopsim.common.io import convert, to_plain
+from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.presets import load_model
@@ -383,34 +383,3 @@ def test_a_key_that_is_no_text() -> None:
     kind, data = EXAMPLES["hardware"]
     line = refusal(kind, put(data, ("corrections",), {1: {}}), "hardware")
     assert line.startswith("hardware.corrections: 1 is refused as a key"), line
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1\na: 2", r"f\.yaml: line 2: a: is not valid YAML: the key 'a' is given twice"),
-        ("a: [1", r"f\.yaml: line \d: a\[0\]: is not valid YAML"),
-        ("a: !!set {1}", r"f\.yaml: line 1: a: is not valid YAML"),
-        ("\x01", r"f\.yaml:.* is not valid YAML"),
-        ("{[a]: 1}", r"f\.yaml: line 1: is not valid YAML"),
-        ("a: !!python/object:os.system 1", r"f\.yaml: line 1: a: is not valid YAML"),
-    ],
-)
-def test_broken_yaml_is_one_line(text: str, message: str) -> None:
-    with pytest.raises(MopError, match=message) as refused:
-        parse_yaml(text, "f.yaml")
-    assert "\n" not in str(refused.value)
-
-
-def test_numbers_are_read_as_people_write_them() -> None:
-    assert parse_yaml("a: 3e-4\nb: 1E6\nc: '3e-4'\nd: 1.5e3", "f") == {
-        "a": 3e-4,
-        "b": 1e6,
-        "c": "3e-4",
-        "d": 1500.0,
-    }
-
-
-def test_quantities_convert_to_si() -> None:
-    assert Quantity(value=400, unit="Gbit/s", tag="datasheet", source="s").si == 50e9
-    assert Quantity(value=2, unit="GiB", tag="datasheet", source="s").si == 2 * 1024**3
