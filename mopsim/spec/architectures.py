@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from mopsim.common.errors import MopError
 from mopsim.spec.config_parts import (
-    WINDOW,
     Fields,
     attention_bias,
     dense_layers,
@@ -15,30 +14,29 @@ from mopsim.spec.config_parts import (
     one_window,
     period_of,
     qwen_windows,
-    rope,
     routed_layers,
     windows,
 )
-from mopsim.spec.config_reader import Config, ConfigReader
+from mopsim.spec.config_reader import ConfigReader
 
 
 def _llama(r: ConfigReader) -> Fields:
     return attention_bias(r) | {
         "intermediate_size": r.integer("intermediate_size"),
-        "ffn_bias": r.flag("mlp_bias", False),
+        "ffn_bias": r.flag("mlp_bias"),
     }
 
 
 def _mistral(r: ConfigReader) -> Fields:
-    return {"intermediate_size": r.integer("intermediate_size")} | one_window(r, WINDOW)
+    return {"intermediate_size": r.integer("intermediate_size")} | one_window(r)
 
 
 def _mixtral(r: ConfigReader) -> Fields:
     return {
-        "num_local_experts": r.integer("num_local_experts", 8),
-        "num_experts_per_tok": r.integer("num_experts_per_tok", 2),
+        "num_local_experts": r.integer("num_local_experts"),
+        "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": r.integer("intermediate_size"),
-    } | one_window(r, 0)
+    } | one_window(r)
 
 
 def _qwen2(r: ConfigReader) -> Fields:
@@ -50,7 +48,6 @@ def _qwen3(r: ConfigReader) -> Fields:
         attention_bias(r)
         | {
             "intermediate_size": r.integer("intermediate_size"),
-            "head_dim": r.integer("head_dim", 128),
             "qk_norm": "head",
         }
         | qwen_windows(r)
@@ -64,7 +61,7 @@ def _qwen_experts(r: ConfigReader) -> Fields:
         "num_local_experts": r.integer(r.present("num_experts", "num_local_experts")),
         "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": r.integer("moe_intermediate_size"),
-        "norm_topk_prob": r.flag("norm_topk_prob", False),
+        "norm_topk_prob": r.flag("norm_topk_prob"),
     } | dense_layers(r, lambda layer: (layer + 1) % step == 0 and layer not in dense)
 
 
@@ -73,10 +70,10 @@ def _qwen2_moe(r: ConfigReader) -> Fields:
     found = _qwen_experts(r) | {
         "shared_expert_intermediate_size": shared,
         "shared_expert_gate": shared > 0,
-        "attention_bias": "qkv" if r.flag("qkv_bias", True) else "none",
+        "attention_bias": "qkv" if r.flag("qkv_bias") else "none",
     }
     r.has("sliding_window")
-    if not r.flag("use_sliding_window", False):
+    if not r.flag("use_sliding_window"):
         return found
     if not r.has("layer_types"):
         rule = "is refused without layer_types: versions of transformers differ in the layers with a window"
@@ -86,14 +83,13 @@ def _qwen2_moe(r: ConfigReader) -> Fields:
 
 def _qwen3_moe(r: ConfigReader) -> Fields:
     r.has("sliding_window")
-    window = one_window(r, WINDOW) if r.flag("use_sliding_window", False) else {}
+    window = one_window(r) if r.flag("use_sliding_window") else {}
     return _qwen_experts(r) | attention_bias(r) | {"qk_norm": "head"} | window
 
 
-def _deepseek_experts(r: ConfigReader, dense: int = 0, shared: int = 0) -> Fields:
-    """Layers and experts in the keys of DeepSeek's configs; dense, shared: layers and experts of one without
-    these keys."""
-    expert, first = r.integer("moe_intermediate_size"), r.integer("first_k_dense_replace", dense)
+def _deepseek_experts(r: ConfigReader) -> Fields:
+    """Layers and experts in the keys of DeepSeek's configs."""
+    expert, first = r.integer("moe_intermediate_size"), r.integer("first_k_dense_replace")
     layers = (
         dense_layers(r, routed_layers(r, first))
         if first in range(len(layers_of(r)) + 1)
@@ -104,9 +100,9 @@ def _deepseek_experts(r: ConfigReader, dense: int = 0, shared: int = 0) -> Field
         "num_local_experts": r.integer(r.present("n_routed_experts", "num_local_experts")),
         "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": expert,
-        "shared_expert_intermediate_size": r.integer("n_shared_experts", shared) * expert,
-        "norm_topk_prob": r.flag("norm_topk_prob", False),
-        "routed_scaling_factor": r.number("routed_scaling_factor", 1.0),
+        "shared_expert_intermediate_size": r.integer("n_shared_experts") * expert,
+        "norm_topk_prob": r.flag("norm_topk_prob"),
+        "routed_scaling_factor": r.number("routed_scaling_factor"),
     }
 
 
@@ -121,7 +117,7 @@ def _deepseek(r: ConfigReader) -> Fields:
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope,
         "v_head_dim": r.integer("v_head_dim"),
-        "rope_interleave": r.flag("rope_interleave", True),
+        "rope_interleave": r.flag("rope_interleave"),
     }
 
 
@@ -130,44 +126,34 @@ def _grouped(r: ConfigReader, method: str) -> Fields:
     r.read |= {"n_group", "topk_group"}
     if method == "greedy":
         return {}
-    groups = {"n_group": r.integer("n_group", 1), "topk_group": r.integer("topk_group", 1)}
+    groups = {"n_group": r.integer("n_group"), "topk_group": r.integer("topk_group")}
     return {"topk_method": method, **groups}
 
 
 def _deepseek_v2(r: ConfigReader) -> Fields:
-    method = r.word("topk_method", "greedy")
-    return _deepseek(r) | {"scoring_func": r.word("scoring_func", "softmax")} | _grouped(r, method)
+    method = r.word("topk_method")
+    return _deepseek(r) | {"scoring_func": r.word("scoring_func")} | _grouped(r, method)
 
 
 def _mtp(r: ConfigReader) -> Fields:
-    return {"num_nextn_predict_layers": r.integer(r.present("num_nextn_predict_layers", "num_mtp_layers"), 0)}
+    return {"num_nextn_predict_layers": r.integer(r.present("num_nextn_predict_layers", "num_mtp_layers"))}
 
 
 def _deepseek_v3(r: ConfigReader) -> Fields:
     r.must_be("topk_method", "noaux_tc", "its groups are scored by their best two experts")
-    return (
-        _deepseek(r)
-        | {
-            "scoring_func": r.word("scoring_func", "sigmoid"),
-            "norm_topk_prob": r.flag("norm_topk_prob", True),
-        }
-        | _mtp(r)
-        | _grouped(r, "noaux_tc")
-    )
+    return _deepseek(r) | {"scoring_func": r.word("scoring_func")} | _mtp(r) | _grouped(r, "noaux_tc")
 
 
 def _glm4_moe(r: ConfigReader) -> Fields:
     """Grouped queries of which half a head is rotated, the experts of DeepSeek-V3."""
     r.must_be("topk_method", "noaux_tc", "its groups are scored by their best two experts")
     return (
-        _deepseek_experts(r, dense=1, shared=1)
+        _deepseek_experts(r)
         | {
-            "attention_bias": "qkv" if r.flag("attention_bias", False) else "none",
-            "qk_norm": "head" if r.flag("use_qk_norm", False) else "none",
-            "partial_rotary_factor": r.number("partial_rotary_factor", 0.5),
-            "scoring_func": r.word("scoring_func", "sigmoid"),
-            "norm_topk_prob": r.flag("norm_topk_prob", True),
-            "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
+            "attention_bias": "qkv" if r.flag("attention_bias") else "none",
+            "qk_norm": "head" if r.flag("use_qk_norm") else "none",
+            "partial_rotary_factor": r.number("partial_rotary_factor"),
+            "scoring_func": r.word("scoring_func"),
         }
         | _mtp(r)
         | _grouped(r, "noaux_tc")
@@ -182,7 +168,7 @@ def _dots1(r: ConfigReader) -> Fields:
         _deepseek_experts(r)
         | attention_bias(r)
         | {"qk_norm": "head", "scoring_func": "sigmoid"}
-        | late_windows(r, 62)
+        | late_windows(r)
         | _grouped(r, "noaux_tc")
     )
 
@@ -192,27 +178,21 @@ def _ernie4_5_moe(r: ConfigReader) -> Fields:
     of transformers."""
     r.must_be("use_bias", False, "biases on all products cannot be expressed")
     r.passed |= {"num_nextn_predict_layers"}
-    if r.number("moe_norm_min", 1e-12) > 1e-6:
+    if r.number("moe_norm_min") > 1e-6:
         raise MopError(
             f"{r.origin}: moe_norm_min: must be at most 1e-6, so that weights of experts add up to 1"
         )
     expert, every = r.integer("moe_intermediate_size"), period_of(r, "moe_layer_interval")
-    start, end = r.integer("moe_layer_start_index", 1), r.integer("moe_layer_end_index", -1)
+    start, end = r.integer("moe_layer_start_index"), r.integer("moe_layer_end_index")
     last = len(layers_of(r)) - 1 if end == -1 else end
-    return (
-        {
-            "intermediate_size": r.integer("intermediate_size"),
-            "num_local_experts": r.integer(r.present("moe_num_experts", "num_experts")),
-            "num_experts_per_tok": r.integer(r.present("moe_k", "num_experts_per_tok")),
-            "moe_intermediate_size": expert,
-            "shared_expert_intermediate_size": r.integer("moe_num_shared_experts", 2) * expert,
-            "tie_word_embeddings": r.flag("tie_word_embeddings", True),
-            "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
-            "rope_interleave": True,
-        }
-        | dense_layers(r, lambda layer: start <= layer <= last and (layer + 1) % every == 0)
-        | rope(r, 500000.0)
-    )
+    return {
+        "intermediate_size": r.integer("intermediate_size"),
+        "num_local_experts": r.integer(r.present("moe_num_experts", "num_experts")),
+        "num_experts_per_tok": r.integer(r.present("moe_k", "num_experts_per_tok")),
+        "moe_intermediate_size": expert,
+        "shared_expert_intermediate_size": r.integer("moe_num_shared_experts") * expert,
+        "rope_interleave": True,
+    } | dense_layers(r, lambda layer: start <= layer <= last and (layer + 1) % every == 0)
 
 
 def _gpt_oss(r: ConfigReader) -> Fields:
@@ -224,21 +204,12 @@ def _gpt_oss(r: ConfigReader) -> Fields:
             "attention_sinks": True,
             "expert_bias": True,
             "router_bias": True,
-            "swiglu_limit": r.number("swiglu_limit", 7.0),
-            "swiglu_alpha": r.number("swiglu_alpha", 1.702),
-            "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
+            "swiglu_limit": r.number("swiglu_limit"),
+            "swiglu_alpha": r.number("swiglu_alpha"),
         }
-        | attention_bias(r, True)
+        | attention_bias(r)
         | windows(r, lambda layer: layer % 2 == 0)
-        | rope(r, 150000.0, _GPT_OSS_ROPE)
     )
-
-
-_GPT_OSS_ROPE: Config = {
-    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-    "original_max_position_embeddings": 4096,
-}  # fmt: skip
-"""What a GPT-OSS config means that says nothing of it (openai/gpt-oss-20b config.json)."""
 
 
 def _llama4(r: ConfigReader) -> Fields:
@@ -246,29 +217,25 @@ def _llama4(r: ConfigReader) -> Fields:
     positions attend within chunks."""
     step = period_of(r, "interleave_moe_layer_step")
     listed, rotary = layer_list(r, "moe_layers"), layer_flags(r, "no_rope_layers")
-    period = period_of(r, "no_rope_layer_interval", 4)
+    period = period_of(r, "no_rope_layer_interval")
     r.read |= {"attn_temperature_tuning", "floor_scale", "attn_scale"}
     left = ["layers without rotary positions are taken with them, their attention as not tempered"]
-    left += ["norms of queries and keys, which have no weights, are left out"] * r.flag("use_qk_norm", True)
+    left += ["norms of queries and keys, which have no weights, are left out"] * r.flag("use_qk_norm")
     expert = r.integer("intermediate_size")
     return (
         {
-            "num_key_value_heads": r.integer("num_key_value_heads", 8),
-            "head_dim": r.integer("head_dim", 128),
-            "intermediate_size": r.integer("intermediate_size_mlp", 16384),
+            "intermediate_size": r.integer("intermediate_size_mlp"),
             "num_local_experts": r.integer("num_local_experts"),
             "num_experts_per_tok": r.integer("num_experts_per_tok"),
             "moe_intermediate_size": expert,
             "shared_expert_intermediate_size": expert,
             "scoring_func": "sigmoid",
             "norm_topk_prob": False,
-            "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
             "assumptions": (*left, "the weights of experts multiply their outputs, not their inputs"),
         }
         | attention_bias(r)
         | dense_layers(r, lambda at: at in listed if r.has("moe_layers") else (at + 1) % step == 0)
         | _chunks(r, lambda at: rotary[at] == 1 if rotary else (at + 1) % period != 0)
-        | rope(r, 500000.0)
     )
 
 
@@ -276,8 +243,8 @@ def _chunks(r: ConfigReader, usual: Callable[[int], bool]) -> Fields:
     """Of layers that attend within chunks, which mopexec refuses; without any it would train what is left out
     here."""
     key = "attention_chunk_size"
-    found = windows(r, usual, key, width=8192)
-    if not found or r.config.get(key, 0) is None:
+    found = {} if r.is_null(key) else windows(r, usual, key)
+    if not found:
         raise MopError(f"{r.origin}: {key}: cannot be expressed without layers that attend within chunks")
     return found
 
@@ -286,12 +253,11 @@ def _olmoe(r: ConfigReader) -> Fields:
     if r.has("clip_qkv"):
         raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
     return {
-        "num_local_experts": r.integer(r.present("num_experts", "num_local_experts"), 64),
-        "num_experts_per_tok": r.integer("num_experts_per_tok", 8),
+        "num_local_experts": r.integer(r.present("num_experts", "num_local_experts")),
+        "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": r.integer("intermediate_size"),
-        "norm_topk_prob": r.flag("norm_topk_prob", False),
+        "norm_topk_prob": r.flag("norm_topk_prob"),
         "qk_norm": "full",
-        "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
     } | attention_bias(r)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from mopsim.common.errors import MopError, shown
-from mopsim.spec.config_reader import Config, ConfigReader
+from mopsim.spec.config_reader import ConfigReader
 from mopsim.spec.model import MOST_LAYERS, WINDOWS, RopeScaling, dense_fields, window_fields
 
 Fields = dict[str, Any]
@@ -25,21 +25,20 @@ def common(r: ConfigReader) -> Fields:
         "num_key_value_heads": r.integer("num_key_value_heads", heads),
         "head_dim": r.integer("head_dim", hidden // heads),
         "vocab_size": r.integer("vocab_size"),
-        "tie_word_embeddings": r.flag("tie_word_embeddings", False),
-        "rms_norm_eps": r.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": r.flag("tie_word_embeddings"),
+        "rms_norm_eps": r.number("rms_norm_eps"),
     } | rope(r)
 
 
 _SCALING = {field.name: field.default for field in msgspec.structs.fields(RopeScaling)}
 
 
-def rope(r: ConfigReader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
-    """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both.
-    theta, usual: where the config has neither."""
-    key = "rope_parameters" if r.has("rope_parameters") else "rope_scaling"
-    given = r.mapping(key, usual or {})
+def rope(r: ConfigReader) -> Fields:
+    """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both."""
+    key = "rope_scaling" if r.has("rope_scaling") else "rope_parameters"
+    given = r.mapping(key)
     inner = ConfigReader(given, f"{r.origin}: {key}")
-    found = {"rope_theta": inner.number("rope_theta", r.number("rope_theta", theta))}
+    found = {"rope_theta": (inner if inner.has("rope_theta") else r).number("rope_theta")}
     r.read |= {"rope_parameters", "rope_scaling", "rope_theta"}
     if given and not {"rope_type", "type", "rope_theta"} & given.keys():
         raise MopError(f"{inner.origin}: rope_type: missing, the field is required")
@@ -52,7 +51,7 @@ def rope(r: ConfigReader, theta: float = 10000.0, usual: Config | None = None) -
     if inner.has("attention_factor"):
         raise MopError(f"{inner.origin}: attention_factor: cannot be expressed, only YaRN's own rule")
     scaling: Fields = {"rope_type": kind}
-    longest = r.integer("max_position_embeddings", 0)
+    longest = r.integer("max_position_embeddings")
     original = inner.integer("original_max_position_embeddings", longest)
     scaling["original_max_position_embeddings"] = original
     scaling["factor"] = inner.number("factor", longest / original if original else None)
@@ -66,20 +65,14 @@ def layers_of(r: ConfigReader) -> range:
     return range(min(r.integer("num_hidden_layers"), MOST_LAYERS))
 
 
-WINDOW = 4096
-"""Of configs of Mistral, Qwen and Dots without `sliding_window` (transformers, configuration_*.py)."""
+def one_window(r: ConfigReader) -> Fields:
+    """A sliding window over every layer. 0 and a null are none."""
+    return {"sliding_window": r.integer("sliding_window", 0)}
 
 
-def one_window(r: ConfigReader, width: int) -> Fields:
-    """A sliding window over every layer; width: where the config has no such key. 0 and a null are none."""
-    return {} if r.is_null("sliding_window") else {"sliding_window": r.integer("sliding_window", width)}
-
-
-def windows(
-    r: ConfigReader, usual: Callable[[int], bool], field: str = "sliding_window", width: int | None = None
-) -> Fields:
+def windows(r: ConfigReader, usual: Callable[[int], bool], field: str = "sliding_window") -> Fields:
     """Windows of the layers in `layer_types`; usual: whether a layer has one in a config without. field: that
-    says how wide; width: where it is absent."""
+    says how wide."""
     layers = layers_of(r)
     windowed = [usual(layer) for layer in layers]
     if r.has("layer_types"):
@@ -90,21 +83,21 @@ def windows(
                 f"{r.origin}: layer_types: {shown(types)} is refused: only {rule} can be expressed"
             )
         windowed = [one == words[1] for one in types]
-    return window_fields(windowed, r.integer(field, width if any(windowed) else 0), field)
+    return window_fields(windowed, r.integer(field, None if any(windowed) else 0), field)
 
 
-def late_windows(r: ConfigReader, most: int) -> Fields:
-    """Windows of the layers after the first max_window_layers; most: where the config has none of these."""
-    full = r.integer("max_window_layers", most)
+def late_windows(r: ConfigReader) -> Fields:
+    """Windows of the layers after the first max_window_layers."""
+    full = r.integer("max_window_layers")
     if r.is_null("sliding_window"):
         return {}
-    return windows(r, lambda layer: layer >= full, width=WINDOW)
+    return windows(r, lambda layer: layer >= full)
 
 
 def qwen_windows(r: ConfigReader) -> Fields:
     """Qwen's `sliding_window` says nothing unless use_sliding_window."""
     r.has("sliding_window")
-    return late_windows(r, 28) if r.flag("use_sliding_window", False) else {}
+    return late_windows(r) if r.flag("use_sliding_window") else {}
 
 
 def dense_layers(r: ConfigReader, routed: Callable[[int], bool]) -> Fields:
@@ -132,16 +125,16 @@ def layer_flags(r: ConfigReader, key: str) -> list[int]:
     return found
 
 
-def period_of(r: ConfigReader, key: str, usual: int = 1) -> int:
+def period_of(r: ConfigReader, key: str) -> int:
     """Every so many layers one is of a kind."""
-    found = r.integer(key, usual)
+    found = r.integer(key)
     if found < 1:
         raise MopError(f"{r.origin}: {key}: {found} must be at least 1")
     return found
 
 
-def attention_bias(r: ConfigReader, usual: bool = False) -> Fields:
-    return {"attention_bias": "qkvo" if r.flag("attention_bias", usual) else "none"}
+def attention_bias(r: ConfigReader) -> Fields:
+    return {"attention_bias": "qkvo" if r.flag("attention_bias") else "none"}
 
 
 def routed_layers(r: ConfigReader, first: int) -> Callable[[int], bool]:

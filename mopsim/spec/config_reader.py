@@ -58,11 +58,14 @@ _MOST = 10
 
 
 class ConfigReader:
-    """Typed access to a config's fields; null counts as absent, as in transformers. read: keys that were
-    asked for. passed: keys that say what is left out of the network, which its assumptions tell."""
+    """Typed access to a config's fields. absent: what a key is that the config does not have. read: keys that
+    were asked for. passed: keys that say what is left out of the network, which its assumptions tell.
 
-    def __init__(self, config: Config, origin: str) -> None:
-        self.config, self.origin = config, origin
+    `null` of a method: what a null is, and a key that is absent in `absent` too; without it they are refused.
+    """
+
+    def __init__(self, config: Config, origin: str, absent: Config | None = None) -> None:
+        self.config, self.origin, self.absent = config, origin, absent or {}
         self.read: set[str] = set()
         self.passed: set[str] = set()
 
@@ -84,42 +87,45 @@ class ConfigReader:
             self.must_be(key, self.config[there[0]], rule)
         return there[0] if there else keys[0]
 
-    def word(self, key: str, default: str) -> Any:
+    def word(self, key: str) -> Any:
         """Text that ModelSpec has the rules for."""
-        return self.config[key] if self.has(key) and self.config[key] != "" else default
+        return self.config[key] if self.has(key) and self.config[key] != "" else self.absent[key]
 
-    def _get(self, key: str, default: Any) -> Any:
+    def _get(self, key: str, null: Any) -> Any:
         if self.has(key):
             problem = number_problem(self.config[key])
             if problem:
                 raise MopError(f"{self.origin}: {key}: {problem}")
             return self.config[key]
-        if default is None:
-            raise MopError(f"{self.origin}: {key}: missing, the field is required")
-        return default
+        value = null if key in self.config else self.absent.get(key, null)
+        if value is None:
+            known = f"null is refused; without the key it is {shown(self.absent.get(key))}"
+            rule = known if key in self.absent else "missing, the field is required"
+            raise MopError(f"{self.origin}: {key}: {rule}")
+        return value
 
-    def _typed(self, key: str, default: Any, kind: type | UnionType, rule: str) -> Any:
-        value = self._get(key, default)
+    def _typed(self, key: str, null: Any, kind: type | UnionType, rule: str) -> Any:
+        value = self._get(key, null)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise MopError(f"{self.origin}: {key}: {shown(value)} must be {rule}")
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._typed(key, default, int, "an integer"))
+    def integer(self, key: str, null: int | None = None) -> int:
+        return int(self._typed(key, null, int, "an integer"))
 
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._typed(key, default, int | float, "a number"))
+    def number(self, key: str, null: float | None = None) -> float:
+        return float(self._typed(key, null, int | float, "a number"))
 
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self._typed(key, default, bool, "true or false"))
+    def flag(self, key: str, null: bool | None = None) -> bool:
+        return bool(self._typed(key, null, bool, "true or false"))
 
     def items(self, key: str) -> list[Any]:
         """A list; an empty one where the key is absent."""
         return list(self._typed(key, [], list, "a list"))
 
-    def mapping(self, key: str, default: Config) -> Config:
-        """A mapping; `default` where the key is absent."""
-        return dict(self._typed(key, default, dict, "a mapping"))
+    def mapping(self, key: str) -> Config:
+        """A mapping; a null counts as absent."""
+        return dict(self._typed(key, self.absent.get(key, {}), dict, "a mapping"))
 
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
         """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""

@@ -7,6 +7,7 @@ import msgspec
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
+from mopsim.common.shipped import shipped
 from mopsim.common.values import first_unreadable
 from mopsim.spec.architectures import ARCHITECTURES, MODEL_TYPES, TEXT_OF
 from mopsim.spec.config_parts import common
@@ -24,7 +25,8 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "partial_rotary_factor" in nested:
         config = {"partial_rotary_factor": nested["partial_rotary_factor"], **config}
-    reader = ConfigReader(config, origin)
+    absent = _ABSENT["every"] | _ABSENT[architecture]
+    reader = ConfigReader(config, origin, absent)
     fields = common(reader) | ARCHITECTURES[architecture](reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
@@ -32,7 +34,7 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     try:
         model = convert(fields, ModelSpec, "model", origin)
     except MopError as error:
-        raise MopError(f"{error}{_read_from(str(error), config)}") from None
+        raise MopError(f"{error}{_read_from(str(error), config, absent)}") from None
     _check_layer_types(reader, model)
     return model
 
@@ -59,11 +61,15 @@ def _check_layer_types(r: ConfigReader, model: ModelSpec) -> None:
         )
 
 
-def _read_from(message: str, config: Config) -> str:
-    """' (from KEY)' where the refused field of ModelSpec has other names in a config."""
+def _read_from(message: str, config: Config, absent: Config) -> str:
+    """' (from KEY)' where the refused field of ModelSpec has other names in a config; where it is one of
+    `absent`, that the config does not say it."""
     field = re.search(r"model\.(\w+)", message)
-    keys = [key for key in _OTHER_NAMES.get(field.group(1), ()) if key in config] if field else []
-    return f" (from {', '.join(keys)})" if keys else ""
+    if not field:
+        return ""
+    keys = [key for key in _OTHER_NAMES.get(field[1], ()) if key in config]
+    usual = field[1] in absent and field[1] not in config
+    return f" (from {', '.join(keys)})" if keys else " (absent: what transformers takes)" * usual
 
 
 def _architecture(config: Config, origin: str) -> str:
@@ -99,6 +105,7 @@ def _name(config: Config, origin: str, architecture: str) -> str:
     return path.parent.name if path.name == "config.json" and path.parent.name else path.stem or architecture
 
 
+_ABSENT: dict[str, Config] = shipped("mopsim", "spec/absent_keys.yaml")
 _NEEDED = tuple(field.name for field in msgspec.structs.fields(ModelSpec) if field.required)
 #: Fields of ModelSpec and the keys of configs that they are read from under another name.
 _OTHER_NAMES = {

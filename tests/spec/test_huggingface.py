@@ -249,6 +249,10 @@ BESIDE = {
 BESIDE |= {"intermediate_size"}  # all-MoE networks still carry one in their config
 
 
+def without(key: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != key}
+
+
 def write(folder: Path, config: dict[str, Any]) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
@@ -274,6 +278,15 @@ def test_qwen2_and_mistral(tmp_path: Path) -> None:
     assert (mistral.attention_bias, mistral.sliding_window) == ("none", 4096)
 
 
+def test_mtp_layers_are_those_that_a_config_says(tmp_path: Path) -> None:
+    """transformers loads none, whatever its classes' default; Kimi-K2's keys are DeepSeek-V3's otherwise."""
+    for config in (DEEPSEEK_V3, GLM4_MOE, DEEPSEEK_V3 | {"model_type": "kimi_k2"}):
+        path = write(tmp_path, without("num_nextn_predict_layers", without("first_k_dense_replace", config)))
+        model = load_model(path)
+        assert model.num_nextn_predict_layers == 0
+        assert model.first_k_dense_replace == (1 if config is GLM4_MOE else 3)
+
+
 def test_every_architecture_is_covered_here() -> None:
     others = (QWEN2, MISTRAL, DOTS1, ERNIE)
     said = {config["architectures"][0] for config in (*CASES.values(), *others)}  # type: ignore[index]
@@ -291,6 +304,7 @@ def test_every_architecture_is_covered_here() -> None:
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"hidden_size": "4096"}, "hidden_size: '4096' must be an integer"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' must be a number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: null is refused; without the key it is 1e-06"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 must be true or false"),
         ({"num_attention_heads": 0}, "num_attention_heads: 0 must be at least 1"),
         ({"num_key_value_heads": 7}, "model.num_key_value_heads: 7 does not divide num_attention_heads 32"),
@@ -323,6 +337,13 @@ def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: 
             "layer_types: .* only full_attention or slid",
         ),
         (GPT_OSS | {"layer_types": ["full_attention"] * 23}, "layer_types: .* num_hidden_layers 24"),
+        (GPT_OSS | {"sliding_window": None}, "sliding_window: null is refused; without the key it is 128"),
+        (
+            without("num_key_value_heads", DEEPSEEK_V3 | {"num_attention_heads": 64}),
+            r"heads 64 \(absent: what",
+        ),
+        (without("n_group", DEEPSEEK_V2), "n_group: missing, the field is required"),
+        (without("n_shared_experts", DOTS1), "n_shared_experts: missing, the field is required"),
         (DEEPSEEK_V3 | {"moe_layer_freq": 0}, "moe_layer_freq: 0 must be at least 1"),
         (
             DEEPSEEK_V3 | {"moe_layer_freq": [1, 0]},

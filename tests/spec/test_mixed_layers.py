@@ -50,10 +50,6 @@ def test_dense_layers_anywhere(config: dict[str, Any], dense: Collection[int], t
     assert found == sorted(dense)
 
 
-def without(key: str, config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != key}
-
-
 WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
 MIXED = ["full_attention", *["sliding_attention"] * 5] * 8
 
@@ -70,10 +66,10 @@ MIXED = ["full_attention", *["sliding_attention"] * 5] * 8
         (told.LLAMA4, [at for at in range(48) if at % 4 < 3]),
         (told.TEXT | {"no_rope_layers": [1, 0] * 24}, range(0, 48, 2)),
         (told.DOTS1 | {"sliding_window": 4096, "max_window_layers": 60}, (60, 61)),
-        (without("sliding_window", told.DOTS1 | {"max_window_layers": 60}), (60, 61)),
-        (without("sliding_window", told.QWEN3 | WINDOW | {"max_window_layers": 30}), range(30, 36)),
-        (without("sliding_window", told.QWEN3_MOE | WINDOW), range(48)),
-        (without("sliding_window", told.MISTRAL), range(32)),
+        (told.without("sliding_window", told.DOTS1 | {"max_window_layers": 60}), (60, 61)),
+        (told.without("sliding_window", told.QWEN3 | WINDOW | {"max_window_layers": 30}), range(30, 36)),
+        (told.without("sliding_window", told.QWEN3_MOE | WINDOW), range(48)),
+        (told.without("sliding_window", told.MISTRAL), range(32)),
         (told.QWEN3_MOE | WINDOW | {"sliding_window": None}, ()),
     ],
 )
@@ -81,23 +77,6 @@ def test_windows_anywhere(config: dict[str, Any], windowed: Collection[int], tmp
     model = load_model(told.write(tmp_path, config))
     layers = range(model.num_hidden_layers)
     assert [layer for layer in layers if model.window(layer)] == list(windowed)
-
-
-@pytest.mark.parametrize(
-    ("config", "field", "usual"),
-    [
-        (told.GLM4_MOE, "first_k_dense_replace", ("first_k_dense_replace", 1)),
-        (told.GLM4_MOE, "n_shared_experts", ("shared_expert_intermediate_size", 1536)),
-        (told.TEXT, "head_dim", ("head_dim", 128)),
-        (told.TEXT, "num_key_value_heads", ("num_key_value_heads", 8)),
-        (told.TEXT, "intermediate_size_mlp", ("intermediate_size", 16384)),
-    ],
-)
-def test_a_key_that_is_absent_is_what_transformers_takes(
-    config: dict[str, Any], field: str, usual: tuple[str, int], tmp_path: Path
-) -> None:
-    name, value = usual
-    assert getattr(load_model(told.write(tmp_path, without(field, config))), name) == value
 
 
 def test_chunks_are_attended_each_by_itself(tmp_path: Path) -> None:
