@@ -217,14 +217,17 @@ def _model(plan: Plan) -> dict[str, Any]:
 def _apart(model: ModelSpec) -> dict[str, Any]:
     """Layers that differ, whatever a recipe knows of them: 1 of each that has experts, 1 of each with a
     window, which counts the tokens before a query (megatron/core/transformer/transformer_config.py; a list
-    needs one entry for each of num_layers)."""
-    found: dict[str, Any] = {}
+    needs one entry for each of num_layers). Nulls clear what AutoBridge gives every GPT-OSS, a window in each
+    second layer (models/gpt_oss/gpt_oss_bridge.py)."""
     layers = range(model.num_hidden_layers)
-    if 0 < model.num_moe_layers < len(layers):
-        found["moe_layer_freq"] = [int(model.is_moe_layer(layer)) for layer in layers]
-    if model.sliding_window:
-        found["window_size"] = [model.sliding_window - 1, 0]
-        found["window_attn_skip_freq"] = [int(model.window(layer) > 0) for layer in layers]
+    width, windowed = model.sliding_window, [int(model.window(layer) > 0) for layer in layers]
+    found: dict[str, Any] = {
+        "window_size": [width - 1, 0] if width else None,
+        "window_attn_skip_freq": windowed if width else None,
+    }
+    if model.num_local_experts:
+        routed = [int(model.is_moe_layer(layer)) for layer in layers]
+        found["moe_layer_freq"] = 1 if all(routed) else routed
     return found
 
 

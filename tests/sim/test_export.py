@@ -124,6 +124,9 @@ def test_megatron_bridge_by_hand() -> None:
         "fine_grained_activation_offloading": False,
         "offload_modules": [],
         "cross_entropy_loss_fusion": False,
+        "window_size": None,
+        "window_attn_skip_freq": None,
+        "moe_layer_freq": 1,
     }
     assert found["train"] == {"global_batch_size": 64, "micro_batch_size": 1}
     assert found["optimizer"]["use_distributed_optimizer"] is True

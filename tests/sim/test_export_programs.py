@@ -60,11 +60,22 @@ def test_layers_in_an_order_of_their_own_are_written_for_megatron() -> None:
     assert found["pipeline_model_parallel_layout"].count("t") == 10
     leading = yaml.safe_load(export(plan(megatron(32), "deepseek_v3"), "megatron-bridge")[0])["model"]
     assert leading["moe_layer_freq"] == [0] * 3 + [1] * 58
-    assert "window_size" not in leading
+    assert leading["window_size"] is None
     window = replace(load_model("qwen3_30b_a3b"), sliding_window=512, sliding_window_period=3)
     every = yaml.safe_load(export(replace(made, model=window), "megatron-bridge")[0])["model"]
     assert every["window_attn_skip_freq"] == [1, 0, 0] * 16
-    assert (every["window_size"], "moe_layer_freq" in every) == ([511, 0], False)
+    assert (every["window_size"], every["moe_layer_freq"]) == ([511, 0], 1)
+
+
+def test_a_recipe_keeps_no_windows_that_the_network_has_not() -> None:
+    """AutoBridge gives every GPT-OSS windows, whatever its layer_types."""
+    model = load_model("gpt_oss_20b")
+    full = replace(model, **model.windowed_at([False] * model.num_hidden_layers))
+    made = plan(megatron(32, expert_parallel=4), "gpt_oss_20b")
+    for one, freq in ((model, [1, 0] * 12), (full, None)):
+        found = yaml.safe_load(export(replace(made, model=one), "megatron-bridge")[0])["model"]
+        assert found["window_attn_skip_freq"] == freq
+        assert found["window_size"] == ([127, 0] if freq else None)
 
 
 def test_a_network_that_is_no_flavor_is_refused_for_torchtitan() -> None:
