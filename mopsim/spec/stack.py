@@ -54,7 +54,8 @@ def _filled(given: T, stack: Spec, blank: object) -> T:
 class Kernels(Spec, frozen=True, kw_only=True):
     """Which implementation runs each operation.
 
-    norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm on a copy of its
+    norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm whose values are
+    rounded before the product with the weight (`rounded`, transformers), or on a copy of its
     input in fp32, both made again in the backward, of which a checkpoint keeps the input alone (`upcast`);
     rotary embedding by products of complex numbers (`composed`) or of halves (`halves`). norm_within:
     products (of the layers' tapes) whose kernel has the norm before them in it: its output is kept for their
@@ -86,7 +87,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     gradient (`kept`, Transformer Engine), or the input is, and cast again, each copy laid out again for the
     product that reads it the other way (`again`, torchao). weight_casts: weights are cast once a step, which
     is not counted (`step`), or in every forward pass (`pass`). weight_grads: added to their buffer inside the
-    product, or after it. loss: cross entropy by several kernels with
+    product, or after it. adamw: in one kernel, or operation by operation over all tensors, with the roots of
+    all second moments beside (`foreach`, torch's default). loss: cross entropy by several kernels with
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
     (`upcast`), or torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
     (`gathered`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
@@ -96,7 +98,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     fills: new tensors with a known value are written first (torch's deterministic mode).
     """
 
-    norm: Literal["fused", "composed", "upcast"] = "fused"
+    norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
     norm_within: tuple[Normed, ...] = ()
     rotary: Literal["fused", "composed", "halves"] = "fused"
     activation: Built = "fused"
@@ -117,6 +119,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     casts: Literal["kept", "again"] = "kept"
     weight_casts: Literal["step", "pass"] = "step"
     weight_grads: Built = "fused"
+    adamw: Literal["fused", "foreach"] = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast", "gathered"] = "composed"
     logits_held: bool = True

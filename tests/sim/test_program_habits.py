@@ -2,6 +2,7 @@
 product's own input gradient, tensors with owners, copies and metrics, lengths that it reads."""
 
 from dataclasses import replace as changed
+from typing import Literal, get_args
 
 import msgspec
 import pytest
@@ -28,8 +29,8 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import HostCosts, Kernels, Sharding, Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import megatron
-from tests.sim.toys import small
+from mopsim.strategies import fsdp2, megatron
+from tests.sim.toys import machine, small
 
 
 def _op(index: int, launches: int, stream: str = "compute", rendezvous: str = "") -> Op:
@@ -144,6 +145,26 @@ def test_a_norm_on_a_copy_in_fp32_by_hand() -> None:
     assert again.back_bytes == once.back_bytes + once.bytes
     assert again.saves == ("x",)
     assert once.saves == ("attention_norm_wide",)
+
+
+def test_a_norm_of_transformers_by_hand() -> None:
+    """As torch's saved_tensors_hooks show of LlamaRMSNorm: a copy in fp32, roots, normed rows in bf16."""
+    kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 0).kernels
+    found = composed(kernels, {"norm": "rounded"}, 2, 4, 2)
+    norm = next(kernel for kernel in found if kernel.name == "attention_norm")
+    kept = {value.name: value.bytes for value in norm.writes if value.name in norm.saves}
+    assert sorted(kept.values()) == [16 * 4, 16 * 64 * 2, 16 * 64 * 4]
+
+
+def test_adamw_over_all_tensors_keeps_the_roots_of_its_second_moments() -> None:
+    def program(adamw: Literal["fused", "foreach"]) -> Stack:
+        return Stack(name="mine", kernels=Kernels(adamw=adamw), sharding=Sharding(fsdp=True))
+
+    training, ways = TrainSpec(seq_len=32, global_batch=8), get_args(Literal["fused", "foreach"])
+    plain, foreach = (simulate(small(), machine(), 1, fsdp2(8), training, program(way)) for way in ways)
+    at_the_end = foreach.peak_by_phase["optimizer"] - plain.peak_by_phase["optimizer"]
+    assert at_the_end == plain.highest_by_category["optimizer"] / 2
+    assert foreach.step_time > plain.step_time
 
 
 def test_what_is_done_beside_the_loss_is_booked_on_the_forward() -> None:

@@ -7,6 +7,7 @@ is mopexec's.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -24,6 +25,10 @@ class TensorPasses:
 
 NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
 """Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
+ROUNDED, ROUNDED_BACKWARD = TensorPasses(4, 7, 8), TensorPasses(8, 19, 15)
+"""transformers' LlamaRMSNorm: cast, square, mean, add, root, product, cast, product of narrow values. Back:
+two gradients of that and a sum; in fp32 a cast, a product's, a sum, the mean's, the square's, both added, a
+cast."""
 UPCAST, UPCAST_BACKWARD = TensorPasses(2, 2, 2), TensorPasses(3, 4, 3)
 """Cast, and a norm of the copy; the gradients of the copy and of the weight, each of which reads the copy and
 the output's gradient, and a cast back."""
@@ -64,7 +69,7 @@ def composed(
 
     def one(kernel: Kernel) -> Kernel:
         for (operation, way), (belongs, change) in _PARTS.items():
-            apart = layernorm and (operation, way) == ("norm", "composed")
+            apart = layernorm and operation == "norm" and way in ("composed", "rounded")
             if ways.get(operation) == way and belongs(kernel) and not apart:
                 return change(kernel, wide / b, wings)
         return kernel
@@ -171,18 +176,20 @@ def traffic(passes: TensorPasses, narrow: float, wide: float) -> float:
     return passes.narrow * narrow + passes.wide * wide
 
 
-def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
+def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Kernel:
     """Keeps its input in fp32 (a copy where it is narrower), the normed values and each row's root; the
-    product with the weight is in fp32 too; the backward holds three and a half of them at once (three)."""
+    product with the weight is in fp32 too; the backward holds three and a half of them at once (three).
+    rounded: the normed values are narrow again before that product."""
     narrow = kernel.writes[0].bytes
     size = int(narrow * wider)
     roots = Value(f"{kernel.name}_roots", int(kernel.per_row * wider), grad=False)
-    kept = [Value(f"{kernel.name}_normed", size, grad=False), roots]
+    kept = [Value(f"{kernel.name}_normed", narrow if rounded else size, grad=False), roots]
     if wider > 1:
         kept.append(Value(f"{kernel.name}_wide", size, grad=False))
-    found = _instead(kernel, wider, NORM, NORM_BACKWARD)
+    passes = (ROUNDED, ROUNDED_BACKWARD) if rounded else (NORM, NORM_BACKWARD)
+    found = _instead(kernel, wider, *passes)
     saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
-    working = int((3.5 if wider > 1 else 3) * size) - narrow
+    working = int((3.5 if wider > 1 and not rounded else 3) * size) - narrow
     return replace(
         found, writes=(*kernel.writes, *kept), saves=saves, scratch=_one(size if wider > 1 else 0),
         back_scratch=_one(working),
@@ -347,6 +354,7 @@ def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
     ("norm", "composed"): (lambda one: one.name.endswith("norm"), _norm),
+    ("norm", "rounded"): (lambda one: one.name.endswith("norm"), partial(_norm, rounded=True)),
     ("norm", "upcast"): (lambda one: one.name.endswith("norm"), _upcast),
     ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), _upcast_again),
     ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
