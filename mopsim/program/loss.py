@@ -76,6 +76,7 @@ def loss_tape(context: Context) -> Tape:
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     torch = (zero >= 2 or gathered) and not fused
     in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
+    sliced = kernel == "loss_parallel" and split and torch
     held = (torch or fused) and c.stack.kernels.logits_held
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
@@ -93,13 +94,17 @@ def loss_tape(context: Context) -> Tape:
         )  # fmt: skip
         # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
         moved, back = 3 * c.wide, 4 * c.wide
+    if sliced:
+        # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with
+        # the picked ones, plus the exponential, times the gradient: three beside the log-probabilities.
+        moved, back = 8 * c.wide, 8 * c.wide
     kernels.append(
         Kernel(
             "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
             saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
             back_bytes=float(elements * back), launches=1 if fused else 6 - torch,
             back_launches=2 - torch,
-            back_scratch=(("logits", elements * c.wide),) if torch else (),
+            back_scratch=(("logits", (1 + sliced) * elements * c.wide),) if torch else (),
         )
     )  # fmt: skip
     if c.stack.kernels.logit_passes:

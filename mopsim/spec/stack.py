@@ -90,8 +90,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     product, or after it. adamw: in one kernel, or operation by operation over all tensors, with the roots of
     all second moments beside (`foreach`, torch's default). loss: cross entropy by several kernels with
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
-    (`upcast`), or torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
-    (`gathered`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
+    (`upcast`), torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
+    (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as
+    `composed`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
     backward is done. logit_passes: bytes moved for each element of the logits beside what the loss
     moves (casts of its own, accuracy and perplexity of every microbatch). loss_chunks: the kernels of a
     chunked loss. ring_blocks: merging the blocks of keys and values where context parallelism gathers them.
@@ -121,7 +122,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach"] = "fused"
     ring_blocks: Built = "fused"
-    loss: Literal["composed", "fused", "upcast", "gathered"] = "composed"
+    loss: Literal["composed", "fused", "upcast", "gathered", "loss_parallel"] = "composed"
     logits_held: bool = True
     logit_passes: float = 0.0
     loss_chunks: Built = "fused"

@@ -24,6 +24,9 @@ RESERVED = 1.03
 """Blocks of the caching allocator over live tensors: a few per cent up to about 6 % in published runs, so 3
 %."""
 
+COMMUNICATORS = 2 * 411 * 10**6
+"""Bytes of communicators that a profile's `reserved` has already: two groups (see its source)."""
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -31,8 +34,9 @@ class Simulated:
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
     does not matter. Bytes: peak_memory of the ranks whose memory is read; fullest: of the fullest rank;
-    idle_blocks: see mopsim.engine.upper; above: what may come on top of the fullest, at most; limit: what a
-    device may use. p_host: probability that the host has enough. busy, exposed: seconds by kind.
+    idle_blocks, communication: see mopsim.engine.upper; above: what may come on top of the fullest, at most;
+    limit: what a device may use. p_host: probability that the host has enough. busy, exposed: seconds by
+    kind.
     """
 
     step_time: float = 0.0
@@ -40,6 +44,7 @@ class Simulated:
     peak_memory: int = 0
     fullest: int = 0
     idle_blocks: int = 0
+    communication: int = 0
     above: int = 0
     limit: int = 0
     p_host: float = 1.0
@@ -73,7 +78,8 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
     peak = result.peak_by_stage[-1] if stack.reading.last_stage else result.peak_memory
     return Simulated(
         step_time=result.step_time, paces=paces, peak_memory=peak, fullest=result.peak_memory,
-        idle_blocks=result.above_peak.get("idle pools", 0), above=sum(result.above_peak.values()),
+        idle_blocks=result.above_peak.get("idle pools", 0),
+        communication=result.above_peak.get("communication", 0), above=sum(result.above_peak.values()),
         limit=result.memory_limit, p_host=result.p_host, fits=result.fits,
         seconds=time.perf_counter() - began, busy=dict(result.busy), exposed=dict(result.exposed),
     )  # fmt: skip
@@ -126,4 +132,5 @@ def as_read(result: Simulated, reading: str, hardware: HardwareProfile) -> float
     if reading == "allocated":
         return float(result.peak_memory)
     blocks = (result.peak_memory + result.idle_blocks) * RESERVED
-    return blocks + hardware.device.reserved.si if reading == "device" else blocks
+    beside = hardware.device.reserved.si + max(0, result.communication - COMMUNICATORS)
+    return blocks + beside if reading == "device" else blocks

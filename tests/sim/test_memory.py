@@ -16,7 +16,7 @@ from mopsim.graph.tape import Tape
 from mopsim.program import lower
 from mopsim.program.context import make_context
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
+from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy, Vocabulary
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.sim.megatron_jobs import MACHINE, deep, play, with_
@@ -208,6 +208,17 @@ def test_logits_that_every_tensor_rank_gathers_are_whole(loss: str, bytes_each: 
     model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=1)
     result = simulate(model, MACHINE, 1, megatron(4, tensor_parallel=4), training, software)
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
+
+
+@pytest.mark.parametrize(("loss", "tensors"), [("composed", 3), ("loss_parallel", 4)])
+def test_torchs_loss_on_slices_holds_one_more_of_them(loss: str, tensors: int) -> None:
+    """Log-probabilities, zeros with the picked ones, the exponential and their sum, beside logits in bf16."""
+    software = unfused("copies", kernels={"loss": loss}, sharding={"fsdp": True})
+    model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=1)
+    sliced = Vocabulary(vocab_parallel=4, loss="vocab_parallel")
+    strategy = with_(fsdp2(4, tensor_parallel=4), vocabulary=sliced)
+    result = simulate(model, MACHINE, 1, strategy, training, software)
+    assert result.highest_by_category["logits"] == 4096 * 32_000 / 4 * (2 + 4 * tensors)
 
 
 def test_tokens_that_arrive_once() -> None:
