@@ -90,8 +90,13 @@ class Context:
 
     @property
     def hidden(self) -> int:
-        """Bytes of one [N, H] tensor in the compute dtype."""
-        return self.shapes.tokens * self.model.hidden_size * self.b
+        """Bytes of the residual stream, [N, H]."""
+        return self.shapes.tokens * self.model.hidden_size * self.stream
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a number of the residual stream."""
+        return self.wide if self.stack.kernels.stream == "float32" else self.b
 
     @property
     def held_output(self) -> int:

@@ -14,6 +14,7 @@ from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
 from mopsim.graph.rewrites.recompute import AROUND, gathered_once, plan, without_weight_grads
 from mopsim.graph.rewrites.slices import in_slices
+from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
@@ -105,6 +106,7 @@ class Passes:
             run = {"", *(kernel.name for kernel in kernels)}
             held = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
             tape = replace(tape, kernels=kernels, held=held)
+            tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
             if c.stack.kernels.ring_blocks == "composed":
                 model, ranks = c.model, c.strategy.attention.context_parallel
                 shared = model.num_attention_heads / model.num_key_value_heads

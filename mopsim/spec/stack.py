@@ -57,7 +57,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm whose values are
     rounded before the product with the weight (`rounded`, transformers), or on a copy of its
     input in fp32, both made again in the backward, of which a checkpoint keeps the input alone (`upcast`);
-    rotary embedding by products of complex numbers (`composed`) or of halves (`halves`). norm_within:
+    rotary embedding by products of complex numbers (`composed`) or of halves (`halves`). stream: of the
+    residual stream, as the products' or in fp32, as autocast leaves it where weights are. norm_within:
     products (of the layers' tapes) whose kernel has the norm before them in it: its output is kept for their
     weight gradient, and is neither recomputed nor offloaded alone. router: its product's input is cast to
     fp32 and kept (`composed`), or cast inside it. attention: by device architecture (`ampere`, `hopper`,
@@ -104,6 +105,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     rotary: Literal["fused", "composed", "halves"] = "fused"
     activation: Built = "fused"
     residual: Built = "fused"
+    stream: Literal["compute", "float32"] = "compute"
     expert_rows: Built = "fused"
     expert_products: Literal["grouped", "looped"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"

@@ -221,6 +221,19 @@ def test_torchs_loss_on_slices_holds_one_more_of_them(loss: str, tensors: int) -
     assert result.highest_by_category["logits"] == 4096 * 32_000 / 4 * (2 + 4 * tensors)
 
 
+def test_a_residual_stream_in_fp32_is_kept_as_wide() -> None:
+    """Layers' inputs under full recomputation, of which one is kept for each layer; no byte is left over."""
+    model, training = deep(4, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=8)
+    hidden = 4096 * model.hidden_size * 2
+    narrow, wide = (
+        simulate(model, MACHINE, 1, fsdp2(8), training, unfused(kernels={"stream": stream}))
+        for stream in ("compute", "float32")
+    )
+    assert wide.peak_by_phase["backward"] - narrow.peak_by_phase["backward"] >= 4 * hidden
+    assert wide.resident_memory == narrow.resident_memory
+    assert wide.peak_by_phase["optimizer"] == narrow.peak_by_phase["optimizer"]
+
+
 def test_tokens_that_arrive_once() -> None:
     """Of 8 experts chosen among 128, 16 a rank: two thirds of all ranks' tokens, not a row a route."""
     model = load_model("qwen3_30b_a3b")

@@ -1,0 +1,30 @@
+"""A residual stream that is wider than the products, as autocast leaves it where weights are in fp32."""
+
+from msgspec.structs import replace
+
+from mopsim.graph.tape import Kernel, Tape, Value
+
+STREAM = ("x", "y", "z")
+"""A layer's input, what its attention's residual makes, and its output."""
+
+
+def widened(tape: Tape, times: int) -> Tape:
+    """A layer's tape with that stream `times` as wide. A norm that keeps its input in fp32 keeps the stream
+    itself, no copy; sums and norms move as much more as the stream is wider."""
+
+    def value(one: Value) -> Value:
+        return replace(one, bytes=one.bytes * times) if one.name in STREAM else one
+
+    def kernel(one: Kernel) -> Kernel:
+        copy = f"{one.name}_wide"
+        if one.reads and one.reads[0] in STREAM and any(made.name == copy for made in one.writes):
+            writes = tuple(made for made in one.writes if made.name != copy)
+            one = replace(
+                one, writes=writes, saves=(*(name for name in one.saves if name != copy), one.reads[0])
+            )
+        if one.name.endswith("residual"):
+            back = None if one.back_bytes is None else one.back_bytes * times
+            one = replace(one, bytes=one.bytes * times, back_bytes=back)
+        return replace(one, writes=tuple(map(value, one.writes)))
+
+    return replace(tape, inputs=tuple(map(value, tape.inputs)), kernels=tuple(map(kernel, tape.kernels)))
