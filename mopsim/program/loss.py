@@ -164,7 +164,8 @@ def _chunks(c: Context) -> Template:
     """`chunk_tokens` rows of logits at a time, forward and backward at once; n gives way to its gradient."""
     V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
     found: list[Work] = []
-    torch, gradient = c.stack.kernels.loss_chunks == "composed", float(V * H * c.b)
+    how, gradient = c.stack.kernels.loss_chunks, float(V * H * c.b)
+    torch, held = how == "composed", how == "autograd"
     if torch:  # the head's gradient, zeroed before the chunks and scaled in the backward
         found.append(Work("memory_bound", bytes=3 * gradient, launches=2))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
@@ -173,10 +174,14 @@ def _chunks(c: Context) -> Template:
         if torch:  # the head's gradient is read to be added to
             forward, backward = passes(c, n, V)
             over = [forward, memory_work(backward.bytes + gradient, backward.launches)]
+        if held:  # as the tape of a whole loss; the head's gradient is added to the sum before
+            over = [memory_work(n * V * (2 * c.b + 9.0 * c.wide), 7), memory_work(3 * gradient, 1)]
         found += rows.count(n) * [*_products(c, n), *over]
     # mopexec's chunk holds its logits in fp32 and, at its begin or end, in the compute dtype
     strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
     strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
+    if held:  # logits, log_softmax, the gradient of what is picked from it, and its own; inputs' in fp32
+        strip, size = max(rows) * V * (c.b + 3 * c.wide), size * c.wide // c.b
     memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))
     b = Recorder(c.groups)
     b.add("loss chunks", "compute", _C, "forward", found, (START,), memory)

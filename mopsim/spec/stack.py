@@ -96,8 +96,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `composed`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
     backward is done. logit_passes: bytes moved for each element of the logits beside what the loss
     moves (casts of its own, accuracy and perplexity of every microbatch). loss_chunks: the kernels of a
-    chunked loss. ring_blocks: merging the blocks of keys and values where context parallelism gathers them.
-    fills: new tensors with a known value are written first (torch's deterministic mode).
+    chunked loss, or torch's cross entropy of each chunk on a copy in fp32, its gradients made apart and those
+    of the chunks' inputs put together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and
+    values where context parallelism gathers them. fills: new tensors with a known value are written first
+    (torch's deterministic mode).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -127,7 +129,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     loss: Literal["composed", "fused", "upcast", "gathered", "loss_parallel"] = "composed"
     logits_held: bool = True
     logit_passes: float = 0.0
-    loss_chunks: Built = "fused"
+    loss_chunks: Literal["fused", "composed", "autograd"] = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
     deterministic: bool = False
     fills: bool = False

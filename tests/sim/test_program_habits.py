@@ -20,7 +20,7 @@ from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.context import Context, make_context
 from mopsim.program.data_parallel import gathering, grad_passes, reduction
-from mopsim.program.loss import loss_tape
+from mopsim.program.loss import loss_tape, loss_template
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Op, Program, Work
@@ -165,6 +165,23 @@ def test_adamw_over_all_tensors_keeps_the_roots_of_its_second_moments() -> None:
     at_the_end = foreach.peak_by_phase["optimizer"] - plain.peak_by_phase["optimizer"]
     assert at_the_end == plain.highest_by_category["optimizer"] / 2
     assert foreach.step_time > plain.step_time
+
+
+def test_a_chunk_of_torchs_cross_entropy_by_hand() -> None:
+    """Logits in bf16, log_softmax, the gradient of what is picked from it and its own in fp32; beside them
+    the inputs' gradients in fp32."""
+    strategy = fsdp2(2, loss="chunked", loss_chunk_tokens=64, dtype="bfloat16")
+    found = {}
+    for how in get_args(Kernels.__annotations__["loss_chunks"]):
+        stack = Stack(name=how, version="1", kernels=Kernels(loss_chunks=how))
+        context = make_context(small(), strategy, TrainSpec(seq_len=256, global_batch=2), 8, stack)
+        (found[how],) = (
+            dict(one[:2]) for one in loss_template(context, "forward", ()).memory if len(one) == 4
+        )
+    logits, inputs = 64 * context.model.vocab_size, context.hidden
+    assert found["fused"] == {"activations": inputs, "logits": logits * 8}
+    assert found["composed"] == {"activations": inputs, "logits": logits * 6}
+    assert found["autograd"] == {"activations": 2 * inputs, "logits": logits * 14}
 
 
 def test_what_is_done_beside_the_loss_is_booked_on_the_forward() -> None:

@@ -70,6 +70,23 @@ def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
             assert on == kernels
 
 
+def test_a_compiled_torchtitan_since_july_2026_has_its_loss_in_chunks() -> None:
+    for when, stack, loss in (
+        ("20260630", "torchtitan-compile", "full"),
+        ("20260712", "torchtitan-compile-2026", "chunked"),
+        ("20270101", "torchtitan-compile-2026", "chunked"),
+    ):
+        found = read_case(
+            row(source="torchtitan", notes="torch.compile", source_ref=when, loss="unknown"), MODELS
+        )
+        assert (found.stack, found.strategy.vocabulary.loss) == (stack, loss)
+    program = found.program()
+    assert (program.kernels.loss_chunks, program.reading.memory) == ("autograd", "reserved")
+    assert "k_proj" in program.recompute.kept
+    whole = read_case(row(stack="torchtitan-compile-2026", loss="full"), MODELS)
+    assert whole.strategy.vocabulary.loss == "full"
+
+
 def test_a_fused_loss_is_what_the_program_calls_so() -> None:
     for stack in ("megatron-core", "nemo", "megatron-bridge", "llm-foundry"):
         zero = "zero3" if stack == "llm-foundry" else "zero1"
