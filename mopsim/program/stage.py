@@ -117,7 +117,8 @@ class Stage:
         return self.context.stack.sharding.fsdp and strategy.dense.grad_tier == "device"
 
     def resident(self) -> tuple[Step, ...]:
-        """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases."""
+        """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases, a
+        buffer of reductions."""
         c, strategy = self.context, self.context.strategy
         precision, zero = strategy.precision, strategy.dense.zero
         found: list[Step] = []
@@ -137,6 +138,7 @@ class Stage:
         tables = rows * model.rotary_dim * c.wide
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
+        found.append(("framework", int(c.stack.sharding.reduce_buffer) if c.shards_params else 0))
         return tuple(step for step in found if step[1])
 
     @property

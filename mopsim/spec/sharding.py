@@ -38,7 +38,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     flat tensors that its update makes of gradients narrower than fp32; buckets: bytes of those through which
     such gradients are reduced after the last backward; reduce_copies: bytes for each gradient of a rank of
     one whole copy that is reduced then. Where none of a backward's tensors is as large, torch's caching
-    allocator has blocks for them beside.
+    allocator has blocks for them beside. reduce_buffer: under ZeRO-3, bytes of one through which gradients
+    are reduced, which lives through the step.
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
@@ -61,6 +62,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     update_copies: float = 0.0
     buckets: float = 0.0
     reduce_copies: float = 0.0
+    reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
     experts: bool = True
     one_mesh: bool = False
@@ -69,7 +71,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
     def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies")
-        require_between(self, 0, MOST_BUCKETS, "buckets")
+        require_between(self, 0, MOST_BUCKETS, "buckets", "reduce_buffer")
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
         for field in WHOLE:
             without = defaults[field]

@@ -234,6 +234,16 @@ def test_a_residual_stream_in_fp32_is_kept_as_wide() -> None:
     assert wide.peak_by_phase["optimizer"] == narrow.peak_by_phase["optimizer"]
 
 
+def test_a_buffer_of_reductions_lives_through_the_step() -> None:
+    model, training = deep(1), TrainSpec(seq_len=4096, global_batch=8)
+    plain, buffered = (
+        simulate(model, MACHINE, 1, fsdp2(8), training, unfused(sharding={"reduce_buffer": size}))
+        for size in (0.0, 1e6)
+    )
+    assert buffered.resident_memory - plain.resident_memory == 1e6
+    assert buffered.peak_memory - plain.peak_memory == 1e6
+
+
 def test_tokens_that_arrive_once() -> None:
     """Of 8 experts chosen among 128, 16 a rank: two thirds of all ranks' tokens, not a row a route."""
     model = load_model("qwen3_30b_a3b")
