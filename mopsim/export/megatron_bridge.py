@@ -210,7 +210,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         "fine_grained_activation_offloading": offloads,
         "offload_modules": ["attn_norm"] if offloads else [],
     }
-    found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss in ("fused", "upcast")
+    found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss in ("fused", "upcast", "native")
     return found
 
 

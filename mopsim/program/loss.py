@@ -65,7 +65,6 @@ def loss_tape(context: Context) -> Tape:
     kernel = c.stack.kernels.loss
     fused, gathered = kernel in ("fused", "upcast"), kernel == "gathered"
     split = vocabulary.loss == "vocab_parallel" and c.strategy.dense.tensor_parallel > 1
-    rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
     parts = split and not gathered
     elements = logit_elements(c)
     zero = c.strategy.dense.zero
@@ -74,7 +73,8 @@ def loss_tape(context: Context) -> Tape:
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
-    torch = (zero >= 2 or gathered) and not fused
+    native = kernel == "native"
+    torch = (zero >= 2 or gathered) and not fused and not native
     in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
     sliced = kernel == "loss_parallel" and split and torch
     held = (torch or fused) and c.stack.kernels.logits_held
@@ -85,6 +85,8 @@ def loss_tape(context: Context) -> Tape:
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
     moved = 3 * c.b if fused else c.b + 9 * c.wide
     back = 2 * c.b if fused else c.b + 3 * c.wide
+    if native:  # cast and maximum, shift and exponential, division; back, a copy to add to, then its cast
+        moved, back = c.b + 5 * c.wide, c.b + 3 * c.wide
     if torch:
         kernels.append(
             Kernel(
@@ -102,22 +104,29 @@ def loss_tape(context: Context) -> Tape:
         Kernel(
             "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
             saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
-            back_bytes=float(elements * back), launches=1 if fused else 6 - torch,
+            back_bytes=float(elements * back), launches=1 if fused else 3 if native else 6 - torch,
             back_launches=2 - torch,
-            back_scratch=(("logits", (1 + sliced) * elements * c.wide),) if torch else (),
+            back_scratch=(("logits", (1 + sliced) * elements * c.wide),) if torch or native else (),
         )
     )  # fmt: skip
+    kernels += _beside(c, elements, parts)
+    return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
+
+
+def _beside(c: Context, elements: int, parts: bool) -> list[Kernel]:
+    """What a program does with logits beside the loss; sums over ranks of what each found in its part."""
+    found = []
     if c.stack.kernels.logit_passes:
         size = c.stack.kernels.logit_passes * elements
-        kernels.append(Kernel("beside", "memory_bound", _C, ("logits",), (), bytes=size, back_bytes=0.0))
+        found.append(Kernel("beside", "memory_bound", _C, ("logits",), (), bytes=size, back_bytes=0.0))
     if parts:
-        kernels.append(
+        found.append(
             Kernel(
-                "loss_sums", "all_reduce", _C, ("loss",), (Value("total", 0),), bytes=4.0 * rows, launches=3,
-                group="tensor", back_bytes=0.0,
+                "loss_sums", "all_reduce", _C, ("loss",), (Value("total", 0),), launches=3, group="tensor",
+                bytes=4.0 * c.shapes.region_tokens, back_bytes=0.0,
             )
         )  # fmt: skip
-    return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
+    return found
 
 
 def _projection(c: Context, logits: Value, split: bool, keeps_logits: bool) -> list[Kernel]:

@@ -90,16 +90,17 @@ class Kernels(Spec, frozen=True, kw_only=True):
     is not counted (`step`), or in every forward pass (`pass`). weight_grads: added to their buffer inside the
     product, or after it. adamw: in one kernel, or operation by operation over all tensors, with the roots of
     all second moments beside (`foreach`, torch's default). loss: cross entropy by several kernels with
-    copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
-    (`upcast`), torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
-    (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as
-    `composed`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
-    backward is done. logit_passes: bytes moved for each element of the logits beside what the loss
-    moves (casts of its own, accuracy and perplexity of every microbatch). loss_chunks: the kernels of a
-    chunked loss, or torch's cross entropy of each chunk on a copy in fp32, its gradients made apart and those
-    of the chunks' inputs put together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and
-    values where context parallelism gathers them. fills: new tensors with a known value are written first
-    (torch's deterministic mode).
+    copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in
+    fp32 (`upcast`), Megatron-Core's compiled ones, whose gradient takes a second copy (`native`), torch's
+    on a copy in fp32 of logits that every tensor-parallel rank gathers whole (`gathered`), or on that of
+    a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). logits_held:
+    whoever calls a loss that works on a copy of the logits holds them until its backward is done.
+    logit_passes: bytes moved for each element of the logits beside what the loss moves (casts of its own,
+    accuracy and perplexity of every microbatch). loss_chunks: the kernels of a chunked loss, or torch's
+    cross entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks'
+    inputs put together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and values where
+    context parallelism gathers them. fills: new tensors with a known value are written first (torch's
+    deterministic mode).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -126,7 +127,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach"] = "fused"
     ring_blocks: Built = "fused"
-    loss: Literal["composed", "fused", "upcast", "gathered", "loss_parallel"] = "composed"
+    loss: Literal["composed", "fused", "upcast", "native", "gathered", "loss_parallel"] = "composed"
     logits_held: bool = True
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd"] = "fused"

@@ -175,7 +175,7 @@ def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec, stack: Stack) -> V
     single kernel on whole logits, where that is its loss. Raises SpecError where it has neither."""
     kind = row.get("loss", "")
     had = stack.has.get("vocabulary.loss", LOSSES)
-    if kind == "fused" and "chunked" not in had and stack.kernels.loss == "fused":
+    if kind == "fused" and "chunked" not in had and stack.kernels.loss in ("fused", "native"):
         kind = "unknown"
     if kind not in UNKNOWN and ("chunked" if kind == "fused" else kind) not in had:
         works = ", ".join(one for one in LOSSES if one in had)

@@ -184,6 +184,16 @@ def test_a_chunk_of_torchs_cross_entropy_by_hand() -> None:
     assert found["autograd"] == {"activations": 2 * inputs, "logits": logits * 14}
 
 
+def test_megatrons_fused_cross_entropy_takes_ten_bytes_of_a_logit() -> None:
+    strategy, training = megatron(2), TrainSpec(seq_len=256, global_batch=2)
+    peaks = {}
+    for kernel in ("fused", "native", "composed"):
+        stack = Stack(name=kernel, version="1", kernels=Kernels(loss=kernel))
+        found = simulate(small(vocab_size=65536), machine(), 1, strategy, training, stack)
+        peaks[kernel] = found.highest_by_category["logits"] / (256 * 65536)
+    assert peaks == pytest.approx({"fused": 2, "native": 10, "composed": 6}, rel=0.01)
+
+
 def test_what_is_done_beside_the_loss_is_booked_on_the_forward() -> None:
     context, _ = _zero1(2, owners=True)
     busy = changed(context, stack=replace(context.stack, kernels=Kernels(logit_passes=10.0)))
