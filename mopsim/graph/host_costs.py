@@ -17,6 +17,14 @@ likewise (`reports/host/megatron_core.json`): 165 a dense layer where these are 
 experts where these are 208."""
 CHECKPOINT = 130.0
 """Linears of recomputing a layer (torch.utils.checkpoint, not reentrant) beside its second forward."""
+HOOKS: dict[str, tuple[float, float]] = {
+    "attention": (227.0, 210.0),
+    "router": (38.0, 39.0),
+    "experts": (23.0, 24.0),
+    "dense_ffn": (105.0, 112.0),
+}
+"""Linears that the hooks of DeepSpeed's ZeRO-3 around every module add to a component's forward and backward
+(`reports/host/deepspeed.json`). A recomputation is one more forward: 332 of a dense layer, 294 measured."""
 GATHER, REST = (14.3, 1.5), (48.7, 1.6)
 """Linears of a group of FSDP2 and of each of its parameters: whenever it is gathered; and once in a forward
 and backward, for hooks and the reduction."""

@@ -5,21 +5,24 @@ from dataclasses import replace
 
 from msgspec import structs
 
-from mopsim.graph.host_costs import CHECKPOINT, LAYER
+from mopsim.graph.host_costs import CHECKPOINT, HOOKS, LAYER
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.stack import Stack
 
 
-def by_modules(program: Program, stack: Stack) -> Program:
+def by_modules(program: Program, stack: Stack, *, hooked: bool = False) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
     layers = (op.index for op in program.ops if op.layer >= 0)
-    return replace(program, ops=hosted(program.ops, layers, stack))
+    return replace(program, ops=hosted(program.ops, layers, stack, hooked=hooked))
 
 
-def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack) -> tuple[Op, ...]:
+def hosted(
+    given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False
+) -> tuple[Op, ...]:
     """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
-    It lies on one op of each component, in the middle of those on the compute stream.
+    It lies on one op of each component, in the middle of those on the compute stream. hooked: hooks around
+    every module gather its parameters.
     """
     groups: dict[tuple[int, int, str, str], list[int]] = {}
     for place in places:
@@ -29,8 +32,8 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack) -> tuple[Op
     checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
-        forward, backward = LAYER[component]
-        whole = backward if phase == "backward" else forward
+        back = phase == "backward"
+        whole = LAYER[component][back] + (HOOKS[component][back] if hooked else 0.0)
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = whole - sum(known.issued(ops[place]) for place in places)
         if more > 0:

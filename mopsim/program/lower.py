@@ -52,7 +52,8 @@ def lower(
         for stage in stages
     )
     if stack.host.modules:
-        programs = tuple(by_modules(program, context.stack) for program in programs)
+        hooked = stack.host.hooks and context.shards_params
+        programs = tuple(by_modules(program, context.stack, hooked=hooked) for program in programs)
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len

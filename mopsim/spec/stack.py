@@ -167,7 +167,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
 
 
 class HostCosts(Spec, frozen=True, kw_only=True):
-    """modules: layers are Python modules under autograd, whose host does more than to start kernels. graphs:
+    """modules: layers are Python modules under autograd, whose host does more than to start kernels. hooks:
+    around each of them, its parameters are gathered and freed (DeepSpeed's ZeRO-3), not around groups. graphs:
     components whose kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a
     layer's Python frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the
     host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the
@@ -176,6 +177,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     before a message between pipeline stages can come, whose shape two messages before it say."""
 
     modules: bool = False
+    hooks: bool = False
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
     message_reads: int = 0

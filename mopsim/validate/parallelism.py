@@ -83,7 +83,7 @@ def strategy(
     family = families()[kind]
     zero = _lookup(ZERO, row, "sharding")
     reshard = zero == 3
-    if family.gathers:
+    if family.gathers and stack.sharding.fsdp:
         zero = 3
     plain = not stack.sharding.experts and degrees.experts > 1
     spread = degrees.experts * degrees.expert_tensor

@@ -46,6 +46,23 @@ def test_the_constants_are_the_committed_measurement() -> None:
     assert pytest.approx((whole, sharded), abs=0.1) == (modules.UPDATE, modules.UPDATE_SHARDED)
 
 
+def test_hooks_are_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/deepspeed.json").read_text())["added"]
+    for component, (forward, backward) in modules.HOOKS.items():
+        found = added[component]
+        assert (forward, backward) == pytest.approx((found["forward"], found["backward"]), abs=0.5), component
+
+
+def test_hooks_of_zero_3_take_the_host_time_where_parameters_are_sharded() -> None:
+    given = replace(fsdp2(8), stack="deepspeed")
+    strategies = [replace(given, dense=replace(given.dense, zero=zero)) for zero in (3, 2)]
+    hooked, whole = (linears(lower(small(), one, training(64, 16)), 1) for one in strategies)
+    for phase, place in (("forward", 0), ("backward", 1)):
+        for component in ("attention", "router", "experts"):
+            more = modules.HOOKS[component][place]
+            assert hooked[phase, component] - whole[phase, component] == pytest.approx(more), component
+
+
 def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
     """Linears of the host by phase and component, in one layer and microbatch."""
     found: dict[tuple[str, str], float] = defaultdict(float)
