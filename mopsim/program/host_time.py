@@ -33,9 +33,10 @@ def hosted(
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
-        whole = LAYER[component][back] + (HOOKS[component][back] if hooked else 0.0)
+        whole = LAYER[component][back]
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
-        more = whole - sum(known.issued(ops[place]) for place in places)
+        more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
+        more += HOOKS[component][back] if hooked else 0.0
         if more > 0:
             middle = places[len(places) // 2]
             ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))

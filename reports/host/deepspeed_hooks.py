@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from reports.host.measure import LAYERS, RANKS, UNIT, Experts, Nothing, grouped_mm, network
 from torch import nn
 from torch.nn.functional import linear
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3MoeForCausalLM
 from transformers.integrations import moe
+
+from reports.host.measure import LAYERS, RANKS, UNIT, Experts, Nothing, grouped_mm, network
 
 ROUNDS = 40
 CONFIG = {
@@ -111,7 +112,7 @@ def sharded() -> dict[str, float]:
 
 
 def added(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
-    """What the hooks add to a layer's parts in a forward and a backward, by difference; to a recomputation."""
+    """What the hooks add to a layer's parts in a forward and a backward, by difference, or to a rerun."""
     more = {name: (after[name] - before[name]) / LAYERS for name in after if name != UNIT}
 
     def part(name: str, less: str) -> dict[str, float]:

@@ -59,8 +59,8 @@ def test_hooks_of_zero_3_take_the_host_time_where_parameters_are_sharded() -> No
     hooked, whole = (linears(lower(small(), one, training(64, 16)), 1) for one in strategies)
     for phase, place in (("forward", 0), ("backward", 1)):
         for component in ("attention", "router", "experts"):
-            more = modules.HOOKS[component][place]
-            assert hooked[phase, component] - whole[phase, component] == pytest.approx(more), component
+            found = hooked[phase, component] - whole[phase, component]
+            assert found == pytest.approx(modules.HOOKS[component][place], abs=1), component  # one gather
 
 
 def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
