@@ -87,6 +87,16 @@ def test_a_compiled_torchtitan_since_july_2026_has_its_loss_in_chunks() -> None:
     assert whole.strategy.vocabulary.loss == "full"
 
 
+def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
+    for when, stack, routes in (
+        ("20260716", "megatron-core", "independent"),
+        ("20261010", "primus-2026", "consecutive"),
+    ):
+        found = read_case(row(source="amd", notes="Primus", source_ref=when, sharding="zero1"), MODELS)
+        assert (found.stack, found.program().balanced_routes) == (stack, routes)
+    assert found.program().kernels.loss == "fused"
+
+
 def test_a_fused_loss_is_what_the_program_calls_so() -> None:
     for stack in ("megatron-core", "nemo", "megatron-bridge", "llm-foundry"):
         zero = "zero3" if stack == "llm-foundry" else "zero1"
