@@ -91,15 +91,26 @@ def new_card(
         "scale_up_size": scale_up_size or (nodes if devices_per_node else near.scale_up_size),
         "notes": f"By `mopsim profile new`: {', '.join(given) or 'nothing'} given, the rest as {near.name}.",
     }  # fmt: skip
-    for figure, apply in _APPLIED.items():
-        if figure in given:
-            apply(card, given[figure], near)
+    _apply(card, given, near)
     if "power" in given and "node-power" not in given and near.node_power and near.device.power:
         more = near.devices_per_node * (given["power"].si - near.device.power.si)
         card["node_power"] = _assumed(
             (near.node_power.si + more) / 1e3, "kW", f"{near.name}'s by {FOLLOWS['node-power']}"
         )
     return convert(card, HardwareProfile, "hardware")
+
+
+def with_figures(profile: HardwareProfile, given: Given) -> HardwareProfile:
+    """The profile with these figures of a data sheet, and what follows them. Raises MopError."""
+    card = to_plain(profile)
+    _apply(card, given, profile)
+    return convert(card, HardwareProfile, "hardware")
+
+
+def _apply(card: Plain, given: Given, near: HardwareProfile) -> None:
+    for figure, apply in _APPLIED.items():
+        if figure in given:
+            apply(card, given[figure], near)
 
 
 def _assume(node: Any, near: str) -> None:
@@ -188,6 +199,9 @@ _APPLIED: dict[str, Callable[[Plain, Quantity, HardwareProfile], None]] = {
     "host-memory": _at("host", "memory"), "power": _at("device", "power"), "node-power": _at("node_power"),
     "price": _at("price_per_device_hour"),
 }  # fmt: skip
+
+FIGURES = tuple(_APPLIED)
+"""Names of the figures of a data sheet."""
 
 
 def sheet_bandwidth(name: str) -> float | None:

@@ -16,8 +16,9 @@ from mopsim.common.json_text import parse_json
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.intervals.spread import network, products
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.new_card import FIGURES, with_figures
 from mopsim.spec.plan import LONGEST, SHORTEST
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -61,7 +62,8 @@ class Case(io.Spec, frozen=True, kw_only=True):
     """One run. model: a preset's name, or the network itself; hardware: a profile's name.
 
     quality: A, every field that a simulation needs is known; B, one or two are not; C, more, or the number is
-    derived. model_changes, hardware_changes, stack_changes: what the run's are other than those of the names.
+    derived. model_changes, hardware_changes, stack_changes: what the run's are other than those of the names;
+    of hardware also figures of a data sheet, as `mopsim profile new` takes them (`nic`).
     assumptions: what the run does not say and is taken so, and the rules that were used.
     approximations: what it does and no strategy says.
     """
@@ -128,7 +130,8 @@ class Case(io.Spec, frozen=True, kw_only=True):
     def alike(self) -> tuple[object, ...]:
         """Equal for cases that simulate alike."""
         program = self.program()
-        inputs = (self.network(), self.hardware, self.num_nodes, self.resolved(), self.training)
+        machine = (self.hardware, _key(self.hardware_changes), self.num_nodes)
+        inputs = (self.network(), *machine, self.resolved(), self.training)
         return (*inputs, io.digest(program.behaviour), program.reading)
 
 
@@ -156,7 +159,10 @@ def machine(name: str) -> HardwareProfile:
 
 @cache
 def _machine(name: str, changes: str) -> HardwareProfile:
-    return changed(machine(name), json.loads(changes), "hardware_changes")
+    given = json.loads(changes)
+    named = {one: given.pop(one) for one in FIGURES if one in given}
+    figures = {name: io.convert(one, Quantity, f"hardware_changes.{name}") for name, one in named.items()}
+    return changed(with_figures(machine(name), figures), given, "hardware_changes")
 
 
 @cache

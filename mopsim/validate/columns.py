@@ -47,6 +47,13 @@ RUNS: dict[str, Column] = {
         "Devices of the scale-up domain (72 of GB200), as the profile has it, or fewer: whole nodes, or part "
         "of one.",
     ),
+    "nic_gbit_per_s": Column(
+        _MAY, "Gbit/s that a device has of the network between nodes, where it is not what the profile has."
+    ),
+    "scale_up_gb_per_s": Column(
+        _MAY,
+        "GB/s, each way, of a device to those of its scale-up domain, where it is not what the profile has.",
+    ),
     "precision": _one("Of the matrix products.", "bf16 fp16 fp8 mxfp8 nvfp4", needed=_NEED),
     "seq_len": Column(_NEED, "Tokens of a sequence."),
     "micro_batch": Column(_NEED, "Sequences of a microbatch of one data-parallel rank."),

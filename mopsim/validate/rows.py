@@ -8,11 +8,13 @@ from msgspec.structs import replace
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, require, shown
+from mopsim.common.io import to_plain
 from mopsim.common.rules import RowFacts
 from mopsim.common.units import UNITS
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.new_card import check_figures
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stacks import load_stack
@@ -56,6 +58,7 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     degrees = _degrees(row, model)
     nodes = _nodes(row, _refused("gpu", machine, row["gpu"]))
     hardware = changed(machine(row["gpu"]), nodes, "hardware")
+    links = _links(row, hardware)
     named_stack, assumed = _stack(row)
     stack = _refused("stack", load_stack, named_stack)
     program = _refused("stack", changed, stack, known.of("stack"), "stack")
@@ -77,8 +80,8 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     case = Case(
         id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
-        hardware_changes=nodes, stack_changes=known.of("stack"), measured=_measured(row, approximations),
-        quality=_quality(row), approximations=approximations,
+        hardware_changes=nodes | links, stack_changes=known.of("stack"),
+        measured=_measured(row, approximations), quality=_quality(row), approximations=approximations,
         assumptions=(*assumed, *_smaller(nodes), *(rule.id for rule in known.rules)),
         source=CaseSource(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
@@ -103,6 +106,21 @@ def _nodes(row: Row, hardware: HardwareProfile) -> Changes:
     rule = f"is neither at most the {node} devices of a node of {hardware.name} nor whole nodes of its"
     require(given < domain and given % node == 0, "gpus_per_node", given, f"{rule} domain of {domain}")
     return {"scale_up_size": given}
+
+
+_LINKS = {"nic_gbit_per_s": ("nic", "Gbit/s"), "scale_up_gb_per_s": ("scale-up", "GB/s")}
+"""Columns that are figures of a data sheet: their names there, and units."""
+
+
+def _links(row: Row, hardware: HardwareProfile) -> Changes:
+    """The figures of the run's networks that are other than the profile's."""
+    source, found = row.get("source_ref") or row["source"], {}
+    for column, (figure, unit) in _LINKS.items():
+        value = positive(number(row, column), column, row.get(column))
+        if value is not None:
+            found[figure] = Quantity(value=value, unit=unit, tag="datasheet", source=source)
+            _refused(column, check_figures, [hardware], {figure: found[figure]})
+    return {figure: to_plain(one) for figure, one in found.items()}
 
 
 def _smaller(nodes: Changes) -> tuple[str, ...]:

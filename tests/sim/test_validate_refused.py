@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from mopsim.cli import app
 from mopsim.common.errors import MopError, SpecError
+from mopsim.spec.new_card import FIGURES
 from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
@@ -57,6 +58,9 @@ from tests.sim.test_validate import MODELS, row, validate_runs
         ({"gpus_per_node": "é"}, "gpus_per_node"),
         ({"gpus_per_node": "1e308"}, "gpus_per_node"),
         ({"gpus_per_node": "16"}, "gpus_per_node"),
+        ({"nic_gbit_per_s": "0"}, "nic_gbit_per_s"),
+        ({"nic_gbit_per_s": "1e9"}, "nic_gbit_per_s"),
+        ({"scale_up_gb_per_s": "fast"}, "scale_up_gb_per_s"),
         ({"ep": "é"}, "ep"),
         ({"etp": "2"}, "etp"),
         ({"peak_memory_gib": "1e9"}, "peak_memory_gib"),
@@ -82,6 +86,17 @@ def test_nodes_of_fewer_devices_are_simulated_as_such() -> None:
     one_node = read_case(row(**domain | {"gpus_per_node": "4"}), MODELS)
     assert (one_node.num_nodes, one_node.profile().scale_up_size) == (2, 4)
     assert "a scale-up domain of 4 devices (gpus_per_node), not the profile's" in one_node.assumptions
+
+
+def test_networks_of_other_speeds_are_simulated_as_such() -> None:
+    """Eight tensor-parallel ranks, on one node and on two."""
+    split = {"tp": "8", "dp": "1", "sharding": "zero1"}
+    near, far = ({**split, "gpus_per_node": one} for one in ("8", "4"))
+    for fixed, column in ((far, "nic_gbit_per_s"), (near, "scale_up_gb_per_s")):
+        cases = [read_case(row(**fixed, **{column: one}), MODELS) for one in ("unknown", "100", "200")]
+        usual, slow, fast = (validate([one], 1).scored[0].simulated.step_time for one in cases)
+        assert slow > 1.05 * fast > fast > usual
+        assert list(cases[1].hardware_changes)[-1] in FIGURES
 
 
 def test_a_name_is_read_however_it_is_written() -> None:
