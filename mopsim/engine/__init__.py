@@ -1,4 +1,4 @@
-"""SimPy streams and the memory ledger: Workload -> SimResult. The only importer of simpy."""
+"""Streams on a clock of discrete events and the memory ledger: Workload -> SimResult."""
 
 from mopsim.engine.record import Span
 from mopsim.engine.result import SimResult

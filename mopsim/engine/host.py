@@ -4,9 +4,11 @@ Issuing costs the same time for each kernel, and what else the host does is coun
 two waits of the host the time of every op is known beforehand: the thread needs no events but at its waits.
 """
 
-import simpy
+from collections.abc import Sequence
+from itertools import accumulate
 
-from mopsim.program.workload import Op, Program, Work, on_host
+from mopsim.engine.clock import Clock, Wake
+from mopsim.program.workload import Program, on_host
 
 
 class HostThread:
@@ -16,60 +18,46 @@ class HostThread:
     the last. After an op that it waits for the thread goes on when that op has ended.
     """
 
-    def __init__(self, env: simpy.Environment, program: Program, cost: float) -> None:
-        self.env = env
-        self.kernels, beside = _kernels(program)
-        self.first: list[float] = []
-        """Seconds until the first kernel of each op is issued, without waits."""
-        self.last: list[float] = []
-        """Seconds until its last kernel is."""
-        self.stretch: list[int] = []
+    blocked = False
+    """Whether it waits for every kernel that it has started."""
+
+    def __init__(self, clock: Clock, program: Program, durations: Sequence[float], cost: float) -> None:
+        self.clock = clock
+        kernels, beside = _kernels(program)
+        self.awaited = self.waits(program)
+        self.stretch = [0, *accumulate(self.awaited)]
         """Waits of the thread before each op."""
-        issued, waits = 0.0, 0
-        for op, kernels, more in zip(program.ops, self.kernels, beside, strict=True):
-            self.first.append((issued + min(1.0, kernels)) * cost)
-            issued += kernels + more
-            self.last.append(issued * cost)
-            self.stretch.append(waits)
-            waits += self.waits(op)
+        issued = [0.0, *accumulate(each + more for each, more in zip(kernels, beside, strict=True))]
+        self.first = [(before + min(1.0, each)) * cost for before, each in zip(issued, kernels, strict=False)]
+        """Seconds until the first kernel of each op is issued, without waits."""
+        self.last = [after * cost for after in issued[1:]]
+        """Seconds until its last kernel is."""
+        self.inside = self.last
+        """The same, of a blocked thread from the start of the op."""
+        self.apart = [
+            duration / count if count > 1.0 else duration
+            for count, duration in zip(kernels, durations, strict=True)
+        ]
+        """Seconds that its last kernel, which runs once it is issued, takes then."""
         self.bases: list[float] = [0.0]
         """For each stretch between waits: the time at which the thread would have issued the first op."""
-        self.events: dict[int, simpy.Event] = {}
+        self.waiting: dict[int, list[Wake]] = {}
 
-    def knows(self, index: int) -> bool:
-        """Whether the waits before op `index` are over, so that its time is known."""
-        return self.stretch[index] < len(self.bases)
+    def wait(self, index: int, wake: Wake) -> None:
+        """Wake when the waits before op `index` are over, so that its time is known."""
+        self.waiting.setdefault(self.stretch[index], []).append(wake)
 
-    def resumed(self, index: int) -> simpy.Event:
-        """An event that fires when the waits before op `index` are over."""
-        place = self.stretch[index]
-        if place not in self.events:
-            self.events[place] = self.env.event()
-        return self.events[place]
-
-    def begins(self, index: int) -> float:
-        """Time at which the first kernel of an op is issued."""
-        return self.bases[self.stretch[index]] + self.first[index]
-
-    def waits(self, op: Op) -> bool:
-        """Whether the thread waits for the end of an op before it issues the next one."""
-        return op.awaited
-
-    def ends(self, index: int, start: float, duration: float) -> float:
-        """Time before which an op of `duration` seconds that began at `start` cannot end: its last kernel
-        runs once it is issued."""
-        kernels = self.kernels[index]
-        apart = duration / kernels if kernels > 1.0 else duration
-        return self.bases[self.stretch[index]] + self.last[index] + apart
+    def waits(self, program: Program) -> list[bool]:
+        """Whether the thread waits for the end of each op before it issues the next one."""
+        return [op.awaited for op in program.ops]
 
     def resume(self, index: int) -> None:
         """The awaited op `index` has ended: the thread goes on."""
         place = self.stretch[index]
         assert len(self.bases) == place + 1, "an awaited op ended before one that is awaited earlier"
-        self.bases.append(max(self.bases[place], self.env.now - self.last[index]))
-        event = self.events.pop(place + 1, None)
-        if event is not None:
-            event.succeed()
+        self.bases.append(max(self.bases[place], self.clock.now - self.last[index]))
+        for wake in self.waiting.pop(place + 1, ()):
+            self.clock.after(0.0, wake)
 
     def leap(self, first: int, after: int, times: int, period: float) -> float:
         """Ops [first, after) are taken as repeated `times` times, each `period` seconds long for the device:
@@ -89,21 +77,22 @@ class BlockedThread(HostThread):
     Ops that meet one of a peer are not waited for: the program itself says what comes after those.
     """
 
-    def waits(self, op: Op) -> bool:
-        return op.awaited or not op.rendezvous
+    blocked = True
 
-    def ends(self, index: int, start: float, duration: float) -> float:
-        return start + (self.last[index] - self.first[index]) + duration
+    def __init__(self, clock: Clock, program: Program, durations: Sequence[float], cost: float) -> None:
+        super().__init__(clock, program, durations, cost)
+        self.inside = [last - first for first, last in zip(self.first, self.last, strict=True)]
+        self.apart = list(durations)
+
+    def waits(self, program: Program) -> list[bool]:
+        return [op.awaited or not op.rendezvous for op in program.ops]
 
 
 def _kernels(program: Program) -> tuple[list[float], list[float]]:
     """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'
     worth. Equal work is shared, so it is counted once."""
-    counts: dict[tuple[int, bool], tuple[tuple[Work, ...], tuple[float, float]]] = {}
-    found = []
-    for op in program.ops:
-        key = id(op.work), op.component in program.graphs
-        if key not in counts:
-            counts[key] = op.work, on_host(op.work, key[1])
-        found.append(counts[key][1])
-    return [issued for issued, _ in found], [more for _, more in found]
+    graphs = program.graphs
+    keys = [(id(op.work), op.component in graphs) for op in program.ops]
+    parts = dict(zip(keys, program.ops, strict=True))
+    counts = {key: on_host(op.work, key[1]) for key, op in parts.items()}
+    return [counts[key][0] for key in keys], [counts[key][1] for key in keys]

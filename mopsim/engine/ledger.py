@@ -29,26 +29,29 @@ class Ledger:
         self.curve: list[tuple[float, tuple[int, ...]]] | None = (
             [(0.0, tuple(self.now))] if keep_curve else None
         )
-        self._sums: dict[int, tuple[Deltas, int, int]] = {}
+        self._heights: dict[int, tuple[int, int]] = {}
+        self._ends: dict[tuple[int, int], tuple[Deltas, int, int]] = {}
 
     def start(self, op: Op, time: float) -> None:
         """Raise the ledger to the op's height."""
-        if not op.peak:
+        peak = op.peak
+        if not peak:
             return
         now, high = self.now, self.high
-        for slot, size in op.peak:
-            now[slot] += size
-            if now[slot] > high[slot]:
-                high[slot] = now[slot]
-        _, device, host = self._sums.get(id(op.peak)) or self._sum(op.peak)
+        for slot, size in peak:
+            size = now[slot] = now[slot] + size
+            if size > high[slot]:
+                high[slot] = size
+        device, host = self._heights.get(id(peak)) or self._height(peak)
         self.device += device
         self.host += host
         if self.device > self.peak:
             self.peak, self.at_peak, self.peak_time, self.peak_op = self.device, list(now), time, op
             if self.over is None and self.device > self.limit:
-                grown = [(size, slot) for slot, size in op.peak if slot < NUM_DEVICE_SLOTS]
+                grown = [(size, slot) for slot, size in peak if slot < NUM_DEVICE_SLOTS]
                 self.over = SLOTS[max(grown)[1]]
-        self._highest(op.phase)
+        if self.device > self.by_phase.get(op.phase, 0):
+            self.by_phase[op.phase] = self.device
         if self.host > self.host_peak:
             self.host_peak, self.at_host_peak = self.host, list(now)
         if self.curve is not None:
@@ -56,32 +59,38 @@ class Ledger:
 
     def end(self, op: Op, time: float) -> None:
         """Drop the op's height, keep its net change."""
-        if not op.peak and not op.net:
-            self._highest(op.phase)
-            return
-        now = self.now
-        for slot, size in op.peak:
-            now[slot] -= size
-        for slot, size in op.net:
-            now[slot] += size
-        _, held, held_host = self._sums.get(id(op.peak)) or self._sum(op.peak)
-        _, kept, kept_host = self._sums.get(id(op.net)) or self._sum(op.net)
-        self.device += kept - held
-        self.host += kept_host - held_host
-        self._highest(op.phase)
-        if self.curve is not None:
-            self.curve.append((time, tuple(now)))
+        peak, net = op.peak, op.net
+        if peak or net:
+            changes, device, host = self._ends.get((id(peak), id(net))) or self._end(peak, net)
+            now = self.now
+            for slot, size in changes:
+                now[slot] += size
+            self.device += device
+            self.host += host
+            if self.curve is not None:
+                self.curve.append((time, tuple(now)))
+        if self.device > self.by_phase.get(op.phase, 0):
+            self.by_phase[op.phase] = self.device
 
-    def _highest(self, phase: str) -> None:
-        if self.device > self.by_phase.get(phase, 0):
-            self.by_phase[phase] = self.device
+    def _height(self, peak: Deltas) -> tuple[int, int]:
+        """Bytes of the device and of the host, kept for those changes: equal ones are one object."""
+        found = self._heights[id(peak)] = _sums(peak)
+        return found
 
-    def _sum(self, changes: Deltas) -> tuple[Deltas, int, int]:
-        """(The changes, which keeps their id; their bytes of the device, of the host), kept by it."""
-        device = sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
-        found = (changes, device, sum(size for _, size in changes) - device)
-        self._sums[id(changes)] = found
+    def _end(self, peak: Deltas, net: Deltas) -> tuple[Deltas, int, int]:
+        """(The changes at the end of an op; their bytes of the device, of the host), kept likewise."""
+        left = dict(net)
+        for slot, size in peak:
+            left[slot] = left.get(slot, 0) - size
+        changes = tuple((slot, size) for slot, size in left.items() if size)
+        found = self._ends[id(peak), id(net)] = (changes, *_sums(changes))
         return found
 
     def _largest(self) -> str:
         return SLOTS[max(range(NUM_DEVICE_SLOTS), key=lambda slot: self.now[slot])]
+
+
+def _sums(changes: Deltas) -> tuple[int, int]:
+    """Bytes of the device, of the host."""
+    device = sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
+    return device, sum(size for _, size in changes) - device

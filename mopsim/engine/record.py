@@ -84,8 +84,10 @@ class Record:
             self._tally(op).exposed["host"] += op.times * seconds
             self._tally(op).component[WAITING] += op.times * seconds
 
-    def held(self, op: Op, seconds: float) -> None:
+    def held(self, op: Op, seconds: float, compute: bool) -> None:
         """Kernels inside `op`, whose time `ended` books, ran apart because the host issued them late."""
+        if not compute:
+            return
         self._tally(op).exposed["host"] += op.times * seconds
         self._tally(op).component[WAITING] += op.times * seconds
         self._tally(op).component[op.component] -= op.times * seconds
@@ -108,7 +110,7 @@ class Record:
 
     def ended(self, op: Op, ready: float, start: float, end: float, compute: bool) -> None:
         """An op ran from start to end."""
-        tally = self._tally(op)
+        tally = self.tallies[self.turns[op.index]]
         if compute:
             if tally.start < 0.0:
                 tally.ready, tally.start = ready, start

@@ -89,16 +89,16 @@ def run(
 
 def _durations(program: Program, hardware: HardwareProfile, prices: Prices) -> list[float]:
     """Seconds of every op alone on its stream. Work is priced once per object: equal work is shared."""
-    found = []
-    for op in program.ops:
+    totals: dict[int, float] = {}
+    for work in {id(op.work): op.work for op in program.ops}.values():
         total = 0.0
-        for work in op.work:
-            priced = prices.get(id(work))
+        for one in work:
+            priced = prices.get(id(one))
             if priced is None:
-                priced = prices[id(work)] = (work, seconds(work, hardware))
+                priced = prices[id(one)] = (one, seconds(one, hardware))
             total += priced[1]
-        found.append(total)
-    return found
+        totals[id(work)] = total
+    return [totals[id(op.work)] for op in program.ops]
 
 
 def _kinds(program: Program, prices: Prices) -> dict[int, dict[str, float]]:

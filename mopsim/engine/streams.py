@@ -1,34 +1,33 @@
-"""SimPy streams: one process per stream and program, ops in issue order, as device streams run them.
+"""Streams: one process per stream and program, ops in issue order, as device streams run them.
 
 A thread of the host issues the ops (see HostThread); no stream runs what is not issued yet.
 """
 
 from collections import Counter
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import simpy
-
+from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record, turns
 from mopsim.program.workload import Op, Program, Repeat, first_compute
 
-Process = Generator[simpy.Event, Any, None]
 COMMUNICATION = ("scale_up", "scale_out")
 
 
 class Meeting:
     """Ops of different programs that start together: a send and its receive."""
 
-    def __init__(self, env: simpy.Environment, expected: int) -> None:
-        self.event, self.missing = env.event(), expected
+    def __init__(self, clock: Clock, expected: int) -> None:
+        self.clock, self.expected = clock, expected
+        self.waiting: list[Wake] = []
 
-    def arrive(self) -> simpy.Event:
-        self.missing -= 1
-        if self.missing == 0:
-            self.event.succeed()
-        return self.event
+    def arrive(self, wake: Wake) -> None:
+        """All are woken once the last one is there."""
+        self.waiting.append(wake)
+        if len(self.waiting) == self.expected:
+            for one in self.waiting:
+                self.clock.after(0.0, one)
 
 
 class Rank:
@@ -37,7 +36,7 @@ class Rank:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        clock: Clock,
         program: Program,
         durations: Sequence[float],
         ledger: Ledger,
@@ -46,7 +45,7 @@ class Rank:
         meetings: dict[str, Meeting],
         host: HostThread | None,
     ) -> None:
-        self.env, self.program, self.durations = env, program, durations
+        self.clock, self.program, self.durations = clock, program, durations
         self.ledger, self.record, self.meetings, self.host = ledger, record, meetings, host
         self.repeats = {repeat.gap: repeat for repeat in program.repeats}
         record.issued, record.turns = [0.0] * len(program.ops), turns(program)
@@ -55,86 +54,90 @@ class Rank:
         record.starts, record.ends = self.starts, self.ends
         self.before = [-1] * len(program.ops)
         """The op that the same stream runs before each."""
-        self.waiting: dict[int, simpy.Event] = {}
+        self.waiting: dict[int, list[Wake]] = {}
         self.share = share
         self.talking: list[Op] = []
         self.remaining, self.since = 0.0, 0.0
-        self.finish: simpy.Event | None = None
+        self.wake: Wake | None = None
+        """Of the compute that runs."""
+        self.timer = -1
+        """The number under which it is woken."""
         streams: dict[str, list[Op]] = {}
         for op in program.ops:
             earlier = streams.setdefault(op.stream, [])
             self.before[op.index] = earlier[-1].index if earlier else -1
             earlier.append(op)
         for name, ops in streams.items():
-            env.process(self.run(name, ops))
+            clock.start(self.run(name, ops))
 
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
         """Issue the stream's ops one after the other. Time passes at yields only, so `now` is read there."""
-        env, done, record, ledger, host = self.env, self.done, self.record, self.ledger, self.host
-        compute, talks = stream == "compute", stream in COMMUNICATION
-        shares, durations, now = self.share > 0.0, self.durations, self.env.now
+        wake = yield
+        clock, ledger, record, host, after = self.clock, self.ledger, self.record, self.host, self.clock.after
+        starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
+        compute, durations, now = stream == "compute", self.durations, clock.now
+        begin, end = self.way(stream)
+        if host is not None:
+            stretch, bases, awaited = host.stretch, host.bases, host.awaited
+            first, inside, apart = host.first, host.inside, host.apart
         for op in ops:
             index, ready = op.index, now
             for dep in op.deps:
                 if not done[dep]:
-                    yield self.wait_for(dep)
-                    before, now = now, env.now
+                    waiting.setdefault(dep, []).append(wake)
+                    yield
+                    before, now = now, clock.now
                     if compute and now > before:
-                        record.waited(op, now - before)
                         self.blame(op, dep, before, now)
             if host is not None:
                 before = now
-                if not host.knows(index):
-                    yield host.resumed(index)
-                    now = env.now
-                issued = record.issued[index] = host.begins(index)
+                if stretch[index] >= len(bases):
+                    host.wait(index, wake)
+                    yield
+                    now = clock.now
+                issued = record.issued[index] = bases[stretch[index]] + first[index]
                 if issued > now:
-                    yield env.timeout(issued - now)
-                    now = env.now
+                    after(issued - now, wake)
+                    yield
+                    now = clock.now
                 if compute and now > before:
                     record.idle(op, now - before)
             if op.rendezvous:
-                before = now
-                yield self.meetings[op.rendezvous].arrive()
-                now = env.now
-                if compute:
-                    record.waited(op, now - before)
-                    record.blame(op, op, now - before, "peers")
-            start = self.starts[index] = now
+                yield from self.meet(op, wake)
+                now = clock.now
+            start = starts[index] = now
             if host is not None and index in self.repeats:
                 self.leap(self.repeats[index], host)
             ledger.start(op, start)
             duration = durations[index]
             if duration > 0.0:
-                if compute and shares:
-                    yield self.compute(duration)
-                    self._finished()
-                elif talks and shares:
-                    self.communicate(op, begins=True)
-                    yield env.timeout(duration)
-                    self.communicate(op, begins=False)
-                else:
-                    yield env.timeout(duration)
-                now = env.now
+                begin(op, duration, wake)
+                yield
+                end(op)
+                now = clock.now
             if host is not None:
-                late = host.ends(index, start, duration) - now
+                late = (start if host.blocked else bases[stretch[index]]) + inside[index] + apart[index] - now
                 if late > 0.0:
-                    yield env.timeout(late)
-                    now = env.now
-                    if compute:
-                        record.held(op, late)
-                if host.waits(op):
+                    after(late, wake)
+                    yield
+                    now = clock.now
+                    record.held(op, late, compute)
+                if awaited[index]:
                     host.resume(index)
             ledger.end(op, now)
             record.ended(op, ready, start, now, compute)
-            self.over(index, now)
+            done[index], ends[index] = True, now
+            for other in waiting.pop(index, ()):
+                after(0.0, other)
 
-    def over(self, index: int, now: float) -> None:
-        """An op has ended: who waits for it goes on."""
-        self.done[index], self.ends[index] = True, now
-        event = self.waiting.pop(index, None)
-        if event is not None:
-            event.succeed()
+    def meet(self, op: Op, wake: Wake) -> Process:
+        """Wait for the op's counterparts of other programs."""
+        before = self.clock.now
+        self.meetings[op.rendezvous].arrive(wake)
+        yield
+        if op.stream == "compute":
+            self.record.waited(op, self.clock.now - before)
+            self.record.blame(op, op, self.clock.now - before, "peers")
 
     def leap(self, repeat: Repeat, host: HostThread) -> None:
         """Layers in the place of an op are not played: the host gets ahead, or behind, as it would."""
@@ -143,27 +146,12 @@ class Rank:
         took = self.starts[repeat.gap] - self.starts[first]
         self.record.behind[repeat.gap] = host.leap(first, after, repeat.times, took)
 
-    def wait_for(self, index: int) -> simpy.Event:
-        event = self.waiting.get(index)
-        if event is None:
-            event = self.waiting[index] = self.env.event()
-        return event
-
-    def compute(self, duration: float) -> simpy.Event:
-        """An event that fires when `duration` seconds of undisturbed compute are done."""
-        self.remaining, self.since = duration, self.env.now
-        self.finish = self._timer()
-        return self.finish
-
-    def _finished(self) -> None:
-        self._settle()
-        self.finish = None
-
     def blame(self, waiting: Op, index: int, since: float, until: float) -> None:
         """Book the compute stream's wait for op `index`, backwards in time: while that op ran, on it; before,
         on what it waited for itself. Where that was nothing of this rank: on its peers if they met,
         else on the host."""
         ops, record, ends = self.program.ops, self.record, self.ends
+        record.waited(waiting, until - since)
         while until > since:
             op = ops[index]
             start = max(self.starts[index], since)
@@ -177,34 +165,65 @@ class Rank:
             record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
 
-    def communicate(self, op: Op, *, begins: bool) -> None:
-        """A collective begins or ends: settle what compute has done, then go on at the new rate."""
-        running = self.finish
-        if running is not None:
+    def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object]]:
+        """How ops of a stream begin and end."""
+        if self.share > 0.0 and stream == "compute":
+            return self.compute, self.computed
+        if self.share > 0.0 and stream in COMMUNICATION:
+            return self.talk, self.talked
+        return lambda op, duration, wake: self.clock.after(duration, wake), lambda op: None
+
+    def compute(self, op: Op, duration: float, wake: Wake) -> None:
+        """Wake when `duration` seconds of undisturbed compute are done."""
+        self.remaining, self.since, self.wake = duration, self.clock.now, wake
+        self._wake()
+
+    def computed(self, op: Op) -> None:
+        """They are."""
+        if self.talking:
             self._settle()
-        if begins:
-            self.talking.append(op)
-        else:
-            self.talking.remove(op)
-        if running is not None and running.callbacks:  # who waits for the old timer waits for the new one
-            self.finish = self._timer()
-            self.finish.callbacks, running.callbacks = running.callbacks, []
+        self.wake = None
+
+    def talk(self, op: Op, duration: float, wake: Wake) -> None:
+        """A collective begins: compute goes on at the new rate."""
+        self._pause()
+        self.talking.append(op)
+        self._wake()
+        self.clock.after(duration, wake)
+
+    def talked(self, op: Op) -> None:
+        """It has ended."""
+        self._pause()
+        self.talking.remove(op)
+        self._wake()
+
+    def _pause(self) -> None:
+        """Settle what the compute that runs has done, and do not wake it when that was thought to be all."""
+        if self.wake is not None:
+            self._settle()
+            if not self.talking or self.share < 1.0:
+                self.clock.overtaken.add(self.timer)
 
     def _settle(self) -> None:
         """Count what compute has done since the last change of its rate, and what a collective took of it."""
-        passed, rate = self.env.now - self.since, self._rate()
-        self.remaining -= passed * rate
-        self.since = self.env.now
+        now = self.clock.now
+        passed, self.since = now - self.since, now
         if self.talking:
+            rate = 1.0 - self.share
+            self.remaining -= passed * rate
             self.record.stolen(self.talking[0], passed * (1.0 - rate))
+        else:
+            self.remaining -= passed
 
-    def _rate(self) -> float:
-        return 1.0 - self.share if self.talking else 1.0
-
-    def _timer(self) -> simpy.Event:
-        """Fires when what remains is done at the present rate."""
-        rate = self._rate()
-        return self.env.timeout(max(0.0, self.remaining) / rate) if rate > 0.0 else self.env.event()
+    def _wake(self) -> None:
+        """Wake the compute that runs when what remains is done at the present rate."""
+        left, wake = max(0.0, self.remaining), self.wake
+        if wake is None:
+            return
+        if not self.talking:
+            self.timer = self.clock.after(left, wake)
+        elif self.share < 1.0:
+            self.timer = self.clock.after(left / (1.0 - self.share), wake)
 
 
 def play(
@@ -224,22 +243,22 @@ def play(
     Raises AssertionError that lists the ops left when none can go on: a deadlock in the program, never a
     user's mistake.
     """
-    env = simpy.Environment()
+    clock = Clock()
     parties = Counter(op.rendezvous for program in programs for op in program.ops if op.rendezvous)
-    meetings = {key: Meeting(env, count) for key, count in parties.items()}
+    meetings = {key: Meeting(clock, count) for key, count in parties.items()}
     thread_of, plays = BlockedThread if blocking else HostThread, blocking or issue > 0.0
     threads = [
-        thread_of(env, program, issue) if plays and "step" not in program.graphs else None
-        for program in programs
+        thread_of(clock, program, times, issue) if plays and "step" not in program.graphs else None
+        for program, times in zip(programs, durations, strict=True)
     ]
     ranks = [
-        Rank(env, program, times, ledger, record, share, meetings, thread)
+        Rank(clock, program, times, ledger, record, share, meetings, thread)
         for program, times, ledger, record, thread in zip(
             programs, durations, ledgers, records, threads, strict=True
         )
     ]
-    env.run()
+    clock.run()
     rest = ((rank, op) for rank in ranks for op in rank.program.ops if not rank.done[op.index])
     left = [f"{rank.program.stage}:{op.name}" for rank, op in rest]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"
-    return max(record.end for record in records)  # env.now may be a timer that was overtaken
+    return max(record.end for record in records)  # now may be a time that was overtaken
