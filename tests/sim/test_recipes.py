@@ -97,6 +97,16 @@ def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
     assert found.program().kernels.loss == "fused"
 
 
+def test_rows_of_an_unfused_permutation_are_added_by_atomic_operations() -> None:
+    for notes, sums in (
+        ("unfused permutation", "atomic"),
+        ("run without permute fusion", "atomic"),
+        ("permute fusion", "gathered"),
+    ):
+        found = read_case(row(stack="megatron-core", notes=notes, sharding="zero1"), MODELS)
+        assert found.program().kernels.row_sums == sums
+
+
 def test_a_fused_loss_is_what_the_program_calls_so() -> None:
     for stack in ("megatron-core", "nemo", "megatron-bridge", "llm-foundry"):
         zero = "zero3" if stack == "llm-foundry" else "zero1"
