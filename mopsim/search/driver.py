@@ -4,7 +4,7 @@ the event simulation decides."""
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
@@ -77,6 +77,7 @@ def search(
             done[family] = _settled(one.hunt)
     result = _merged([done[family] for family in options.families], options, SearchResult(model))
     result.best_by_family = {family: done[family].found.best for family in options.families}
+    result.behind = _behind(done, result.best)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -185,6 +186,16 @@ def _settled(hunt: Hunt) -> Hunted:
     found.rejected[NO_GAIN_IN_FAMILY] += int((~slower & ~may_gain).sum())
     reason = SPENT if found.simulated >= hunt.options.budget else GAVE_UP
     return Hunted(found, float(min(left, default=math.inf)), hunt.expected(), left[may_gain], reason)
+
+
+def _behind(done: Mapping[str, Hunted], best: SimResult | None) -> dict[str, float]:
+    """By family that found a plan of its own: how many times as long as the best any plan of it takes."""
+    found = {family: (one.found.best, one.least) for family, one in done.items()}
+    return {
+        family: min(own.step_time, least) / best.step_time
+        for family, (own, least) in found.items()
+        if best and own
+    }
 
 
 def _gains(best: SimResult | None) -> float:

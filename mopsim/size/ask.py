@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from mopsim.common.garbage import collected_later
 from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
 from mopsim.search import Options, SearchResult, search
@@ -20,6 +21,9 @@ from mopsim.spec.training import TrainSpec
 ROWS = 40_000
 """To which a search multiplies out a space: ten times as many take twice as long and find nothing faster
 within so few simulations."""
+FAR = 1.25
+"""A family whose plans all take so many times as long as the best is not searched at the counts around: from
+128 to 320 nodes of H200 and MI300X that factor of a family changes by a tenth at most."""
 AS_GOOD = 0.97
 """Part of what a plan made of a device elsewhere that makes the plan good enough here: no other form is
 tried."""
@@ -43,15 +47,18 @@ class Ask:
 @dataclass(frozen=True)
 class Answer:
     """plans: the fastest that fits of each family, fastest first, without their timelines. why: what stops
-    everything where there is none. tried: strategies that were carried here."""
+    everything where there is none. tried: strategies that were carried here. behind: families that were
+    searched here and can have no plan that is FAR as fast as the best."""
 
     plans: tuple[SimResult, ...]
     simulated: int
     why: str = ""
     gap: float | None = None
     tried: tuple[Strategy, ...] = ()
+    behind: tuple[str, ...] = ()
 
 
+@collected_later()
 def answer(request: Request, ask: Ask) -> Answer:
     """Simulate and search."""
     training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
@@ -59,6 +66,7 @@ def answer(request: Request, ask: Ask) -> Answer:
     simulated, why, gap = len(fitting), "no plan of another number of nodes fits here", None
     best: dict[str, SimResult] = {}
     searched: SimResult | None = None
+    behind: tuple[str, ...] = ()
     if ask.simulations:
         options = Options(
             ask.families, 1, ask.simulations, request.runnable, precision=request.precision, axes=coarse,
@@ -68,19 +76,22 @@ def answer(request: Request, ask: Ask) -> Answer:
         simulated += found.simulated
         fitting += [one for one in found.best_by_family.values() if one is not None]
         why, gap, searched = _memory_reason(found), found.gap, found.best
+        behind = tuple(family for family, times in found.behind.items() if times > FAR)
     for one in sorted(fitting, key=lambda one: one.step_time):
         if one.sure:
             best.setdefault(one.strategy.name, one)
     plans = tuple(_small(one) for one in best.values())
     if plans and gap is not None and searched is not None:  # it is the search's, of its own best
         gap = max(0.0, (1 + gap) * plans[0].step_time / searched.step_time - 1)
-    return Answer(plans, simulated, "" if plans else why, gap, tried)
+    return Answer(plans, simulated, "" if plans else why, gap, tried, behind)
 
 
 def merged(before: Answer, after: Answer) -> Answer:
-    """Two answers of one question: the faster plan of each family, the gap of the fastest."""
+    """Two answers of one question: the faster plan of each family, the gap of the fastest; of equal ones that
+    of a search."""
     best: dict[str, SimResult] = {}
-    for one in sorted((*before.plans, *after.plans), key=lambda one: one.step_time):
+    first, then = (before, after) if after.gap is None else (after, before)
+    for one in sorted((*first.plans, *then.plans), key=lambda one: one.step_time):
         best.setdefault(one.strategy.name, one)
     plans = tuple(best.values())
     fastest = [one for one in (after, before) if one.plans and one.plans[0] is plans[0]]

@@ -17,7 +17,8 @@ AROUND = 4
 @dataclass
 class KnownSteps:
     """What was found of one machine type so far. By count: given, the plans that it was asked with; tried,
-    their forms that were played there; searched, families that were."""
+    their forms that were played there; searched, families that were; behind, those of them that are slower by
+    far."""
 
     request: Request
     hardware: HardwareProfile
@@ -26,6 +27,7 @@ class KnownSteps:
     given: dict[int, list[Strategy]] = field(default_factory=lambda: defaultdict(list))
     tried: dict[int, list[Strategy]] = field(default_factory=lambda: defaultdict(list))
     searched: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    behind: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     simulated: int = 0
 
     def note(self, ask: Ask, found: Answer) -> None:
@@ -35,6 +37,7 @@ class KnownSteps:
         self.tried[ask.num_nodes] += found.tried
         if ask.simulations:
             self.searched[ask.num_nodes].update(ask.families)
+            self.behind[ask.num_nodes].update(found.behind)
         before = self.answers.get(ask.num_nodes)
         if before is not None:
             found = merged(before, found)
@@ -44,14 +47,19 @@ class KnownSteps:
     def told(self, ask: Ask) -> Ask:
         """A question with what is known of its count: nothing is played there twice."""
         plans = self.answers[ask.num_nodes].plans if ask.num_nodes in self.answers else ()
+        tried = (*self.tried[ask.num_nodes], *(one.strategy for one in plans))
         rate = max((one.tokens_per_second_per_device for one in plans), default=0.0)
-        return replace(ask, tried=tuple(self.tried[ask.num_nodes]), rate=rate)
+        return replace(ask, tried=tried, rate=rate)
 
     def search(self, count: int, families: tuple[str, ...] = (), times: int = 1) -> Ask:
-        request = self.request
-        return Ask(
-            self.hardware, count, self.near(count), families or request.families, request.simulations * times
-        )
+        families, budget = families or self.hopeful(count), self.request.simulations * times
+        return Ask(self.hardware, count, self.near(count), families, budget)
+
+    def hopeful(self, count: int) -> tuple[str, ...]:
+        """Families that are not slower by far at a count around; all, where each is at one of them."""
+        around = [found for one, found in self.behind.items() if count / AROUND <= one <= count * AROUND]
+        every, behind = self.request.families, set().union(*around)
+        return tuple(one for one in every if one not in behind) or every
 
     def search_led(self, count: int) -> Ask:
         """A search of the families of the fastest plans of the nearest counts."""
@@ -59,7 +67,7 @@ class KnownSteps:
 
     def unsearched(self, count: int) -> bool:
         """Whether families were left out at a count: another than those of its neighbours may be the best."""
-        return not self.searched[count].issuperset(self.request.families)
+        return not self.searched[count].issuperset(self.hopeful(count))
 
     def carry(self, count: int, *others: int) -> Ask:
         """The plans of the nearest counts, and of others."""

@@ -1,11 +1,14 @@
 """A plan of one cluster on another: degrees that stay, ranks that are used, batches that divide."""
 
+from unittest.mock import Mock
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.size.carry import carried
+from mopsim.size.known import KnownSteps
 from mopsim.spec.strategy import Attention, Dense, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -74,3 +77,16 @@ def test_every_form_uses_all_ranks_and_divides_the_batch(
     for found in carried(given_plan, more, batch):
         assert found.world_size == more
         TrainSpec(seq_len=2**10 * 3**3 * 5, global_batch=batch).check_strategy(found)
+
+
+def test_a_family_that_is_slower_by_far_is_not_searched_at_the_counts_around() -> None:
+    request = Mock(families=("mop", "fsdp2", "megatron"))
+    known = KnownSteps(request, Mock())
+    known.behind[64].add("fsdp2")
+    known.behind[1024].update(("mop", "megatron"))
+    assert known.hopeful(128) == ("mop", "megatron")
+    assert known.hopeful(16) == ("mop", "megatron")
+    assert known.hopeful(512) == ("fsdp2",)
+    assert known.hopeful(8) == known.hopeful(256) == request.families
+    known.searched[128].update(("mop", "megatron"))
+    assert not known.unsearched(128)
