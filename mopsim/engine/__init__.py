@@ -1,4 +1,4 @@
-"""Streams on a clock of discrete events and the memory ledger: Workload -> SimResult."""
+"""SimPy streams and the memory ledger: Workload -> SimResult. The only importer of simpy."""
 
 from mopsim.engine.record import Span
 from mopsim.engine.result import SimResult

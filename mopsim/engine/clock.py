@@ -1,48 +1,47 @@
-"""A clock of discrete events, as SimPy's Environment is one for processes and timeouts, without an object for
-each event: a step has hundreds of thousands.
+"""SimPy's environment for the streams of a step, which has hundreds of thousands of events: each wakes a
+generator itself. A SimPy Process is entered through three calls, and a Timeout has fields that nobody reads.
 """
 
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from heapq import heappop, heappush
-from itertools import count
+from typing import Any
 
-Wake = Callable[[], object]
-Process = Generator[None, Wake, None]
-"""Yields to wait until it is woken; the first time it is told by what, and begins."""
+import simpy
+
+Wake = Callable[[Any], None]
+Process = Generator[None, Any, None]
+"""Yields to wait until it is woken; the first time it is sent what wakes it, and begins."""
 
 
-class Clock:
-    """Wakes who waits when the time has come, of equal times in the order in which it was asked to.
+class Moment(simpy.Event):
+    """An event at which one is woken, or nobody once it is overtaken."""
 
-    queue: (time, number, who is woken). overtaken: numbers of those who are not woken after all.
-    """
+    _ok, _value = True, None
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.queue: list[tuple[float, int, Wake]] = []
-        self.numbers = count()
-        self.overtaken: set[int] = set()
+    def __init__(self, wake: Wake) -> None:
+        self.callbacks = [wake]
 
-    def after(self, seconds: float, wake: Wake) -> int:
-        """Wake in so many seconds. Returns the number under which it may be overtaken."""
-        number = next(self.numbers)
-        heappush(self.queue, (self.now + seconds, number, wake))
-        return number
+
+class Clock(simpy.Environment):
+    """Wakes who waits when the time has come, of equal times in the order in which it was asked to."""
+
+    def after(self, seconds: float, wake: Wake) -> Moment:
+        """Wake in so many seconds."""
+        moment = Moment(wake)
+        self.schedule(moment, delay=seconds)
+        return moment
+
+    def overtake(self, moment: Moment) -> None:
+        """Wake nobody at that moment."""
+        moment.callbacks = []
 
     def start(self, process: Process) -> None:
         """Let a process begin at the present time."""
         next(process)
-        self.after(0.0, lambda: process.send(process.__next__))
+        self.after(0.0, lambda moment: process.send(process.send))
 
-    def run(self) -> None:
+    def play(self) -> None:
         """Let time pass until nobody waits for it."""
-        queue, overtaken = self.queue, self.overtaken
-        while queue:
+        while self._queue:
             with suppress(StopIteration):  # a process has ended
-                while queue:
-                    self.now, number, wake = heappop(queue)
-                    if number in overtaken:
-                        overtaken.remove(number)
-                    else:
-                        wake()
+                self.run()

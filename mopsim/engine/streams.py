@@ -1,4 +1,4 @@
-"""Streams: one process per stream and program, ops in issue order, as device streams run them.
+"""SimPy streams: one process per stream and program, ops in issue order, as device streams run them.
 
 A thread of the host issues the ops (see HostThread); no stream runs what is not issued yet.
 """
@@ -6,7 +6,7 @@ A thread of the host issues the ops (see HostThread); no stream runs what is not
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from mopsim.engine.clock import Clock, Process, Wake
+from mopsim.engine.clock import Clock, Moment, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record, turns
@@ -60,8 +60,8 @@ class Rank:
         self.remaining, self.since = 0.0, 0.0
         self.wake: Wake | None = None
         """Of the compute that runs."""
-        self.timer = -1
-        """The number under which it is woken."""
+        self.timer: Moment | None = None
+        """At which it is woken."""
         streams: dict[str, list[Op]] = {}
         for op in program.ops:
             earlier = streams.setdefault(op.stream, [])
@@ -201,8 +201,8 @@ class Rank:
         """Settle what the compute that runs has done, and do not wake it when that was thought to be all."""
         if self.wake is not None:
             self._settle()
-            if not self.talking or self.share < 1.0:
-                self.clock.overtaken.add(self.timer)
+            if self.timer is not None and (not self.talking or self.share < 1.0):
+                self.clock.overtake(self.timer)
 
     def _settle(self) -> None:
         """Count what compute has done since the last change of its rate, and what a collective took of it."""
@@ -257,7 +257,7 @@ def play(
             programs, durations, ledgers, records, threads, strict=True
         )
     ]
-    clock.run()
+    clock.play()
     rest = ((rank, op) for rank in ranks for op in rank.program.ops if not rank.done[op.index])
     left = [f"{rank.program.stage}:{op.name}" for rank, op in rest]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"

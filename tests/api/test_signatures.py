@@ -49,7 +49,7 @@ def test_every_name_is_documented_and_found() -> None:
 
 def test_the_import_is_light_and_packages_inside_do_not_take_a_function() -> None:
     code = (
-        "import sys, mopsim; heavy = {'torch', 'numpy', 'pandas', 'matplotlib', 'scipy', 'typer'}; "
+        "import sys, mopsim; heavy = {'torch', 'numpy', 'pandas', 'simpy', 'matplotlib', 'scipy', 'typer'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules); from mopsim.search import Options; "
         "import mopsim.search.driver; assert callable(mopsim.search), mopsim.search; "
         "import mopsim.size.fabric as fabric, mopsim.search.space as space; "

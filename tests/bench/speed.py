@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import simpy
+
 from mopsim.common.io import write_text
 from mopsim.engine import run, simulate
-from mopsim.engine.clock import Clock, Wake
 from mopsim.program import lower
 from mopsim.search.bound import bound
 from mopsim.search.problem import Problem
@@ -121,22 +122,22 @@ def bounds() -> list[Figure]:
     return found
 
 
-def events_of(step: Step) -> int:
-    """Events of the clock in a step."""
-    count, plain = 0, Clock.after
+def simpy_events(step: Step) -> int:
+    """Events that SimPy processes in a step."""
+    count, plain = 0, simpy.Environment.step
 
-    def counted(clock: Clock, seconds: float, wake: Wake) -> int:
+    def counted(env: simpy.Environment) -> None:
         nonlocal count
         count += 1
-        return plain(clock, seconds, wake)
+        plain(env)
 
-    Clock.after = counted  # type: ignore[method-assign]
+    simpy.Environment.step = counted  # type: ignore[method-assign]
     try:
         simulate(
             load_model(step.model), load_profile(step.hardware), step.nodes, step.strategy, step.training
         )
     finally:
-        Clock.after = plain  # type: ignore[method-assign]
+        simpy.Environment.step = plain  # type: ignore[method-assign]
     return count
 
 
@@ -146,7 +147,7 @@ def steps() -> list[Figure]:
     for step in STEPS:
         model, hardware = load_model(step.model), load_profile(step.hardware)
         workload = lower(model, step.strategy, step.training, hardware.scale_up_size)
-        events = events_of(step)
+        events = simpy_events(step)
         ops = sum(len(program.ops) for program in workload.programs)
         playing = best(
             lambda m=model, h=hardware, s=step, w=workload: run(w, m, h, s.strategy, s.training)  # type: ignore[misc]
@@ -186,7 +187,7 @@ def environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "load before": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "msgspec")},
+        **{name: version(name) for name in ("simpy", "numpy", "msgspec")},
     }
 
 

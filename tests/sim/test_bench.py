@@ -37,7 +37,7 @@ def test_events_are_those_of_the_simulation(speed: ModuleType) -> None:
     step = speed.Step(
         "", "tiny", "cpu-2core", 1, mop(2, expert_parallel=2), TrainSpec(seq_len=128, global_batch=4)
     )
-    assert speed.events_of(step) == speed.events_of(step) > 100
+    assert speed.simpy_events(step) == speed.simpy_events(step) > 100
 
 
 def test_its_steps_are_legal(speed: ModuleType) -> None:

@@ -225,7 +225,7 @@ def test_nothing_fits_is_told_by_the_exit_code_and_a_plan_of_nothing_is_not_writ
 
 
 def test_cli_imports_neither_torch_nor_matplotlib() -> None:
-    heavy = ("torch", "matplotlib", "numpy")
+    heavy = ("torch", "matplotlib", "simpy", "numpy")
     code = f"import mopsim, mopsim.cli, sys; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

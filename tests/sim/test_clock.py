@@ -1,4 +1,4 @@
-"""The engine's clock wakes as SimPy's Environment does: at the same times, equal ones in the same order."""
+"""The engine's clock wakes as SimPy's processes are woken: at the same times, in the same order."""
 
 from collections.abc import Generator
 from typing import Any
@@ -41,7 +41,7 @@ def _by_clock(scripts: list[Script]) -> Log:
 
     for number in range(len(scripts)):
         clock.start(process(number))
-    clock.run()
+    clock.play()
     return log
 
 
@@ -68,15 +68,14 @@ def _by_simpy(scripts: list[Script]) -> Log:
 
 
 @given(st.lists(st.lists(steps, max_size=8), max_size=6))
-def test_it_wakes_as_simpy_does(scripts: list[Script]) -> None:
+def test_it_wakes_as_processes_of_simpy_are_woken(scripts: list[Script]) -> None:
     assert _by_clock(scripts) == _by_simpy(scripts)
 
 
 def test_who_is_overtaken_is_not_woken() -> None:
     clock, woken = Clock(), []
-    first = clock.after(1.0, lambda: woken.append("first"))
-    clock.after(1.0, lambda: woken.append("second"))
-    clock.overtaken.add(first)
-    clock.run()
+    first = clock.after(1.0, lambda moment: woken.append("first"))
+    clock.after(1.0, lambda moment: woken.append("second"))
+    clock.overtake(first)
+    clock.play()
     assert woken == ["second"]
-    assert not clock.overtaken
