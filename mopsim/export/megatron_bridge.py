@@ -210,7 +210,19 @@ def _model(plan: Plan) -> dict[str, Any]:
         "fine_grained_activation_offloading": offloads,
         "offload_modules": ["attn_norm"] if offloads else [],
     }
-    found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss in ("fused", "upcast", "native")
+    return found | _kernels(plan)
+
+
+def _kernels(plan: Plan) -> dict[str, Any]:
+    """Those that the times of the plan are of: by default Megatron-Core fuses no permutation,
+    and a fused cross entropy is its own (core_v0.14.0, megatron/core/model_parallel_config.py)."""
+    kernels = plan.stack.kernels
+    found: dict[str, Any] = {
+        "cross_entropy_loss_fusion": kernels.loss in ("fused", "upcast", "native"),
+        "cross_entropy_fusion_impl": "native" if kernels.loss == "native" else "te",
+    }
+    if plan.model.num_local_experts:
+        found |= {"moe_grouped_gemm": True, "moe_permute_fusion": kernels.row_sums == "gathered"}
     return found
 
 
