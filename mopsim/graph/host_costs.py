@@ -6,7 +6,9 @@ tiny tensors for transformers 5.24 and torch 2.13 by `reports/host/measure.py`, 
 (`reports/host/modules.json`) these are, rounded; a test holds them together.
 """
 
-LAYER: dict[str, tuple[float, float]] = {
+Costs = dict[str, tuple[float, float]]
+
+LAYER: Costs = {
     "attention": (64.0, 58.0),
     "router": (14.0, 14.0),
     "experts": (33.0, 25.0),
@@ -15,6 +17,28 @@ LAYER: dict[str, tuple[float, float]] = {
 """Linears of a component's forward and backward, kernels included. Megatron-Core's own modules, measured
 likewise (`reports/host/megatron_core.json`): 165 a dense layer where these are 166, about 255 one with
 experts where these are 208."""
+TRANSFORMER_ENGINE: Costs = {
+    "attention": (98.0, 44.0),
+    "router": (35.0, 22.0),
+    "experts": (136.0, 81.0),
+    "expert": (2.3, 3.4),
+    "dense_ffn": (41.0, 28.0),
+}
+TRANSFORMER_ENGINE_8_BITS: Costs = {
+    "attention": (119.0, 52.0),
+    "router": (35.0, 22.0),
+    "experts": (152.0, 84.0),
+    "expert": (6.2, 6.1),
+    "dense_ffn": (44.0, 33.0),
+}
+"""The same of Megatron-Core 0.14's layers made of Transformer Engine 2.7's modules, in its data parallelism
+(`reports/host/te_layers.json`), in bf16 and in MXFP8. `expert`: each local expert adds, whose weight is a
+parameter of its own. Neither Triton's launches nor cuBLASLt's choice of an algorithm is in them."""
+LAYERS: dict[str, dict[bool, Costs]] = {
+    "transformers": {False: LAYER, True: LAYER},
+    "transformer_engine": {False: TRANSFORMER_ENGINE, True: TRANSFORMER_ENGINE_8_BITS},
+}
+"""By a stack's `host.layers`, and by whether products are in 8 bits."""
 CHECKPOINT = 130.0
 """Linears of recomputing a layer (torch.utils.checkpoint, not reentrant) beside its second forward."""
 HOOKS: dict[str, tuple[float, float]] = {

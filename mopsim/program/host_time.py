@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from msgspec import structs
 
-from mopsim.graph.host_costs import CHECKPOINT, HOOKS, LAYER
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.host_costs import CHECKPOINT, HOOKS, LAYER, LAYERS
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.stack import Stack
 
@@ -33,7 +34,7 @@ def hosted(
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
-        whole = LAYER[component][back]
+        whole = _whole([ops[place] for place in places], stack.host.layers, component, back)
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
         more += HOOKS[component][back] if hooked else 0.0
@@ -41,6 +42,14 @@ def hosted(
             middle = places[len(places) // 2]
             ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))
     return tuple(ops)
+
+
+def _whole(ops: Sequence[Op], layers: str, component: str, back: bool) -> float:
+    """Linears of a component's pass: more in 8 bits, and with each local expert."""
+    products = [work for op in ops for work in op.work if work.kind in ("matmul", "grouped_matmul")]
+    costs = LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
+    experts = max((work.count for work in products if work.kind == "grouped_matmul"), default=0.0)
+    return costs[component][back] + experts * costs.get("expert", (0.0, 0.0))[back]
 
 
 class _Known:

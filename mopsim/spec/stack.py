@@ -167,17 +167,18 @@ class Recompute(Spec, frozen=True, kw_only=True):
 
 
 class HostCosts(Spec, frozen=True, kw_only=True):
-    """modules: layers are Python modules under autograd, whose host does more than to start kernels. hooks:
-    around each of them, its parameters are gathered and freed (DeepSpeed's ZeRO-3), not around groups.
-    graphs: components whose kernels CUDA graphs replay; `step`: one graph of the whole step. frames:
-    variables of a layer's Python frame (residual stream, norm's output, sum of routes) live until it has
-    run. blocking: the host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1).
-    reads_lengths: in the forward of a layer it reads from the device how long sequences are, for the
-    attention kernel, in every one or where a microbatch is one sequence (`single`). message_reads: values
-    that it reads from the device before a message between pipeline stages can come, whose shape two
-    messages before it say."""
+    """modules: layers are Python modules under autograd, whose host does more than to start kernels. layers:
+    whose modules they are, for what they take. hooks: around each of them, its parameters are gathered and
+    freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose kernels CUDA graphs replay;
+    `step`: one graph of the whole step. frames: variables of a layer's Python frame (residual stream, norm's
+    output, sum of routes) live until it has run. blocking: the host waits for every kernel before it starts
+    the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer it reads from the device how
+    long sequences are, for the attention kernel, in every one or where a microbatch is one sequence
+    (`single`). message_reads: values that it reads from the device before a message between pipeline stages
+    can come, whose shape two messages before it say."""
 
     modules: bool = False
+    layers: Literal["transformers", "transformer_engine"] = "transformers"
     hooks: bool = False
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"

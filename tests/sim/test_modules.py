@@ -46,6 +46,14 @@ def test_the_constants_are_the_committed_measurement() -> None:
     assert pytest.approx((whole, sharded), abs=0.1) == (modules.UPDATE, modules.UPDATE_SHARDED)
 
 
+def test_transformer_engines_layers_are_the_committed_measurement() -> None:
+    found = json.loads((Path(__file__).parents[2] / "reports/host/te_layers.json").read_text())
+    for narrow, kind in ((False, "bf16"), (True, "mxfp8")):
+        for component, (forward, backward) in modules.LAYERS["transformer_engine"][narrow].items():
+            took = found[kind][component]["forward"], found[kind][component]["backward"]
+            assert (forward, backward) == pytest.approx(took, abs=0.05 if component == "expert" else 0.5)
+
+
 def test_hooks_are_the_committed_measurement() -> None:
     added = json.loads((Path(__file__).parents[2] / "reports/host/deepspeed.json").read_text())["added"]
     for component, (forward, backward) in modules.HOOKS.items():
@@ -77,13 +85,29 @@ def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
 )
 def test_a_layer_takes_what_was_measured(strategy: Strategy) -> None:
     found = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
-    for component, (forward, backward) in modules.LAYER.items():
-        if component != "dense_ffn":
-            assert found["forward", component] >= forward
-            assert found["backward", component] >= backward
-    assert found["forward", "attention"] == modules.LAYER["attention"][0]
-    if load_stack(strategy.stack).sharding.copies:
-        assert found["recompute", "attention"] == modules.LAYER["attention"][0] + modules.CHECKPOINT
+    stack = load_stack(strategy.stack)
+    costs = modules.LAYERS[stack.host.layers][False]
+    for component in ("attention", "router", "experts"):
+        local = 16 if component == "experts" else 0
+        for place, phase in enumerate(("forward", "backward")):
+            whole = costs[component][place] + local * costs.get("expert", (0.0, 0.0))[place]
+            assert found[phase, component] >= whole - 1e-9
+    assert found["forward", "attention"] == costs["attention"][0]
+    if stack.sharding.copies:
+        assert found["recompute", "attention"] == costs["attention"][0] + modules.CHECKPOINT
+
+
+def test_transformer_engines_modules_take_more_in_8_bits_and_with_more_experts() -> None:
+    """Experts take the line through counts of local ones; products in 8 bits have the table of their own."""
+    took = {}
+    for degree, matmul in ((8, "compute"), (4, "compute"), (8, "mxfp8")):
+        strategy = megatron(8, expert_parallel=degree)
+        strategy = replace(strategy, precision=replace(strategy.precision, matmul=matmul))
+        found = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
+        took[degree, matmul] = found["forward", "attention"], found["backward", "experts"]
+    narrow, wide = (modules.LAYERS["transformer_engine"][kind] for kind in (True, False))
+    assert took[8, "mxfp8"][0] - took[8, "compute"][0] == narrow["attention"][0] - wide["attention"][0]
+    assert took[4, "compute"][1] - took[8, "compute"][1] == pytest.approx(16 * wide["expert"][1])
 
 
 def test_small_steps_are_the_hosts_and_large_ones_are_not() -> None:

@@ -23,7 +23,7 @@ from mopsim.spec.stacks import load_stack
 SHIPPED = {side: one["runs"] for side, one in SIDES.items() if "runs" in one}
 """Stacks that describe what mopexec's runtimes really do."""
 _SECTIONS = ("kernels", "sharding", "recompute", "host")
-_COUNTED = ("host.modules", "host.hooks")
+_COUNTED = ("host.modules", "host.layers", "host.hooks")
 """Entries that change what is counted of a program, not the program."""
 
 
