@@ -58,6 +58,12 @@ MISSED = {
         " entropies that Composer's metrics compute again (llm-foundry.yaml): five sixths of it are attention"
         " of heads of 64 in Triton, priced by the middle of a published range (1.3 to 2.5)",
     ),
+    "megatron-bridge-perf-deepseekv3-gb200x256-mxfp8-s4096-0a15e": (
+        0.11,
+        "10.2 % too slow (10 %), 7 % before the host's time of Transformer Engine's modules was measured:"
+        " its preprocessing of routes is in a CUDA graph, and its exchange is HybridEP's, where all of what"
+        " Megatron-Core's all-to-all dispatcher does in Python is counted (reports/host/te_layers.json)",
+    ),
 }
 """Rows beyond their tolerance, which stands: what mends one makes its test fail until it leaves this list.
 With how far off they may be meanwhile."""
