@@ -9,7 +9,7 @@ source that is left out takes no part in either.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, repeat
 from math import log
 
 import msgspec
@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import ndtri
 
+from mopsim.common.processes import pool, workers
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells
 from mopsim.intervals.spread import Array, alike, between, spread
 
@@ -29,6 +30,7 @@ SMALLEST, LARGEST = 1e-3, 1.0
 def fit_errors(runs: Sequence[ErrorCell]) -> ErrorQuantity:
     """The model of one quantity, from runs (cells of one each), and its deviations without each source."""
     known = _Sources(runs)
+    known.fit()
     without = {source: _widened(known, known.all - {source}) for source in sorted(known.all)}
     return ErrorQuantity(deviations=_widened(known, known.all), cells=cells(runs), without=without)
 
@@ -43,12 +45,25 @@ class _Sources:
         self.all = frozenset(self.runs)
         self._fitted: dict[frozenset[str], ErrorQuantity] = {}
 
+    def fit(self) -> None:
+        """To all sources, and without each one and two of them, side by side from what all tell."""
+        start = self.told(self.all).deviations
+        left_out = [{*two} for two in combinations_with_replacement(sorted(self.all), 2)]
+        some = [by for by in (self.all - two for two in left_out) if by]
+        with pool(workers(0)) as processes:
+            found = processes.map(likeliest, map(self.cells, some), repeat(start), chunksize=8)
+            for by, deviations in zip(some, found, strict=True):
+                self._fitted[by] = ErrorQuantity(deviations=deviations, cells=self.cells(by))
+
     def told(self, by: frozenset[str]) -> ErrorQuantity:
         """By these sources, not widened."""
         if by not in self._fitted:
-            some = cells(run for source in sorted(by) for run in self.runs[source])
+            some = self.cells(by)
             self._fitted[by] = ErrorQuantity(deviations=likeliest(some), cells=some)
         return self._fitted[by]
+
+    def cells(self, by: frozenset[str]) -> tuple[ErrorCell, ...]:
+        return cells(run for source in sorted(by) for run in self.runs[source])
 
 
 def _widened(known: _Sources, by: frozenset[str]) -> Deviations:
@@ -116,8 +131,8 @@ def weighted_quantile(values: Sequence[float], weights: Sequence[float], share: 
     return float(np.array(values)[order][min(int(np.searchsorted(reached, share - 1e-9)), len(values) - 1)])
 
 
-def likeliest(known: Sequence[ErrorCell]) -> Deviations:
-    """The deviations of the highest penalized likelihood of these cells."""
+def likeliest(known: Sequence[ErrorCell], start: Deviations | None = None) -> Deviations:
+    """The deviations of the highest penalized likelihood of these cells. start: likely ones."""
     means, counts = np.array([cell.mean for cell in known]), np.array([cell.runs for cell in known])
     squares, free = sum(cell.squares for cell in known), int(np.sum(counts - 1))
     shared = {name: alike(name, known, known).astype(float) for name in LEVELS}
@@ -141,5 +156,6 @@ def likeliest(known: Sequence[ErrorCell]) -> Deviations:
 
     names = (*shared, "run")
     bounds = [(log(SMALLEST), log(LARGEST))] * len(names)
-    found = minimize(cost, np.full(len(names), log(usual)), jac=True, method="L-BFGS-B", bounds=bounds)
+    first = [log(getattr(start, name) if start else usual) for name in names]
+    found = minimize(cost, np.array(first), jac=True, method="L-BFGS-B", bounds=bounds)
     return Deviations(**{name: round(float(np.exp(x)), 4) for name, x in zip(names, found.x, strict=True)})
