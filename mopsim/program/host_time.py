@@ -48,7 +48,8 @@ def _whole(ops: Sequence[Op], layers: str, component: str, back: bool) -> float:
     """Linears of a component's pass: more in 8 bits, and with each local expert."""
     products = [work for op in ops for work in op.work if work.kind in ("matmul", "grouped_matmul")]
     costs = LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
-    experts = max((work.count for work in products if work.kind == "grouped_matmul"), default=0.0)
+    grouped = [work for work in products if work.kind == "grouped_matmul"]  # one for experts of as many rows
+    experts = sum(work.count for work in grouped) / max(1, sum(work.launches for work in grouped))
     return costs[component][back] + experts * costs.get("expert", (0.0, 0.0))[back]
 
 

@@ -42,7 +42,8 @@ class SearchResult:
     gap: how much faster than the best any candidate left out can be at most, as a fraction, from the lower
     bounds of those left out; 0 where none can be faster, None where candidates are left and nothing fits.
     expected_gap: how much faster the best of them is expected to be, 0 where by no more than a tie.
-    behind: how many times as long as the best every plan of a family takes at least, where one was found.
+    behind: how many times as long as the best every plan of a family's space takes at least, where one was
+    found.
     """
 
     model: ModelSpec

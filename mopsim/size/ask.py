@@ -48,7 +48,7 @@ class Ask:
 class Answer:
     """plans: the fastest that fits of each family, fastest first, without their timelines. why: what stops
     everything where there is none. tried: strategies that were carried here. behind: families that were
-    searched here and can have no plan that is FAR as fast as the best."""
+    searched here and whose every plan takes more than FAR times as long as the best."""
 
     plans: tuple[SimResult, ...]
     simulated: int

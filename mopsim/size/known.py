@@ -56,9 +56,11 @@ class KnownSteps:
         return Ask(self.hardware, count, self.near(count), families, budget)
 
     def hopeful(self, count: int) -> tuple[str, ...]:
-        """Families that are not slower by far at a count around; all, where each is at one of them."""
+        """Families that are not slower by far at a count around, and those of the fastest plans nearby; all,
+        where each is slower by far at one of them."""
         around = [found for one, found in self.behind.items() if count / AROUND <= one <= count * AROUND]
-        every, behind = self.request.families, set().union(*around)
+        every = self.request.families
+        behind = set().union(*around) - {one.strategy.name for one in self.near(count)}
         return tuple(one for one in every if one not in behind) or every
 
     def search_led(self, count: int) -> Ask:

@@ -35,7 +35,7 @@ _SCALING = {field.name: field.default for field in msgspec.structs.fields(RopeSc
 
 def rope(r: ConfigReader) -> Fields:
     """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both."""
-    key = "rope_scaling" if r.has("rope_scaling") else "rope_parameters"
+    key = "rope_scaling" if r.mapping("rope_scaling") else "rope_parameters"
     given = r.mapping(key)
     inner = ConfigReader(given, f"{r.origin}: {key}")
     found = {"rope_theta": (inner if inner.has("rope_theta") else r).number("rope_theta")}

@@ -14,7 +14,7 @@ from mopsim.common.units import UNITS
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.new_card import check_figures
+from mopsim.spec.new_card import check_figures, figures_of
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stacks import load_stack
@@ -117,7 +117,7 @@ def _links(row: Row, hardware: HardwareProfile) -> Changes:
     source, found = row.get("source_ref") or row["source"], {}
     for column, (figure, unit) in _LINKS.items():
         value = positive(number(row, column), column, row.get(column))
-        if value is not None:
+        if value is not None and value * UNITS[unit] != figures_of(hardware)[figure].si:
             found[figure] = Quantity(value=value, unit=unit, tag="datasheet", source=source)
             _refused(column, check_figures, [hardware], {figure: found[figure]})
     return {figure: to_plain(one) for figure, one in found.items()}

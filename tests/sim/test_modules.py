@@ -110,6 +110,16 @@ def test_transformer_engines_modules_take_more_in_8_bits_and_with_more_experts()
     assert took[4, "compute"][1] - took[8, "compute"][1] == pytest.approx(16 * wide["expert"][1])
 
 
+def test_the_host_has_as_many_experts_whatever_their_rows() -> None:
+    strategy, jobs = megatron(8, expert_parallel=8), training(4096, 32)
+    even, skewed = (
+        linears(lower(MODEL, strategy, replace(jobs, routing=one), compose=False), 5)
+        for one in ("balanced", "zipf:1.0")
+    )
+    for phase in ("forward", "backward"):
+        assert skewed[phase, "experts"] == pytest.approx(even[phase, "experts"])
+
+
 def test_small_steps_are_the_hosts_and_large_ones_are_not() -> None:
     profile = load_profile("h100-sxm-80g")
     strategy, both = megatron(8, expert_parallel=8), (unfused("modules"), unfused())

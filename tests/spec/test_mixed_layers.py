@@ -102,3 +102,5 @@ def test_part_of_a_head_is_rotated(tmp_path: Path) -> None:
     assert load_model(told.write(tmp_path, nested)).rotary_dim == 64
     with pytest.raises(MopError, match=r"partial_rotary_factor: 0.25 is refused for LlamaForCausalLM"):
         load_model(told.write(tmp_path, told.LLAMA | {"rope_parameters": inner}))
+    empty = told.LLAMA | {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert load_model(told.write(tmp_path, empty)).rope_theta == 1e6

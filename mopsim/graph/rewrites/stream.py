@@ -10,7 +10,7 @@ STREAM = ("x", "y", "z")
 
 def widened(tape: Tape, times: int) -> Tape:
     """A layer's tape with that stream `times` as wide. A norm that keeps its input in fp32 keeps the stream
-    itself, no copy; sums and norms move as much more as the stream is wider."""
+    itself, no copy; sums move as much more as the stream is wider, what norms read more of is left out."""
 
     def value(one: Value) -> Value:
         return replace(one, bytes=one.bytes * times) if one.name in STREAM else one
