@@ -110,7 +110,7 @@ class Record:
 
     def ended(self, op: Op, ready: float, start: float, end: float, compute: bool) -> None:
         """An op ran from start to end."""
-        tally = self.tallies[self.turns[op.index]]
+        tally = self._tally(op)
         if compute:
             if tally.start < 0.0:
                 tally.ready, tally.start = ready, start

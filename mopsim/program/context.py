@@ -94,6 +94,11 @@ class Context:
         return self.shapes.tokens * self.model.hidden_size * self.stream
 
     @property
+    def rows(self) -> int:
+        """Bytes of [N, H] in the compute dtype, as experts exchange them."""
+        return self.shapes.tokens * self.model.hidden_size * self.b
+
+    @property
     def stream(self) -> int:
         """Bytes of a number of the residual stream."""
         return self.wide if self.stack.kernels.stream == "float32" else self.b

@@ -190,7 +190,7 @@ def _chunks(c: Context) -> Template:
     strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
     strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
     if held:  # logits, log_softmax, the gradient of what is picked from it, and its own; inputs' in fp32
-        strip, size = max(rows) * V * (c.b + 3 * c.wide), size * c.wide // c.b
+        strip, size = max(rows) * V * (c.b + 3 * c.wide), c.rows * c.wide // c.b
     memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))
     b = Recorder(c.groups)
     b.add("loss chunks", "compute", _C, "forward", found, (START,), memory)

@@ -133,7 +133,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         if not size:
             return ()
         if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
-            group = replace(group, choices=kernel.bytes / context.hidden)
+            group = replace(group, choices=kernel.bytes / context.rows)
         if group.size == 1:
             return ()
         work = Work(kind, bytes=size, launches=launches, group=group)

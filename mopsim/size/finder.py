@@ -239,9 +239,9 @@ def _deepen(
 def _look_above(
     known: KnownSteps, best: int, counts: Sequence[int]
 ) -> Generator[list[Ask], list[Answer], None]:
-    """Searches of all families at all nodes of the best's racks, which are paid for, and at twice the best
-    count, which may be cheaper, and what they found at the counts around; the plan of the best at those just
-    above."""
+    """Searches of the hopeful families at all nodes of the best's racks, which are paid for, and at twice the
+    best count, which may be cheaper, and what they found at the counts around; the plan of the best at those
+    just above."""
     paid = whole_racks(known.hardware, best)
     double = next((count for count in counts if count >= 2 * best), None)
     for count in (paid if paid > best and paid in counts else None, double):
@@ -258,8 +258,8 @@ def _beside(point: Point, counts: Iterable[int]) -> bool:
 
 
 def _look(known: KnownSteps, count: int, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
-    """A longer search at a count, of its fastest families where all were searched there, and what it found
-    at the counts around."""
+    """A longer search at a count, of its fastest families where all hopeful ones were searched, and what it
+    found at the counts around."""
     first, *others = known.answers[count].plans
     near = [one for one in others if one.step_time < 1.05 * first.step_time]
     families = () if known.unsearched(count) else tuple(one.strategy.name for one in (first, *near))

@@ -92,11 +92,6 @@ def new_card(
         "notes": f"By `mopsim profile new`: {', '.join(given) or 'nothing'} given, the rest as {near.name}.",
     }  # fmt: skip
     _apply(card, given, near)
-    if "power" in given and "node-power" not in given and near.node_power and near.device.power:
-        more = near.devices_per_node * (given["power"].si - near.device.power.si)
-        card["node_power"] = _assumed(
-            (near.node_power.si + more) / 1e3, "kW", f"{near.name}'s by {FOLLOWS['node-power']}"
-        )
     return convert(card, HardwareProfile, "hardware")
 
 
@@ -111,6 +106,11 @@ def _apply(card: Plain, given: Given, near: HardwareProfile) -> None:
     for figure, apply in _APPLIED.items():
         if figure in given:
             apply(card, given[figure], near)
+    if "power" in given and "node-power" not in given and near.node_power and near.device.power:
+        more = near.devices_per_node * (given["power"].si - near.device.power.si)
+        card["node_power"] = _assumed(
+            (near.node_power.si + more) / 1e3, "kW", f"{near.name}'s by {FOLLOWS['node-power']}"
+        )
 
 
 def _assume(node: Any, near: str) -> None:
@@ -199,9 +199,6 @@ _APPLIED: dict[str, Callable[[Plain, Quantity, HardwareProfile], None]] = {
     "host-memory": _at("host", "memory"), "power": _at("device", "power"), "node-power": _at("node_power"),
     "price": _at("price_per_device_hour"),
 }  # fmt: skip
-
-FIGURES = tuple(_APPLIED)
-"""Names of the figures of a data sheet."""
 
 
 def sheet_bandwidth(name: str) -> float | None:

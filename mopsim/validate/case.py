@@ -16,9 +16,10 @@ from mopsim.common.json_text import parse_json
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.intervals.spread import network, products
+from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.new_card import FIGURES, with_figures
+from mopsim.spec.new_card import with_figures
 from mopsim.spec.plan import LONGEST, SHORTEST
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -160,7 +161,7 @@ def machine(name: str) -> HardwareProfile:
 @cache
 def _machine(name: str, changes: str) -> HardwareProfile:
     given = json.loads(changes)
-    named = {one: given.pop(one) for one in FIGURES if one in given}
+    named = {one.name: given.pop(one.name) for one in FIGURES if one.name in given}
     figures = {name: io.convert(one, Quantity, f"hardware_changes.{name}") for name, one in named.items()}
     return changed(with_figures(machine(name), figures), given, "hardware_changes")
 

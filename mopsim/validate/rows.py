@@ -11,6 +11,7 @@ from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.io import to_plain
 from mopsim.common.rules import RowFacts
 from mopsim.common.units import UNITS
+from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
@@ -108,19 +109,21 @@ def _nodes(row: Row, hardware: HardwareProfile) -> Changes:
     return {"scale_up_size": given}
 
 
-_LINKS = {"nic_gbit_per_s": ("nic", "Gbit/s"), "scale_up_gb_per_s": ("scale-up", "GB/s")}
-"""Columns that are figures of a data sheet: their names there, and units."""
+_LINKS = {"nic": "nic_gbit_per_s", "scale-up": "scale_up_gb_per_s"}
+"""Columns of figures of a data sheet, in the units of these."""
 
 
 def _links(row: Row, hardware: HardwareProfile) -> Changes:
     """The figures of the run's networks that are other than the profile's."""
-    source, found = row.get("source_ref") or row["source"], {}
-    for column, (figure, unit) in _LINKS.items():
+    source, own, found = row.get("source_ref") or row["source"], figures_of(hardware), {}
+    for figure in FIGURES:
+        column = _LINKS.get(figure.name, "")
         value = positive(number(row, column), column, row.get(column))
-        if value is not None and value * UNITS[unit] != figures_of(hardware)[figure].si:
-            found[figure] = Quantity(value=value, unit=unit, tag="datasheet", source=source)
-            _refused(column, check_figures, [hardware], {figure: found[figure]})
-    return {figure: to_plain(one) for figure, one in found.items()}
+        if value is not None and value * UNITS[figure.unit] != own[figure.name].si:
+            given = Quantity(value=value, unit=figure.unit, tag="datasheet", source=source)
+            _refused(column, check_figures, [hardware], {figure.name: given})
+            found[figure.name] = to_plain(given)
+    return found
 
 
 def _smaller(nodes: Changes) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ RESERVED = 1.03
 %."""
 
 COMMUNICATORS = 2 * 411 * 10**6
-"""Bytes of communicators that a profile's `reserved` has already: two groups (see its source)."""
+"""Bytes of communicators that a profile's `reserved` has already: two groups, as those of A100, H100 and H200
+say. Those of other cards say up to half a GB more or less."""
 
 
 @dataclass(frozen=True)

@@ -77,30 +77,24 @@ def timed(calls: dict[str, Callable[[], list[float]]]) -> dict[str, float]:
     return {name: median(took) / one for name, took in rounds.items()} | {UNIT: one}
 
 
+def passes(model: Any, backward: Callable[[torch.Tensor], object]) -> list[float]:
+    times = [clock()]
+    loss = model(torch.randint(0, 128, (1, 8))).logits.sum()
+    times.append(clock())
+    backward(loss)
+    return [*times, clock()]
+
+
 def plain() -> dict[str, float]:
-    tokens = torch.randint(0, 128, (1, 8))
-
-    def call(model: Any) -> list[float]:
-        times = [clock()]
-        loss = model(tokens).logits.sum()
-        times.append(clock())
-        loss.backward()
-        return [*times, clock()]
-
-    return timed({name: partial(call, model) for name, model in networks().items()})
+    models = networks().items()
+    return timed({name: partial(passes, model, torch.Tensor.backward) for name, model in models})
 
 
 def sharded() -> dict[str, float]:
     import deepspeed
 
-    tokens = torch.randint(0, 128, (1, 8))
-
     def call(engine: Any) -> list[float]:
-        times = [clock()]
-        loss = engine(tokens).logits.sum()
-        times.append(clock())
-        engine.backward(loss)
-        times.append(clock())
+        times = passes(engine, engine.backward)
         engine.step()
         return times
 

@@ -234,6 +234,16 @@ def test_a_residual_stream_in_fp32_is_kept_as_wide() -> None:
     assert wide.peak_by_phase["optimizer"] == narrow.peak_by_phase["optimizer"]
 
 
+def test_a_residual_stream_in_fp32_exchanges_experts_rows_as_narrow() -> None:
+    found = []
+    for stream in ("compute", "float32"):
+        stack, jobs = unfused(kernels={"stream": stream}), TrainSpec(seq_len=64, global_batch=8)
+        program = lower(small(), megatron(8, expert_parallel=8), jobs, stack=stack).programs[0]
+        works = [work for op in program.ops for work in op.work if work.kind == "all_to_all"]
+        found.append([(work.bytes, work.group) for work in works])
+    assert found[0] == found[1] != []
+
+
 def test_a_buffer_of_reductions_lives_through_the_step() -> None:
     model, training = deep(1), TrainSpec(seq_len=4096, global_batch=8)
     plain, buffered = (
