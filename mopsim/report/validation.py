@@ -12,6 +12,7 @@ from matplotlib.ticker import LogFormatter
 from mopsim.common.units import UNITS
 from mopsim.intervals.errors import Name
 from mopsim.report.style import SERIES, figure
+from mopsim.spec.layout import ceil_div
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Scored
 
@@ -21,6 +22,8 @@ Ends = Mapping[tuple[float, float], tuple[float, float]]
 """Of a point, the ends of its prediction's interval."""
 BAND = 0.1
 """Relative error that the grey band shows."""
+LONGEST = 30
+"""Groups in a column of the legend, which is as high as the figure."""
 
 
 def figures(folder: Path, validation: Validation, level: float | None = None) -> None:
@@ -76,7 +79,8 @@ def scatter(
 ) -> None:
     """Measured on the horizontal, predicted on the vertical axis, both logarithmic; the diagonal and a
     band. ends: of a line through a point, its interval."""
-    with figure(path, 11, 7) as (axis,):
+    columns = ceil_div(len(groups), LONGEST)
+    with figure(path, 11 + 2.8 * (columns - 1), 7) as (axis,):
         for index, (name, points) in enumerate(sorted(groups.items())):
             axis.scatter(
                 [p[0] for p in points], [max(p[1], 1e-12) for p in points], s=22, alpha=0.7,
@@ -99,7 +103,7 @@ def scatter(
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axis.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0,
-            fontsize=8, title="runs, their mean error", title_fontsize=8,
+            fontsize=8, ncols=columns, title="runs, their mean error", title_fontsize=8,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult, simulate
+from mopsim.report import validation
 from mopsim.report.compare import write_compare
 from mopsim.report.findings import Results, difference, finding, headline, outcome, software, summary
 from mopsim.report.formats import saved_as
@@ -251,6 +252,19 @@ def test_a_legend_is_below_the_label_of_its_axis(tmp_path: Path, height: float) 
             legend = axis.get_legend()
             assert legend is not None
             assert legend.get_window_extent().y1 <= axis.xaxis.label.get_window_extent().y0
+
+
+def test_points_of_many_sources_keep_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A legend longer than the figure pressed its points flat."""
+    drawn: list[Axes] = []
+
+    def draws(axis: Axes, *args: float) -> None:
+        drawn.append(axis)
+
+    monkeypatch.setattr(validation, "_diagonal", draws)
+    groups = {f"source-{index}": [(1.0 + index, 1.0 + index)] for index in range(65)}
+    validation.scatter(tmp_path / "f.png", groups, "seconds", "all of them")
+    assert drawn[0].get_position().height > 0.6
 
 
 def test_losses_and_predictions_are_drawn(tmp_path: Path) -> None:
