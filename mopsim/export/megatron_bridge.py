@@ -214,14 +214,19 @@ def _model(plan: Plan) -> dict[str, Any]:
 
 
 def _kernels(plan: Plan) -> dict[str, Any]:
-    """Those that the times of the plan are of: by default Megatron-Core fuses no permutation,
-    and a fused cross entropy is its own (core_v0.14.0, megatron/core/model_parallel_config.py)."""
-    kernels = plan.stack.kernels
+    """Those that the times of the plan are of: by default Megatron-Core fuses no permutation, activation or
+    rotary embedding (core_v0.14.0, megatron/core/transformer/transformer_config.py), AutoBridge asks for some
+    networks, and a fused cross entropy is its own. A recipe has the say of MLA's embedding and clamped gates."""
+    kernels, model = plan.stack.kernels, plan.model
     found: dict[str, Any] = {
         "cross_entropy_loss_fusion": kernels.loss in ("fused", "upcast", "native"),
         "cross_entropy_fusion_impl": "native" if kernels.loss == "native" else "te",
     }
-    if plan.model.num_local_experts:
+    if model.attention != "mla":
+        found["apply_rope_fusion"] = kernels.rotary == "fused"
+    if model.ffn_matrices == 3 and not model.swiglu_limit:
+        found["bias_activation_fusion"] = kernels.activation == "fused"
+    if model.num_local_experts:
         found |= {"moe_grouped_gemm": True, "moe_permute_fusion": kernels.row_sums == "gathered"}
     return found
 

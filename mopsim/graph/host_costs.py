@@ -34,6 +34,9 @@ TRANSFORMER_ENGINE_8_BITS: Costs = {
 """The same of Megatron-Core 0.14's layers made of Transformer Engine 2.7's modules, in its data parallelism
 (`reports/host/te_layers.json`), in bf16 and in MXFP8. `expert`: each local expert adds, whose weight is a
 parameter of its own. Neither Triton's launches nor cuBLASLt's choice of an algorithm is in them."""
+PERMUTED: Costs = {"layer": (11.0, 1.8), "expert": (0.37, 0.38)}
+"""Linears that permutation by torch's own ops adds to these layers (the same file, `composed`), and for each
+expert of all ranks, whose rows are split off and put elsewhere one after the other."""
 LAYERS: dict[str, dict[bool, Costs]] = {
     "transformers": {False: LAYER, True: LAYER},
     "transformer_engine": {False: TRANSFORMER_ENGINE, True: TRANSFORMER_ENGINE_8_BITS},

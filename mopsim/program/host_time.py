@@ -69,5 +69,5 @@ class _Known:
     def hosted(self, work: tuple[Work, ...], more: float) -> tuple[Work, ...]:
         key = (id(work), more)
         if key not in self._hosted:
-            self._hosted[key] = (structs.replace(work[0], host=more), *work[1:])
+            self._hosted[key] = (structs.replace(work[0], host=work[0].host + more), *work[1:])
         return self._hosted[key]

@@ -27,7 +27,7 @@ class _Draft(Recorder):
         self.ready: tuple[int, ...] = (START,)
         self.joined: list[Played] = []
         self.coming: dict[str, int] = {}
-        self.counted = False
+        self.counted = context.stack.host.counts_read == "never"
 
     def close(self, back: str) -> None:
         """Compute kernels gathered so far become one piece."""
@@ -67,6 +67,10 @@ class _Draft(Recorder):
         context, name = self.context, item.kernel.name
         if name in _READ and item.backward:
             return
+        counts = context.stack.host.counts_read == "always" and not self.counted
+        if counts and item.kernel.kind == "grouped_matmul" and not item.backward:
+            self.close(back)
+            self.await_last()
         alone = following is not None and _beside(following, context) and not _leads(following)
         if name in _READ or (self.joined and (alone or _splits(self.joined[0], item, back, context))):
             self.close(back)

@@ -5,6 +5,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
@@ -147,7 +148,24 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not size and not launches:
         return ()
     serial = 0.0 if forward else kernel.back_serial
-    return (Work("memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, serial=serial),)
+    cut = _cut(kernel, forward, context)
+    return (
+        Work(
+            "memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, serial=serial, host=cut
+        ),
+    )  # fmt: skip
+
+
+def _cut(kernel: Kernel, forward: bool, context: Context) -> float:
+    """Linears that a permutation which is not fused takes of the host (see host_costs.PERMUTED). Rows that a
+    kernel has sent are permuted by a mask, and not cut by expert."""
+    stack, experts = context.stack, context.strategy.experts
+    composed = stack.kernels.row_sums == "atomic" and stack.host.layers == "transformer_engine"
+    if not composed or kernel.name != "sort":
+        return 0.0
+    sent = experts.token_dispatcher == "alltoall"
+    parts = context.model.num_local_experts * experts.expert_tensor_parallel * sent
+    return PERMUTED["layer"][not forward] + parts * PERMUTED["expert"][not forward]
 
 
 def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:

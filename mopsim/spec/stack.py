@@ -70,7 +70,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one
     kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`). row_sums:
     rows of a token, and of its gradient, are gathered and added, or added by atomic operations on bf16
-    (`atomic`, torch's index_add_), or that only where a token chooses
+    (`atomic`, torch's index_add_; under Transformer Engine's layers the host then cuts rows into those of
+    each expert), or that only where a token chooses
     fewer experts than the expert-parallel degree (`atomic_if_sparse`). gathered_rows: those that a region of
     split products gathers under sequence parallelism are gathered `again` for the weight gradients, as
     Megatron-Core's own autograd function does, or `kept`, as plain autograd does. region_backward: what
@@ -174,14 +175,17 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     output, sum of routes) live until it has run. blocking: the host waits for every kernel before it starts
     the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer it reads from the device how
     long sequences are, for the attention kernel, in every one or where a microbatch is one sequence
-    (`single`). message_reads: values that it reads from the device before a message between pipeline stages
-    can come, whose shape two messages before it say."""
+    (`single`). counts_read: in the forward of routed experts it waits for how many rows each gets, where they
+    are exchanged, for the messages' sizes; `always`, as it gives their products these sizes too; or `never`:
+    every expert gets as many, padded, or the device alone knows. message_reads: values that it reads from
+    the device before a message between pipeline stages can come, whose shape two messages before it say."""
 
     modules: bool = False
     layers: Literal["transformers", "transformer_engine"] = "transformers"
     hooks: bool = False
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
+    counts_read: Literal["never", "exchanged", "always"] = "exchanged"
     message_reads: int = 0
     frames: bool = False
     graphs: tuple[str, ...] = ()

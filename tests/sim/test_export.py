@@ -125,6 +125,8 @@ def test_megatron_bridge_by_hand() -> None:
         "offload_modules": [],
         "cross_entropy_loss_fusion": False,
         "cross_entropy_fusion_impl": "te",
+        "apply_rope_fusion": True,
+        "bias_activation_fusion": True,
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "window_size": None,

@@ -208,6 +208,18 @@ def test_gradients_have_the_dtype_that_is_simulated(stack: str, wide: bool) -> N
     assert found["mixed_precision"]["params_dtype"] == {"_target_": "torch.bfloat16", "_call_": False}
 
 
+def test_a_file_asks_for_the_kernels_that_are_priced() -> None:
+    """Megatron-Core fuses none of these unasked; megatron-lm is what it does then with a permutation. Rotary
+    embedding of MLA and clamped gates are a recipe's."""
+    keys = ("moe_permute_fusion", "apply_rope_fusion", "bias_activation_fusion")
+    for stack, fuses in (("megatron-core", True), ("megatron-bridge", True), ("megatron-lm", False)):
+        model = bridged(stack=stack)["model"]
+        assert [model[key] for key in keys] == [fuses, True, True], stack
+    for name, missing in (("deepseek_v3", "apply_rope_fusion"), ("gpt_oss_20b", "bias_activation_fusion")):
+        text, _ = export(replace(plan(megatron(32)), model=load_model(name)), "megatron-bridge", lossy=True)
+        assert missing not in yaml.safe_load(text)["model"]
+
+
 def test_what_a_recipe_may_have_set_is_cleared() -> None:
     found = bridged()
     model, optimizer = found["model"], found["optimizer"]

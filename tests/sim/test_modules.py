@@ -4,6 +4,7 @@ device is slower."""
 import json
 from collections import defaultdict
 from pathlib import Path
+from statistics import linear_regression
 
 import msgspec
 import pytest
@@ -52,6 +53,31 @@ def test_transformer_engines_layers_are_the_committed_measurement() -> None:
         for component, (forward, backward) in modules.LAYERS["transformer_engine"][narrow].items():
             took = found[kind][component]["forward"], found[kind][component]["backward"]
             assert (forward, backward) == pytest.approx(took, abs=0.05 if component == "expert" else 0.5)
+
+
+def test_a_permutation_of_torchs_own_ops_is_the_committed_measurement() -> None:
+    """The line through 32, 64 and 128 experts, of which each of eight ranks has an eighth."""
+    path = Path(__file__).parents[2] / "reports/host/te_layers.json"
+    layers, local = json.loads(path.read_text())["layers"], (4, 8, 16)
+    for place, phase in enumerate(("forward", "backward")):
+        added = [layers[f"{n} experts, composed"][phase] - layers[f"{n} experts"][phase] for n in local]
+        each, rest = linear_regression([8 * n for n in local], added)
+        assert modules.PERMUTED["expert"][place] == pytest.approx(each, abs=0.01)
+        assert modules.PERMUTED["layer"][place] == pytest.approx(rest, abs=0.1)
+
+
+def test_a_permutation_of_torchs_own_ops_takes_the_host_more_with_every_expert() -> None:
+    took = {}
+    for stack in ("megatron-core", "megatron-lm"):
+        for dispatcher in ("alltoall", "deepep"):
+            strategy = replace(megatron(8, expert_parallel=8, token_dispatcher=dispatcher), stack=stack)
+            found = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
+            took[stack, dispatcher] = [found[phase, "experts"] for phase in ("forward", "backward")]
+    for dispatcher, cut in (("alltoall", 128), ("deepep", 0)):
+        for place in (0, 1):
+            more = took["megatron-lm", dispatcher][place] - took["megatron-core", dispatcher][place]
+            costs = [modules.PERMUTED[name][place] for name in ("layer", "expert")]
+            assert more == pytest.approx(costs[0] + cut * costs[1]), dispatcher
 
 
 def test_hooks_are_the_committed_measurement() -> None:

@@ -2,7 +2,7 @@
 product's own input gradient, tensors with owners, copies and metrics, lengths that it reads."""
 
 from dataclasses import replace as changed
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -225,6 +225,26 @@ def test_a_length_that_the_host_reads_is_waited_for_in_every_forward() -> None:
         assert [op.name for op in program.ops].count(
             "lengths read"
         ) == reads * larger.global_batch // 8 // rows
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 8])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_host_waits_for_the_rows_of_experts(
+    expert_parallel: int, recompute: Literal["none", "full"]
+) -> None:
+    """Once in every forward of a layer, also in a recomputation: before they are exchanged, or before their
+    products; where sizes are known beforehand never."""
+    strategy = megatron(8, expert_parallel=expert_parallel, recompute=recompute)
+    training = TrainSpec(seq_len=32, global_batch=8, routing="balanced")
+    for reads in get_args(get_type_hints(HostCosts)["counts_read"]):
+        stack = Stack(name="mine", host=HostCosts(counts_read=reads))
+        (program,) = lower(small(), strategy, training, 8, stack, compose=False).programs
+        waits = [(op.layer, op.phase) for op in program.ops if op.awaited and op.layer >= 0]
+        counted = reads == "always" or (reads == "exchanged" and expert_parallel > 1)
+        phases = ("forward", "recompute") if recompute == "full" else ("forward",)
+        layers = {op.layer for op in program.ops if any(w.kind == "grouped_matmul" for w in op.work)}
+        assert layers
+        assert sorted(waits) == sorted((one, phase) for one in layers for phase in phases if counted)
 
 
 def test_gathered_rows_are_kept_or_gathered_again() -> None:

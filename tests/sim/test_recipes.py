@@ -107,6 +107,32 @@ def test_rows_of_an_unfused_permutation_are_added_by_atomic_operations() -> None
         assert found.program().kernels.row_sums == sums
 
 
+def test_a_program_that_must_be_asked_for_a_fused_permutation_is_asked_by_the_notes() -> None:
+    for stack, notes, sums in (
+        ("megatron-lm", "", "atomic"),
+        ("megatron-lm", "permute fusion", "gathered"),
+        ("megatron-lm", "no permute fusion", "atomic"),
+        ("nemo", "NeMo 24.12", "atomic"),
+        ("megatron-core", "", "gathered"),
+        ("megatron-bridge", "", "gathered"),
+        ("primus-2026", "", "gathered"),
+    ):
+        found = read_case(row(stack=stack, notes=notes, sharding="zero1"), MODELS)
+        assert found.program().kernels.row_sums == sums, (stack, notes)
+
+
+def test_experts_padded_to_their_capacity_are_not_counted_by_the_host() -> None:
+    padded = "token drop, capacity factor 1 with padding"
+    for stack, notes, reads in (
+        ("nemo", f"NeMo 25.04; {padded}", "never"),
+        ("nemo", f"NeMo 24.12; {padded}", "always"),
+        ("megatron-core", padded, "never"),
+        ("megatron-core", "capacity factor 1.0 (tokens dropped)", "always"),
+    ):
+        found = read_case(row(stack=stack, notes=notes, sharding="zero1"), MODELS)
+        assert found.program().host.counts_read == reads, (stack, notes)
+
+
 def test_a_fused_loss_is_what_the_program_calls_so() -> None:
     for stack in ("megatron-core", "nemo", "megatron-bridge", "llm-foundry"):
         zero = "zero3" if stack == "llm-foundry" else "zero1"
