@@ -216,7 +216,7 @@ def _model(plan: Plan) -> dict[str, Any]:
 def _kernels(plan: Plan) -> dict[str, Any]:
     """Those that the times of the plan are of: by default Megatron-Core fuses no permutation, activation or
     rotary embedding (core_v0.14.0, megatron/core/transformer/transformer_config.py), AutoBridge asks for some
-    networks, and a fused cross entropy is its own. A recipe has the say of MLA's embedding and clamped gates."""
+    networks, and a fused cross entropy is its own. MLA's embedding and clamped gates are left to it."""
     kernels, model = plan.stack.kernels, plan.model
     found: dict[str, Any] = {
         "cross_entropy_loss_fusion": kernels.loss in ("fused", "upcast", "native"),
