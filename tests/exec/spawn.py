@@ -159,7 +159,7 @@ def run_command(
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(HANG)
+        rank.join(0 if ranks[0].exitcode else HANG)  # torchrun too ends the others of one that failed
         rank.kill()
     code = ranks[0].exitcode
     assert code is not None

@@ -1,5 +1,6 @@
 """Training on two ranks: real steps, resuming, and every way to end."""
 
+import contextlib
 import fcntl
 import json
 import re
@@ -14,8 +15,8 @@ import torch
 
 from mopexec import data
 from mopexec.cli import main
-from mopexec.run import failures
-from mopexec.run.lock import NAME, run_lock
+from mopexec.run import failures, lock
+from mopexec.run.lock import run_lock
 from mopexec.run.metrics import MetricsFile
 from mopexec.run.schedule import learning_rate
 from mopsim.common import io
@@ -138,9 +139,10 @@ def test_what_is_no_run_is_neither_overwritten_nor_resumed(inputs, tmp_path, cap
 
 
 def test_a_run_is_alone_in_its_directory_and_killed_before_a_checkpoint_begins_again(
-    inputs, whole, tmp_path, capsys
+    inputs, whole, tmp_path, capsys, monkeypatch
 ):
     """No second run beside it; no rank outlives its launcher; with --resume it begins with the first step."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
     out = tmp_path / "run"
     process = start_fake(inputs, out, "slow", steps=1000)
     wait_for(lambda: steps_done(out) >= 1, process)
@@ -189,19 +191,25 @@ def test_a_run_that_ended_while_another_read_its_text_stays(
     }
 
 
-def test_a_lock_whose_file_went_with_its_run_is_none(tmp_path, monkeypatch):
-    """The other run ends, and unlinks the file, after we opened it."""
-    with run_lock(tmp_path):
-        pass
-    flock = fcntl.flock
+def test_a_directory_is_taken_once_another_run_has_let_go(tmp_path, monkeypatch):
+    """The other run ends while this one waits, and unlinks the file after this one opened it."""
+    held, flock = contextlib.ExitStack(), fcntl.flock
+    held.enter_context(run_lock(tmp_path))
+    asked = []
 
     def late(file, how):
-        (tmp_path / NAME).unlink()
+        asked.append(file)
+        if len(asked) == 2:
+            held.close()
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(MopError, match="in use by another run"), run_lock(tmp_path):
-        pass
+    with run_lock(tmp_path):
+        assert len(asked) == 3
+        assert (tmp_path / lock.NAME).exists()
+        monkeypatch.setattr(lock, "PATIENCE", 0.0)
+        with pytest.raises(MopError, match="in use by another run"), run_lock(tmp_path):
+            pass
 
 
 def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, capsys):
