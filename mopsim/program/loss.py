@@ -77,7 +77,8 @@ def loss_tape(context: Context) -> Tape:
     torch = (zero >= 2 or gathered) and not fused and not native
     in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
     sliced = kernel == "loss_parallel" and split and torch
-    held = (torch or fused) and c.stack.kernels.logits_held
+    held = (torch or fused) and c.stack.kernels.logits_held is True
+    copy = ("wide",) if c.stack.kernels.logits_held == "copy" else ()
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
@@ -90,7 +91,7 @@ def loss_tape(context: Context) -> Tape:
     if torch:
         kernels.append(
             Kernel(
-                "cast", "memory_bound", _C, ("logits",), (Value("wide", elements * c.wide, "logits"),),
+                "cast", "memory_bound", _C, ("logits",), (Value("wide", elements * c.wide, "logits"),), copy,
                 bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
             )
         )  # fmt: skip

@@ -95,7 +95,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     fp32 (`upcast`), Megatron-Core's compiled ones, whose gradient takes a second copy (`native`), torch's
     on a copy in fp32 of logits that every tensor-parallel rank gathers whole (`gathered`), or on that of
     a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). logits_held:
-    whoever calls a loss that works on a copy of the logits holds them until its backward is done.
+    whoever calls a loss that works on a copy of the logits holds them until its backward is done, or that
+    copy (`copy`).
     logit_passes: bytes moved for each element of the logits beside what the loss moves (casts of its own,
     accuracy and perplexity of every microbatch). loss_chunks: the kernels of a chunked loss, or torch's
     cross entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks'
@@ -129,7 +130,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     adamw: Literal["fused", "foreach"] = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast", "native", "gathered", "loss_parallel"] = "composed"
-    logits_held: bool = True
+    logits_held: bool | Literal["copy"] = True
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd"] = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})

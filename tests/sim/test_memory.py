@@ -189,13 +189,20 @@ def test_a_discarded_input_is_not_kept_cast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "bytes_each"), [("composed", 2 + 3 * 4), ("fused", 2 + 2), ("upcast", 2 + 4 + 2)]
+    ("loss", "held", "bytes_each"),
+    [
+        ("composed", True, 2 + 3 * 4),
+        ("composed", "copy", 4 * 4),
+        ("fused", True, 2 + 2),
+        ("upcast", True, 2 + 4 + 2),
+    ],
 )
-def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, bytes_each: int) -> None:
-    """torch's cross entropy of cast logits, which its caller holds (not mopexec's): they, the
+def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, held: bool | str, bytes_each: int) -> None:
+    """torch's cross entropy of cast logits, which its caller holds (not mopexec's), or their cast: that, the
     log-probabilities and two gradients in fp32."""
     strategy = with_(fsdp2(8), activations=Activations(recompute="full", save_ops=("q_proj",)))
-    software = unfused("copies", kernels={"loss": loss}, sharding={"fsdp": True})
+    kernels = {"loss": loss, "logits_held": held}
+    software = unfused("copies", kernels=kernels, sharding={"fsdp": True})
     model = deep(1, vocab_size=32_000)
     result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8), software)
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
