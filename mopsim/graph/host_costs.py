@@ -55,5 +55,11 @@ HOOKS: dict[str, tuple[float, float]] = {
 GATHER, REST = (14.3, 1.5), (48.7, 1.6)
 """Linears of a group of FSDP2 and of each of its parameters: whenever it is gathered; and once in a forward
 and backward, for hooks and the reduction."""
+FLAT: dict[bool | str, dict[str, tuple[float, float]]] = {
+    True: {"gather": (6.0, 0.1), "rest": (61.3, 1.3), "update": (4.7, 0.0)},
+    "original": {"gather": (23.3, 0.8), "rest": (47.2, 2.9), "update": (4.4, 0.3)},
+}
+"""The same of a unit of FSDP1, and of clipping and updating it, by `sharding.flat`
+(`reports/host/fsdp1.json`)."""
 UPDATE, UPDATE_SHARDED = 1.2, 3.7
 """Linears for each parameter of clipping and a fused AdamW step, of tensors and of FSDP2's DTensors."""

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+from mopsim.graph.host_costs import FLAT
 from mopsim.program.context import Context
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import CommGroup, Work
@@ -81,10 +82,17 @@ def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, .
     return (Work("memory_bound", bytes=size, launches=2),) if size else ()
 
 
+def flat_host(context: Context, unit: ShardedUnit, part: str, started: int = 0) -> float:
+    """What a unit of FSDP1 takes of the host beside the copies and collectives that it starts."""
+    alone, each = FLAT.get(context.stack.sharding.flat, {}).get(part, (0.0, 0.0))
+    return max(0.0, alone + each * unit.tensors - started)
+
+
 def put_together(context: Context, unit: ShardedUnit) -> Work:
     """The gradient of a unit's flat parameter, of those of its views (autograd's backward of torch.split, in
     torch.distributed.fsdp._flat_param: _get_unflat_views)."""
-    return Work("memory_bound", bytes=2.0 * unit.numel * context.b)
+    size, host = 2.0 * unit.numel * context.b, flat_host(context, unit, "rest", 4)
+    return Work("memory_bound", bytes=size, host=host)
 
 
 def divided(context: Context, unit: ShardedUnit) -> Work:

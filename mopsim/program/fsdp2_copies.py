@@ -4,7 +4,7 @@ foreach_reduce_scatter_copy_in. What its Python does around them is the host's t
 
 from collections.abc import Iterable
 
-from mopsim.graph.host_costs import GATHER, REST, UPDATE, UPDATE_SHARDED
+from mopsim.graph.host_costs import FLAT, GATHER, REST, UPDATE, UPDATE_SHARDED
 from mopsim.program.context import Context
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
@@ -46,7 +46,9 @@ def reduce_copy(c: Context, unit: ShardedUnit) -> Work:
 def update_host(c: Context, units: Iterable[ShardedUnit], started: int) -> float:
     """What clipping and updating the parameters of units takes of the host beside the kernels started."""
     each = UPDATE_SHARDED if c.stack.sharding.copies else UPDATE if c.stack.host.modules else 0.0
-    return max(0.0, each * sum(unit.tensors for unit in units) - started)
+    flat = c.stack.sharding.flat
+    alone, each = FLAT[flat]["update"] if flat and c.strategy.dense.zero >= 2 else (0.0, each)
+    return max(0.0, sum(alone + each * unit.tensors for unit in units) - started)
 
 
 def _host(unit: ShardedUnit, cost: tuple[float, float], started: int) -> float:

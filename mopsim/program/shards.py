@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import divided, put_together, reduction
+from mopsim.program.data_parallel import divided, flat_host, put_together, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
@@ -218,7 +218,8 @@ class Shards:
             memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
             work = (gather_copy(self.c, unit),)
             room, memory = (self._pass(f"copy in {unit.name}", unit, work, phase, room, memory),), ()
-        sent = (Work("all_gather", bytes=float(size), group=group),)
+        host = flat_host(self.c, unit, "gather", 1)
+        sent = (Work("all_gather", bytes=float(size), group=group, host=host),)
         self._coming[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group), self._component(unit), phase, sent, room, memory,
             layer=unit.layer,
@@ -313,12 +314,8 @@ class Shards:
         last = self._sent_off(unit, part, ready) if copied else ready
         before: tuple[Work, ...] = ()
         if self.c.stack.sharding.flat:
-            last = (
-                self._pass(
-                    f"flat gradient {unit.name}", unit, (put_together(self.c, unit),), "backward", ready
-                ),
-            )
-            before = (divided(self.c, unit),)
+            name, flat = f"flat gradient {unit.name}", (put_together(self.c, unit),)
+            last, before = (self._pass(name, unit, flat, "backward", ready),), (divided(self.c, unit),)
         for _, sent in reduction(self.c, [unit]):
             name, work, before = f"reduce {unit.name}", (*before, sent), ()
             stream, part_of = stream_of(sent.group), self._component(unit)

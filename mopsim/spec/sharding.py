@@ -26,7 +26,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters are
     sharded by what shards the others; else those spread over ranks are plain tensors, whole on every replica.
     flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which is
-    cast and divided before it is reduced (torch's FullyShardedDataParallel). sums: under ZeRO-1 gradients are
+    cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the optimizer
+    has are views of it too, each time it is sharded again (use_orig_params). sums: under ZeRO-1 gradients are
     scattered to the ranks that update them (`scattered`), or all ranks sum them whole (`whole`). owners:
     under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners broadcast what they have
     updated one after the other. grad_passes: bytes moved for each gradient of a rank once the last backward
@@ -54,7 +55,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     fsdp: bool = False
     optional: bool = False
     copies: bool = False
-    flat: bool = False
+    flat: bool | Literal["original"] = False
     sums: Literal["scattered", "whole"] = "scattered"
     owners: bool = False
     grad_passes: float = 0.0

@@ -14,6 +14,7 @@ from mopsim.engine.simulate import run
 from mopsim.graph import host_costs as modules
 from mopsim.graph import total_params
 from mopsim.program import lower
+from mopsim.program.units import layer_units
 from mopsim.program.workload import Workload
 from mopsim.spec.hardware import Correction
 from mopsim.spec.presets import load_model
@@ -85,6 +86,31 @@ def test_hooks_are_the_committed_measurement() -> None:
     for component, (forward, backward) in modules.HOOKS.items():
         found = added[component]
         assert (forward, backward) == pytest.approx((found["forward"], found["backward"]), abs=0.5), component
+
+
+def test_units_of_fsdp1_are_the_committed_measurement() -> None:
+    found = json.loads((Path(__file__).parents[2] / "reports/host/fsdp1.json").read_text())
+    for flat, kind in ((True, "flat"), ("original", "orig")):
+        few, many = (found[kind]["update"][n] for n in ("2", "12"))
+        each = (many - few) / 10
+        measured = {**found[kind], "update": {"unit": few - 2 * each, "parameter": each}}
+        for part, cost in modules.FLAT[flat].items():
+            took = measured[part]["unit"], measured[part]["parameter"]
+            assert cost == pytest.approx(took, abs=0.1), (kind, part)
+
+
+@pytest.mark.parametrize("flat", [True, "original"])
+def test_units_of_fsdp1_take_the_host_time(flat: bool | str) -> None:
+    given = replace(fsdp2(8), stack="fms-fsdp")
+    stack = load_stack("fms-fsdp")
+    stack = replace(stack, sharding=replace(stack.sharding, flat=flat))
+    ops = lower(small(), given, training(64, 16), 8, stack=stack).programs[0].ops
+    unit = layer_units(small(), given, 1)[0]
+    for name, part in (("gather", "gather"), ("flat gradient", "rest")):
+        alone, each = modules.FLAT[flat][part]
+        host = {sum(work.host for work in op.work) for op in ops if op.name == f"{name} {unit.name}"}
+        own = 1 if part == "gather" else 4  # kernels that it starts
+        assert [*host] == [pytest.approx(alone + each * unit.tensors - own)]
 
 
 def test_hooks_of_zero_3_take_the_host_time_where_parameters_are_sharded() -> None:
