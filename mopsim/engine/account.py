@@ -1,14 +1,13 @@
 """What a played step comes to: seconds, bytes by category, busy and exposed time -> SimResult."""
 
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 import mopsim
 from mopsim.common.io import digest
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import upper
-from mopsim.engine.gaps import added, lasted
+from mopsim.engine.gaps import Turns, added
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -21,15 +20,14 @@ from mopsim.spec.training import TrainSpec
 
 Prices = dict[int, tuple[Work, float]]
 """Seconds of each work object alone, by its id."""
-CYCLE = 3
-"""Turns of a pipeline that are repeated together at most: what ranks wait for may recur from turn to turn."""
 DEVICE, HOST = SLOTS[:NUM_DEVICE_SLOTS], SLOTS[NUM_DEVICE_SLOTS:]
 
 
 @dataclass(frozen=True)
 class PlayedStep:
     """A workload after it was played: a record and a ledger of each program. end: seconds, without what is
-    repeated. profile_digest: of the profile as given; the step may have changed its curves."""
+    repeated. profile_digest: of the profile as given; the step may have changed its curves. turns: what is
+    repeated."""
 
     workload: Workload
     records: list[Record]
@@ -37,6 +35,7 @@ class PlayedStep:
     prices: Prices
     end: float
     profile_digest: str
+    turns: Turns
 
     @property
     def slowest(self) -> int:
@@ -104,10 +103,9 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     workload, place = played.workload, played.slowest
     record, program = played.records[place], workload.programs[place]
     last, repeats, unit = workload.expanded - 1, workload.repeats, workload.unit
-    took = lasted(workload, played.records) if repeats else [1.0] * len(played.records)
-    period = mean(took)
+    period = played.turns.seconds
     often = {i: 1 + repeats * (last - unit <= i < last) for i in record.tallies}
-    first = last - (min(CYCLE, max(1, len(workload.programs) - 1)) if unit == 1 else unit)
+    first = last - played.turns.count
     cycle = record.tallies[last].ready - record.tallies[first].ready if repeats else 1.0
     weights = {i: 1 + repeats * period / cycle * (first <= i < last) for i in record.tallies}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())

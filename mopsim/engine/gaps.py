@@ -1,6 +1,7 @@
 """Time of layers that are not played (mopsim.program.composed), and whether they may be left out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from mopsim.engine.record import Record
@@ -8,6 +9,9 @@ from mopsim.program.workload import Program, Repeat, Workload, first_compute
 
 STEADY = 5e-4
 """Part of a step by which the gaps may be wrong, as the periods before them tell."""
+
+CYCLE = 3
+"""Turns of a pipeline that are repeated together at most: what ranks wait for may recur from turn to turn."""
 
 FILLED = 2
 """Ranks of an interleaved pipeline of which each begins a turn while it is filled."""
@@ -29,24 +33,69 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
     return sum(_drift(program, record, repeat) for repeat in program.repeats) <= STEADY * step_time
 
 
+@dataclass(frozen=True)
+class Played:
+    """A pipeline of which `microbatches` were played in `end` seconds."""
+
+    microbatches: int
+    end: float
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The last `count` turns played, which those that are not played repeat: seconds of `unit` of them."""
+
+    count: int
+    seconds: float
+
+
+def repeated(
+    workload: Workload, records: Sequence[Record], end: float, before: Played | None = None
+) -> Turns | None:
+    """What stands for the microbatches that are not played; None where none may yet. before: with fewer
+    played.
+
+    Either the last turn took all ranks equally long; then none runs ahead of another any more. Or turns
+    differ in a pattern that comes again (docs/adr/0068): then the turns since `before` took, on average, what
+    they took the slowest rank over a round of the stages. No rank can be slower for good, as its turn waits
+    for none that is more than a round back; and none goes on to be faster, as the end did not. The pattern
+    itself, of which a part may be left, has to be flat.
+    """
+    if not workload.repeats:
+        return Turns(workload.unit, 0.0)
+    last, unit, round_ = lasted(workload, records), workload.unit, len(workload.programs)
+    step_time = end + workload.repeats * mean(last)
+    if workload.repeats * (max(last) - min(last)) <= STEADY * step_time:
+        return Turns(min(CYCLE, max(1, round_ - 1)) if unit == 1 else unit, mean(last))
+    if before is None:
+        return None
+    took = (end - before.end) / (workload.expanded - before.microbatches)
+    most = max(_began(workload, records, round_)) / round_
+    wrong = (workload.microbatches - workload.expanded) * abs(most - took)
+    uneven = max(
+        abs(one - turns * took) for turns in range(1, round_) for one in _began(workload, records, turns)
+    )
+    if wrong + uneven > STEADY * step_time:
+        return None
+    return Turns(round_, unit * took)
+
+
 def lasted(workload: Workload, records: Sequence[Record]) -> list[float]:
     """Seconds of the ranks' last turns, of `unit` microbatches, before the one in which the pipeline drains.
     A stage's turn begins once what it waits for is there: what it has waited for since the pipeline was
     filled is no part of it. Of an interleaved pipeline the first ranks, filled last, are left out."""
+    if len(records) == 1:
+        last = workload.expanded - 1
+        return [records[0].tallies[last].ready - records[0].tallies[last - workload.unit].ready]
+    return _began(workload, records, workload.unit)
+
+
+def _began(workload: Workload, records: Sequence[Record], turns: int) -> list[float]:
+    """Seconds from so many turns before the last one began until that began, by rank."""
     last = workload.expanded - 1
     if workload.unit > FILLED + 1:
         records = records[FILLED:]
-    ends = [(one.tallies[last], one.tallies[last - workload.unit]) for one in records]
-    if len(records) == 1:
-        return [end.ready - begin.ready for end, begin in ends]
-    return [end.start - begin.start for end, begin in ends]
-
-
-def settled(workload: Workload, records: Sequence[Record], end: float) -> bool:
-    """Whether the last turn took all ranks equally long: no rank runs ahead of another one any more."""
-    last = lasted(workload, records)
-    most = max(last) - min(last)
-    return workload.repeats * most <= STEADY * (end + workload.repeats * mean(last))
+    return [one.tallies[last].start - one.tallies[last - turns].start for one in records]
 
 
 def _period(program: Program, record: Record, repeat: Repeat) -> float:

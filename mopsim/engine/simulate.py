@@ -10,7 +10,7 @@ from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.stack import as_used, waiting
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
-from mopsim.engine.gaps import settled, steady
+from mopsim.engine.gaps import Played, repeated, steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -60,9 +60,10 @@ def run(
     training: TrainSpec,
     *,
     timeline: bool = False,
+    before: Played | None = None,
 ) -> SimResult:
     """Play a lowered workload on a profile. Composed layers and microbatches that turn out not to repeat each
-    other are played."""
+    other are played. before: with fewer microbatches."""
     matmul_peak(hardware, strategy)
     used = as_used(hardware, workload.stack, model.head_dim, training.seq_len)
     used = waiting(used, strategy.world_size)
@@ -79,11 +80,14 @@ def run(
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
-    if workload.longer and not settled(workload, records, end):
-        return run(workload.longer(), model, hardware, strategy, training, timeline=timeline)
+    turns = repeated(workload, records, end, before)
+    if turns is None:
+        assert workload.longer, "a program of one stage repeats its own last turn"
+        before = Played(workload.expanded, end)
+        return run(workload.longer(), model, hardware, strategy, training, timeline=timeline, before=before)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
-    step = PlayedStep(workload, records, ledgers, prices, end, digest(hardware))
+    step = PlayedStep(workload, records, ledgers, prices, end, digest(hardware), turns)
     return account(step, model, used, strategy, training)
 
 

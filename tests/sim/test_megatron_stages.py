@@ -6,6 +6,8 @@ import pytest
 from mopsim.common.errors import SpecError
 from mopsim.engine import run, simulate
 from mopsim.program import lower
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Overlap
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
@@ -33,6 +35,29 @@ def test_composed_microbatches_equal_expanded_ones(schedule: str, stages: int) -
     assert composed.num_events < whole.num_events
     for kind, seconds in whole.busy.items():
         assert composed.busy[kind] == pytest.approx(seconds, rel=1e-9), kind
+
+
+def test_turns_that_differ_in_a_pattern_are_not_all_played() -> None:
+    """Eight stages on a late host, whose turns differ in a pattern for as long as the step lasts."""
+    model = load_model("qwen3_30b_a3b")
+    model = msgspec.structs.replace(model, **model.cut(16))
+    profile = load_profile("a100-sxm-80g")
+    late = msgspec.structs.replace(profile.host, cpu_launch_time=quantity(35, "us"))
+    profile = msgspec.structs.replace(profile, host=late)
+    plan = megatron(32, pipeline_parallel=8, tensor_parallel=4, expert_parallel=4, token_dispatcher="deepep")
+    training = TrainSpec(seq_len=4096, global_batch=130)
+    brief, whole = (
+        run(lower(model, plan, training, 8, expand=expand), model, profile, plan, training)
+        for expand in (False, True)
+    )
+    assert brief.num_events < whole.num_events / 5
+    assert brief.step_time == pytest.approx(whole.step_time, rel=1e-3)
+    assert brief.peak_by_stage == whole.peak_by_stage
+    for found, wanted in (
+        (brief.time_by_component, whole.time_by_component),
+        (brief.exposed, whole.exposed),
+    ):
+        assert found == pytest.approx(wanted, abs=2e-3 * whole.step_time)
 
 
 @pytest.mark.parametrize("overlap", [Overlap(), Overlap(pipeline=True)])
