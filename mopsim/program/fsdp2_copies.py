@@ -37,10 +37,20 @@ def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
     return Work("memory_bound", bytes=float(unit.numel * bytes_arrived(c.b)), launches=4)
 
 
-def reduce_copy(c: Context, unit: ShardedUnit) -> Work:
-    """Full gradients cast to the reduce dtype and copied into the buffer that is sent."""
-    size = float(unit.padded * bytes_reduced(c.b, c.reduce))
+def reduce_copy(c: Context, unit: ShardedUnit, width: int) -> Work:
+    """Full gradients, of elements so wide, cast to the reduce dtype and copied into the buffer that is
+    sent."""
+    size = float(unit.padded * bytes_reduced(width, c.reduce))
     return Work("memory_bound", bytes=size, launches=4, host=_host(unit, REST, 6))
+
+
+def summed(c: Context, unit: ShardedUnit, *, first: bool) -> Work:
+    """A microbatch's full gradients cast to the sums' dtype, or added to the sums of those before
+    (_fsdp_param: to_accumulated_grad_if_needed, accumulate_unsharded_grad_if_needed). Its hooks are taken to
+    cost the host what they do where they reduce."""
+    moved = (c.b + c.reduce) * (c.b != c.reduce) if first else c.b + 2 * c.reduce
+    host = _host(unit, REST, unit.tensors)
+    return Work("memory_bound", bytes=float(unit.numel * moved), launches=unit.tensors, host=host)
 
 
 def update_host(c: Context, units: Iterable[ShardedUnit], started: int) -> float:

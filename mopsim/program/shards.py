@@ -12,7 +12,8 @@ from mopsim.program.data_parallel import divided, flat_host, put_together, reduc
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
-from mopsim.program.units import ShardedUnit, of_component
+from mopsim.program.units import ShardedUnit, joined, of_component
+from mopsim.program.whole_sums import WholeSums
 from mopsim.program.workload import Work
 from mopsim.spec.strategy import Dense, Experts
 
@@ -36,6 +37,7 @@ class Shards:
         self.each = self.zero >= 2
         self.copied = context.stack.sharding.copies and self.each
         self._modules = context.stack.sharding.groups == "modules"
+        self.sums = WholeSums(context, issue)
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self.made: dict[str, int] = {}
@@ -109,7 +111,7 @@ class Shards:
 
         for unit in filter(self._beside, self._groups(layer)):
             first, last = template.products(phase if phase == "forward" else "recompute")
-            at(max(first, 0), lambda op, unit=unit: self._arrive(unit, phase))  # type: ignore[misc]
+            at(max(first, 0), lambda op, unit=unit: self._wait(unit, phase))  # type: ignore[arg-type, misc]
             if phase == "forward":
                 at(last + 1, lambda op, unit=unit: self._release(unit, phase))  # type: ignore[misc]
                 continue
@@ -233,9 +235,6 @@ class Shards:
             self._there[unit.name] = self._out(unit, phase, op) if self._copied(unit) else op
         return (self._there[unit.name],) if unit.name in self._there else ()
 
-    def _arrive(self, unit: ShardedUnit, phase: str) -> None:
-        self._wait(unit, phase)
-
     def _out(self, unit: ShardedUnit, phase: str, op: int) -> int:
         """What has arrived becomes parameters; of a shard that is whole, casts. Offloaded shards are sent
         from a stream of their own, for which the buffer outlives the forward's copy-out until the next one,
@@ -264,9 +263,7 @@ class Shards:
         groups = {(unit.copies, self.c.groups[unit.group]) for unit in units}
         if self._modules or len(groups) > 1 or not all(map(self._copied, units)):
             return units
-        numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
-        largest = max(unit.largest for unit in units)
-        return [replace(units[0], numel=numel, tensors=tensors, largest=largest, last=units[-1].last)]
+        return [joined(units)]
 
     def _dense(self, layer: int) -> ShardedUnit:
         """The group that a layer's experts are beside."""
@@ -305,13 +302,15 @@ class Shards:
         if self._there.pop(unit.name, None) is None:
             return
         memory = (("gathered", -unit.padded * self.c.b),)
-        name = f"release {unit.name}"
-        self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
+        op = self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
+        self._left = (op,)
 
     def _reduce(self, unit: ShardedUnit, ready: Ops) -> None:
         """The full gradient is summed into the shard's."""
         part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
         last = self._sent_off(unit, part, ready) if copied else ready
+        if copied and not last:
+            return
         before: tuple[Work, ...] = ()
         if self.c.stack.sharding.flat:
             name, flat = f"flat gradient {unit.name}", (put_together(self.c, unit),)
@@ -339,12 +338,16 @@ class Shards:
     def _sent_off(self, unit: ShardedUnit, part: int, ready: Ops) -> Ops:
         """FSDP2's full gradient becomes the buffer that is reduced; that of the reduction before is freed
         once it is sent (reduce_scatter_max_input_buffers). A loop over the gradients holds the last one until
-        the shard's is made (foreach_reduce)."""
+        the shard's is made (foreach_reduce). Nothing is sent where gradients are summed first."""
         self._release(unit, "backward", ready)
-        full, size = unit.numel * self.c.b, unit.padded * self.c.reduce
-        rest, held = full - self._opened.pop(unit.name, 0), unit.last * self.c.b * (unit.shard > 1)
+        rest, wait = unit.numel * self.c.b - self._opened.pop(unit.name, 0), self.sums.wait
+        ready, rest, width = self.sums.add(unit, ready, rest)
+        if wait:
+            return ()
+        full, size = unit.numel * width, unit.padded * self.c.reduce
+        held = unit.last * width * (unit.shard > 1)
         memory = tuple(("gathered_grads", step) for step in (rest, -self._held, size, held - full))
-        work, name = (reduce_copy(self.c, unit),), f"copy in {unit.name}"
+        work, name = (reduce_copy(self.c, unit, width),), f"copy in {unit.name}"
         op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
         self.issue.hold((("grads", part), ("gathered_grads", -held)))
         self._sent, self._held = (), size

@@ -171,6 +171,7 @@ class StageStep:
         issue, part = self.issue, self.stage.part(chunk)
         order = list(reversed(self.stage.chunks[chunk]))
         self._begin_grads(chunk, self.passes.split)
+        self.shards.sums.last = final or self.passes.split
         if part == self.stage.parts - 1:
             waits = self.shards.edge("head", "backward")
             self.shards.turn((*reversed(self.stage.extra), *order))

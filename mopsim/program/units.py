@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from mopsim.spec.layout import ceil_div, shard_numel
 from mopsim.spec.model import ModelSpec
@@ -43,6 +43,13 @@ class ShardedUnit(Struct, frozen=True):
     @property
     def padded(self) -> int:
         return self.shard_numel * self.shard
+
+
+def joined(units: Sequence[ShardedUnit]) -> ShardedUnit:
+    """One unit of all their parameters."""
+    numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
+    largest = max(unit.largest for unit in units)
+    return structs.replace(units[0], numel=numel, tensors=tensors, largest=largest, last=units[-1].last)
 
 
 @lru_cache(maxsize=256)

@@ -213,11 +213,14 @@ class Bounder(Footprint):
         times, experts = layers * self.microbatches, self.sizes.moe_layers * self.microbatches
         shard, copies = c["dense_shard"], c["expert_shard"]
         apart = np.where(c["strided"] == 1, 1, c["experts"] * c["expert_tensor"])
+        when = self.space.stack.sharding.whole_sums
+        once = (when == "always") | ((when == "pipelines") & (c["pipeline"] > 1))
+        sums = np.where(once, 1 / self.microbatches, 1.0)  # reductions of a microbatch
         return [
             Message("all_gather", dense * self.compute, shard, times * gathers, c["tensor"]),
-            Message("reduce_scatter", dense * self.reduce, shard, times, c["tensor"]),
+            Message("reduce_scatter", dense * self.reduce, shard, times * sums, c["tensor"]),
             Message("all_gather", unit * self.compute, copies, experts * gathers, apart),
-            Message("reduce_scatter", unit * self.reduce, copies, experts, apart),
+            Message("reduce_scatter", unit * self.reduce, copies, experts * sums, apart),
         ]
 
     def copies(self) -> Reals:

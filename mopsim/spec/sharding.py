@@ -25,6 +25,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     parameters and gradients are whole on every rank (torch's DistributedDataParallel). copies: between shards
     or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters are
     sharded by what shards the others; else those spread over ranks are plain tensors, whole on every replica.
+    whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and reduced
+    with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's do).
     flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which is
     cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the optimizer
     has are views of it too, each time it is sharded again (use_orig_params). sums: under ZeRO-1 gradients are
@@ -55,6 +57,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     fsdp: bool = False
     optional: bool = False
     copies: bool = False
+    whole_sums: Literal["never", "pipelines", "always"] = "never"
     flat: bool | Literal["original"] = False
     sums: Literal["scattered", "whole"] = "scattered"
     owners: bool = False
@@ -80,5 +83,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
             yield not self.fsdp or getattr(self, field) == without, field, rule
         rule = "is of a program that may shard parameters (fsdp)"
         yield self.fsdp or not self.optional, "optional", rule
+        rule = "is of torch's FSDP2 (copies)"
+        yield self.copies or self.whole_sums == "never", "whole_sums", rule
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
         yield not (self.flat and self.copies), "flat", rule

@@ -1,0 +1,38 @@
+"""Gradients of a step's microbatches, summed whole and reduced with the last one's: torch's FSDP2 without
+gradient synchronization (Sharding.whole_sums)."""
+
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.fsdp2_copies import summed
+from mopsim.program.template import Ops
+from mopsim.program.units import ShardedUnit
+
+
+class WholeSums:
+    """last: whether a backward is a model chunk's last one, which reduces."""
+
+    def __init__(self, context: Context, issue: Builder) -> None:
+        self.c, self.issue, self.last = context, issue, True
+        when, stages = context.stack.sharding.whole_sums, context.strategy.pipeline.pipeline_parallel
+        self._kept = when == "always" or (when == "pipelines" and stages > 1)
+        self._there: set[str] = set()
+
+    @property
+    def wait(self) -> bool:
+        """Whether nothing is reduced yet."""
+        return self._kept and not self.last
+
+    def add(self, unit: ShardedUnit, ready: Ops, rest: int) -> tuple[Ops, int, int]:
+        """The full gradient of a microbatch, of which `rest` bytes are still to be made, becomes the sum, or
+        is added to it; the last one's only to one that is there. Returns what a reduction of it waits for,
+        what of the bytes is left to be made, and the width of an element."""
+        first, full = unit.name not in self._there, unit.numel * self.c.b
+        if first and not self.wait:
+            return ready, rest, self.c.b
+        self._there.add(unit.name)
+        copied = not first or self.c.b != self.c.reduce  # else what is made is the sum
+        steps = (rest, unit.numel * self.c.reduce * first, -full) if copied else (rest,)
+        memory = tuple(("gathered_grads", step) for step in steps)
+        work, name = (summed(self.c, unit, first=first),), f"sum {unit.name}"
+        op = self.issue.add(name, "compute", "other", "backward", work, ready, memory, layer=unit.layer)
+        return (op,), 0, self.c.reduce
