@@ -77,37 +77,40 @@ def loss_tape(context: Context) -> Tape:
     torch = (zero >= 2 or gathered) and not fused and not native
     in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
     sliced = kernel == "loss_parallel" and split and torch
+    wide = c.b if torch and not c.stack.kernels.loss_copy else c.wide
+    cast = torch and c.stack.kernels.loss_copy
     held = (torch or fused) and c.stack.kernels.logits_held is True
     copy = ("wide",) if c.stack.kernels.logits_held == "copy" else ()
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
-    exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
+    exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
     moved = 3 * c.b if fused else c.b + 9 * c.wide
     back = 2 * c.b if fused else c.b + 3 * c.wide
     if native:  # cast and maximum, shift and exponential, division; back, a copy to add to, then its cast
         moved, back = c.b + 5 * c.wide, c.b + 3 * c.wide
-    if torch:
+    if cast:
         kernels.append(
             Kernel(
                 "cast", "memory_bound", _C, ("logits",), (Value("wide", elements * c.wide, "logits"),), copy,
                 bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
             )
         )  # fmt: skip
+    if torch:
         # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
-        moved, back = 3 * c.wide, 4 * c.wide
+        moved, back = 3 * wide, 4 * wide
     if sliced:
         # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with
         # the picked ones, plus the exponential, times the gradient: three beside the log-probabilities.
-        moved, back = 8 * c.wide, 8 * c.wide
+        moved, back = 8 * wide, 8 * wide
     kernels.append(
         Kernel(
-            "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
+            "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",), (exact, Value("loss", 0)),
             saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
             back_bytes=float(elements * back), launches=1 if fused else 3 if native else 6 - torch,
             back_launches=2 - torch,
-            back_scratch=(("logits", (1 + sliced) * elements * c.wide),) if torch or native else (),
+            back_scratch=(("logits", (1 + sliced) * elements * wide),) if torch or native else (),
         )
     )  # fmt: skip
     kernels += _beside(c, elements, parts)

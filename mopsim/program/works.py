@@ -9,6 +9,7 @@ from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
+from mopsim.graph.rewrites.padded import padded_to_busiest
 from mopsim.graph.rewrites.projections import (
     gathered_kept,
     gradients_added,
@@ -41,6 +42,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         del ways["clamped_gate"]
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
+    if run.expert_padding == "busiest":
+        local = model.num_local_experts // context.strategy.experts.expert_parallel
+        kernels = padded_to_busiest(kernels, local)
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])

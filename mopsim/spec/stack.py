@@ -65,7 +65,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     ...), `default` for the others. deterministic: sums in a fixed order. expert_rows: gated activation and
     route weights of routed experts; expert_products: `grouped` in one kernel, `looped` expert by expert
     (Transformer Engine's GroupedLinear). expert_outputs: made in one tensor (`whole`), or expert by expert
-    and put together (`pieces`), as are the gradients of their inputs. expert_bias: added inside the product
+    and put together (`pieces`), as are the gradients of their inputs. expert_padding: every expert of a rank
+    computes as many rows as the `busiest` of them. expert_bias: added inside the product
     (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch adds it
     up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one
     kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`). row_sums:
@@ -94,7 +95,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in
     fp32 (`upcast`), Megatron-Core's compiled ones, whose gradient takes a second copy (`native`), torch's
     on a copy in fp32 of logits that every tensor-parallel rank gathers whole (`gathered`), or on that of
-    a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). logits_held:
+    a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). loss_copy:
+    whether torch's works on a copy in fp32, or on the logits in their own dtype. logits_held:
     whoever calls a loss that works on a copy of the logits holds them until its backward is done, or that
     copy (`copy`).
     logit_passes: bytes moved for each element of the logits beside what the loss moves (casts of its own,
@@ -114,6 +116,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_rows: Built = "fused"
     expert_products: Literal["grouped", "looped"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
+    expert_padding: Literal["none", "busiest"] = "none"
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
     clamped_gate: Literal["fused", "composed", "again"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
@@ -130,6 +133,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     adamw: Literal["fused", "foreach"] = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast", "native", "gathered", "loss_parallel"] = "composed"
+    loss_copy: bool = True
     logits_held: bool | Literal["copy"] = True
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd"] = "fused"
@@ -229,10 +233,11 @@ class Reading(Spec, frozen=True, kw_only=True):
     """What its reported peak memory is.
 
     memory: live tensors (`allocated`), the caching allocator's blocks (`reserved`), or the whole device as
-    NVML has it (`device`). last_stage: it is of the last pipeline stage only.
+    NVML has it (`device`). first_stage, last_stage: it is of that pipeline stage only.
     """
 
     memory: Literal["allocated", "reserved", "device"] = "allocated"
+    first_stage: bool = False
     last_stage: bool = False
 
 
@@ -321,7 +326,8 @@ class Stack(Spec, frozen=True, kw_only=True):
         """The stack as it shards state at a level of ZeRO."""
         if zero >= 2 or not self.sharding.optional:
             return self
-        return replace(self, sharding=replace(self.sharding, fsdp=False, copies=False, optional=False))
+        without = replace(self.sharding, fsdp=False, copies=False, optional=False, whole_sums="never")
+        return replace(self, sharding=without)
 
     def forces_consecutive(self, routing: RoutingProfile) -> bool:
         """Whether a token's experts lie one after the other."""

@@ -76,7 +76,8 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         return Simulated(error=str(error), field=str(error).split(":")[0])
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}", field="simulator")
-    peak = result.peak_by_stage[-1] if stack.reading.last_stage else result.peak_memory
+    first, last = stack.reading.first_stage, stack.reading.last_stage
+    peak = result.peak_by_stage[-1 if last else 0] if first or last else result.peak_memory
     return Simulated(
         step_time=result.step_time, paces=paces, peak_memory=peak, fullest=result.peak_memory,
         idle_blocks=result.above_peak.get("idle pools", 0),

@@ -1,0 +1,95 @@
+"""Gradients summed whole until the last microbatch; rows of experts padded to the busiest; torch's loss on
+logits as they are."""
+
+import pytest
+from msgspec.structs import replace
+
+from mopsim.engine import simulate
+from mopsim.engine.simulate import run
+from mopsim.graph import total_params
+from mopsim.program import lower
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+from tests.sim.toys import machine, small
+from tests.software import changed, unfused
+
+
+def summed(when: str = "always") -> Stack:
+    return changed("torchtitan", sharding={"whole_sums": when})
+
+
+def training(microbatches: int) -> TrainSpec:
+    return TrainSpec(seq_len=64, global_batch=8 * microbatches)
+
+
+def test_only_the_last_microbatch_reduces() -> None:
+    ops = lower(small(), fsdp2(8), training(4), 8, stack=summed()).programs[0].ops
+    last = max(op.microbatch for op in ops)
+    assert {op.microbatch for op in ops if op.name.startswith("reduce ")} == {last}
+    assert {op.microbatch for op in ops if op.name.startswith("sum ")} == set(range(last + 1))
+
+
+def test_whole_sums_are_there_in_fp32_and_are_gone_at_the_end() -> None:
+    for microbatches, whole in ((1, False), (2, True), (5, True)):
+        stacks = summed(), summed("never")
+        both = (simulate(small(), machine(), 1, fsdp2(8), training(microbatches), one) for one in stacks)
+        kept, plain = (found.highest_by_category["gathered_grads"] for found in both)
+        assert (kept >= 4 * total_params(small())) == whole
+        assert (kept == plain) != whole
+
+
+@pytest.mark.parametrize("strategy", [fsdp2(8), fsdp2(8, expert_parallel=4)], ids=["dense", "experts"])
+def test_microbatches_that_are_not_played_sum_too(strategy: Strategy) -> None:
+    model, job = small(), training(6)
+    short, every = (
+        run(
+            lower(model, strategy, job, 8, stack=summed(), expand=expand),
+            model, machine(), strategy, job,
+        )
+        for expand in (False, True)
+    )  # fmt: skip
+    assert short.step_time == pytest.approx(every.step_time, rel=1e-9)
+    assert short.peak_memory == every.peak_memory
+
+
+def test_pipelines_alone_may_sum_whole() -> None:
+    job = training(4)
+    for stages, found in ((1, False), (2, True)):
+        strategy = fsdp2(8)
+        pipeline = replace(strategy.pipeline, pipeline_parallel=stages)
+        dense = replace(strategy.dense, fsdp=8 // stages)
+        experts = replace(strategy.experts, expert_fsdp=8 // stages)
+        strategy = replace(strategy, pipeline=pipeline, dense=dense, experts=experts)
+        ops = lower(small(), strategy, job, 8, stack=summed("pipelines")).programs[0].ops
+        assert any(op.name.startswith("sum ") for op in ops) == found
+
+
+def test_padded_experts_compute_the_busiest_ones_rows() -> None:
+    job = TrainSpec(seq_len=1024, global_batch=8, routing="50/1")
+    flops = []
+    for padding in ("none", "busiest"):
+        stack = changed("torchtitan", kernels={"expert_padding": padding})
+        ops = lower(small(), fsdp2(8), job, 8, stack=stack).programs[0].ops
+        works = [w for op in ops if op.phase == "forward" for w in op.work if w.kind == "grouped_matmul"]
+        flops.append(sum(2 * w.m * w.n * w.k * w.count for w in works))
+    experts = small().num_local_experts
+    assert flops[1] / flops[0] == pytest.approx(experts / 2, rel=0.02)  # half of all rows on one
+
+
+def test_a_loss_without_a_copy_in_fp32_takes_less() -> None:
+    model = replace(small(), vocab_size=32_000)
+    for copy, bytes_each in ((True, 2 + 3 * 4), (False, 2 + 3 * 2)):
+        kernels = {"loss": "composed", "loss_copy": copy}
+        software = unfused("copies", kernels=kernels, sharding={"fsdp": True})
+        job = TrainSpec(seq_len=1024, global_batch=8)
+        found = simulate(model, machine(), 1, fsdp2(8), job, software)
+        assert found.highest_by_category["logits"] == 1024 * 32_000 * bytes_each
+
+
+def test_a_program_without_fsdp_sums_as_it_did() -> None:
+    stack = load_stack("kempnerforge")
+    assert stack.under(0).sharding.whole_sums == "never"
+    assert stack.under(3).sharding.whole_sums == "always"
