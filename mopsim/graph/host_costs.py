@@ -37,6 +37,9 @@ parameter of its own. Neither Triton's launches nor cuBLASLt's choice of an algo
 PERMUTED: Costs = {"layer": (11.0, 1.8), "expert": (0.37, 0.38)}
 """Linears that permutation by torch's own ops adds to these layers (the same file, `composed`), and for each
 expert of all ranks, whose rows are split off and put elsewhere one after the other."""
+TENSOR: Costs = {"attention": (10.1, 12.8), "dense_ffn": (8.4, 11.5)}
+"""Linears that a region of split products adds to them on tensor-parallel ranks, with its collectives' Python
+(`reports/host/te_tensor.json`); routed experts that are not split themselves add none."""
 LAYERS: dict[str, dict[bool, Costs]] = {
     "transformers": {False: LAYER, True: LAYER},
     "transformer_engine": {False: TRANSFORMER_ENGINE, True: TRANSFORMER_ENGINE_8_BITS},

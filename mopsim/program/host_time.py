@@ -6,25 +6,26 @@ from dataclasses import replace
 from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.host_costs import CHECKPOINT, HOOKS, LAYER, LAYERS
+from mopsim.graph.host_costs import CHECKPOINT, HOOKS, LAYER, LAYERS, TENSOR
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.stack import Stack
 
 
-def by_modules(program: Program, stack: Stack, *, hooked: bool = False) -> Program:
+def by_modules(program: Program, stack: Stack, *, hooked: bool = False, split: bool = False) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
     layers = (op.index for op in program.ops if op.layer >= 0)
-    return replace(program, ops=hosted(program.ops, layers, stack, hooked=hooked))
+    return replace(program, ops=hosted(program.ops, layers, stack, hooked=hooked, split=split))
 
 
 def hosted(
-    given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False
+    given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False, split: bool = False
 ) -> tuple[Op, ...]:
     """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
     It lies on one op of each component, in the middle of those on the compute stream. hooked: hooks around
-    every module gather its parameters.
+    every module gather its parameters. split: tensor-parallel ranks share the products.
     """
+    tensor = TENSOR if split and stack.host.layers == "transformer_engine" else {}
     groups: dict[tuple[int, int, str, str], list[int]] = {}
     for place in places:
         op = given[place]
@@ -38,6 +39,7 @@ def hosted(
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
         more += HOOKS[component][back] if hooked else 0.0
+        more += tensor[component][back] if component in tensor else 0.0
         if more > 0:
             middle = places[len(places) // 2]
             ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))

@@ -53,7 +53,10 @@ def lower(
     )
     if stack.host.modules:
         hooked = stack.host.hooks and context.shards_params
-        programs = tuple(by_modules(program, context.stack, hooked=hooked) for program in programs)
+        split = strategy.dense.tensor_parallel > 1
+        programs = tuple(
+            by_modules(program, context.stack, hooked=hooked, split=split) for program in programs
+        )
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len

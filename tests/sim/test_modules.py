@@ -81,6 +81,27 @@ def test_a_permutation_of_torchs_own_ops_takes_the_host_more_with_every_expert()
             assert more == pytest.approx(costs[0] + cut * costs[1]), dispatcher
 
 
+def test_what_tensor_parallel_ranks_add_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/te_tensor.json").read_text())["added"]
+    for component, name in (("attention", "attention"), ("dense_ffn", "dense")):
+        found = added[name]["forward"], added[name]["backward"]
+        assert modules.TENSOR[component] == pytest.approx(found, abs=0.05), component
+    assert max(map(abs, added["experts"].values())) < 1.5, "none of routed experts that are whole"
+
+
+def test_tensor_parallel_ranks_take_the_host_more() -> None:
+    took = {}
+    for stack in ("megatron-core", "generic-fused"):
+        for ranks in (1, 2):
+            strategy = replace(megatron(8, expert_parallel=8, tensor_parallel=ranks), stack=stack)
+            took[stack, ranks] = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
+    for place, phase in enumerate(("forward", "backward")):
+        for stack, more in (("megatron-core", modules.TENSOR["attention"][place]), ("generic-fused", 0.0)):
+            whole, split = (took[stack, ranks][phase, "attention"] for ranks in (1, 2))
+            assert split - whole >= more - 1e-9
+            assert split - whole <= more + 8, "and its collectives"
+
+
 def test_hooks_are_the_committed_measurement() -> None:
     added = json.loads((Path(__file__).parents[2] / "reports/host/deepspeed.json").read_text())["added"]
     for component, (forward, backward) in modules.HOOKS.items():
