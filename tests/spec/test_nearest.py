@@ -27,8 +27,9 @@ def test_hardware(name: str, first: str) -> None:
 
 
 def test_a_word_in_common_says_more_than_letters() -> None:
-    assert nearest("B200", list_profiles()) == ["b200-sxm-192g"]
-    assert nearest("B300", list_profiles()) == ["b300-sxm-288g"]
+    assert nearest("B200", list_profiles()) == ["b200-sxm-192g", "b200-sxm-192g-aws-p6"]
+    assert nearest("B300", list_profiles()) == ["b300-sxm-288g", "b300-sxm-288g-aws-p6"]
+    assert nearest("p5en", list_profiles())[0] == "h200-sxm-141g-aws-p5en"
     assert nearest("zzz", list_profiles()) == []
     assert nearest("", list_profiles()) == []
 

@@ -1,5 +1,7 @@
 """The shipped profiles: complete, physical, sourced; and made by the command that says it makes them."""
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from hardware_profiles.data.fit.run import Fitter
 from hardware_profiles.data.fit.tables import read_csv
 from mopsim.common.errors import MopError
 from mopsim.common.io import digest, parse_yaml, to_plain, write_yaml
+from mopsim.cost.communication import collective as seconds_of
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import Quantity
 from mopsim.spec.profiles import list_profiles, load_profile
 
@@ -33,6 +37,12 @@ NAMES = [
     "mi355x-288g",
     "l40s-48g",
     "rtx4090-24g",
+    "a100-sxm-40g-aws-p4d",
+    "a100-sxm-80g-aws-p4de",
+    "h100-sxm-80g-aws-p5",
+    "h200-sxm-141g-aws-p5en",
+    "b200-sxm-192g-aws-p6",
+    "b300-sxm-288g-aws-p6",
     "cpu-2core",
 ]
 FITTED = [name for name in NAMES if name != "cpu-2core"]
@@ -202,3 +212,15 @@ def test_an_efficiency_above_one_and_a_wrong_unit_are_refused(tmp_path: Path) ->
 def test_a_quantity_without_a_source_is_refused() -> None:
     with pytest.raises(MopError, match="source: '' must name where the number comes from"):
         Quantity(value=1.0, unit="GB", tag="measured", source="")
+
+
+def test_a_network_that_was_not_fitted_is_met_by_another_and_its_delay() -> None:
+    """p4de's all-reduces over two nodes, of which its curves know the NIC and the smallest one."""
+    profile = load_profile("a100-sxm-80g-aws-p4de")
+    rows = [row for row in read_csv(DATA / "nccl_over_nodes.csv", ("network",)) if "p4de" in row["network"]]
+    errors = []
+    for row in rows:
+        work = Work(kind="all_reduce", bytes=float(row["size_bytes"]), group=CommGroup(16, 8))
+        errors.append(abs(math.log(seconds_of(work, profile) / float(row["seconds"]))))
+    assert len(errors) == 29
+    assert statistics.median(errors) < 0.2

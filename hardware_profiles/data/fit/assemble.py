@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from hardware_profiles.data.fit.attention import AttentionFit
-from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit
+from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit, OverNodes
 from hardware_profiles.data.fit.matmul import MatmulFit
 from hardware_profiles.data.fit.tables import round_to
 from mopsim.common.units import DTYPE_BYTES
@@ -75,6 +75,8 @@ class MachineFits:
     collectives_source: str
     derived: tuple[str, ...] = ()
     """Collectives whose rate is not of those timings."""
+    network: OverNodes | None = None
+    """Over NICs; without it, a share of the NIC."""
 
 
 def quantity(value: float, unit: str, tag: Tag, source: str) -> Quantity:
@@ -96,7 +98,7 @@ def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> Hardwa
         device=_device(machine, fits),
         host=_host(host),
         scale_up=_scale_up(machine, fits),
-        scale_out=_scale_out(machine),
+        scale_out=_timed_out(machine, fits.network) if fits.network else _scale_out(machine),
         communication_share=share,
         price_per_device_hour=_given(machine["price"]),
         node_power=_given(machine["node_power"]) if "node_power" in machine else None,
@@ -219,16 +221,7 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
     tags: dict[str, Tag] = {
         op: "assumed" if op in fits.derived else fits.collectives_tag for op in fits.collectives
     }
-    curves = {
-        op: CollectiveCurve(
-            latency=quantity(round_to(fit.latency * 1e6, 3), "us", tags[op], source),
-            latency_per_rank=quantity(round_to(fit.latency_per_rank * 1e6, 3), "us", tags[op], source),
-            bandwidth=quantity(round_to(fit.bandwidth / 1e9), "GB/s", tags[op], source),
-            bytes_half=fit.bytes_half,
-            ramp=RAMP,
-        )
-        for op, fit in fits.collectives.items()
-    }
+    curves = {op: _curve(fit, tags[op], source) for op, fit in fits.collectives.items()}
     if "send_recv" not in curves:
         assumed = f"as all_to_all, of one peer: {source}"
         base = curves["all_to_all"]
@@ -247,8 +240,23 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
     )
 
 
+def _curve(fit: CollectiveFit, tag: Tag, source: str) -> CollectiveCurve:
+    return CollectiveCurve(
+        latency=quantity(round_to(fit.latency * 1e6, 3), "us", tag, source),
+        latency_per_rank=quantity(round_to(fit.latency_per_rank * 1e6, 3), "us", tag, source),
+        bandwidth=quantity(round_to(fit.bandwidth / 1e9), "GB/s", tag, source),
+        bytes_half=fit.bytes_half,
+        ramp=RAMP,
+    )
+
+
 def _bridges(given: Entry) -> Bridges:
     return Bridges(devices=given["devices"], faster=given["faster"], link=_given(given["link"]))
+
+
+def _timed_out(machine: Entry, known: OverNodes) -> Fabric:
+    curves = {op: _curve(known.fits[op], known.tags[op], known.sources[op]) for op in COLLECTIVES}
+    return Fabric(peak=_given(machine["nic"]), collectives=curves)
 
 
 def _scale_out(machine: Entry) -> Fabric:

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from hardware_profiles.data.fit.tables import Array, Residuals, column, params, round_to
+from mopsim.spec.hardware import Tag
 
 #: Names of the table -> ours.
 OPS = {
@@ -44,7 +45,10 @@ def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: flo
     Timings of one group size cannot tell a delay from a delay a rank: all of it then goes by the rank,
     as the hops of a ring do.
     """
-    wire = wire_bytes(op, ranks, size)
+    return _fit(ranks, wire_bytes(op, ranks, size), seconds, peak)
+
+
+def _fit(ranks: Array, wire: Array, seconds: Array, peak: float) -> CollectiveFit:
     largest = min(float((wire / seconds).max()), peak)
 
     sizes = len(np.unique(ranks))
@@ -62,7 +66,7 @@ def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: flo
     x, error = result.x, errors(result.x)
     return CollectiveFit(
         _microseconds(x[0]) if sizes > 1 else 0.0, _microseconds(x[1]),
-        round_to(float(x[2]) * largest * 0.9999), round_to(float(x[3]) * 1e6, 3),
+        round_to(float(x[2]) * largest * 0.9999), round_to(float(x[3]) * 1e6, 3) if x[3] > 1e-6 else 0.0,
         Residuals.of(error), Residuals.of(error[wire > 1e6]),
     )  # fmt: skip
 
@@ -88,6 +92,43 @@ def fit_timed(rows: list[dict[str, str]], peak: float) -> CollectiveFit:
     ranks, seconds = column(rows, "num_gpus"), column(rows, "value")
     size = np.array([float(params(row)["size_bytes"]) for row in rows])
     return fit_collective("all_reduce", ranks, size, seconds, peak)
+
+
+@dataclass(frozen=True)
+class OverNodes:
+    """Curves over the NICs of one network (machines.yaml, `networks`), by operation, and how each was had."""
+
+    nic: float
+    fits: dict[str, CollectiveFit]
+    tags: dict[str, Tag]
+    sources: dict[str, str]
+
+
+def fit_over_nodes(op: str, rows: list[dict[str, str]], nic: float, node: int = 8) -> CollectiveFit:
+    """One op of nccl_over_nodes.csv by what a NIC carries, as mopsim.cost.communication counts it. Gathers
+    and sums of more than 1 MB over two nodes are left out: NVLink bounds them."""
+    ranks, size, seconds = (column(rows, name) for name in ("num_gpus", "size_bytes", "seconds"))
+    nodes = ranks / node
+    if op == "all_to_all":
+        return _fit(ranks, size * (ranks - node) / ranks, seconds, nic)
+    kept = (nodes > 2) | (size <= 2**20)
+    wire = wire_bytes(op, nodes, size / node)
+    return _fit(nodes[kept], wire[kept], seconds[kept], nic)
+
+
+def other_network(known: OverNodes, nic: float, delays: float, why: str) -> OverNodes:
+    """The curves of another by the NICs' rates, delays times `delays`, and sizes at half rate by both."""
+    fits = {
+        op: replace(
+            fit, latency=round_to(fit.latency * delays, 3),
+            bandwidth=round_to(fit.bandwidth * nic / known.nic),
+            latency_per_rank=round_to(fit.latency_per_rank * delays, 3),
+            bytes_half=round_to(fit.bytes_half * delays * nic / known.nic, 3),
+        )
+        for op, fit in known.fits.items()
+    }  # fmt: skip
+    sources = {op: f"{source}; {why}" for op, source in known.sources.items()}
+    return OverNodes(nic, fits, dict.fromkeys(fits, "assumed"), sources)
 
 
 def at_length(op: str, ranks: int, size: float, rate: float, like: CollectiveFit) -> CollectiveFit:

@@ -7,8 +7,9 @@ from pathlib import Path
 from hardware_profiles.data.fit import assemble, attention, collectives, matmul
 from hardware_profiles.data.fit.assemble import Entry, MachineFits
 from hardware_profiles.data.fit.attention import AttentionFit
-from hardware_profiles.data.fit.collectives import CollectiveFit
+from hardware_profiles.data.fit.collectives import CollectiveFit, OverNodes
 from hardware_profiles.data.fit.matmul import MatmulFit
+from hardware_profiles.data.fit.networks import TABLE, network
 from hardware_profiles.data.fit.tables import Residuals, read_csv, round_to
 from mopsim.common.errors import MopError
 from mopsim.common.io import parse_yaml, read_text
@@ -58,8 +59,9 @@ class Fitter:
         data = parse_yaml(read_text(machines), str(machines))
         if not isinstance(data, dict) or not {"hosts", "machines"} <= set(data):
             raise MopError(f"{machines}: must have the fields hosts and machines")
-        self.hosts: dict[str, Entry] = data["hosts"]
-        self.machines: dict[str, Entry] = data["machines"]
+        self.hosts: dict[str, Entry] = _whole(data["hosts"])
+        self.networks: dict[str, Entry] = data.get("networks", {})
+        self.machines: dict[str, Entry] = _whole(data["machines"])
         self.report: dict[str, str] = {}
         self._matmul: dict[str, tuple[MatmulFit, float]] = {}
         self._nodes: dict[str, dict[str, CollectiveFit]] = {}
@@ -84,10 +86,11 @@ class Fitter:
         ratios = self._fp8(curves["gemm"])
         ratios |= {dtype: (ratio, why) for dtype, (ratio, why) in machine.get("ratios", {}).items()}
         derived = tuple(machine.get("rates", {}).get("derived", ()))
+        over = self.over_nodes(machine["network"]) if "network" in machine else None
         floor_tag: Tag = "assumed" if str(curves["gemm"]).startswith("assumed:") else tag
         return MachineFits(
             fit, tag, source, floor_tag, ratios, grouped, bandwidth, bandwidth_tag, bandwidth_source,
-            shapes, shape_tag, node, node_tag, node_source, derived,
+            shapes, shape_tag, node, node_tag, node_source, derived, over,
         )  # fmt: skip
 
     def _table(self, gpu: str) -> tuple[MatmulFit, float]:
@@ -255,6 +258,15 @@ class Fitter:
                 self.report[f"{op} {gpu}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
         return self._nodes[gpu]
 
+    def over_nodes(self, name: str) -> OverNodes:
+        """The curves of a network's NICs."""
+        rows = read_csv(TABLE, ("network", "op", "num_gpus", "size_bytes", "seconds"))
+        found = network(name, self.networks, rows)
+        for op, fit in found.fits.items():
+            if found.tags[op] == "measured":
+                self.report[f"{op} {name}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
+        return found
+
     def _collectives(self, name: str, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
         curves = machine["curves"]
         wanted = curves["collectives"]
@@ -297,6 +309,11 @@ _OWNER = {
     "b200_sxm": "b200-sxm-192g", "b300_sxm": "b300-sxm-288g", "gb200": "gb200-186g", "gb300": "gb300-288g",
     "l40s": "l40s-48g",
 }  # fmt: skip
+
+
+def _whole(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Entries with what those that they are `like` have and they do not."""
+    return {name: {**entries.get(entry.get("like", ""), {}), **entry} for name, entry in entries.items()}
 
 
 def _si(listed: list[float | str]) -> float:
