@@ -147,7 +147,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         return (*_map(context, group), work) if mapped else (work,)
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    indexed = kernel.indexed and context.stack.kernels.expert_rows == "composed"
+    indexed = _by_index(kernel, context)
     sums = size / 2 / context.b if _adds(kernel, forward, context) else 0.0
     if not size and not launches:
         return ()
@@ -172,16 +172,28 @@ def _cut(kernel: Kernel, forward: bool, context: Context) -> float:
     return PERMUTED["layer"][not forward] + parts * PERMUTED["expert"][not forward]
 
 
+def _permutations(context: Context) -> tuple[str, str]:
+    """The permutation of rows by token, and the one that adds a token's rows: at home, or where rows that are
+    sent once to a rank have arrived."""
+    experts = context.strategy.experts
+    once = experts.token_dispatcher != "alltoall" and experts.expert_parallel > 1
+    return ("sort", "unsort") if once else ("permute", "accumulate")
+
+
+def _by_index(kernel: Kernel, context: Context) -> bool:
+    """Whether torch's own kernels copy rows by index."""
+    kernels = context.stack.kernels
+    permuted = kernels.row_sums == "atomic" and kernel.name in _permutations(context)
+    return kernel.indexed and (kernels.expert_rows == "composed" or permuted)
+
+
 def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:
-    """Whether a pass of a permutation adds rows up, those of a token's routes, by atomic operations. Rows
-    sent once to a rank are put apart, and together again, where they have arrived."""
+    """Whether a pass of a permutation adds rows up, those of a token's routes, by atomic operations."""
     experts, how = context.strategy.experts, context.stack.kernels.row_sums
     dense = context.model.num_experts_per_tok >= experts.expert_parallel
     if how == "gathered" or (how == "atomic_if_sparse" and dense):
         return False
-    once = experts.token_dispatcher != "alltoall" and experts.expert_parallel > 1
-    names = {True: ("accumulate", "unsort"), False: ("permute", "sort")}
-    return kernel.indexed and kernel.name == names[forward][once]
+    return kernel.indexed and kernel.name == _permutations(context)[forward]
 
 
 def _map(context: Context, group: CommGroup) -> tuple[Work, ...]:

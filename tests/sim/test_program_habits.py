@@ -24,6 +24,7 @@ from mopsim.program.loss import loss_tape, loss_template
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Op, Program, Work
+from mopsim.program.works import Part, works
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import HostCosts, Kernels, Sharding, Stack
@@ -245,6 +246,31 @@ def test_the_host_waits_for_the_rows_of_experts(
         layers = {op.layer for op in program.ops if any(w.kind == "grouped_matmul" for w in op.work)}
         assert layers
         assert sorted(waits) == sorted((one, phase) for one in layers for phase in phases if counted)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "deepep"])
+def test_rows_of_tokens_are_copied_by_index_where_no_permutation_is_fused(
+    dispatcher: Literal["alltoall", "deepep"],
+) -> None:
+    """Chunks of an expert's rows lie together, so that they are not; rows that a kernel has sent have no
+    other permutation."""
+    strategy = megatron(8, expert_parallel=4, token_dispatcher=dispatcher)
+    training, found = TrainSpec(seq_len=32, global_batch=8, routing="balanced"), {}
+    parts: tuple[Part, ...] = ("forward", "backward")
+    for sums in ("gathered", "atomic"):
+        stack = Stack(name="mine", kernels=Kernels(row_sums=sums))
+        context = make_context(small(), strategy, training, 8, stack)
+        for kernel in Passes(context).tape(small().num_hidden_layers - 1).kernels:
+            if kernel.name in ("permute", "sort", "unsort", "accumulate"):
+                for part in parts:
+                    work = works(kernel, part, context)
+                    found[sums, kernel.name, part] = [(one.indexed, one.sums > 0) for one in work]
+    rows, back = ("permute", "accumulate") if dispatcher == "alltoall" else ("sort", "unsort")
+    summed = {(rows, "backward"), (back, "forward")}
+    for (sums, name, part), flags in found.items():
+        copied = sums == "atomic" and name in (rows, back)
+        assert flags in ([], [(copied, sums == "atomic" and (name, part) in summed)]), (sums, name, part)
+    assert found["atomic", rows, "forward"] == [(True, False)]
 
 
 def test_gathered_rows_are_kept_or_gathered_again() -> None:
