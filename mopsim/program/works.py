@@ -14,6 +14,7 @@ from mopsim.graph.rewrites.projections import (
     gathered_kept,
     gradients_added,
     lengths_read,
+    rows_apart,
     rows_fused,
     split,
     summed_apart,
@@ -72,12 +73,14 @@ def _reads_lengths(context: Context) -> bool:
 
 def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager: bool) -> tuple[Kernel, ...]:
     """The kernels, and what is done because several products of their own read one value: see
-    Kernels.gate_up and Kernels.region_sums. wings: products of a gated activation's first half."""
+    Kernels.gate_up, region_sums and region_rows. wings: products of a gated activation's first half."""
     run = context.stack.kernels
     counted: dict[str, int] = {}
     if run.gate_up in ("added", "ffn_added") and any(one.name == "qkv_proj" for one in kernels):
         counted = {"qkv_proj": 3 if run.gate_up == "added" else 1, "up_proj": wings}
     found = summed_apart(kernels, counted) if run.region_sums == "each" else kernels
+    if run.region_rows != "once":
+        found = rows_apart(found, counted, run.region_rows == "each")
     return gradients_added(found, counted, eager)
 
 

@@ -78,7 +78,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     Megatron-Core's own autograd function does, or `kept`, as plain autograd does. region_backward: what
     begins a region gathers its rows again and scatters their input's gradient beside the products, or one
     after the other. region_sums: without sequence parallelism the input's gradient of a region is summed
-    `once`, or that of each product that gate_up says is one of its own (`each`). sequence_exchange:
+    `once`, or that of each product that gate_up says is one of its own (`each`). region_rows: under
+    it, such products share what is gathered and scatter the sum of their inputs' gradients (`once`), or
+    scatter each its own (`scattered`), or gather too (`each`). sequence_exchange:
     Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`). gate_up: one
     product for both, and one for queries, keys and values, or one each, shared experts after the routed ones;
     or one each that are counted as one whose input's gradients are added (`added`), gate and up only in
@@ -125,6 +127,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     gathered_rows: Literal["again", "kept"] = "again"
     region_backward: Literal["beside", "in_turn"] = "beside"
     region_sums: Literal["once", "each"] = "once"
+    region_rows: Literal["once", "scattered", "each"] = "once"
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
     casts: Literal["kept", "again"] = "kept"

@@ -268,7 +268,7 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
-    again; parameters that lie on the host; tensor ranks that hold all rows, and two readers of each;
+    again; parameters that lie on the host; tensor ranks that split or hold all rows, and two readers of each;
     gradients as narrow as the products; FSDP's groups without copies.
     """
     job = JOBS["megatron"]
@@ -288,10 +288,10 @@ def left_to_the_stack() -> dict[str, Job]:
     narrow = structs.replace(megatron(8, expert_parallel=2), precision=precision)
     rows = megatron(8, tensor_parallel=2)
     rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
+    own = structs.replace(job.software, kernels=Kernels(gate_up="added"))
     return {
-        "rows held": replace(
-            job, strategy=rows, stack=structs.replace(job.software, kernels=Kernels(gate_up="added"))
-        ),
+        "rows split": replace(job, strategy=megatron(8, tensor_parallel=2), stack=own),
+        "rows held": replace(job, strategy=rows, stack=own),
         "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),
         "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),

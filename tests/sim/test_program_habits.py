@@ -15,7 +15,7 @@ from mopsim.engine.record import Record
 from mopsim.engine.streams import play
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.eager import composed
-from mopsim.graph.rewrites.projections import summed_apart
+from mopsim.graph.rewrites.projections import rows_apart, summed_apart
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.context import Context, make_context
@@ -88,6 +88,20 @@ def test_products_of_their_own_sum_their_own_input_gradients(rows_split: bool) -
     assert old.component == "dense_ffn"
     assert old.back_bytes
     assert (new.back_bytes, new.back_launches) == (2 * old.back_bytes, 2)
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_products_of_their_own_scatter_their_own_input_gradients(gathers: bool) -> None:
+    shapes = Shapes(tokens=16, seq_len=32, tensor=2, fused=True)
+    kernels = decoder_layer(small(), shapes, 0).kernels
+    found = rows_apart(kernels, {"qkv_proj": 3, "up_proj": 2}, gathers)
+    pairs = [(old, new) for old, new in zip(kernels, found, strict=True) if old.kind == "all_gather"]
+    assert len(pairs) == 2
+    for times, (old, new) in zip((3, 2), pairs, strict=True):
+        assert (new.back_bytes, new.back_launches) == (times * old.bytes, times)
+        copies = times if gathers else 1
+        assert (new.bytes, new.launches) == (copies * old.bytes, copies)
+        assert new.writes[0].bytes == copies * old.writes[0].bytes
 
 
 def _zero1(fsdp: int, *, owners: bool) -> tuple[Context, Stage]:

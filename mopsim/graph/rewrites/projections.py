@@ -75,6 +75,24 @@ def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple
     return tuple(map(one, kernels))
 
 
+def rows_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int], gathers: bool) -> tuple[Kernel, ...]:
+    """Tensor-parallel regions under sequence parallelism whose products each scatter their own input's
+    gradient, and gather their own rows too where `gathers`. parts: as in summed_apart."""
+    readers = {kernel.reads[0]: kernel.name for kernel in reversed(kernels) if kernel.matmuls}
+
+    def one(kernel: Kernel) -> Kernel:
+        if kernel.kind != "all_gather" or kernel.back_kind != "reduce_scatter" or kernel.group != "tensor":
+            return kernel
+        times = parts.get(readers.get(kernel.writes[0].name, ""), 1)
+        found = replace(kernel, back_bytes=times * kernel.bytes, back_launches=times)
+        if not gathers:
+            return found
+        copies = replace(kernel.writes[0], bytes=times * kernel.writes[0].bytes)
+        return replace(found, writes=(copies,), bytes=found.bytes * times, launches=times)
+
+    return tuple(map(one, kernels))
+
+
 def gathered_kept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Tensor-parallel regions under sequence parallelism whose products keep the gathered rows that they
     read, where others keep the rows of their own rank and gather again in the backward."""
