@@ -33,7 +33,9 @@ SCALE_OUT_FRACTION = 0.875
 COMMUNICATION_SHARE = (0.15, "20 of 132 SMs run a collective (Calculon ships the same), assumed.")
 #: Grouped products against dense ones where nobody measured: fraction of the efficiency, tokens at half rate.
 GROUPED_ASSUMED = (0.8, 200.0)
-GROUPED_SOURCE = "0.8 of the dense efficiency, half rate at 200 tokens an expert: assumed, B200 is lower"
+GROUPED_SOURCE = (
+    "0.8 of the dense efficiency, half rate at 200 tokens an expert: assumed, B200 is lower, A100 higher"
+)
 #: Fractions of the bf16 efficiency where the dtype was not measured. mxfp8: 1.83 times the bf16 rate on B300
 #: with operands quantised before (Transformer Engine's GEMM profiling tutorial).
 ASSUMED_RATIO = {"fp8": 0.95, "mxfp8": 0.915, "nvfp4": 0.75, "float32": 0.96, "float64": 0.9}
