@@ -16,6 +16,7 @@ from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.categories import WAITING, WAITS
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import describe
+from mopsim.spec.stacks import graphed
 
 SOME, MUCH = 0.02, 0.15
 """Shares of a step from which waiting for something is told, and is said to bound the step."""
@@ -50,6 +51,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     lines = [_bounds(best), *_costs(best, found, problem, fits), _risky(best, found.played)]
     lines += [_memory(best, found.played, where) for where in ("device", "host")]
     lines += [_faster(best, others, problem, name) for name in _links(problem)]
+    lines += _graphs(best, problem)
     return [*filter(None, lines), *_rivals(best, others)]
 
 
@@ -159,6 +161,23 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
         so = f"with both so fast it {_takes(best, more[0])}{_order(more)}"
         said = f"{said}; the host's DRAM bounds copies then, and {so}"
     return said if order else f"{said}; the order stays"
+
+
+def _graphs(best: SimResult, problem: Problem) -> Iterator[str]:
+    """What the same plan would do on a stack that has this one's kernels in CUDA graphs, where compute waits
+    for the host."""
+    if best.exposed.get("host", 0.0) < SOME * best.step_time:
+        return
+    for stack in graphed(best.stack):
+        try:
+            again = simulate(
+                problem.model, problem.hardware, problem.num_nodes, best.strategy, best.training, stack
+            )
+        except MopError:
+            continue
+        of = " and ".join(stack.host.graphs)
+        fits = "" if again.fits else ", which does not fit"
+        yield f"with CUDA graphs of {of} (--stack {stack.name}) it {_takes(best, again)}{fits}"
 
 
 def _again(problem: Problem, hardware: HardwareProfile, plans: Sequence[SimResult]) -> list[SimResult]:

@@ -68,6 +68,13 @@ def variants(stack: Stack, names: Iterable[str]) -> list[str]:
     return [one.name for one in shipped if one.name != stack.name and _root(one) == _root(stack)]
 
 
+def graphed(stack: Stack) -> list[Stack]:
+    """The shipped stacks that extend this one and replay kernels from CUDA graphs, where it does not."""
+    if stack.host.graphs:
+        return []
+    return [one for one in map(_named, list_stacks()) if one.extends == stack.name and one.host.graphs]
+
+
 def completed(data: Any, field: str) -> Any:
     """A plan's stack (plain objects) with the fields that it lacks, as the shipped stack of its name and
     version has them; mappings that it has stay as they are. One that lacks whole sections must be the shipped

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +27,10 @@ from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, 
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES, mop
+from mopsim.strategies import FAMILIES, megatron, mop
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
@@ -174,14 +176,13 @@ def test_a_faster_link_is_faster_and_nothing_else_changes(name: str) -> None:
     assert sorted(after / before for before, after in (*each, links)) == [1, 1, 2]
 
 
-def told_of(hardware: HardwareProfile, nodes: int = 1) -> list[str]:
-    """Why, of a search that found one plan of MoP."""
+def told_of(hardware: HardwareProfile, nodes: int = 1, family: Callable[..., Strategy] = mop) -> list[str]:
+    """Why, of a search that found one plan."""
     batch = max(16, nodes * hardware.devices_per_node)
     model, training = load_model("olmoe_1b_7b"), TrainSpec(seq_len=2048, global_batch=batch)
-    best = simulate(
-        model, hardware, nodes, mop(nodes * hardware.devices_per_node, expert_parallel=4), training
-    )
-    found = SearchResult(model, top=[best], best_by_family={"mop": best}, played=[best])
+    plan = family(nodes * hardware.devices_per_node, expert_parallel=4)
+    best = simulate(model, hardware, nodes, plan, training)
+    found = SearchResult(model, top=[best], best_by_family={plan.name: best}, played=[best])
     return why(found, Problem(model, hardware, nodes, training, total_params(model), "bfloat16"))
 
 
@@ -217,6 +218,16 @@ def test_what_joins_nodes_is_told_by_its_name(machine: str, nodes: int, link: st
     lines = told_of(load_profile(machine), nodes)
     told = {name for name in (NETWORK, DOMAINS, INSIDE) if any(f"with {name} " in line for line in lines)}
     assert told == {link} - {""}
+
+
+def test_a_late_host_is_told_with_the_stack_whose_kernels_are_in_graphs() -> None:
+    machine = load_profile("h100-sxm-80g")
+    late = faster(machine, "host", ("cpu_launch_time",), 3.0)
+    assert late is not None
+    (line,) = (line for line in told_of(late, 1, megatron) if "CUDA graphs" in line)
+    assert line.startswith("with CUDA graphs of attention and router (--stack megatron-core-graphs) it ")
+    assert line.endswith("% faster)")
+    assert not any("CUDA graphs" in line for line in told_of(late))  # no stack of mopexec has any
 
 
 def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
