@@ -61,21 +61,22 @@ class Update:
     def _main_gradients(self, reductions: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """Gradients as the update on the device reads them: (bytes of one, what the norm waits for).
 
-        Narrow ones are copied to fp32 (`_copy_model_grads_to_main_grads`); those of a scaled fp16 loss are
-        divided by the scale and searched for inf and nan, whose count the host reads
+        Narrow ones are copied as wide as the masters (`_copy_model_grads_to_main_grads`); those of a scaled
+        fp16 loss are divided by the scale and searched for inf and nan, whose count the host reads
         (`_unscale_main_grads_and_check_for_nan`).
         """
         c, b, held = self.c, self.b, sum(self.numels if self.c.masters_stay else self.here)
         ready = (*reductions, *b.tail())
         if not self._master or not held:
             return c.grad, ready
-        if c.grad < c.wide:
-            work, memory = (self._passes(held * (c.grad + c.wide)),), (("grads", held * c.wide),)
+        wide = self._master
+        if c.grad < wide:
+            work, memory = (self._passes(held * (c.grad + wide)),), (("grads", held * wide),)
             ready = (b.add("main gradients", "compute", _O, _O, work, ready, memory),)
         if c.strategy.precision.compute == "float16":
-            work = (self._passes(2 * held * c.wide),)
+            work = (self._passes(2 * held * wide),)
             ready = (b.add("unscale", "compute", _O, _O, work, ready, awaited=True),)
-        return max(c.grad, c.wide), ready
+        return max(c.grad, wide), ready
 
     def _agreed(self, ready: tuple[int, ...]) -> tuple[int, ...]:
         """What all ranks sum beside gradients (see Sharding.agreements)."""
@@ -111,7 +112,7 @@ class Update:
 
     def _cast(self, params: int, last: int) -> int:
         """Masters to parameters; wide copies of their gradients are freed."""
-        memory = (("grads", -params * self.c.wide),) if self.width > self.c.grad else ()
+        memory = (("grads", -params * self._master),) if self.width > self.c.grad else ()
         work = (self._passes(params * (self._master + self.c.param)),)
         return self.b.add("parameters cast", "compute", _O, _O, work, (last,), memory)
 

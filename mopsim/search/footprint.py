@@ -37,7 +37,7 @@ class Footprint:
         self.hides = space.stack.resolve(first).overlap
         self.prefetch = first.dense.prefetch
         self.copied_masters = space.stack.sharding.host_masters == "copied"
-        self.separate_master = precision.master != "param"
+        self.own_master = float(precision.own_master)
         self.fully_shard = space.stack.sharding.fsdp
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""
@@ -83,7 +83,7 @@ class Footprint:
     def master(self) -> Reals:
         """Bytes of master weights per parameter: none where the parameter shard is the master."""
         streamed = self.c["state"] == STREAMED
-        return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
+        return np.asarray(np.where(streamed & (self.own_master == 0), self.wide, self.own_master))
 
     def optimizer_here(self) -> Reals:
         """Bytes of optimizer state per parameter that are on the device."""

@@ -214,7 +214,7 @@ class StateDTypes(Spec, frozen=True, kw_only=True):
     reduce: StateDType = "compute"
     grad: StateDType = "compute"
     moments: StateDType = "float32"
-    master: Literal["param", "float32", "float64"] = "float32"
+    master: Literal["param", "float32", "float64", "bfloat16"] = "float32"
 
 
 class Hides(Spec, frozen=True, kw_only=True):

@@ -201,7 +201,7 @@ class Precision(Spec, frozen=True, kw_only=True):
     reduce: DType | Literal["stack"] = "bfloat16"
     grad: DType | Literal["stack"] = "bfloat16"
     moments: DType | Literal["stack"] = "float32"
-    master: Literal["param", "float64", "float32", "stack"] = "float32"
+    master: Literal["param", "float64", "float32", "bfloat16", "stack"] = "float32"
     matmul: MatmulDType | Literal["compute"] = "compute"
     attention: Literal["compute", "matmul"] = "compute"
     vocabulary: Literal["compute", "matmul"] = "compute"
