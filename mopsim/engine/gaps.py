@@ -34,7 +34,7 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Played:
+class ShorterPlay:
     """A pipeline of which `microbatches` were played in `end` seconds."""
 
     microbatches: int
@@ -50,7 +50,7 @@ class Turns:
 
 
 def repeated(
-    workload: Workload, records: Sequence[Record], end: float, before: Played | None = None
+    workload: Workload, records: Sequence[Record], end: float, before: ShorterPlay | None = None
 ) -> Turns | None:
     """What stands for the microbatches that are not played; None where none may yet. before: with fewer
     played.

@@ -10,7 +10,7 @@ from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.stack import as_used, waiting
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
-from mopsim.engine.gaps import Played, repeated, steady
+from mopsim.engine.gaps import ShorterPlay, repeated, steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -60,7 +60,7 @@ def run(
     training: TrainSpec,
     *,
     timeline: bool = False,
-    before: Played | None = None,
+    before: ShorterPlay | None = None,
 ) -> SimResult:
     """Play a lowered workload on a profile. Composed layers and microbatches that turn out not to repeat each
     other are played. before: with fewer microbatches."""
@@ -83,7 +83,7 @@ def run(
     turns = repeated(workload, records, end, before)
     if turns is None:
         assert workload.longer, "a program of one stage repeats its own last turn"
-        before = Played(workload.expanded, end)
+        before = ShorterPlay(workload.expanded, end)
         return run(workload.longer(), model, hardware, strategy, training, timeline=timeline, before=before)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
