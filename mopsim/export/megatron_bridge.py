@@ -98,6 +98,7 @@ def sections(plan: Plan) -> dict[str, Any]:
         "ddp": ddp,
         "scheduler": {"lr_warmup_iters": t.warmup_steps},
         "rng": {"seed": t.seed},
+        "rerun_state_machine": {"check_for_nan_in_loss": plan.stack.host.loss_read},
         "mixed_precision": {
             "_target_": f"{MADE}.mixed_precision.MixedPrecisionConfig",
             **BF16,

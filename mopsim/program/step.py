@@ -17,6 +17,9 @@ from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec import pipeline_order
 from mopsim.spec.pipeline_order import Slot
 
+_LOSS_READ = 5
+"""Kernels and copies: isnan and isinf (of a magnitude) of one number, and their answers."""
+
 
 class StageStep:
     """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
@@ -148,7 +151,7 @@ class StageStep:
             self._send("forward", microbatch, part + 1, ready)
             return
         if not self.stage.extra:
-            self._loss(ready)
+            self._read(self._loss(ready))
             return
         ready = self._loss(ready, "norm")
         for layer in self.stage.extra:  # each predicts from the hidden state before it
@@ -160,6 +163,13 @@ class StageStep:
             ready = self._loss(ready, "norm")
         for _ in range(1 + len(self.stage.extra)):
             ready = self._loss(ready, "terms")
+        self._read(ready)
+
+    def _read(self, loss: Ops) -> None:
+        """The host waits for whether the loss is a number."""
+        if self.c.stack.host.loss_read:
+            work = (Work("memory_bound", launches=_LOSS_READ),)
+            self.issue.add("loss read", "compute", "vocabulary", "forward", work, loss, awaited=True)
 
     def _loss(self, ready: Ops, half: Half = "") -> Ops:
         """Final norm, projection on the vocabulary and loss of a hidden state."""

@@ -185,8 +185,9 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     long sequences are, for the attention kernel, in every one or where a microbatch is one sequence
     (`single`). counts_read: in the forward of routed experts it waits for how many rows each gets, where they
     are exchanged, for the messages' sizes; `always`, as it gives their products these sizes too; or `never`:
-    every expert gets as many, padded, or the device alone knows. message_reads: values that it reads from
-    the device before a message between pipeline stages can come, whose shape two messages before it say."""
+    every expert gets as many, padded, or the device alone knows. loss_read: it reads the loss of every
+    microbatch, to stop where that is no number. message_reads: values that it reads from the device before a
+    message between pipeline stages can come, whose shape two messages before it say."""
 
     modules: bool = False
     layers: Literal["transformers", "transformer_engine"] = "transformers"
@@ -194,6 +195,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
     counts_read: Literal["never", "exchanged", "always"] = "exchanged"
+    loss_read: bool = False
     message_reads: int = 0
     frames: bool = False
     graphs: tuple[str, ...] = ()

@@ -215,6 +215,8 @@ def test_a_file_asks_for_the_kernels_that_are_priced() -> None:
     for stack, fuses in (("megatron-core", True), ("megatron-bridge", True), ("megatron-lm", False)):
         model = bridged(stack=stack)["model"]
         assert [model[key] for key in keys] == [fuses, True, True], stack
+        reads = bridged(stack=stack)["rerun_state_machine"]["check_for_nan_in_loss"]
+        assert reads == (stack != "megatron-bridge"), stack
     for name, missing in (("deepseek_v3", "apply_rope_fusion"), ("gpt_oss_20b", "bias_activation_fusion")):
         text, _ = export(replace(plan(megatron(32)), model=load_model(name)), "megatron-bridge", lossy=True)
         assert missing not in yaml.safe_load(text)["model"]

@@ -262,6 +262,36 @@ def test_the_host_waits_for_the_rows_of_experts(
         assert sorted(waits) == sorted((one, phase) for one in layers for phase in phases if counted)
 
 
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("heads", [0, 2])
+def test_a_loss_that_the_host_reads_is_waited_for_once_a_microbatch(
+    loss: Literal["full", "chunked"], heads: int
+) -> None:
+    """On the last stage, after all that makes it and before its backward."""
+    strategy = megatron(8, pipeline_parallel=4)
+    strategy = replace(strategy, vocabulary=replace(strategy.vocabulary, loss=loss, chunk_tokens=8))
+    training = TrainSpec(seq_len=32, global_batch=16)
+    reading = Stack(name="mine", host=HostCosts(loss_read=True))
+    network = small(num_hidden_layers=8, num_nextn_predict_layers=heads)
+    programs = lower(network, strategy, training, 8, reading, expand=True).programs
+    for program in programs:
+        ops = program.ops
+        read = [op for op in ops if op.name == "loss read"]
+        last = program.stage == 3
+        assert all(op.awaited for op in read)
+        assert [op.microbatch for op in read] == list(range(8)) * last
+        for one in read:
+            mine = [op for op in ops if op.microbatch == one.microbatch and op.component == "vocabulary"]
+            assert {op.phase for op in mine if op.index < one.index} == {"forward"}
+            assert {op.phase for op in mine if op.index > one.index} == {"backward"}
+    machines = load_profile("a100-sxm-80g")
+    free, waits = (
+        simulate(network, machines, 1, strategy, training, stack).step_time
+        for stack in (Stack(name="mine"), reading)
+    )
+    assert waits > free
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "deepep"])
 def test_rows_of_tokens_are_copied_by_index_where_no_permutation_is_fused(
     dispatcher: Literal["alltoall", "deepep"],
