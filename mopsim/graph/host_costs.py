@@ -37,9 +37,20 @@ parameter of its own. Neither Triton's launches nor cuBLASLt's choice of an algo
 PERMUTED: Costs = {"layer": (11.0, 1.8), "expert": (0.37, 0.38)}
 """Linears that permutation by torch's own ops adds to these layers (the same file, `composed`), and for each
 expert of all ranks, whose rows are split off and put elsewhere one after the other."""
-TENSOR: Costs = {"attention": (10.1, 12.8), "dense_ffn": (8.4, 11.5)}
+TENSOR: Costs = {"attention": (10.1, 12.8), "dense_ffn": (8.4, 11.5), "shared_experts": (8.4, 11.5)}
 """Linears that a region of split products adds to them on tensor-parallel ranks, with its collectives' Python
 (`reports/host/te_tensor.json`); routed experts that are not split themselves add none."""
+KINDS: Costs = {
+    "latent": (13.0, 15.2),
+    "latent_rotary": (26.1, 17.7),
+    "rotary": (16.2, 13.3),
+    "shared_experts": (19.7, 15.8),
+    "sigmoid": (8.1, 7.0),
+    "groups": (10.4, 0.2),
+}
+"""Linears that other kinds of these layers add (`reports/host/te_kinds.json`): latent attention, to attention
+with norms of queries and keys; rotary embedding that no kernel fuses, without and with it; shared experts; a
+router with sigmoids, a bias for each expert and balance by sequences, and one with groups too."""
 LAYERS: dict[str, dict[bool, Costs]] = {
     "transformers": {False: LAYER, True: LAYER},
     "transformer_engine": {False: TRANSFORMER_ENGINE, True: TRANSFORMER_ENGINE_8_BITS},

@@ -6,39 +6,62 @@ from dataclasses import replace
 from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.host_costs import CHECKPOINT, HOOKS, LAYER, LAYERS, TENSOR
+from mopsim.graph.host_costs import CHECKPOINT, HOOKS, KINDS, LAYER, LAYERS, TENSOR, Costs
 from mopsim.program.workload import Op, Program, Work
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 
 
-def by_modules(program: Program, stack: Stack, *, hooked: bool = False, split: bool = False) -> Program:
+def by_modules(
+    program: Program, stack: Stack, *, hooked: bool = False, split: bool = False, kinds: Costs | None = None
+) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
     layers = (op.index for op in program.ops if op.layer >= 0)
-    return replace(program, ops=hosted(program.ops, layers, stack, hooked=hooked, split=split))
+    return replace(program, ops=hosted(program.ops, layers, stack, hooked=hooked, split=split, kinds=kinds))
+
+
+def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
+    """Linears that a network's kind of layers adds to each component of the plain one."""
+    if stack.host.layers != "transformer_engine":
+        return {}
+    latent, composed = model.kv_lora_rank > 0, stack.kernels.rotary != "fused"
+    rotary = "latent_rotary" if latent else "rotary"
+    mine = {
+        "attention": ("latent",) * latent + (rotary,) * composed,
+        "router": ("sigmoid",) * (model.scoring_func == "sigmoid") + ("groups",) * (model.n_group > 1),
+        "shared_experts": ("shared_experts",),
+    }
+    return {
+        component: (sum(KINDS[kind][0] for kind in kinds), sum(KINDS[kind][1] for kind in kinds))
+        for component, kinds in mine.items()
+    }
 
 
 def hosted(
-    given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False, split: bool = False
-) -> tuple[Op, ...]:
+    given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False, split: bool = False,
+    kinds: Costs | None = None,
+) -> tuple[Op, ...]:  # fmt: skip
     """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
     It lies on one op of each component, in the middle of those on the compute stream. hooked: hooks around
-    every module gather its parameters. split: tensor-parallel ranks share the products.
+    every module gather its parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of.
     """
     tensor = TENSOR if split and stack.host.layers == "transformer_engine" else {}
+    kinds = kinds or {}
     groups: dict[tuple[int, int, str, str], list[int]] = {}
     for place in places:
         op = given[place]
-        if op.stream == "compute" and op.component in LAYER and op.work:
+        if op.stream == "compute" and (op.component in LAYER or op.component in kinds) and op.work:
             groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(place)
     checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
         whole = _whole([ops[place] for place in places], stack.host.layers, component, back)
+        whole += kinds.get(component, (0.0, 0.0))[back]
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
-        more += HOOKS[component][back] if hooked else 0.0
+        more += HOOKS[component][back] if hooked and component in HOOKS else 0.0
         more += tensor[component][back] if component in tensor else 0.0
         if more > 0:
             middle = places[len(places) // 2]
@@ -52,7 +75,7 @@ def _whole(ops: Sequence[Op], layers: str, component: str, back: bool) -> float:
     costs = LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
     grouped = [work for work in products if work.kind == "grouped_matmul"]  # one for experts of as many rows
     experts = sum(work.count for work in grouped) / max(1, sum(work.launches for work in grouped))
-    return costs[component][back] + experts * costs.get("expert", (0.0, 0.0))[back]
+    return costs.get(component, (0.0, 0.0))[back] + experts * costs.get("expert", (0.0, 0.0))[back]
 
 
 class _Known:

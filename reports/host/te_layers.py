@@ -134,14 +134,15 @@ def network(experts: int = 0, **more: Any) -> nn.Module:
         "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-3,
     }  # fmt: skip
     bare = more.pop("bare", False)
-    config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-        ffn_hidden_size=WIDTH, bf16=True, params_dtype=torch.bfloat16, use_cpu_initialization=True,
-        normalization="RMSNorm", qk_layernorm=True, gated_linear_unit=True, activation_func=silu,
-        add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=True,
-        apply_rope_fusion=True, bias_activation_fusion=True, bias_dropout_fusion=True,
-        **((routed if experts else {}) | more),
-    )  # fmt: skip
+    usual: dict[str, Any] = {
+        "num_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 4, "num_query_groups": 2,
+        "kv_channels": 16, "ffn_hidden_size": WIDTH, "bf16": True, "params_dtype": torch.bfloat16,
+        "use_cpu_initialization": True, "normalization": "RMSNorm", "qk_layernorm": True,
+        "gated_linear_unit": True, "activation_func": silu, "add_bias_linear": False, "hidden_dropout": 0.0,
+        "attention_dropout": 0.0, "gradient_accumulation_fusion": True, "apply_rope_fusion": True,
+        "bias_activation_fusion": True, "bias_dropout_fusion": True,
+    }  # fmt: skip
+    config = TransformerConfig(**(usual | (routed if experts else {}) | more))
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=bool(experts), qk_layernorm=True
     )

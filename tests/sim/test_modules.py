@@ -89,6 +89,31 @@ def test_what_tensor_parallel_ranks_add_is_the_committed_measurement() -> None:
     assert max(map(abs, added["experts"].values())) < 1.5, "none of routed experts that are whole"
 
 
+def test_what_kinds_of_layers_add_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/te_kinds.json").read_text())["added"]
+    for kind, costs in modules.KINDS.items():
+        found = added[kind.replace("_", " ")]
+        assert costs == pytest.approx((found["forward"], found["backward"]), abs=0.05), kind
+
+
+def test_a_kind_of_layer_takes_the_host_more_and_whatever_its_kernels_are() -> None:
+    """Latent attention, groups of experts and shared ones; rotary embedding as torch composes it."""
+    job = training(4096, 32), 8
+    deep, stack = load_model("deepseek_v3"), load_stack("megatron-core")
+    plain = replace(megatron(8, expert_parallel=8), stack="megatron-core")
+    eager = replace(stack, kernels=replace(stack.kernels, rotary="halves"))
+    took = linears(lower(MODEL, plain, *job, compose=False), 5)
+    own = linears(lower(MODEL, plain, *job, eager, compose=False), 5)
+    its = linears(lower(deep, plain, *job, compose=False), 5)
+    for place, phase in enumerate(("forward", "backward")):
+        kinds = {kind: costs[place] for kind, costs in modules.KINDS.items()}
+        assert own[phase, "attention"] - took[phase, "attention"] == pytest.approx(kinds["rotary"])
+        assert its[phase, "attention"] - took[phase, "attention"] == pytest.approx(kinds["latent"])
+        more = kinds["sigmoid"] + kinds["groups"]
+        assert its[phase, "router"] - took[phase, "router"] == pytest.approx(more)
+        assert its[phase, "shared_experts"] == pytest.approx(kinds["shared_experts"])
+
+
 def test_tensor_parallel_ranks_take_the_host_more() -> None:
     took = {}
     for stack in ("megatron-core", "generic-fused"):

@@ -1,0 +1,176 @@
+"""What other kinds of layers add to the host's time of Megatron-Core's layers of Transformer Engine.
+
+    python -m reports.host.te_kinds --sources TransformerEngine/transformer_engine \\
+        SITE_PACKAGES/megatron --json reports/host/te_kinds.json
+
+As te_layers.py measures them, which tells how to install what it needs, each beside the plain layer in one
+process, in turn: latent attention (MLA), rotary embedding that no kernel fuses, and alone, without the rest
+of a layer, shared experts and routers with a bias and groups as DeepSeek-V3's. The fused rotary embedding of
+MLA is a kernel of Triton's: two functions of one op each stand in.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from reports.host import te_extension, te_layers
+
+ROUNDS, EXPERTS = 60, 4
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 16,
+    "num_query_groups": 4, "kv_channels": 16, "rope_type": "yarn",
+}  # fmt: skip
+SIGMOID: dict[str, Any] = {
+    "moe_router_pre_softmax": True, "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+}  # fmt: skip
+GROUPS: dict[str, Any] = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "latent": ("attention", LATENT),
+    "latent rotary": ("latent", {"apply_rope_fusion": False}),
+    "rotary": ("attention", {"apply_rope_fusion": False}),
+    "sigmoid": ("router", SIGMOID),
+    "groups": ("sigmoid", GROUPS),
+}
+"""Kind -> the layer that it is held against, and what it has other than that."""
+PLAIN: dict[str, tuple[int, dict[str, Any]]] = {
+    "attention": (0, {"bare": True}), "router": (EXPERTS, {"moe_router_topk": 4}),
+}  # fmt: skip
+SHARED = {"moe_router_topk": 4, "moe_shared_expert_intermediate_size": 32}
+
+
+def network(experts: int, more: dict[str, Any]) -> nn.Module:
+    """te_layers' own; one with a latent size has the configuration and layers of MLA."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_config
+
+    if "kv_lora_rank" not in more:
+        return te_layers.network(experts, **more)
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec
+    config = transformer_config.MLATransformerConfig
+    with (
+        mock.patch.object(transformer_config, "TransformerConfig", config),
+        mock.patch.object(
+            gpt_layer_specs, "get_gpt_layer_with_transformer_engine_spec",
+            lambda **given: spec(**given, multi_latent_attention=True),
+        ),
+    ):  # fmt: skip
+        return te_layers.network(experts, **more)
+
+
+class Rotated(torch.autograd.Function):
+    """A kernel each way."""
+
+    @staticmethod
+    def forward(_: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows.clone()
+
+    @staticmethod
+    def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.clone()
+
+
+class Split(torch.autograd.Function):
+    """Keys and values in one kernel each way."""
+
+    @staticmethod
+    def forward(
+        _: Any, rows: torch.Tensor, rotary: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.new_empty((*rows.shape[:-1], width)), rows.new_empty((*rows.shape[:-1], width))
+
+    @staticmethod
+    def backward(_: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return torch.cat((key[..., :8], value), -1), key[:, :, :1, 8:].contiguous(), None
+
+
+def alone(model: Any) -> list[float]:
+    """Shared experts alone."""
+    rows = torch.randn(te_layers.ROWS, 1, te_layers.WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    times = [te_layers.clock()]
+    found = [layer.mlp.shared_experts(rows) for layer in model.decoder.layers]
+    times.append(te_layers.clock())
+    torch.autograd.backward(found, [torch.zeros_like(one) for one in found])
+    return [*times, te_layers.clock()]
+
+
+def calls() -> dict[str, te_layers.Call]:
+    wanted = dict(PLAIN)
+    for name, (plain, more) in KINDS.items():
+        wanted[name] = wanted[plain][0], wanted[plain][1] | more
+    models = {name: network(*given) for name, given in wanted.items()}
+    shared = network(EXPERTS, SHARED)
+    for one in (*models.values(), shared):
+        for parameter in one.parameters():
+            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    found: dict[str, te_layers.Call] = {
+        name: partial(te_layers.route, model)
+        if wanted[name][0]
+        else partial(te_layers.microbatch, model, model, False)
+        for name, model in models.items()
+    }
+    return found | {"shared experts": partial(alone, shared)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sources", type=Path, nargs="+", required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    given = parser.parse_args()
+    te_extension.install(given.sources, te_layers.VERSION)
+    import megatron.core
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer.moe import moe_utils
+
+    from reports.host.megatron_core import without_cuda
+
+    torch.set_num_threads(1)
+    product = moe_utils.te_general_gemm
+    without_cuda()
+    moe_utils.te_general_gemm, torch.cuda.is_available = product, lambda: True
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=te_layers.RANKS)
+    mappings.dist_all_gather_func = partial(te_layers.gathered, mappings.dist_all_gather_func)
+    dist.all_to_all_single = partial(te_layers.exchanged, dist.all_to_all_single)
+    parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=te_layers.RANKS)
+    parallel_random.model_parallel_cuda_manual_seed(1)
+    te_layers.ROUNDS = ROUNDS
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.fused_apply_mla_rope_for_q = lambda rows, *_: Rotated.apply(rows)
+    multi_latent_attention.fused_apply_mla_rope_for_kv = lambda rows, rotary, *_: Split.apply(
+        rows, rotary, 16
+    )
+    made = calls()
+    took = te_layers.timed(made)
+    phases = ("forward", "backward")
+    every = {name: {phase: took[f"{name} {phase}"] / te_layers.LAYERS for phase in phases} for name in made}
+    found = {
+        "unit": "forward passes of a torch Linear",
+        "linear_us": took[te_layers.UNIT] * 1e6,
+        "torch": torch.__version__,
+        "transformer_engine": te_layers.VERSION,
+        "megatron_core": megatron.core.__version__,
+        "layers": every,
+        "added": {
+            kind: {phase: every[kind][phase] - every[plain][phase] for phase in phases}
+            for kind, (plain, _) in KINDS.items()
+        }
+        | {"shared experts": every["shared experts"]},
+    }
+    given.json.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
