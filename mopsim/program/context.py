@@ -246,7 +246,7 @@ def make_context(
     return Context(
         model, strategy, training, stack,
         _groups(model, strategy, domain, stack.forces_consecutive(training.routing)), shapes,
-        edge_units(model, strategy),
+        edge_units(model, strategy, whole=stack.sharding.embedding == "whole"),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
         int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),
         int(DTYPE_BYTES[precision.reduce]),

@@ -197,7 +197,7 @@ class Passes:
         size, group = float(c.shapes.region_tokens * c.model.hidden_size * c.b), c.groups["tensor"]
         work, memory = Work("memory_bound", bytes=2.0 * size), (("activations", c.hidden),)
         ready = draft.add("embedding", "compute", "embedding", "forward", (work,), (START,), memory)
-        if group.size > 1:
+        if group.size > 1 and c.stack.sharding.embedding == "split":
             kind = "reduce_scatter" if c.shapes.sequence_parallel else "all_reduce"
             summed = Work(kind, bytes=size, group=group)  # partial rows of a split vocabulary
             draft.add("embedding", stream_of(group), "embedding", "forward", (summed,), (ready,))

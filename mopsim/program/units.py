@@ -101,12 +101,15 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Sharde
     return found
 
 
-def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, ShardedUnit]:
-    """Units outside the layers: embedding, final norm, head (absent when tied)."""
+def edge_units(model: ModelSpec, strategy: Strategy, *, whole: bool = False) -> dict[str, ShardedUnit]:
+    """Units outside the layers: embedding (whole: on every tensor rank), final norm, head (absent when
+    tied)."""
     by_name = {tensor.name: tensor for tensor in _by_layer(model)[-1]}
     found, split = {}, strategy.dense.tensor_parallel
     embedding = [t for name, t in by_name.items() if "embedding" in name]
-    found["embedding"] = _dense(strategy, "embedding", "embedding", -1, _size(embedding, split))
+    found["embedding"] = _dense(
+        strategy, "embedding", "embedding", -1, _size(embedding, 1 if whole else split)
+    )
     final = [t for name, t in by_name.items() if name.startswith("final_norm")]
     found["final"] = _dense(strategy, "final", "vocabulary", -1, _size(final, split))
     if "head.weight" in by_name:

@@ -46,6 +46,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
+    embedding: tensor-parallel ranks split the token embedding, or each has it whole.
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards); else each is sharded over as many ranks as is asked for.
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
@@ -69,6 +70,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
     experts: bool = True
+    embedding: Literal["split", "whole"] = "split"
     one_mesh: bool = False
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"

@@ -1,5 +1,5 @@
 """Gradients summed whole until the last microbatch; rows of experts padded to the busiest; torch's loss on
-logits as they are."""
+logits as they are; an embedding that is not split."""
 
 import pytest
 from msgspec.structs import replace
@@ -87,6 +87,23 @@ def test_a_loss_without_a_copy_in_fp32_takes_less() -> None:
         job = TrainSpec(seq_len=1024, global_batch=8)
         found = simulate(model, machine(), 1, fsdp2(8), job, software)
         assert found.highest_by_category["logits"] == 1024 * 32_000 * bytes_each
+
+
+def test_an_embedding_that_tensor_ranks_do_not_split_is_whole_on_each() -> None:
+    strategy, job = fsdp2(8, tensor_parallel=2), training(1)
+    found = []
+    for where in ("split", "whole"):
+        stack = changed("torchtitan", sharding={"embedding": where})
+        (program,) = lower(small(), strategy, job, 8, stack=stack).programs
+        sums = [
+            w for op in program.ops if op.name == "embedding" for w in op.work if w.kind == "reduce_scatter"
+        ]
+        params = sum(size for category, size in program.resident if category == "params")
+        found.append((params, len(sums)))
+    (split, summed), (whole, alone) = found
+    half = 4 * small().vocab_size * small().hidden_size / 2 / strategy.dense.fsdp
+    assert whole - split == pytest.approx(half, rel=0.01)
+    assert summed > 0 == alone
 
 
 def test_a_program_without_fsdp_sums_as_it_did() -> None:
