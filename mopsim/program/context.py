@@ -86,7 +86,13 @@ class Context:
     @property
     def looped(self) -> bool:
         """Whether the host starts products and casts of routed experts one by one."""
-        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products == "looped"
+        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products != "grouped"
+
+    @property
+    def expert_modules(self) -> int:
+        """Experts of a rank that are modules of their own."""
+        apart = self.stack.kernels.expert_products == "modules"
+        return self.model.num_local_experts // self.strategy.experts.expert_parallel if apart else 0
 
     @property
     def hidden(self) -> int:

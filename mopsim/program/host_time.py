@@ -13,11 +13,18 @@ from mopsim.spec.stack import Stack
 
 
 def by_modules(
-    program: Program, stack: Stack, *, hooked: bool = False, split: bool = False, kinds: Costs | None = None
+    program: Program,
+    stack: Stack,
+    *,
+    hooked: bool = False,
+    split: bool = False,
+    kinds: Costs | None = None,
+    apart: int = 0,
 ) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
     layers = (op.index for op in program.ops if op.layer >= 0)
-    return replace(program, ops=hosted(program.ops, layers, stack, hooked=hooked, split=split, kinds=kinds))
+    ops = hosted(program.ops, layers, stack, hooked=hooked, split=split, kinds=kinds, apart=apart)
+    return replace(program, ops=ops)
 
 
 def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
@@ -39,12 +46,13 @@ def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
 
 def hosted(
     given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False, split: bool = False,
-    kinds: Costs | None = None,
+    kinds: Costs | None = None, apart: int = 0,
 ) -> tuple[Op, ...]:  # fmt: skip
     """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
     It lies on one op of each component, in the middle of those on the compute stream. hooked: hooks around
     every module gather its parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of.
+    apart: experts that are modules of their own, each as a dense FFN is.
     """
     tensor = TENSOR if split and stack.host.layers == "transformer_engine" else {}
     kinds = kinds or {}
@@ -58,10 +66,13 @@ def hosted(
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
         whole = _whole([ops[place] for place in places], stack.host.layers, component, back)
+        alone = apart if component == "experts" else 0
+        whole += alone * LAYER["dense_ffn"][back]
         whole += kinds.get(component, (0.0, 0.0))[back]
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
-        more += HOOKS[component][back] if hooked and component in HOOKS else 0.0
+        if hooked and component in HOOKS:
+            more += HOOKS[component][back] + alone * HOOKS["dense_ffn"][back]
         more += tensor[component][back] if component in tensor else 0.0
         if more > 0:
             middle = places[len(places) // 2]

@@ -55,7 +55,9 @@ def lower(
         hooked = stack.host.hooks and context.shards_params
         split, kinds = strategy.dense.tensor_parallel > 1, kinds_of(model, stack)
         programs = tuple(
-            by_modules(program, context.stack, hooked=hooked, split=split, kinds=kinds)
+            by_modules(
+                program, context.stack, hooked=hooked, split=split, kinds=kinds, apart=context.expert_modules
+            )
             for program in programs
         )
     if stack.host.graphs:

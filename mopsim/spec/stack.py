@@ -64,8 +64,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     fp32 and kept (`composed`), or cast inside it. attention: by device architecture (`ampere`, `hopper`,
     ...), `default` for the others. deterministic: sums in a fixed order. expert_rows: gated activation and
     route weights of routed experts; expert_products: `grouped` in one kernel, `looped` expert by expert
-    (Transformer Engine's GroupedLinear). expert_outputs: made in one tensor (`whole`), or expert by expert
-    and put together (`pieces`), as are the gradients of their inputs. expert_padding: every expert of a rank
+    (Transformer Engine's GroupedLinear), `modules` so too, each a module of its own (transformers 4).
+    expert_outputs: made in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the
+    gradients of their inputs. expert_padding: every expert of a rank
     computes as many rows as the `busiest` of them. expert_bias: added inside the product
     (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch adds it
     up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one
@@ -116,7 +117,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Built = "fused"
-    expert_products: Literal["grouped", "looped"] = "grouped"
+    expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest"] = "none"
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"

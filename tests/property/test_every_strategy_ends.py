@@ -107,6 +107,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
     sharding: dict[str, Any] = {"experts": pick([True, True, False])}
     if own.fsdp:
         sharding["copies"] = pick([True, False]) and not own.flat
+        sharding["whole_sums"] = own.whole_sums if sharding["copies"] else "never"
     else:
         grads = "added" if stack.explicit else pick(["added", "kept"])
         sharding |= {
@@ -119,7 +120,8 @@ def _stack(draw: random.Random, name: str) -> Stack:
         has={},
         stage_outputs=pick(["freed", "held", "parts"]),
         kernels=replace(
-            stack.kernels, **changed, expert_products=pick(["grouped", "looped"]), fills=pick([True, False]),
+            stack.kernels, **changed, fills=pick([True, False]),
+            expert_products=pick(["grouped", "looped", "modules"]),
             loss=pick(["composed", "fused", "upcast"]), attention={"default": pick(["profile", "scores"])},
         ),
         sharding=replace(own, **sharding),

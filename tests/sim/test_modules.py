@@ -2,6 +2,7 @@
 device is slower."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import linear_regression
@@ -24,7 +25,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
 from tests.sim.toys import machine, quantity, small
-from tests.software import unfused
+from tests.software import changed, unfused
 
 MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/modules.json").read_text())
 MODEL = load_model("qwen3_30b_a3b")
@@ -162,11 +163,26 @@ def test_units_of_fsdp1_take_the_host_time(flat: bool | str) -> None:
 def test_hooks_of_zero_3_take_the_host_time_where_parameters_are_sharded() -> None:
     given = replace(fsdp2(8), stack="deepspeed")
     strategies = [replace(given, dense=replace(given.dense, zero=zero)) for zero in (3, 2)]
-    hooked, whole = (linears(lower(small(), one, training(64, 16)), 1) for one in strategies)
+    software = changed("deepspeed", kernels={"expert_products": "grouped"})
+    hooked, whole = (linears(lower(small(), one, training(64, 16), 8, software), 1) for one in strategies)
     for phase, place in (("forward", 0), ("backward", 1)):
         for component in ("attention", "router", "experts"):
             found = hooked[phase, component] - whole[phase, component]
             assert found == pytest.approx(modules.HOOKS[component][place], abs=1), component  # one gather
+
+
+def test_experts_that_are_modules_are_called_and_gathered_one_by_one() -> None:
+    """Each is a module as a dense FFN is, with hooks of its own."""
+    one, software = replace(fsdp2(8), stack="deepspeed"), load_stack("deepspeed")
+    grouped = changed("deepspeed", kernels={"expert_products": "grouped"})
+    apart, whole = (lower(small(), one, training(64, 16), 8, stack) for stack in (software, grouped))
+    experts = small().num_local_experts
+    for phase, back in (("forward", 0), ("backward", 1)):
+        more = linears(apart, 1)[phase, "experts"] - linears(whole, 1)[phase, "experts"]
+        assert more >= experts * modules.HOOKS["dense_ffn"][back]
+    gathers = [op.work[0].launches for op in apart.programs[0].ops if re.match(r"gather .*experts", op.name)]
+    assert gathers
+    assert set(gathers) == {experts}
 
 
 def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
