@@ -94,6 +94,11 @@ class Context:
         apart = self.stack.kernels.expert_products == "modules"
         return self.model.num_local_experts // self.strategy.experts.expert_parallel if apart else 0
 
+    def gathers(self, component: str) -> int:
+        """All-gathers of a unit: one, or one of each module of its own."""
+        apart = self.expert_modules if self.stack.host.hooks and component == "experts" else 0
+        return max(1, apart)
+
     @property
     def hidden(self) -> int:
         """Bytes of the residual stream, [N, H]."""

@@ -36,7 +36,6 @@ class Shards:
         self.zero = context.strategy.dense.zero
         self.each = self.zero >= 2
         self.copied = context.stack.sharding.copies and self.each
-        self._hooked = context.stack.host.hooks  # every module gathers its own
         self._modules = context.stack.sharding.groups == "modules"
         self.sums = WholeSums(context, issue)
         self.ops: list[int] = []
@@ -221,8 +220,7 @@ class Shards:
             memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
             work = (gather_copy(self.c, unit),)
             room, memory = (self._pass(f"copy in {unit.name}", unit, work, phase, room, memory),), ()
-        host = flat_host(self.c, unit, "gather", 1)
-        calls = max(1, self.c.expert_modules) if self._hooked and unit.component == "experts" else 1
+        host, calls = flat_host(self.c, unit, "gather", 1), self.c.gathers(unit.component)
         sent = (Work("all_gather", bytes=float(size), group=group, launches=calls, host=host),)
         self._coming[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group), self._component(unit), phase, sent, room, memory,
