@@ -46,6 +46,9 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
 
 
+BESIDE_ROWS = ("all counts", "sent weights")
+
+
 def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
     """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category
     dispatch)."""
@@ -64,6 +67,18 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) ->
         ),
     )  # fmt: skip
     return Tape((Value("h", tokens * row),), kernels, ("rows",))
+
+
+def beside_rows(model: ModelSpec, routes: int) -> tuple[Kernel, ...]:
+    """What Megatron-Core's all-to-all dispatcher sends beside rows (megatron/core/transformer/moe/
+    token_dispatcher.py, core_v0.14.0: preprocess, token_dispatch), little, but each with a
+    network's delay: every rank's counts for each expert, to all, and the weights of routes, which SwiGLU
+    applies where the experts are."""
+    counts, weights = 8.0 * model.num_local_experts, 4.0 * routes
+    return (
+        Kernel(BESIDE_ROWS[0], "all_gather", _R, (), (), bytes=counts, back_bytes=0.0, group="experts"),
+        Kernel(BESIDE_ROWS[1], "all_to_all", _C, (), (), bytes=weights, group="experts"),
+    )
 
 
 def _exchange(name: str, source: str, target: str, leave: int, arrive: int, split: bool) -> Kernel:

@@ -6,7 +6,7 @@ from math import comb
 from msgspec.structs import replace
 
 from mopsim.graph.attention import attention, linear, norm, residual
-from mopsim.graph.experts import combine, dispatch, experts, router
+from mopsim.graph.experts import beside_rows, combine, dispatch, experts, router
 from mopsim.graph.ffn import ffn, fused_ffn
 from mopsim.graph.region import gather, scatter
 from mopsim.graph.shapes import Shapes
@@ -83,6 +83,8 @@ def _moe(
             sent[1].writes[0].name, min(arrived, _distinct(model, N, len(routes))) * H * b, "dispatch"
         )
         sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
+    if split and shapes.fused and not deduplicated:
+        found += beside_rows(model, max(N * model.num_experts_per_tok, arrived))
     found += _same_back(sent)
     products = _unweighted(experts(model, routes, b, shapes.expert_tensor, fused=shapes.fused).kernels)
     if shapes.expert_tensor > 1:

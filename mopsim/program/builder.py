@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 from msgspec.structs import replace
 
+from mopsim.graph.experts import BESIDE_ROWS
 from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template
 from mopsim.program.workload import SLOTS, CommGroup, Op, Repeat, Work, collective_work, deltas
@@ -242,10 +243,10 @@ def stream_of(group: CommGroup) -> str:
 
 
 def _turns(ops: Sequence[Op]) -> list[list[Op]]:
-    """Cut after every collective."""
+    """Cut after every collective but what is sent beside rows."""
     found: list[list[Op]] = [[]]
     for op in ops:
         found[-1].append(op)
-        if op.stream in ("scale_up", "scale_out"):
+        if op.stream in ("scale_up", "scale_out") and op.name not in BESIDE_ROWS:
             found.append([])
     return found

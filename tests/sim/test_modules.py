@@ -115,6 +115,21 @@ def test_a_kind_of_layer_takes_the_host_more_and_whatever_its_kernels_are() -> N
         assert its[phase, "shared_experts"] == pytest.approx(kinds["shared_experts"])
 
 
+def test_counts_and_weights_are_sent_beside_rows_by_megatron_cores_alltoall_alone() -> None:
+    found = {}
+    for stack, dispatcher in (
+        ("megatron-core", "alltoall"), ("megatron-core", "deepep"), ("generic-fused", "alltoall"),
+    ):  # fmt: skip
+        strategy = replace(megatron(8, expert_parallel=8, token_dispatcher=dispatcher), stack=stack)
+        ops = lower(MODEL, strategy, training(4096, 32), 8, compose=False).programs[0].ops
+        works = [work for op in ops if op.layer == 5 and op.microbatch == 1 for work in op.work]
+        small = [work for work in works if work.group.size > 1 and work.bytes < 1e6]
+        found[stack, dispatcher] = [work.kind for work in small]
+    counts, weights = "all_gather", "all_to_all"
+    assert found.pop(("megatron-core", "alltoall")) == [counts, weights, weights]
+    assert list(found.values()) == [[], []]
+
+
 def test_tensor_parallel_ranks_take_the_host_more() -> None:
     took = {}
     for stack in ("megatron-core", "generic-fused"):
