@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mopsim
 from mopsim.common.io import write_text
-from mopsim.report.sizing import columns, missed, row, summary
+from mopsim.report.sizing import columns, missed, row, steps, summary
 from mopsim.report.tables import describe
 
 MACHINES = ("a100-sxm-80g", "h100-sxm-80g", "h200-sxm-141g", "b200-sxm-192g", "gb200-186g", "mi300x-192g")
@@ -61,7 +61,7 @@ def main(folder: Path, jobs: int) -> None:
             lines.append(f"| {sizing.hardware.name} |{' |' * (len(names) - 1)} {sizing.why} |")
         else:
             cells = row(best, found.request)
-            lines.append(f"| {' | '.join(cells)} | {describe(best.result.strategy)} |")
+            lines.append(f"| {' | '.join(cells)} | {describe(best.result.strategy)}; {steps(best)} |")
     write_text(folder / "README.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
