@@ -43,7 +43,10 @@ def _taken(path: Path) -> TextIO | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_nlink:
             return file
-    except OSError:
+    except BlockingIOError:
         pass
+    except OSError as error:
+        file.close()
+        raise MopError(f"--out: {path} cannot be locked: {error.strerror or error}") from None
     file.close()
     return None

@@ -224,3 +224,11 @@ def test_a_network_that_was_not_fitted_is_met_by_another_and_its_delay() -> None
         errors.append(abs(math.log(seconds_of(work, profile) / float(row["seconds"]))))
     assert len(errors) == 29
     assert statistics.median(errors) < 0.2
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "-aws-" in name])
+def test_an_instance_is_its_card_over_another_network(name: str) -> None:
+    instance, card = load_profile(name), load_profile(name.split("-aws-")[0])
+    assert instance.device == card.device
+    assert instance.scale_up == card.scale_up
+    assert instance.scale_out != card.scale_out

@@ -78,10 +78,11 @@ class Fitter:
 
     def _fits(self, name: str, machine: Entry) -> MachineFits:
         curves = machine["curves"]
-        fit, tag, source = self._dense(name, machine)
+        card = machine.get("like", name)
+        fit, tag, source = self._dense(card, machine)
         bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
-        grouped = self._grouped(curves["grouped"], name) if "grouped" in curves else None
-        shapes, shape_tag = self._attention(name, curves["gemm"], fit.held)
+        grouped = self._grouped(curves["grouped"], card) if "grouped" in curves else None
+        shapes, shape_tag = self._attention(card, curves["gemm"], fit.held)
         node, node_tag, node_source = self._collectives(name, machine)
         ratios = self._fp8(curves["gemm"])
         ratios |= {dtype: (ratio, why) for dtype, (ratio, why) in machine.get("ratios", {}).items()}
@@ -161,6 +162,10 @@ class Fitter:
             raise MopError(f"machines: no machine is the {gpu!r} of the measured tables")
         return self.machines[_OWNER[gpu]]
 
+    def _card(self, machine: Entry) -> Entry:
+        """The entry that a machine is `like`, or itself."""
+        return self.machines.get(machine.get("like", ""), machine)
+
     def _of(self, component: str, gpu: str) -> list[dict[str, str]]:
         return [row for row in self._components if row["component"] == component and row["gpu"] == gpu]
 
@@ -177,7 +182,7 @@ class Fitter:
         _, streaming = self._table(gpu)
         owner = self._owner(gpu)
         fraction = streaming / _si(owner["memory_bandwidth"])
-        tag: Tag = "measured" if owner is machine else "assumed"
+        tag: Tag = "measured" if self._card(machine) is owner else "assumed"
         return (
             fraction * datasheet,
             tag,
@@ -282,7 +287,7 @@ class Fitter:
             scale = float(curves["bandwidth_scale"])
             scaled = {op: _scaled(fit, scale) for op, fit in node.items()}
             return scaled, "assumed", f"{source}, bandwidth times {scale}: {curves['bandwidth_why']}"
-        tag: Tag = "measured" if machine is self._owner(wanted) else "assumed"
+        tag: Tag = "measured" if self._card(machine) is self._owner(wanted) else "assumed"
         return node, tag, source + (", all 8 ranks of a node" if wanted == "l40s" else "")
 
     def _mesh(self, name: str, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
