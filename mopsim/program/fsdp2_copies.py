@@ -46,11 +46,13 @@ def reduce_copy(c: Context, unit: ShardedUnit, width: int) -> Work:
 
 def summed(c: Context, unit: ShardedUnit, *, first: bool) -> Work:
     """A microbatch's full gradients cast to the sums' dtype, or added to the sums of those before
-    (_fsdp_param: to_accumulated_grad_if_needed, accumulate_unsharded_grad_if_needed). Its hooks are taken to
-    cost the host what they do where they reduce."""
+    (_fsdp_param: to_accumulated_grad_if_needed, accumulate_unsharded_grad_if_needed): one kernel for each,
+    none where the first ones' dtype is that of the sums (one of no bytes stands for what the host does). Its
+    hooks are taken to cost the host what they do where they reduce."""
     moved = (c.b + c.reduce) * (c.b != c.reduce) if first else c.b + 2 * c.reduce
-    host = _host(unit, REST, unit.tensors)
-    return Work("memory_bound", bytes=float(unit.numel * moved), launches=unit.tensors, host=host)
+    started = unit.tensors if moved else 1
+    host = _host(unit, REST, started)
+    return Work("memory_bound", bytes=float(unit.numel * moved), launches=started, host=host)
 
 
 def update_host(c: Context, units: Iterable[ShardedUnit], started: int) -> float:

@@ -32,6 +32,19 @@ def test_only_the_last_microbatch_reduces() -> None:
     assert {op.microbatch for op in ops if op.name.startswith("sum ")} == set(range(last + 1))
 
 
+def test_the_first_sum_in_the_products_dtype_copies_nothing() -> None:
+    """Its hooks take the host what a later one's do, which adds each gradient in a kernel of its own."""
+    found = {}
+    for reduce in ("bfloat16", "float32"):
+        strategy = fsdp2(8)
+        strategy = replace(strategy, precision=replace(strategy.precision, reduce=reduce, grad=reduce))
+        ops = lower(small(), strategy, training(3), 8, stack=summed()).programs[0].ops
+        works = [op.work[0] for op in ops if op.name.startswith("sum layers.1")]
+        found[reduce] = [(bool(work.bytes), work.launches > 1) for work in works]
+        assert len({work.issued + work.host for work in works}) == 1
+    assert found == {"bfloat16": [(False, False), *2 * [(True, True)]], "float32": 3 * [(True, True)]}
+
+
 def test_whole_sums_are_there_in_fp32_and_are_gone_at_the_end() -> None:
     for microbatches, whole in ((1, False), (2, True), (5, True)):
         stacks = summed(), summed("never")
