@@ -44,7 +44,8 @@ class Context:
     def layers(self) -> dict[int, list[ShardedUnit]]:
         """Units of every layer."""
         count = self.model.num_hidden_layers + self.model.num_nextn_predict_layers
-        return {layer: layer_units(self.model, self.strategy, layer) for layer in range(count)}
+        apart = max(1, self.expert_modules)
+        return {layer: layer_units(self.model, self.strategy, layer, apart=apart) for layer in range(count)}
 
     @property
     def tokens(self) -> int:

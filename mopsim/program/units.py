@@ -85,8 +85,9 @@ def of_component(model: ModelSpec, layer: int, component: str) -> int:
     return sum(tensor.numel for tensor in _by_layer(model)[layer] if tensor.component == component)
 
 
-def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[ShardedUnit]:
-    """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts."""
+def layer_units(model: ModelSpec, strategy: Strategy, layer: int, *, apart: int = 1) -> list[ShardedUnit]:
+    """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts, of which so many
+    (`apart`) have parameters of their own."""
     split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
     dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split)[layer]
     found = [_dense(strategy, f"layers.{layer}.dense", "attention", layer, dense)]
@@ -95,7 +96,7 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Sharde
             ShardedUnit(
                 f"layers.{layer}.experts", "experts", layer, numel,
                 strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
-                largest, count, last,
+                largest // apart, count * apart, last // apart,
             )
         )  # fmt: skip
     return found
