@@ -83,9 +83,14 @@ def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, .
 
 
 def flat_host(context: Context, unit: ShardedUnit, part: str, started: int = 0) -> float:
-    """What a unit of FSDP1 takes of the host beside the copies and collectives that it starts."""
+    """What a unit of FSDP1 takes of the host beside the copies and collectives that it starts. The root is
+    one unit, whose time lies on the embedding, unless stages of a pipeline share it."""
     alone, each = FLAT.get(context.stack.sharding.flat, {}).get(part, (0.0, 0.0))
-    return max(0.0, alone + each * unit.tensors - started)
+    root = unit.layer < 0 and context.strategy.pipeline.pipeline_parallel == 1
+    if root and unit.name != "embedding":
+        return 0.0
+    mine = context.edges.values() if root else (unit,)
+    return max(0.0, alone + each * sum(one.tensors for one in mine) - started)
 
 
 def put_together(context: Context, unit: ShardedUnit) -> Work:

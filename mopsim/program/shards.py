@@ -147,8 +147,7 @@ class Shards:
             return unit
         if unit is None:
             return final
-        numel, tensors = unit.numel + final.numel, unit.tensors + final.tensors
-        return replace(unit, numel=numel, tensors=tensors)
+        return replace(joined([final, unit]), name=unit.name)
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """The embedding or the head has run; its full gradient came and went if this was its backward."""
@@ -261,7 +260,8 @@ class Shards:
         """A layer's parameters as they are gathered and reduced together (see Sharding.groups)."""
         units = self.c.layers[layer]
         groups = {(unit.copies, self.c.groups[unit.group]) for unit in units}
-        if self._modules or len(groups) > 1 or not all(map(self._copied, units)):
+        one = self.c.stack.sharding.flat or all(map(self._copied, units))
+        if self._modules or len(groups) > 1 or not one:
             return units
         return [joined(units)]
 

@@ -15,7 +15,7 @@ from mopsim.engine.simulate import run
 from mopsim.graph import host_costs as modules
 from mopsim.graph import total_params
 from mopsim.program import lower
-from mopsim.program.units import layer_units
+from mopsim.program.context import make_context
 from mopsim.program.workload import Workload
 from mopsim.spec.hardware import Correction
 from mopsim.spec.presets import load_model
@@ -161,18 +161,35 @@ def test_units_of_fsdp1_are_the_committed_measurement() -> None:
             assert cost == pytest.approx(took, abs=0.1), (kind, part)
 
 
+@pytest.mark.parametrize("products", ["grouped", "modules"])
 @pytest.mark.parametrize("flat", [True, "original"])
-def test_units_of_fsdp1_take_the_host_time(flat: bool | str) -> None:
+def test_units_of_fsdp1_take_the_host_time(flat: bool | str, products: str) -> None:
+    """A layer with routed experts is one, and so is the root; each expert that is a module has parameters of
+    its own."""
     given = replace(fsdp2(8), stack="fms-fsdp")
     stack = load_stack("fms-fsdp")
     stack = replace(stack, sharding=replace(stack.sharding, flat=flat))
+    stack = replace(stack, kernels=replace(stack.kernels, expert_products=products))
     ops = lower(small(), given, training(64, 16), 8, stack=stack).programs[0].ops
-    unit = layer_units(small(), given, 1)[0]
+    context = make_context(small(), given, training(64, 16), 8, stack)
+    layer, count = context.layers[1], small().num_hidden_layers
+    experts = small().num_local_experts if products == "modules" else 1
+    assert [unit.component for unit in layer] == ["attention", "experts"]
+    assert layer[1].tensors == 3 * experts
+    tensors = {"layers.1": sum(unit.tensors for unit in layer)}
+    tensors["root"] = sum(unit.tensors for unit in context.edges.values())
     for name, part in (("gather", "gather"), ("flat gradient", "rest")):
         alone, each = modules.FLAT[flat][part]
-        host = {sum(work.host for work in op.work) for op in ops if op.name == f"{name} {unit.name}"}
         own = 1 if part == "gather" else 4  # kernels that it starts
-        assert [*host] == [pytest.approx(alone + each * unit.tensors - own)]
+        for unit, of in (("layers.1", r"layers\.1\..*"), ("root", "embedding|head")):
+            found = [op for op in ops if op.microbatch == 0 and re.fullmatch(f"{name} ({of})", op.name)]
+            phases = len({op.phase for op in found})
+            host = sum(work.host for op in found for work in op.work)
+            assert host == pytest.approx(phases * (alone + each * tensors[unit] - own)), (name, unit)
+    alone, each = modules.FLAT[flat]["update"]
+    (adamw,) = (work for op in ops for work in op.work if work.kind == "optimizer")
+    whole = alone * (count + 1) + each * sum(unit.tensors for unit in context.units())
+    assert adamw.host == pytest.approx(max(0.0, whole - 3 * adamw.launches))
 
 
 def test_hooks_of_zero_3_take_the_host_time_where_parameters_are_sharded() -> None:
