@@ -15,6 +15,7 @@ from math import exp, hypot, log, sqrt
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 from scipy.special import ndtr, ndtri
 
 from mopsim.common.changes import sparse
@@ -220,21 +221,56 @@ def joint(
     what was missed of those seen, on either side of the prediction and so all the farther from the mean on
     one: a run that others disturbed tells little of the mean, but its miss was seen on the machine that the
     next run is on."""
-    cells, sd = (*quantity.cells, *seen), quantity.deviations
-    runs = run_variances(cells, sd)
+    sd = quantity.deviations
+    known = _ByIdentity(quantity)
+    told = _told(known, seen) if seen else _told_once(known)
     means, left = np.zeros(len(asked)), covariance(asked, asked, sd)
-    if cells:
-        between = covariance(cells, cells, sd) + np.diag([runs[one.source] / one.runs for one in cells])
-        to_asked = covariance(cells, asked, sd)
-        weights = np.linalg.solve(between, to_asked)
-        means = weights.T @ np.array([cell.mean for cell in cells])
+    if told.cells:
+        to_asked = covariance(told.cells, asked, sd)
+        weights = cho_solve(told.factor, to_asked)
+        means = weights.T @ np.array([cell.mean for cell in told.cells])
         left = left - to_asked.T @ weights
         np.fill_diagonal(left, np.maximum(np.diag(left), 0.0))
+    runs = told.runs
     own = np.array([runs.get(one.source, sd.run**2) for one in asked])
     if missed:
         half = missed + np.abs(means)
         own = np.maximum(own, (half / (sd.widening * float(ndtri((1 + MISSED) / 2)))) ** 2)
     return means, left + np.diag(own)
+
+
+class _ByIdentity:
+    """A model of errors that is equal to itself alone: it is large, and asked again and again."""
+
+    def __init__(self, quantity: ErrorQuantity) -> None:
+        self.quantity = quantity
+
+    def __hash__(self) -> int:
+        return id(self.quantity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.quantity is self.quantity
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Cells, the variance of a run's own part by source, and the factor of the covariance of their means."""
+
+    cells: tuple[ErrorCell, ...]
+    runs: dict[str, float]
+    factor: tuple[Array, bool]
+
+
+def _told(known: _ByIdentity, seen: tuple[ErrorCell, ...]) -> _Told:
+    cells, sd = (*known.quantity.cells, *seen), known.quantity.deviations
+    runs = run_variances(cells, sd)
+    own = np.diag([runs[one.source] / one.runs for one in cells])
+    return _Told(cells, runs, cho_factor(covariance(cells, cells, sd) + own) if cells else (own, True))
+
+
+@lru_cache(maxsize=8)
+def _told_once(known: _ByIdentity) -> _Told:
+    return _told(known, ())
 
 
 def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], sd: Deviations) -> Array:
