@@ -29,8 +29,9 @@ def changed(name: str, **sections: dict[str, Any]) -> Stack:
 
 
 def unfused(*words: Unfused, **sections: dict[str, Any]) -> Stack:
-    """A Megatron-Core that composes `words` and fuses all else, its modules included."""
-    fused = {"expert_products": "grouped", "residual": "fused", "qkv_split": "fused"}
+    """A Megatron-Core that composes `words` and fuses all else, its modules included; nothing is sent beside
+    rows."""
+    fused = {"expert_products": "grouped", "residual": "fused", "qkv_split": "fused", "beside_rows": ()}
     found: dict[str, dict[str, Any]] = {"kernels": fused, "host": {"modules": False}}
     for word in words:
         section, field, value = WORDS[word]

@@ -1,7 +1,7 @@
 """The tapes of a router and of routed experts: choose, send (dispatch), multiply (grouped), send back
 (combine)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mopsim.graph.ffn import activation, fused_activation
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
@@ -46,7 +46,8 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
 
 
-BESIDE_ROWS = ("all counts", "sent weights")
+BESIDE_ROWS = {"counts": "all counts", "weights": "sent weights"}
+"""Kernel of each of what a dispatcher sends beside rows (Kernels.beside_rows of a stack)."""
 
 
 def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
@@ -69,16 +70,17 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) ->
     return Tape((Value("h", tokens * row),), kernels, ("rows",))
 
 
-def beside_rows(model: ModelSpec, routes: int) -> tuple[Kernel, ...]:
-    """What Megatron-Core's all-to-all dispatcher sends beside rows (megatron/core/transformer/moe/
-    token_dispatcher.py, core_v0.14.0: preprocess, token_dispatch), little, but each with a
-    network's delay: every rank's counts for each expert, to all, and the weights of routes, which SwiGLU
-    applies where the experts are."""
-    counts, weights = 8.0 * model.num_local_experts, 4.0 * routes
-    return (
-        Kernel(BESIDE_ROWS[0], "all_gather", _R, (), (), bytes=counts, back_bytes=0.0, group="experts"),
-        Kernel(BESIDE_ROWS[1], "all_to_all", _C, (), (), bytes=weights, group="experts"),
-    )
+def beside_rows(model: ModelSpec, routes: int, ranks: int, sent: Collection[str]) -> tuple[Kernel, ...]:
+    """What is `sent` beside rows (Kernels.beside_rows of a stack): little, but each with a network's delay.
+    Each of `ranks` has a count (int64) for every expert, a route a weight (fp32)."""
+    counts, weights = 8.0 * model.num_local_experts * ranks, 4.0 * routes
+    found = {
+        "counts": Kernel(
+            BESIDE_ROWS["counts"], "all_gather", _R, (), (), bytes=counts, back_bytes=0.0, group="experts"
+        ),
+        "weights": Kernel(BESIDE_ROWS["weights"], "all_to_all", _C, (), (), bytes=weights, group="experts"),
+    }
+    return tuple(kernel for name, kernel in found.items() if name in sent)
 
 
 def _exchange(name: str, source: str, target: str, leave: int, arrive: int, split: bool) -> Kernel:

@@ -1,6 +1,6 @@
 """The tape of a whole decoder layer with fused kernels, as Megatron-Core and compiled graphs run it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import comb
 
 from msgspec.structs import replace
@@ -21,18 +21,20 @@ def decoder_layer(
     routes: Sequence[int] = (),
     split: bool = False,
     deduplicated: bool = False,
+    beside: Collection[str] = (),
 ) -> Tape:
     """x [N,H] -> z [N,H]. routes: rows of each expert of this rank, empty for a dense layer.
 
     split: experts are spread over ranks, so that rows travel. deduplicated: the kernels of the exchange take
     rows as they lie and sum what returns (DeepEP, HybridEP), so that no copy for each route is made.
+    beside: what travels beside rows (Kernels.beside_rows).
     """
     N, H, b = shapes.tokens, model.hidden_size, shapes.width
     moe = bool(routes)
     part = "experts" if moe else "dense_ffn"
     first = attention(model, shapes, layer)
     second = norm("ffn_norm", "y", "u", N, H, b, "router" if moe else "dense_ffn")
-    third = _moe(model, shapes, routes, split, deduplicated) if moe else _dense(model, shapes)
+    third = _moe(model, shapes, routes, split, deduplicated, beside) if moe else _dense(model, shapes)
     add = residual("ffn_residual", "f", "y", Value("z", N * H * b), model, shapes, part)
     return Tape(first.inputs, (*first.kernels, second, *third, add), ("z",))
 
@@ -66,8 +68,9 @@ def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
 
 
 def _moe(
-    model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool, deduplicated: bool
-) -> tuple[Kernel, ...]:
+    model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool, deduplicated: bool,
+    beside: Collection[str],
+) -> tuple[Kernel, ...]:  # fmt: skip
     """Router, shared experts, dispatch, routed experts, combine: f is the sum."""
     N, H, b, wide = shapes.tokens, model.hidden_size, shapes.width, shapes.wide
     arrived = sum(routes) // shapes.expert_tensor
@@ -83,8 +86,9 @@ def _moe(
             sent[1].writes[0].name, min(arrived, _distinct(model, N, len(routes))) * H * b, "dispatch"
         )
         sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
-    if split and shapes.fused and not deduplicated:
-        found += beside_rows(model, max(N * model.num_experts_per_tok, arrived))
+    if split:
+        ranks = model.num_local_experts // len(routes) * shapes.expert_tensor
+        found += beside_rows(model, max(N * model.num_experts_per_tok, arrived), ranks, beside)
     found += _same_back(sent)
     products = _unweighted(experts(model, routes, b, shapes.expert_tensor, fused=shapes.fused).kernels)
     if shapes.expert_tensor > 1:

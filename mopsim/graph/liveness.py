@@ -111,7 +111,8 @@ def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset
         for name in freed - held:
             if first_saver.get(name) == index:
                 memory.append((values[name].category, -values[name].bytes))
-        played.append(Played(kernel, True, tuple(memory)))
+        if kernel.reads or kernel.writes or kernel.back_bytes != 0:  # counts have no gradient
+            played.append(Played(kernel, True, tuple(memory)))
     return played
 
 

@@ -85,6 +85,15 @@ class Context:
         return kept and self.strategy.dense.zero <= 1 and self.grad > self.b
 
     @property
+    def beside_rows(self) -> tuple[str, ...]:
+        """What travels beside rows: nothing where kernels of their own send them, no counts that the host
+        never reads (Kernels.beside_rows)."""
+        if self.strategy.experts.token_dispatcher != "alltoall":
+            return ()
+        never = self.stack.host.counts_read == "never"
+        return tuple(one for one in self.stack.kernels.beside_rows if not (never and one == "counts"))
+
+    @property
     def looped(self) -> bool:
         """Whether the host starts products and casts of routed experts one by one."""
         return bool(self.model.num_local_experts) and self.stack.kernels.expert_products != "grouped"

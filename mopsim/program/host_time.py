@@ -31,7 +31,8 @@ def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
     """Linears that a network's kind of layers adds to each component of the plain one."""
     if stack.host.layers != "transformer_engine":
         return {}
-    latent, composed = model.kv_lora_rank > 0, stack.kernels.rotary != "fused"
+    latent = model.kv_lora_rank > 0
+    composed = stack.kernels.rotary != "fused" and not model.learned_positions
     rotary = "latent_rotary" if latent else "rotary"
     mine = {
         "attention": ("latent",) * latent + (rotary,) * composed,

@@ -90,7 +90,7 @@ class Passes:
             if self.key(layer).routed:
                 routes = tuple(count * experts.expert_tensor_parallel for count in c.routes())
             split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
-            tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
+            tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
             if routes and split and c.migration:
                 tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
             precision = c.strategy.precision

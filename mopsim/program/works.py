@@ -5,7 +5,6 @@ from typing import Literal
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.experts import BESIDE_ROWS
 from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
@@ -139,7 +138,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
             size = kernel.back_bytes
         kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
         group = context.groups.get(kernel.group, CommGroup(1, 1))
-        if not size or (kernel.name in BESIDE_ROWS and context.stack.host.layers != "transformer_engine"):
+        if not size:
             return ()
         if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
             group = replace(group, choices=kernel.bytes / context.rows)

@@ -74,7 +74,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     rows of a token, and of its gradient, are gathered and added, or added by atomic operations on bf16
     (`atomic`, torch's index_add_; under Transformer Engine's layers the host then cuts rows into those of
     each expert), or that only where a token chooses
-    fewer experts than the expert-parallel degree (`atomic_if_sparse`). gathered_rows: those that a region of
+    fewer experts than the expert-parallel degree (`atomic_if_sparse`). beside_rows: what an all-to-all
+    dispatcher sends beside rows: every rank's `counts` for each expert, gathered by all but where the host
+    never reads them, and the `weights` of routes, there and back. gathered_rows: those that a region of
     split products gathers under sequence parallelism are gathered `again` for the weight gradients, as
     Megatron-Core's own autograd function does, or `kept`, as plain autograd does. region_backward: what
     begins a region gathers its rows again and scatters their input's gradient beside the products, or one
@@ -123,6 +125,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
     clamped_gate: Literal["fused", "composed", "again"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
+    beside_rows: tuple[Literal["counts", "weights"], ...] = ()
     router: Built = "fused"
     sequence_exchange: Built = "fused"
     gathered_rows: Literal["again", "kept"] = "again"

@@ -16,6 +16,7 @@ from mopsim.graph import host_costs as modules
 from mopsim.graph import total_params
 from mopsim.program import lower
 from mopsim.program.context import make_context
+from mopsim.program.host_time import kinds_of
 from mopsim.program.workload import Workload
 from mopsim.spec.hardware import Correction
 from mopsim.spec.presets import load_model
@@ -115,19 +116,44 @@ def test_a_kind_of_layer_takes_the_host_more_and_whatever_its_kernels_are() -> N
         assert its[phase, "shared_experts"] == pytest.approx(kinds["shared_experts"])
 
 
-def test_counts_and_weights_are_sent_beside_rows_by_megatron_cores_alltoall_alone() -> None:
-    found = {}
-    for stack, dispatcher in (
-        ("megatron-core", "alltoall"), ("megatron-core", "deepep"), ("generic-fused", "alltoall"),
+def test_a_network_without_rotary_embedding_pays_the_host_for_none() -> None:
+    stack = load_stack("megatron-core")
+    eager = replace(stack, kernels=replace(stack.kernels, rotary="halves"))
+    learned = replace(MODEL, learned_positions=4096)
+    assert kinds_of(MODEL, eager)["attention"] == modules.KINDS["rotary"]
+    assert kinds_of(learned, eager) == kinds_of(MODEL, stack)
+
+
+def test_what_a_stack_sends_beside_rows() -> None:
+    """Nothing where kernels of their own send the rows, no counts that the host never reads; and no op of
+    what is not sent."""
+    counts, weights = "all counts", "sent weights"
+    core, nemo = load_stack("megatron-core"), load_stack("nemo")
+    padded = replace(core, host=replace(core.host, counts_read="never"))
+    eager = replace(core, host=replace(core.host, layers="transformers"))
+    plain = load_stack("generic-fused")
+    for stack, dispatcher, there, back in (
+        (core, "alltoall", [counts, weights], [weights]), (eager, "alltoall", [counts, weights], [weights]),
+        (padded, "alltoall", [weights], [weights]), (nemo, "alltoall", [counts], []),
+        (core, "deepep", [], []), (plain, "alltoall", [], []),
     ):  # fmt: skip
-        strategy = replace(megatron(8, expert_parallel=8, token_dispatcher=dispatcher), stack=stack)
+        strategy = replace(megatron(8, expert_parallel=8, token_dispatcher=dispatcher), stack=stack.name)
+        ops = lower(MODEL, strategy, training(4096, 32), 8, stack, compose=False).programs[0].ops
+        mine = [op for op in ops if op.layer == 5 and op.microbatch == 1 and op.name in (counts, weights)]
+        assert [op.name for op in mine if op.phase == "forward"] == there, (stack.name, dispatcher)
+        assert [op.name for op in mine if op.phase == "backward"] == back, (stack.name, dispatcher)
+        assert all(op.work and op.stream != "compute" for op in mine)
+
+
+def test_every_rank_has_the_counts_of_all() -> None:
+    """Those of each expert-parallel and expert-tensor rank for every expert, in int64."""
+    for tensor in (1, 2):
+        strategy = replace(megatron(8, expert_parallel=4, tensor_parallel=tensor), stack="megatron-core")
+        experts = replace(strategy.experts, expert_tensor_parallel=tensor, expert_fsdp=2 // tensor)
+        strategy = replace(strategy, experts=experts)
         ops = lower(MODEL, strategy, training(4096, 32), 8, compose=False).programs[0].ops
-        works = [work for op in ops if op.layer == 5 and op.microbatch == 1 for work in op.work]
-        small = [work for work in works if work.group.size > 1 and work.bytes < 1e6]
-        found[stack, dispatcher] = [work.kind for work in small]
-    counts, weights = "all_gather", "all_to_all"
-    assert found.pop(("megatron-core", "alltoall")) == [counts, weights, weights]
-    assert list(found.values()) == [[], []]
+        (work,) = next(op.work for op in ops if op.name == "all counts")
+        assert work.bytes == 8 * MODEL.num_local_experts * 4 * tensor
 
 
 def test_tensor_parallel_ranks_take_the_host_more() -> None:

@@ -7,6 +7,8 @@ from msgspec.structs import replace
 from mopsim.engine import simulate
 from mopsim.engine.simulate import run
 from mopsim.graph import total_params
+from mopsim.graph.experts import dispatch, experts
+from mopsim.graph.rewrites.padded import padded_to_busiest
 from mopsim.program import lower
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
@@ -90,6 +92,17 @@ def test_padded_experts_compute_the_busiest_ones_rows() -> None:
         flops.append(sum(2 * w.m * w.n * w.k * w.count for w in works))
     experts = small().num_local_experts
     assert flops[1] / flops[0] == pytest.approx(experts / 2, rel=0.02)  # half of all rows on one
+
+
+def test_rows_are_copied_into_zeros_of_the_padded_size() -> None:
+    routes, row = (370, 10, 10, 10), small().hidden_size * 2
+    sort = dispatch(small(), 50, sum(routes), 2, True).kernels[-1]
+    products = experts(small(), routes, 2).kernels
+    padded = padded_to_busiest((sort, *products), len(routes))[0]
+    assert padded.writes[0].bytes == 4 * 370 * row
+    assert padded.bytes == pytest.approx((4 * 370 + 2 * 400) * row)  # zeros; rows read and written
+    even = padded_to_busiest((sort, *experts(small(), (100,) * 4, 2).kernels), 4)[0]
+    assert even.bytes == pytest.approx(3 * 400 * row)
 
 
 def test_a_loss_without_a_copy_in_fp32_takes_less() -> None:

@@ -24,8 +24,8 @@ def _padded(kernel: Kernel, local: int, share: float) -> Kernel:
         return tuple((category, round(size * share)) for category, size in given)
 
     writes = tuple(replace(one, bytes=round(one.bytes * share)) for one in kernel.writes)
-    if kernel.name == "sort":  # zeros, then the rows
-        moved = kernel.bytes * (0.5 + share)
+    if kernel.name == "sort":  # zeros at the padded size, then the rows, read and written
+        moved = kernel.bytes * (1 + share / 2)
         return replace(kernel, writes=writes, bytes=moved, back_bytes=moved)
     if kernel.kind == "grouped_matmul":
         most = max(kernel.matmuls, key=lambda one: one.m)
