@@ -242,11 +242,17 @@ def stream_of(group: CommGroup) -> str:
     return "scale_up" if group.intra == group.size else "scale_out"
 
 
+def ends_turn(op: Op) -> bool:
+    """Whether another pass that is woven with this one goes on after the op: after every collective but what
+    is sent beside rows."""
+    return op.stream in ("scale_up", "scale_out") and op.name not in BESIDE_ROWS.values()
+
+
 def _turns(ops: Sequence[Op]) -> list[list[Op]]:
-    """Cut after every collective but what is sent beside rows."""
+    """Cut after every op that ends one."""
     found: list[list[Op]] = [[]]
     for op in ops:
         found[-1].append(op)
-        if op.stream in ("scale_up", "scale_out") and op.name not in BESIDE_ROWS:
+        if ends_turn(op):
             found.append([])
     return found

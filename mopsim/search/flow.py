@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mopsim.cost import seconds
 from mopsim.graph.tape import Step
+from mopsim.program.builder import ends_turn
 from mopsim.program.host_time import hosted
 from mopsim.program.template import Template
 from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas, on_host
@@ -39,11 +40,13 @@ class Alone:
 @dataclass(frozen=True)
 class Priced:
     """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
-    at its end, device bytes. first: place and memory of the first op on the compute stream, with what comes
-    before it; rest: what comes after the last one. routed: seconds of experts on it; issued: kernels that
-    the host starts."""
+    at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
+    compute stream, with what comes before it; rest: what comes after the last one. routed: seconds of experts
+    on it; issued: kernels that the host starts.
+    """
 
     ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
+    turns: tuple[bool, ...]
     ends: tuple[int, ...]
     first: tuple[int, tuple[Step, ...]]
     rest: tuple[Step, ...]
@@ -53,8 +56,8 @@ class Priced:
     def seconds(self, start: int, stop: int) -> Alone:
         """Of its ops from place `start` to `stop`, what comes before them over; their memory is not known."""
         flow = Flow()
-        for stream, took, deps, *_ in self.ops[start:stop]:
-            flow.add(stream, took, tuple(dep - start for dep in deps if dep >= start))
+        for (stream, took, deps, *_), turn in zip(self.ops[start:stop], self.turns[start:stop], strict=True):
+            flow.add(stream, took, tuple(dep - start for dep in deps if dep >= start), turn)
         return alone(flow)
 
 
@@ -81,7 +84,8 @@ class Prices:
                 first = first if first[0] >= 0 else (place, steps)
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
-        return Priced(tuple(ops), template.ends, first, pending, routed, issued)
+        turns = tuple(map(ends_turn, template.pieces))
+        return Priced(tuple(ops), turns, template.ends, first, pending, routed, issued)
 
     def _issued(self, pieces: Sequence[Op], layer: bool) -> float:
         """Kernels' worth of the host's time."""
@@ -100,9 +104,9 @@ class Prices:
 
 
 class Flow:
-    """Templates played one after the other. streams, seconds, deps: of each op, in the order of issue, what
-    it waits for in here. height, left: device bytes that an op of the compute stream has above its start,
-    and leaves; before: those that change before the first one.
+    """Templates played one after the other. streams, seconds, deps, turns: of each op, in the order of issue,
+    what it waits for in here, and whether it ends a turn. height, left: device bytes that an op of the
+    compute stream has above its start, and leaves; before: those that change before the first one.
 
     What other streams do to the memory counts as if bytes were freed as soon as they may be, and taken when
     an op of the compute stream waits for them (`settled`).
@@ -112,6 +116,7 @@ class Flow:
         self.streams: list[int] = []
         self.seconds: list[float] = []
         self.deps: list[tuple[int, ...]] = []
+        self.turns: list[bool] = []
         self.height: list[int] = []
         self.left: list[int] = []
         self.before = 0
@@ -132,19 +137,23 @@ class Flow:
             self.left[self._latest] -= size
         return self
 
-    def add(self, stream: int, took: float, deps: tuple[int, ...], height: int = 0, left: int = 0) -> None:
+    def add(
+        self, stream: int, took: float, deps: tuple[int, ...], turn: bool, height: int = 0, left: int = 0
+    ) -> None:  # fmt: skip
         self.streams.append(stream)
         self.seconds.append(took)
         self.deps.append(deps)
+        self.turns.append(turn)
         self.height.append(height)
         self.left.append(left)
 
     def play(self, priced: Priced) -> "Flow":
         by, start = len(self.streams), self._ends
-        for stream, took, deps, height, left in priced.ops:
+        for (stream, took, deps, height, left), turn in zip(priced.ops, priced.turns, strict=True):
             self._latest = len(self.streams) if stream == COMPUTE else self._latest
             inside = tuple(dep + by for dep in deps if dep >= 0)
-            self.add(stream, took, inside if len(inside) == len(deps) else (*inside, *start), height, left)
+            after = inside if len(inside) == len(deps) else (*inside, *start)
+            self.add(stream, took, after, turn, height, left)
         place, steps = priced.first
         if place >= 0:
             self.height[by + place], self.left[by + place] = device_bytes((*self._steps, *steps))
@@ -176,7 +185,7 @@ class Flow:
 
 
 def alone(*flows: Flow) -> Alone:
-    """One pass, or a forward and a backward by turns that end with a collective, as
+    """One pass, or a forward and a backward by turns (`ends_turn`), as
     `mopsim.program.builder.Builder.weave` issues them."""
     last = [-1.0] * len(STREAMS)
     ends = [[0.0] * len(flow.streams) for flow in flows]
@@ -188,6 +197,7 @@ def alone(*flows: Flow) -> Alone:
         going = False
         for which, flow in enumerate(flows):
             streams, took, deps, done = flow.streams, flow.seconds, flow.deps, ends[which]
+            turns = flow.turns
             place, count = places[which], len(streams)
             while place < count:
                 stream, time = streams[place], took[place]
@@ -203,6 +213,7 @@ def alone(*flows: Flow) -> Alone:
                 place += 1
                 if stream in (UP, OUT):
                     up, out = (up + time, out) if stream == UP else (up, out + time)
+                if turns[place - 1]:
                     break
             places[which] = place
             going = going or place < count
