@@ -1,30 +1,42 @@
 """The host's time of layers made of Python modules, put on the ops of a program (mopsim.graph.host_costs)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import CHECKPOINT, HOOKS, KINDS, LAYER, LAYERS, TENSOR, Costs
+from mopsim.program.context import Context
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 
 
-def by_modules(
-    program: Program,
-    stack: Stack,
-    *,
-    hooked: bool = False,
-    split: bool = False,
-    kinds: Costs | None = None,
-    apart: int = 0,
-) -> Program:
+@dataclass(frozen=True)
+class Around:
+    """What of a job the host's time of layers depends on. hooked: hooks around every module gather its
+    parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. apart: experts that are
+    modules of their own, each as a dense FFN is."""
+
+    hooked: bool = False
+    split: bool = False
+    kinds: Costs = field(default_factory=dict)
+    apart: int = 0
+
+    @classmethod
+    def of(cls, context: Context) -> "Around":
+        """Of a job."""
+        stack = context.stack
+        hooked = stack.host.hooks and context.shards_params
+        split = context.strategy.dense.tensor_parallel > 1
+        return cls(hooked, split, kinds_of(context.model, stack), context.expert_modules)
+
+
+def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
     layers = (op.index for op in program.ops if op.layer >= 0)
-    ops = hosted(program.ops, layers, stack, hooked=hooked, split=split, kinds=kinds, apart=apart)
-    return replace(program, ops=ops)
+    return replace(program, ops=hosted(program.ops, layers, stack, around))
 
 
 def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
@@ -45,18 +57,13 @@ def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
     }
 
 
-def hosted(
-    given: Sequence[Op], places: Iterable[int], stack: Stack, *, hooked: bool = False, split: bool = False,
-    kinds: Costs | None = None, apart: int = 0,
-) -> tuple[Op, ...]:  # fmt: skip
+def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Around) -> tuple[Op, ...]:
     """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
-    It lies on one op of each component, in the middle of those on the compute stream. hooked: hooks around
-    every module gather its parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of.
-    apart: experts that are modules of their own, each as a dense FFN is.
+    It lies on one op of each component, in the middle of those on the compute stream.
     """
-    tensor = TENSOR if split and stack.host.layers == "transformer_engine" else {}
-    kinds = kinds or {}
+    tensor = TENSOR if around.split and stack.host.layers == "transformer_engine" else {}
+    kinds = around.kinds
     groups: dict[tuple[int, int, str, str], list[int]] = {}
     for place in places:
         op = given[place]
@@ -67,12 +74,12 @@ def hosted(
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
         whole = _whole([ops[place] for place in places], stack.host.layers, component, back)
-        alone = apart if component == "experts" else 0
+        alone = around.apart if component == "experts" else 0
         whole += alone * LAYER["dense_ffn"][back]
         whole += kinds.get(component, (0.0, 0.0))[back]
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
-        if hooked and component in HOOKS:
+        if around.hooked and component in HOOKS:
             more += HOOKS[component][back] + alone * HOOKS["dense_ffn"][back]
         more += tensor[component][back] if component in tensor else 0.0
         if more > 0:

@@ -5,7 +5,7 @@ from functools import partial
 
 from mopsim.graph.flops import flops_per_token
 from mopsim.program.context import Context, make_context
-from mopsim.program.host_time import by_modules, kinds_of
+from mopsim.program.host_time import Around, by_modules
 from mopsim.program.pairs.layer_pairs import Pairs
 from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
@@ -52,14 +52,8 @@ def lower(
         for stage in stages
     )
     if stack.host.modules:
-        hooked = stack.host.hooks and context.shards_params
-        split, kinds = strategy.dense.tensor_parallel > 1, kinds_of(model, stack)
-        programs = tuple(
-            by_modules(
-                program, context.stack, hooked=hooked, split=split, kinds=kinds, apart=context.expert_modules
-            )
-            for program in programs
-        )
+        around = Around.of(context)
+        programs = tuple(by_modules(program, context.stack, around) for program in programs)
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len

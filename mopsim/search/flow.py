@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mopsim.cost import seconds
 from mopsim.graph.tape import Step
 from mopsim.program.builder import ends_turn
-from mopsim.program.host_time import hosted
+from mopsim.program.host_time import Around, hosted
 from mopsim.program.template import Template
 from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas, on_host
 from mopsim.spec.hardware import HardwareProfile
@@ -69,9 +69,9 @@ class Prices:
     stack: Stack
     known: dict[int, tuple[Work, float]] = field(default_factory=dict)
 
-    def of(self, template: Template, *, layer: bool = False) -> Priced:
-        """layer: it is a pass of a layer, whose modules take the host's time too."""
-        issued = self._issued(template.pieces, layer)
+    def of(self, template: Template, around: Around | None = None) -> Priced:
+        """around: of a pass of a layer, whose modules take the host's time too."""
+        issued = self._issued(template.pieces, around)
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
         routed = 0.0
         for place, piece in enumerate(template.pieces):
@@ -87,10 +87,10 @@ class Prices:
         turns = tuple(map(ends_turn, template.pieces))
         return Priced(tuple(ops), turns, template.ends, first, pending, routed, issued)
 
-    def _issued(self, pieces: Sequence[Op], layer: bool) -> float:
+    def _issued(self, pieces: Sequence[Op], around: Around | None) -> float:
         """Kernels' worth of the host's time."""
-        if layer and self.stack.host.modules:
-            pieces = hosted(pieces, range(len(pieces)), self.stack)
+        if around and self.stack.host.modules:
+            pieces = hosted(pieces, range(len(pieces)), self.stack, around)
         graphs = self.stack.host.graphs
         return sum(sum(on_host(piece.work, piece.component in graphs)) for piece in pieces)
 

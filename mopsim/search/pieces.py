@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from mopsim.common.errors import MopError
 from mopsim.program.context import make_context
+from mopsim.program.host_time import Around
 from mopsim.program.lower import passes_of
 from mopsim.program.passes import Passes
 from mopsim.program.template import Template
@@ -233,18 +234,19 @@ class Pieces:
         model = self.space.problem.model
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         kinds = {passes.key(layer): layer for layer in reversed(range(count))}
+        around = Around.of(passes.context)
         return {
-            kind: self._piece(passes.forward(layer), passes.backward(layer), layer=True)
+            kind: self._piece(passes.forward(layer), passes.backward(layer), around=around)
             for kind, layer in kinds.items()
         }
 
     def _piece(
-        self, forward: Template, backward: Template, *, first: bool = False, layer: bool = False
+        self, forward: Template, backward: Template, *, first: bool = False, around: Around | None = None
     ) -> LayerPiece:
-        """first: the forward has the heights that count. layer: see `Prices.of`."""
+        """first: the forward has the heights that count. around: see `Prices.of`."""
         starts, heights, left = _memory(forward)
         starts, heights = (starts, heights) if first else _memory(backward)[:2]
-        ahead, back = (self.prices.of(one, layer=layer) for one in (forward, backward))
+        ahead, back = (self.prices.of(one, around) for one in (forward, backward))
         return LayerPiece(ahead, back, left, starts, heights)
 
 
