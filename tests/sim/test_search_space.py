@@ -239,7 +239,7 @@ def test_a_proven_plan_is_not_beaten_by_a_lighter_last_stage() -> None:
     found = search(given.model, given.hardware, 4, given.training, Options(("megatron",), rows=ROWS))
     assert found.proven
     assert found.best is not None
-    assert found.best.step_time < 37.5
+    assert found.best.step_time < 37.9
 
 
 @pytest.mark.parametrize("case", CASES)
