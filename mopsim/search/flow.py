@@ -21,11 +21,13 @@ class Alone:
     """Ops that have all streams to themselves, each in the order of issue.
 
     chain: seconds from the first op on the compute stream to the end of the last one, what comes before it
-    over; busy: those in which that stream computes; up, out: those in which each fabric is busy; height:
+    over; paced: the same where the host starts their kernels, as ahead of them as it was at the end of a pass
+    before; busy: those in which that stream computes; up, out: those in which each fabric is busy; height:
     device bytes above the start, at least.
     """
 
     chain: float
+    paced: float
     busy: float
     up: float
     out: float
@@ -37,12 +39,23 @@ class Alone:
         return max(self.up, self.out)
 
 
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """What the host takes for an op. first, whole: seconds until it has started the first kernel, and all;
+    last: those that the last kernel takes then; awaited: it waits for the op before it goes on."""
+
+    first: float
+    whole: float
+    last: float
+    awaited: bool
+
+
 @dataclass(frozen=True)
 class Priced:
     """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
     at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
     compute stream, with what comes before it; rest: what comes after the last one. routed: seconds of experts
-    on it; issued: kernels that the host starts.
+    on it; hosts: what the host takes for each.
     """
 
     ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
@@ -51,13 +64,20 @@ class Priced:
     first: tuple[int, tuple[Step, ...]]
     rest: tuple[Step, ...]
     routed: float
-    issued: float
+    hosts: tuple[Issue, ...]
+
+    @property
+    def issued(self) -> float:
+        """Seconds of the host."""
+        return sum(one.whole for one in self.hosts)
 
     def seconds(self, start: int, stop: int) -> Alone:
         """Of its ops from place `start` to `stop`, what comes before them over; their memory is not known."""
         flow = Flow()
-        for (stream, took, deps, *_), turn in zip(self.ops[start:stop], self.turns[start:stop], strict=True):
-            flow.add(stream, took, tuple(dep - start for dep in deps if dep >= start), turn)
+        for place in range(start, stop):
+            stream, took, deps, *_ = self.ops[place]
+            inside = tuple(dep - start for dep in deps if dep >= start)
+            flow.add(stream, took, inside, self.turns[place], self.hosts[place])
         return alone(flow)
 
 
@@ -71,7 +91,6 @@ class Prices:
 
     def of(self, template: Template, around: Around | None = None) -> Priced:
         """around: of a pass of a layer, whose modules take the host's time too."""
-        issued = self._issued(template.pieces, around)
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
         routed = 0.0
         for place, piece in enumerate(template.pieces):
@@ -85,14 +104,26 @@ class Prices:
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(map(ends_turn, template.pieces))
-        return Priced(tuple(ops), turns, template.ends, first, pending, routed, issued)
+        hosts = self._hosts(template.pieces, around)
+        return Priced(tuple(ops), turns, template.ends, first, pending, routed, hosts)
 
-    def _issued(self, pieces: Sequence[Op], around: Around | None) -> float:
-        """Kernels' worth of the host's time."""
+    def _hosts(self, pieces: Sequence[Op], around: Around | None) -> tuple[Issue, ...]:
+        """What the host takes for each piece."""
+        took = [self._seconds(piece) for piece in pieces]
         if around and self.stack.host.modules:
             pieces = hosted(pieces, range(len(pieces)), self.stack, around)
-        graphs = self.stack.host.graphs
-        return sum(sum(on_host(piece.work, piece.component in graphs)) for piece in pieces)
+        graphs, launch, found = self.stack.host.graphs, self.launch, []
+        for piece, time in zip(pieces, took, strict=True):
+            kernels, beside = on_host(piece.work, piece.component in graphs)
+            first, whole = min(1.0, kernels) * launch, (kernels + beside) * launch
+            found.append(Issue(first, whole, time / max(1.0, kernels), piece.awaited))
+        return tuple(found)
+
+    @property
+    def launch(self) -> float:
+        """Seconds in which the host starts a kernel; 0 where it starts a step as one."""
+        issue = self.machine.host.cpu_launch_time
+        return issue.si if issue and "step" not in self.stack.host.graphs else 0.0
 
     def _seconds(self, piece: Op) -> float:
         took = 0.0
@@ -104,9 +135,10 @@ class Prices:
 
 
 class Flow:
-    """Templates played one after the other. streams, seconds, deps, turns: of each op, in the order of issue,
-    what it waits for in here, and whether it ends a turn. height, left: device bytes that an op of the
-    compute stream has above its start, and leaves; before: those that change before the first one.
+    """Templates played one after the other. streams, seconds, deps, turns, hosts: of each op, in the order of
+    issue, what it waits for in here, whether it ends a turn, and what the host takes for it. height, left:
+    device bytes that an op of the compute stream has above its start, and leaves; before: those that change
+    before the first one.
 
     What other streams do to the memory counts as if bytes were freed as soon as they may be, and taken when
     an op of the compute stream waits for them (`settled`).
@@ -117,6 +149,7 @@ class Flow:
         self.seconds: list[float] = []
         self.deps: list[tuple[int, ...]] = []
         self.turns: list[bool] = []
+        self.hosts: list[Issue] = []
         self.height: list[int] = []
         self.left: list[int] = []
         self.before = 0
@@ -138,22 +171,25 @@ class Flow:
         return self
 
     def add(
-        self, stream: int, took: float, deps: tuple[int, ...], turn: bool, height: int = 0, left: int = 0
+        self, stream: int, took: float, deps: tuple[int, ...], turn: bool, host: Issue, height: int = 0,
+        left: int = 0,
     ) -> None:  # fmt: skip
         self.streams.append(stream)
         self.seconds.append(took)
         self.deps.append(deps)
         self.turns.append(turn)
+        self.hosts.append(host)
         self.height.append(height)
         self.left.append(left)
 
     def play(self, priced: Priced) -> "Flow":
         by, start = len(self.streams), self._ends
-        for (stream, took, deps, height, left), turn in zip(priced.ops, priced.turns, strict=True):
+        for op, turn, host in zip(priced.ops, priced.turns, priced.hosts, strict=True):
+            stream, took, deps, height, left = op
             self._latest = len(self.streams) if stream == COMPUTE else self._latest
             inside = tuple(dep + by for dep in deps if dep >= 0)
             after = inside if len(inside) == len(deps) else (*inside, *start)
-            self.add(stream, took, after, turn, height, left)
+            self.add(stream, took, after, turn, host, height, left)
         place, steps = priced.first
         if place >= 0:
             self.height[by + place], self.left[by + place] = device_bytes((*self._steps, *steps))
@@ -192,7 +228,7 @@ def alone(*flows: Flow) -> Alone:
     places = [0] * len(flows)
     busy = up = out = 0.0
     held = sum(flow.before for flow in flows)
-    top, going = max(held, 0), True
+    top, going, order = max(held, 0), True, list[tuple[int, int]]()
     while going:
         going = False
         for which, flow in enumerate(flows):
@@ -210,6 +246,7 @@ def alone(*flows: Flow) -> Alone:
                     top = max(top, held + flow.height[place])
                     held += flow.left[place]
                 done[place] = last[stream] = start + time if start >= 0 else -1.0
+                order.append((which, place))
                 place += 1
                 if stream in (UP, OUT):
                     up, out = (up + time, out) if stream == UP else (up, out + time)
@@ -217,7 +254,31 @@ def alone(*flows: Flow) -> Alone:
                     break
             places[which] = place
             going = going or place < count
-    return Alone(max(last[COMPUTE], 0.0), busy, up, out, top)
+    chain = max(last[COMPUTE], 0.0)
+    return Alone(chain, _paced(flows, order, chain), busy, up, out, top)
+
+
+def _paced(flows: Sequence[Flow], order: Sequence[tuple[int, int]], chain: float) -> float:
+    """Seconds of passes whose ops the host starts in this order, as mopsim.engine.host does: of a second
+    time, in which it is as far ahead of them as it was after the first."""
+    if not any(one.whole for flow in flows for one in flow.hosts):
+        return chain
+    end = ahead = 0.0
+    for _ in range(2):
+        clock, last = -ahead, [-1.0] * len(STREAMS)
+        ends = [[0.0] * len(flow.streams) for flow in flows]
+        for which, place in order:
+            flow, done = flows[which], ends[which]
+            stream, host = flow.streams[place], flow.hosts[place]
+            start = max([last[stream], *(done[dep] for dep in flow.deps[place])])
+            start = max(start, 0.0) if stream == COMPUTE else start
+            begin, clock = max(start, clock + host.first), clock + host.whole
+            over = max(begin + flow.seconds[place], clock + host.last) if start >= 0 else -1.0
+            done[place] = last[stream] = over
+            clock = max(clock, over) if host.awaited else clock
+        end = max(last[COMPUTE], 0.0)
+        ahead = end - clock
+    return end
 
 
 def device_bytes(steps: Iterable[Step]) -> tuple[int, int]:

@@ -77,6 +77,10 @@ class LayerPiece:
         return self.forward.chain + self.backward.chain
 
     @property
+    def paced(self) -> float:
+        return self.forward.paced + self.backward.paced
+
+    @property
     def busy(self) -> float:
         return self.forward.busy + self.backward.busy
 
@@ -87,7 +91,7 @@ class LayerPiece:
 
     @property
     def issued(self) -> float:
-        """Kernels that the host starts."""
+        """Seconds of the host."""
         return self.ahead.issued + self.back.issued
 
 
@@ -116,12 +120,6 @@ class Pieces:
     @cached_property
     def prices(self) -> Prices:
         return self._once("prices", lambda: Prices(self.space.machine, self.space.stack))
-
-    @cached_property
-    def launch(self) -> float:
-        """Seconds in which the host starts a kernel; 0 where it starts a step as one."""
-        issue = self.space.machine.host.cpu_launch_time
-        return issue.si if issue and "step" not in self.space.stack.host.graphs else 0.0
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""

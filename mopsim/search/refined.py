@@ -63,7 +63,7 @@ class Shared:
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
             woven = pieces.woven(first, PipelinePart(some), PipelinePart(some))
-            long = expected(woven, given.hardware.communication_share) / layers[some[0]].chain
+            long = expected(woven, given.hardware.communication_share) / layers[some[0]].paced
             return Shared(layers, None, long)
         one, place = _distinct(pieces.space, rows, (*LOSS, "boundary_parts"))
         return Shared(layers, ([WovenRank.of(pieces, given, int(row)) for row in rows[one]], place))
@@ -87,9 +87,9 @@ class Parts:
 class Refined(Bounder):
     """Of rows that share their parts in groups; of woven ones, the pipeline too."""
 
-    def __init__(self, space: Space, given: SpaceFacts, parts: Parts, launch: float) -> None:
+    def __init__(self, space: Space, given: SpaceFacts, parts: Parts) -> None:
         super().__init__(space, given)
-        self.parts, self.launch = parts, launch
+        self.parts = parts
         self.mtp = self.model.num_nextn_predict_layers
         self.ranked = parts.each(lambda one: float(one.ranks is not None)) > 0
         """Whether a row is woven over a layout that is chosen."""
@@ -117,7 +117,7 @@ class Refined(Bounder):
         own = [piece for at in used if (piece := losses[int(at)]) is not None]
         parts = Parts(found, [len(groups[at]) for at in kept], own, loss.reshape(-1))
         every = pieces.space.take(np.concatenate([groups[at] for at in kept]))
-        return Refined(every, given, parts, pieces.launch), kept
+        return Refined(every, given, parts), kept
 
     def time(self) -> Reals:
         """Layers and loss in turn, with what each waits for, woven where they are; or as long as they compute
@@ -131,8 +131,7 @@ class Refined(Bounder):
             np.where(self.c["pipeline"] == 1, self._phases(), 0.0),
         )
         step = np.maximum(step, np.where(self.ranked, self._ranks(lambda rank: rank.least), chain))
-        if self.launch:
-            step = np.maximum(step, self._all(lambda piece: piece.issued) * self.launch + idle)
+        step = np.maximum(step, self._all(lambda piece: piece.issued) + idle)
         return np.asarray(step + self.optimizer_time() + self.constant())
 
     def _phases(self) -> Reals:
@@ -186,8 +185,7 @@ class Refined(Bounder):
         """Expected seconds of the slowest rank: layers and loss in turn, woven as they are, or as the
         host issues their kernels."""
         long = self.parts.each(lambda one: one.as_long)
-        issue = self._all(lambda piece: piece.issued) * self.launch
-        apart = np.maximum(self._all(lambda piece: piece.chain, long), issue)
+        apart = self._all(lambda piece: piece.paced, long)
         return np.asarray(np.where(self.ranked, self._ranks(lambda rank: rank.likely), apart))
 
     def _ranks(self, what: Callable[[RankTime], float]) -> Reals:

@@ -49,22 +49,21 @@ class RankTime:
             ahead = _passes(pieces, index, turn.ahead)
             back = _passes(pieces, index, turn.back)
             apart = [sum(one.forward.chain for one in ahead), sum(one.backward.chain for one in back)]
-            issued = [sum(one.ahead.issued for one in ahead), sum(one.back.issued for one in back)]
-            issue = sum(issued) * pieces.launch
             if not (ahead and back):
-                least, likely = least + times * sum(apart), likely + times * max(*apart, issue)
+                paced = [one.forward.paced for one in ahead] + [one.backward.paced for one in back]
+                least, likely = least + times * sum(apart), likely + times * sum(paced)
                 continue
             woven = pieces.woven(index, turn.ahead, turn.back)
             busy = sum(one.forward.busy for one in ahead) + sum(one.backward.busy for one in back)
             more = max(0.0, busy - woven.busy)  # of what is not in the pair
             least += times * (woven.chain if turn.whole else max(*apart, busy))
-            likely += times * max(expected(woven, share) + more, issue)
+            likely += times * (expected(woven, share) + more)
         return RankTime(stage, least, likely)
 
 
 def expected(woven: Alone, share: float) -> float:
     """Seconds of a pair. share: of the compute that an exchange takes beside it."""
-    return woven.chain + share * max(0.0, woven.talks - (woven.chain - woven.busy))
+    return woven.paced + share * max(0.0, woven.talks - (woven.paced - woven.busy))
 
 
 def woven_height(
