@@ -99,10 +99,14 @@ class Context:
         return bool(self.model.num_local_experts) and self.stack.kernels.expert_products != "grouped"
 
     @property
+    def own_experts(self) -> int:
+        """Routed experts of a rank."""
+        return self.model.num_local_experts // self.strategy.experts.expert_parallel
+
+    @property
     def expert_modules(self) -> int:
         """Experts of a rank that are modules of their own."""
-        apart = self.stack.kernels.expert_products == "modules"
-        return self.model.num_local_experts // self.strategy.experts.expert_parallel if apart else 0
+        return self.own_experts if self.stack.kernels.expert_products == "modules" else 0
 
     def gathers(self, component: str) -> int:
         """All-gathers of a unit: one, or one of each module of its own."""
@@ -184,10 +188,11 @@ class Context:
         weights = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size
         each = weights // how.expert_tensor_parallel * self.b
         most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.expert_parallel))
-        own = model.num_local_experts // how.expert_parallel
         host = host_work(model.num_local_experts, how.expert_parallel, *place.divided())
         sent = place.sent(busiest) * each
-        return Migration(place.received(busiest) * each, own * each, most * each, *host, sent=sent)
+        return Migration(
+            place.received(busiest) * each, self.own_experts * each, most * each, *host, sent=sent
+        )
 
 
 @lru_cache(maxsize=1024)

@@ -12,16 +12,19 @@ from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 
+NOTHING = (0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Around:
     """What of a job the host's time of layers depends on. hooked: hooks around every module gather its
-    parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. apart: experts that are
-    modules of their own, each as a dense FFN is."""
+    parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
+    apart: those of them that are modules of their own, each as a dense FFN is."""
 
     hooked: bool = False
     split: bool = False
     kinds: Costs = field(default_factory=dict)
+    experts: int = 0
     apart: int = 0
 
     @classmethod
@@ -30,7 +33,8 @@ class Around:
         stack = context.stack
         hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
-        return cls(hooked, split, kinds_of(context.model, stack), context.expert_modules)
+        kinds = kinds_of(context.model, stack)
+        return cls(hooked, split, kinds, context.own_experts, context.expert_modules)
 
 
 def by_modules(program: Program, stack: Stack, around: Around) -> Program:
@@ -73,10 +77,11 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
-        whole = _whole([ops[place] for place in places], stack.host.layers, component, back)
-        alone = around.apart if component == "experts" else 0
+        costs = _costs([ops[place] for place in places], stack.host.layers)
+        experts, alone = (around.experts, around.apart) if component == "experts" else (0, 0)
+        whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
         whole += alone * LAYER["dense_ffn"][back]
-        whole += kinds.get(component, (0.0, 0.0))[back]
+        whole += kinds.get(component, NOTHING)[back]
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
         if around.hooked and component in HOOKS:
@@ -88,13 +93,10 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     return tuple(ops)
 
 
-def _whole(ops: Sequence[Op], layers: str, component: str, back: bool) -> float:
-    """Linears of a component's pass: more in 8 bits, and with each local expert."""
+def _costs(ops: Sequence[Op], layers: str) -> Costs:
+    """Linears of layers of whose passes these are: more in 8 bits."""
     products = [work for op in ops for work in op.work if work.kind in ("matmul", "grouped_matmul")]
-    costs = LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
-    grouped = [work for work in products if work.kind == "grouped_matmul"]  # one for experts of as many rows
-    experts = sum(work.count for work in grouped) / max(1, sum(work.launches for work in grouped))
-    return costs.get(component, (0.0, 0.0))[back] + experts * costs.get("expert", (0.0, 0.0))[back]
+    return LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
 
 
 class _Known:

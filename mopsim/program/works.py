@@ -44,8 +44,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
     if run.expert_padding == "busiest":
-        local = model.num_local_experts // context.strategy.experts.expert_parallel
-        kernels = padded_to_busiest(kernels, local)
+        kernels = padded_to_busiest(kernels, context.own_experts)
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])

@@ -9,19 +9,14 @@ of a layer, shared experts and routers with a bias and groups as DeepSeek-V3's. 
 MLA is a kernel of Triton's: two functions of one op each stand in.
 """
 
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reports.host import te_extension, te_layers
+from reports.host import te_layers
 
 ROUNDS, EXPERTS = 60, 4
 LATENT: dict[str, Any] = {
@@ -122,29 +117,8 @@ def calls() -> dict[str, te_layers.Call]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sources", type=Path, nargs="+", required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
-    te_extension.install(given.sources, te_layers.VERSION)
-    import megatron.core
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import mappings
-    from megatron.core.tensor_parallel import random as parallel_random
-    from megatron.core.transformer.moe import moe_utils
-
-    from reports.host.megatron_core import without_cuda
-
-    torch.set_num_threads(1)
-    product = moe_utils.te_general_gemm
-    without_cuda()
-    moe_utils.te_general_gemm, torch.cuda.is_available = product, lambda: True
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=te_layers.RANKS)
-    mappings.dist_all_gather_func = partial(te_layers.gathered, mappings.dist_all_gather_func)
-    dist.all_to_all_single = partial(te_layers.exchanged, dist.all_to_all_single)
-    parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=te_layers.RANKS)
-    parallel_random.model_parallel_cuda_manual_seed(1)
-    te_layers.ROUNDS = ROUNDS
+    target, core = te_layers.begun(__doc__)
+    te_layers.spread_experts()
     from megatron.core.transformer import multi_latent_attention
 
     multi_latent_attention.fused_apply_mla_rope_for_q = lambda rows, *_: Rotated.apply(rows)
@@ -152,24 +126,14 @@ def main() -> None:
         rows, rotary, 16
     )
     made = calls()
-    took = te_layers.timed(made)
-    phases = ("forward", "backward")
-    every = {name: {phase: took[f"{name} {phase}"] / te_layers.LAYERS for phase in phases} for name in made}
-    found = {
-        "unit": "forward passes of a torch Linear",
-        "linear_us": took[te_layers.UNIT] * 1e6,
-        "torch": torch.__version__,
-        "transformer_engine": te_layers.VERSION,
-        "megatron_core": megatron.core.__version__,
-        "layers": every,
-        "added": {
-            kind: {phase: every[kind][phase] - every[plain][phase] for phase in phases}
-            for kind, (plain, _) in KINDS.items()
-        }
-        | {"shared experts": every["shared experts"]},
+    took = te_layers.timed(made, ROUNDS)
+    every = te_layers.by_phase(took, made)
+    added = {
+        kind: {phase: every[kind][phase] - every[plain][phase] for phase in te_layers.PHASES}
+        for kind, (plain, _) in KINDS.items()
     }
-    given.json.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    added["shared experts"] = every["shared experts"]
+    te_layers.written(target, core, took, {"layers": every, "added": added})
 
 
 if __name__ == "__main__":

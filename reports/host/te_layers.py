@@ -13,7 +13,7 @@ what the real module does in C++ around a kernel (cuBLASLt's choice of an algori
 import argparse
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import linear_regression
@@ -30,14 +30,16 @@ from reports.host import te_extension
 
 LAYERS, ROUNDS, WARM, AGAIN, RANKS, UNIT = 8, 20, 2, 4, 8, "linear"
 VERSION, EXPERTS, ROWS, WIDTH = "2.7.0", (2, 4, 8, 16), 64, 32
+PHASES = ("forward", "backward")
 Call = Callable[[], list[float]]
 
 
-def timed(calls: dict[str, Call]) -> dict[str, float]:
-    """Linears of each call's forward and backward: the thread's own time; first rounds do not count."""
+def timed(calls: dict[str, Call], count: int = ROUNDS) -> dict[str, float]:
+    """Linears of each call's forward and backward: the thread's own time, in so many rounds; the first ones
+    do not count."""
     unit, rows = nn.Linear(16, 16).to(torch.bfloat16), torch.randn(8, 16, dtype=torch.bfloat16)
     rounds: dict[str, list[float]] = {}
-    for at in range(ROUNDS + WARM):
+    for at in range(count + WARM):
         begin = clock()
         for _ in range(1000):
             unit(rows)
@@ -209,7 +211,7 @@ def parts(layer: dict[str, dict[str, float]], kind: str) -> dict[str, dict[str, 
     """A layer's components by difference; experts by the line through counts of local ones."""
     names = ("attention", "router", "dense_ffn", "experts", "expert")
     found: dict[str, dict[str, float]] = {name: {} for name in names}
-    for phase in ("forward", "backward"):
+    for phase in PHASES:
         attention, router = layer[f"attention{kind}"][phase], layer["router"][phase]
         each, rest = linear_regression(EXPERTS, [layer[f"{n} experts{kind}"][phase] for n in EXPERTS])
         found["attention"][phase], found["router"][phase] = attention, router
@@ -218,18 +220,17 @@ def parts(layer: dict[str, dict[str, float]], kind: str) -> dict[str, dict[str, 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def begun(doc: str | None) -> tuple[Path, str]:
+    """The arguments of a script of Transformer Engine's layers, and its Python without the compiled part in a
+    fake group of RANKS: (where the result goes, the version of Megatron-Core)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sources", type=Path, nargs="+", required=True)
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     te_extension.install(given.sources, VERSION)
     import megatron.core
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import mappings
-    from megatron.core.tensor_parallel import random as parallel_random
     from megatron.core.transformer.moe import moe_utils
-    from transformer_engine.common.recipe import MXFP8BlockScaling
 
     from reports.host.megatron_core import without_cuda
 
@@ -237,31 +238,57 @@ def main() -> None:
     product = moe_utils.te_general_gemm
     without_cuda()
     moe_utils.te_general_gemm, torch.cuda.is_available = product, lambda: True
-    te_extension.eight_bits()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     mappings.dist_all_gather_func = partial(gathered, mappings.dist_all_gather_func)
     dist.all_to_all_single = partial(exchanged, dist.all_to_all_single)
+    return given.json, megatron.core.__version__
+
+
+def spread_experts() -> None:
+    """All ranks have experts of their own, and data."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random as parallel_random
+
     parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=RANKS)
     parallel_random.model_parallel_cuda_manual_seed(1)
-    calls = of_modules() | of_modules(MXFP8BlockScaling(), ", mxfp8") | of_layers()
-    took = timed(calls)
-    every = {
-        name: {phase: took[f"{name} {phase}"] / LAYERS for phase in ("forward", "backward")} for name in calls
-    }
-    layer = {name: took for name, took in every.items() if "Linear" not in name and "Norm" not in name}
-    found = {
+
+
+def by_phase(took: dict[str, float], names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Linears of a layer in each pass."""
+    return {name: {phase: took[f"{name} {phase}"] / LAYERS for phase in PHASES} for name in names}
+
+
+def written(target: Path, core: str, took: dict[str, float], found: dict[str, Any]) -> None:
+    """The result, with what it was measured with."""
+    head = {
         "unit": "forward passes of a torch Linear",
         "linear_us": took[UNIT] * 1e6,
         "torch": torch.__version__,
         "transformer_engine": VERSION,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": core,
+    }
+    text = json.dumps(head | found, indent=2)
+    target.write_text(text + "\n")
+    print(text)
+
+
+def main() -> None:
+    target, core = begun(__doc__)
+    from transformer_engine.common.recipe import MXFP8BlockScaling
+
+    te_extension.eight_bits()
+    spread_experts()
+    calls = of_modules() | of_modules(MXFP8BlockScaling(), ", mxfp8") | of_layers()
+    took = timed(calls)
+    every = by_phase(took, calls)
+    layer = {name: took for name, took in every.items() if "Linear" not in name and "Norm" not in name}
+    found = {
         "modules": {name: took for name, took in every.items() if name not in layer},
         "layers": layer,
         "bf16": parts(layer, ""),
         "mxfp8": parts(layer, ", mxfp8"),
     }
-    given.json.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    written(target, core, took, found)
 
 
 if __name__ == "__main__":

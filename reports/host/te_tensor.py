@@ -8,18 +8,15 @@ two ranks with sequence parallelism, in turn, so that the difference is of one m
 does to start a collective is not in it.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reports.host import te_extension, te_layers
+from reports.host import te_layers
+from reports.host.te_layers import PHASES
 
 ROUNDS, EXPERTS = 60, 8
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -53,51 +50,21 @@ def calls(ranks: int) -> dict[str, te_layers.Call]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sources", type=Path, nargs="+", required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
-    te_extension.install(given.sources, te_layers.VERSION)
-    import megatron.core
-    from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import moe_utils
-
-    from reports.host.megatron_core import without_cuda
-
-    torch.set_num_threads(1)
-    product = moe_utils.te_general_gemm
-    without_cuda()
-    moe_utils.te_general_gemm, torch.cuda.is_available = product, lambda: True
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=te_layers.RANKS)
     gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
-    mappings.dist_all_gather_func = partial(te_layers.gathered, gather)
+    target, core = te_layers.begun(__doc__)
+    from megatron.core.tensor_parallel import mappings
+
     mappings.dist_reduce_scatter_func = dist.reduce_scatter_tensor = partial(zeroed, scatter)
     dist.all_gather_into_tensor = partial(zeroed, gather)
-    dist.all_to_all_single = partial(te_layers.exchanged, dist.all_to_all_single)
-    te_layers.ROUNDS = ROUNDS
-    took = te_layers.timed(calls(1) | calls(2))
-    phases, layers = ("forward", "backward"), te_layers.LAYERS
-    every = {
-        name: {phase: took[f"{name} {phase}"] / layers for phase in phases}
-        for name in (f"{kind} on {ranks}" for kind in KINDS for ranks in (1, 2))
-    }
+    took = te_layers.timed(calls(1) | calls(2), ROUNDS)
+    every = te_layers.by_phase(took, (f"{kind} on {ranks}" for kind in KINDS for ranks in (1, 2)))
     more = {
-        kind: {phase: every[f"{kind} on 2"][phase] - every[f"{kind} on 1"][phase] for phase in phases}
+        kind: {phase: every[f"{kind} on 2"][phase] - every[f"{kind} on 1"][phase] for phase in PHASES}
         for kind in KINDS
     }
     for kind in ("dense", "experts"):  # beside attention's own
-        more[kind] = {phase: more[kind][phase] - more["attention"][phase] for phase in phases}
-    found = {
-        "unit": "forward passes of a torch Linear",
-        "linear_us": took[te_layers.UNIT] * 1e6,
-        "torch": torch.__version__,
-        "transformer_engine": te_layers.VERSION,
-        "megatron_core": megatron.core.__version__,
-        "layers": every,
-        "added": more,
-    }
-    given.json.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+        more[kind] = {phase: more[kind][phase] - more["attention"][phase] for phase in PHASES}
+    te_layers.written(target, core, took, {"layers": every, "added": more})
 
 
 if __name__ == "__main__":

@@ -186,6 +186,26 @@ def test_entries_that_exclude_each_other_are_refused_in_a_line(entry: str, tmp_p
         load_stack(path)
 
 
+@pytest.mark.parametrize(
+    ("section", "entries", "rule"),
+    [
+        (
+            "kernels",
+            "loss_copy: false, logits_held: copy",
+            "logits_held: .*copy.* which loss_copy false has not",
+        ),
+        ("reading", "first_stage: true, last_stage: true", "first_stage: .* a peak is of one stage"),
+    ],
+)
+def test_entries_of_which_one_would_be_ignored_are_refused(
+    section: str, entries: str, rule: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nversion: a\nextends: torchtitan\n{section}: {{source: here, {entries}}}\n")
+    with pytest.raises(MopError, match=rf"mine\.yaml: stack\.{section}\.{rule}"):
+        load_stack(path)
+
+
 def test_an_unknown_stack_has_a_near_name_and_lists_the_known_ones() -> None:
     with pytest.raises(MopError) as refused:
         load_stack("megatron-cor", "--stack")
