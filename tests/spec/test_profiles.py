@@ -232,3 +232,19 @@ def test_an_instance_is_its_card_over_another_network(name: str) -> None:
     assert instance.device == card.device
     assert instance.scale_up == card.scale_up
     assert instance.scale_out != card.scale_out
+
+
+@pytest.mark.parametrize(("card", "ranks"), [("l40s", 4), ("rtx4090", 8)])
+def test_over_pcie_a_group_and_a_send_have_the_rates_of_their_own_number_of_ranks(
+    fitter: Fitter, card: str, ranks: int
+) -> None:
+    profile = load_profile({"l40s": "l40s-48g", "rtx4090": "rtx4090-24g"}[card])
+    rows = [r for r in fitter._timed(card) if (r["op"], int(r["num_gpus"])) == ("all_reduce", ranks)]
+    large = [row for row in rows if int(row["message_elements_or_bytes"]) >= 2**22]
+    group = CommGroup(ranks, ranks, block=ranks)
+    for row in large:
+        size = 2.0 * int(row["message_elements_or_bytes"])
+        predicted = seconds_of(Work("all_reduce", bytes=size, group=group), profile)
+        assert predicted == pytest.approx(float(row["latency_s"]), rel=0.15)
+        sent = Work("send_recv", bytes=2 * size * (ranks - 1) / ranks, group=CommGroup(2, 2))
+        assert seconds_of(sent, profile) == pytest.approx(float(row["latency_s"]), rel=0.15)

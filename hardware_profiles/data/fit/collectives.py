@@ -72,10 +72,12 @@ def _fit(ranks: Array, wire: Array, seconds: Array, peak: float) -> CollectiveFi
 
 
 def fit_node(rows: list[dict[str, str]], peak: float, at_ranks: int = 0) -> dict[str, CollectiveFit]:
-    """One fit for each op of one GPU's rows; the median of NCCL versions. at_ranks: that group size only."""
+    """One fit for each op in one GPU's rows; the median of NCCL versions. at_ranks: that group size only."""
     fits = {}
     for theirs, ours in OPS.items():
         mine = [row for row in rows if row["op"] == theirs and at_ranks in (0, int(row["num_gpus"]))]
+        if not mine:
+            continue
         keys = sorted({(int(r["num_gpus"]), int(r["message_elements_or_bytes"])) for r in mine})
         groups: dict[tuple[int, int], list[dict[str, str]]] = {key: [] for key in keys}
         for row in mine:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from hardware_profiles.data.fit import assemble, attention, collectives, matmul
+from hardware_profiles.data.fit import assemble, attention, collectives, matmul, pcie
 from hardware_profiles.data.fit.assemble import Entry, MachineFits
 from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import CollectiveFit, OverNodes
@@ -55,6 +55,7 @@ class Fitter:
     def __init__(self, gemm: Path, nccl: Path, components: Path, machines: Path) -> None:
         self._gemm = read_csv(gemm, ("gpu", "m", "n", "k", "latency_s"))
         self._nccl = read_csv(nccl, ("gpu", "op", "num_gpus", "message_elements_or_bytes", "latency_s"))
+        self._nccl += pcie.rows()
         self._components = read_csv(components, ("component", "system", "gpu", "params", "value"))
         data = parse_yaml(read_text(machines), str(machines))
         if not isinstance(data, dict) or not {"hosts", "machines"} <= set(data):
@@ -74,7 +75,7 @@ class Fitter:
         host = self.hosts.get(machine["host"])
         if host is None:
             raise MopError(f"machines.{name}.host: {machine['host']!r} is not one of {', '.join(self.hosts)}")
-        return assemble.profile(name, machine, host, self._fits(name, machine))
+        return assemble.profile(name, self._bridged(machine), host, self._fits(name, machine))
 
     def _fits(self, name: str, machine: Entry) -> MachineFits:
         curves = machine["curves"]
@@ -253,15 +254,30 @@ class Fitter:
         return found, "measured" if owner == name else "assumed"
 
     def node(self, gpu: str) -> dict[str, CollectiveFit]:
-        """Those inside a node of one GPU of the NCCL table. L40S: 8 ranks, since 2 and 4 share a switch."""
+        """Those inside a node of one GPU of the NCCL tables."""
         if gpu not in self._nodes:
-            rows = [row for row in self._nccl if row["gpu"] == gpu]
-            self._nodes[gpu] = collectives.fit_node(
-                rows, _si(self._owner(gpu)["scale_up"]), 8 if gpu == "l40s" else 0
-            )
-            for op, fit in self._nodes[gpu].items():
-                self.report[f"{op} {gpu}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
+            owner = self._owner(gpu)
+            rows, peak = self._timed(gpu), _si(owner["scale_up"])
+            over_pcie = "ranks" in owner["curves"]
+            fits = pcie.fit_pcie(rows, peak, owner) if over_pcie else collectives.fit_node(rows, peak)
+            self._nodes[gpu] = fits
+            for op, fit in fits.items():
+                if fit.residuals.rows:
+                    self.report[f"{op} {gpu}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
         return self._nodes[gpu]
+
+    def _timed(self, gpu: str) -> list[dict[str, str]]:
+        return [row for row in self._nccl if row["gpu"] == gpu]
+
+    def _bridged(self, machine: Entry) -> Entry:
+        """With how much faster groups under one bridge are, where the collectives' table says it."""
+        bridges = machine.get("bridges")
+        if bridges is None or "faster" in bridges:
+            return machine
+        wanted = machine["curves"]["collectives"]
+        peak = _si(machine["scale_up"])
+        times = pcie.faster(self._timed(wanted), peak, self.node(wanted), bridges["devices"])
+        return {**machine, "bridges": {**bridges, "faster": times}}
 
     def over_nodes(self, name: str) -> OverNodes:
         """The curves of a network's NICs."""
@@ -282,13 +298,15 @@ class Fitter:
         if wanted == "mesh":
             return self._mesh(name, machine)
         node = self.node(wanted)
-        source = f"fitted to the {wanted} rows of nccl_single_node.csv (aiconfigurator system tables)"
+        published = any("source_ref" in row for row in self._timed(wanted))
+        table = pcie.TABLE.name if published else "nccl_single_node.csv (aiconfigurator system tables)"
+        source = f"fitted to the {wanted} rows of {table}"
         if "bandwidth_scale" in curves:
             scale = float(curves["bandwidth_scale"])
             scaled = {op: _scaled(fit, scale) for op, fit in node.items()}
             return scaled, "assumed", f"{source}, bandwidth times {scale}: {curves['bandwidth_why']}"
         tag: Tag = "measured" if self._card(machine) is self._owner(wanted) else "assumed"
-        return node, tag, source + (", all 8 ranks of a node" if wanted == "l40s" else "")
+        return node, tag, source + pcie.words(machine)
 
     def _mesh(self, name: str, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
         """RCCL over all links of a mesh: delays and the size at half rate of the all-reduce that was timed by
@@ -312,7 +330,7 @@ class Fitter:
 _OWNER = {
     "a100_sxm": "a100-sxm-80g", "h100_sxm": "h100-sxm-80g", "h200_sxm": "h200-sxm-141g",
     "b200_sxm": "b200-sxm-192g", "b300_sxm": "b300-sxm-288g", "gb200": "gb200-186g", "gb300": "gb300-288g",
-    "l40s": "l40s-48g",
+    "l40s": "l40s-48g", "rtx4090": "rtx4090-24g",
 }  # fmt: skip
 
 
