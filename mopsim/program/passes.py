@@ -12,13 +12,13 @@ from mopsim.graph.liveness import Recomputation, backward, everything, forward, 
 from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
-from mopsim.graph.rewrites.recompute import AROUND, gathered_once, plan, without_weight_grads
+from mopsim.graph.rewrites.recompute import AROUND, gathered_once, plan, saved_to_router, without_weight_grads
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.loss import Half, loss_template
+from mopsim.program.loss import Half, logit_elements, loss_template
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
@@ -74,8 +74,19 @@ class Passes:
         Update(self.context, issue, stage).run(reductions)
 
     def resident(self, stage: Stage) -> tuple[Step, ...]:
-        """What lives through the step."""
-        return stage.resident()
+        """What lives through the step, or has been left by the one before."""
+        layers = (*(layer for chunk in stage.every for layer in chunk), *stage.extra)
+        left = (step for layer in layers for step in self._left(self.tape(layer)))
+        logits = (("logits", self.held_logits),) if self.held_logits else ()
+        return (*stage.resident(), *(left if self._router_held else ()), *logits)
+
+    @cached_property
+    def held_logits(self) -> int:
+        """Bytes of logits that the training loop holds until the next microbatch's are made."""
+        c, run = self.context, self.context.stack.kernels
+        if run.logits_until == "backward" or not run.logits_held or c.strategy.pipeline.pipeline_parallel > 1:
+            return 0
+        return logit_elements(c) * (c.wide if run.logits_held == "copy" else c.b)
 
     def key(self, layer: int) -> LayerKind:
         """Equal for layers that run alike."""
@@ -219,7 +230,25 @@ class Passes:
 
     def _forward(self, tape: Tape) -> Template:
         gone = () if self._wants_input(tape) else self._input
-        return template(forward(tape, self._plan(tape)), self.context, "forward", gone)
+        left = self._left(tape) if self._turns else ()
+        last = (*gone, *((category, -size) for category, size in left))
+        return template(forward(tape, self._plan(tape)), self.context, "forward", last)
+
+    @property
+    def _router_held(self) -> bool:
+        """Whether what a recomputation saves on the way to its router outlives it."""
+        return self.context.stack.recompute.router_graph == "held"
+
+    @property
+    def _turns(self) -> bool:
+        """Whether that is freed in every forward and made in every backward; in pipelines, some of whose
+        forwards come one after the other, it is counted as if it were always there."""
+        return self._router_held and self.context.strategy.pipeline.pipeline_parallel == 1
+
+    def _left(self, tape: Tape) -> tuple[Step, ...]:
+        """What a layer's recomputation leaves until its next forward (see Recompute.router_graph)."""
+        values, names = tape.values, saved_to_router(tape, self._plan(tape))
+        return tuple((values[name].category, values[name].bytes) for name in sorted(names))
 
     def _wants_input(self, tape: Tape) -> bool:
         """Whether anything reads a layer's input in its backward: not where all that a layer keeps is made
@@ -234,6 +263,7 @@ class Passes:
         chosen = self._plan(tape)
         held = held_for_weights(tape, chosen) if self.split else frozenset()
         freed = self._input if self._wants_input(tape) else ()
+        held |= saved_to_router(tape, chosen) if self._turns else frozenset()
         played = backward(tape, chosen, held)
         if self.context.stack.recompute.holds_output and chosen.again:
             played = _holding(played, ("activations", self.context.hidden))

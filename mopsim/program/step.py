@@ -150,6 +150,7 @@ class StageStep:
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, part + 1, ready)
             return
+        issue.hold((("logits", -self.passes.held_logits),))
         if not self.stage.extra:
             self._read(self._loss(ready))
             return
@@ -186,6 +187,7 @@ class StageStep:
             waits = self.shards.edge("head", "backward")
             self.shards.turn((*reversed(self.stage.extra), *order))
             ready = self._loss_backward(microbatch, waits, (*reversed(self.stage.extra), *order), final)
+            issue.hold((("logits", self.passes.held_logits),))
             if self.c.stack.stage_outputs == "held" and microbatch == 0:
                 size = logit_elements(self.c) * self.c.b  # from here on there are those of the one before
                 issue.hold((("logits", size),))

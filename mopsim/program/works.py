@@ -13,6 +13,7 @@ from mopsim.graph.rewrites.padded import padded_to_busiest
 from mopsim.graph.rewrites.projections import (
     gathered_kept,
     gradients_added,
+    heads_apart,
     lengths_read,
     rows_apart,
     rows_fused,
@@ -54,6 +55,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
+    found = heads_apart(found, run.grouped_heads == "repeated", run.attention_rows == "heads")
     found = cast_once(found) if run.casts == "again" else found
     if model.expert_bias and run.expert_bias != "fused":
         found = biased(found, run.expert_bias == "indexed")

@@ -14,9 +14,11 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
-from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
+from mopsim.spec.categories import COMPONENTS, Runtime
 from mopsim.spec.has import require_had
 from mopsim.spec.quantity import require_between
+from mopsim.spec.recompute import Recompute as Recompute
+from mopsim.spec.recompute import require_known
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import MOST_BYTES
 from mopsim.spec.sharding import Sharding as Sharding
@@ -37,11 +39,6 @@ Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "ro
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
-
-
-def _require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
-    for word in words:
-        require(word in known, field, word, f"is not one of {', '.join(known)}")
 
 
 def _filled(given: T, stack: Spec, blank: object) -> T:
@@ -87,24 +84,28 @@ class Kernels(Spec, frozen=True, kw_only=True):
     routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
     only in `ffn_added`. qkv_split: parts of the one for queries, keys and values are read where they lie, and
     their gradients written so; or torch splits them and puts their gradients together (`views`), and copies
-    what attention wants contiguous too (`copied`). casts: the copy in 8 or 4 bits of a product's input is
-    kept for its weight gradient (`kept`, Transformer Engine), or the input is, and cast again, each copy laid
-    out again for the product that reads it the other way (`again`, torchao). weight_casts: weights are cast
-    once a step, which is not counted (`step`), or in every forward pass (`pass`). weight_grads: added to
-    their buffer inside the product, or after it. adamw: in one kernel, or operation by operation over all
-    tensors, with the roots of all second moments beside (`foreach`, torch's default). loss: cross entropy by
-    several kernels with copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a
-    copy of them in fp32 (`upcast`), Megatron-Core's compiled ones, whose gradient takes a second copy
-    (`native`), torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
-    (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as
-    `composed`). loss_copy: whether torch's works on a copy in fp32, or on the logits in their own dtype.
-    logits_held: whoever calls a loss that works on a copy of the logits holds them until its backward is
-    done, or that copy (`copy`). logit_passes: bytes moved for each element of the logits beside what the loss
-    moves (casts of its own, accuracy and perplexity of every microbatch). loss_chunks: the kernels of a
-    chunked loss, or torch's cross entropy of each chunk on a copy in fp32, its gradients made apart and those
-    of the chunks' inputs put together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and
-    values where context parallelism gathers them. fills: new tensors with a known value are written first
-    (torch's deterministic mode).
+    what attention wants contiguous too (`copied`). grouped_heads: keys and values that query heads share are
+    read by all of them, or repeated for each before the attention (`repeated`). attention_rows: queries reach
+    the attention laid out by `tokens`, or by `heads`, whose output is then copied to lie by tokens. casts:
+    the copy in 8 or 4 bits of a product's input is kept for its weight gradient (`kept`, Transformer Engine),
+    or the input is, and cast again, each copy laid out again for the product that reads it the other way
+    (`again`, torchao). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
+    forward pass (`pass`). weight_grads: added to their buffer inside the product, or after it. adamw: in one
+    kernel, or operation by operation over all tensors, with the roots of all second moments beside
+    (`foreach`, torch's default). loss: cross entropy by several kernels with copies in fp32 (`composed`), one
+    kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`), Megatron-Core's
+    compiled ones, whose gradient takes a second copy (`native`), torch's on a copy in fp32 of logits that
+    every tensor-parallel rank gathers whole (`gathered`), or on that of a slice of them (`loss_parallel`,
+    torch.distributed.tensor's; whole ones as `composed`). loss_copy: whether torch's works on a copy in fp32,
+    or on the logits in their own dtype. logits_held: whoever calls a loss that works on a copy of the logits
+    holds them, or that copy (`copy`). logits_until: what is held of them is there until the loss's backward
+    is done, or until the `next` microbatch's are made, as a training loop keeps them in a variable.
+    logit_passes: bytes moved for each element of the logits beside what the loss moves (casts of its own,
+    accuracy and perplexity of every microbatch). loss_chunks: the kernels of a chunked loss, or torch's cross
+    entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs put
+    together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and values where context
+    parallelism gathers them. fills: new tensors with a known value are written first (torch's deterministic
+    mode).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -129,6 +130,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     region_rows: Literal["once", "scattered", "each"] = "once"
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
+    grouped_heads: Literal["shared", "repeated"] = "shared"
+    attention_rows: Literal["tokens", "heads"] = "tokens"
     casts: Literal["kept", "again"] = "kept"
     weight_casts: Literal["step", "pass"] = "step"
     weight_grads: Built = "fused"
@@ -137,6 +140,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     loss: Literal["composed", "fused", "upcast", "native", "gathered", "loss_parallel"] = "composed"
     loss_copy: bool = True
     logits_held: bool | Literal["copy"] = True
+    logits_until: Literal["backward", "next"] = "backward"
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd"] = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
@@ -147,33 +151,6 @@ class Kernels(Spec, frozen=True, kw_only=True):
         require_between(self, 0, MOST_BYTES, "logit_passes")
         rule = "holds the loss's copy of the logits in fp32, which loss_copy false has not"
         require(self.loss_copy or self.logits_held != "copy", "logits_held", self.logits_held, rule)
-
-
-class Recompute(Spec, frozen=True, kw_only=True):
-    """Habits of recomputation. stops_early: once the last value that the backward wants is there.
-    holds_output: what a layer's recomputation puts out and its gradient live until its backward is over (a
-    reentrant torch.utils.checkpoint). selective: modules that `selective` without a list of them runs
-    again. kept: kernels (categories.KEPT) that it keeps instead, running all others again (needs
-    dense.tensor_parallel 1, else `selective` counts). chunk_inputs: whether what the backward of
-    chunked experts reads is sent again (`redispatch`) or kept by the layer's recompute (`nested`, arXiv
-    2609.14306). inputs: those that are on the host come up one layer ahead, the last stays (`ahead`,
-    Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors).
-    gathers_again: rows that expert-tensor ranks gather in a recomputation are gathered once more for the
-    products' own backward. around: the norm before an FFN or its experts, and the sum after,
-    run again with them."""
-
-    stops_early: bool = False
-    holds_output: bool = False
-    kept: tuple[str, ...] = ()
-    selective: tuple[str, ...] = ()
-    chunk_inputs: Literal["redispatch", "nested"] = "redispatch"
-    inputs: Literal["ahead", "asked"] = "ahead"
-    gathers_again: bool = True
-    around: bool = True
-
-    def __post_init__(self) -> None:
-        _require_known("kept", self.kept, KEPT)
-        _require_known("selective", self.selective, (*MODULES, *COMPONENTS))
 
 
 class HostCosts(Spec, frozen=True, kw_only=True):
@@ -202,7 +179,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     graphs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_known("graphs", self.graphs, ("step", *COMPONENTS))
+        require_known("graphs", self.graphs, ("step", *COMPONENTS))
         require_between(self, 0, MOST_READS, "message_reads")
 
 

@@ -28,6 +28,40 @@ def split(kernels: tuple[Kernel, ...], copied: bool) -> tuple[Kernel, ...]:
     return (*kernels[:place], parts, *kernels[place:])
 
 
+def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> tuple[Kernel, ...]:
+    """Copies around the attention kernel. repeated: of keys and values, for each query head that shares them.
+    by_heads: of its output, laid out by heads, for the product that reads it by tokens."""
+    core = next((kernel for kernel in kernels if kernel.name == "attention_core"), None)
+    if core is None:
+        return kernels
+    made = {value.name: value for kernel in kernels for value in kernel.writes}
+    q, k, v = (made[name] for name in core.reads[:3])
+    around: dict[str, tuple[Kernel, ...]] = {}
+    if repeated and k.bytes < q.bytes:
+        whole = tuple(
+            replace(one, name=f"{one.name}_all", bytes=one.bytes * q.bytes // k.bytes) for one in (k, v)
+        )
+        moved = float(sum(one.bytes for one in (k, v, *whole)))
+        copy = Kernel(
+            "heads_repeated", "memory_bound", core.component, (k.name, v.name), whole, bytes=moved,
+            back_bytes=moved, launches=2,
+        )  # fmt: skip
+        names = {k.name: whole[0].name, v.name: whole[1].name}
+        renamed = {
+            part: tuple(names.get(name, name) for name in getattr(core, part)) for part in ("reads", "saves")
+        }
+        around[core.name] = (copy, replace(core, **renamed))
+    out, reader = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
+    if by_heads and reader and reader.reads == (out.name,):
+        laid = replace(out, name=f"{out.name}_laid")
+        copy = Kernel(
+            "heads_laid", "memory_bound", core.component, (out.name,), (laid,), bytes=2.0 * out.bytes,
+            back_bytes=0.0, back_launches=0,
+        )  # fmt: skip
+        around[reader.name] = (copy, replace(reader, reads=(laid.name,), saves=(laid.name,)))
+    return tuple(part for kernel in kernels for part in around.get(kernel.name, (kernel,)))
+
+
 def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]) -> tuple[Kernel, ...]:
     """Rows of products that are apart, in one kernel each: the rotary embedding of queries and of keys, and
     gates of these names, SiLU and product, which keep what they read."""

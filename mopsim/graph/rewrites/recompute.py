@@ -138,3 +138,14 @@ def gathered_once(tape: Tape, recompute: str, modules: tuple[str, ...]) -> Tape:
 def without_weight_grads(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Kernels whose weight gradients are added straight into resident buffers."""
     return tuple(replace(kernel, weight_grad=0) if kernel.weight_grad else kernel for kernel in kernels)
+
+
+def saved_to_router(tape: Tape, chosen: Recomputation) -> frozenset[str]:
+    """What a recomputation saves on the way to a router that it runs again."""
+    found: set[str] = set()
+    for region in chosen.again:
+        routers = [index for index in region if tape.kernels[index].component == "router"]
+        for index in region:
+            if index <= max(routers, default=-1):
+                found |= set(tape.kernels[index].saves)
+    return frozenset(found & chosen.dropped)

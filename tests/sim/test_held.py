@@ -1,0 +1,77 @@
+"""Tensors that a program's own variables hold longer than autograd needs them."""
+
+from msgspec.structs import replace
+
+from mopsim.engine import simulate
+from mopsim.engine.result import SimResult
+from mopsim.graph.layer import decoder_layer
+from mopsim.graph.rewrites.projections import heads_apart
+from mopsim.graph.rewrites.recompute import plan, saved_to_router
+from mopsim.graph.shapes import Shapes
+from mopsim.graph.tape import Tape
+from mopsim.spec.stack import Kernels, Recompute
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+from tests.sim.toys import machine, small
+from tests.software import changed
+
+MODEL = small(num_hidden_layers=12, vocab_size=64)
+TRAINING = TrainSpec(seq_len=256, global_batch=8)
+PLAN = fsdp2(8, recompute="full")
+
+
+def held(microbatches: int = 1, vocabulary: int = 64, **sections: dict[str, object]) -> SimResult:
+    training = replace(TRAINING, global_batch=8 * microbatches)
+    model = replace(MODEL, vocab_size=vocabulary)
+    return simulate(model, machine(), 1, PLAN, training, changed("kempnerforge", **sections))
+
+
+def routed() -> Tape:
+    routes = (128,) * MODEL.num_local_experts
+    return decoder_layer(MODEL, Shapes(tokens=256, seq_len=256, fused=True), 1, routes)
+
+
+def test_a_recomputation_saves_attention_and_norms_on_the_way_to_its_router() -> None:
+    tape = routed()
+    found = saved_to_router(tape, plan(tape, "full", ()))
+    assert {"h", "qr", "kr", "v0", "o", "u"} <= found
+    assert not {"rows", "act", "x"} & found
+    assert not saved_to_router(tape, plan(tape, "none", ()))
+
+
+def test_the_graph_to_a_router_outlives_its_layer_in_all_layers() -> None:
+    """So that the first layer's backward has those of all others beside it."""
+    freed, kept = (held(recompute={"router_graph": how}) for how in ("freed", "held"))
+    hidden = 256 * MODEL.hidden_size * 2
+    layers = MODEL.num_hidden_layers - 1
+    assert MODEL.num_moe_layers >= layers
+    assert kept.peak_memory - freed.peak_memory > 10 * hidden * layers
+    twice = held(2, recompute={"router_graph": "held"})
+    batch = 2 * 8 * 256
+    more = twice.highest_by_category["activations"] - kept.highest_by_category["activations"]
+    assert more == batch, "of one more microbatch, tokens and labels"
+
+
+def test_a_loop_that_keeps_the_logits_has_them_through_the_backward_of_all_layers() -> None:
+    loss, whole = (
+        held(microbatches, 512, kernels={"logits_until": until})
+        for microbatches, until in ((1, "backward"), (1, "next"))
+    )
+    assert whole.peak_memory - loss.peak_memory == 256 * 512 * 2
+    assert held(2, 512).highest_by_category["logits"] == whole.highest_by_category["logits"]
+
+
+def test_shared_keys_and_values_are_repeated_and_the_output_laid_out_again() -> None:
+    kernels = routed().kernels
+    values = {value.name: value.bytes for value in routed().values.values()}
+    found = {kernel.name: kernel for kernel in heads_apart(kernels, repeated=True, by_heads=True)}
+    core = found["attention_core"]
+    assert core.reads == ("qr", "kr_all", "v0_all")
+    assert "kr" not in core.saves
+    assert {value.bytes for value in found["heads_repeated"].writes} == {values["qr"]}
+    assert found["o_proj"].saves == ("o_laid",)
+    assert heads_apart(kernels, repeated=False, by_heads=False) == kernels
+
+
+def test_programs_hold_nothing_unless_they_say_so() -> None:
+    assert (Kernels().logits_until, Recompute().router_graph) == ("backward", "freed")
