@@ -216,16 +216,17 @@ class Reading(Spec, frozen=True, kw_only=True):
     """What its reported peak memory is.
 
     memory: live tensors (`allocated`), the caching allocator's blocks (`reserved`), or the whole device as
-    NVML has it (`device`). first_stage, last_stage: it is of that pipeline stage only.
-    """
+    NVML has it (`device`). first_stage, last_stage: it is of that pipeline stage only. first_step: of a first
+    step, whose forward and backward are before the update that makes Adam's moments."""
 
     memory: Literal["allocated", "reserved", "device"] = "allocated"
     first_stage: bool = False
     last_stage: bool = False
+    first_step: bool = False
 
     def __post_init__(self) -> None:
-        rule = "a peak is of one stage: first_stage and last_stage are both true"
-        require(not (self.first_stage and self.last_stage), "first_stage", self.first_stage, rule)
+        rule = "a peak is of one stage or a first step: two of first_stage, last_stage, first_step are true"
+        require(self.first_stage + self.last_stage + self.first_step < 2, "first_stage", True, rule)
 
 
 class Stack(Spec, frozen=True, kw_only=True):

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.common.processes import pool, workers
-from mopsim.engine import run
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.engine import SimResult, run
 from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.spec.hardware import HardwareProfile, Quantity
@@ -80,6 +81,8 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}", field="simulator")
     first, last = stack.reading.first_stage, stack.reading.last_stage
     peak = result.peak_by_stage[-1 if last else 0] if first or last else result.peak_memory
+    if stack.reading.first_step:
+        peak = _first_step(result)
     return Simulated(
         step_time=result.step_time, paces=paces, peak_memory=peak, fullest=result.peak_memory,
         idle_blocks=result.above_peak.get("idle pools", 0),
@@ -87,6 +90,15 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         limit=result.memory_limit, p_host=result.p_host, fits=result.fits,
         seconds=time.perf_counter() - began, busy=dict(result.busy), exposed=dict(result.exposed),
     )  # fmt: skip
+
+
+def _first_step(result: SimResult) -> int:
+    """The peak of a first step, in whose forward and backward there are no moments."""
+    precision, phases = result.strategy.precision, result.peak_by_phase
+    moments = 2 * int(DTYPE_BYTES[precision.moments])
+    absent = result.memory_by_category["optimizer"] * moments // (moments + precision.own_master)
+    passes = max(size for phase, size in phases.items() if phase != "optimizer")
+    return max(passes - absent, phases.get("optimizer", 0))
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:

@@ -23,6 +23,7 @@ from mopsim.validate.output import to_json
 from mopsim.validate.rows import read_case
 from mopsim.validate.run import Validation, cases_of, validate
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
+from mopsim.validate.simulated import simulate_case
 from mopsim.validate.tables import Row
 
 MODELS: dict[str, dict[str, str]] = {}
@@ -194,6 +195,15 @@ def test_equal_rows_are_simulated_once_and_scored_each() -> None:
     assert scored[0].simulated is scored[1].simulated
     assert scored[0].raw_step_error != scored[1].raw_step_error
     assert not scored[0].out_of_sample
+
+
+def test_the_passes_of_a_first_step_are_without_moments() -> None:
+    megatron = {"sharding": "zero1", "stack": "megatron-lm", "tp": "2", "dp": "4", "recompute": "none"}
+    told = row(**megatron, notes="largest max allocated of ranks 0 and 2 after iteration 1")
+    first, later = (simulate_case(read_case(one, MODELS), paced=False) for one in (told, row(**megatron)))
+    assert first.fullest == later.fullest == later.peak_memory
+    moments = 8 * 8.03e9 / 2 / 4
+    assert later.peak_memory - first.peak_memory == pytest.approx(moments, rel=0.01)
 
 
 def test_regret_compares_strategies_of_one_job() -> None:
