@@ -11,7 +11,7 @@ from mopsim.common import io
 from mopsim.common.shipped import shipped
 from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
-from mopsim.spec.hardware import NARROW_HEAD, AttentionCurve, Correction, HardwareProfile, Quantity
+from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD, AttentionCurve, Correction, HardwareProfile, Quantity
 from mopsim.spec.stack import Stack
 
 DETERMINISTIC: float = 1 - RATES["deterministic"]["backward_loses"]
@@ -48,8 +48,8 @@ class Shares(io.Spec, frozen=True, kw_only=True):
     peak: float = 0.0
 
 
-class Narrow(io.Spec, frozen=True, kw_only=True):
-    """How many times as fast at heads of up to 64: as at wider ones, or as the profile's kernel there."""
+class OtherHeads(io.Spec, frozen=True, kw_only=True):
+    """How many times as fast at heads of another width as at those of 65 to 128."""
 
     forward: float = 1.0
     backward: float = 1.0
@@ -60,10 +60,10 @@ class AttentionKernelRates(io.Spec, frozen=True, kw_only=True, rename={"like": "
 
     source: str
     shares: dict[str, Shares] = msgspec.field(default_factory=dict)
-    narrow: Narrow = Narrow()
+    narrow: OtherHeads = OtherHeads()
+    wide: OtherHeads = OtherHeads()
     like: str = ""
     slower: float = 1.0
-    forward_at_most: float = 1.0
 
 
 @cache
@@ -104,20 +104,13 @@ def _curve(hardware: HardwareProfile, name: str, head_dim: int) -> AttentionCurv
     if kernel is None:
         return own
     base = kernels()[kernel.like] if kernel.like else kernel
-    narrow = base.narrow if head_dim <= NARROW_HEAD else Narrow()
     shares = base.shares.get(hardware.device.architecture)
-    if shares is None and not base.shares:
-        forward, backward = own.forward * narrow.forward, own.backward * narrow.backward
-        forward = min(forward, kernel.forward_at_most)
-        if (forward, backward) == (own.forward, own.backward):
-            return own
-        source = f"{own.source}; {kernel.source}"
-        return replace(own, forward=forward, backward=backward, tag="assumed", source=source)
     if shares is None:
         return own
+    heads = base.narrow if head_dim <= NARROW_HEAD else base.wide if head_dim > WIDE_HEAD else OtherHeads()
     slower = kernel.slower * (_peak(hardware) / shares.of if shares.of else 1.0) * _clocked(hardware, shares)
     return AttentionCurve(
-        forward=shares.forward * narrow.forward / slower, backward=shares.backward * narrow.backward / slower,
+        forward=shares.forward * heads.forward / slower, backward=shares.backward * heads.backward / slower,
         seq_half=shares.seq_half, held=own.held, tag="assumed",
         source=base.source if base is kernel else f"{base.source}; {kernel.source}",
     )  # fmt: skip
