@@ -16,6 +16,7 @@ from mopsim.graph.rewrites.projections import (
     heads_apart,
     lengths_read,
     rows_apart,
+    rows_exchanged,
     rows_fused,
     split,
     summed_apart,
@@ -52,6 +53,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
     found = gathered_kept(found) if run.gathered_rows == "kept" else found
     found = _read_apart(found, context, wings, run.residual == "composed")
+    found = _exchanged(found, context) if run.exchanged_rows else found
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
@@ -64,6 +66,15 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
+
+
+def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """The kernels with what Kernels.exchanged_rows says."""
+    run, strategy = context.stack.kernels.exchanged_rows, context.strategy
+    recipe = strategy.precision.matmul
+    cast = "cast" in run and recipe in CAST_READS
+    ordered = "ordered" in run and strategy.micro_batch > 1 and not strategy.overlap.tensor
+    return rows_exchanged(kernels, ordered, DTYPE_BYTES[recipe] / context.b if cast else 1.0)
 
 
 def _reads_lengths(context: Context) -> bool:

@@ -32,8 +32,7 @@ Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
 AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn", "flex", "triton", "scores"]
 """profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
-query heads of a KV head one after another. scores: kept in memory, no flash kernel.
-"""
+query heads of a KV head one after another. scores: kept in memory, no flash kernel."""
 Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
 """Products of the layers' tapes that come after a norm, in joined projections."""
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
@@ -79,6 +78,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     the input's gradient of a region is summed `once`, or that of each product that gate_up says is one of its
     own (`each`). region_rows: under sequence parallelism such products share what is gathered and scatter the
     sum of their inputs' gradients (`once`), or scatter each its own (`scattered`), or gather too (`each`).
+    exchanged_rows: what is done to those beside: put in order by a copy where a microbatch has several
+    sequences (`ordered`, torch's functional collectives along the second dimension; not in tensor overlap),
+    or cast to 8 bits before they are gathered (`cast`).
     sequence_exchange: Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`).
     gate_up: one product for both, and one for queries, keys and values, or one each, shared experts after the
     routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
@@ -128,6 +130,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     region_backward: Literal["beside", "in_turn"] = "beside"
     region_sums: Literal["once", "each"] = "once"
     region_rows: Literal["once", "scattered", "each"] = "once"
+    exchanged_rows: tuple[Literal["ordered", "cast"], ...] = ()
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"
@@ -187,8 +190,7 @@ class StateDTypes(Spec, frozen=True, kw_only=True):
     """Dtypes that a program gives its state where a strategy does not say; `compute` is that of the products.
 
     param: of resident parameter shards. reduce: of gradient communication. grad: of gradient shards. moments:
-    of the optimizer's moments. master: of master weights; "param": the parameter shard is the master.
-    """
+    of the optimizer's moments. master: of master weights; "param": the parameter shard is the master."""
 
     param: StateDType = "compute"
     reduce: StateDType = "compute"
@@ -202,8 +204,7 @@ class Hides(Spec, frozen=True, kw_only=True):
 
     grad_reduce: reductions of gradients. param_gather: gathers of updated parameters. pipeline: sends between
     stages, or those of interleaved stages alone. tensor: exchanges of tensor-parallel regions. experts:
-    dispatch and combine.
-    """
+    dispatch and combine."""
 
     grad_reduce: bool = False
     param_gather: bool = False

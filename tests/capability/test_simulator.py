@@ -268,8 +268,8 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
-    again; parameters that lie on the host; tensor ranks that split or hold all rows, and two readers of each;
-    gradients as narrow as the products; FSDP's groups without copies.
+    again; parameters that lie on the host; tensor ranks that split rows of two sequences or hold all rows,
+    and two readers of each; gradients as narrow as the products; FSDP's groups without copies.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -290,7 +290,7 @@ def left_to_the_stack() -> dict[str, Job]:
     rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
     own = structs.replace(job.software, kernels=Kernels(gate_up="added"))
     return {
-        "rows split": replace(job, strategy=megatron(8, tensor_parallel=2), stack=own),
+        "rows split": replace(job, strategy=megatron(8, tensor_parallel=2, micro_batch=2), stack=own),
         "rows held": replace(job, strategy=rows, stack=own),
         "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),

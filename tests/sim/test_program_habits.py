@@ -340,6 +340,27 @@ def test_gathered_rows_are_kept_or_gathered_again() -> None:
     assert found["kept", "in_turn"] == kept
 
 
+def test_exchanged_rows_are_put_in_order_and_gathered_in_8_bits() -> None:
+    """Two gathers and two scatters of a dense layer, each way, whole rows of several sequences."""
+    found = {}
+    for rows, batch in (((), 2), (("ordered",), 1), (("ordered",), 2), (("ordered", "cast"), 2)):
+        strategy = megatron(4, tensor_parallel=4, recompute="none", micro_batch=batch)
+        strategy = replace(strategy, precision=replace(strategy.precision, matmul="fp8"))
+        stack = Stack(name="mine", kernels=Kernels(exchanged_rows=rows, casts="again"))
+        context = make_context(
+            small(num_hidden_layers=1), strategy, TrainSpec(seq_len=32, global_batch=2), 4, stack
+        )
+        kernels = Passes(context).tape(0).kernels
+        copies = [one for one in kernels if one.name.endswith("_order")]
+        gathered = sum(one.bytes for one in kernels if one.kind == "all_gather")
+        found[rows, batch] = gathered, sum(one.bytes + (one.back_bytes or 0.0) for one in copies)
+    whole = 2 * 32 * 64 * 2
+    assert found[(), 2] == (2 * whole, 0)
+    assert found[("ordered",), 1] == (whole, 0), "a sequence lies in order"
+    assert found[("ordered",), 2] == (2 * whole, 2 * 8 * whole)
+    assert found[("ordered", "cast"), 2] == (whole, 2 * (4 * whole + 4 * whole / 2))
+
+
 @pytest.mark.parametrize("options", [{}, {"virtual_stages": 2}], ids=["1f1b", "interleaved"])
 def test_a_message_whose_shape_the_host_reads_comes_later(options: dict[str, int]) -> None:
     strategy = megatron(8, pipeline_parallel=4, **options)

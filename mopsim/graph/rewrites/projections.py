@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.eager import SUM
+from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
 
 
@@ -140,6 +141,32 @@ def gathered_kept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
         return replace(kernel, saves=tuple(whole if name == own[whole] else name for name in kernel.saves))
 
     return tuple(map(kept, kernels))
+
+
+def rows_exchanged(kernels: tuple[Kernel, ...], ordered: bool, share: float) -> tuple[Kernel, ...]:
+    """What tensor-parallel ranks exchange under sequence parallelism. ordered: gathered rows are copied into
+    the order of their sequences, and rows to scatter into that of the ranks. share: bytes of what is gathered
+    over those in the compute dtype, of products that take it so.
+    """
+    found: list[Kernel] = []
+    for kernel in kernels:
+        gathers = kernel.kind == "all_gather"
+        if kernel.group != "tensor" or not kernel.back_kind:
+            found.append(kernel)
+            continue
+        back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+        less = 1.0 if kernel.component in EXACT else share
+        first, second = (kernel.bytes * less, back) if gathers else (kernel.bytes, back * less)
+        kernel = replace(kernel, bytes=first, back_bytes=second)
+        copy = Kernel(
+            f"{kernel.name}_order", "memory_bound", kernel.component,
+            (kernel.writes[0].name if gathers else kernel.reads[0],), (), bytes=2 * first,
+            back_bytes=2 * second, scratch=(("activations", int(first)),),
+            back_scratch=(("activations", int(second)),),
+        )  # fmt: skip
+        both = (kernel, copy) if gathers else (copy, kernel)
+        found += both if ordered else (kernel,)
+    return tuple(found)
 
 
 def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
