@@ -119,9 +119,8 @@ class Passes:
             tape = replace(tape, kernels=kernels, held=held)
             tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
             if c.stack.kernels.ring_blocks == "composed":
-                model, ranks = c.model, c.strategy.attention.context_parallel
-                shared = model.num_attention_heads / model.num_key_value_heads
-                tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, shared, c.b, c.wide))
+                ranks = c.strategy.attention.context_parallel
+                tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide))
             if 0 < c.strategy.dense.chunk_tokens < c.tokens:
                 kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
                 tape = replace(tape, kernels=kernels)

@@ -191,16 +191,16 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
     model, ranks = small(), 4
     shapes = Shapes(tokens=64, seq_len=256, sequence=ranks, exchange="all_gather", fused=True)
     plain = decoder_layer(model, shapes, 0).kernels
-    found = in_blocks(plain, ranks, 2.0, 2, 4)
+    found = in_blocks(plain, ranks, 2, 4)
     core = next(i for i, kernel in enumerate(found) if kernel.name == "attention_core")
     merge, out = found[core + 1], found[core].writes[0].bytes
     assert (*found[: core + 1], *found[core + 2 :]) == plain
-    keys = 2 * next(k.bytes for k in plain if k.name == "gather_kv_blocks") / ranks  # each for two heads
+    keys = next(k.bytes for k in plain if k.name == "gather_kv_blocks") / ranks
     # all four are cast; three are merged in nine passes in fp32, twice as wide; two passes cast the sum back
-    assert merge.bytes == out * (4 + 1 + 2 * (3 * 9 + 2)) + keys * 1.5 + 3 * 2 * keys
+    assert merge.bytes == out * (4 + 1 + 2 * (3 * 9 + 2)) + 3 * 2 * keys
     assert merge.back_bytes == out * (4 * 5 + 5) + keys * (4 * 9 + 5) + 3 * 2 * keys
     alone = decoder_layer(model, Shapes(tokens=64, seq_len=64, fused=True), 0).kernels
-    assert in_blocks(alone, 1, 2.0, 2, 4) == alone
+    assert in_blocks(alone, 1, 2, 4) == alone
 
 
 def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> None:

@@ -1,15 +1,18 @@
 """Tensors that a program's own variables hold longer than autograd needs them."""
 
+import pytest
 from msgspec.structs import replace
 
 from mopsim.engine import simulate
 from mopsim.engine.result import SimResult
+from mopsim.graph.attention import attention
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.projections import heads_apart
 from mopsim.graph.rewrites.recompute import plan, saved_to_router
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Tape
 from mopsim.spec.stack import Kernels, Recompute
+from mopsim.spec.strategy import Exchange
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.sim.toys import machine, small
@@ -71,6 +74,18 @@ def test_shared_keys_and_values_are_repeated_and_the_output_laid_out_again() -> 
     assert {value.bytes for value in found["heads_repeated"].writes} == {values["qr"]}
     assert found["o_proj"].saves == ("o_laid",)
     assert heads_apart(kernels, repeated=False, by_heads=False) == kernels
+
+
+@pytest.mark.parametrize(("exchange", "name"), [("all_gather", "gather_kv_blocks"), ("ring", "ring")])
+def test_repeated_heads_travel_to_the_ranks_of_a_sequence(exchange: Exchange, name: str) -> None:
+    shapes = Shapes(tokens=64, seq_len=256, sequence=4, exchange=exchange, fused=True)
+    kernels = attention(small(), shapes, 0).kernels
+    plain = next(kernel for kernel in kernels if kernel.name == name)
+    repeated = heads_apart(kernels, repeated=True, by_heads=False)
+    found = {kernel.name: kernel for kernel in repeated}
+    assert [kernel.name for kernel in repeated].index("heads_repeated") == kernels.index(plain)
+    assert found[name].bytes == 2 * plain.bytes
+    assert found["attention_core"].saves == ("qr", "kr_all", "v0_all", "o", "lse")
 
 
 def test_programs_hold_nothing_unless_they_say_so() -> None:

@@ -143,29 +143,27 @@ def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def in_blocks(
-    kernels: tuple[Kernel, ...], ranks: int, shared: float, b: int, wide: int
-) -> tuple[Kernel, ...]:
+def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tuple[Kernel, ...]:
     """A tape's kernels with what torch's context parallelism does around the attention of every block of keys
     and values (torch.distributed.tensor.experimental._attention): in fp32 and eagerly, it merges a block's
     output into those before, and in the backward adds the gradients of queries, keys and values.
 
-    ranks: that share a sequence, one block each. shared: query heads of a KV head, whose keys and values are
-    repeated before. b, wide: bytes of an element in the compute dtype and in fp32.
+    ranks: that share a sequence, one block each. b, wide: bytes of an element in the compute dtype and in
+    fp32.
     """
     gather = next((kernel for kernel in kernels if kernel.name == "gather_kv_blocks"), None)
     if gather is None:
         return kernels
     place = next(i for i, kernel in enumerate(kernels) if kernel.name == "attention_core")
     out, own, wider = kernels[place].writes[0].bytes, gather.bytes / ranks, wide / b
-    all_heads, later = own * shared, ranks - 1
+    later = ranks - 1
     merge = Kernel(
         "merge_blocks", "memory_bound", gather.component, ("o",), (),
         bytes=out * (MERGE.narrow * ranks + 1 + (MERGE.wide * later + 2) * wider)
-        + (own + all_heads) + 2 * all_heads * later,
+        + 2 * own * later,
         launches=MERGE.launches * later + 5,
-        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(ADD_SENT, all_heads, all_heads * wider))
-        + 2 * all_heads * later + (out + all_heads) * (1 + 2 * wider),
+        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(ADD_SENT, own, own * wider))
+        + 2 * own * later + (out + own) * (1 + 2 * wider),
         back_launches=(ADD.launches + ADD_SENT.launches) * ranks + 6,
     )  # fmt: skip
     return (*kernels[: place + 1], merge, *kernels[place + 1 :])

@@ -38,10 +38,11 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
     made = {value.name: value for kernel in kernels for value in kernel.writes}
     q, k, v = (made[name] for name in core.reads[:3])
     around: dict[str, tuple[Kernel, ...]] = {}
+    exchange = next((kernel for kernel in kernels if kernel.name in ("gather_kv_blocks", "ring")), core)
+    k, v = (made[name] for name in exchange.reads[-2:]) if exchange is not core else (k, v)
     if repeated and k.bytes < q.bytes:
-        whole = tuple(
-            replace(one, name=f"{one.name}_all", bytes=one.bytes * q.bytes // k.bytes) for one in (k, v)
-        )
+        times = q.bytes // k.bytes
+        whole = tuple(replace(one, name=f"{one.name}_all", bytes=one.bytes * times) for one in (k, v))
         moved = float(sum(one.bytes for one in (k, v, *whole)))
         copy = Kernel(
             "heads_repeated", "memory_bound", core.component, (k.name, v.name), whole, bytes=moved,
@@ -49,9 +50,19 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
         )  # fmt: skip
         names = {k.name: whole[0].name, v.name: whole[1].name}
         renamed = {
-            part: tuple(names.get(name, name) for name in getattr(core, part)) for part in ("reads", "saves")
-        }
-        around[core.name] = (copy, replace(core, **renamed))
+            one.name: replace(
+                one, reads=tuple(names.get(name, name) for name in one.reads),
+                saves=tuple(names.get(name, name) for name in one.saves),
+            )
+            for one in (core, exchange)
+        }  # fmt: skip
+        if exchange is not core:  # all heads travel
+            sent = renamed[exchange.name]
+            back = None if sent.back_bytes is None else sent.back_bytes * times
+            writes = tuple(replace(one, bytes=one.bytes * times) for one in sent.writes)
+            renamed[exchange.name] = replace(sent, writes=writes, bytes=sent.bytes * times, back_bytes=back)
+        around |= {name: (kernel,) for name, kernel in renamed.items()}
+        around[exchange.name] = (copy, *around[exchange.name])
     out, reader = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
     if by_heads and reader and reader.reads == (out.name,):
         laid = replace(out, name=f"{out.name}_laid")
