@@ -8,19 +8,21 @@ from typing import NamedTuple
 
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_bytes, format_seconds
+from mopsim.intervals.made import Made
 from mopsim.intervals.spread import Facts, Spread, missed_by_most, network, of_step_time, products
 from mopsim.spec.hardware import MOST_OFF, HardwareProfile, Observed
 from mopsim.spec.plan import Measurement, Plan
 
 
 class Seen(NamedTuple):
-    """A measured run, its digest, and what the fitted profile predicts of it (seconds, bytes). unseen: the
-    step time by a profile that was fitted without the run, where there were others."""
+    """A measured run, its digest, and what the fitted profile predicts of it (seconds, bytes, what the step
+    is made of). unseen: the step time by a profile that was fitted without the run, if there were others."""
 
     measurement: Measurement
     digest: str
     step_time: float
     peak_memory: float
+    made: Made
     unseen: float | None = None
 
 
@@ -40,6 +42,7 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
             peak_memory=_off("peak_memory", [one for one in map(_peak, some) if one], format_bytes),
             step_time_squares=round(_squares(some), 5),
             step_time_missed=round(missed_by_most(_misses(some)), 5),
+            made=tuple(round(fmean(shares), 4) for shares in zip(*(one.made for one in some), strict=True)),
             source="runs " + ", ".join(one.digest for one in some),
         )
         for (stack, precision, model), some in groups.items()
@@ -95,11 +98,11 @@ def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> fl
     )  # fmt: skip
 
 
-def expected(plan: Plan, profile: HardwareProfile) -> Spread:
+def expected(plan: Plan, profile: HardwareProfile, made: Made) -> Spread:
     """The error to expect of the step time of another run like this plan's, predicted from a profile."""
     return of_step_time(
         Facts(
             stack=plan.stack.name, hardware=profile.name, precision=products(plan.strategy.precision),
-            network=network(plan.model), seen=profile.runs_seen,
+            network=network(plan.model), made=made, seen=profile.runs_seen,
         )
     )  # fmt: skip

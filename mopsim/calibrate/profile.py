@@ -167,11 +167,13 @@ def calibrate(
         before = simulate(run.plan, profile) if profile.corrections else run.base
         after = simulate(run.plan, new)
         left_out = unseen.step_time if unseen else None
-        seen.append(Seen(run.measurement, run.digest, after.step_time, after.peak_memory, left_out))
+        made = after.facts.made
+        seen.append(Seen(run.measurement, run.digest, after.step_time, after.peak_memory, made, left_out))
         residuals += _residuals(run, before, after, unseen)
     new = msgspec.structs.replace(new, observed=observed(seen))
     weights = tuple(measurement.quiet for measurement in measurements)
-    intervals = {run.plan.stack.name: expected(run.plan, new).interval(1.0) for run in runs}
+    plans = [(one.measurement.plan, one.made) for one in seen]
+    intervals = {plan.stack.name: expected(plan, new, made).interval(1.0) for plan, made in plans}
     return CalibrationResult(new, tuple(residuals), intervals, tuple(digests), weights)
 
 

@@ -11,6 +11,7 @@ from mopsim.engine.gaps import Turns, added
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
+from mopsim.intervals.made import Made, made_of
 from mopsim.intervals.spread import Facts, network, products
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.hardware import HardwareProfile
@@ -75,17 +76,19 @@ def account(
             "stack_digest": digest(workload.stack),
             "version": mopsim.__version__,
         },
-        facts=facts(model, hardware, strategy, workload),
+        facts=facts(model, hardware, strategy, workload, made_of(step_time, time["busy"], time["exposed"])),
         each=hardware.each,
         num_events=sum(len(one.ops) for one in workload.programs),
     )
 
 
-def facts(model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, workload: Workload) -> Facts:
+def facts(
+    model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, workload: Workload, made: Made
+) -> Facts:
     """What the errors of this prediction are grouped by."""
     return Facts(
         stack=workload.stack.name, hardware=hardware.name, precision=products(strategy.precision),
-        network=network(model), exact=workload.exact, seen=hardware.runs_seen,
+        network=network(model), exact=workload.exact, made=made, seen=hardware.runs_seen,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
+from math import sqrt
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -12,6 +13,8 @@ from msgspec.structs import astuple, replace
 from mopsim.common.errors import require_at_least
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
+from mopsim.intervals.made import ALWAYS, Made
+from mopsim.spec.categories import STEP_PARTS
 
 LEVELS = (
     "common", "stack", "hardware", "precision", "network", "source", "source_network", "reading",
@@ -53,7 +56,8 @@ class Deviations(Spec, frozen=True, kw_only=True):
 class ErrorCell(Spec, frozen=True, kw_only=True):
     """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
     departures from it. reading: how it was measured, where that is not the simulated quantity itself; one of
-    the whole device (WHOLE) has only its readings in common with others."""
+    the whole device (WHOLE) has only its readings in common with others. made: what the prediction is made
+    of; empty of runs whose errors are in units of a usual run's (ErrorQuantity.scale)."""
 
     source: str
     stack: str
@@ -61,6 +65,7 @@ class ErrorCell(Spec, frozen=True, kw_only=True):
     precision: str
     network: str
     reading: str = ""
+    made: Made = ()
     runs: float
     mean: float
     squares: float = 0.0
@@ -93,17 +98,33 @@ def cells(runs: Iterable[ErrorCell]) -> tuple[ErrorCell, ...]:
 
 
 class ErrorQuantity(Spec, frozen=True, kw_only=True):
-    """What is known of one quantity's error. without: the deviations as fitted without a source, by its
-    name."""
+    """What is known of one quantity's error. parts: how far off each part of what a prediction is made of is,
+    and what every prediction has (ALWAYS), over a usual run's error; none where it does not matter. The cells
+    are in units of a usual run's. without: the deviations as fitted without a source, by its name."""
 
     deviations: Deviations
+    parts: dict[str, float] = msgspec.field(default_factory=dict)
     cells: tuple[ErrorCell, ...]
     without: dict[str, Deviations] = msgspec.field(default_factory=dict)
 
     def leaving_out(self, source: str) -> "ErrorQuantity":
         """As if this source had never been seen."""
         kept = tuple(cell for cell in self.cells if cell.source != source)
-        return ErrorQuantity(deviations=self.without.get(source, self.deviations), cells=kept)
+        sd = self.without.get(source, self.deviations)
+        return ErrorQuantity(deviations=sd, parts=self.parts, cells=kept)
+
+    def scale(self, made: Made) -> float:
+        """By how much the error of a prediction that is made of this exceeds a usual one's: parts err each on
+        its own, so that it is the root of the sum of the squares of shares by parts' errors."""
+        if not self.parts or not made:
+            return 1.0
+        known = zip(STEP_PARTS, made, strict=True)
+        return sqrt(self.parts[ALWAYS] ** 2 + sum((self.parts[part] * share) ** 2 for part, share in known))
+
+    def usual(self, run: ErrorCell) -> ErrorCell:
+        """A run, its error in units of a usual run's."""
+        by = self.scale(run.made)
+        return replace(run, mean=run.mean / by, squares=run.squares / by**2, made=())
 
 
 Name = Literal["step_time", "peak_memory"]

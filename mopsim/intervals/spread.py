@@ -22,6 +22,7 @@ from mopsim.common.changes import sparse
 from mopsim.common.errors import require
 from mopsim.common.io import digest
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, Name, known_errors
+from mopsim.intervals.made import Made
 from mopsim.spec.hardware import Observed
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Precision
@@ -42,8 +43,8 @@ class Facts:
     """What is known of a prediction before its run.
 
     stack: the software's name. hardware: the profile's. precision: see `products`. network: see `network`.
-    exact: the program allocates to the byte what is simulated. seen: runs of the same user on the
-    same machines.
+    exact: the program allocates to the byte what is simulated. made: what the step is made of. seen: runs of
+    the same user on the same machines.
     """
 
     stack: str
@@ -51,6 +52,7 @@ class Facts:
     precision: str
     network: str = ""
     exact: bool = False
+    made: Made = ()
     seen: tuple[Observed, ...] = ()
 
 
@@ -76,6 +78,10 @@ class Spread:
 
     def quantile(self, probability: float) -> float:
         return self.mean + self.deviation * float(ndtri(probability))
+
+    def times(self, scale: float) -> "Spread":
+        """Of an error that is so many times as large."""
+        return Spread(scale * self.mean, scale * self.deviation)
 
     def interval(self, predicted: float, level: float = 0.9) -> tuple[float, float]:
         """Between which two values, in the prediction's unit, the measured one lies with probability `level`,
@@ -176,12 +182,13 @@ def _asked(facts: Facts, quantity: Name) -> tuple[ErrorCell, tuple[ErrorCell, ..
     """The run, those that its user has seen, and what most of these were missed by."""
     asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
-        network=facts.network, runs=1, mean=0.0,
+        network=facts.network, made=facts.made if quantity == "step_time" else (), runs=1, mean=0.0,
     )  # fmt: skip
     seen = tuple(
         ErrorCell(
             source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
             network=one.network, runs=one.runs, mean=found,
+            made=one.made if quantity == "step_time" else (),
             squares=one.step_time_squares if quantity == "step_time" else 0.0,
         )
         for one in facts.seen
@@ -197,7 +204,8 @@ def spread(
     """The error of a run like `asked`, given the cells of `quantity` and those seen beside them. missed: what
     most of those seen were missed by, as `missed_by_most`."""
     means, covariances = joint(quantity, (asked,), seen, missed)
-    return Spread(float(means[0]), quantity.deviations.widening * sqrt(float(covariances[0, 0])))
+    usual = Spread(float(means[0]), quantity.deviations.widening * sqrt(float(covariances[0, 0])))
+    return usual.times(quantity.scale(asked.made))
 
 
 def between(
@@ -209,21 +217,22 @@ def between(
 ) -> Spread:
     """The error of the ratio of two runs, that of `other` over that of `asked`."""
     means, covariances = joint(quantity, (asked, other), seen, missed)
-    variance = covariances[0, 0] + covariances[1, 1] - 2 * covariances[0, 1]
-    return Spread(float(means[1] - means[0]), quantity.deviations.ratio_widening * sqrt(float(variance)))
+    by = np.array([-quantity.scale(asked.made), quantity.scale(other.made)])
+    deviation = quantity.deviations.ratio_widening * sqrt(float(by @ covariances @ by))
+    return Spread(float(by @ means), deviation)
 
 
 def joint(
     quantity: ErrorQuantity, asked: Sequence[ErrorCell], seen: tuple[ErrorCell, ...] = (), missed: float = 0.0
 ) -> tuple[Array, Array]:
     """Means and covariances of the errors of runs like those `asked`, one of each, given the cells of
-    `quantity` and those seen beside them. No variance is below that of a run's own part, and this one holds
-    what was missed of those seen, on either side of the prediction and so all the farther from the mean on
-    one: a run that others disturbed tells little of the mean, but its miss was seen on the machine that the
-    next run is on."""
+    `quantity` and those seen beside them, all in units of a usual run's. No variance is below that of a run's
+    own part, and this one holds what was missed of those seen, on either side of the prediction and so all
+    the farther from the mean on one: a run that others disturbed tells little of the mean, but its miss was
+    seen on the machine that the next run is on."""
     sd = quantity.deviations
     known = _ByIdentity(quantity)
-    told = _told(known, seen) if seen else _told_once(known)
+    told = _told(known, tuple(map(quantity.usual, seen))) if seen else _told_once(known)
     means, left = np.zeros(len(asked)), covariance(asked, asked, sd)
     if told.cells:
         to_asked = covariance(told.cells, asked, sd)
@@ -234,7 +243,7 @@ def joint(
     runs = told.runs
     own = np.array([runs.get(one.source, sd.run**2) for one in asked])
     if missed:
-        half = missed + np.abs(means)
+        half = missed / np.array([quantity.scale(one.made) for one in asked]) + np.abs(means)
         own = np.maximum(own, (half / (sd.widening * float(ndtri((1 + MISSED) / 2)))) ** 2)
     return means, left + np.diag(own)
 

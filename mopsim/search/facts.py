@@ -50,8 +50,10 @@ def surely(space: Space) -> float:
     """How many times the peak of a candidate a device must hold, at least, to fit as good as surely."""
     problem, stack = space.problem, space.stack
     hardware, precision = problem.hardware, products(space.build(0).precision)
-    exact, seen = bool(stack.runtime), hardware.runs_seen
-    about = Facts(stack.name, hardware.name, precision, network(problem.model), exact, seen)
+    about = Facts(
+        stack.name, hardware.name, precision, network(problem.model), bool(stack.runtime),
+        seen=hardware.runs_seen,
+    )  # fmt: skip
     return least_share(about, 0.0 if hardware.device_kind == "cpu" else ALLOCATOR)
 
 

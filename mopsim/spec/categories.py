@@ -43,6 +43,18 @@ WAITS = {
     "host_memory": "gradients that the host adds",
 }  # fmt: skip
 """What compute waits for, by kind of `SimResult.exposed`."""
+STEP_PARTS = {
+    "matmul": ("matmul",),
+    "attention": ("attention",),
+    "grouped_matmul": ("grouped_matmul",),
+    "memory": ("memory_bound", "optimizer"),
+    "host": ("host",),
+    "network": ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv"),
+    "copies": ("h2d", "d2h", "host_optimizer", "host_memory"),
+}
+"""Part of a step, as far as its error goes -> kinds of `SimResult.busy`, of those of WAITING_PARTS kinds of
+`SimResult.exposed`."""
+WAITING_PARTS = ("host", "network", "copies")
 MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
 """Parts of a layer that selective recomputation names beside the components (Megatron-Core's names)."""
 KEPT = (

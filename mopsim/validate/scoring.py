@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.common import io
-from mopsim.intervals.errors import ErrorCell, Name, cells
+from mopsim.intervals.errors import ErrorCell, Name, known_errors
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Spread
 from mopsim.validate import calibration
@@ -156,13 +156,20 @@ class RunGroup:
         key = (tuple(known), cell(case), name, used, read)
         if key not in self._found:
             seen = self._times(known, used) if name == "step_time" else self._peaks(known)
-            self._found[key] = expected(case, name, cells(seen), read)
-        return self._found[key]
+            self._found[key] = expected(case, name, seen, read)
+        return self._found[key].times(self._scale(place)) if name == "step_time" else self._found[key]
+
+    def _scale(self, place: int) -> float:
+        """By how much the error of a run's time exceeds a usual one's."""
+        case, result = self.runs[place]
+        return known_errors().of("step_time", case.stack).scale(result.made)
 
     def _times(self, known: Sequence[int], used: Fit) -> list[ErrorCell]:
         points = self.points
         return [
-            cell(self.runs[i][0], points[i].measured, used.apply(points[i])) for i in known if i in points
+            cell(self.runs[i][0], points[i].measured, used.apply(points[i]), made=self.runs[i][1].made)
+            for i in known
+            if i in points
         ]
 
     def _peaks(self, known: Sequence[int]) -> list[ErrorCell]:

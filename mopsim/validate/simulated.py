@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from dataclasses import field as made
+from dataclasses import field as fresh
 
 import numpy as np
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.processes import pool, workers
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine import SimResult, run
+from mopsim.intervals.made import Made, made_of
 from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.spec.hardware import HardwareProfile, Quantity
@@ -56,8 +57,13 @@ class Simulated:
     error: str = ""
     field: str = ""
     seconds: float = 0.0
-    busy: dict[str, float] = made(default_factory=dict)
-    exposed: dict[str, float] = made(default_factory=dict)
+    busy: dict[str, float] = fresh(default_factory=dict)
+    exposed: dict[str, float] = fresh(default_factory=dict)
+
+    @property
+    def made(self) -> Made:
+        """What the step is made of."""
+        return made_of(self.step_time, self.busy, self.exposed)
 
 
 Progress = Callable[[int, int], None]

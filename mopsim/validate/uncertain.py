@@ -1,13 +1,14 @@
 """Intervals of runs: what their errors have in common with those of other runs, and how many they hold."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from mopsim.intervals.errors import ErrorCell, Name, known_errors
+from mopsim.intervals.errors import ErrorCell, Name, cells, known_errors
+from mopsim.intervals.made import Made
 from mopsim.intervals.spread import Spread, spread
 from mopsim.validate.case import Case
 
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
     from mopsim.validate.scoring import Scored
 
 
-def cell(case: Case, measured: float | None = None, predicted: float = 1.0, reading: str = "") -> ErrorCell:
-    """A run by what it may have in common with others, and its error where it was measured. reading: how."""
+def cell(
+    case: Case, measured: float | None = None, predicted: float = 1.0, reading: str = "", made: Made = ()
+) -> ErrorCell:
+    """A run by what it may have in common with others, and its error where it was measured. reading: how.
+    made: what the prediction is made of."""
     return ErrorCell(
         source=case.source.name, stack=case.stack, hardware=case.hardware, precision=case.precision,
-        network=case.identity(), reading=reading, runs=1,
+        network=case.identity(), reading=reading, made=made, runs=1,
         mean=log(measured / predicted) if measured else 0.0,
     )  # fmt: skip
 
@@ -30,10 +34,12 @@ def reading(case: Case) -> str:
     return "" if found == "allocated" else found
 
 
-def expected(case: Case, name: Name, own: Sequence[ErrorCell] = (), reading: str = "") -> Spread:
-    """The error to expect of a run, as if its source had never been seen, but for `own` runs of it."""
+def expected(case: Case, name: Name, own: Iterable[ErrorCell] = (), reading: str = "") -> Spread:
+    """The error to expect of a run that is as usual, as if its source had never been seen, but for `own` runs
+    of it."""
     known = known_errors().of(name, case.stack)
-    return spread(known.leaving_out(case.source.name), cell(case, reading=reading), tuple(own))
+    seen = cells(map(known.usual, own))
+    return spread(known.leaving_out(case.source.name), cell(case, reading=reading), seen)
 
 
 @dataclass(frozen=True)

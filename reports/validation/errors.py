@@ -10,6 +10,7 @@ from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.intervals import errors
 from mopsim.intervals.errors import ErrorCell, ErrorQuantity, Errors, Guesses
+from mopsim.intervals.made import Made
 from mopsim.validate.case import Case
 from mopsim.validate.facts import general_stacks
 from mopsim.validate.scoring import trusted
@@ -46,16 +47,16 @@ def _fitted(runs: Iterable[Run]) -> tuple[ErrorQuantity, ErrorQuantity]:
         if not trusted(case) or result.error:
             continue
         if case.measured.step_time:
-            times.append(_cell(case, case.measured.step_time, result.step_time))
+            times.append(_cell(case, case.measured.step_time, result.step_time, made=result.made))
         if case.measured.peak_memory:
             peak = as_read(result, case.program().reading.memory, case.profile())
             peaks.append(_cell(case, case.measured.peak_memory, peak, reading(case)))
     return fit_errors(times), fit_errors(peaks)
 
 
-def _cell(case: Case, measured: float, predicted: float, read: str = "") -> ErrorCell:
+def _cell(case: Case, measured: float, predicted: float, read: str = "", made: Made = ()) -> ErrorCell:
     """By its program: that of a general stack is known by its source alone."""
-    found = cell(case, measured, predicted, read)
+    found = cell(case, measured, predicted, read, made)
     return replace(found, stack=case.source.name) if case.stack in general_stacks() else found
 
 

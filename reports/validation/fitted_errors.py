@@ -4,13 +4,15 @@ Deviations are those of the highest penalized likelihood of the cells' means and
 each is drawn off zero by a gamma prior of shape 2 (Chung et al. 2013, Psychometrika 78), which matters where
 few groups tell little. Then all are widened or narrowed together, until a nominal 90 % of the runs of sources
 that are left out is held, the sources weighing alike; and once more for the ratios of two of their runs. A
-source that is left out takes no part in either.
+source that is left out takes no part in either. Before all this errors are divided by what the parts of their
+steps make them exceed a usual one's.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations_with_replacement, repeat
-from math import log
+from math import exp, log
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,12 +21,17 @@ from scipy.special import ndtri
 
 from mopsim.common.processes import pool, workers
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells
-from mopsim.intervals.spread import Array, alike, between, spread
+from mopsim.intervals.made import ALWAYS
+from mopsim.intervals.spread import Array, alike, joint, spread
+from mopsim.spec.categories import STEP_PARTS
 
 NOMINAL = 0.9
 """The level whose coverage sets the widening."""
 SMALLEST, LARGEST = 1e-3, 1.0
 """A deviation's bounds: a thousandth, and a factor e."""
+USUAL, NEAR, FREEDOM = 0.14, 0.005, 4
+"""What a part is taken to be off by before any run tells (its square near e^-4), the weight
+by which it is drawn there, and the degrees of freedom of the t: errors have far outliers."""
 
 
 def fit_errors(runs: Sequence[ErrorCell]) -> ErrorQuantity:
@@ -32,17 +39,20 @@ def fit_errors(runs: Sequence[ErrorCell]) -> ErrorQuantity:
     known = _Sources(runs)
     known.fit()
     without = {source: _widened(known, known.all - {source}) for source in sorted(known.all)}
-    return ErrorQuantity(deviations=_widened(known, known.all), cells=cells(runs), without=without)
+    whole = known.told(known.all)
+    return msgspec.structs.replace(whole, deviations=_widened(known, known.all), without=without)
 
 
 class _Sources:
-    """Runs by source, and what some of the sources tell, fitted once."""
+    """Runs by source, and what some of the sources tell, fitted once. What parts are off by is told by all of
+    them: few numbers, and of no source alone."""
 
     def __init__(self, runs: Sequence[ErrorCell]) -> None:
         self.runs: dict[str, list[ErrorCell]] = defaultdict(list)
         for run in runs:
             self.runs[run.source].append(run)
         self.all = frozenset(self.runs)
+        self.parts = fit_parts(runs)
         self._fitted: dict[frozenset[str], ErrorQuantity] = {}
 
     def fit(self) -> None:
@@ -53,17 +63,49 @@ class _Sources:
         with pool(workers(0)) as processes:
             found = processes.map(likeliest, map(self.cells, some), repeat(start), chunksize=8)
             for by, deviations in zip(some, found, strict=True):
-                self._fitted[by] = ErrorQuantity(deviations=deviations, cells=self.cells(by))
+                self._fitted[by] = self._of(deviations, self.cells(by))
 
     def told(self, by: frozenset[str]) -> ErrorQuantity:
         """By these sources, not widened."""
         if by not in self._fitted:
             some = self.cells(by)
-            self._fitted[by] = ErrorQuantity(deviations=likeliest(some), cells=some)
+            self._fitted[by] = self._of(likeliest(some), some)
         return self._fitted[by]
 
     def cells(self, by: frozenset[str]) -> tuple[ErrorCell, ...]:
-        return cells(run for source in sorted(by) for run in self.runs[source])
+        """Of these sources, in units of a usual run's error."""
+        usual = self._of(Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0)), ()).usual
+        return cells(usual(run) for source in sorted(by) for run in self.runs[source])
+
+    def _of(self, deviations: Deviations, some: tuple[ErrorCell, ...]) -> ErrorQuantity:
+        return ErrorQuantity(deviations=deviations, parts=self.parts, cells=some)
+
+
+def fit_parts(runs: Sequence[ErrorCell]) -> dict[str, float]:
+    """How far off each part of a step is, over a usual run's error: where Student's t of the runs' errors is
+    likeliest, the sources weighing alike. Empty where nothing is known of what predictions are made of."""
+    if not all(run.made for run in runs):
+        return {}
+    often = Counter(run.source for run in runs)
+    weights = np.array([1 / often[run.source] for run in runs])
+    found = np.array([run.mean for run in runs])
+    squares = (found - np.average(found, weights=weights)) ** 2
+    shares = np.array([(1.0, *run.made) for run in runs]) ** 2
+
+    def variances(x: Array) -> Array:
+        return shares @ np.exp(x) + SMALLEST**2
+
+    def cost(x: Array) -> float:
+        among = variances(x)
+        tails = (FREEDOM + 1) * np.log1p(squares / among / FREEDOM)
+        return float(0.5 * weights @ (np.log(among) + tails) + NEAR * np.sum((x - log(USUAL**2)) ** 2))
+
+    start = np.full(shares.shape[1], log(USUAL**2))
+    x = minimize(
+        cost, start, method="L-BFGS-B", bounds=[(2 * log(SMALLEST), 2 * log(LARGEST))] * len(start)
+    ).x
+    usual = exp(np.average(np.log(variances(x)), weights=weights) / 2)
+    return dict(zip((ALWAYS, *STEP_PARTS), (round(exp(one / 2) / usual, 3) for one in x), strict=True))
 
 
 def _widened(known: _Sources, by: frozenset[str]) -> Deviations:
@@ -71,9 +113,9 @@ def _widened(known: _Sources, by: frozenset[str]) -> Deviations:
     single, paired = _Scores(), _Scores()
     for source in sorted(by) if len(by) > 1 else ():
         others, mine = known.told(by - {source}), known.runs[source]
-        for cell, errors in _alike(mine).items():
+        for cell, some in _alike(others, mine).items():
             expected = spread(others, cell)
-            single.add(np.abs(np.array(errors) - expected.mean) / expected.deviation, 1 / len(mine))
+            single.add(np.abs(some.errors - expected.mean) / expected.deviation, 1 / len(mine))
         for group in _pairs(others, mine):
             paired.add(group, 1 / len(group))
     fitted = known.told(by).deviations
@@ -104,24 +146,37 @@ def _pairs(known: ErrorQuantity, runs: Sequence[ErrorCell]) -> list[list[float]]
     those of one program, and those of two (another stack or precision)."""
     one_program: list[float] = []
     two_programs: list[float] = []
-    for (cell, errors), (beside, others) in combinations_with_replacement(_alike(runs).items(), 2):
+    for (cell, some), (beside, others) in combinations_with_replacement(_alike(known, runs).items(), 2):
         if (cell.network, cell.hardware) != (beside.network, beside.hardware):
             continue
-        expected = between(known, cell, beside)
-        differences = np.subtract.outer(others, errors)
+        means, covariances = joint(known, (cell, beside))
+        differences = np.subtract.outer(
+            others.scales * (others.errors - means[1]), some.scales * (some.errors - means[0])
+        )
+        variances = np.add.outer(others.scales**2 * covariances[1, 1], some.scales**2 * covariances[0, 0])
+        variances -= 2 * covariances[0, 1] * np.outer(others.scales, some.scales)
+        scores = np.abs(differences) / np.sqrt(variances)
         if cell == beside:
-            differences = differences[np.triu_indices(len(errors), 1)]
-        scores = np.abs(differences - expected.mean) / expected.deviation
+            scores = scores[np.triu_indices(len(some.errors), 1)]
         (one_program if cell == beside else two_programs).extend(scores.ravel().tolist())
     return [group for group in (one_program, two_programs) if group]
 
 
-def _alike(runs: Iterable[ErrorCell]) -> dict[ErrorCell, list[float]]:
-    """The errors of runs that are alike in all levels."""
-    found: dict[ErrorCell, list[float]] = defaultdict(list)
+class _Alike(NamedTuple):
+    """Runs alike in all levels: their errors in units of a usual run's, and by what these exceed it."""
+
+    errors: Array
+    scales: Array
+
+
+def _alike(known: ErrorQuantity, runs: Iterable[ErrorCell]) -> dict[ErrorCell, _Alike]:
+    found: dict[ErrorCell, list[tuple[float, float]]] = defaultdict(list)
     for run in runs:
-        found[msgspec.structs.replace(run, mean=0.0, squares=0.0)].append(run.mean)
-    return found
+        usual = known.usual(run)
+        found[msgspec.structs.replace(usual, mean=0.0, squares=0.0)].append(
+            (usual.mean, known.scale(run.made))
+        )
+    return {cell: _Alike(*np.array(some).T) for cell, some in found.items()}
 
 
 def weighted_quantile(values: Sequence[float], weights: Sequence[float], share: float) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mopsim.calibrate.runs import on_stack
 from mopsim.commands import calibrate as command
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
+from mopsim.intervals.spread import Facts
 from mopsim.spec.hardware import COMPUTE_KINDS, Correction, HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan
@@ -74,6 +75,7 @@ class World:
     busy: dict[str, float]
     num_ops: dict[str, int]
     peak_memory: int = 10**9
+    facts: Facts = field(default_factory=lambda: Facts("program", "machine", "bf16"))
 
 
 def simulate(plan: Plan, profile: HardwareProfile) -> World:

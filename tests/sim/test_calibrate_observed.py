@@ -23,7 +23,8 @@ def test_few_runs_narrow_the_interval_and_it_holds_a_run_that_they_lack() -> Non
         runs = [measured(name, MACHINE, **truth) for name in names]
         profile = calibrate(PROFILE, runs, simulate).profile if runs else PROFILE
         assert sum(one.runs for one in profile.runs_seen) == len(runs)
-        low, high = expected(unseen.plan, profile).interval(simulate(unseen.plan, profile).step_time)
+        found = simulate(unseen.plan, profile)
+        low, high = expected(unseen.plan, profile, found.facts.made).interval(found.step_time)
         widths.append(math.log(high / low))
         assert not runs or low <= unseen.step_time_median <= high
     assert widths == sorted(widths, reverse=True)
@@ -40,8 +41,9 @@ def test_an_interval_is_of_the_profile_that_is_written_and_holds_the_runs_it_was
     widths = []
     for profile, *runs in (alike, apart):
         for run in filter(None, runs):
-            predicted = simulate(run.plan_as_routed(), profile).step_time
-            low, high = expected(run.plan, profile).interval(predicted)
+            found = simulate(run.plan_as_routed(), profile)
+            predicted = found.step_time
+            low, high = expected(run.plan, profile, found.facts.made).interval(predicted)
             assert low < predicted < high
             assert low < run.step_time_median < high
         widths.append(math.log(high / low))

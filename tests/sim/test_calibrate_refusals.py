@@ -45,7 +45,9 @@ def test_a_run_that_is_too_far_off_is_named_with_what_was_measured_and_predicted
         with pytest.raises(SpecError) as refused:
             calibrate(PROFILE, runs, simulate)
         assert str(refused.value) == line
-    near, far = (Seen(run, name, run.step_time_median * by, 10) for name, by in (("near", 1), ("far", 1e6)))
+    near, far = (
+        Seen(run, name, run.step_time_median * by, 10, ()) for name, by in (("near", 1), ("far", 1e6))
+    )
     with pytest.raises(
         SpecError, match=r"step_time_median: .* of the run of a \(far\) must be within .* of the "
     ):

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
 from mopsim.intervals.errors import LEVELS, NAMES, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
+from mopsim.intervals.made import made_of
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
+from mopsim.spec.categories import STEP_PARTS
 from mopsim.spec.hardware import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
@@ -19,7 +21,7 @@ from mopsim.validate.case import read_cases
 from mopsim.validate.facts import general_stacks
 from mopsim.validate.uncertain import cell as of_case
 from mopsim.validate.uncertain import reading
-from reports.validation.fitted_errors import fit_errors, likeliest, weighted_quantile
+from reports.validation.fitted_errors import fit_errors, fit_parts, likeliest, weighted_quantile
 
 CASES = Path(__file__).parents[2] / "reports/validation/cases"
 NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))
@@ -47,6 +49,41 @@ def test_what_runs_share_is_learned_by_the_share_that_it_has() -> None:
     assert (unseen.mean, unseen.deviation) == (0.0, pytest.approx(math.sqrt(0.05)))
     doubled = ErrorQuantity(deviations=replace(sd, widening=2.0), cells=known.cells)
     assert spread(doubled, cell("other")).deviation == pytest.approx(2 * found.deviation)
+
+
+def test_what_a_step_is_made_of_sets_the_scale_of_its_error() -> None:
+    made = made_of(10.0, {"matmul": 3.0, "memory_bound": 1.0}, {"all_gather": 2.0, "peers": 4.0})
+    assert dict(zip(STEP_PARTS, made, strict=True)) == {
+        "matmul": 0.6, "memory": 0.2, "network": 0.2, **dict.fromkeys(("attention", "grouped_matmul"), 0.0),
+        **dict.fromkeys(("host", "copies"), 0.0),
+    }  # fmt: skip
+    parts = {"always": 0.1, **dict.fromkeys(STEP_PARTS, 0.0), "network": 4.0}
+    sd = replace(NONE, stack=0.2, run=0.1)
+    usual = ErrorQuantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
+    known, scale = replace(usual, parts=parts), math.hypot(0.1, 0.8)
+    assert (known.scale(made), known.scale(()), usual.scale(made)) == (pytest.approx(scale), 1.0, 1.0)
+    mine = replace(cell("other"), made=made)
+    assert spread(known, mine) == spread(usual, cell("other")).times(known.scale(made))
+    seen = replace(cell("other", mean=0.3 * scale, runs=4), made=made, squares=0.03 * scale**2)
+    alone = replace(known, cells=())
+    assert spread(alone, mine, (seen,)).mean == pytest.approx(
+        scale * spread(replace(usual, cells=()), cell("other"), (cell("other", mean=0.3, runs=4),)).mean
+    )
+    apart = between(alone, cell("other", "b"), mine)
+    assert apart.deviation == pytest.approx(math.sqrt((0.2**2 + 0.1**2) * (1 + scale**2)))
+
+
+def test_parts_that_err_more_are_told_by_runs_that_have_more_of_them() -> None:
+    random = np.random.default_rng(0)
+    runs = []
+    for source in range(40):
+        for share in (0.0, 0.1, 0.5, 0.9):
+            made = tuple({"matmul": 1 - share, "network": share}.get(part, 0.0) for part in STEP_PARTS)
+            error = random.normal(0, math.hypot(0.05 * (1 - share), 0.5 * share))
+            runs.append(replace(cell(str(source), mean=error), made=made))
+    parts = fit_parts(runs)
+    assert parts["network"] / math.hypot(parts["always"], parts["matmul"]) == pytest.approx(10, rel=0.35)
+    assert fit_parts([replace(run, made=()) for run in runs]) == {}
 
 
 def test_what_two_runs_share_cancels_in_their_ratio() -> None:
