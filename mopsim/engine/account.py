@@ -228,7 +228,7 @@ def _above_peak(
     passes = [size for phase, size in fullest.by_phase.items() if phase != "optimizer"]
     blocks = workload.programs[played.fullest].blocks
     sharding = workload.stack.under(strategy.dense.zero).sharding
-    pools = upper.idle_blocks(sharding.fsdp, now, high)
+    pools = upper.idle_blocks(sharding, strategy, now, high)
     pools += upper.cached_blocks(blocks, max(passes, default=0), fullest.peak)
     wires = upper.communication(work for work, _ in played.prices.values())
     return upper.device(peak, pools, wires)

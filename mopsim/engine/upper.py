@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import COLLECTIVES
+from mopsim.spec.sharding import Sharding
+from mopsim.spec.strategy import Strategy
 
 ALLOCATOR = 0.06
 """Blocks of torch's caching allocator over live tensors: "a few per cent up to about 6 %" (the README of the
@@ -32,12 +34,16 @@ def device(peak: int, pools: int, wires: int) -> dict[str, int]:
     return {name: size for name, size in causes.items() if size}
 
 
-def idle_blocks(fsdp: bool, at_peak: Mapping[str, int], highest: Mapping[str, int]) -> int:
+def idle_blocks(
+    sharding: Sharding, strategy: Strategy, at_peak: Mapping[str, int], highest: Mapping[str, int]
+) -> int:
     """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
-    stream, and FSDP gathers parameters and reduces gradients on streams of their own."""
-    if not fsdp:
-        return 0
-    return sum(highest[name] - at_peak.get(name, 0) for name in ("gathered", "grads"))
+    stream, and FSDP gathers parameters and reduces gradients on streams of their own, as does DeepSpeed,
+    which sends a copy of its buffer."""
+    zero, hidden = strategy.dense.zero, bool(strategy.overlap.grad_reduce)
+    copied = sharding.reduce_buffer * (zero == 3 or (zero == 2 and hidden))
+    apart = ("gathered", "grads") if sharding.fsdp else ("gathered",) if copied else ()
+    return int(copied) + sum(highest[name] - at_peak.get(name, 0) for name in apart)
 
 
 def cached_blocks(blocks: int, before: int, peak: int) -> int:

@@ -138,8 +138,15 @@ class Stage:
         tables = rows * model.rotary_dim * c.wide
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
-        found.append(("framework", int(c.stack.sharding.reduce_buffer) if c.shards_params else 0))
+        found.append(("framework", int(self._reduce_buffers * c.stack.sharding.reduce_buffer)))
         return tuple(step for step in found if step[1])
+
+    @property
+    def _reduce_buffers(self) -> int:
+        """Buffers of reductions (see Sharding.reduce_buffer)."""
+        strategy = self.context.strategy
+        zero = strategy.dense.zero
+        return int(zero >= 2) + int(zero == 2 and bool(strategy.overlap.grad_reduce))
 
     @property
     def flat_bytes(self) -> int:

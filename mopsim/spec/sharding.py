@@ -41,8 +41,10 @@ class Sharding(Spec, frozen=True, kw_only=True):
     flat tensors that its update makes of gradients narrower than fp32; buckets: bytes of those through which
     such gradients are reduced after the last backward; reduce_copies: bytes for each gradient of a rank of
     one whole copy that is reduced then. Where none of a backward's tensors is as large, torch's caching
-    allocator has blocks for them beside. reduce_buffer: under ZeRO-3, bytes of one through which gradients
-    are reduced, which lives through the step.
+    allocator has blocks for them beside. reduce_buffer: under ZeRO-2 and 3, bytes of one through which
+    gradients are reduced, which lives through the step; ZeRO-2 has a second one where reductions are hidden.
+    Then, and under ZeRO-3, what is gathered, and a copy of the buffer that is sent, are in pools of streams
+    of their own.
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).

@@ -14,7 +14,7 @@ from mopsim.graph.tape import Tape
 from mopsim.spec.stack import Kernels, Recompute
 from mopsim.spec.strategy import Exchange
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2
+from mopsim.strategies import fsdp2, zero_offload
 from tests.sim.toys import machine, small
 from tests.software import changed
 
@@ -90,3 +90,28 @@ def test_repeated_heads_travel_to_the_ranks_of_a_sequence(exchange: Exchange, na
 
 def test_programs_hold_nothing_unless_they_say_so() -> None:
     assert (Kernels().logits_until, Recompute().router_graph) == ("backward", "freed")
+
+
+def test_streams_of_zero_3_have_pools_for_what_is_gathered_and_the_copy_that_is_sent() -> None:
+    small_buffer, large = (
+        simulate(
+            MODEL, machine(), 1, zero_offload(8), TRAINING,
+            changed("deepspeed", sharding={"reduce_buffer": size}),
+        )
+        for size in (1e6, 3e6)
+    )  # fmt: skip
+    assert large.peak_memory - small_buffer.peak_memory == 2_000_000
+    assert large.above_peak["idle pools"] - small_buffer.above_peak["idle pools"] == 2_000_000
+    assert small_buffer.above_peak["idle pools"] >= 1_000_000
+
+
+def test_zero_2_fills_a_second_buffer_while_the_first_is_reduced() -> None:
+    def peak(size: float, hidden: bool) -> int:
+        plan = zero_offload(8)
+        dense = replace(plan.dense, zero=2, reshard_after_forward=False, prefetch=0)
+        plan = replace(plan, dense=dense, overlap=replace(plan.overlap, grad_reduce=hidden))
+        software = changed("deepspeed", sharding={"reduce_buffer": size})
+        return simulate(MODEL, machine(), 1, plan, TRAINING, software).peak_memory
+
+    for hidden, buffers in ((False, 1), (True, 2)):
+        assert peak(3e6, hidden) - peak(1e6, hidden) == buffers * 2_000_000
