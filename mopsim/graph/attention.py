@@ -6,7 +6,7 @@ from functools import lru_cache
 from msgspec.structs import replace
 
 from mopsim.graph.region import begin, end
-from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs
+from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs, pairs_of_a_slice
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
 from mopsim.spec.model import ModelSpec
 
@@ -157,8 +157,8 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     """The exchange over the ranks of a sequence and the attention core. Writes `o`.
 
     Ulysses: head shards over the whole sequence. all_gather: keys and values of all ranks, own queries.
-    Ring: key-value blocks go round beside the products with the block before; with the causal halves dealt
-    out evenly (zig-zag), every rank computes 1/sequence of the pairs.
+    Ring: key-value blocks go round beside the products with the block before. With the causal halves dealt
+    out evenly (zig-zag), every rank computes 1/sequence of the pairs; in order, the last one the most.
     """
     if shapes.exchange == "ulysses" or shapes.sequence == 1:
         return _head_sharded(model, shapes, layer, values)
@@ -166,7 +166,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     heads = model.num_attention_heads / shapes.tensor
     qk, v_width = attention_widths(model)
     band = model.window(layer), model.attention_chunk_size > 0
-    pairs = causal_pairs(shapes.seq_len, *band) * shapes.region_tokens / shapes.seq_len
+    pairs = pairs_of_a_slice(shapes.seq_len, d, shapes.in_order, *band) * shapes.attended / shapes.seq_len
     out = Value("o", int(shapes.region_tokens * heads * v_width * b))
     lse = Value("lse", int(shapes.region_tokens * heads * 4), grad=False)
     q, k, v = values

@@ -13,7 +13,8 @@ class Shapes(Struct, frozen=True):
     their regions. width: bytes of an activation element. wide: bytes of the router's
     and the loss's numbers. exchange: how the ranks of a sequence trade keys and values (Attention.exchange).
     fused: one product for q, k and v, one for gate and up, one kernel for the rotary embedding and for
-    SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash.
+    SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash. in_order: ranks that
+    trade keys and values have slices one after the other, of which the last attends to the most.
     """
 
     tokens: int
@@ -27,6 +28,7 @@ class Shapes(Struct, frozen=True):
     fused: bool = False
     flash: bool = True
     sequence_parallel: bool = True
+    in_order: bool = False
 
     @property
     def region_tokens(self) -> int:
@@ -47,6 +49,16 @@ def causal_pairs(seq_len: int, window: int = 0, chunked: bool = False) -> float:
     if chunked:
         return seq_len // window * causal_pairs(window) + causal_pairs(seq_len % window)
     return window * (window + 1) / 2 + (seq_len - window) * window
+
+
+def pairs_of_a_slice(
+    seq_len: int, ranks: int, in_order: bool, window: int = 0, chunked: bool = False
+) -> float:
+    """Query-key pairs of the busiest of the ranks that share a causal sequence. in_order: see Shapes."""
+    whole = causal_pairs(seq_len, window, chunked)
+    if not in_order:
+        return whole / ranks
+    return whole - causal_pairs(seq_len - seq_len // ranks, window, chunked)
 
 
 def attended_span(seq_len: int, window: int = 0, chunked: bool = False) -> int:

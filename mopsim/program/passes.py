@@ -51,6 +51,7 @@ class Passes:
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
+            in_order=context.stack.kernels.sequence_slices == "in_order",
             fused=not strategy.activations.save_ops and context.stack.kernels.gate_up != "separate",
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1

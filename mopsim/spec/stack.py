@@ -81,6 +81,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     exchanged_rows: what is done to those beside: put in order by a copy where a microbatch has several
     sequences (`ordered`, torch's functional collectives along the second dimension; not in tensor overlap),
     or cast to 8 bits before they are gathered (`cast`).
+    sequence_slices: where ranks gather or send on keys and values, each has an early and a late part of a
+    sequence (`paired`), or they lie one after the other, so that the last attends to the most (`in_order`).
     sequence_exchange: Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`).
     gate_up: one product for both, and one for queries, keys and values, or one each, shared experts after the
     routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
@@ -125,6 +127,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     beside_rows: tuple[Literal["counts", "weights"], ...] = ()
     router: Built = "fused"
+    sequence_slices: Literal["paired", "in_order"] = "paired"
     sequence_exchange: Built = "fused"
     gathered_rows: Literal["again", "kept"] = "again"
     region_backward: Literal["beside", "in_turn"] = "beside"

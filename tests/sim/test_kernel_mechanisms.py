@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from mopsim.cost import seconds
 from mopsim.cost.compute import ATOMIC_SUMS, EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads
 from mopsim.cost.stack import CLOCK_BY_POWER, as_used
-from mopsim.graph.shapes import attended_span, causal_pairs
+from mopsim.graph.shapes import attended_span, causal_pairs, pairs_of_a_slice
 from mopsim.program.topology import span
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import Bridges
@@ -33,6 +33,13 @@ def test_attention_in_a_window_is_met_on_a_card_it_was_not_fitted_on(
     work = Work("attention", flops=flops, seq=attended_span(tokens, window), dtype="bfloat16")
     found = seconds(work, for_heads(load_profile(gpu), 64))
     assert found == pytest.approx(milliseconds / 1e3, rel=0.15)
+
+
+@pytest.mark.parametrize("window", [0, 24])
+def test_the_last_of_slices_in_order_attends_to_the_most(window: int) -> None:
+    seen = [min(place + 1, window or 64) for place in range(64)]
+    assert pairs_of_a_slice(64, 4, True, window) == sum(seen[48:])
+    assert pairs_of_a_slice(64, 4, False, window) == sum(seen) / 4
 
 
 def test_a_window_as_long_as_the_sequence_is_none() -> None:
