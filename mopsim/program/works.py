@@ -45,8 +45,10 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         del ways["clamped_gate"]
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
-    if run.expert_padding == "busiest":
-        kernels = padded_to_busiest(kernels, context.own_experts)
+    if run.expert_padding != "none":
+        everyone = context.tokens * context.strategy.experts.expert_parallel
+        most = everyone if run.expert_padding == "fresh" else 0
+        kernels = padded_to_busiest(kernels, context.own_experts, most)
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])

@@ -62,7 +62,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer Engine's GroupedLinear),
     `modules` so too, each a module of its own (transformers 4). expert_outputs: made in one tensor (`whole`),
     or expert by expert and put together (`pieces`), as are the gradients of their inputs. expert_padding:
-    every expert of a rank computes as many rows as the `busiest` of them. expert_bias: added inside the
+    every expert of a rank computes as many rows as the `busiest` of them; under a `fresh` router memory holds
+    those of a run's most uneven layer, which gives every token to one expert. expert_bias: added inside the
     product (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch
     adds it up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in
     one kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`).
@@ -80,36 +81,35 @@ class Kernels(Spec, frozen=True, kw_only=True):
     sum of their inputs' gradients (`once`), or scatter each its own (`scattered`), or gather too (`each`).
     exchanged_rows: what is done to those beside: put in order by a copy where a microbatch has several
     sequences (`ordered`, torch's functional collectives along the second dimension; not in tensor overlap),
-    or cast to 8 bits before they are gathered (`cast`).
-    sequence_slices: where ranks gather or send on keys and values, each has an early and a late part of a
-    sequence (`paired`), or they lie one after the other, so that the last attends to the most (`in_order`).
-    sequence_exchange: Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`).
-    gate_up: one product for both, and one for queries, keys and values, or one each, shared experts after the
-    routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
-    only in `ffn_added`. qkv_split: parts of the one for queries, keys and values are read where they lie, and
-    their gradients written so; or torch splits them and puts their gradients together (`views`), and copies
-    what attention wants contiguous too (`copied`). grouped_heads: keys and values that query heads share are
-    read by all of them, or repeated for each before the attention (`repeated`). attention_rows: queries reach
-    the attention laid out by `tokens`, or by `heads`, whose output is then copied to lie by tokens. casts:
-    the copy in 8 or 4 bits of a product's input is kept for its weight gradient (`kept`, Transformer Engine),
-    or the input is, and cast again, each copy laid out again for the product that reads it the other way
-    (`again`, torchao). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
-    forward pass (`pass`). weight_grads: added to their buffer inside the product, or after it. adamw: in one
-    kernel, or operation by operation over all tensors, with the roots of all second moments beside
-    (`foreach`, torch's default). loss: cross entropy by several kernels with copies in fp32 (`composed`), one
-    kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`), Megatron-Core's
-    compiled ones, whose gradient takes a second copy (`native`), torch's on a copy in fp32 of logits that
-    every tensor-parallel rank gathers whole (`gathered`), or on that of a slice of them (`loss_parallel`,
-    torch.distributed.tensor's; whole ones as `composed`). loss_copy: whether torch's works on a copy in fp32,
-    or on the logits in their own dtype. logits_held: whoever calls a loss that works on a copy of the logits
-    holds them, or that copy (`copy`). logits_until: what is held of them is there until the loss's backward
-    is done, or until the `next` microbatch's are made, as a training loop keeps them in a variable.
-    logit_passes: bytes moved for each element of the logits beside what the loss moves (casts of its own,
-    accuracy and perplexity of every microbatch). loss_chunks: the kernels of a chunked loss, or torch's cross
-    entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs put
-    together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and values where context
-    parallelism gathers them. fills: new tensors with a known value are written first (torch's deterministic
-    mode).
+    or cast to 8 bits before they are gathered (`cast`). sequence_slices: where ranks gather or send on keys
+    and values, each has an early and a late part of a sequence (`paired`), or they lie one after the other,
+    so that the last attends to the most (`in_order`). sequence_exchange: Ulysses' tensors in one exchange, or
+    one by one with copies on both sides (`composed`). gate_up: one product for both, and one for queries,
+    keys and values, or one each, shared experts after the routed ones; or one each that are counted as one
+    whose input's gradients are added (`added`), gate and up only in `ffn_added`. qkv_split: parts of the one
+    for queries, keys and values are read where they lie, and their gradients written so; or torch splits them
+    and puts their gradients together (`views`), and copies what attention wants contiguous too (`copied`).
+    grouped_heads: keys and values that query heads share are read by all of them, or repeated for each before
+    the attention (`repeated`). attention_rows: queries reach the attention laid out by `tokens`, or by
+    `heads`, whose output is then copied to lie by tokens. casts: the copy in 8 or 4 bits of a product's input
+    is kept for its weight gradient (`kept`, Transformer Engine), or the input is, and cast again, each copy
+    laid out again for the product that reads it the other way (`again`, torchao). weight_casts: weights are
+    cast once a step, which is not counted (`step`), or in every forward pass (`pass`). weight_grads: added to
+    their buffer inside the product, or after it. adamw: in one kernel, or operation by operation over all
+    tensors, with the roots of all second moments beside (`foreach`, torch's default). loss: cross entropy by
+    several kernels with copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a
+    copy of them in fp32 (`upcast`), Megatron-Core's compiled ones, whose gradient takes a second copy
+    (`native`), torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
+    (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as
+    `composed`). loss_copy: whether torch's works on a copy in fp32, or on the logits in their own dtype.
+    logits_held: whoever calls a loss that works on a copy of the logits holds them, or that copy (`copy`).
+    logits_until: what is held of them is there until the loss's backward is done, or until the `next`
+    microbatch's are made, as a training loop keeps them in a variable. logit_passes: bytes moved for each
+    element of the logits beside what the loss moves (casts of its own, accuracy and perplexity of every
+    microbatch). loss_chunks: the kernels of a chunked loss, or torch's cross entropy of each chunk on a copy
+    in fp32, its gradients made apart and those of the chunks' inputs put together in fp32 (`autograd`).
+    ring_blocks: merging the blocks of keys and values where context parallelism gathers them. fills: new
+    tensors with a known value are written first (torch's deterministic mode).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -121,7 +121,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_rows: Built = "fused"
     expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
-    expert_padding: Literal["none", "busiest"] = "none"
+    expert_padding: Literal["none", "busiest", "fresh"] = "none"
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
     clamped_gate: Literal["fused", "composed", "again"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"

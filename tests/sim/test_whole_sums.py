@@ -105,6 +105,17 @@ def test_rows_are_copied_into_zeros_of_the_padded_size() -> None:
     assert even.bytes == pytest.approx(3 * 400 * row)
 
 
+def test_a_fresh_routers_peak_is_of_a_layer_whose_tokens_all_choose_one_expert() -> None:
+    routes = (25,) * 4  # of 50 tokens, two each
+    kernels = experts(small(), routes, 2).kernels
+    even, most = padded_to_busiest(kernels, 4), padded_to_busiest(kernels, 4, 50)
+    assert [one.matmuls for one in even] == [one.matmuls for one in most], "time is of the mean layer"
+    for plain, fresh in zip(even, most, strict=True):
+        more = 2 if plain.name.startswith("experts_") else 1  # rows as they arrived are no more
+        assert [more * value.bytes for value in plain.writes] == [value.bytes for value in fresh.writes]
+        assert plain.bytes == fresh.bytes
+
+
 def test_a_loss_without_a_copy_in_fp32_takes_less() -> None:
     model = replace(small(), vocab_size=32_000)
     for copy, bytes_each in ((True, 2 + 3 * 4), (False, 2 + 3 * 2)):

@@ -5,25 +5,29 @@ from msgspec.structs import replace
 from mopsim.graph.tape import Kernel, Matmul, Step
 
 
-def padded_to_busiest(kernels: tuple[Kernel, ...], local: int) -> tuple[Kernel, ...]:
+def padded_to_busiest(kernels: tuple[Kernel, ...], local: int, most: int = 0) -> tuple[Kernel, ...]:
     """Each of a rank's `local` experts computes as many rows as the busiest: in one batch of products, whose
-    rows are copied into zeros and out again."""
+    rows are copied into zeros and out again. most: rows of each that are held, if not these."""
     first = next((one for one in kernels if one.kind == "grouped_matmul"), None)
     if first is None or not first.matmuls:
         return kernels
-    share = local * max(one.m for one in first.matmuls) / _rows(first)
-    return tuple(_padded(one, local, share) for one in kernels)
+    busiest, rows = max(one.m for one in first.matmuls), _rows(first)
+    return tuple(
+        _padded(one, local, local * busiest / rows, local * (most or busiest) / rows) for one in kernels
+    )
 
 
 def _rows(kernel: Kernel) -> float:
     return sum(one.m * one.count for one in kernel.matmuls)
 
 
-def _padded(kernel: Kernel, local: int, share: float) -> Kernel:
-    def steps(given: tuple[Step, ...]) -> tuple[Step, ...]:
-        return tuple((category, round(size * share)) for category, size in given)
+def _padded(kernel: Kernel, local: int, share: float, held: float) -> Kernel:
+    """share: of the rows that are computed over those that arrived; held: of those in memory."""
 
-    writes = tuple(replace(one, bytes=round(one.bytes * share)) for one in kernel.writes)
+    def steps(given: tuple[Step, ...]) -> tuple[Step, ...]:
+        return tuple((category, round(size * held)) for category, size in given)
+
+    writes = tuple(replace(one, bytes=round(one.bytes * held)) for one in kernel.writes)
     if kernel.name == "sort":  # zeros at the padded size, then the rows, read and written
         moved = kernel.bytes * (1 + share / 2)
         return replace(kernel, writes=writes, bytes=moved, back_bytes=moved)
