@@ -9,7 +9,7 @@ from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.padded import padded_to_busiest
+from mopsim.graph.rewrites.padded import padded_to_busiest, weights_stacked
 from mopsim.graph.rewrites.projections import (
     gathered_kept,
     gradients_added,
@@ -49,6 +49,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         everyone = context.tokens * context.strategy.experts.expert_parallel
         most = everyone if run.expert_padding == "fresh" else 0
         kernels = padded_to_busiest(kernels, context.own_experts, most)
+    if run.expert_weights == "stacked":
+        kernels = weights_stacked(kernels, context.b)
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])

@@ -63,7 +63,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `modules` so too, each a module of its own (transformers 4). expert_outputs: made in one tensor (`whole`),
     or expert by expert and put together (`pieces`), as are the gradients of their inputs. expert_padding:
     every expert of a rank computes as many rows as the `busiest` of them; under a `fresh` router memory holds
-    those of a run's most uneven layer, which gives every token to one expert. expert_bias: added inside the
+    those of a run's most uneven layer, which gives every token to one expert; rows are copied there and back
+    slice by slice. expert_weights: those of a grouped product are one tensor, or are copied into one before
+    it, and its gradient back (`stacked`). expert_bias: added inside the
     product (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch
     adds it up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in
     one kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`).
@@ -122,6 +124,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh"] = "none"
+    expert_weights: Literal["whole", "stacked"] = "whole"
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
     clamped_gate: Literal["fused", "composed", "again"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"

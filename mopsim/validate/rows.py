@@ -249,9 +249,11 @@ def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfi
     experts, head = model.num_local_experts, "natural routing: simulated with"
     if row.get("routing") != "natural":
         return "balanced", ()
-    words = count(row, "filler_tokens")
+    words, loads = count(row, "filler_tokens"), [float(one) for one in row.get("loads", "").split()]
     if not experts:
         return "balanced", ()
+    if loads:
+        return tuple(one / sum(loads) for one in loads), (f"{head} the loads of another run of its program",)
     if words:
         shares = repeated(experts, model.num_experts_per_tok, degrees.experts, words)
         return shares, (f"{head} the loads of a text of {words} distinct tokens",)

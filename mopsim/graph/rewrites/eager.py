@@ -109,7 +109,7 @@ def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     travels = any(kernel.name == "combine" and kernel.kind == "all_to_all" for kernel in kernels)
     found: list[Kernel] = []
     for kernel in kernels:
-        if kernel.name in ("sort", "unsort") and not travels:
+        if kernel.name in ("sort", "unsort") and kernel.indexed and not travels:
             kernel = replace(kernel, bytes=0.0, launches=0, back_bytes=0.0, back_launches=0)
         if kernel.name == "permute" and kernel.writes[0].bytes:
             routes = next(one for one in kernels if one.name == "top_k").writes[0].bytes // 8

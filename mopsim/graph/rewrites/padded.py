@@ -1,36 +1,52 @@
-"""Rows of routed experts padded to those of the busiest one."""
+"""Rows of routed experts padded to those of the busiest one, and weights of experts that are stacked."""
 
 from msgspec.structs import replace
 
-from mopsim.graph.tape import Kernel, Matmul, Step
+from mopsim.graph.tape import Kernel, Matmul, Step, Value
 
 
 def padded_to_busiest(kernels: tuple[Kernel, ...], local: int, most: int = 0) -> tuple[Kernel, ...]:
     """Each of a rank's `local` experts computes as many rows as the busiest: in one batch of products, whose
-    rows are copied into zeros and out again. most: rows of each that are held, if not these."""
+    rows are copied into zeros and out again, expert by expert. most: rows of each that are held, if not
+    these."""
     first = next((one for one in kernels if one.kind == "grouped_matmul"), None)
     if first is None or not first.matmuls:
         return kernels
-    busiest, rows = max(one.m for one in first.matmuls), _rows(first)
-    return tuple(
-        _padded(one, local, local * busiest / rows, local * (most or busiest) / rows) for one in kernels
-    )
+    busiest, rows = max(one.m for one in first.matmuls), sum(one.m * one.count for one in first.matmuls)
+    share, held = local * busiest / rows, local * (most or busiest) / rows
+    busy = round(sum(one.count for one in first.matmuls if one.m))
+    return tuple(_padded(one, local, share, held, busy) for one in kernels)
 
 
-def _rows(kernel: Kernel) -> float:
-    return sum(one.m * one.count for one in kernel.matmuls)
+def weights_stacked(kernels: tuple[Kernel, ...], b: int) -> tuple[Kernel, ...]:
+    """Weights of experts that are parameters of their own are copied into one tensor before each product,
+    which its backward reads again; the gradient of that tensor is copied back, expert by expert."""
+    found: list[Kernel] = []
+    for one in kernels:
+        if one.kind == "grouped_matmul" and one.matmuls:
+            experts = round(sum(each.count for each in one.matmuls))
+            size = round(one.matmuls[0].n * one.matmuls[0].k * experts * b)
+            whole = Value(f"{one.name}_stacked", size)
+            found.append(
+                Kernel(
+                    "stack_weights", "memory_bound", one.component, (), (whole,), bytes=2.0 * size,
+                    back_bytes=2.0 * size, back_launches=experts,
+                )
+            )  # fmt: skip
+            one = replace(one, reads=(*one.reads, whole.name), saves=(*one.saves, whole.name))
+        found.append(one)
+    return tuple(found)
 
 
-def _padded(kernel: Kernel, local: int, share: float, held: float) -> Kernel:
+def _padded(kernel: Kernel, local: int, share: float, held: float, busy: int) -> Kernel:
     """share: of the rows that are computed over those that arrived; held: of those in memory."""
 
     def steps(given: tuple[Step, ...]) -> tuple[Step, ...]:
         return tuple((category, round(size * held)) for category, size in given)
 
     writes = tuple(replace(one, bytes=round(one.bytes * held)) for one in kernel.writes)
-    if kernel.name == "sort":  # zeros at the padded size, then the rows, read and written
-        moved = kernel.bytes * (1 + share / 2)
-        return replace(kernel, writes=writes, bytes=moved, back_bytes=moved)
+    if kernel.name in ("sort", "unsort"):
+        return _sliced(kernel, writes, share, busy, local)
     if kernel.kind == "grouped_matmul":
         most = max(kernel.matmuls, key=lambda one: one.m)
         return replace(kernel, writes=writes, matmuls=(Matmul(most.m, most.n, most.k, local),))
@@ -41,4 +57,23 @@ def _padded(kernel: Kernel, local: int, share: float, held: float) -> Kernel:
     return replace(
         kernel, writes=writes, bytes=kernel.bytes * share, back_bytes=back, scratch=scratch,
         back_scratch=back_scratch,
+    )  # fmt: skip
+
+
+def _sliced(kernel: Kernel, writes: tuple[Value, ...], share: float, busy: int, local: int) -> Kernel:
+    """Zeros, then the rows of each of the `busy` experts copied from slice to slice. In the backward of torch
+    a slice that was written copies the whole gradient, and one that was read makes a whole one of zeros and
+    adds it to that of the others (CopySlices, slice_backward, select_backward and add, counted by a dispatch
+    mode on a CPU, torch 2.13)."""
+    rows = kernel.bytes / 2
+    padded = rows * share
+    into = kernel.name == "sort"
+    if into:
+        back = 2 * busy * padded + (4 * busy + 2) * rows
+    else:
+        back = (4 * busy - 3 + 3 * (busy - 1) / local) * padded + (2 * busy + 5) * rows
+    return replace(
+        kernel, writes=writes if into else kernel.writes, indexed=False, launches=1 + busy,
+        bytes=kernel.bytes + (padded if into else rows), back_bytes=back,
+        back_launches=(7 if into else 8) * busy,
     )  # fmt: skip
