@@ -172,9 +172,19 @@ def calibrate(
         residuals += _residuals(run, before, after, unseen)
     new = msgspec.structs.replace(new, observed=observed(seen))
     weights = tuple(measurement.quiet for measurement in measurements)
-    plans = [(one.measurement.plan, one.made) for one in seen]
-    intervals = {plan.stack.name: expected(plan, new, made).interval(1.0) for plan, made in plans}
-    return CalibrationResult(new, tuple(residuals), intervals, tuple(digests), weights)
+    return CalibrationResult(new, tuple(residuals), _intervals(new, seen), tuple(digests), weights)
+
+
+def _intervals(profile: HardwareProfile, seen: Sequence[Seen]) -> dict[str, tuple[float, float]]:
+    """By stack, the interval of a step of 1 s like those of its runs, of the widest where they differ."""
+    found: dict[str, tuple[float, float]] = {}
+    for run in seen:
+        plan = run.measurement.plan
+        mine = expected(plan, profile, run.made).interval(1.0)
+        found[plan.stack.name] = max(
+            found.get(plan.stack.name, mine), mine, key=lambda ends: ends[1] / ends[0]
+        )
+    return found
 
 
 def uncorrected(profile: HardwareProfile) -> HardwareProfile:

@@ -76,7 +76,7 @@ def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, .
     """The kernels with what Kernels.exchanged_rows says."""
     run, strategy = context.stack.kernels.exchanged_rows, context.strategy
     recipe = strategy.precision.matmul
-    cast = "cast" in run and recipe in CAST_READS
+    cast = "cast" in run and recipe == "fp8"
     ordered = "ordered" in run and strategy.micro_batch > 1 and not strategy.overlap.tensor
     return rows_exchanged(kernels, ordered, DTYPE_BYTES[recipe] / context.b if cast else 1.0)
 

@@ -320,7 +320,9 @@ class Bounder(Footprint):
         c, sharding = self.c, self.space.stack.sharding
         added = self.scale("host_memory") / self.hardware.host_memory_share
         each = self.grad * (self.copied("d2h") + 3 * added) * (sharding.copies and sharding.experts)
-        often = c["offload"] * (c["pipeline"] == 1) * (self.microbatches - 1)
+        often = (
+            c["offload"] * (c["pipeline"] == 1) * (self.microbatches - 1) * (sharding.whole_sums != "always")
+        )
         return np.asarray(often * each * sum(self.states()))
 
     def copied(self, way: str, *, duplex: bool = False) -> float:

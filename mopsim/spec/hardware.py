@@ -266,14 +266,14 @@ MOST_OFF = 5
 
 
 class Observed(Spec, frozen=True, kw_only=True):
-    """What calibration leaves in a profile of the runs of one network, one stack and one precision that it
-    saw: how far off their predictions by the profile still were.
+    """Of runs of one network, stack and precision that a calibration saw, how far off the profile still is.
 
     stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
     disturbed one for the part of it that was quiet. step_time, peak_memory: mean ln(measured / predicted) by
     the profile itself, null where it was not read. step_time_squares: sum of the squares of what profiles
     that had not seen these runs missed of their step times. step_time_missed: the |ln(measured / predicted)|
-    that 90 % of these misses keep to. made: mean shares of the predicted steps (STEP_PARTS). source: digests.
+    that 90 % of these misses keep to. made: mean shares of the predicted steps: products, attention, products
+    of experts, memory, waits for host, network, copies. source: digests of the runs.
     """
 
     stack: str

@@ -63,9 +63,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `modules` so too, each a module of its own (transformers 4). expert_outputs: made in one tensor (`whole`),
     or expert by expert and put together (`pieces`), as are the gradients of their inputs. expert_padding:
     every expert of a rank computes as many rows as the `busiest` of them; under a `fresh` router memory holds
-    those of a run's most uneven layer, which gives every token to one expert; rows are copied there and back
-    slice by slice. expert_weights: those of a grouped product are one tensor, or are copied into one before
-    it, and its gradient back (`stacked`). expert_bias: added inside the
+    those of a run's most uneven layer, which gives every token to one expert, for each layer that keeps its
+    rows; rows are copied there and back slice by slice. expert_weights: those of a grouped product are one
+    tensor, or are copied into one before it, and its gradient back (`stacked`). expert_bias: added inside the
     product (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch
     adds it up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in
     one kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`).
@@ -106,12 +106,12 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `composed`). loss_copy: whether torch's works on a copy in fp32, or on the logits in their own dtype.
     logits_held: whoever calls a loss that works on a copy of the logits holds them, or that copy (`copy`).
     logits_until: what is held of them is there until the loss's backward is done, or until the `next`
-    microbatch's are made, as a training loop keeps them in a variable. logit_passes: bytes moved for each
-    element of the logits beside what the loss moves (casts of its own, accuracy and perplexity of every
-    microbatch). loss_chunks: the kernels of a chunked loss, or torch's cross entropy of each chunk on a copy
-    in fp32, its gradients made apart and those of the chunks' inputs put together in fp32 (`autograd`).
-    ring_blocks: merging the blocks of keys and values where context parallelism gathers them. fills: new
-    tensors with a known value are written first (torch's deterministic mode).
+    microbatch's are made, as a training loop keeps them in a variable (not in pipelines). logit_passes: bytes
+    moved for each element of the logits beside what the loss moves (casts of its own, accuracy and perplexity
+    of every microbatch). loss_chunks: the kernels of a chunked loss, or torch's cross entropy of each chunk
+    on a copy in fp32, its gradients made apart and those of the chunks' inputs put together in fp32
+    (`autograd`). ring_blocks: merging the blocks of keys and values where context parallelism gathers them.
+    fills: new tensors with a known value are written first (torch's deterministic mode).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -232,8 +232,11 @@ class Reading(Spec, frozen=True, kw_only=True):
     first_step: bool = False
 
     def __post_init__(self) -> None:
-        rule = "a peak is of one stage or a first step: two of first_stage, last_stage, first_step are true"
-        require(self.first_stage + self.last_stage + self.first_step < 2, "first_stage", True, rule)
+        rule = (
+            "a peak is of one stage or a first step: another of first_stage, last_stage, first_step is true"
+        )
+        given = [name for name in ("first_stage", "last_stage", "first_step") if getattr(self, name)]
+        require(len(given) < 2, given[-1] if given else "", True, rule)
 
 
 class Stack(Spec, frozen=True, kw_only=True):

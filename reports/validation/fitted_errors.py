@@ -84,7 +84,9 @@ class _Sources:
 def fit_parts(runs: Sequence[ErrorCell]) -> dict[str, float]:
     """How far off each part of a step is, over a usual run's error: where Student's t of the runs' errors is
     likeliest, the sources weighing alike. Empty where nothing is known of what predictions are made of."""
-    if not all(run.made for run in runs):
+    known = {bool(run.made) for run in runs}
+    if known != {True}:
+        assert known == {False}, "of some runs it is known what their predictions are made of, of others not"
         return {}
     often = Counter(run.source for run in runs)
     weights = np.array([1 / often[run.source] for run in runs])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
 from mopsim.intervals.errors import LEVELS, NAMES, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
-from mopsim.intervals.made import made_of
+from mopsim.intervals.made import ALWAYS, made_of
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
 from mopsim.spec.categories import STEP_PARTS
@@ -83,7 +83,10 @@ def test_parts_that_err_more_are_told_by_runs_that_have_more_of_them() -> None:
             runs.append(replace(cell(str(source), mean=error), made=made))
     parts = fit_parts(runs)
     assert parts["network"] / math.hypot(parts["always"], parts["matmul"]) == pytest.approx(10, rel=0.35)
-    assert fit_parts([replace(run, made=()) for run in runs]) == {}
+    bare = [replace(run, made=()) for run in runs]
+    assert fit_parts(bare) == {}
+    with pytest.raises(AssertionError, match="of some runs it is known"):
+        fit_parts([*runs, bare[0]])
 
 
 def test_what_two_runs_share_cancels_in_their_ratio() -> None:
@@ -213,6 +216,8 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
         assert programs <= set(list_stacks())
         assert {one.hardware for one in quantity.cells} <= set(list_profiles())
         assert 0.3 < quantity.deviations.widening < 3
+        timed = quantity in (known_errors().step_time, known_errors().guesses.step_time)
+        assert set(quantity.parts) == ({ALWAYS, *STEP_PARTS} if timed else set())
         assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))
 
 

@@ -194,7 +194,7 @@ def test_entries_that_exclude_each_other_are_refused_in_a_line(entry: str, tmp_p
             "loss_copy: false, logits_held: copy",
             "logits_held: .*copy.* which loss_copy false has not",
         ),
-        ("reading", "first_stage: true, last_stage: true", "first_stage: .* a peak is of one stage"),
+        ("reading", "first_stage: true, last_stage: true", "last_stage: .* a peak is of one stage"),
     ],
 )
 def test_entries_of_which_one_would_be_ignored_are_refused(
