@@ -46,13 +46,14 @@ class Passes:
     def __init__(self, context: Context) -> None:
         strategy = context.strategy
         self.context = context
-        attention = strategy.attention
+        attention, kernels = strategy.attention, context.stack.kernels
+        apart = bool(strategy.activations.save_ops) or kernels.gate_up == "separate"
         self.shapes = replace(
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
-            in_order=context.stack.kernels.sequence_slices == "in_order",
-            fused=not strategy.activations.save_ops and context.stack.kernels.gate_up != "separate",
+            in_order=kernels.sequence_slices == "in_order",
+            fused=not apart or strategy.dense.tensor_parallel > 1,
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}

@@ -253,3 +253,16 @@ def test_a_fixed_order_slows_attention_backward() -> None:
     rate, other = 989.4e12 * flash2.forward / 132, 2250e12 * there.forward / 148
     assert other == pytest.approx(rate, rel=0.12)  # an SM is about as fast at Ampere's instructions
     assert as_used(blackwell, stack(), 128, 2048) == blackwell
+
+
+def test_products_of_their_own_are_split_over_tensor_parallel_ranks() -> None:
+    """A program with gate and up apart exchanges rows around its FFN as one that joins them does."""
+    joined, apart = (
+        simulate(
+            load_model("llama3_8b"), load_profile("h100-sxm-80g"), 1, fsdp2(8, tensor_parallel=2),
+            TrainSpec(seq_len=4096, global_batch=8), changed("mopexec-fsdp2", kernels={"gate_up": how}),
+        )
+        for how in ("joined", "separate")
+    )  # fmt: skip
+    assert apart.num_ops["all_gather"] == joined.num_ops["all_gather"]
+    assert apart.flops == pytest.approx(joined.flops)
