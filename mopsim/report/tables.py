@@ -1,15 +1,16 @@
 """Tables for the terminal and for reports: what a buyer asks of a strategy."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
+from mopsim.common.io import to_plain
 from mopsim.common.units import UNITS, format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import SURE
+from mopsim.report.alternatives import freedom
 from mopsim.report.terminal import duration, numbered, size, table
 from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe
@@ -59,8 +60,6 @@ P_FITS = (
     "may add"
 )
 """What stands by every table of steps."""
-MOST_TOGETHER, MOST_FIELDS = 3, 4
-"""Combinations that a row names, and fields of each of these; the others are counted, the JSON has all."""
 
 
 def plan_line(result: SimResult) -> str:
@@ -114,8 +113,7 @@ def comparison(
             size(result.host_memory),
             format_probability(result.p_fits) if result.fits else "out", style=style,
         )  # fmt: skip
-        also = freedom(free[number - 1].alone, free[number - 1].together) if free else ""
-        also = f"; as fast: {also}" if also else ""
+        also = _also(result, free[number - 1]) if free else ""
         lines.append(Text(f"{plan_line(result)}{_beyond(result)}{also}", style=style))
     for number, why in enumerate(refused, len(results) + 1):
         shown.add_row(str(number), *["-"] * 9, style="red")
@@ -137,27 +135,9 @@ def comparison(
     )
 
 
-def freedom(alone: Mapping[str, Sequence[Any]], together: Sequence[Mapping[str, Any]]) -> str:
-    """'dense.prefetch 1 or 2; or micro_batch 2 with dense.fsdp 8': each is an alternative to the row's plan
-    (`search.result.Freedom`), of those of several fields the first short ones."""
-    said = [f"{name} {' or '.join(map(_value, _ordered(values)))}" for name, values in alone.items()]
-    short = [fields for fields in together if len(fields) <= MOST_FIELDS][:MOST_TOGETHER]
-    for fields in short:
-        first, *more = (f"{name} {_value(value)}" for name, value in fields.items())
-        said.append(f"{first} with {' and '.join(more)}")
-    left = len(together) - len(short)
-    if left:
-        said.append(f"one of {left} more combinations" if left > 1 else "one more combination")
-    return "; or ".join(said)
-
-
-def _ordered(values: Sequence[Any]) -> Sequence[Any]:
-    """Numbers ascending, anything else as it came."""
-    return sorted(values) if all(isinstance(one, int | float) for one in values) else values
-
-
-def _value(value: Any) -> str:
-    return "+".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value).lower()
+def _also(result: SimResult, free: Freedom) -> str:
+    said = freedom(to_plain(result.strategy), free.alone, free.together)
+    return f"; as fast: {said}" if said else ""
 
 
 def best_of_others(best: Mapping[str, SimResult | None]) -> Text:

@@ -22,7 +22,7 @@ from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import keep_closest, rank, run_row
+from mopsim.search.simulating import keep_closest, ranked, run_row
 from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
@@ -134,7 +134,7 @@ def _each(
 
 
 def _faster(one: SimResult | None, other: SimResult | None) -> SimResult | None:
-    return min((result for result in (one, other) if result), key=rank, default=None)
+    return next(iter(ranked(result for result in (one, other) if result)), None)
 
 
 def _add(result: SearchResult, found: SearchResult) -> None:
@@ -154,17 +154,17 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     every = [one.found for one in hunted]
     for found in every:
         _add(result, found)
-    ranked = [one for found in every for one in found.top]
-    if not ranked:
-        ranked = [one for found in every for one in found.risky]
-        result.rejected[RISK] -= len(ranked)
+    fit = [one for found in every for one in found.top]
+    if not fit:
+        fit = [one for found in every for one in found.risky]
+        result.rejected[RISK] -= len(fit)
         for found in every:
             found.top = found.risky
-    grouped = rows(sorted(ranked, key=rank), options.top)
+    grouped = rows(ranked(fit), options.top)
     result.top, result.free = [row.best for row in grouped], [row.freedom() for row in grouped]
     tied = sum(len(row.tied) for row in grouped)
     result.rejected[TIED] += tied
-    result.rejected[SLOWER] += len(ranked) - len(result.top) - tied
+    result.rejected[SLOWER] += len(fit) - len(result.top) - tied
     result.gap = _gap(min(one.least for one in hunted), result.best)
     for one in hunted:
         vain = int((one.open >= _gains(result.best)).sum())

@@ -16,7 +16,7 @@ from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
 from mopsim.search.problem import Column, Problem
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import keep_closest, rank, run_row, same
+from mopsim.search.simulating import keep_closest, ranked, run_row, same
 from mopsim.search.space import Space
 from mopsim.search.staged import Rest
 from mopsim.spec.capability import runnable
@@ -295,9 +295,9 @@ class Hunt:
         if reason is not None:
             found.rejected[reason] += 1
             return
-        found.rejected[SLOWER] += len(found.top) == self.options.top
-        fastest = self._fastest()
-        found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
+        fastest, before = self._fastest(), len(found.top)
+        found.top = ranked([*found.top, simulated], self.options.top)
+        found.rejected[SLOWER] += before + 1 - len(found.top)
         if simulated.step_time < fastest:
             self.idle, self.spent = 0, self._effort()
 
@@ -312,7 +312,7 @@ class Hunt:
         if any(same(simulated, one) for one in found.top):
             return "equal in time and memory to one ranked"
         if not simulated.sure and not options.risk:
-            found.risky = sorted([*found.risky, simulated], key=rank)[: options.top]
+            found.risky = ranked([*found.risky, simulated], options.top)
             return RISK
         return None
 

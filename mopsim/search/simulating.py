@@ -1,6 +1,7 @@
 """One row of a space simulated, and the order of results."""
 
 import math
+from collections.abc import Iterable
 
 from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
@@ -9,11 +10,17 @@ from mopsim.search.space import Space
 from mopsim.spec.strategy import Strategy
 
 
-def rank(result: SimResult) -> tuple[int, bool, int]:
-    """Fastest first; step times within TIE of each other count as equal: then what keeps nothing on the host
-    leads, and then the smaller peak."""
-    tied = int(math.log(result.step_time) / math.log1p(TIE))
-    return tied, result.host_memory > 0, result.peak_memory
+def ranked(results: Iterable[SimResult], most: float = math.inf) -> list[SimResult]:
+    """Fastest first; of the fastest and what is within TIE of it what keeps nothing on the host leads, and
+    then the smaller peak; likewise of what is left. most: so many, but all that tie with the fastest, which
+    must stay for the others to be held against it."""
+    left, groups = sorted(results, key=lambda one: one.step_time), list[list[SimResult]]()
+    while left and sum(map(len, groups)) < most:
+        tied = [one for one in left if one.step_time <= (1 + TIE) * left[0].step_time]
+        left = left[len(tied) :]
+        groups.append(sorted(tied, key=lambda one: (one.host_memory > 0, one.peak_memory)))
+    found = [one for group in groups for one in group]
+    return found[: int(min(len(found), max(most, len(groups[0]))))] if found else []
 
 
 def same(one: SimResult, other: SimResult) -> bool:

@@ -12,15 +12,17 @@ import pytest
 
 import mopsim
 from mopsim.cli import app
+from mopsim.common.io import to_plain
 from mopsim.common.units import GIB
 from mopsim.common.working import near_batches
 from mopsim.engine import SimResult, simulate
+from mopsim.report.alternatives import freedom, otherwise
 from mopsim.report.explore.steps import as_fast
-from mopsim.report.tables import freedom
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.miss import would_fit
 from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
+from mopsim.search.simulating import ranked
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, why
@@ -76,13 +78,14 @@ def tied(result: SimResult, seconds: float, **fields: Any) -> SimResult:
 def test_what_is_free_in_a_row_is_named(found: SearchResult) -> None:
     best = found.top[0]
     near, far = tied(best, best.step_time * 1.004, micro_batch=7), tied(best, best.step_time * 1.1)
-    ranked = rows([best, near, far], 5)
-    assert [len(row.tied) for row in ranked] == [1, 0]
-    free = ranked[0].freedom()
+    two = rows([best, near, far], 5)
+    assert [len(row.tied) for row in two] == [1, 0]
+    free = two[0].freedom()
     assert free == Freedom({"micro_batch": [best.strategy.micro_batch, 7]})
-    assert freedom(free.alone, free.together) == f"micro_batch {best.strategy.micro_batch} or 7"
-    assert freedom({}, []) == ""
-    assert freedom({"activations.modules": [("moe_act", "mlp"), ()]}, []).endswith("moe_act+mlp or none")
+    plan = to_plain(best.strategy)
+    assert freedom(plan, free.alone, free.together) == "mbs=7"
+    assert freedom(plan, {}, []) == ""
+    assert freedom({}, {"activations.modules": [("moe_act", "mlp"), ()]}, []).endswith("moe_act+mlp or none")
     assert TIED
 
 
@@ -94,16 +97,41 @@ def test_what_is_as_fast_only_together_is_not_told_as_free(found: SearchResult) 
     changes: list[dict[str, Any]] = [{"stack": "x"}, made, {"stack": "x", **made}, {"stack": "y", **made}]
     free = rows([best, *(tied(best, best.step_time, **one) for one in changes)], 5)[0].freedom()
     assert free == Freedom({"stack": [name, "x"]}, [pair, {"stack": "y", **pair}])
-    said = freedom(free.alone, free.together)
-    assert said.startswith(f"stack {name} or x; or micro_batch 7 with dense.prefetch 9; or ")
-    assert freedom({}, [pair] * 5).endswith("; or one of 2 more combinations")
+    plan = to_plain(best.strategy)
+    said = freedom(plan, free.alone, free.together)
+    assert (
+        said
+        == f"stack {name} or x; or mbs=7 with dense.prefetch 9; or mbs=7 with stack y and dense.prefetch 9"
+    )
+    pairs = [pair | {"dense.prefetch": depth} for depth in range(9, 14)]
+    assert freedom(plan, {}, pairs).endswith("; or one of 2 more combinations")
     long = dict.fromkeys("abcdef", 1)
-    assert freedom({}, [pair, long]) == f"{freedom({}, [pair])}; or one more combination"
+    assert freedom(plan, {}, [pair, long]) == f"{freedom(plan, {}, [pair])}; or one more combination"
+    assert freedom(plan, {}, [long]) == "a 1 with b 1 and c 1 and d 1 and e 1 and f 1"
     written = replace(found, top=[best], free=[free]).to_json()["top"]
     assert isinstance(written, list)
     assert written[0]["as_fast"] == free.alone
     assert written[0]["as_fast_together"] == free.together
     assert as_fast(written[0]) == said
+
+
+def test_what_is_as_fast_is_named_as_plans_are_printed() -> None:
+    plan = to_plain(mop(8, expert_parallel=8, vocab_parallel=4, offload_inputs=True, optimizer="host"))
+    alone = {"experts.expert_parallel": 1, "experts.expert_fsdp": 8}
+    assert otherwise(plan, {**alone, "activations.layer_inputs": "device"}) == ["offload=optimizer", "EP=1"]
+    assert otherwise(plan, {"vocabulary.vocab_parallel": 1}) == ["loss=ring"]
+    device = {"optimizer.state_tier": "device", "optimizer.update_on": "device"}
+    assert otherwise(plan, {**device, "activations.layer_inputs": "device"}) == ["no offload"]
+
+
+def test_a_tie_is_led_by_what_keeps_nothing_on_the_host(found: SearchResult) -> None:
+    """Wherever the fastest lies; what ties with it stays however many are asked for."""
+    best = replace(found.top[0], host_memory=0, peak_memory=9)
+    for seconds in np.linspace(1.0, 1.01, 7):
+        host = [replace(best, step_time=seconds * (1 + far), host_memory=1) for far in (0, 0.001, 0.006)]
+        device = replace(best, step_time=seconds * 1.0045)
+        assert ranked([*host, device], 1) == [device, *host[:2]]
+        assert ranked([*host, device]) == [device, *host]
 
 
 def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, problem: Problem) -> None:

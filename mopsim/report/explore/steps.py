@@ -9,8 +9,9 @@ from mopsim.common.io import convert
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
 from mopsim.program.workload import STREAMS
+from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
-from mopsim.report.tables import ENOUGH, P_FITS, describe, freedom, rate
+from mopsim.report.tables import ENOUGH, P_FITS, describe, rate
 from mopsim.search.result import promise
 from mopsim.spec.strategy import Strategy
 
@@ -78,7 +79,7 @@ def proofs(searched: Sequence[tuple[str, Json]]) -> str:
 
 def as_fast(found: Json) -> str:
     """What of a plan may be otherwise and makes no difference to the step."""
-    return freedom(found.get("as_fast") or {}, found.get("as_fast_together") or [])
+    return freedom(found["strategy"], found.get("as_fast") or {}, found.get("as_fast_together") or [])
 
 
 def exposed(found: Json) -> float:
