@@ -96,11 +96,11 @@ def compare(
     hardware: o.Hardware,
     seq_len: o.SeqLen,
     global_batch: o.GlobalBatch,
-    out: o.OutDirectory,
     strategies: Annotated[
         list[str], typer.Option("--strategy", help="a strategy YAML or a family; give several")
     ],
     nodes: o.Nodes = 1,
+    out: o.MaybeDirectory = None,
     sweep: Annotated[str | None, typer.Option(help="seq-len=32K,64K,... or nodes=1,2,...")] = None,
     hold: Annotated[
         Literal["tokens-per-step", "sequences-per-step", "tokens-per-device"],
@@ -117,7 +117,7 @@ def compare(
     interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:
-    """Simulate several strategies side by side: tables and figures."""
+    """Simulate several strategies side by side; with --out tables and figures."""
     run("compare", locals())
 
 

@@ -18,7 +18,7 @@ from mopsim.api.inputs import (
     notes,
     read_inputs,
 )
-from mopsim.api.on_stacks import for_all
+from mopsim.api.on_stacks import for_all, with_one_attention
 from mopsim.api.results import Result, Simulation
 from mopsim.api.run import played
 from mopsim.api.strategies import StrategyTemplate
@@ -62,7 +62,7 @@ class Comparison(Result):
         self.inputs, self.simulations, self.sweep = inputs, dict(simulations), sweep
         self.notes, self.refused = list(notes), dict(refused)
         self.results = {label: one.result for label, one in simulations.items()}
-        self.stacks = list(stacks)
+        self.stacks, self.alike = list(stacks), with_one_attention(inputs, self.results)
         self.gaps = {label: one.found.gap for label, one in simulations.items() if one.found}
 
     def to_json(self, command: str = "mopsim.compare") -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Comparison(Result):
             "stack": self.inputs.stack.name if self.inputs.stack else None,
             "finding": self._placed(finding(self.results, self.gaps, self.inputs.interval)),
             "lead": self._lead(),
-            "software": software(self.results, self.stacks),
+            "software": software(self.results, self.stacks, self.alike),
             "proven": all(exhausted(gap) for gap in self.gaps.values()),
             "difference": difference(self.results),
             "refused": self.refused,
@@ -97,7 +97,7 @@ class Comparison(Result):
         return {"over": over, "ratio": ratio.predicted, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
-        said = summary(self.results, self.gaps, self.inputs.interval, self.stacks)
+        said = summary(self.results, self.gaps, self.inputs.interval, self.stacks, self.alike)
         return " ".join([self._placed(said), *(f"{label} has no strategy here." for label in self.refused)])
 
     def _placed(self, said: str) -> str:

@@ -1,12 +1,20 @@
-"""Which of the shipped stacks have something of every strategy of a comparison."""
+"""What of a comparison is of software: which of the shipped stacks have something of every strategy, and what
+the attention kernel makes of the lead."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from msgspec import structs
+
 from mopsim.api.inputs import AnyStrategy, Inputs, is_family, strategy_of
+from mopsim.common.errors import MopError
+from mopsim.common.units import format_seconds
+from mopsim.engine import SimResult
+from mopsim.report.findings import headline, leaders
 from mopsim.search.had import had, not_played
+from mopsim.search.result import TIE
 from mopsim.spec.capability import Job
-from mopsim.spec.stack import Stack
+from mopsim.spec.stack import DEFAULT, Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Strategy
 
@@ -28,3 +36,36 @@ def _has(stack: Stack, asked: str | Strategy, inputs: Inputs) -> bool:
     machine = inputs.hardware
     job = Job(inputs.model, asked, inputs.training, stack.on_kind(machine.device_kind), machine)
     return not any(not_played(job))
+
+
+def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
+    """How the next best compares where its attention runs in the winner's kernel and all else in its own
+    stack; empty where they have the same, or none differs for it."""
+    first, second = leaders(results) or (None, None)
+    if first is None or second is None:
+        return ""
+    ours, theirs = (_attention(results[label].stack, inputs) for label in (first, second))
+    other = results[second]
+    if ours == theirs:
+        return ""
+    stack = other.stack.on_kind(inputs.hardware.device_kind)
+    stack = structs.replace(stack, kernels=structs.replace(stack.kernels, attention={DEFAULT: ours}))
+    try:
+        again = inputs.simulate(other.strategy, stack)
+    except MopError:
+        return ""
+    if abs(again.step_time / other.step_time - 1) <= TIE:
+        return ""
+    return (
+        f"with {first}'s attention ({_kernel(ours)} instead of {_kernel(theirs)}) {second} takes "
+        f"{format_seconds(again.step_time)}, and {headline({first: results[first], second: again})}"
+    )
+
+
+def _attention(stack: Stack, inputs: Inputs) -> str:
+    machine = inputs.hardware
+    return stack.on_kind(machine.device_kind).on(machine.device.architecture).attention
+
+
+def _kernel(name: str) -> str:
+    return "the profile's" if name == "profile" else name

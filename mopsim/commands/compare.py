@@ -20,8 +20,8 @@ from mopsim.report.tables import comparison
 _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
 
 
-def run(*, out: str, sweep: str | None, hold: str, formats: str, json: str | None, **job: Any) -> int:
-    """Compare, show, write the report into `out`. Returns the exit code: 3 where nothing fits."""
+def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: str | None, **job: Any) -> int:
+    """Compare, show, write the report into `out` if asked. Returns the exit code: 3 where nothing fits."""
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
     kinds = read_formats(formats)
@@ -32,14 +32,14 @@ def run(*, out: str, sweep: str | None, hold: str, formats: str, json: str | Non
         return NOTHING_FITS
     command = as_typed("mopsim")
     with io.json_beside(json, found.to_json(command) if json else None):
-        written = found.write(out, command, kinds)
+        written = found.write(out, command, kinds) if out else []
     console = human(json)
     level, refused = found.inputs.interval, list(found.refused.values())
     results = list(found.results.values())
     console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))
     if found.sweep:
         console.print(swept_table(found.sweep, level))
-    console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")
+    console.print(found.headline() + (f" Written: {', '.join(map(str, written))}" if written else ""))
     say_notes(console, found.notes)
     return 0 if found.any_fits else NOTHING_FITS
 

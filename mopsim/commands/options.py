@@ -72,6 +72,9 @@ Seal = Annotated[
     ),
 ]
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
+MaybeDirectory = Annotated[
+    str | None, typer.Option("--out", help="directory of the report, if one is written")
+]
 
 
 def keywords(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ def _searched(given: Given) -> bool:
 
 COMPARE = paired(
     needs("--sweep", "--hold"),
+    needs("--out", "--format"),
     Pair(("--budget", "--runnable"), _searched, "is for the search of a family, and --strategy names none"),
 )
 SIZE = paired(

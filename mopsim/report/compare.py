@@ -4,9 +4,9 @@ the others."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mopsim.common.units import format_bytes
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
-from mopsim.report.findings import headline
+from mopsim.report.findings import headline, leaders
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, time_bars
 from mopsim.report.sweep import Sweep, sweep_figure, swept_rows
@@ -63,10 +63,11 @@ def time_figure(
         ends = result.step_time_interval(level) if level else None
         bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
         waits.append(Bar(label, _ordered(result.exposed), f"{result.exposed_share:.0%} of the step"))
-    most = max((result.exposed_share, label) for label, result in results.items())
+    most = max((sum(result.exposed.values()), label) for label, result in results.items())
+    together = ", plan and software together" if leaders(results) else ""
     titles = (
-        title or f"Simulated step: {headline(results)}",
-        f"Exposed: {most[1]} most, {most[0]:.0%} of its step",
+        title or f"Simulated step: {headline(results)}{together}",
+        f"Exposed: {most[1]} most, {format_seconds(most[0])}",
     )
     time_bars(path, bars, waits, titles)
 

@@ -119,15 +119,25 @@ def _parts(one: SimResult) -> dict[str, float]:
     return ran | {f"waiting for {WAITS.get(kind, kind)}": part for kind, part in one.exposed.items()}
 
 
-def software(results: Results, stacks: Sequence[str] | None = None) -> str:
-    """That the winner's lead is of plan and software, where the next best runs on another stack. stacks:
-    those that could run all strategies, where they are known."""
+def leaders(results: Results) -> tuple[str, str] | None:
+    """The fastest and the next best, where they run on different stacks."""
     order = _fastest_first(results)[:2]
     if len(order) < 2 or order[0][1].stack == order[1][1].stack:
+        return None
+    return order[0][0], order[1][0]
+
+
+def software(results: Results, stacks: Sequence[str] | None = None, alike: str = "") -> str:
+    """That the winner's lead is of plan and software, where the next best runs on another stack. stacks:
+    those that could run all strategies, where they are known. alike: how both compare with less between
+    them."""
+    both = leaders(results)
+    if both is None:
         return ""
-    named = ", ".join(f"{label} on {one.stack.name}" for label, one in order)
+    named = ", ".join(f"{label} on {one.stack.name}" for label, one in _fastest_first(results)[:2])
     what = "ratio" if len(_ranked(results)[0]) < 2 else "tie"
-    return f"The {what} is of plan and software together ({named}): {_on_one(stacks)}"
+    found = [f"The {what} is of plan and software together ({named})", alike, _on_one(stacks)]
+    return ": ".join(filter(None, (found[0], "; ".join(filter(None, found[1:])))))
 
 
 def _on_one(stacks: Sequence[str] | None) -> str:
@@ -146,11 +156,12 @@ def summary(
     gaps: Gaps | None = None,
     level: float = 0.9,
     stacks: Sequence[str] | None = None,
+    alike: str = "",
 ) -> str:
     """The finding, whether it is of plans alone, and where the difference lies."""
     found = (
         finding(results, gaps, level),
-        software(results, stacks),
+        software(results, stacks, alike),
         difference(results),
     )
     return " ".join(f"{one}." for one in found if one)

@@ -138,6 +138,15 @@ def test_a_report_that_cannot_be_written_leaves_no_json(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compare_without_a_report_prints_and_writes_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "compare", *JOB, "--strategy", "fsdp2", "--budget", "1", "--json", "c.json") == 0
+    assert "Written" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
 def test_compare_writes_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from msgspec import structs
 from rich.console import Console
 
+from mopsim.api.inputs import read_inputs
+from mopsim.api.on_stacks import with_one_attention
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult, simulate
@@ -30,6 +32,7 @@ from mopsim.report.timeline import timeline_plot, timeline_title, to_the_end
 from mopsim.report.trace import chrome_trace
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Pipeline
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
@@ -165,6 +168,24 @@ def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimRe
     assert said.endswith("--stack NAME simulates all on one (one, two have something of each)")
     assert software(both, list("abcdef")).endswith("(a, b, c, d and 2 others have something of each)")
     assert software(both, []).endswith("no shipped stack has something of each")
+    assert software(both, [], "alike").endswith("): alike; no shipped stack has something of each")
+    assert software({"a": results[0]}, [], "alike") == ""
+
+
+def test_what_the_attention_kernel_makes_of_a_lead_is_said() -> None:
+    """FSDP2 with FlashAttention-2 and with the profile's faster kernel."""
+    inputs = read_inputs("qwen3_30b_a3b", "h200-sxm-141g", nodes=2, seq_len="32K", global_batch=64)
+    strategy, stack = fsdp2(16, expert_parallel=8), load_stack("generic-fused")
+    fast = inputs.simulate(strategy, stack)
+    flash2 = structs.replace(stack.kernels, attention={"default": "flash2"})
+    slow = inputs.simulate(strategy, structs.replace(stack, name="other", kernels=flash2))
+    assert slow.step_time > 1.1 * fast.step_time
+    said = with_one_attention(inputs, {"a": slow, "b": fast})
+    assert said.startswith("with b's attention (the profile's instead of flash2) a takes ")
+    assert said.endswith(", and a and b tie within 0.5 %")
+    renamed = replace(slow, stack=structs.replace(fast.stack, name="other"))
+    assert with_one_attention(inputs, {"a": renamed, "b": fast}) == ""
+    assert with_one_attention(inputs, {"b": fast}) == ""
 
 
 def test_memory_is_drawn_to_the_end_of_the_step(results: list[SimResult], tmp_path: Path) -> None:

@@ -189,12 +189,16 @@ def _said(result: Json) -> str:
     return "; ".join(filter(None, (said, proof(result))))
 
 
+def _found(result: Json) -> tuple[str, str]:
+    return str(result["finding"]), str(result.get("software") or "")
+
+
 def _verdict(result: Json) -> str:
     return "; ".join(filter(None, (str(result["verdict"]), proof(result))))
 
 
 KINDS = (
-    Kind("compare", _of_compare, _compare, lambda one: one["finding"]),
+    Kind("compare", _of_compare, _compare, lambda one: ". ".join(filter(None, _found(one)))),
     Kind("search", _of_search, _search, _verdict),
     Kind("size", _of_size, cluster_views, _recommended),
     Kind("validate", lambda _: [], run_views, _errors),
