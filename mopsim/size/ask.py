@@ -14,6 +14,7 @@ from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
@@ -33,7 +34,8 @@ tried."""
 class Ask:
     """A node count of a machine type. plans: of other counts, tried first. simulations: of each of the
     families that is searched; 0: none is. tried: strategies that were carried here before; rate: tokens/s of
-    a device that the fastest plan known here makes."""
+    a device that the fastest plan known here makes. first: a plan is tried in its first form alone, where
+    another fits here."""
 
     hardware: HardwareProfile
     num_nodes: int
@@ -42,6 +44,7 @@ class Ask:
     simulations: int = 0
     tried: tuple[Strategy, ...] = ()
     rate: float = 0.0
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def answer(request: Request, ask: Ask) -> Answer:
 
 
 def merged(before: Answer, after: Answer) -> Answer:
-    """Two answers of one question: the faster plan of each family, the gap of the fastest; of equal ones that
-    of a search."""
+    """Two answers of one question: the faster plan of each family, the gap of the fastest, from the bound of
+    an earlier search where it was carried; of equal ones that of a search."""
     best: dict[str, SimResult] = {}
     first, then = (before, after) if after.gap is None else (after, before)
     for one in sorted((*first.plans, *then.plans), key=lambda one: one.step_time):
@@ -96,7 +99,11 @@ def merged(before: Answer, after: Answer) -> Answer:
     plans = tuple(best.values())
     fastest = [one for one in (after, before) if one.plans and one.plans[0] is plans[0]]
     last = fastest[0] if fastest else after
-    return Answer(plans, before.simulated + after.simulated, "" if plans else after.why, last.gap)
+    gap = last.gap
+    if gap is None and before.gap is not None and plans:  # of the same count: the search's bound stays
+        beaten = (1 + before.gap) * plans[0].step_time / before.plans[0].step_time - 1
+        gap = beaten if beaten > 0 else None
+    return Answer(plans, before.simulated + after.simulated, "" if plans else after.why, gap)
 
 
 def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], tuple[Strategy, ...]]:
@@ -108,15 +115,17 @@ def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimR
     world = ask.num_nodes * ask.hardware.devices_per_node
     for plan in ask.plans:
         best, enough = 0.0, AS_GOOD * plan.tokens_per_second_per_device
-        for strategy in carried(plan.strategy, world, training.global_batch):
+        stack = request.stack or load_stack(plan.strategy.stack, "stack")  # of each kind of devices its own
+        for form, strategy in enumerate(carried(plan.strategy, world, training.global_batch)):
             known = ask.rate or any(one.sure for one in found)
-            if best >= enough or (known and _stages(strategy) != _stages(plan.strategy)):
+            last = (ask.first and form > 0) or _stages(strategy) != _stages(plan.strategy)
+            if best >= enough or (known and last):
                 break
             if strategy in (*ask.tried, *played_here):
                 best = max(best, ask.rate)
-            elif _asked_for(request, strategy, training, plan.stack):
+            elif _asked_for(request, strategy, training, stack):
                 played_here.append(strategy)
-                one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
+                one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, stack)
                 if one is not None:
                     found.append(one)
                     best = max(best, one.tokens_per_second_per_device * one.sure)

@@ -39,15 +39,14 @@ NEARLY_PAID = 1.3
 """How far, as a factor, a faster cluster may be from the budget to be looked at: what a larger one costs
 changes with its plan alone."""
 
-Rounds = Generator[list[Ask], list[Answer], Sizing]
+Rounds = Generator[list[Ask], list[Answer], None]
 
 
-def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
-    """Yields rounds of questions, is sent their answers, returns the sizing of one machine type."""
-    counts, too_slow = _counts(request, hardware)
-    known = KnownSteps(request, hardware)
+def by_itself(known: KnownSteps) -> Rounds:
+    """Yields rounds of questions of one machine type, is sent their answers."""
+    counts, _ = _counts(known.request, known.hardware)
     doubled = [count for count in counts if count & (count - 1) == 0 or count == counts[-1]]
-    searched = _searched(request, hardware, doubled)
+    searched = _searched(known.request, known.hardware, doubled)
     times = DEEP if len(searched) == 1 else 1
     yield from _round(known, [known.search(count, times=times) for count in searched])
     if not any(known.answers[count].plans for count in searched):
@@ -60,7 +59,12 @@ def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     yield from _deepen(known, counts, searched if times == DEEP else [])
     yield from _hand_on(known)
     yield from _close_in(known, counts)
-    return _sizing(known, too_slow)
+
+
+def with_plans(known: KnownSteps, asks: list[Ask]) -> Rounds:
+    """The same for plans that come from elsewhere: where the answer is may change with them."""
+    yield from _round(known, asks)
+    yield from _close_in(known, _counts(known.request, known.hardware)[0])
 
 
 def _searched(request: Request, hardware: HardwareProfile, counts: Sequence[int]) -> list[int]:
@@ -95,21 +99,21 @@ def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str
     return [count for count in counts if count >= least], ""
 
 
-def _round(known: KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
+def _round(known: KnownSteps, asks: list[Ask]) -> Rounds:
     if asks:
         asks = [known.told(ask) for ask in asks]
         for ask, found in zip(asks, (yield asks), strict=True):
             known.note(ask, found)
 
 
-def _mend(known: KnownSteps) -> Generator[list[Ask], list[Answer], None]:
+def _mend(known: KnownSteps) -> Rounds:
     """Hand plans on; search the counts that still lag."""
     yield from _hand_on(known)
     lagging = [count for count, _ in _lagging(known, LAG) if not known.searched[count]]
     yield from _round(known, [known.search_led(count) for count in lagging])
 
 
-def _hand_on(known: KnownSteps) -> Generator[list[Ask], list[Answer], None]:
+def _hand_on(known: KnownSteps) -> Rounds:
     """Ask counts that make less of a node than a larger one does, or are slower than a smaller one, with its
     plan."""
     asks = [known.carry(count, other) for count, other in _lagging(known)]
@@ -140,7 +144,7 @@ def _slower(known: KnownSteps, by: float = 1 / SLOWER) -> list[tuple[int, int]]:
     return found
 
 
-def _close_in(known: KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _close_in(known: KnownSteps, counts: Sequence[int]) -> Rounds:
     """Ask the counts between one that fails a limit and its neighbour that keeps it, and those that would
     keep the deadline with fewer nodes if a node did as much as at the best count around, all of them: the
     batch that fits a count may make a smaller one faster."""
@@ -207,9 +211,7 @@ def _inside(known: KnownSteps, counts: Sequence[int], low: int, high: int) -> li
     return [count for count in counts if low < count < high and count not in known.points]
 
 
-def _deepen(
-    known: KnownSteps, counts: Sequence[int], searched: Sequence[int]
-) -> Generator[list[Ask], list[Answer], None]:
+def _deepen(known: KnownSteps, counts: Sequence[int], searched: Sequence[int]) -> Rounds:
     """A longer search of the leading families at the answer, or at a much smaller cluster that all but does.
     A faster plan goes to the counts around it, and the answer may then be another, so again. searched: counts
     that were searched as long."""
@@ -236,9 +238,7 @@ def _deepen(
             done.append(found.num_nodes)
 
 
-def _look_above(
-    known: KnownSteps, best: int, counts: Sequence[int]
-) -> Generator[list[Ask], list[Answer], None]:
+def _look_above(known: KnownSteps, best: int, counts: Sequence[int]) -> Rounds:
     """Searches of the hopeful families at all nodes of the best's racks, which are paid for, and at twice the
     best count, which may be cheaper, and what they found at the counts around; the plan of the best at those
     just above."""
@@ -257,7 +257,7 @@ def _beside(point: Point, counts: Iterable[int]) -> bool:
     return any(max(point.num_nodes / one, one / point.num_nodes) < BESIDE for one in counts)
 
 
-def _look(known: KnownSteps, count: int, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _look(known: KnownSteps, count: int, counts: Sequence[int]) -> Rounds:
     """A longer search at a count, of its fastest families where all hopeful ones were searched, and what it
     found at the counts around."""
     first, *others = known.answers[count].plans
@@ -316,7 +316,8 @@ def _best(known: KnownSteps) -> Point | None:
     return min(done, key=lambda one: (one.figures.seconds, one.num_nodes), default=None)  # type: ignore[union-attr]
 
 
-def _sizing(known: KnownSteps, too_slow: str) -> Sizing:
+def sizing(known: KnownSteps) -> Sizing:
+    """The answer, of what is known."""
     slower = dict(_slower(known))
     tried = [_marked(known.points[count], slower.get(count)) for count in sorted(known.points)]
     best = _best(known)
@@ -325,7 +326,7 @@ def _sizing(known: KnownSteps, too_slow: str) -> Sizing:
     fitting = [point for point in tried if point.figures]
     worst = (fitting or tried)[-1]
     cluster = f"{worst.num_nodes:,} node{'s' if worst.num_nodes > 1 else ''}"
-    why = too_slow or f"{worst.why}, with {cluster}"
+    why = _counts(known.request, known.hardware)[1] or f"{worst.why}, with {cluster}"
     return Sizing(known.hardware, None, tried, why, known.simulated)
 
 

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 
+from mopsim.size.across import across
 from mopsim.size.ask import Answer, Ask, answer
-from mopsim.size.finder import Rounds, sizing
+from mopsim.size.finder import Rounds, by_itself, sizing, with_plans
+from mopsim.size.known import KnownSteps
 from mopsim.size.points import Request, Sizing
 from mopsim.spec.hardware import HardwareProfile
 
@@ -23,23 +25,45 @@ def size_all(
     answers: Answers | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Sizing]:
-    """The sizing of every machine type, in their order. A machine's next round begins when its last one has
-    ended, whatever the others do. answers: of the questions in a queue that grows meanwhile, in any order.
-    progress(done, known so far, what was asked)."""
-    queue: Queue = deque()
-    rounds = [_Round(sizing(request, one), place, queue) for place, one in enumerate(machines)]
-    for done, ((place, at), found) in enumerate((answers or _here(request))(queue), 1):
-        asked = rounds[place].asks[at].hardware.cluster(rounds[place].asks[at].num_nodes)
-        rounds[place].note(at, found)
-        if progress:
-            progress(done, sum(one.asked for one in rounds), asked)
-    return [one.sizing for one in rounds if one.sizing is not None]
+    """The sizing of every machine type, in their order: each by itself, then with the plans of all. answers:
+    of the questions in a queue that grows meanwhile, in any order. progress(done, known so far, what was
+    asked)."""
+    progress = progress or (lambda done, known, asked: None)
+    everywhere = [KnownSteps(request, one) for one in machines]
+    asked = _Asked(answers or _here(request), progress)
+    asked.side_by_side([by_itself(one) for one in everywhere])
+    while any(asks := [across(one, everywhere) for one in everywhere]):
+        asked.side_by_side([with_plans(*one) for one in zip(everywhere, asks, strict=True)])
+    return [sizing(one) for one in everywhere]
+
+
+@dataclass
+class _Asked:
+    """Questions of machine types. A machine's next round begins when its last one has ended, whatever the
+    others do. done, known: questions that were answered, and asked."""
+
+    answers: Answers
+    progress: Callable[[int, int, str], None]
+    done: int = 0
+    known: int = 0
+
+    def side_by_side(self, machines: Sequence[Rounds]) -> None:
+        """Until the rounds of all have ended."""
+        queue: Queue = deque()
+        rounds = [_Round(one, place, queue) for place, one in enumerate(machines)]
+        before = self.known
+        self.known = before + sum(one.asked for one in rounds)
+        for (place, at), found in self.answers(queue):
+            ask = rounds[place].asks[at]
+            rounds[place].note(at, found)
+            self.done, self.known = self.done + 1, before + sum(one.asked for one in rounds)
+            self.progress(self.done, self.known, ask.hardware.cluster(ask.num_nodes))
 
 
 @dataclass
 class _Round:
-    """Where the sizing of one machine type is: the questions of its round and those of their answers that
-    came; at last its sizing. asked: questions of all rounds so far."""
+    """Where one machine type is: the questions of its round and those of their answers that came. asked:
+    questions of all rounds so far."""
 
     rounds: Rounds
     place: int
@@ -47,21 +71,21 @@ class _Round:
     asks: list[Ask] = field(default_factory=list)
     found: dict[int, Answer] = field(default_factory=dict)
     asked: int = 0
-    sizing: Sizing | None = None
 
     def __post_init__(self) -> None:
-        self._ask(next(self.rounds))
+        self._go_on(None)
 
     def note(self, at: int, found: Answer) -> None:
         """Keep an answer; after the last of a round ask those of the next."""
         self.found[at] = found
         if len(self.found) == len(self.asks):
-            try:
-                self._ask(self.rounds.send([self.found[at] for at in range(len(self.asks))]))
-            except StopIteration as ended:
-                self.sizing = ended.value
+            self._go_on([self.found[at] for at in range(len(self.asks))])
 
-    def _ask(self, asks: list[Ask]) -> None:
+    def _go_on(self, answers: list[Answer] | None) -> None:
+        try:
+            asks = next(self.rounds) if answers is None else self.rounds.send(answers)
+        except StopIteration:
+            return
         self.asks, self.found, self.asked = asks, {}, self.asked + len(asks)
         self.queue.extend(((self.place, at), ask) for at, ask in enumerate(asks))
 
