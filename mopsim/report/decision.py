@@ -271,12 +271,12 @@ def risks(d: Decision) -> list[str]:
 
 
 def _memory(result: SimResult) -> str:
-    """How surely the plan fits, and how much of the device memory is free or missing at UPPER."""
-    room = 1 - result.device.quantile(UPPER) / result.memory_limit
-    most = f"at least {room:.0%} of it is free" if room >= 0 else f"it is exceeded by at most {-room:.1%}"
+    """How surely the plan fits, and how much of the device memory it needs at UPPER."""
+    most = result.device.quantile(UPPER) / result.memory_limit
     return (
-        f"The plan fits with probability {format_probability(result.p_fits)}. Usable device memory: with a "
-        f"probability of {UPPER:.0%}, {most}, evenly routed as planned; a router that learns is uneven."
+        f"The plan fits with probability {format_probability(result.p_fits)}; with a probability of "
+        f"{1 - UPPER:.0%} it needs more than {most:.1%} of the usable device memory. That is evenly routed "
+        f"as planned; a router that learns is uneven."
     )
 
 

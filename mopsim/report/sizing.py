@@ -9,7 +9,7 @@ from rich.text import Text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.errors import known_errors
-from mopsim.report.tables import describe
+from mopsim.report.tables import between, describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
@@ -18,8 +18,12 @@ from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.stacks import variants
 
-CARRIED = "plan carried from another number of nodes"
+CARRIED = "plan carried from another number of nodes or machine"
 """Of a point whose own number of nodes was not searched, or brought nothing faster."""
+SIMULATED = (
+    "MFU and tokens/s are as simulated; days and cost count a step longer or shorter, by what measured runs "
+    "take over predicted ones by the median."
+)
 
 
 def step_and_bill(point: Point) -> tuple[SimResult, Figures]:
@@ -89,8 +93,9 @@ def steps(point: Point) -> str:
     return f"{said} (the days count {counted}, as measured runs take by the median)"
 
 
-def _details(point: Point) -> str:
-    """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host."""
+def _details(point: Point, level: float) -> str:
+    """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host.
+    level: of the interval of memory."""
     (result, bill), training = step_and_bill(point), point.training
     tokens = training.global_batch * training.seq_len
     return (
@@ -98,7 +103,9 @@ def _details(point: Point) -> str:
         f"({tokens:,} tokens) a step, {steps(point)}, "
         f"{result.tokens_per_second:,.0f} tokens/s in all; {_paid(point, bill)}{_failures(bill)}"
         f"{bill.device_hours:,.0f} device-hours; free: "
-        f"device {_headroom(result.memory_limit, result.peak_memory)}; host "
+        f"device {_headroom(result.memory_limit, result.peak_memory)} beside a peak of "
+        f"{format_bytes(result.peak_memory)} ({100 * level:g} %: "
+        f"{between(result.peak_memory_interval(level), format_bytes)}); host "
         f"{_headroom(result.host_limit, result.host_memory)}; fits with probability "
         f"{format_probability(result.p_fits)}"
     )
@@ -173,7 +180,9 @@ def sizing_table(
             continue
         chosen = recommended is not None and recommended is sizing.best
         shown.add_row(*row(sizing.best, request), style="bold green" if chosen else None)
-        lines.append(Text(_details(sizing.best)))
+        lines.append(Text(_details(sizing.best, request.interval)))
+    if any(sizing.best for sizing in sizings):
+        assumptions = [SIMULATED, *assumptions]
     return Group(shown, *lines, *(Text(line, style="dim") for line in assumptions))
 
 

@@ -103,7 +103,7 @@ class Point:
     """One node count of one machine type. result: the fastest strategy that fits with room to spare, if one
     was found; figures: of its cheapest site; sites: of each. in_time: soon enough with the confidence asked;
     affordable: within the budget. `why` says what is wrong with a point that does not do. gap: as a
-    search's, None where its strategy is one of a smaller or larger cluster."""
+    search's, None where its strategy is of another cluster and its number of nodes was not searched."""
 
     hardware: HardwareProfile
     num_nodes: int

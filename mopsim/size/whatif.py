@@ -226,5 +226,6 @@ def _nodes(request: Request, point: Point, neighbours: Sequence[Point]) -> list[
         for one in (below or point, above or point)
         if one.figures is not None
     ]
-    says = "nodes: the next smaller and larger cluster that was tried"
+    carried = any(one.gap is None for one in (below or point, above or point))
+    says = "nodes: the next smaller and larger cluster that was tried" + (", with plans carried" * carried)
     return [Swing("nodes", says, "nodes", ends[0], ends[1], "a choice")]
