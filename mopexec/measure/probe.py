@@ -3,12 +3,15 @@
 from collections.abc import Callable
 
 import torch
+from msgspec.structs import replace
 
 from mopexec.measure import probe_machine
 from mopexec.measure.probe_profile import build_profile
 from mopexec.measure.probe_ranks import ProbeJob, Progress, parts, run_ranks
 from mopexec.measure.quiet import loaded, others
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import LOST
+from mopsim.spec.profiles import BESIDE_PROBE
 
 
 def probe(
@@ -25,14 +28,24 @@ def probe(
     cores = probe_machine.usable_cores()
     available = torch.cuda.device_count() if device_type == "cuda" else len(cores)
     ranks = probe_machine.check_ranks(ranks, available, "GPUs" if device_type == "cuda" else "cores")
-    if line := loaded(others(cores), len(cores), "the profile is"):
+    share = others(cores)
+    if line := loaded(share, len(cores), "the profile is"):
         say(line)
     # A machine with one core still runs two ranks in turns: time its collectives so.
     processes = max(ranks, 2) if device_type == "cpu" else ranks
     job = ProbeJob(processes, device_type, tuple(cores), budget)
     if show_progress:
-        return _with_bar(job, lambda progress: build_profile(run_ranks(job, progress), device_type, ranks))
-    return build_profile(run_ranks(job, lambda _: None), device_type, ranks)
+        found = _with_bar(job, lambda progress: build_profile(run_ranks(job, progress), device_type, ranks))
+    else:
+        found = build_profile(run_ranks(job, lambda _: None), device_type, ranks)
+    return noted(found, max(share, others(cores)), len(cores))
+
+
+def noted(profile: HardwareProfile, share: float, cores: int) -> HardwareProfile:
+    """The profile, whose notes say where others had more than LOST of the cores before it or after."""
+    if share <= LOST:
+        return profile
+    return replace(profile, notes=f"{profile.notes} {BESIDE_PROBE}{share * cores:.1f} of the {cores} cores.")
 
 
 def _with_bar(job: ProbeJob, work: Callable[[Progress], HardwareProfile]) -> HardwareProfile:

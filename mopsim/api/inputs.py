@@ -26,7 +26,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
-from mopsim.spec.profiles import load_profile
+from mopsim.spec.profiles import beside_probe, load_profile
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
@@ -217,7 +217,7 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
     """What of the model's config was not read, and what of the job the strategies among `given` leave aside:
     devices; what plans were made for, where it is another job: their strategy alone is taken.
     """
-    found = unread(inputs.model)
+    found = unread(inputs.model) + busy(inputs.hardware)
     for one in given:
         read = read_strategy(one) if isinstance(one, str | Path) and not is_family(one) else one
         found += _left_aside(read, inputs)
@@ -242,6 +242,12 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
 def unread(model: ModelSpec) -> list[str]:
     """Keys of the model's config that were not read and may change the network."""
     return [f"note: of {model.name}'s config {one}" for one in model.assumptions if one.startswith(UNREAD)]
+
+
+def busy(hardware: HardwareProfile) -> list[str]:
+    """That the machine was probed while others used it."""
+    said = beside_probe(hardware)
+    return [f"note: {hardware.name}: its times are a busy machine's. {said}"] if said else []
 
 
 def _left_aside(read: AnyStrategy | tuple[Strategy, Stack], inputs: Inputs) -> list[str]:

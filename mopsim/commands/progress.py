@@ -24,13 +24,14 @@ def progress(console: Console, what: str, total: int | None) -> Iterator[Shown]:
             task = bar.add_task(what, total=total)
             yield lambda done, text: bar.update(task, completed=done, description=text or what)
         return
-    said = time.monotonic()
+    began = said = time.monotonic()
 
     def line(done: int, text: str) -> None:
         nonlocal said
         if time.monotonic() - said >= EVERY:
             said = time.monotonic()
             far = f" {done} of {total}" if total else ""
-            print(f"mopsim: {what}{far}{': ' if text else ''}{text}", file=sys.stderr, flush=True)
+            more = f": {text}" if text else f", running for {said - began:.0f} s"
+            print(f"mopsim: {what}{far}{more}", file=sys.stderr, flush=True)
 
     yield line

@@ -117,12 +117,13 @@ class DemoReport:
         }  # fmt: skip
 
     def verdict(self) -> str:
-        """Who won, whichever it is."""
+        """Who won, whichever it is; on a machine that was not quiet who was fastest, no more."""
         first, second = sorted(self.contenders[:2], key=lambda one: one.measured.step_time_median)
         fast, slow = first.measured.step_time_median, second.measured.step_time_median
         apart = _apart(first, second)
+        won = "Fastest in these runs, on a quiet machine it may be another" if self.warning() else "Winner"
         return (
-            f"{'Winner' if apart else 'A tie on this machine'}: {first.name}, {format_seconds(fast)} a step "
+            f"{won if apart else 'A tie on this machine'}: {first.name}, {format_seconds(fast)} a step "
             f"against {format_seconds(slow)} of {second.name}, {slow / fast:.2f}x as fast"
             f"{'' if apart else f', but {OVERLAP}'}"
         )

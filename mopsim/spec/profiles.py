@@ -1,5 +1,6 @@
 """Hardware profiles by name or by YAML file."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,16 @@ _texts = partial(shipped_texts, "hardware_profiles")
 def list_profiles() -> list[str]:
     """Names of the shipped machine types, sorted."""
     return sorted(_texts())
+
+
+BESIDE_PROBE = "While it was probed other programs had "
+"""Begins the sentence in the notes of a profile whose machine was busy then."""
+
+
+def beside_probe(profile: HardwareProfile) -> str:
+    """That sentence; empty where the machine was quiet, or was not probed."""
+    found = re.search(f"{BESIDE_PROBE}.*?cores", profile.notes, re.S)
+    return " ".join(found[0].split()) if found else ""
 
 
 @named

@@ -6,11 +6,17 @@ import types
 import pytest
 import torch
 
+import mopsim
+from mopexec.measure.probe import noted
 from mopexec.measure.quiet import Watch, loaded, others, quiet
 from mopexec.run import writers
 from mopexec.run.metrics import measurement
 from mopexec.run.traces import trace
+from mopsim.api.inputs import busy
 from mopsim.common.errors import MopError
+from mopsim.common.io import convert, dump_yaml, parse_yaml, to_plain
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.profiles import load_profile
 from tests.exec.train_plans import small_plan
 
 ALONE = [(1.0, 0.9), (1.02, 0.92), (0.98, 0.88), (1.01, 0.9)]
@@ -36,6 +42,18 @@ def test_what_others_take_of_the_cores_is_told_above_a_limit(monkeypatch):
         "other programs have 1.0 of the 2 cores (quiet: at most 0.2): step times are a busy machine's"
     )
     assert loaded(0.1, 2, "step times are") == ""
+
+
+def test_a_profile_keeps_that_its_machine_was_busy():
+    """Also through its file's wrapped lines, a calibration and a search."""
+    quiet_one = load_profile("cpu-2core")
+    assert noted(quiet_one, 0.1, 2) == quiet_one
+    assert busy(quiet_one) == []
+    profile = noted(quiet_one, 0.5, 2)
+    (said,) = busy(convert(parse_yaml(dump_yaml(to_plain(profile)), "x"), HardwareProfile, "x"))
+    assert said.endswith("a busy machine's. While it was probed other programs had 1.0 of the 2 cores")
+    job = {"seq_len": 512, "global_batch": 4, "strategy": mopsim.mop(expert_parallel=2)}
+    assert mopsim.simulate("tiny", profile, **job).notes == [said]
 
 
 def test_what_others_take_while_a_rank_works_is_without_its_own(monkeypatch):

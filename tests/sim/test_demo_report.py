@@ -50,7 +50,7 @@ def test_others_beside_the_probe_are_told_in_its_words() -> None:
 def contender(name: str, *steps: float) -> DemoContender:
     """The contender with these steps, of which the second is the median; predicted alike by all."""
     none: Any = None
-    one: Any = SimpleNamespace(step_times=steps, step_time_median=steps[1])
+    one: Any = SimpleNamespace(step_times=steps, step_time_median=steps[1], others=0.0)
     found = DemoContender(name, none, one, none, [])
     predicted: Any = SimpleNamespace(step_time=steps[1])
     found.probed = found.piloted = found.calibrated = predicted
@@ -75,8 +75,11 @@ def test_two_are_too_close_to_tell_where_the_spreads_shown_overlap(
     found = DemoReport(pair, [], none, none, none, 0, 1, [], {}, "", none, 0)
     ((*_, verdict),) = found.orders()
     assert verdict == ("agrees" if apart else f"too close to tell: {OVERLAP}")
-    assert found.verdict().startswith("Winner: mop" if apart else "A tie on this machine: mop")
+    won = "Fastest in these runs, " if found.busy() else "Winner: mop"
+    assert found.verdict().startswith(won if apart else "A tie on this machine: mop")
     assert found.verdict().endswith(OVERLAP) is not apart
+    found.probed_beside = loaded(0.5, 2, "the profile is")
+    assert found.verdict().startswith("Fastest in these runs, " if apart else "A tie on this machine: mop")
 
 
 def test_a_stage_that_takes_long_is_said_without_a_terminal(
@@ -88,5 +91,5 @@ def test_a_stage_that_takes_long_is_said_without_a_terminal(
     with loop.stage("list the stacks"):
         loop.run("mopsim", "list", "stacks")
     said = capsys.readouterr()
-    assert "mopsim: list the stacks" in said.err
+    assert "mopsim: list the stacks, running for 0 s" in said.err
     assert "  list the stacks: " in said.out
