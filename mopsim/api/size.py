@@ -36,7 +36,7 @@ from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend, surer
+from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, fewest, nearest_miss, pareto, recommend, surer
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -53,8 +53,9 @@ class Clusters(Result):
     """For each machine type the cluster that does it, or why there is none.
 
     `cheapest` and `fastest` (within max_cost) are of all clusters that were tried and do; `chosen` is the one
-    recommended: the cheapest, or where only a budget was given (or no price is known) the fastest; None where
-    none will do, and `miss` is then the nearest. `pareto`: what no other cluster beats in cost and time.
+    recommended: the cheapest, or where only a budget was given the fastest, or where no price is known that
+    of the fewest devices; None where none will do, and `miss` is then the nearest. `pareto`: what no other
+    cluster beats in cost and time.
     """
 
     recommended: dict[str, Any] | None
@@ -65,7 +66,7 @@ class Clusters(Result):
         self.points = [point for sizing in sizings for point in sizing.tried if point.figures]
         self.cheapest, self.fastest = recommend(self.points, max_cost)
         by_time = request.goal.seconds is None
-        self.chosen: Point | None = self.fastest if by_time else self.cheapest or self.fastest
+        self.chosen: Point | None = self.fastest if by_time else self.cheapest or fewest(self.points)
 
     @property
     def miss(self) -> Miss | None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mopsim.api.inputs import unread
+from mopsim.api.inputs import busy, unread
 from mopsim.api.size import size
 from mopsim.commands.console import human, say_notes, say_plan, say_written
 from mopsim.commands.progress import progress
@@ -66,12 +66,14 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     console.print(sizing_table(found.sizings, chosen, request, stated(request, found.sizings)))
     within = "" if order["max_cost"] is None else f" within {format_dollars(order['max_cost'])}"
     asked = asked_odds(request)
-    kind = f"cheapest {asked}, --confidence" if asked else "fastest"
+    least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
+    kind = f"{least} {asked}, --confidence" if asked else "fastest"
     console.print(f"Recommended ({kind}): {summary(chosen)}")
     if better := surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
     console.print(f"Fastest{within}: {summary(found.fastest)}")
-    say_notes(console, unread(request.model))
+    probed = [note for one in found.sizings for note in busy(one.hardware)]
+    say_notes(console, [*unread(request.model), *probed])
     with io.json_beside(json, found.to_json() if json else None):
         pages = found.write(out, as_typed("mopsim")) if out else []
     say_written(console, json, *map(str, pages))

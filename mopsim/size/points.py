@@ -183,6 +183,12 @@ def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[P
     return cheapest, fastest
 
 
+def fewest(points: Sequence[Point]) -> Point | None:
+    """The point of the fewest devices that does, the first of these; None where none does."""
+    done = [point for point in points if point.does]
+    return min(done, key=lambda one: one.num_devices, default=None)
+
+
 def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | None:
     """The cheapest point that does, is in time with probability SURE or more and costs at most LITTLE times
     the chosen one; None where that is as sure itself, or has no deadline or price."""

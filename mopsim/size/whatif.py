@@ -9,7 +9,7 @@ from msgspec.structs import replace as altered
 from mopsim.engine import SimResult
 from mopsim.size.ask import billed
 from mopsim.size.assumptions import known
-from mopsim.size.benchmarks import measurements, spreads, tag_of
+from mopsim.size.benchmarks import measurements, of_machine, spreads, tag_of
 from mopsim.size.carry import played
 from mopsim.size.figures import LEVEL, WIDE, Figures
 from mopsim.size.points import Point, Request
@@ -149,14 +149,21 @@ def _prices(request: Request, point: Point) -> list[Swing]:
 
 
 def _speeds(request: Request, point: Point) -> list[Swing]:
-    """Each kind of work that takes a share of the step, faster and slower by what is open of it."""
+    """Each kind of work that takes a share of the step, faster and slower by what is open of it; by less
+    where together they would move the days by more than measurements of a machine can settle, as kinds do
+    that others wait for."""
     bill, result = point.figures, point.result
     assert bill is not None
     assert result is not None
     open_ = spreads(point.hardware, point.num_devices, bill, result)
-    return [
-        swing for kind in _kinds(point) if (swing := _speed(request, point, kind, open_[kind])) is not None
-    ]
+
+    def found(part: float) -> list[Swing]:
+        ends = (_speed(request, point, kind, part * open_[kind]) for kind in _kinds(point))
+        return [swing for swing in ends if swing is not None]
+
+    whole, most = found(1.0), of_machine(bill, result)
+    moved = sum((math.log(one.high.days / one.low.days) / (2 * WIDE)) ** 2 for one in whole)
+    return found(math.sqrt(most / moved)) if moved > most else whole
 
 
 def _kinds(point: Point) -> list[str]:

@@ -25,8 +25,8 @@ BESIDE_PROBE = "While it was probed other programs had "
 
 def beside_probe(profile: HardwareProfile) -> str:
     """That sentence; empty where the machine was quiet, or was not probed."""
-    found = re.search(f"{BESIDE_PROBE}.*?cores", profile.notes, re.S)
-    return " ".join(found[0].split()) if found else ""
+    found = re.search(f"{BESIDE_PROBE}.*?cores", " ".join(profile.notes.split()))
+    return found[0] if found else ""
 
 
 @named

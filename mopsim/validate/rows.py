@@ -1,6 +1,7 @@
 """One row of a runs table -> a case, or the reason why it cannot be simulated. Columns are those of any
 program; what they leave unsaid is data (mopsim.validate.facts)."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar
 
@@ -244,16 +245,34 @@ def _training(known: RowFacts, degrees: Degrees, model: ModelSpec) -> tuple[Trai
     return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing), told
 
 
+def _loads(row: Row, experts: int) -> tuple[float, ...]:
+    """Shares of the routes by expert, empty where the row has none."""
+    cell = row.get("loads", "")
+    if cell in UNKNOWN:
+        return ()
+    try:
+        loads = [float(one) for one in cell.split()]
+    except ValueError:
+        loads = []
+    whole = math.fsum(loads)
+    if len(loads) != experts or not math.isfinite(whole) or min(loads, default=-1.0) < 0 or whole <= 0:
+        raise UnsupportedError(
+            "loads", f"{cell!r} must be {experts} parts by spaces, none below 0, some above"
+        )
+    if row.get("routing") != "natural":
+        raise UnsupportedError("loads", "are of a row whose routing is natural")
+    return tuple(one / whole for one in loads)
+
+
 def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfile, tuple[str, ...]]:
     """Even unless the row says `natural`; then as its text makes it."""
     experts, head = model.num_local_experts, "natural routing: simulated with"
-    if row.get("routing") != "natural":
+    loads = _loads(row, experts)
+    if row.get("routing") != "natural" or not experts:
         return "balanced", ()
-    words, loads = count(row, "filler_tokens"), [float(one) for one in row.get("loads", "").split()]
-    if not experts:
-        return "balanced", ()
+    words = count(row, "filler_tokens")
     if loads:
-        return tuple(one / sum(loads) for one in loads), (f"{head} the loads of another run of its program",)
+        return loads, (f"{head} the loads of another run of its program",)
     if words:
         shares = repeated(experts, model.num_experts_per_tok, degrees.experts, words)
         return shares, (f"{head} the loads of a text of {words} distinct tokens",)

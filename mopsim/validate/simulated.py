@@ -102,7 +102,7 @@ def _first_step(result: SimResult) -> int:
     """The peak of a first step, in whose forward and backward there are no moments."""
     precision, phases = result.strategy.precision, result.peak_by_phase
     moments = 2 * int(DTYPE_BYTES[precision.moments])
-    absent = result.memory_by_category["optimizer"] * moments // (moments + precision.own_master)
+    absent = result.memory_by_category.get("optimizer", 0) * moments // (moments + precision.own_master)
     passes = max(size for phase, size in phases.items() if phase != "optimizer")
     return max(passes - absent, phases.get("optimizer", 0))
 

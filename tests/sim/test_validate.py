@@ -202,6 +202,10 @@ def test_the_passes_of_a_first_step_are_without_moments() -> None:
     told = row(**megatron, notes="largest max allocated of ranks 0 and 2 after iteration 1")
     first, later = (simulate_case(read_case(one, MODELS), paced=False) for one in (told, row(**megatron)))
     assert first.fullest == later.fullest == later.peak_memory
+    on_host = read_case(row(**megatron, optimizer_offload="1", notes=told["notes"]), MODELS)
+    assert simulate_case(on_host, paced=False).peak_memory > 0
+    both = row(**megatron, notes="max allocated of the last pipeline stage after iteration 1")
+    assert read_case(both, MODELS).program().reading.last_stage
     moments = 8 * 8.03e9 / 2 / 4
     assert later.peak_memory - first.peak_memory == pytest.approx(moments, rel=0.01)
 

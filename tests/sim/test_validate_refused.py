@@ -42,6 +42,21 @@ from tests.sim.test_validate import MODELS, row, validate_runs
         ({"fits": "no"}, "fits"),
         ({"fits": "oom"}, "fits"),
         ({"routing": "even"}, "routing"),
+        *(
+            (
+                {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": how, "loads": loads},
+                "loads",
+            )
+            for how, loads in (
+                ("natural", "n/a"),
+                ("natural", "1,1"),
+                ("natural", "0 " * 128),
+                ("natural", "1 1"),
+                ("natural", "nan " * 128),
+                ("natural", "-1 3 " * 64),
+                ("balanced", "1 " * 128),
+            )
+        ),
         ({"loss": "sparse"}, "loss"),
         ({"dispatcher": "flex"}, "dispatcher"),
         ({"overlap": "dp+xx"}, "overlap"),
