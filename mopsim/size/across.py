@@ -1,6 +1,8 @@
 """The plans found anywhere in a sizing, on every machine type and at every count that was asked."""
 
 from collections.abc import Sequence
+from heapq import nlargest
+from operator import itemgetter
 
 from mopsim.engine import SimResult
 from mopsim.size.ask import Ask
@@ -8,14 +10,40 @@ from mopsim.size.carry import carried
 from mopsim.size.known import AROUND, KnownSteps
 from mopsim.spec.strategy import Strategy
 
+CLOSE, MOST = 0.9, 3
+"""Part of its machine's best MFU from which a plan is tried where another machine's own best plan is, and
+how many plans of its own and of all other machine types are tried at a count."""
+
 
 def across(known: KnownSteps, everywhere: Sequence[KnownSteps]) -> list[Ask]:
-    """A question for each count of a machine type that has not played the fastest plan of some count of any
-    of them: the one of the nearest number of ranks. Asked until nothing is left, no count is slower than
-    another one's plan there; one at a time, so that what a faster plan has displaced is not played."""
-    pool = [found.plans[0] for one in everywhere for found in one.answers.values() if found.plans]
-    asks = ((count, _untried(known, count, pool)) for count in sorted(known.points))
+    """Questions for a machine type: each count plays the fastest plans of other counts and machine types that
+    are nearer to the best MFU of their own machine type than the count's is to that of its own, and where
+    this is the best, those that are CLOSE; the MOST nearest, of its own machine type and of all others. Asked
+    until nothing is left; one at a time, so that what a faster plan has displaced is not played."""
+    mine, others = _parts([known]), _parts([one for one in everywhere if one is not known])
+    best = max((plan.mfu for plan, _ in mine), default=0.0)
+    asks = []
+    for count in sorted(known.points):
+        own = known.answers[count].plans
+        reached = own[0].mfu / best if own else 0.0
+        least = reached if reached < 1 else CLOSE
+        some = [
+            plan
+            for pool in (mine, others)
+            for plan, _ in nlargest(MOST, (one for one in pool if one[1] > least), key=itemgetter(1))
+        ]
+        asks.append((count, _untried(known, count, some)))
     return [Ask(known.hardware, count, (plan,), first=True) for count, plan in asks if plan is not None]
+
+
+def _parts(machines: Sequence[KnownSteps]) -> list[tuple[SimResult, float]]:
+    """The fastest plan of each count, and its MFU over the best one of its machine type."""
+    found = []
+    for one in machines:
+        plans = [answer.plans[0] for answer in one.answers.values() if answer.plans]
+        best = max((plan.mfu for plan in plans), default=0.0)
+        found += [(plan, plan.mfu / best) for plan in plans]
+    return found
 
 
 def _untried(known: KnownSteps, count: int, pool: Sequence[SimResult]) -> SimResult | None:

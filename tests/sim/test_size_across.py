@@ -29,7 +29,7 @@ def together() -> list[Sizing]:
     return size_all(REQUEST, MACHINES)
 
 
-def test_no_cluster_is_slower_than_the_plan_of_another_there(together: list[Sizing]) -> None:
+def test_no_cluster_is_a_percent_slower_than_the_plan_of_another_there(together: list[Sizing]) -> None:
     points = [one for sizing in together for one in sizing.tried if one.result]
     assert len({one.hardware.name for one in points}) == 2
     beaten = 0
@@ -43,7 +43,7 @@ def test_no_cluster_is_slower_than_the_plan_of_another_there(together: list[Sizi
             stack = other.result.stack
             there = played(REQUEST.model, here.hardware, here.num_nodes, form, here.training, stack)
             if there is not None and there.sure:
-                assert here.result.step_time <= there.step_time * (1 + 1e-9)
+                assert here.result.step_time <= there.step_time * 1.01
                 beaten += here.result.step_time < there.step_time
     assert beaten
 
