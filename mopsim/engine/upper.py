@@ -40,8 +40,7 @@ def idle_blocks(
     """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
     stream, and FSDP gathers parameters and reduces gradients on streams of their own, as does DeepSpeed,
     which sends a copy of its buffer."""
-    zero, hidden = strategy.dense.zero, bool(strategy.overlap.grad_reduce)
-    copied = sharding.reduce_buffer * (zero == 3 or (zero == 2 and hidden))
+    copied = sharding.reduce_buffer * (strategy.dense.zero == 3 or strategy.fills_while_reducing)
     apart = ("gathered", "grads") if sharding.fsdp else ("gathered",) if copied else ()
     return int(copied) + sum(highest[name] - at_peak.get(name, 0) for name in apart)
 

@@ -145,8 +145,7 @@ class Stage:
     def _reduce_buffers(self) -> int:
         """Buffers of reductions (see Sharding.reduce_buffer)."""
         strategy = self.context.strategy
-        zero = strategy.dense.zero
-        return int(zero >= 2) + int(zero == 2 and bool(strategy.overlap.grad_reduce))
+        return int(strategy.dense.zero >= 2) + int(strategy.fills_while_reducing)
 
     @property
     def flat_bytes(self) -> int:

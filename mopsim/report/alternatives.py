@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mopsim.common.changes import changed
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.spec.line import describe
@@ -53,14 +54,8 @@ def otherwise(plan: Fields, changes: Fields) -> list[str]:
 
 def _words(plan: Fields, changes: Fields) -> dict[str, str] | None:
     """The words of a plan's line by what they are of; None where there is no such plan."""
-    fields: dict[str, Any] = {}
-    for key, one in plan.items():
-        fields[key] = dict(one) if isinstance(one, Mapping) else one
-    for name, value in changes.items():
-        group, _, field = name.rpartition(".")
-        (fields.setdefault(group, {}) if group else fields)[field] = value
     try:
-        words = describe(convert(fields, Strategy, "strategy")).split()
+        words = describe(changed(convert(plan, Strategy, "strategy"), changes, "strategy")).split()
     except MopError:
         return None
     return {_place(word.partition("=")[0]): word for word in words}

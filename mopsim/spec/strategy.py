@@ -257,6 +257,11 @@ class Strategy(Spec, frozen=True, kw_only=True):
         return self.stage_ranks // (self.dense.tensor_parallel * self.attention.context_parallel)
 
     @property
+    def fills_while_reducing(self) -> bool:
+        """Whether ZeRO-2 fills one buffer of gradients while another one is reduced."""
+        return self.dense.zero == 2 and bool(self.overlap.grad_reduce)
+
+    @property
     def dense_replicas(self) -> int:
         """Ranks of a stage that hold the same dense slice."""
         return self.stage_ranks // self.dense.tensor_parallel

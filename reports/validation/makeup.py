@@ -6,7 +6,8 @@ from itertools import pairwise
 from math import inf
 
 from mopsim.engine.record import Span
-from mopsim.spec.hardware import COMPUTE_KINDS, HardwareProfile
+from mopsim.intervals.made import divided
+from mopsim.spec.hardware import HardwareProfile
 from mopsim.validate import parts
 from mopsim.validate.component import Component
 
@@ -19,10 +20,7 @@ def of_step(step: float, exposed: Mapping[str, float], busy: Mapping[str, float]
     do."""
     waits = {f"{kind} exposed": seconds for kind, seconds in exposed.items()}
     rest = max(0.0, step - sum(exposed.values()))
-    kernels = {kind: busy.get(kind, 0.0) for kind in COMPUTE_KINDS}
-    total = sum(kernels.values())
-    kinds = {kind: rest * seconds / total for kind, seconds in kernels.items()} if total else {}
-    return _shares(kinds | waits | ({} if total else {"compute": rest}))
+    return _shares((divided(rest, busy) or {"compute": rest}) | waits)
 
 
 def of_spans(spans: Iterable[Span]) -> Shares:

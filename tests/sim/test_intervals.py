@@ -13,8 +13,8 @@ from mopsim.intervals.errors import LEVELS, NAMES, Deviations, ErrorCell, ErrorQ
 from mopsim.intervals.made import ALWAYS, made_of
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
-from mopsim.spec.categories import STEP_PARTS
-from mopsim.spec.hardware import Observed
+from mopsim.spec.categories import STEP_PARTS, WAITING_PARTS
+from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases
@@ -71,6 +71,12 @@ def test_what_a_step_is_made_of_sets_the_scale_of_its_error() -> None:
     )
     apart = between(alone, cell("other", "b"), mine)
     assert apart.deviation == pytest.approx(math.sqrt((0.2**2 + 0.1**2) * (1 + scale**2)))
+
+
+def test_the_parts_of_a_step_are_all_kernels_and_all_collectives() -> None:
+    kernels = [kind for part, kinds in STEP_PARTS.items() if part not in WAITING_PARTS for kind in kinds]
+    assert sorted(kernels) == sorted(COMPUTE_KINDS)
+    assert STEP_PARTS["network"] == COLLECTIVES
 
 
 def test_parts_that_err_more_are_told_by_runs_that_have_more_of_them() -> None:
