@@ -46,6 +46,8 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
 
 
+EXCHANGES = ("dispatch", "combine")
+"""Kernels that move rows to the ranks of their experts and back."""
 BESIDE_ROWS = {"counts": "all counts", "weights": "sent weights"}
 """Kernel of each of what a dispatcher sends beside rows (Kernels.beside_rows of a stack)."""
 

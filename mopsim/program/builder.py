@@ -5,10 +5,10 @@ from itertools import zip_longest
 
 from msgspec.structs import replace
 
-from mopsim.graph.experts import BESIDE_ROWS
+from mopsim.graph.experts import EXCHANGES
 from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template
-from mopsim.program.workload import SLOTS, CommGroup, Op, Repeat, Work, collective_work, deltas
+from mopsim.program.workload import FABRICS, SLOTS, CommGroup, Op, Repeat, Work, collective_work, deltas
 
 
 class Builder:
@@ -161,11 +161,15 @@ class Builder:
         return tuple(start if not template.pieces else (places[end] for end in template.ends))
 
     def weave(self, start: int, middle: int) -> dict[int, int]:
-        """Issue ops [start, middle) and those from middle on by turns, a turn ending with a collective.
+        """Issue ops [start, middle), a forward, and those from middle on, a backward, by turns (`turn_ends`),
+        the backward's first.
 
+        That is the order of DualPipe (arXiv 2412.19437) and of Megatron-Core (01cf4fb5,
+        models/common/model_chunk_schedule_plan.py): combine backward, attention forward, experts backward,
+        dispatch forward, dispatch backward, experts and combine forward, attention backward.
         Returns the new index of each op that moved. Neither part may depend on the other.
         """
-        turns = [_turns(self.ops[start:middle]), _turns(self.ops[middle:])]
+        turns = [_turns(self.ops[middle:]), _turns(self.ops[start:middle])]
         woven = [op for pair in zip_longest(*turns, fillvalue=()) for turn in pair for op in turn]
         moved = {op.index: start + place for place, op in enumerate(woven)}
         self.ops[start:] = [
@@ -242,17 +246,25 @@ def stream_of(group: CommGroup) -> str:
     return "scale_up" if group.intra == group.size else "scale_out"
 
 
-def ends_turn(op: Op) -> bool:
-    """Whether another pass that is woven with this one goes on after the op: after every collective but what
-    is sent beside rows."""
-    return op.stream in ("scale_up", "scale_out") and op.name not in BESIDE_ROWS.values()
+def turn_ends(ops: Sequence[Op]) -> list[bool]:
+    """Whether another pass that is woven with this one goes on after each op: before and after rows are
+    dispatched, and after they are combined. What the host reads before it dispatches is read by then."""
+    ends = [op.stream in FABRICS and op.name in EXCHANGES for op in ops]
+    for place, op in enumerate(ops):
+        if ends[place] and op.name == EXCHANGES[0]:
+            before = place - 1
+            while before >= 0 and ops[before].stream == "read":
+                before -= 1
+            if before >= 0:
+                ends[before] = True
+    return ends
 
 
 def _turns(ops: Sequence[Op]) -> list[list[Op]]:
     """Cut after every op that ends one."""
     found: list[list[Op]] = [[]]
-    for op in ops:
+    for op, ends in zip(ops, turn_ends(ops), strict=True):
         found[-1].append(op)
-        if ends_turn(op):
+        if ends:
             found.append([])
     return found

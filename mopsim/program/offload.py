@@ -51,12 +51,13 @@ class OffloadedInputs:
             kind = "backward" if phase == "input_grad" else phase
             self.visits += [(kind, microbatch, layer) for layer in layers]
         self.places = {visit: place for place, visit in enumerate(self.visits)}
+        self._last = len(self.visits)
         self.pinned = 0
         self._repeated: set[int] = set()
         self._free: dict[int, list[int]] = {}
         self._down: dict[Visit, int] = {}
         self._up: dict[Visit, int] = {}
-        self._window: tuple[int, ...] = ()
+        self.window: tuple[int, ...] = ()
         self._newest: tuple[int, ...] = ()
         activations = context.strategy.activations
         layers = [layer for chunk in stage.every for layer in chunk]
@@ -98,16 +99,28 @@ class OffloadedInputs:
         if self.explicit and phase == "forward":
             self._take(visit, self.issue.so_far())
             return ()
-        self._window = tuple(ready) or self._window
-        place = self.places[visit]
-        for one in self.visits[place : place + (1 if self.hooked or self.explicit else 2)]:
+        self.window = tuple(ready) or self.window
+        place, ahead = self.places[visit], 1 if self.hooked or self.explicit else 2
+        for one in self.visits[place : min(place + ahead, self._last)]:
             self._bring(one)
         return (self._up.pop(visit),) if visit in self._up else ()
 
-    def ahead(self, microbatch: int, layers: Sequence[int]) -> None:
-        """The input of the first layer of a backward comes up beside the last visit."""
+    def woven(self, microbatch: int, layers: Sequence[int]) -> None:
+        """A backward is woven with a forward: the input of its first layer comes up beside the last visit,
+        none of another pass until both are issued (`issued`)."""
         if layers:
             self._bring(("backward", microbatch, layers[0]))
+            self._last = self.places["backward", microbatch, layers[-1]] + 1
+
+    def issued(self, places: Mapping[int, int]) -> None:
+        """They are, at new places of ops (see Builder.weave)."""
+        for ops in (self._down, self._up):
+            ops.update({visit: places.get(op, op) for visit, op in ops.items()})
+        self._free = {size: [places.get(op, op) for op in ops] for size, ops in self._free.items()}
+        self.window = tuple(places.get(op, op) for op in self.window)
+        following, self._last = self.visits[self._last : self._last + 1], len(self.visits)
+        for one in following if not (self.hooked or self.explicit) else ():
+            self._bring(one)
 
     def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:
         """A layer's forward has run: its input goes down, into a buffer whose copy up is over."""
@@ -145,13 +158,6 @@ class OffloadedInputs:
         self.pinned += times * sum(size for layer in new for _, size in self.contents(layer))
         self._repeated.update(new)
 
-    def moved(self, places: Mapping[int, int]) -> None:
-        """Ops have new indices (see Issue.weave)."""
-        for ops in (self._down, self._up):
-            ops.update({visit: places.get(op, op) for visit, op in ops.items()})
-        self._free = {size: [places.get(op, op) for op in ops] for size, ops in self._free.items()}
-        self._window = tuple(places.get(op, op) for op in self._window)
-
     def beside(self, template: Template, layer: int) -> Hooks:
         """Inside of a layer's backward an explicit program takes up the next input."""
         if not self.explicit or not self.away:
@@ -166,7 +172,7 @@ class OffloadedInputs:
             return
         phase, microbatch, layer = visit
         now, self.issue.microbatch = self.issue.microbatch, microbatch
-        memory, after = self.contents(layer), (down, *self._window)
+        memory, after = self.contents(layer), (down, *self.window)
         size = sum(bytes for _, bytes in memory)
         if self.explicit:
             self.issue.hold(memory)

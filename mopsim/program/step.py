@@ -105,18 +105,18 @@ class StageStep:
             self._arrive(forward, backward)
             self.unsent = []
         if woven:
-            self.boundaries.ahead(backward[1], self.stage.chunks[backward[2]][::-1])
-        start = len(self.issue.ops)
+            self.boundaries.woven(backward[1], self.stage.chunks[backward[2]][::-1])
+        start, window = len(self.issue.ops), self.boundaries.window
         self._slot(forward, left)
         middle, sent = len(self.issue.ops), self.after
-        if woven:
-            self.after = ()
+        if woven:  # neither waits for the other
+            self.after, self.boundaries.window = (), window
         self._slot(backward, left)
         moved = self.issue.weave(start, middle) if woven else {}
         if woven:
             self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
             self.reductions = [moved.get(op, op) for op in self.reductions]
-            self.boundaries.moved(moved)
+            self.boundaries.issued(moved)
         unsent, self.unsent = self.unsent or [], None
         for way, microbatch, part, ready in unsent:
             self._send(way, microbatch, part, tuple(moved.get(op, op) for op in ready))

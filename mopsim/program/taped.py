@@ -97,8 +97,13 @@ class _Draft(Recorder):
     def exchange(self, item: Played, back: str) -> None:
         """A collective that what follows waits for, or runs beside until it needs what comes."""
         self.close(back)
-        if item.kernel.name == "dispatch" and not item.backward:
-            self.await_last()
+        if item.kernel.name == "dispatch" and not item.backward and not self.counted:
+            self.ready = (
+                self.add(
+                    "counts", "read", item.kernel.component, _phase(item, back), (), self.ready, awaited=True
+                ),
+            )
+            self.counted = True
         op = self.talk(item, back, self.ready, item.memory)
         if item.kernel.beside:
             self.coming |= dict.fromkeys(_brings(item), op)

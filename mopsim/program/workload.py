@@ -11,7 +11,9 @@ from mopsim.graph.tape import Step
 from mopsim.spec.categories import CATEGORIES
 from mopsim.spec.stack import Stack
 
-STREAMS = ("compute", "scale_up", "scale_out", "h2d", "d2h", "update", "host")
+FABRICS = ("scale_up", "scale_out")
+STREAMS = ("compute", *FABRICS, "h2d", "d2h", "update", "host", "read")
+"""`read`: a copy to the host of little that it waits for."""
 SLOTS = (*CATEGORIES, *(f"host/{category}" for category in CATEGORIES))
 """Ledger slots: a category on the device, or `host/` and a category on the host."""
 SLOT = {name: index for index, name in enumerate(SLOTS)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mopsim.cost import seconds
 from mopsim.graph.tape import Step
-from mopsim.program.builder import ends_turn
+from mopsim.program.builder import turn_ends
 from mopsim.program.host_time import Around, hosted
 from mopsim.program.template import Template
 from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas, on_host
@@ -103,7 +103,7 @@ class Prices:
                 first = first if first[0] >= 0 else (place, steps)
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
-        turns = tuple(map(ends_turn, template.pieces))
+        turns = tuple(turn_ends(template.pieces))
         hosts = self._hosts(template.pieces, around)
         return Priced(tuple(ops), turns, template.ends, first, pending, routed, hosts)
 
@@ -221,7 +221,7 @@ class Flow:
 
 
 def alone(*flows: Flow) -> Alone:
-    """One pass, or a forward and a backward by turns (`ends_turn`), as
+    """One pass, or a backward and a forward by turns (`turn_ends`), as
     `mopsim.program.builder.Builder.weave` issues them."""
     last = [-1.0] * len(STREAMS)
     ends = [[0.0] * len(flow.streams) for flow in flows]

@@ -143,7 +143,7 @@ class Pieces:
         loss = LOSS if ahead.last or back.last else ()
 
         def make() -> Alone:
-            parts = (("ahead", ahead), ("back", back))
+            parts = (("back", back), ("ahead", ahead))  # as Builder.weave has them
             return alone(*(self._flow(index, part, way, inputs) for way, part in parts))
 
         return self._once((self.key(index, LAYER), self.key(index, loss), ahead, back, inputs), make)

@@ -143,3 +143,32 @@ def test_expert_exchanges_hide_behind_another_microbatch(pipeline: int, virtual:
     assert whole.exposed["all_to_all"] < 0.6 * plain.exposed["all_to_all"]
     assert whole.busy["all_to_all"] == pytest.approx(plain.busy["all_to_all"])
     assert whole.peak_memory > plain.peak_memory
+
+
+def test_overlapped_layers_run_in_megatron_cores_order() -> None:
+    """That of its TransformerLayerSchedulePlan.run (01cf4fb5, models/common/model_chunk_schedule_plan.py)."""
+    strategy = megatron(8, expert_parallel=4, tensor_parallel=2, context_parallel=2)
+    strategy = with_(strategy, overlap=Overlap(experts=True))
+    training = TrainSpec(seq_len=256, global_batch=24)
+    (program,) = lower(small(num_hidden_layers=4), strategy, training, 8, expand=True).programs
+    found = [f"{op.name} {op.phase}" for op in program.ops if (op.microbatch, op.layer) in ((1, 2), (0, 2))]
+    kept = (
+        "combine backward", "attention_core forward", "unsort backward", "counts forward",
+        "dispatch forward", "dispatch backward", "sort forward", "combine forward", "attention_core backward",
+    )  # fmt: skip
+    begin = found.index("combine backward")
+    assert tuple(name for name in found[begin:] if name in kept)[: len(kept)] == kept
+
+
+def test_context_ranks_gain_nothing_from_a_sequence_that_is_cut() -> None:
+    """As many tokens a rank, of more sequences in more parts: the exchange is on top of it."""
+    model, profile, seconds = load_model("qwen3_30b_a3b"), load_profile("h100-sxm-80g"), []
+    training = TrainSpec(seq_len=4096, global_batch=512)
+    for ranks in (1, 2, 4):
+        plan = megatron(
+            32, pipeline_parallel=2, virtual_stages=6, expert_parallel=16, token_dispatcher="deepep",
+            context_parallel=ranks, context_exchange="all_gather", micro_batch=2 * ranks,
+            overlap=Overlap(experts=True),
+        )  # fmt: skip
+        seconds.append(simulate(model, profile, 4, plan, training).step_time)
+    assert seconds == sorted(seconds)
