@@ -129,6 +129,12 @@ def _missed(
     return np.asarray(np.where(choices < experts - held + 1, missed, 0.0))
 
 
+def sent_once(fabric: Fabric) -> CollectiveCurve:
+    """The curve over NICs of exchanges of rows that go once to a domain: of kernels made for it where those
+    were timed."""
+    return fabric.collectives.get("dispatch", fabric.collectives["all_to_all"])
+
+
 def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     """All-to-all of rows that go once to a domain, and on to each rank of it that wants them, once.
 
@@ -138,7 +144,7 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     n, intra = work.group.size, work.group.intra
     choices = work.group.choices, work.group.experts, work.group.limit, work.group.consecutive
     domains = n / intra
-    out = profile.scale_out.collectives["all_to_all"]
+    out = sent_once(profile.scale_out)
     wanted = once * (n - 1) * float(reached(n, *choices))
     if intra == n:
         return _inside("all_to_all", profile, n, wanted)

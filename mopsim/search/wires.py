@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.cost.communication import reached
+from mopsim.cost.communication import reached, sent_once
 from mopsim.spec.hardware import CollectiveCurve, HardwareProfile
 
 Reals = NDArray[np.float64]
@@ -91,7 +91,10 @@ class Wires:
         if kind == "all_to_all":
             outside = message.size * (n - intra) / n * _distinct(domains, message)
             within = message.size * (intra - 1) / n * _distinct(n, message)
-            slow = _curve(curve, np.where(np.asarray(message.choices) > 0, domains, n), outside * crossing)
+            wire, once = outside * crossing, np.asarray(message.choices) > 0
+            slow = np.where(
+                once, _curve(sent_once(self.hardware.scale_out), domains, wire), _curve(curve, n, wire)
+            )
         else:
             outside = self._wire(kind, message.size / intra, domains)
             within = self._wire(kind, message.size, intra)

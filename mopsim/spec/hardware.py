@@ -136,9 +136,10 @@ class Fabric(Spec, frozen=True, kw_only=True):
     links together (HardwareProfile.peer_share). oversubscription: of scale_out, the bandwidth of the NICs
     under a leaf switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf:
     scale-up domains that reach each other through one leaf: few where a leaf takes all NICs of a node, as
-    many as it has ports where it takes one of each node (rail-optimised; what is for another rail moves
-    inside the domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: a curve
-    for each of all_gather, reduce_scatter, all_reduce, all_to_all, send_recv.
+    many as it has ports where it takes one of each (rail-optimised; what is for another rail moves inside the
+    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: a curve of each of
+    all_gather, reduce_scatter, all_reduce, all_to_all, send_recv; of scale_out also of `dispatch`, of kernels
+    that send a row once to a domain (DeepEP's), where it is not all_to_all's.
     """
 
     peak: Quantity
@@ -152,7 +153,7 @@ class Fabric(Spec, frozen=True, kw_only=True):
         require_dimension(self, "bandwidth", "peak")
         require_between(self, 1, 100, "oversubscription")
         require_between(self, 1, 2**16, "domains_per_leaf")
-        for name in self.collectives:
+        for name in set(self.collectives) - {"dispatch"}:
             require(name in COLLECTIVES, "collectives", name, f"is not one of {', '.join(COLLECTIVES)}")
         for name in COLLECTIVES:
             require(name in self.collectives, "collectives", sorted(self.collectives), f"lacks {name}")
@@ -340,8 +341,8 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         yield self.scale_out.topology == "switch", "scale_out.topology", "must be switch"
         alone = self.scale_up.topology == "mesh" and self.scale_up_size == 1
         yield not alone, "scale_up.topology", "needs a scale_up_size above 1"
-        rule = "must be 1: only scale_out has leaves and a spine"
-        yield self.scale_up.oversubscription == 1, "scale_up.oversubscription", rule
+        yield self.scale_up.oversubscription == 1, "scale_up.oversubscription", "must be 1: it has no spine"
+        yield "dispatch" not in self.scale_up.collectives, "scale_up.collectives", "dispatch is of scale_out"
         if self.device_kind != "cpu":  # whose ranks share the memory that their links are made of
             links = {
                 "host.link_h2d": self.host.link_h2d, "host.link_d2h": self.host.link_d2h,
@@ -394,7 +395,6 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         return int(self.device.memory.si - self.device.reserved.si)
 
     def host_limit(self, ranks: int = 0) -> int:
-        """Bytes of host memory that one rank may use: its share of the node's DRAM. ranks: of the job, where
-        they may be fewer than the node's devices."""
+        """Bytes of host memory that a rank may use. ranks: of the job, maybe fewer than a node's devices."""
         sharing = min(ranks, self.devices_per_node) if ranks else self.devices_per_node
         return int(self.host.memory.si / sharing)

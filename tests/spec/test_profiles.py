@@ -209,6 +209,14 @@ def test_an_efficiency_above_one_and_a_wrong_unit_are_refused(tmp_path: Path) ->
         load_profile(tmp_path / "u.yaml")
 
 
+def test_only_nics_have_a_curve_of_rows_that_go_once_to_a_node(tmp_path: Path) -> None:
+    plain = to_plain(load_profile("h100-sxm-80g-aws-p5"))
+    plain["scale_up"]["collectives"]["dispatch"] = plain["scale_up"]["collectives"]["all_to_all"]
+    write_yaml(tmp_path / "p.yaml", plain)
+    with pytest.raises(MopError, match=r"scale_up\.collectives: .*dispatch is of scale_out"):
+        load_profile(tmp_path / "p.yaml")
+
+
 def test_a_quantity_without_a_source_is_refused() -> None:
     with pytest.raises(MopError, match="source: '' must name where the number comes from"):
         Quantity(value=1.0, unit="GB", tag="measured", source="")
@@ -224,6 +232,22 @@ def test_a_network_that_was_not_fitted_is_met_by_another_and_its_delay() -> None
         errors.append(abs(math.log(seconds_of(work, profile) / float(row["seconds"]))))
     assert len(errors) == 29
     assert statistics.median(errors) < 0.2
+
+
+def test_rows_that_go_once_to_a_node_take_what_the_kernels_for_it_do() -> None:
+    """A dispatch and a combine of default chunks on p6-b200, in bf16: UCCL's and NVSHMEM's, half as fast to
+    twice as fast as each other; in their means, within a tenth."""
+    profile = load_profile("b200-sxm-192g-aws-p6")
+    columns = ("network", "chunks", "num_gpus", "sent_bytes")
+    table = [row for row in read_csv(DATA / "dispatch_over_nodes.csv", columns) if row["chunks"] == "default"]
+    for ranks in (16, 32):
+        rows = [row for row in table if int(row["num_gpus"]) == ranks]
+        sent = max(float(row["sent_bytes"]) for row in rows) / 2
+        timed = [float(row["seconds"]) / 2 for row in rows if float(row["sent_bytes"]) == 2 * sent]
+        one = sent / (ranks / 8 - 1)  # every row goes to every node
+        work = Work("all_to_all", bytes=8 * one, group=CommGroup(ranks, 8, choices=8, experts=8, block=0))
+        assert seconds_of(work, profile) == pytest.approx(statistics.geometric_mean(timed), rel=0.1)
+        assert seconds_of(work, load_profile("b200-sxm-192g")) < min(timed)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "-aws-" in name])

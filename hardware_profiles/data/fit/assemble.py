@@ -257,7 +257,8 @@ def _bridges(given: Entry) -> Bridges:
 
 
 def _timed_out(machine: Entry, known: OverNodes) -> Fabric:
-    curves = {op: _curve(known.fits[op], known.tags[op], known.sources[op]) for op in COLLECTIVES}
+    ops = (*COLLECTIVES, *sorted(set(known.fits) - set(COLLECTIVES)))
+    curves = {op: _curve(known.fits[op], known.tags[op], known.sources[op]) for op in ops}
     return Fabric(peak=_given(machine["nic"]), collectives=curves)
 
 

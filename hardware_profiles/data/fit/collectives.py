@@ -105,6 +105,14 @@ class OverNodes:
     tags: dict[str, Tag]
     sources: dict[str, str]
 
+    def with_dispatch(self, fit: CollectiveFit, source: str) -> "OverNodes":
+        """With the curve of kernels that send a row once to a node."""
+        tag: Tag = "measured" if fit.residuals.rows else "assumed"
+        return replace(
+            self, fits={**self.fits, "dispatch": fit}, tags={**self.tags, "dispatch": tag},
+            sources={**self.sources, "dispatch": source},
+        )  # fmt: skip
+
 
 def fit_over_nodes(op: str, rows: list[dict[str, str]], nic: float, node: int = 8) -> CollectiveFit:
     """One op of nccl_over_nodes.csv by what a NIC carries, as mopsim.cost.communication counts it. Gathers

@@ -8,6 +8,8 @@ from hardware_profiles.data.fit import assemble, attention, collectives, matmul,
 from hardware_profiles.data.fit.assemble import Entry, MachineFits
 from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import CollectiveFit, OverNodes
+from hardware_profiles.data.fit.dispatch import fit_dispatch
+from hardware_profiles.data.fit.dispatch import rows as dispatch_rows
 from hardware_profiles.data.fit.matmul import MatmulFit
 from hardware_profiles.data.fit.networks import TABLE, network
 from hardware_profiles.data.fit.tables import Residuals, read_csv, round_to
@@ -283,6 +285,9 @@ class Fitter:
         """The curves of a network's NICs."""
         rows = read_csv(TABLE, ("network", "op", "num_gpus", "size_bytes", "seconds"))
         found = network(name, self.networks, rows)
+        sent_once = fit_dispatch(name, dispatch_rows())
+        if sent_once:
+            found = found.with_dispatch(*sent_once)
         for op, fit in found.fits.items():
             if found.tags[op] == "measured":
                 self.report[f"{op} {name}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
