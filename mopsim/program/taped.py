@@ -50,11 +50,11 @@ class _Draft(Recorder):
         else:
             self.ready = (self.add("freed", "compute", "other", "backward", (), self.ready, memory),)
 
-    def await_last(self) -> None:
-        """The host waits for the last piece: how many rows go where decides the sizes of what follows, of all
-        chunks."""
-        if not self.counted:
-            self.awaited()
+    def read_counts(self, item: Played, back: str) -> None:
+        """The host waits for how many rows go where, which decides the sizes of what follows in all chunks."""
+        if not self.counted and self.ops:
+            component, phase = item.kernel.component, _phase(item, back)
+            self.ready = (self.add("counts", "read", component, phase, (), self.ready, awaited=True),)
         self.counted = True
 
     def awaited(self) -> None:
@@ -70,7 +70,7 @@ class _Draft(Recorder):
         counts = context.stack.host.counts_read == "always" and not self.counted
         if counts and item.kernel.kind == "grouped_matmul" and not item.backward:
             self.close(back)
-            self.await_last()
+            self.read_counts(item, back)
         alone = following is not None and _beside(following, context) and not _leads(following)
         if name in _READ or (self.joined and (alone or _splits(self.joined[0], item, back, context))):
             self.close(back)
@@ -97,13 +97,8 @@ class _Draft(Recorder):
     def exchange(self, item: Played, back: str) -> None:
         """A collective that what follows waits for, or runs beside until it needs what comes."""
         self.close(back)
-        if item.kernel.name == "dispatch" and not item.backward and not self.counted:
-            self.ready = (
-                self.add(
-                    "counts", "read", item.kernel.component, _phase(item, back), (), self.ready, awaited=True
-                ),
-            )
-            self.counted = True
+        if item.kernel.name == "dispatch" and not item.backward:
+            self.read_counts(item, back)
         op = self.talk(item, back, self.ready, item.memory)
         if item.kernel.beside:
             self.coming |= dict.fromkeys(_brings(item), op)
