@@ -51,7 +51,7 @@ class _Draft(Recorder):
             self.ready = (self.add("freed", "compute", "other", "backward", (), self.ready, memory),)
 
     def read_counts(self, item: Played, back: str) -> None:
-        """The host waits for how many rows go where, which decides the sizes of what follows in all chunks."""
+        """The host waits for how many rows go where, which decides the sizes of all chunks."""
         if not self.counted and self.ops:
             component, phase = item.kernel.component, _phase(item, back)
             self.ready = (self.add("counts", "read", component, phase, (), self.ready, awaited=True),)
