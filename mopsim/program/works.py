@@ -54,6 +54,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
+    kernels = heads_apart(kernels, run.grouped_heads == "repeated", run.attention_rows == "heads")
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
     found = gathered_kept(found) if run.gathered_rows == "kept" else found
     found = _read_apart(found, context, wings, run.residual == "composed")
@@ -61,7 +62,6 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
-    found = heads_apart(found, run.grouped_heads == "repeated", run.attention_rows == "heads")
     found = cast_once(found) if run.casts == "again" else found
     if model.expert_bias and run.expert_bias != "fused":
         found = biased(found, run.expert_bias == "indexed")

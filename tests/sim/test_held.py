@@ -88,6 +88,16 @@ def test_repeated_heads_travel_to_the_ranks_of_a_sequence(exchange: Exchange, na
     assert found["attention_core"].saves == ("qr", "kr_all", "v0_all", "o", "lse")
 
 
+def test_repeated_heads_are_exchanged_for_slices_of_a_sequence() -> None:
+    shapes = Shapes(tokens=64, seq_len=256, sequence=4, exchange="ulysses", fused=True)
+    kernels = attention(small(), shapes, 0).kernels
+    found = {one.name: one for one in heads_apart(kernels, repeated=True, by_heads=False)}
+    sent = found["sequence_to_heads"]
+    assert len({value.bytes for value in sent.writes}) == 1
+    assert sent.bytes == 3 * sent.writes[0].bytes
+    assert sent.reads[1:] == tuple(value.name for value in found["heads_repeated"].writes)
+
+
 def test_programs_hold_nothing_unless_they_say_so() -> None:
     assert (Kernels().logits_until, Recompute().router_graph) == ("backward", "freed")
 

@@ -38,7 +38,8 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
     made = {value.name: value for kernel in kernels for value in kernel.writes}
     q, k, v = (made[name] for name in core.reads[:3])
     around: dict[str, tuple[Kernel, ...]] = {}
-    exchange = next((kernel for kernel in kernels if kernel.name in ("gather_kv_blocks", "ring")), core)
+    names = ("gather_kv_blocks", "ring", "sequence_to_heads")
+    exchange = next((kernel for kernel in kernels if kernel.name in names), core)
     k, v = (made[name] for name in exchange.reads[-2:]) if exchange is not core else (k, v)
     if repeated and k.bytes < q.bytes:
         times = q.bytes // k.bytes
@@ -48,16 +49,20 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
             "heads_repeated", "memory_bound", core.component, (k.name, v.name), whole, bytes=moved,
             back_bytes=moved, launches=2,
         )  # fmt: skip
-        names = {k.name: whole[0].name, v.name: whole[1].name}
+        all_of = {k.name: whole[0].name, v.name: whole[1].name}
         renamed = {
             one.name: replace(
-                one, reads=tuple(names.get(name, name) for name in one.reads),
-                saves=tuple(names.get(name, name) for name in one.saves),
+                one, reads=tuple(all_of.get(name, name) for name in one.reads),
+                saves=tuple(all_of.get(name, name) for name in one.saves),
             )
             for one in (core, exchange)
         }  # fmt: skip
-        if exchange is not core:  # all heads travel
-            sent = renamed[exchange.name]
+        sent = renamed[exchange.name]
+        if exchange.name == "sequence_to_heads":  # all heads travel, beside the queries
+            writes = (sent.writes[0], *(replace(one, bytes=k.bytes * times) for one in sent.writes[1:]))
+            moved = float(sum(one.bytes for one in writes))
+            renamed[exchange.name] = replace(sent, writes=writes, bytes=moved)
+        elif exchange is not core:
             back = None if sent.back_bytes is None else sent.back_bytes * times
             writes = tuple(replace(one, bytes=one.bytes * times) for one in sent.writes)
             renamed[exchange.name] = replace(sent, writes=writes, bytes=sent.bytes * times, back_bytes=back)
