@@ -40,6 +40,13 @@ expert of all ranks, whose rows are split off and put elsewhere one after the ot
 TENSOR: Costs = {"attention": (10.1, 12.8), "dense_ffn": (8.4, 11.5), "shared_experts": (8.4, 11.5)}
 """Linears that a region of split products adds to them on tensor-parallel ranks, with its collectives' Python
 (`reports/host/te_tensor.json`); routed experts that are not split themselves add none."""
+CONTEXT: dict[str, Costs] = {
+    "ring": {"layer": (10.4, 13.5), "rank": (11.5, 7.8)},
+    "all_gather": {"layer": (24.0, 32.1), "rank": (0.8, 1.7)},
+    "ulysses": {"layer": (47.6, 49.8), "rank": (-0.2, -0.4)},
+}
+"""Linears that context-parallel ranks add to attention and each of them does, by how they exchange a sequence
+(`reports/host/te_context.json`), with the kernels that put its parts together, without NCCL's start."""
 KINDS: Costs = {
     "latent": (13.0, 15.2),
     "latent_rotary": (26.1, 17.7),

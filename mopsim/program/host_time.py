@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.host_costs import CHECKPOINT, HOOKS, KINDS, LAYER, LAYERS, TENSOR, Costs
+from mopsim.graph.host_costs import CHECKPOINT, CONTEXT, HOOKS, KINDS, LAYER, LAYERS, TENSOR, Costs
 from mopsim.program.context import Context
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Exchange
 
 NOTHING = (0.0, 0.0)
 
@@ -33,7 +34,8 @@ class Around:
         stack = context.stack
         hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
-        kinds = kinds_of(context.model, stack)
+        attention = context.strategy.attention
+        kinds = kinds_of(context.model, stack, attention.context_parallel, attention.cp_comm_type)
         return cls(hooked, split, kinds, context.own_experts, context.expert_modules)
 
 
@@ -43,8 +45,9 @@ def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     return replace(program, ops=hosted(program.ops, layers, stack, around))
 
 
-def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
-    """Linears that a network's kind of layers adds to each component of the plain one."""
+def kinds_of(model: ModelSpec, stack: Stack, ranks: int = 1, way: Exchange = "ring") -> Costs:
+    """Linears that a network's kind of layers adds to each component of the plain one, and so many
+    context-parallel ranks to attention, by the way in which they exchange a sequence."""
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0
@@ -55,9 +58,12 @@ def kinds_of(model: ModelSpec, stack: Stack) -> Costs:
         "router": ("sigmoid",) * (model.scoring_func == "sigmoid") + ("groups",) * (model.n_group > 1),
         "shared_experts": ("shared_experts",),
     }
+    found = {component: [KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
+    if ranks > 1:
+        found["attention"] += [CONTEXT[way]["layer"], *[CONTEXT[way]["rank"]] * ranks]
     return {
-        component: (sum(KINDS[kind][0] for kind in kinds), sum(KINDS[kind][1] for kind in kinds))
-        for component, kinds in mine.items()
+        component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
+        for component, costs in found.items()
     }
 
 

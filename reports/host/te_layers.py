@@ -103,10 +103,11 @@ def gathered(gather: Callable[..., object], out: torch.Tensor, given: torch.Tens
     out.view(-1, given.numel()).copy_(given.view(1, -1))
 
 
-def exchanged(exchange: Callable[..., object], out: torch.Tensor, *given: object, **more: object) -> None:
+def exchanged(exchange: Callable[..., object], out: torch.Tensor, *given: object, **more: object) -> object:
     """What is received is nothing rather than not a number, by which no token could be routed."""
-    exchange(out, *given, **more)
+    found = exchange(out, *given, **more)
     out.zero_()
+    return found
 
 
 def of_modules(recipe: object = None, kind: str = "") -> dict[str, Call]:

@@ -4,6 +4,7 @@ device is slower."""
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import linear_regression
 
@@ -17,12 +18,12 @@ from mopsim.graph import total_params
 from mopsim.program import lower
 from mopsim.program.context import make_context
 from mopsim.program.host_time import kinds_of
-from mopsim.program.workload import Workload
+from mopsim.program.workload import STREAMS, Workload
 from mopsim.spec.hardware import Correction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import Exchange, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
 from tests.sim.toys import machine, quantity, small
@@ -114,6 +115,27 @@ def test_a_kind_of_layer_takes_the_host_more_and_whatever_its_kernels_are() -> N
         more = kinds["sigmoid"] + kinds["groups"]
         assert its[phase, "router"] - took[phase, "router"] == pytest.approx(more)
         assert its[phase, "shared_experts"] == pytest.approx(kinds["shared_experts"])
+
+
+def test_what_context_parallel_ranks_add_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/te_context.json").read_text())["added"]
+    for way, costs in modules.CONTEXT.items():
+        for name, cost in costs.items():
+            found = added[way][name]
+            assert cost == pytest.approx((found["forward"], found["backward"]), abs=0.05), way
+
+
+@pytest.mark.parametrize("way", ["ring", "all_gather", "ulysses"])
+def test_context_parallel_ranks_take_the_host_more_whatever_their_kernels_are(way: Exchange) -> None:
+    plain = replace(megatron(8, expert_parallel=8), stack="megatron-core")
+    spread = megatron(8, expert_parallel=8, context_parallel=4, context_exchange=way)
+    took, more = (
+        linears(lower(MODEL, one, training(4096, 32), 8, compose=False), 5, ("compute",))
+        for one in (plain, replace(spread, stack="megatron-core"))
+    )
+    for place, phase in enumerate(("forward", "backward")):
+        added = modules.CONTEXT[way]["layer"][place] + 4 * modules.CONTEXT[way]["rank"][place]
+        assert more[phase, "attention"] - took[phase, "attention"] == pytest.approx(added)
 
 
 def test_a_network_without_rotary_embedding_pays_the_host_for_none() -> None:
@@ -243,11 +265,11 @@ def test_experts_that_are_modules_are_called_and_gathered_one_by_one() -> None:
     assert set(gathers) == {experts}
 
 
-def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
+def linears(workload: Workload, layer: int, streams: Sequence[str] = STREAMS) -> dict[tuple[str, str], float]:
     """Linears of the host by phase and component, in one layer and microbatch."""
     found: dict[tuple[str, str], float] = defaultdict(float)
     for op in workload.programs[0].ops:
-        if op.layer == layer and op.microbatch == 1:
+        if op.layer == layer and op.microbatch == 1 and op.stream in streams:
             found[op.phase, op.component] += sum(work.issued + work.host for work in op.work)
     return found
 
