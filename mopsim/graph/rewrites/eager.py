@@ -42,6 +42,9 @@ CLAMPED, CLAMPED_BACKWARD = TensorPasses(18, 0, 7), TensorPasses(50, 0, 18)
 """gpt-oss's gate (transformers, modeling_gpt_oss.py): every second column of one tensor clamped, twice, a
 scale, a sigmoid, two products and a shift. Back: two gradients of each product, one of the sigmoid and of the
 scale, their sum, a mask of each clamp, and each half written into zeros of the whole and added."""
+SHIFTED, SHIFTED_BACKWARD = TensorPasses(9, 2, 5), TensorPasses(16, 7, 9)
+"""Megatron-Core's experts without bias_activation_fusion: SiLU, a shift of the other half, a product, one by
+weights in fp32, a cast. Back: a cast, two gradients, a cast, a sum, two more, SiLU's, halves put together."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
 WEIGHTED, WEIGHTED_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(5, 0, 3)
@@ -228,21 +231,28 @@ def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the result of SiLU beside what it reads. Apart already: two tensors in one kernel."""
     if wings != 2 or kernel.name not in ("act", "experts_act"):
         return kernel
-    silu = replace(kernel.writes[0], name=f"{kernel.writes[0].name}_silu", grad=False)
-    found = _instead(kernel, wider, GATED, GATED_BACKWARD)
-    return replace(found, writes=(*kernel.writes, silu), saves=(*kernel.saves, silu.name))
+    return _keeping(kernel, _instead(kernel, wider, GATED, GATED_BACKWARD), "silu")
+
+
+def _shifted(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the result of SiLU, the other half shifted, if by nothing, and their product."""
+    found = _instead(kernel, wider, SHIFTED, SHIFTED_BACKWARD)
+    return _keeping(kernel, found, "silu", "shifted", "glu") if wings == 2 else kernel
 
 
 def _clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the gate clamped, its sigmoid, their product and the shifted other half. Back, the halves'
     gradients lie in two tensors of the whole before they are added."""
-    act = kernel.writes[0]
-    kept = [replace(act, name=f"{act.name}_{part}", grad=False) for part in ("gate", "sigmoid", "glu", "up")]
     found = _instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
-    saves = (*kernel.saves, *(value.name for value in kept))
-    return replace(
-        found, writes=(*kernel.writes, *kept), saves=saves, back_scratch=(("dispatch", wings * act.bytes),)
-    )
+    found = _keeping(kernel, found, "gate", "sigmoid", "glu", "up")
+    return replace(found, back_scratch=(("dispatch", wings * kernel.writes[0].bytes),))
+
+
+def _keeping(kernel: Kernel, found: Kernel, *parts: str) -> Kernel:
+    """With tensors as large as the output beside it, which are kept."""
+    act = kernel.writes[0]
+    kept = [replace(act, name=f"{act.name}_{part}", grad=False) for part in parts]
+    return replace(found, writes=(act, *kept), saves=(*kernel.saves, *(value.name for value in kept)))
 
 
 def _clamped_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -362,6 +372,7 @@ _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, 
     ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", _clamped),
     ("clamped_gate", "again"): (lambda one: one.name == "experts_act", _clamped_again),
     ("expert_rows", "composed"): (lambda one: one.name == "experts_act", _gated),
+    ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", _shifted),
     ("router", "composed"): (lambda one: one.name == "router", _router),
     ("expert_outputs", "pieces"): (lambda one: one.name.startswith("experts_"), _one_by_one),
 }
