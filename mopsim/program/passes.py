@@ -20,6 +20,7 @@ from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.loss import Half, logit_elements, loss_template
 from mopsim.program.offload import OffloadedInputs
+from mopsim.program.over_layers import fewer, fullest, held
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
 from mopsim.program.taped import template, weight_grads
@@ -98,36 +99,52 @@ class Passes:
         """A layer's tape; weight gradients are added into resident buffers."""
         key = self.key(layer)
         if key not in self._tapes:
-            c, experts = self.context, self.context.strategy.experts
-            routes: tuple[int, ...] = ()
-            if self.key(layer).routed:
-                routes = tuple(count * experts.expert_tensor_parallel for count in c.routes())
-            split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
-            tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
-            if routes and split and c.migration:
-                tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
-            precision = c.strategy.precision
-            if precision.matmul in CAST and c.stack.kernels.casts == "kept":
-                share = DTYPE_BYTES[precision.matmul] / c.b
-                tape = quantized(tape, share, c.strategy.activations.modules, c.stack.kernels.norm_within)
-            tape = self._added_up(tape)
-            if not c.stack.recompute.gathers_again:
-                activations = c.strategy.activations
-                tape = gathered_once(tape, activations.recompute, activations.modules)
-            kernels = implemented(tape.kernels, c)
-            made = {value.name for kernel in kernels for value in kernel.writes}
-            run = {"", *(kernel.name for kernel in kernels)}
-            held = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
-            tape = replace(tape, kernels=kernels, held=held)
-            tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
-            if c.stack.kernels.ring_blocks == "composed":
-                ranks = c.strategy.attention.context_parallel
-                tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide))
-            if 0 < c.strategy.dense.chunk_tokens < c.tokens:
-                kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
-                tape = replace(tape, kernels=kernels)
+            c, etp = self.context, self.context.strategy.experts.expert_tensor_parallel
+            routes = tuple(count * etp for count in c.routes()) if key.routed else ()
+            tape, share = self._tape(layer, routes), self._rows_kept
+            if routes and share < 1.0:
+                tape = held(tape, self._tape(layer, fewer(routes, share)), self._plan(tape))
             self._tapes[key] = tape
         return self._tapes[key]
+
+    @cached_property
+    def _rows_kept(self) -> float:
+        """Of the rows of a layer's busiest rank, those that a rank keeps in each of its layers: all, unless
+        loads were measured and no expert has every token, as the worst routing has it."""
+        c, how, loads = self.context, self.context.strategy, self.context.training.routing
+        apart = c.stack.runtime or c.stack.kernels.expert_padding != "none" or how.experts.balance != "none"
+        if isinstance(loads, str) or apart or max(loads) * c.model.num_experts_per_tok > 1.0 - 1e-6:
+            return 1.0
+        layers = max(1, c.model.num_moe_layers // how.pipeline.pipeline_parallel)
+        return fullest(tuple(loads), how.experts.expert_parallel, layers)
+
+    def _tape(self, layer: int, routes: tuple[int, ...]) -> Tape:
+        c, experts = self.context, self.context.strategy.experts
+        split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
+        tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
+        if routes and split and c.migration:
+            tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
+        precision = c.strategy.precision
+        if precision.matmul in CAST and c.stack.kernels.casts == "kept":
+            share = DTYPE_BYTES[precision.matmul] / c.b
+            tape = quantized(tape, share, c.strategy.activations.modules, c.stack.kernels.norm_within)
+        tape = self._added_up(tape)
+        if not c.stack.recompute.gathers_again:
+            activations = c.strategy.activations
+            tape = gathered_once(tape, activations.recompute, activations.modules)
+        kernels = implemented(tape.kernels, c)
+        made = {value.name for kernel in kernels for value in kernel.writes}
+        run = {"", *(kernel.name for kernel in kernels)}
+        frames = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
+        tape = replace(tape, kernels=kernels, held=frames)
+        tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
+        if c.stack.kernels.ring_blocks == "composed":
+            ranks = c.strategy.attention.context_parallel
+            tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide))
+        if 0 < c.strategy.dense.chunk_tokens < c.tokens:
+            kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
+            tape = replace(tape, kernels=kernels)
+        return tape
 
     @property
     def _in_buffers(self) -> bool:
