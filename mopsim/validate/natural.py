@@ -63,9 +63,13 @@ def repeated(experts: int, top_k: int, ranks: int, words: int) -> tuple[float, .
     """Share of all routes of each expert, where a text is made of `words` distinct tokens in equal parts.
 
     All copies of a token choose the same top_k experts, any with the same probability. Which they are differs
-    from layer to layer: of ORDERS draws, the one whose busiest of `ranks` ranks is nearest to their mean.
+    from layer to layer: of ORDERS draws, the one whose busiest of `ranks` ranks is nearest to their mean; on
+    one rank, what the busiest expert, the second, ... get on average.
     """
-    return _typical([_repeated(experts, top_k, words, seed) for seed in range(ORDERS)], ranks)
+    draws = [_repeated(experts, top_k, words, seed) for seed in range(ORDERS)]
+    if ranks == 1:
+        return tuple(map(fmean, zip(*(sorted(shares, reverse=True) for shares in draws), strict=True)))
+    return _typical(draws, ranks)
 
 
 def _repeated(experts: int, top_k: int, words: int, seed: int) -> tuple[float, ...]:
