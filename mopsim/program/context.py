@@ -153,6 +153,11 @@ class Context:
         return len(range(index, self.tokens, self.chunks))
 
     @property
+    def gathered(self) -> int:
+        """Bytes of a parameter that is gathered (see Sharding.gathers)."""
+        return self.param if self.stack.sharding.gathers == "param" else self.b
+
+    @property
     def shares(self) -> list[float]:
         """Of the tokens, by chunk."""
         return [self.chunk_tokens(index) / self.tokens for index in range(self.chunks)]

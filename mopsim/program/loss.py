@@ -84,6 +84,7 @@ def loss_tape(context: Context) -> Tape:
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
+    beside = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
     moved = 3 * c.b if fused else c.b + 9 * c.wide
@@ -106,8 +107,9 @@ def loss_tape(context: Context) -> Tape:
         moved, back = 8 * wide, 8 * wide
     kernels.append(
         Kernel(
-            "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",), (exact, Value("loss", 0)),
-            saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
+            "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",),
+            (exact, *beside, Value("loss", 0)), ("logits",) if in_place else ("softmax",),
+            bytes=float(elements * moved),
             back_bytes=float(elements * back), launches=1 if fused else 3 if native else 6 - torch,
             back_launches=2 - torch,
             back_scratch=(("logits", (1 + sliced) * elements * wide),) if torch or native else (),

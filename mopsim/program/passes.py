@@ -221,7 +221,10 @@ class Passes:
         c, draft = self.context, Recorder(self.context.groups)
         if direction == "backward":
             work = Work("memory_bound", bytes=3.0 * c.hidden)
-            draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), self._input)
+            whole = c.edges["embedding"].padded * c.b if self._in_buffers else 0
+            made = (("grads", whole), ("grads", -whole)) if whole else ()
+            memory = (*made, *self._input)  # torch makes the whole gradient before it is added to its sum
+            draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), memory)
             return draft.template()
         size, group = float(c.shapes.region_tokens * c.model.hidden_size * c.b), c.groups["tensor"]
         work, memory = Work("memory_bound", bytes=2.0 * size), (("activations", c.hidden),)

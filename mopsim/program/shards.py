@@ -205,7 +205,7 @@ class Shards:
             return
         if group.size == 1 and not away and not copied:
             return
-        shard, size = unit.shard_numel * self.c.param, unit.padded * self.c.b
+        shard, size = unit.shard_numel * self.c.param, unit.padded * self.c.gathered
         if away:
             whole = group.size == 1 and not copied
             room = (self._copy(unit, "h2d", shard, phase, room, (("gathered", size),) if whole else ()),)
@@ -301,7 +301,7 @@ class Shards:
             return  # FSDP's root is gathered once a microbatch
         if self._there.pop(unit.name, None) is None:
             return
-        memory = (("gathered", -unit.padded * self.c.b),)
+        memory = (("gathered", -unit.padded * self.c.gathered),)
         op = self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
         self._left = (op,)
 

@@ -127,7 +127,9 @@ class Stage:
             full, shard = unit.padded, unit.shard_numel
             found.append((_at(place.param_tier, "params"), (shard if c.shards_params else full) * c.param))
             if not self.frees_gradients:
-                found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
+                buckets = c.stack.sharding.bucketed and unit.copies > 1
+                held = shard if zero >= 2 else full * (1 + buckets)
+                found.append((_at(place.grad_tier, "grads"), held * c.grad))
             each = 2 * int(DTYPE_BYTES[precision.moments]) + precision.own_master
             away = int(state * each * self.away)
             stays = int(state * c.masters_stay * self.away)

@@ -22,29 +22,32 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
     fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
     step (torch's FSDP, Megatron-FSDP). optional: that, and copies, are of ZeRO-2 and 3 alone; below them
-    parameters and gradients are whole on every rank (torch's DistributedDataParallel). copies: between shards
-    or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters are
-    sharded by what shards the others; else those spread over ranks are plain tensors, whole on every replica.
-    whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and reduced
-    with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's do).
-    flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which is
-    cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the optimizer
-    has are views of it too, each time it is sharded again (use_orig_params). sums: under ZeRO-1 gradients are
-    scattered to the ranks that update them (`scattered`), or all ranks sum them whole (`whole`). owners:
-    under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners broadcast what they have
-    updated one after the other. grad_passes: bytes moved for each gradient of a rank once the last backward
-    has made it, where they are reduced: into the buffers of reductions and back, scaled, counted into a norm
-    while they are whole. microbatch_grads: where gradients are summed in a wider dtype than the products' and
-    no rank shards them, each that a backward makes is added and freed at once (`added`); or all are added
-    after the backward, each from a copy in the sums' dtype, and live until the next backward begins, through
-    forwards and update (`kept`). update_copies: under ZeRO-1, bytes for each parameter that a rank updates of
-    flat tensors that its update makes of gradients narrower than fp32; buckets: bytes of those through which
-    such gradients are reduced after the last backward; reduce_copies: bytes for each gradient of a rank of
-    one whole copy that is reduced then. Where none of a backward's tensors is as large, torch's caching
-    allocator has blocks for them beside. reduce_buffer: under ZeRO-2 and 3, bytes of one through which
-    gradients are reduced, which lives through the step; ZeRO-2 has a second one where reductions are hidden.
-    Then, and under ZeRO-3, what is gathered, and a copy of the buffer that is sent, are in pools of streams
-    of their own.
+    parameters and gradients are whole on every rank (torch's DistributedDataParallel). bucketed: that has
+    buckets as large as the gradients that several ranks sum, for good, into which they are copied and back
+    (gradient_as_bucket_view is false by default): so it is where optional says that it runs. copies: between
+    shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters
+    are sharded by what shards the others; else those spread over ranks are plain tensors, whole on every
+    replica. whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and
+    reduced with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's
+    do). flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which
+    is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
+    optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
+    the dtype of the products, or as shards are (without MixedPrecision, under autocast). sums: under ZeRO-1
+    gradients are scattered to the ranks that update them (`scattered`), or all ranks sum them whole
+    (`whole`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
+    broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
+    once the last backward has made it, where they are reduced: into the buffers of reductions and back,
+    scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
+    dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
+    (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
+    next backward begins, through forwards and update (`kept`). update_copies: under ZeRO-1, bytes for each
+    parameter that a rank updates of flat tensors that its update makes of gradients narrower than fp32;
+    buckets: bytes of those through which such gradients are reduced after the last backward; reduce_copies:
+    bytes for each gradient of a rank of one whole copy that is reduced then. Where none of a backward's
+    tensors is as large, torch's caching allocator has blocks for them beside. reduce_buffer: under ZeRO-2 and
+    3, bytes of one through which gradients are reduced, which lives through the step; ZeRO-2 has a second one
+    where reductions are hidden. Then, and under ZeRO-3, what is gathered, and a copy of the buffer that is
+    sent, are in pools of streams of their own.
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
@@ -59,9 +62,11 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
     fsdp: bool = False
     optional: bool = False
+    bucketed: bool = False
     copies: bool = False
     whole_sums: Literal["never", "pipelines", "always"] = "never"
     flat: bool | Literal["original"] = False
+    gathers: Literal["compute", "param"] = "compute"
     sums: Literal["scattered", "whole"] = "scattered"
     owners: bool = False
     grad_passes: float = 0.0
@@ -89,5 +94,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield self.fsdp or not self.optional, "optional", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
+        rule = "is of torch's FSDP1 (flat)"
+        yield bool(self.flat) or self.gathers == "compute", "gathers", rule
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
         yield not (self.flat and self.copies), "flat", rule
