@@ -95,6 +95,15 @@ def _exchange(name: str, source: str, target: str, leave: int, arrive: int, spli
     )  # fmt: skip
 
 
+def with_routes_read(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """A layer's kernels in which torch turns what arrives into a map of experts (Kernels.routes_map): 22 of
+    little, and the host waits for the sizes of masks (Megatron-LM d98e8a64,
+    transformer/moe/token_dispatcher.py, `_indices_to_multihot`)."""
+    place = 1 + next(i for i, kernel in enumerate(kernels) if kernel.name == EXCHANGES[0])
+    read = Kernel("routes read", "memory_bound", _C, (), (), launches=22, back_bytes=0.0)
+    return (*kernels[:place], read, *kernels[place:])
+
+
 def experts(model: ModelSpec, routes: Sequence[int], b: int, tensor: int = 1, fused: bool = False) -> Tape:
     """Grouped products over rows sorted by expert. routes: rows of each of this rank's experts.
 

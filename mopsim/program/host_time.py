@@ -6,12 +6,22 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.host_costs import CHECKPOINT, CONTEXT, HOOKS, KINDS, LAYER, LAYERS, TENSOR, Costs
+from mopsim.graph.host_costs import (
+    CHECKPOINT,
+    CONTEXT,
+    DISPATCHERS,
+    HOOKS,
+    KINDS,
+    LAYER,
+    LAYERS,
+    TENSOR,
+    Costs,
+)
 from mopsim.program.context import Context
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
-from mopsim.spec.strategy import Exchange
+from mopsim.spec.strategy import Strategy
 
 NOTHING = (0.0, 0.0)
 
@@ -34,8 +44,7 @@ class Around:
         stack = context.stack
         hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
-        attention = context.strategy.attention
-        kinds = kinds_of(context.model, stack, attention.context_parallel, attention.cp_comm_type)
+        kinds = kinds_of(context.model, stack, context.strategy)
         return cls(hooked, split, kinds, context.own_experts, context.expert_modules)
 
 
@@ -45,9 +54,9 @@ def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     return replace(program, ops=hosted(program.ops, layers, stack, around))
 
 
-def kinds_of(model: ModelSpec, stack: Stack, ranks: int = 1, way: Exchange = "ring") -> Costs:
-    """Linears that a network's kind of layers adds to each component of the plain one, and so many
-    context-parallel ranks to attention, by the way in which they exchange a sequence."""
+def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -> Costs:
+    """Linears that a network's kind of layers adds to each component of the plain one; a strategy's
+    context-parallel ranks to attention, its dispatcher to experts."""
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0
@@ -59,8 +68,11 @@ def kinds_of(model: ModelSpec, stack: Stack, ranks: int = 1, way: Exchange = "ri
         "shared_experts": ("shared_experts",),
     }
     found = {component: [KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
-    if ranks > 1:
-        found["attention"] += [CONTEXT[way]["layer"], *[CONTEXT[way]["rank"]] * ranks]
+    if strategy and (ranks := strategy.attention.context_parallel) > 1:
+        cost = CONTEXT[strategy.attention.cp_comm_type]
+        found["attention"] += [cost["layer"], *[cost["rank"]] * ranks]
+    if strategy and strategy.experts.expert_parallel > 1:
+        found["experts"] = [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()

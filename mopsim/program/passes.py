@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.experts import with_routes_read
 from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
@@ -124,6 +125,13 @@ class Passes:
         tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
         if routes and split and c.migration:
             tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
+        if (
+            routes
+            and split
+            and experts.token_dispatcher == "deepep"
+            and c.stack.kernels.routes_map == "composed"
+        ):
+            tape = replace(tape, kernels=with_routes_read(tape.kernels))
         precision = c.strategy.precision
         if precision.matmul in CAST and c.stack.kernels.casts == "kept":
             share = DTYPE_BYTES[precision.matmul] / c.b

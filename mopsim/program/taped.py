@@ -13,7 +13,7 @@ from mopsim.program.workload import CommGroup, deltas
 from mopsim.program.works import Part, works
 from mopsim.spec.hardware import COLLECTIVES
 
-_READ = ("place", "rows read", "lengths read")
+_READ = ("place", "rows read", "lengths read", "routes read")
 """Kernels before which the host waits for what they are made from; of those but the first for their end,
 too."""
 

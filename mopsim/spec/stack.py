@@ -73,9 +73,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     from gate and up (`again`). row_sums: rows of a token, and of its gradient, are gathered and added, or
     added by atomic operations on bf16 (`atomic`, torch's index_add_; under Transformer Engine's layers the
     host then cuts rows into those of each expert), or that only where a token chooses fewer experts than the
-    expert-parallel degree (`atomic_if_sparse`). beside_rows: what an all-to-all dispatcher sends beside rows:
-    every rank's `counts` for each expert, gathered by all but where the host never reads them, and the
-    `weights` of routes, there and back. gathered_rows: those that a region of split products gathers under
+    expert-parallel degree (`atomic_if_sparse`). routes_map: what DeepEP's kernels have sent is turned into a
+    map of experts by a kernel, or by torch's own ops, for whose masks' sizes the host waits. beside_rows:
+    what an all-to-all dispatcher sends beside rows: every rank's `counts` for each expert, gathered by all
+    but where the host never reads them, and the `weights` of routes, there and back. gathered_rows: those
+    that a region of split products gathers under
     sequence parallelism are gathered `again` for the weight gradients, as Megatron-Core's own autograd
     function does, or `kept`, as plain autograd does. region_backward: what begins a region gathers its rows
     again and scatters their input's gradient beside the products, or one after the other. region_sums:
@@ -131,6 +133,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
     clamped_gate: Literal["fused", "composed", "again"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
+    routes_map: Built = "fused"
     beside_rows: tuple[Literal["counts", "weights"], ...] = ()
     router: Built = "fused"
     sequence_slices: Literal["paired", "in_order"] = "paired"

@@ -138,6 +138,30 @@ def test_context_parallel_ranks_take_the_host_more_whatever_their_kernels_are(wa
         assert more[phase, "attention"] - took[phase, "attention"] == pytest.approx(added)
 
 
+def test_what_deepep_takes_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/te_deepep.json").read_text())["added"]
+    found = [(added[f"deepep, {n}"]["forward"], added[f"deepep, {n}"]["backward"]) for n in (4, 16)]
+    mean = tuple(sum(costs) / 2 for costs in zip(*found, strict=True))
+    assert modules.DISPATCHERS["deepep"] == pytest.approx(mean, abs=0.05)
+
+
+def test_the_host_reads_a_map_of_routes_that_torch_makes() -> None:
+    """After rows were dispatched by DeepEP, in the forward; nothing of it in Megatron-Core's experimental
+    features."""
+    job, stack = (training(4096, 32), 8), load_stack("megatron-core")
+    composed = replace(stack, kernels=replace(stack.kernels, routes_map="composed"))
+    took = {}
+    for dispatcher in ("deepep", "alltoall"):
+        strategy = replace(megatron(8, expert_parallel=8, token_dispatcher=dispatcher), stack="megatron-core")
+        for one in (stack, composed):
+            program = lower(MODEL, strategy, *job, one, compose=False).programs[0]
+            waits = [op for op in program.ops if op.awaited and (op.layer, op.microbatch) == (5, 1)]
+            took[dispatcher, one.kernels.routes_map] = [(op.phase, op.stream) for op in waits]
+    read = ("forward", "read")
+    assert took["deepep", "composed"] == [read, ("forward", "scale_up"), ("forward", "compute")]
+    assert took["deepep", "fused"] == took["alltoall", "fused"] == took["alltoall", "composed"] == [read]
+
+
 def test_a_network_without_rotary_embedding_pays_the_host_for_none() -> None:
     stack = load_stack("megatron-core")
     eager = replace(stack, kernels=replace(stack.kernels, rotary="halves"))
