@@ -43,6 +43,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     ways = {name: getattr(run, name) for name in run.__struct_fields__}
     if not model.swiglu_limit:
         del ways["clamped_gate"]
+    if model.qk_norm != "head":
+        del ways["head_norms"]
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
     if run.expert_padding != "none":

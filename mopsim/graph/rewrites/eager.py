@@ -6,22 +6,13 @@ is mopexec's.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from msgspec.structs import replace
 
+from mopsim.graph.rewrites.gates import clamped, clamped_again, gated, shifted
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, instead, traffic
 from mopsim.graph.tape import Kernel, Step, Value
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPasses:
-    """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them."""
-
-    narrow: int
-    wide: int
-    launches: int
-
 
 NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
 """Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
@@ -36,20 +27,15 @@ ROTARY = TensorPasses(2, 4, 3)
 """Cast, complex product, cast; the backward is the same the other way."""
 HALVES, HALVES_BACKWARD = TensorPasses(9, 0, 7), TensorPasses(14, 0, 9)
 """Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
-GATED, GATED_BACKWARD = TensorPasses(5, 0, 2), TensorPasses(9, 0, 3)
-"""SiLU and a product; two products and SiLU's backward."""
-CLAMPED, CLAMPED_BACKWARD = TensorPasses(18, 0, 7), TensorPasses(50, 0, 18)
-"""gpt-oss's gate (transformers, modeling_gpt_oss.py): every second column of one tensor clamped, twice, a
-scale, a sigmoid, two products and a shift. Back: two gradients of each product, one of the sigmoid and of the
-scale, their sum, a mask of each clamp, and each half written into zeros of the whole and added."""
-SHIFTED, SHIFTED_BACKWARD = TensorPasses(9, 2, 5), TensorPasses(16, 7, 9)
-"""Megatron-Core's experts without bias_activation_fusion: SiLU, a shift of the other half, a product, one by
-weights in fp32, a cast. Back: a cast, two gradients, a cast, a sum, two more, SiLU's, halves put together."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
 WEIGHTED, WEIGHTED_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(5, 0, 3)
 """Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
-
+HEAD_NORM_SUM = 70.0
+"""One block of Transformer Engine's backward of a norm over a head adds up what some 2,000 blocks found
+for its weight (rmsnorm_bwd_finalize_general_kernel): 61 and 80 us on H100, 74 and 75 on an earlier
+machine, whatever the rows (BastiaanGroot/ML-Infrastructure-Engineer, training/profiles). In rows of
+index_put_, of 1.04 us each (cost/ rates.yaml)."""
 BIASED = TensorPasses(4, 0, 2)
 """An expert's bias gathered for each row; rows and biases read, their sums written."""
 
@@ -130,7 +116,7 @@ def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
                 )
             )  # fmt: skip
         elif kernel.name == "unsort" and last.bytes == 2.0 * out:
-            kernel = _beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
+            kernel = beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
         elif kernel is last and last.bytes != 2.0 * out:
             home = Value("home", sent, "dispatch")
             moved = 2.0 * sent
@@ -172,11 +158,6 @@ def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tup
     return (*kernels[: place + 1], merge, *kernels[place + 1 :])
 
 
-def traffic(passes: TensorPasses, narrow: float, wide: float) -> float:
-    """Bytes, of a tensor of `narrow` bytes in the compute dtype and `wide` in fp32."""
-    return passes.narrow * narrow + passes.wide * wide
-
-
 def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Kernel:
     """Keeps its input in fp32 (a copy where it is narrower), the normed values and each row's root; the
     product with the weight is in fp32 too; the backward holds three and a half of them at once (three).
@@ -188,7 +169,7 @@ def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Ke
     if wider > 1:
         kept.append(Value(f"{kernel.name}_wide", size, grad=False))
     passes = (ROUNDED, ROUNDED_BACKWARD) if rounded else (NORM, NORM_BACKWARD)
-    found = _instead(kernel, wider, *passes)
+    found = instead(kernel, wider, *passes)
     saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
     working = int((3.5 if wider > 1 and not rounded else 3) * size) - narrow
     return replace(
@@ -200,15 +181,15 @@ def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Ke
 def _upcast(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the copy of its input."""
     copy = Value(f"{kernel.name}_wide", int(kernel.writes[0].bytes * wider), grad=False)
-    found = _instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
+    found = instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
     return replace(found, writes=(*kernel.writes, copy), saves=(copy.name,), back_scratch=_one(copy.bytes))
 
 
 def _upcast_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps its input as it came, of which copy and norm are made again."""
     size = kernel.writes[0].bytes * wider
-    found = _instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
-    found = _beside(found, kernel.writes[0].bytes * (1 + wider), None, UPCAST)
+    found = instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
+    found = beside(found, kernel.writes[0].bytes * (1 + wider), None, UPCAST)
     return replace(found, scratch=_one(size), back_scratch=_one(2 * size))
 
 
@@ -217,48 +198,14 @@ def _one(size: float) -> tuple[Step, ...]:
 
 
 def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    found = _instead(kernel, wider, ROTARY, ROTARY)
+    found = instead(kernel, wider, ROTARY, ROTARY)
     return replace(found, launches=2 * ROTARY.launches, back_launches=2 * ROTARY.launches)
 
 
 def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
     size = kernel.writes[0].bytes
-    found = _instead(kernel, wider, HALVES, HALVES_BACKWARD)
+    found = instead(kernel, wider, HALVES, HALVES_BACKWARD)
     return replace(found, scratch=_one(size), back_scratch=_one(1.5 * size))
-
-
-def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps the result of SiLU beside what it reads. Apart already: two tensors in one kernel."""
-    if wings != 2 or kernel.name not in ("act", "experts_act"):
-        return kernel
-    return _keeping(kernel, _instead(kernel, wider, GATED, GATED_BACKWARD), "silu")
-
-
-def _shifted(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps the result of SiLU, the other half shifted, if by nothing, and their product."""
-    found = _instead(kernel, wider, SHIFTED, SHIFTED_BACKWARD)
-    return _keeping(kernel, found, "silu", "shifted", "glu") if wings == 2 else kernel
-
-
-def _clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps the gate clamped, its sigmoid, their product and the shifted other half. Back, the halves'
-    gradients lie in two tensors of the whole before they are added."""
-    found = _instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
-    found = _keeping(kernel, found, "gate", "sigmoid", "glu", "up")
-    return replace(found, back_scratch=(("dispatch", wings * kernel.writes[0].bytes),))
-
-
-def _keeping(kernel: Kernel, found: Kernel, *parts: str) -> Kernel:
-    """With tensors as large as the output beside it, which are kept."""
-    act = kernel.writes[0]
-    kept = [replace(act, name=f"{act.name}_{part}", grad=False) for part in parts]
-    return replace(found, writes=(act, *kept), saves=(*kernel.saves, *(value.name for value in kept)))
-
-
-def _clamped_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps what it reads alone; the backward makes the rest again, beside the halves' gradients."""
-    found = _instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
-    return replace(found, back_scratch=_one(wings * kernel.writes[0].bytes))
 
 
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -356,8 +303,12 @@ def _traded(kernel: Kernel) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
+def _head_norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    return replace(kernel, back_serial=HEAD_NORM_SUM)
+
+
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    return _beside(kernel, kernel.writes[0].bytes, None, SUM)
+    return beside(kernel, kernel.writes[0].bytes, None, SUM)
 
 
 _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
@@ -367,34 +318,14 @@ _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, 
     ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), _upcast_again),
     ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
     ("rotary", "composed"): (lambda one: one.name == "rope", _rotary),
-    ("activation", "composed"): (lambda one: one.name == "act", _gated),
+    ("activation", "composed"): (lambda one: one.name == "act", gated),
+    ("activation", "strided"): (lambda one: one.name == "act", partial(gated, strided=True)),
+    ("head_norms", "summed"): (lambda one: one.name in ("q_norm", "k_norm"), _head_norm),
     ("residual", "composed"): (lambda one: one.name.endswith("residual"), _summed),
-    ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", _clamped),
-    ("clamped_gate", "again"): (lambda one: one.name == "experts_act", _clamped_again),
-    ("expert_rows", "composed"): (lambda one: one.name == "experts_act", _gated),
-    ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", _shifted),
+    ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", clamped),
+    ("clamped_gate", "again"): (lambda one: one.name == "experts_act", clamped_again),
+    ("expert_rows", "composed"): (lambda one: one.name == "experts_act", gated),
+    ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", shifted),
     ("router", "composed"): (lambda one: one.name == "router", _router),
     ("expert_outputs", "pieces"): (lambda one: one.name.startswith("experts_"), _one_by_one),
 }
-
-
-def _instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: TensorPasses) -> Kernel:
-    size = sum(value.bytes for value in kernel.writes)
-    return replace(
-        kernel, bytes=traffic(forward, size, size * wider), launches=forward.launches,
-        back_bytes=traffic(backward, size, size * wider), back_launches=backward.launches,
-    )  # fmt: skip
-
-
-def _beside(kernel: Kernel, size: float, forward: TensorPasses | None, backward: TensorPasses) -> Kernel:
-    """Beside what the kernel does already."""
-    back = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    launches = kernel.launches if kernel.back_launches is None else kernel.back_launches
-    found = replace(
-        kernel, back_bytes=back + backward.narrow * size, back_launches=launches + backward.launches
-    )
-    if forward is None:
-        return found
-    return replace(
-        found, bytes=kernel.bytes + forward.narrow * size, launches=kernel.launches + forward.launches
-    )

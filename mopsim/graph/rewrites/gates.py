@@ -1,0 +1,58 @@
+"""Gated activations that no kernel fuses."""
+
+from msgspec.structs import replace
+
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, instead
+from mopsim.graph.tape import Kernel
+
+GATED, GATED_BACKWARD = TensorPasses(5, 0, 2), TensorPasses(9, 0, 3)
+"""SiLU and a product; two products and SiLU's backward."""
+STRIDED, STRIDED_BACKWARD = TensorPasses(10, 0, 2), TensorPasses(20, 0, 4)
+"""The same of halves of one tensor, whose gradients are put together: torch follows strides element by
+element. As streaming passes in the time that they take: 8.9 and 17.9 on H100 for 4,096 rows of 1,536 and
+of 6,144, 11.3 and 21.9 on an earlier machine of faster memory (BastiaanGroot/ML-Infrastructure-Engineer,
+training/profiles: on H100 SiLU 77 us, product 80; products 80 and 49, SiLU's backward 91, concatenation
+94), their middles."""
+CLAMPED, CLAMPED_BACKWARD = TensorPasses(18, 0, 7), TensorPasses(50, 0, 18)
+"""gpt-oss's gate (transformers, modeling_gpt_oss.py): every second column of one tensor clamped, twice, a
+scale, a sigmoid, two products and a shift. Back: two gradients of each product, one of the sigmoid and of the
+scale, their sum, a mask of each clamp, and each half written into zeros of the whole and added."""
+SHIFTED, SHIFTED_BACKWARD = TensorPasses(9, 2, 5), TensorPasses(16, 7, 9)
+"""Megatron-Core's experts without bias_activation_fusion: SiLU, a shift of the other half, a product, one by
+weights in fp32, a cast. Back: a cast, two gradients, a cast, a sum, two more, SiLU's, halves put together."""
+
+
+def gated(kernel: Kernel, wider: float, wings: int, strided: bool = False) -> Kernel:
+    """Keeps the result of SiLU beside what it reads. Apart already: two tensors in one kernel. strided: two
+    halves of one."""
+    if wings != 2 or kernel.name not in ("act", "experts_act"):
+        return kernel
+    found = instead(kernel, wider, *((STRIDED, STRIDED_BACKWARD) if strided else (GATED, GATED_BACKWARD)))
+    return _keeping(kernel, found, "silu")
+
+
+def shifted(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the result of SiLU, the other half shifted, if by nothing, and their product."""
+    found = instead(kernel, wider, SHIFTED, SHIFTED_BACKWARD)
+    return _keeping(kernel, found, "silu", "shifted", "glu") if wings == 2 else kernel
+
+
+def clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the gate clamped, its sigmoid, their product and the shifted other half. Back, the halves'
+    gradients lie in two tensors of the whole before they are added."""
+    found = instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
+    found = _keeping(kernel, found, "gate", "sigmoid", "glu", "up")
+    return replace(found, back_scratch=(("dispatch", wings * kernel.writes[0].bytes),))
+
+
+def _keeping(kernel: Kernel, found: Kernel, *parts: str) -> Kernel:
+    """With tensors as large as the output beside it, which are kept."""
+    act = kernel.writes[0]
+    kept = [replace(act, name=f"{act.name}_{part}", grad=False) for part in parts]
+    return replace(found, writes=(act, *kept), saves=(*kernel.saves, *(value.name for value in kept)))
+
+
+def clamped_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps what it reads alone; the backward makes the rest again, beside the halves' gradients."""
+    found = instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
+    return replace(found, back_scratch=(("activations", wings * kernel.writes[0].bytes),))
