@@ -269,7 +269,7 @@ def left_to_the_stack() -> dict[str, Job]:
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
     again; parameters that lie on the host; tensor ranks that split rows of two sequences or hold all rows,
-    and two readers of each; gradients as narrow as the products; FSDP's groups without copies.
+    and two readers of each; gradients as narrow as the products; FSDP's groups without copies; heads' norms.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -301,6 +301,7 @@ def left_to_the_stack() -> dict[str, Job]:
         "narrow": replace(job, strategy=narrow, stack=structs.replace(job.software, dtypes=StateDTypes())),
         "no copies": replace(whole, stack=structs.replace(whole.software, sharding=Sharding(fsdp=True))),
         "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
+        "norms of heads": replace(job, model=structs.replace(job.model, qk_norm="head")),
     }
 
 

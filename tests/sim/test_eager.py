@@ -9,8 +9,10 @@ import pytest
 
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
+from mopsim.graph.ffn import fused_ffn
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.rewrites.gates import STRIDED, STRIDED_BACKWARD
 from mopsim.graph.rewrites.projections import gradients_added, split
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
@@ -47,6 +49,26 @@ def test_a_norm_by_hand() -> None:
     assert found["attention_norm"].launches == 7
     untouched = {kernel.name: kernel for kernel in kernels}
     assert all(kernel == untouched[name] for name, kernel in found.items() if not name.endswith("norm"))
+
+
+def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_kernels_says() -> None:
+    """Qwen3-8B, two tensor ranks, 4,096 tokens on H100 (gates.STRIDED, eager.HEAD_NORM_SUM)."""
+    model = msgspec.structs.replace(small(), qk_norm="head")
+    assert load_stack("megatron-core").kernels.head_norms == "summed"
+    assert load_stack("megatron-bridge").kernels.head_norms == "fused"
+    kernels = decoder_layer(model, Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
+    found = {kernel.name: kernel for kernel in composed(kernels, {"head_norms": "summed"}, 2, 4, 2)}
+    assert found["q_norm"].back_serial == found["k_norm"].back_serial == HEAD_NORM_SUM
+    assert not found["attention_norm"].back_serial
+    dense = fused_ffn(model, 64, "ffn", Shapes(tokens=16, seq_len=16, fused=True)).kernels
+    act = next(one for one in composed(dense, {"activation": "strided"}, 2, 4, 2) if one.name == "act")
+    rows = act.writes[0].bytes
+    assert [value.bytes for value in act.writes] == [rows, rows]
+    assert act.saves[-1] == act.writes[1].name
+    assert (act.bytes, act.back_bytes) == (10 * rows, 20 * rows)
+    bandwidth, gate = 2.86e12, 4096 * 6144 * 2
+    seconds = [one.narrow * gate / bandwidth for one in (STRIDED, STRIDED_BACKWARD)]
+    assert seconds == pytest.approx([157e-6, 314e-6], rel=0.13)
 
 
 def test_parts_of_one_projection_are_copied_and_their_gradients_put_together() -> None:
