@@ -9,7 +9,7 @@ from mopsim.common.errors import MopError, shown
 
 FEW = 40
 """Names up to which a refusal lists them all."""
-LISTED = {"preset": "listed by mopsim list models"}
+LISTED = {"preset": "listed by mopsim list models", "stack": "listed by mopsim list stacks"}
 """Where the names of a kind are listed."""
 _SAME, _PREFIX = 1.0, 0.6
 _SAME_NAME = 0.85
