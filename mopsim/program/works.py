@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
+from mopsim.graph.rewrites.eager import bias_scaled, biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.padded import padded_to_busiest, weights_stacked
 from mopsim.graph.rewrites.projections import (
@@ -65,13 +65,21 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
     found = cast_once(found) if run.casts == "again" else found
-    if model.expert_bias and run.expert_bias != "fused":
-        found = biased(found, run.expert_bias == "indexed")
+    found = _biased(found, context) if model.expert_bias else found
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
+
+
+def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """The kernels with what Kernels.expert_bias says."""
+    run = context.stack.kernels.expert_bias
+    if run == "scaled":
+        flexible = context.strategy.experts.token_dispatcher in ("deepep", "hybridep")
+        return bias_scaled(kernels, context.wide / context.b if flexible else 1.0)
+    return kernels if run == "fused" else biased(kernels, run == "indexed")
 
 
 def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

@@ -11,7 +11,15 @@ from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.graph.ffn import fused_ffn
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.rewrites.eager import (
+    HEAD_NORM_SUM,
+    NORM,
+    NORM_BACKWARD,
+    bias_scaled,
+    composed,
+    in_blocks,
+    traffic,
+)
 from mopsim.graph.rewrites.gates import STRIDED, STRIDED_BACKWARD
 from mopsim.graph.rewrites.projections import gradients_added, split
 from mopsim.graph.shapes import Shapes
@@ -174,6 +182,21 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
     assert works(False) == []
     assert [work.kind for work in found] == ["all_gather", "memory_bound"] * model.num_moe_layers
     assert {work.bytes for work in found} == {4.0 * 64 * model.num_local_experts}
+
+
+@pytest.mark.parametrize(
+    ("wider", "forward", "backward", "launches"), [(1.0, 12, 16, (5, 9)), (2.0, 28, 40, (6, 14))]
+)
+def test_a_bias_times_route_weights_by_hand(
+    wider: float, forward: int, backward: int, launches: tuple[int, int]
+) -> None:
+    """Bytes of an element of bf16 rows of two experts, with weights in bf16 and in fp32."""
+    model = small(expert_bias=True)
+    tape = decoder_layer(model, Shapes(tokens=16, seq_len=16, fused=True), 1, (12, 20)).kernels
+    bias = next(kernel for kernel in bias_scaled(tape, wider) if kernel.name == "experts_down_bias")
+    elements = 32 * model.hidden_size
+    assert (bias.bytes, bias.back_bytes) == (forward * elements, backward * elements)
+    assert (bias.launches, bias.back_launches) == launches
 
 
 def test_what_a_mapped_dispatch_exposes_is_booked_on_its_gather_and_its_exchange() -> None:

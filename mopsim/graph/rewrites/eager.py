@@ -38,6 +38,13 @@ machine, whatever the rows (BastiaanGroot/ML-Infrastructure-Engineer, training/p
 index_put_, of 1.04 us each (cost/ rates.yaml)."""
 BIASED = TensorPasses(4, 0, 2)
 """An expert's bias gathered for each row; rows and biases read, their sums written."""
+SCALED, SCALED_BACKWARD = TensorPasses(6, 0, 1), TensorPasses(8, 0, 1)
+SCALED_WIDE, SCALED_WIDE_BACKWARD = TensorPasses(2, 6, 2), TensorPasses(4, 8, 2)
+"""An expert's bias times its rows' route weights, added to its rows; the experts' put together. Back: a
+product and a sum for either of bias and weights; the rows' of all experts put together. Wide, weights are in
+fp32: what is put together is cast, as are all gradients. Kernels beside those of each expert."""
+SCALED_EACH, SCALED_WIDE_EACH = (2, 4), (2, 6)
+"""Kernels of each expert in that, forward and backward."""
 
 MERGE = TensorPasses(1, 9, 10)
 """A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
@@ -246,6 +253,30 @@ def biased(kernels: tuple[Kernel, ...], indexed: bool) -> tuple[Kernel, ...]:
                 bytes=float(BIASED.narrow * out.bytes), launches=BIASED.launches, back_bytes=float(out.bytes),
                 back_launches=5 if indexed else 2, back_serial=most if indexed else 0.0,
                 scratch=_one(out.bytes),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def bias_scaled(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
+    """What leaves the experts with their bias added by torch, expert by expert, times the rows' route weights
+    (Megatron-Core's TEGroupedMLP). wider: a route weight's bytes by those of the compute dtype."""
+    there, back, each = SCALED, SCALED_BACKWARD, SCALED_EACH
+    if wider > 1:
+        there, back, each = SCALED_WIDE, SCALED_WIDE_BACKWARD, SCALED_WIDE_EACH
+    found: list[Kernel] = []
+    for kernel in kernels:
+        found.append(kernel)
+        if kernel.name != "experts_down" or not kernel.matmuls:
+            continue
+        out, experts = kernel.writes[0], sum(int(one.count) for one in kernel.matmuls)
+        wide = out.bytes * wider
+        found.append(
+            Kernel(
+                f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
+                bytes=traffic(there, out.bytes, wide), launches=each[0] * experts + there.launches,
+                back_bytes=traffic(back, out.bytes, wide), back_launches=each[1] * experts + back.launches,
+                scratch=_one(2 * wide), back_scratch=_one(2 * wide),
             )
         )  # fmt: skip
     return tuple(found)
