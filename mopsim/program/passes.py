@@ -229,7 +229,8 @@ class Passes:
         c, draft = self.context, Recorder(self.context.groups)
         if direction == "backward":
             work = Work("memory_bound", bytes=3.0 * c.hidden)
-            whole = c.edges["embedding"].padded * c.b if self._in_buffers else 0
+            added = self._in_buffers or (not c.shards_params and c.training.num_microbatches(c.strategy) > 1)
+            whole = c.edges["embedding"].padded * c.b if added else 0
             made = (("grads", whole), ("grads", -whole)) if whole else ()
             memory = (*made, *self._input)  # torch makes the whole gradient before it is added to its sum
             draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), memory)
