@@ -9,6 +9,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import convert, to_plain
 from mopsim.common.units import UNITS
 from mopsim.engine import SimResult
+from mopsim.program.workload import FABRICS
 from mopsim.spec.hardware import HardwareProfile
 
 SHARES = ("efficiency", "held", "forward", "backward", "communication_share")
@@ -67,7 +68,7 @@ def assumptions(profile: Plain) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for path in _assumed(profile, ()):
         name = ".".join("*" if isinstance(step, int) else step for step in path)
-        for fabric in ("scale_up", "scale_out"):
+        for fabric in FABRICS:
             if path[:2] == (fabric, "collectives"):
                 name = f"{fabric}.collectives.*.{path[3]}"
         last = str(path[-1])
@@ -105,7 +106,7 @@ def _scaled(profile: HardwareProfile, paths: Sequence[Path], factor: float) -> H
             inner[path[-1]] = {**one, "value": one["value"] * factor}
         else:
             inner[path[-1]] = min(1.0, one * factor)
-    for fabric in ("scale_up", "scale_out"):
+    for fabric in FABRICS:
         peak = data[fabric]["peak"]
         for curve in data[fabric]["collectives"].values():
             reached = curve["bandwidth"]

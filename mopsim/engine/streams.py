@@ -10,9 +10,7 @@ from mopsim.engine.clock import Clock, Moment, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record, turns
-from mopsim.program.workload import Op, Program, Repeat, first_compute
-
-COMMUNICATION = ("scale_up", "scale_out")
+from mopsim.program.workload import FABRICS, Op, Program, Repeat, first_compute
 
 
 class Meeting:
@@ -169,7 +167,7 @@ class Rank:
         """How ops of a stream begin and end."""
         if self.share > 0.0 and stream == "compute":
             return self.compute, self.computed
-        if self.share > 0.0 and stream in COMMUNICATION:
+        if self.share > 0.0 and stream in FABRICS:
             return self.talk, self.talked
         return lambda op, duration, wake: self.clock.after(duration, wake), lambda op: None
 

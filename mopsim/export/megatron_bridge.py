@@ -107,6 +107,8 @@ def sections(plan: Plan) -> dict[str, Any]:
         },
         "comm_overlap": _comm_overlap(plan, ddp),
     }
+    if s.experts.token_dispatcher == "deepep":  # with them, one kernel makes the map of routes
+        found["dist"] = {"enable_megatron_core_experimental": plan.stack.kernels.routes_map == "fused"}
     if s.dense.zero in SHARDING:
         ddp["data_parallel_sharding_strategy"] = SHARDING[s.dense.zero]
         found["model"]["gradient_accumulation_fusion"] = False

@@ -48,6 +48,11 @@ class Around:
         return cls(hooked, split, kinds, context.own_experts, context.expert_modules)
 
 
+def maps_routes(strategy: Strategy, stack: Stack) -> bool:
+    """Whether torch turns what has arrived into a map of experts (Kernels.routes_map)."""
+    return strategy.experts.token_dispatcher == "deepep" and stack.kernels.routes_map == "composed"
+
+
 def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
     layers = (op.index for op in program.ops if op.layer >= 0)
@@ -73,6 +78,7 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
         found["attention"] += [cost["layer"], *[cost["rank"]] * ranks]
     if strategy and strategy.experts.expert_parallel > 1:
         found["experts"] = [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
+        found["experts"] += [DISPATCHERS["composed"]] * maps_routes(strategy, stack)
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()

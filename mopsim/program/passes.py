@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.experts import with_routes_read
+from mopsim.graph.experts import FLEXIBLE, with_routes_read
 from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
@@ -19,6 +19,7 @@ from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
+from mopsim.program.host_time import maps_routes
 from mopsim.program.loss import Half, logit_elements, loss_template
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.over_layers import fewer, fullest, held
@@ -121,16 +122,11 @@ class Passes:
 
     def _tape(self, layer: int, routes: tuple[int, ...]) -> Tape:
         c, experts = self.context, self.context.strategy.experts
-        split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
+        split, once = c.groups["experts"].size > 1, experts.token_dispatcher in FLEXIBLE
         tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
         if routes and split and c.migration:
             tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
-        if (
-            routes
-            and split
-            and experts.token_dispatcher == "deepep"
-            and c.stack.kernels.routes_map == "composed"
-        ):
+        if routes and split and maps_routes(c.strategy, c.stack):
             tape = replace(tape, kernels=with_routes_read(tape.kernels))
         precision = c.strategy.precision
         if precision.matmul in CAST and c.stack.kernels.casts == "kept":

@@ -54,7 +54,7 @@ class _Draft(Recorder):
         """The host waits for how many rows go where, which decides the sizes of all chunks."""
         if not self.counted and self.ops:
             component, phase = item.kernel.component, _phase(item, back)
-            self.ready = (self.add("counts", "read", component, phase, (), self.ready, awaited=True),)
+            self.ready = (self.add("counts read", "read", component, phase, (), self.ready, awaited=True),)
         self.counted = True
 
     def awaited(self) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.experts import FLEXIBLE
 from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import bias_scaled, biased, composed, gradients_stacked, gradients_stay
@@ -77,7 +78,7 @@ def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]
     """The kernels with what Kernels.expert_bias says."""
     run = context.stack.kernels.expert_bias
     if run == "scaled":
-        flexible = context.strategy.experts.token_dispatcher in ("deepep", "hybridep")
+        flexible = context.strategy.experts.token_dispatcher in FLEXIBLE
         return bias_scaled(kernels, context.wide / context.b if flexible else 1.0)
     return kernels if run == "fused" else biased(kernels, run == "indexed")
 

@@ -92,6 +92,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
             yield not self.fsdp or getattr(self, field) == without, field, rule
         rule = "is of a program that may shard parameters (fsdp)"
         yield self.fsdp or not self.optional, "optional", rule
+        rule = "is of torch's DistributedDataParallel, whose parameters are whole (fsdp false)"
+        yield not (self.fsdp and self.bucketed), "bucketed", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP1 (flat)"

@@ -129,6 +129,14 @@ def test_experts_are_reached_as_the_hardware_allows(
         mopsim.simulate(**job, strategy=given.strategy, stack=stack)
 
 
+@pytest.mark.parametrize(("stack", "fused"), [("megatron-core", True), ("megatron-bridge", False)])
+def test_a_job_makes_its_map_of_routes_as_its_times_are_of(stack: str, fused: bool) -> None:
+    """Megatron-Core's kernel for it is one of its experimental features."""
+    made = yaml.safe_load(export(on("h100-sxm-80g", "deepep", stack), "megatron-bridge")[0])
+    assert made["dist"] == {"enable_megatron_core_experimental": fused}
+    assert "dist" not in yaml.safe_load(export(on("h100-sxm-80g", "alltoall", stack), "megatron-bridge")[0])
+
+
 @pytest.mark.parametrize(
     ("machine", "to_host", "there"), [("h100-sxm-96g", 380.0, True), ("l40s-48g", 10.0, False)]
 )
