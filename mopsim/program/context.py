@@ -153,7 +153,7 @@ class Context:
         return len(range(index, self.tokens, self.chunks))
 
     @property
-    def gathered(self) -> int:
+    def gathered_bytes(self) -> int:
         """Bytes of a parameter that is gathered (see Sharding.gathers)."""
         return self.param if self.stack.sharding.gathers == "param" else self.b
 

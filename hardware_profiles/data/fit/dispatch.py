@@ -26,9 +26,8 @@ def fit_dispatch(name: str, table: Rows) -> tuple[CollectiveFit, str] | None:
     of = {row["network"] for row in called}
     if name in of:
         mine = [row for row in called if row["network"] == name]
-        return _fit(
-            mine
-        ), f"fitted to the {name} rows of {TABLE.name}, of default chunks, UCCL's and NVSHMEM's"
+        kernels = " and ".join(sorted({row["kernels"] for row in mine}))
+        return _fit(mine), f"fitted to the {name} rows of {TABLE.name}, of default chunks ({kernels})"
     best = _rates(table, name)
     for known in sorted(of):
         other = _rates(table, known)
