@@ -315,12 +315,16 @@ class Passes:
         return net
 
     def _plan(self, tape: Tape) -> Recomputation:
-        activations = self.context.strategy.activations
+        activations, own = self.context.strategy.activations, self.context.stack.recompute
+        how, kept = activations.recompute, activations.save_ops
+        routed = own.kept_routed and any(kernel.component == "experts" for kernel in tape.kernels)
+        own_choice = {"full": kept == own.kept, "selective": activations.modules == own.selective}
+        if routed and own_choice.get(how):
+            how, kept = "full", own.kept_routed
         # where an exchange is replayed, the checkpoint is not torch's
-        early = self.context.stack.recompute.stops_early and "dispatch" not in activations.save_ops
-        apart = () if self.context.stack.recompute.around else AROUND
-        within, how = self.context.stack.kernels.norm_within, activations.recompute
-        return plan(tape, how, activations.modules, activations.save_ops, early, apart, within)
+        early, apart = own.stops_early and "dispatch" not in kept, () if own.around else AROUND
+        within = self.context.stack.kernels.norm_within
+        return plan(tape, how, activations.modules, kept, early, apart, within)
 
 
 def _holding(played: list[Played], one: Step) -> list[Played]:

@@ -214,7 +214,7 @@ def _by_index(kernel: Kernel, context: Context) -> bool:
     """Whether torch's own kernels copy rows by index."""
     kernels = context.stack.kernels
     permuted = kernels.row_sums == "atomic" and kernel.name in _permutations(context)
-    return kernel.indexed and (kernels.expert_rows == "composed" or permuted)
+    return kernel.indexed and (kernels.expert_rows in ("composed", "wide") or permuted)
 
 
 def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:

@@ -18,7 +18,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
     holds_output: what a layer's recomputation puts out and its gradient live until its backward is over (a
     reentrant torch.utils.checkpoint). selective: modules that `selective` without a list of them runs
     again. kept: kernels (categories.KEPT) that it keeps instead, running all others again (needs
-    dense.tensor_parallel 1, else `selective` counts). chunk_inputs: whether what the backward of
+    dense.tensor_parallel 1, else `selective` counts). kept_routed: instead of those, where any are
+    named, in layers with routed experts, whatever splits them. chunk_inputs: whether what the backward of
     chunked experts reads is sent again (`redispatch`) or kept by the layer's recompute (`nested`, arXiv
     2609.14306). inputs: those that are on the host come up one layer ahead, the last stays (`ahead`,
     Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors).
@@ -31,6 +32,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
     stops_early: bool = False
     holds_output: bool = False
     kept: tuple[str, ...] = ()
+    kept_routed: tuple[str, ...] = ()
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested"] = "redispatch"
     inputs: Literal["ahead", "asked"] = "ahead"
@@ -40,4 +42,5 @@ class Recompute(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_known("kept", self.kept, KEPT)
+        require_known("kept_routed", self.kept_routed, KEPT)
         require_known("selective", self.selective, (*MODULES, *COMPONENTS))

@@ -60,8 +60,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     summed in its kernel, or by one block (`summed`, Transformer Engine). activation: or as torch composes it
     on halves of one tensor (`strided`). router: its product's input is cast to fp32 and kept (`composed`),
     or cast inside it. attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others.
-    deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts;
-    or the gate with its weight alone is composed, half of it shifted (`shifted`, Megatron-Core's without
+    deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts,
+    or weights alone, on a kept copy in fp32 (`wide`), or gate and weight, half of it shifted (`shifted`, no
     bias_activation_fusion). expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer
     Engine's GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs:
     made in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of
@@ -128,7 +128,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     activation: Literal["fused", "composed", "strided"] = "fused"
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
-    expert_rows: Literal["fused", "composed", "shifted"] = "fused"
+    expert_rows: Literal["fused", "composed", "wide", "shifted"] = "fused"
     expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh"] = "none"

@@ -1,14 +1,24 @@
 """What a layer keeps for its backward, with and without recomputation, against formulas and hand counts."""
 
+from typing import Literal
+
 import pytest
+from msgspec.structs import replace
 
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.liveness import forward
 from mopsim.graph.rewrites.quantized import quantized
 from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes
+from mopsim.program.context import make_context
+from mopsim.program.passes import Passes
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Activations
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+from tests.sim.toys import small
+from tests.software import changed
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 8])
@@ -70,3 +80,25 @@ def test_a_norm_inside_a_product_is_not_recomputed(
     in_eight = quantized(tape, 0.5, ("layernorm",), within)
     casts = {kernel.name for kernel in in_eight.kernels if f"{kernel.name}_in" in kernel.saves}
     assert ("qkv_proj" in casts) == (model.attention == "gqa")
+
+
+def _kept(stack: str, recompute: Literal["none", "selective"], tensor: int = 1, **kernels: str) -> list[int]:
+    """Bytes that a dense layer and one of experts keep of 32 tokens, one microbatch of a rank."""
+    own = changed(stack, kernels=dict(kernels))
+    strategy = replace(fsdp2(8, tensor_parallel=tensor), activations=Activations(recompute=recompute))
+    training = TrainSpec(seq_len=32 * tensor, global_batch=8 // tensor, routing="balanced")
+    passes = Passes(make_context(small(), own.resolve(strategy), training, 8, own))
+    return [sum(size for _, size in passes.kept(layer)) for layer in (0, 2)]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_layer_of_experts_keeps_what_its_program_says_whatever_splits_it(tensor: int) -> None:
+    """Compiled module by module in a checkpoint: the attention's output and a number a row and head."""
+    dense, routed = _kept("torchtitan-compile", "selective", tensor)
+    assert routed == 32 * 8 * (16 * 2 + 4) < dense
+
+
+def test_route_weights_on_a_wide_copy_keep_it_and_where_its_rows_go() -> None:
+    fused, wide = (_kept("torchtitan-compile", "none", expert_rows=rows) for rows in ("fused", "wide"))
+    assert wide[0] == fused[0]
+    assert wide[1] - fused[1] == 32 * 2 * (64 * 4 + 16)

@@ -63,6 +63,10 @@ def composed(
     layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
     """
 
+    rows = ways.get("expert_rows")
+    if rows == "wide":  # of the weights alone
+        ways = {**ways, "expert_rows": ways.get("activation")}
+
     def one(kernel: Kernel) -> Kernel:
         for (operation, way), (belongs, change) in _PARTS.items():
             apart = layernorm and operation == "norm" and way in ("composed", "rounded")
@@ -73,7 +77,8 @@ def composed(
     found = tuple(one(kernel) for kernel in kernels)
     if ways.get("sequence_exchange") == "composed":
         found = tuple(part for kernel in found for part in _traded(kernel))
-    found = _weighted(found) if ways.get("expert_rows") == "composed" else found
+    if rows in ("composed", "wide"):
+        found = _weighted(found, wide / b if rows == "wide" else 1.0)
     return _shared_gradients(found) if ways.get("residual") == "composed" else found
 
 
@@ -92,11 +97,11 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     return tuple(map(one, kernels))
 
 
-def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+def _weighted(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
     """Route weights outside of the products: before an exchange that sums what it returns; else at home,
     where rows are put in the order of their tokens and summed by one product with the weights, for whose
-    gradient autograd keeps them. Before such an exchange ranks tell each other how many rows go where; rows
-    that do not travel lie in the order of experts already."""
+    gradient autograd keeps them, in numbers `wider` than they came. Before such an exchange ranks tell each
+    other how many rows go where; rows that do not travel lie in the order of experts already."""
     last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
     if last is None:
         return kernels
@@ -125,15 +130,15 @@ def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
         elif kernel.name == "unsort" and last.bytes == 2.0 * out:
             kernel = beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
         elif kernel is last and last.bytes != 2.0 * out:
-            home = Value("home", sent, "dispatch")
-            moved = 2.0 * sent
+            home = Value("home", int(sent * wider), "dispatch")
+            moved = 2.0 * sent + ((1.0 + wider) * sent if wider > 1.0 else 0.0)
             found.append(
                 replace(kernel, name="permute_back", reads=kernel.reads[:1], writes=(home,), bytes=moved,
                         back_bytes=moved)
             )  # fmt: skip
             kernel = replace(
                 kernel, reads=("home", *kernel.reads[1:]), saves=("home",), indexed=False,
-                bytes=float(sent + out), back_bytes=3.0 * sent,
+                bytes=float(home.bytes + out), back_bytes=3.0 * home.bytes,
             )  # fmt: skip
         found.append(kernel)
     return tuple(found)
