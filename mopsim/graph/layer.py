@@ -72,6 +72,8 @@ def _moe(
     beside: Collection[str],
 ) -> tuple[Kernel, ...]:  # fmt: skip
     """Router, shared experts, dispatch, routed experts, combine: f is the sum."""
+    if shapes.whole_experts and shapes.expert_tensor > 1 and shapes.sequence_parallel:
+        return _whole(model, shapes, routes, split, beside)
     N, H, b, wide = shapes.tokens, model.hidden_size, shapes.width, shapes.wide
     arrived = sum(routes) // shapes.expert_tensor
     keep = {"h": "u"}
@@ -106,6 +108,36 @@ def _moe(
     )
     found += (*back[:-1], last)
     return found if shapes.fused else _shared_after(model, shapes, found)
+
+
+def _whole(
+    model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool, beside: Collection[str]
+) -> tuple[Kernel, ...]:
+    """Experts split like the rest: tokens of all tensor-parallel ranks are gathered, each rank routes and
+    sends all of them, through its part of every expert, and scatters the sum of the parts. Back, what left
+    has its gradient summed, of which each rank takes its own tokens' (autograd on local tensors)."""
+    ranks, size = shapes.tensor, shapes.region_tokens * model.hidden_size * shapes.width
+    part = replace(
+        model,
+        moe_intermediate_size=model.moe_intermediate_size // shapes.expert_tensor,
+        shared_expert_intermediate_size=model.shared_expert_intermediate_size // ranks,
+    )
+    alone = replace(shapes, tokens=shapes.region_tokens, tensor=1, expert_tensor=1)
+    inner = Tape((Value("u", size),), _moe(part, alone, routes, split, False, beside), ("f",))
+    kernels = list(_renamed(inner, "", {"u": "ug", "f": "fp"}))
+    place = next(index for index, kernel in enumerate(kernels) if kernel.name == "dispatch")
+    sent = kernels[place].reads[0]
+    total = float(size * model.num_experts_per_tok)
+    kernels.insert(
+        place,
+        Kernel("routes_sum", "all_reduce", "experts", (sent,), (), back_bytes=total, group="expert_tensor"),
+    )
+    whole = gather("gather_tokens", "u", Value("ug", size), "experts")
+    return (
+        replace(whole, back_bytes=0.0),
+        *kernels,
+        scatter("scatter_tokens", "fp", Value("f", size // ranks), size, "experts"),
+    )
 
 
 def _shared_after(model: ModelSpec, shapes: Shapes, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:

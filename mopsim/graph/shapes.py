@@ -15,6 +15,7 @@ class Shapes(Struct, frozen=True):
     fused: one product for q, k and v, one for gate and up, one kernel for the rotary embedding and for
     SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash. in_order: ranks that
     trade keys and values have slices one after the other, of which the last attends to the most.
+    whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
     """
 
     tokens: int
@@ -29,6 +30,7 @@ class Shapes(Struct, frozen=True):
     flash: bool = True
     sequence_parallel: bool = True
     in_order: bool = False
+    whole_experts: bool = False
 
     @property
     def region_tokens(self) -> int:

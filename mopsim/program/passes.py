@@ -57,6 +57,7 @@ class Passes:
             flash=context.stack.flash,
             in_order=kernels.sequence_slices == "in_order",
             fused=not apart or strategy.dense.tensor_parallel > 1,
+            whole_experts="routed" in kernels.exchanged_rows,
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}

@@ -58,67 +58,67 @@ class Kernels(Spec, frozen=True, kw_only=True):
     tapes) whose kernel has the norm before them in it: its output is kept for their weight gradient, and is
     neither recomputed nor offloaded alone. head_norms: the gradient of the weight of a norm of each head is
     summed in its kernel, or by one block (`summed`, Transformer Engine). activation: or as torch composes it
-    on halves of one tensor (`strided`). router: its product's input is cast to fp32 and kept (`composed`),
-    or cast inside it. attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others.
+    on halves of one tensor (`strided`). router: its product's input is cast to fp32 and kept (`composed`), or
+    cast inside it. attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others.
     deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts,
     or weights alone, on a kept copy in fp32 (`wide`), or gate and weight, half of it shifted (`shifted`, no
     bias_activation_fusion). expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer
-    Engine's GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs:
-    made in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of
-    their inputs. expert_padding: every expert of a rank computes as many rows as the `busiest` of them;
-    under a `fresh` router memory holds those of a run's most uneven layer, which gives every token to one
-    expert, for each layer that keeps its rows; rows are copied there and back slice by slice.
-    expert_weights: those of a grouped product are one tensor, or are copied into one before it, and its
-    gradient back (`stacked`). expert_bias: added inside the product (`fused`), or gathered row by row and
-    added; then its gradient is a product (`gathered`), or torch adds it up row after row (`indexed`); or that
-    of the last product times the route weights, which the activation has applied, by torch for each expert
-    (`scaled`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one kernel, or as torch
-    composes it, or so with a backward that starts from gate and up (`again`). row_sums: rows of a token, and
-    of its gradient, are gathered and added, or added by atomic operations on bf16 (`atomic`, torch's
-    index_add_; under Transformer Engine's layers the host then cuts rows into those of each expert), or that
-    only where a token chooses fewer experts than the expert-parallel degree (`atomic_if_sparse`). routes_map:
-    what DeepEP's kernels have sent is turned into a map of experts by a kernel, or by torch's own ops, for
-    whose masks' sizes the host waits. beside_rows: what an all-to-all dispatcher sends beside rows: every
-    rank's `counts` for each expert, gathered by all but where the host never reads them, and the `weights` of
-    routes, there and back. gathered_rows: those that a region of split products gathers under sequence
-    parallelism are gathered `again` for the weight gradients, as Megatron-Core's own autograd function does,
-    or `kept`, as plain autograd does. region_backward: what begins a region gathers its rows again and
-    scatters their input's gradient beside the products, or one after the other. region_sums: without sequence
-    parallelism the input's gradient of a region is summed `once`, or that of each product that gate_up says
-    is one of its own (`each`). region_rows: under sequence parallelism such products share what is gathered
-    and scatter the sum of their inputs' gradients (`once`), or scatter each its own (`scattered`), or gather
-    too (`each`). exchanged_rows: what is done to those beside: put in order by a copy where a microbatch has
-    several sequences (`ordered`, torch's functional collectives along the second dimension; not in tensor
-    overlap), or cast to 8 bits before they are gathered (`cast`). sequence_slices: where ranks gather or send
-    on keys and values, each has an early and a late part of a sequence (`paired`), or they lie one after the
-    other, so that the last attends to the most (`in_order`). sequence_exchange: Ulysses' tensors in one
-    exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both, and one for
-    queries, keys and values, or one each, shared experts after the routed ones; or one each that are counted
-    as one whose input's gradients are added (`added`), gate and up only in `ffn_added`. qkv_split: parts of
-    the one for queries, keys and values are read where they lie, and their gradients written so; or torch
-    splits them and puts their gradients together (`views`), and copies what attention wants contiguous too
-    (`copied`). grouped_heads: keys and values that query heads share are read by all of them, or repeated for
-    each before the attention (`repeated`). attention_rows: queries reach the attention laid out by `tokens`,
-    or by `heads`, whose output is then copied to lie by tokens. casts: the copy in 8 or 4 bits of a product's
-    input is kept for its weight gradient (`kept`, Transformer Engine), or the input is, and cast again, each
-    copy laid out again for the product that reads it the other way (`again`, torchao). weight_casts: weights
-    are cast once a step, which is not counted (`step`), or in every forward pass (`pass`). weight_grads:
-    added to their buffer inside the product, or after it. adamw: in one kernel, or operation by operation
-    over all tensors, with the roots of all second moments beside (`foreach`, torch's default). loss: cross
-    entropy by several kernels with copies in fp32 (`composed`), by those from whose copy the maximum is
-    subtracted into another (`shifted`, Megatron-LM from 2022 to June 2024), one kernel in place of the logits
-    (`fused`), one on a copy of them in fp32 (`upcast`), Megatron-Core's compiled ones, whose gradient takes a
-    second copy (`native`), torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
-    (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as
-    `composed`). loss_copy: whether torch's works on a copy in fp32, or on the logits in their own dtype.
-    logits_held: whoever calls a loss that works on a copy of the logits holds them, or that copy (`copy`).
-    logits_until: what is held of them is there until the loss's backward is done, or until the `next`
-    microbatch's are made, as a training loop keeps them in a variable (not in pipelines). logit_passes: bytes
-    moved for each element of the logits beside what the loss moves (casts of its own, accuracy and perplexity
-    of every microbatch). loss_chunks: the kernels of a chunked loss, or torch's cross entropy of each chunk
-    on a copy in fp32, its gradients made apart and those of the chunks' inputs put together in fp32
-    (`autograd`). ring_blocks: merging the blocks of keys and values where context parallelism gathers them.
-    fills: new tensors with a known value are written first (torch's deterministic mode).
+    Engine's GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
+    in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of their
+    inputs. expert_padding: every expert of a rank computes as many rows as the `busiest` of them; under a
+    `fresh` router memory holds those of a run's most uneven layer, which gives every token to one expert, for
+    each layer that keeps its rows; rows are copied there and back slice by slice. expert_weights: those of a
+    grouped product are one tensor, or are copied into one before it, and its gradient back (`stacked`).
+    expert_bias: added inside the product (`fused`), or gathered row by row and added; then its gradient is a
+    product (`gathered`), or torch adds it up row after row (`indexed`); or that of the last product times the
+    route weights, which the activation has applied, by torch for each expert (`scaled`). clamped_gate: that
+    of experts with clamps around SwiGLU (gpt-oss) in one kernel, or as torch composes it, or so with a
+    backward that starts from gate and up (`again`). row_sums: rows of a token, and of its gradient, are
+    gathered and added, or added by atomic operations on bf16 (`atomic`, torch's index_add_; under Transformer
+    Engine's layers the host then cuts rows into those of each expert), or that only where a token chooses
+    fewer experts than the expert-parallel degree (`atomic_if_sparse`). routes_map: what DeepEP's kernels have
+    sent is turned into a map of experts by a kernel, or by torch's own ops, for whose masks' sizes the host
+    waits. beside_rows: what an all-to-all dispatcher sends beside rows: every rank's `counts` for each
+    expert, gathered by all but where the host never reads them, and the `weights` of routes, there and back.
+    gathered_rows: those that a region of split products gathers under sequence parallelism are gathered
+    `again` for the weight gradients (Megatron-Core's autograd function), or `kept` (plain autograd).
+    region_backward: what begins a region gathers its rows again and scatters their input's gradient beside
+    the products, or one after the other. region_sums: without sequence parallelism the input's gradient of a
+    region is summed `once`, or that of each product that gate_up says is one of its own (`each`).
+    region_rows: under sequence parallelism such products share what is gathered and scatter the sum of their
+    inputs' gradients (`once`), or scatter each its own (`scattered`), or gather too (`each`). exchanged_rows:
+    what is done to those beside: put in order by a copy where a microbatch has several sequences (`ordered`,
+    torch's functional collectives along the second dimension; not in tensor overlap), or cast to 8 bits
+    before they are gathered (`cast`); of split experts tokens, whose routes all ranks send (`routed`).
+    sequence_slices: where ranks gather or send on keys and values, each has an early and a late part of a
+    sequence (`paired`), or they lie one after the other, so that the last attends to the most (`in_order`).
+    sequence_exchange: Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`).
+    gate_up: one product for both, and one for queries, keys and values, or one each, shared experts after the
+    routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
+    only in `ffn_added`. qkv_split: parts of the one for queries, keys and values are read where they lie, and
+    their gradients written so; or torch splits them and puts their gradients together (`views`), and copies
+    what attention wants contiguous too (`copied`). grouped_heads: keys and values that query heads share are
+    read by all of them, or repeated for each before the attention (`repeated`). attention_rows: queries reach
+    the attention laid out by `tokens`, or by `heads`, whose output is then copied to lie by tokens. casts:
+    the copy in 8 or 4 bits of a product's input is kept for its weight gradient (`kept`, Transformer Engine),
+    or the input is, and cast again, each copy laid out again for the product that reads it the other way
+    (`again`, torchao). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
+    forward pass (`pass`). weight_grads: added to their buffer inside the product, or after it. adamw: in one
+    kernel, or operation by operation over all tensors, with the roots of all second moments beside
+    (`foreach`, torch's default). loss: cross entropy by several kernels with copies in fp32 (`composed`), by
+    those from whose copy the maximum is subtracted into another (`shifted`, Megatron-LM from 2022 to June
+    2024), one kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`),
+    Megatron-Core's compiled ones, whose gradient takes a second copy (`native`), torch's on a copy in fp32 of
+    logits that every tensor-parallel rank gathers whole (`gathered`), or on that of a slice of them
+    (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). loss_copy: whether torch's works
+    on a copy in fp32, or on the logits in their own dtype. logits_held: whoever calls a loss that works on a
+    copy of the logits holds them, or that copy (`copy`). logits_until: what is held of them is there until
+    the loss's backward is done, or until the `next` microbatch's are made, as a training loop keeps them in a
+    variable (not in pipelines). logit_passes: bytes moved for each element of the logits beside what the loss
+    moves (casts of its own, accuracy, perplexity). loss_chunks: the kernels of a chunked loss, or torch's
+    cross entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs
+    put together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and values where context
+    parallelism gathers them. fills: new tensors with a known value are written first (deterministic torch).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -145,7 +145,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     region_backward: Literal["beside", "in_turn"] = "beside"
     region_sums: Literal["once", "each"] = "once"
     region_rows: Literal["once", "scattered", "each"] = "once"
-    exchanged_rows: tuple[Literal["ordered", "cast"], ...] = ()
+    exchanged_rows: tuple[Literal["ordered", "cast", "routed"], ...] = ()
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"

@@ -14,7 +14,7 @@ from mopsim.program.context import make_context
 from mopsim.program.passes import Passes
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Activations
+from mopsim.spec.strategy import Activations, Experts
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.sim.toys import small
@@ -102,3 +102,22 @@ def test_route_weights_on_a_wide_copy_keep_it_and_where_its_rows_go() -> None:
     fused, wide = (_kept("torchtitan-compile", "none", expert_rows=rows) for rows in ("fused", "wide"))
     assert wide[0] == fused[0]
     assert wide[1] - fused[1] == 32 * 2 * (64 * 4 + 16)
+
+
+def test_split_experts_route_the_tokens_of_all_their_ranks() -> None:
+    """32 tokens of a rank, 64 of two: twice the routes of half of every expert; as many products."""
+    found = {}
+    for rows in ((), ("routed",)):
+        own = changed("torchtitan", kernels={"exchanged_rows": rows})
+        strategy = replace(
+            fsdp2(8, tensor_parallel=2), experts=Experts(expert_parallel=4, expert_tensor_parallel=2)
+        )
+        training = TrainSpec(seq_len=64, global_batch=4, routing="balanced")
+        kernels = Passes(make_context(small(), strategy, training, 8, own)).tape(2).by_name
+        products = sum(one.total_flops for one in kernels.values() if one.kind == "grouped_matmul")
+        found[rows] = products, kernels["dispatch"].bytes, kernels
+    (flops, sent, apart), (whole_flops, whole_sent, whole) = found.values()
+    assert (whole_flops, whole_sent, sent) == (flops, 2 * sent, 32 * 2 * 64 * 2)
+    assert {"gather_rows", "scatter_rows"} & set(apart) - set(whole) == {"gather_rows", "scatter_rows"}
+    assert (whole["gather_tokens"].bytes, whole["routes_sum"].back_bytes) == (64 * 64 * 2, 64 * 2 * 64 * 2)
+    assert whole["gather_tokens"].back_bytes == whole["routes_sum"].bytes == 0
