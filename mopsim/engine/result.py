@@ -97,6 +97,11 @@ class SimResult:
         """Probability that the device's memory is enough."""
         return self.device.below(self.memory_limit)
 
+    @property
+    def missing_bytes(self) -> tuple[int, int]:
+        """What tensors of a rank have too little room for, on the device and on the host."""
+        return max(0, self.peak_memory - self.memory_limit), max(0, self.host_memory - self.host_limit)
+
     @cached_property
     def p_host(self) -> float:
         """Probability that the host's memory is enough."""

@@ -10,6 +10,8 @@ from mopsim.spec.line import describe
 from mopsim.spec.strategy import Strategy
 
 Fields = Mapping[str, Any]
+IMPLIED = {"attention.cp_comm_type": "CP=1", "activations.recompute": "recompute="}
+"""Fields that one rank does not read, or that a word says already, by the beginning of that word."""
 MOST_TOGETHER, MOST_WORDS = 3, 4
 """Combinations that a row names, and words of each of these but the first; the others are counted, the JSON
 has all."""
@@ -45,7 +47,11 @@ def otherwise(plan: Fields, changes: Fields) -> list[str]:
         return [f"{name} {_value(value)}" for name, value in changes.items()]
     said = [word for place, word in after.items() if before.get(place) != word]
     said += [_left_out(word) for place, word in before.items() if place not in after]
+    if "CP=1" in said:
+        said = [word for word in said if word != "no CP-by"]
     for name, value in changes.items():
+        if name in IMPLIED and any(word.startswith(IMPLIED[name]) for word in said):
+            continue
         rest = {other: one for other, one in changes.items() if other != name}
         if _words(plan, rest) == after:
             said.append(f"{name} {_value(value)}")

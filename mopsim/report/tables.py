@@ -142,16 +142,17 @@ def _also(result: SimResult, free: Freedom) -> str:
 
 def best_of_others(best: Mapping[str, SimResult | None]) -> Text:
     """The best strategy of each family but the fastest one's, and how they compare with it."""
-    fastest = min((one.step_time for one in best.values() if one), default=0.0)
+    fastest = min((one for one in best.values() if one), key=lambda one: one.step_time, default=None)
     lines = []
     for family, one in best.items():
-        if one and one.step_time == fastest:
+        if fastest and one and one.step_time == fastest.step_time:
             continue
-        if one is None:
+        if fastest is None or one is None:
             lines.append(f"best of {family}: none (the counts below say why)")
             continue
-        part = f" ({fastest / one.step_time:.2f} of the fastest)"
-        lines.append(f"best of {family}: {one.speed}{part}, {plan_line(one)}")
+        part = f"{fastest.step_time / one.step_time:.2f} of the fastest, which is faster with probability"
+        surely = format_probability(fastest.times_as_fast_as(one).p_faster)
+        lines.append(f"best of {family}: {one.speed} ({part} {surely}), {plan_line(one)}")
     return Text("\n".join(lines))
 
 

@@ -31,13 +31,15 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
     finds a plan for."""
     lines = []
     if (one := found.closest) is not None:
-        host = one.over == "host"
-        limit, where = (one.host_limit, "host") if host else (one.memory_limit, "device")
-        most = "" if host else f", most of it {one.over}"
-        lines.append(
-            f"the nearest miss is {format_bytes(one.over_bytes)} over the {where} memory of a rank "
-            f"({one.over_bytes / max(limit, 1):.0%} more would do{most}): {describe(one.strategy)}"
-        )
+        most = f", most of it {one.over}"
+        tiers = ("device", most, one.memory_limit), ("host", "", one.host_limit)
+        over = [
+            f"{format_bytes(size)} over the {where} memory of a rank "
+            f"({size / max(limit, 1):.0%} more would do{what})"
+            for size, (where, what, limit) in zip(one.missing_bytes, tiers, strict=True)
+            if size
+        ]
+        lines.append(f"the nearest miss is {' and '.join(over)}: {describe(one.strategy)}")
     kinds = (_nodes(problem), _lengths(problem), _bits(problem), _hosts(found, problem))
     for kind in kinds:
         for said, other in kind:

@@ -110,9 +110,11 @@ class SearchResult:
         if self.best:
             return f"{self.best.strategy.name}: {self.best.speed}, {self.best.odds}"
         if self.closest:
-            over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
+            over, missing = self.closest.over or "memory", self.closest.missing_bytes
             name, left = self.closest.strategy.name, "" if self.proven else f" ({proof(self.gap)})"
-            return f"nothing fits: the closest ({name}) is {by} over, stopped by {over}{left}"
+            tiers = zip(("device", "host"), missing, strict=True)
+            by = " and ".join(f"{format_bytes(size)} over on the {where}" for where, size in tiers if size)
+            return f"nothing fits: the closest ({name}) is {by}, stopped by {over}{left}"
         counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
         reasons = "; ".join(
             f"{reason} ({count:,} candidate{'s' if count > 1 else ''})" for reason, count in counted[:3]

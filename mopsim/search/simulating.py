@@ -53,5 +53,7 @@ def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True
 
 def keep_closest(simulated: SimResult | None, found: SearchResult) -> None:
     """Keep of two that miss their limits the one that misses by less."""
-    if simulated is not None and (found.closest is None or simulated.over_bytes < found.closest.over_bytes):
+    if simulated is None:
+        return
+    if found.closest is None or sum(simulated.missing_bytes) < sum(found.closest.missing_bytes):
         found.closest = simulated

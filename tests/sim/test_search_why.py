@@ -120,6 +120,9 @@ def test_what_is_as_fast_is_named_as_plans_are_printed() -> None:
     alone = {"experts.expert_parallel": 1, "experts.expert_fsdp": 8}
     assert otherwise(plan, {**alone, "activations.layer_inputs": "device"}) == ["offload=optimizer", "EP=1"]
     assert otherwise(plan, {"vocabulary.vocab_parallel": 1}) == ["loss=ring"]
+    spread = to_plain(megatron(8, context_parallel=2, context_exchange="all_gather"))
+    one = {"attention.context_parallel": 1, "attention.cp_comm_type": "ring"}
+    assert otherwise(spread, one) == ["DP=8", "CP=1"]
     device = {"optimizer.state_tier": "device", "optimizer.update_on": "device"}
     assert otherwise(plan, {**device, "activations.layer_inputs": "device"}) == ["no offload"]
 
@@ -268,6 +271,15 @@ def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
     assert any(
         line.startswith("2 nodes instead of 1 would fit") or "tokens instead of" in line for line in lines
     )
+
+
+def test_a_miss_of_device_and_host_names_both() -> None:
+    """Kimi-K2 on eight H100 lacks some 200 GiB a rank on the device and eight hosts."""
+    plan, job = mopsim.zero_offload(), {"seq_len": 4096, "global_batch": 8}
+    one = mopsim.simulate("kimi_k2", "h100-sxm-80g", strategy=plan, **job).result
+    device, host = one.missing_bytes
+    assert device == one.peak_memory - one.memory_limit > 0
+    assert host == one.host_memory - one.host_limit > 0
 
 
 def test_the_command_ends_with_3_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
