@@ -272,7 +272,7 @@ def _best(points: Sequence[ContextPoint]) -> ContextPoint:
         most = max((one.throughput or 0.0) * (1 + one.gap) for one in alike)
         return replace(best, gap=max(0.0, most / (best.throughput or most) - 1))
     missing = [point for point in points if point.result]
-    return min(missing, key=lambda point: point.result.over_bytes if point.result else 0, default=points[0])
+    return min(missing, key=lambda one: sum(one.result.missing_bytes) if one.result else 0, default=points[0])
 
 
 def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> Iterator[Found]:

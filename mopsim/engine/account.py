@@ -142,7 +142,6 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
     return {
         "fits": over is None,
         "over": over,
-        "over_bytes": max(0, peak - limit) or max(0, host - host_limit),
         "peak_memory": peak,
         "memory_limit": limit,
         "memory_by_category": categories,

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mopsim.common.io import to_plain
-from mopsim.common.units import format_probability
+from mopsim.common.units import format_bytes, format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
@@ -42,7 +42,6 @@ class SimResult:
     mfu: float
     fits: bool
     over: str | None
-    over_bytes: int
     peak_memory: int
     memory_limit: int
     memory_by_category: dict[str, int]
@@ -101,6 +100,18 @@ class SimResult:
     def missing_bytes(self) -> tuple[int, int]:
         """What tensors of a rank have too little room for, on the device and on the host."""
         return max(0, self.peak_memory - self.memory_limit), max(0, self.host_memory - self.host_limit)
+
+    @property
+    def over_bytes(self) -> int:
+        """Of the device, or where that is enough of the host."""
+        device, host = self.missing_bytes
+        return device or host
+
+    @property
+    def missing(self) -> str:
+        """'2 GiB over on the device and 8 GiB over on the host'."""
+        tiers = zip(("device", "host"), self.missing_bytes, strict=True)
+        return " and ".join(f"{format_bytes(size)} over on the {where}" for where, size in tiers if size)
 
     @cached_property
     def p_host(self) -> float:

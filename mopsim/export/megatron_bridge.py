@@ -191,7 +191,7 @@ def _model(plan: Plan) -> dict[str, Any]:
             "expert_model_parallel_size": s.experts.expert_parallel,
             "expert_tensor_parallel_size": s.experts.expert_tensor_parallel,
         }
-        if s.experts.token_dispatcher != "alltoall":
+        if s.experts.sends_once:
             found |= {
                 "moe_token_dispatcher_type": "flex",
                 "moe_flex_dispatcher_backend": s.experts.token_dispatcher,

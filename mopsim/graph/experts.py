@@ -48,8 +48,6 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
 
 EXCHANGES = ("dispatch", "combine")
 """Kernels that move rows to the ranks of their experts and back."""
-FLEXIBLE = ("deepep", "hybridep")
-"""Dispatchers whose kernels send a row once to a rank, with the weights of its routes in fp32."""
 BESIDE_ROWS = {"counts": "all counts", "weights": "sent weights"}
 """Kernel of each of what a dispatcher sends beside rows (Kernels.beside_rows of a stack)."""
 

@@ -47,10 +47,11 @@ CONTEXT: dict[str, Costs] = {
 }
 """Linears that context-parallel ranks add to attention and each of them does, by how they exchange a sequence
 (`reports/host/te_context.json`), with the kernels that put its parts together, without NCCL's start."""
-DISPATCHERS: Costs = {"deepep": (-18.6, -15.6), "composed": (5.8, 2.8)}
-"""Linears that dispatching, experts and combining take more than with the alltoall dispatcher, and more than
-that where torch makes the map of routes
-(`reports/host/te_deepep.json`, the mean of 4 and 16 local experts; HybridEP's are taken for that one's)."""
+DISPATCHERS: Costs = {"deepep": (-18.6, -15.6)}
+ROUTES_MAP = (5.8, 2.8)
+"""Linears that dispatching, experts and combining take more than with the alltoall dispatcher (HybridEP's are
+taken for that one's), and where torch makes the map of routes (`reports/host/te_deepep.json`, the means of 4
+and 16 local experts)."""
 KINDS: Costs = {
     "latent": (13.0, 15.2),
     "latent_rotary": (26.1, 17.7),

@@ -88,7 +88,7 @@ class Context:
     def beside_rows(self) -> tuple[str, ...]:
         """What travels beside rows: nothing where kernels of their own send them, no counts that the host
         never reads (Kernels.beside_rows)."""
-        if self.strategy.experts.token_dispatcher != "alltoall":
+        if self.strategy.experts.sends_once:
             return ()
         never = self.stack.host.counts_read == "never"
         return tuple(one for one in self.stack.kernels.beside_rows if not (never and one == "counts"))
@@ -244,7 +244,7 @@ def _groups(model: ModelSpec, strategy: Strategy, domain: int, consecutive: bool
     """Process groups; that of the experts knows how many a token chooses, of how many, where copies are sent
     once."""
     found = process_groups(strategy, domain)
-    if strategy.experts.token_dispatcher != "alltoall":
+    if strategy.experts.sends_once:
         found["experts"] = replace(
             found["experts"], choices=model.num_experts_per_tok, experts=model.num_local_experts,
             limit=(model.n_group, model.topk_group), consecutive=consecutive,

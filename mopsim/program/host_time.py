@@ -14,6 +14,7 @@ from mopsim.graph.host_costs import (
     KINDS,
     LAYER,
     LAYERS,
+    ROUTES_MAP,
     TENSOR,
     Costs,
 )
@@ -78,7 +79,7 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
         found["attention"] += [cost["layer"], *[cost["rank"]] * ranks]
     if strategy and strategy.experts.expert_parallel > 1:
         found["experts"] = [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
-        found["experts"] += [DISPATCHERS["composed"]] * maps_routes(strategy, stack)
+        found["experts"] += [ROUTES_MAP] * maps_routes(strategy, stack)
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()

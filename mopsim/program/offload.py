@@ -45,6 +45,7 @@ class OffloadedInputs:
         self.issue, self.size, self.kept, self.explicit = issue, context.hidden, kept, explicit
         full = context.strategy.activations.recompute == "full"
         self.hooked = full and context.stack.recompute.inputs == "asked"
+        self.ahead = int(not (self.hooked or explicit))
         self.visits: list[Visit] = []
         for phase, microbatch, chunk in slots:
             layers = stage.chunks[chunk] if phase == "forward" else reversed(stage.chunks[chunk])
@@ -100,8 +101,8 @@ class OffloadedInputs:
             self._take(visit, self.issue.so_far())
             return ()
         self.window = tuple(ready) or self.window
-        place, ahead = self.places[visit], 1 if self.hooked or self.explicit else 2
-        for one in self.visits[place : min(place + ahead, self._last)]:
+        place = self.places[visit]
+        for one in self.visits[place : min(place + 1 + self.ahead, self._last)]:
             self._bring(one)
         return (self._up.pop(visit),) if visit in self._up else ()
 
@@ -118,8 +119,8 @@ class OffloadedInputs:
             ops.update({visit: places.get(op, op) for visit, op in ops.items()})
         self._free = {size: [places.get(op, op) for op in ops] for size, ops in self._free.items()}
         self.window = tuple(places.get(op, op) for op in self.window)
-        following, self._last = self.visits[self._last : self._last + 1], len(self.visits)
-        for one in following if not (self.hooked or self.explicit) else ():
+        following, self._last = self.visits[self._last : self._last + self.ahead], len(self.visits)
+        for one in following:
             self._bring(one)
 
     def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.experts import FLEXIBLE, with_routes_read
+from mopsim.graph.experts import with_routes_read
 from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
@@ -123,7 +123,7 @@ class Passes:
 
     def _tape(self, layer: int, routes: tuple[int, ...]) -> Tape:
         c, experts = self.context, self.context.strategy.experts
-        split, once = c.groups["experts"].size > 1, experts.token_dispatcher in FLEXIBLE
+        split, once = c.groups["experts"].size > 1, experts.sends_once
         tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
         if routes and split and c.migration:
             tape = replace(tape, kernels=migrating(tape.kernels, c.migration))

@@ -5,7 +5,6 @@ from typing import Literal
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.experts import FLEXIBLE
 from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import bias_scaled, biased, composed, gradients_stacked, gradients_stay
@@ -78,8 +77,8 @@ def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]
     """The kernels with what Kernels.expert_bias says."""
     run = context.stack.kernels.expert_bias
     if run == "scaled":
-        flexible = context.strategy.experts.token_dispatcher in FLEXIBLE
-        return bias_scaled(kernels, context.wide / context.b if flexible else 1.0)
+        once = context.strategy.experts.sends_once
+        return bias_scaled(kernels, context.wide / context.b if once else 1.0)
     return kernels if run == "fused" else biased(kernels, run == "indexed")
 
 
@@ -197,8 +196,7 @@ def _cut(kernel: Kernel, forward: bool, context: Context) -> float:
     composed = stack.kernels.row_sums == "atomic" and stack.host.layers == "transformer_engine"
     if not composed or kernel.name != "sort":
         return 0.0
-    sent = experts.token_dispatcher == "alltoall"
-    parts = context.model.num_local_experts * experts.expert_tensor_parallel * sent
+    parts = context.model.num_local_experts * experts.expert_tensor_parallel * (not experts.sends_once)
     return PERMUTED["layer"][not forward] + parts * PERMUTED["expert"][not forward]
 
 
@@ -206,7 +204,7 @@ def _permutations(context: Context) -> tuple[str, str]:
     """The permutation of rows by token, and the one that adds a token's rows: at home, or where rows that are
     sent once to a rank have arrived."""
     experts = context.strategy.experts
-    once = experts.token_dispatcher != "alltoall" and experts.expert_parallel > 1
+    once = experts.sends_once and experts.expert_parallel > 1
     return ("sort", "unsort") if once else ("permute", "accumulate")
 
 

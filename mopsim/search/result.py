@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
 from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
@@ -110,11 +109,9 @@ class SearchResult:
         if self.best:
             return f"{self.best.strategy.name}: {self.best.speed}, {self.best.odds}"
         if self.closest:
-            over, missing = self.closest.over or "memory", self.closest.missing_bytes
-            name, left = self.closest.strategy.name, "" if self.proven else f" ({proof(self.gap)})"
-            tiers = zip(("device", "host"), missing, strict=True)
-            by = " and ".join(f"{format_bytes(size)} over on the {where}" for where, size in tiers if size)
-            return f"nothing fits: the closest ({name}) is {by}, stopped by {over}{left}"
+            one, left = self.closest, "" if self.proven else f" ({proof(self.gap)})"
+            said = f"nothing fits: the closest ({one.strategy.name}) is {one.missing}"
+            return f"{said}, stopped by {one.over}{left}"
         counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
         reasons = "; ".join(
             f"{reason} ({count:,} candidate{'s' if count > 1 else ''})" for reason, count in counted[:3]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from mopsim.common.garbage import collected_later
-from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
@@ -209,6 +208,5 @@ def _memory_reason(found: SearchResult) -> str:
         return f"{found.best.odds} only"
     least = found.closest
     if least:
-        by = format_bytes(least.over_bytes)
-        return f"does not fit: {least.over or 'memory'} is {by} over in the closest strategy"
+        return f"does not fit: the closest strategy is {least.missing}, stopped by {least.over}"
     return found.verdict()

@@ -137,9 +137,8 @@ class Fabric(Spec, frozen=True, kw_only=True):
     under a leaf switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf:
     scale-up domains that reach each other through one leaf: few where a leaf takes all NICs of a node, as
     many as it has ports where it takes one of each (rail-optimised; what is for another rail moves inside the
-    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: a curve of each of
-    all_gather, reduce_scatter, all_reduce, all_to_all, send_recv; of scale_out also of `dispatch`, of kernels
-    that send a row once to a domain (DeepEP's), where it is not all_to_all's.
+    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: curves of all_gather,
+    reduce_scatter, all_reduce, all_to_all, send_recv; of scale_out also dispatch (rows sent once).
     """
 
     peak: Quantity
@@ -153,8 +152,9 @@ class Fabric(Spec, frozen=True, kw_only=True):
         require_dimension(self, "bandwidth", "peak")
         require_between(self, 1, 100, "oversubscription")
         require_between(self, 1, 2**16, "domains_per_leaf")
-        for name in set(self.collectives) - {"dispatch"}:
-            require(name in COLLECTIVES, "collectives", name, f"is not one of {', '.join(COLLECTIVES)}")
+        known = (*COLLECTIVES, "dispatch")
+        for name in self.collectives:
+            require(name in known, "collectives", name, f"is not one of {', '.join(known)}")
         for name in COLLECTIVES:
             require(name in self.collectives, "collectives", sorted(self.collectives), f"lacks {name}")
         rule = f"exceeds the fabric's peak {self.peak.value} {self.peak.unit}"

@@ -107,6 +107,11 @@ class Experts(Spec, frozen=True, kw_only=True):
     param_tier: Tier = "device"
     grad_tier: Tier = "device"
 
+    @property
+    def sends_once(self) -> bool:
+        """Whether kernels made for it send a row once to a rank, with the weights of its routes in fp32."""
+        return self.token_dispatcher != "alltoall"
+
 
 class Vocabulary(Spec, frozen=True, kw_only=True):
     """Output projection and loss.

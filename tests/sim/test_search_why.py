@@ -178,7 +178,7 @@ def test_more_memory_that_would_help_is_told(found: SearchResult, problem: Probl
     assert best is not None
     over = replace(
         best, step_time=best.step_time / 2, fits=False, over="optimizer",
-        peak_memory=best.memory_limit + GIB, over_bytes=GIB,
+        peak_memory=best.memory_limit + GIB,
     )  # fmt: skip
     lines = why(replace(found, played=[*found.played, over]), problem)
     assert any("more device memory a rank (1.00 GiB)" in line and "100% faster" in line for line in lines)
