@@ -137,7 +137,7 @@ class Fabric(Spec, frozen=True, kw_only=True):
     under a leaf switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf:
     scale-up domains that reach each other through one leaf: few where a leaf takes all NICs of a node, as
     many as it has ports where it takes one of each (rail-optimised; what is for another rail moves inside the
-    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: curves of all_gather,
+    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: of all_gather,
     reduce_scatter, all_reduce, all_to_all, send_recv; of scale_out also dispatch (rows sent once).
     """
 
