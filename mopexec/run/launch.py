@@ -17,7 +17,7 @@ from mopexec.run.signals import one_stop
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import say
-from mopsim.common.processes import kill_children
+from mopsim.common.processes import end_children
 
 
 class RankError(Exception):
@@ -68,7 +68,7 @@ def launch_ranks(
         with one_stop(lambda number: SignalException(f"got {number.name}", number)):
             elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException as error:
-        kill_children()  # ranks that the agent did not know yet
+        end_children()  # ranks that the agent did not know yet
         return signal.Signals(error.sigval).name
     except ChildFailedError as error:
         raise _explain(error.failures, logs) from None

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +40,13 @@ def kill_children() -> bool:
                 os.kill(int(path.parent.name), signal.SIGKILL)
                 found = True
     return found
+
+
+def end_children() -> None:
+    """Kill them and wait until each has ended, but for those that the system holds for over 5 s."""
+    end = time.monotonic() + 5
+    while kill_children() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def workers(jobs: int) -> int:
