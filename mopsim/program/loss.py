@@ -63,7 +63,7 @@ def loss_tape(context: Context) -> Tape:
     (Megatron-LM)."""
     c, vocabulary = context, context.strategy.vocabulary
     kernel = c.stack.kernels.loss
-    fused, gathered = kernel in ("fused", "upcast"), kernel == "gathered"
+    fused, gathered = kernel in ("fused", "upcast", "compiled"), kernel == "gathered"
     split = vocabulary.loss == "vocab_parallel" and c.strategy.dense.tensor_parallel > 1
     parts = split and not gathered
     elements = logit_elements(c)
@@ -75,22 +75,21 @@ def loss_tape(context: Context) -> Tape:
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     native = kernel == "native"
     torch = (zero >= 2 or gathered) and not fused and not native
-    in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
+    # Compiled, of slices: the forward makes the gradient, beside the matrix of the picked ones, and keeps no
+    # logits (the graphs of torch 2.13 on two CPU ranks).
+    ahead = kernel == "compiled" and parts
+    in_place = not ahead and (whole or kernel in ("fused", "compiled") or (fused and split))
     sliced = kernel == "loss_parallel" and split and torch
     wide = c.b if torch and not c.stack.kernels.loss_copy else c.wide
     cast = torch and c.stack.kernels.loss_copy
-    held = (torch or fused) and c.stack.kernels.logits_held is True
+    held = (torch or fused) and c.stack.kernels.logits_held is True and not ahead
     copy = ("wide",) if c.stack.kernels.logits_held == "copy" else ()
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
     beside = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()
-    # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
-    # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
-    moved = 3 * c.b if fused else c.b + 9 * c.wide
-    back = 2 * c.b if fused else c.b + 3 * c.wide
-    if native:  # cast and maximum, shift and exponential, division; back, a copy to add to, then its cast
-        moved, back = c.b + 5 * c.wide, c.b + 3 * c.wide
+    how = "ahead" if ahead else "sliced" if sliced else "torch" if torch else kernel
+    moved, back = _passes(how, c.b, wide if torch else c.wide)
     if cast:
         kernels.append(
             Kernel(
@@ -98,13 +97,6 @@ def loss_tape(context: Context) -> Tape:
                 bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
             )
         )  # fmt: skip
-    if torch:
-        # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
-        moved, back = 3 * wide, 4 * wide
-    if sliced:
-        # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with
-        # the picked ones, plus the exponential, times the gradient: three beside the log-probabilities.
-        moved, back = 8 * wide, 8 * wide
     kernels.append(
         Kernel(
             "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",),
@@ -112,11 +104,32 @@ def loss_tape(context: Context) -> Tape:
             bytes=float(elements * moved),
             back_bytes=float(elements * back), launches=1 if fused else 3 if native else 6 - torch,
             back_launches=2 - torch,
+            scratch=(("logits", elements * c.wide),) if ahead else (),
             back_scratch=(("logits", (1 + sliced) * elements * wide),) if torch or native else (),
         )
     )  # fmt: skip
     kernels += _beside(c, elements, parts)
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
+
+
+def _passes(how: str, b: int, wide: int) -> tuple[int, int]:
+    """Bytes that a loss moves for each logit, forward and backward."""
+    if how == "ahead":
+        return 3 * b + 3 * wide, b + wide
+    if how == "sliced":
+        # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with
+        # the picked ones, plus the exponential, times the gradient: three beside the log-probabilities.
+        return 8 * wide, 8 * wide
+    if how == "torch":
+        # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
+        return 3 * wide, 4 * wide
+    if how == "native":  # cast and maximum, shift and exponential, division; back, a copy to add to, its cast
+        return b + 5 * wide, b + 3 * wide
+    if how in ("fused", "upcast", "compiled"):  # one pass forward, one backward
+        return 3 * b, 2 * b
+    # the cast, maximum, shift, exponential, sum and division of Megatron-LM's vocab_parallel_cross_entropy
+    # run apart, in fp32: five read, four write
+    return b + 9 * wide, b + 3 * wide
 
 
 def _beside(c: Context, elements: int, parts: bool) -> list[Kernel]:

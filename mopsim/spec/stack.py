@@ -107,18 +107,18 @@ class Kernels(Spec, frozen=True, kw_only=True):
     kernel, or operation by operation over all tensors, with the roots of all second moments beside
     (`foreach`, torch's default). loss: cross entropy by several kernels with copies in fp32 (`composed`), by
     those from whose copy the maximum is subtracted into another (`shifted`, Megatron-LM from 2022 to June
-    2024), one kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`),
-    Megatron-Core's compiled ones, whose gradient takes a second copy (`native`), torch's on a copy in fp32 of
-    logits that every tensor-parallel rank gathers whole (`gathered`), or on that of a slice of them
-    (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). loss_copy: whether torch's works
-    on a copy in fp32, or on the logits in their own dtype. logits_held: whoever calls a loss that works on a
-    copy of the logits holds them, or that copy (`copy`). logits_until: what is held of them is there until
-    the loss's backward is done, or until the `next` microbatch's are made, as a training loop keeps them in a
-    variable (not in pipelines). logit_passes: bytes moved for each element of the logits beside what the loss
-    moves (casts of its own, accuracy, perplexity). loss_chunks: the kernels of a chunked loss, or torch's
-    cross entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs
-    put together in fp32 (`autograd`). ring_blocks: merging the blocks of keys and values where context
-    parallelism gathers them. fills: new tensors with a known value are written first (deterministic torch).
+    2024), one kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`), those that
+    torch compiles (`compiled`), Megatron-Core's compiled ones, whose gradient takes a second copy (`native`),
+    torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole (`gathered`), or on that
+    of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). loss_copy:
+    whether torch's works on a copy in fp32, or on the logits in their own dtype. logits_held: who calls a
+    loss that works on a copy of the logits holds them, or that copy (`copy`). logits_until: what is held of
+    them is there until the loss's backward is done, or until the `next` microbatch's are made, as a loop
+    keeps them in a variable (not in pipelines). logit_passes: bytes moved for each element of the logits
+    beside what the loss moves (casts of its own, accuracy, perplexity). loss_chunks: those of a chunked loss,
+    or torch's cross entropy of each chunk on a copy in fp32, its gradients made apart and those of the
+    chunks' inputs put together in fp32 (`autograd`). ring_blocks: merging blocks of keys and values where
+    context parallelism gathers them. fills: new tensors of a known value are written first (deterministic).
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -155,9 +155,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach"] = "fused"
     ring_blocks: Built = "fused"
-    loss: Literal["composed", "shifted", "fused", "upcast", "native", "gathered", "loss_parallel"] = (
-        "composed"
-    )
+    loss: Literal[
+        "composed", "shifted", "fused", "upcast", "compiled", "native", "gathered", "loss_parallel"
+    ] = "composed"
     loss_copy: bool = True
     logits_held: bool | Literal["copy"] = True
     logits_until: Literal["backward", "next"] = "backward"

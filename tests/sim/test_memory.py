@@ -217,15 +217,23 @@ def test_logits_that_every_tensor_rank_gathers_are_whole(loss: str, bytes_each: 
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
 
 
-@pytest.mark.parametrize(("loss", "tensors"), [("composed", 3), ("loss_parallel", 4)])
+@pytest.mark.parametrize(("loss", "tensors"), [("composed", 3), ("loss_parallel", 4), ("compiled", 2)])
 def test_torchs_loss_on_slices_holds_one_more_of_them(loss: str, tensors: int) -> None:
-    """Log-probabilities, zeros with the picked ones, the exponential and their sum, beside logits in bf16."""
+    """Log-probabilities, zeros with the picked ones, the exponential and their sum, beside logits in bf16;
+    compiled, the picked ones and the gradient."""
     software = unfused("copies", kernels={"loss": loss}, sharding={"fsdp": True})
     model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=1)
     sliced = Vocabulary(vocab_parallel=4, loss="vocab_parallel")
     strategy = with_(fsdp2(4, tensor_parallel=4), vocabulary=sliced)
     result = simulate(model, MACHINE, 1, strategy, training, software)
     assert result.highest_by_category["logits"] == 4096 * 32_000 / 4 * (2 + 4 * tensors)
+
+
+def test_torchs_compiled_loss_holds_logits_and_their_gradient() -> None:
+    software = unfused("copies", kernels={"loss": "compiled"}, sharding={"fsdp": True})
+    model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=8)
+    result = simulate(model, MACHINE, 1, fsdp2(8), training, software)
+    assert result.highest_by_category["logits"] == 4096 * 32_000 * (2 + 2)
 
 
 def test_a_residual_stream_in_fp32_is_kept_as_wide() -> None:
