@@ -103,6 +103,7 @@ def expected(plan: Plan, profile: HardwareProfile, made: Made) -> Spread:
     return of_step_time(
         Facts(
             stack=plan.stack.name, hardware=profile.name, precision=products(plan.strategy.precision),
-            network=network(plan.model), made=made, seen=profile.runs_seen,
+            network=network(plan.model), experts=plan.model.num_local_experts > 0, made=made,
+            seen=profile.runs_seen,
         )
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """From facts known before a run to the distribution of ln(measured / predicted).
 
 The error of a run is a sum of parts: one that all runs share, one of its stack, machine type, precision,
-network, source, network in the source, and one of its own. Each part is normal with the deviation that was
+network, source, network in the source, and one of its own; and, of a source of which nothing is known, one of
+its program as it is described. Each part is normal with the deviation that was
 fitted for its level, so that runs co-vary by the levels that they share, and what is known of one tells
 something of another: the normal's conditional mean and variance. What nobody has run keeps the whole
 variance of its level.
@@ -43,14 +44,15 @@ class Facts:
     """What is known of a prediction before its run.
 
     stack: the software's name. hardware: the profile's. precision: see `products`. network: see `network`.
-    exact: the program allocates to the byte what is simulated. made: what the step is made of. seen: runs of
-    the same user on the same machines.
+    experts: whether it has some. exact: the program allocates to the byte what is simulated. made: what the
+    step is made of. seen: runs of the same user on the same machines.
     """
 
     stack: str
     hardware: str
     precision: str
     network: str = ""
+    experts: bool = False
     exact: bool = False
     made: Made = ()
     seen: tuple[Observed, ...] = ()
@@ -182,12 +184,13 @@ def _asked(facts: Facts, quantity: Name) -> tuple[ErrorCell, tuple[ErrorCell, ..
     """The run, those that its user has seen, and what most of these were missed by."""
     asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
-        network=facts.network, made=facts.made if quantity == "step_time" else (), runs=1, mean=0.0,
+        network=facts.network, experts=facts.experts, made=facts.made if quantity == "step_time" else (),
+        runs=1, mean=0.0,
     )  # fmt: skip
     seen = tuple(
         ErrorCell(
             source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
-            network=one.network, runs=one.runs, mean=found,
+            network=one.network, experts=facts.experts, runs=one.runs, mean=found,
             made=one.made if quantity == "step_time" else (),
             squares=one.step_time_squares if quantity == "step_time" else 0.0,
         )
@@ -233,9 +236,9 @@ def joint(
     sd = quantity.deviations
     known = _ByIdentity(quantity)
     told = _told(known, tuple(map(quantity.usual, seen))) if seen else _told_once(known)
-    means, left = np.zeros(len(asked)), covariance(asked, asked, sd)
+    means, left = np.zeros(len(asked)), covariance(asked, asked, quantity)
     if told.cells:
-        to_asked = covariance(told.cells, asked, sd)
+        to_asked = covariance(told.cells, asked, quantity)
         weights = cho_solve(told.factor, to_asked)
         means = weights.T @ np.array([cell.mean for cell in told.cells])
         left = left - to_asked.T @ weights
@@ -274,7 +277,8 @@ def _told(known: _ByIdentity, seen: tuple[ErrorCell, ...]) -> _Told:
     cells, sd = (*known.quantity.cells, *seen), known.quantity.deviations
     runs = run_variances(cells, sd)
     own = np.diag([runs[one.source] / one.runs for one in cells])
-    return _Told(cells, runs, cho_factor(covariance(cells, cells, sd) + own) if cells else (own, True))
+    factor = cho_factor(covariance(cells, cells, known.quantity) + own) if cells else (own, True)
+    return _Told(cells, runs, factor)
 
 
 @lru_cache(maxsize=8)
@@ -282,12 +286,29 @@ def _told_once(known: _ByIdentity) -> _Told:
     return _told(known, ())
 
 
-def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], sd: Deviations) -> Array:
+def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], quantity: ErrorQuantity) -> Array:
     """Of the means of two lists of cells, without what each run has alone."""
-    found = np.zeros((len(some), len(others)))
+    found, sd = np.zeros((len(some), len(others))), quantity.deviations
     for level in LEVELS:
         found += getattr(sd, level) ** 2 * alike(level, some, others)
+    if sd.unseen or sd.unseen_program:
+        own = np.outer(*(_unseen(cells, _ByIdentity(quantity)) for cells in (some, others)))
+        found += own * (alike("source", some, others) & alike("stack", some, others))
     return found
+
+
+def _unseen(some: Sequence[ErrorCell], known: _ByIdentity) -> Array:
+    """The deviations of what nobody has mended yet of the programs of these cells."""
+    sd, (sources, programs) = known.quantity.deviations, _mended(known)
+    new = (sd.unseen if (one.stack, one.experts) in programs else sd.unseen_program for one in some)
+    return np.array([0.0 if one.source in sources else by for one, by in zip(some, new, strict=True)])
+
+
+@lru_cache(maxsize=8)
+def _mended(known: _ByIdentity) -> tuple[frozenset[str], frozenset[tuple[str, bool]]]:
+    """Sources, and programs on networks with experts or without, that runs are known of."""
+    cells = known.quantity.cells
+    return frozenset(one.source for one in cells), frozenset((one.stack, one.experts) for one in cells)
 
 
 def alike(level: str, some: Sequence[ErrorCell], others: Sequence[ErrorCell]) -> NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """Fits the errors to expect of a prediction to the runs of a validation, and installs them."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from mopsim.common import io
 from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.intervals import errors
-from mopsim.intervals.errors import ErrorCell, ErrorQuantity, Errors, Guesses
+from mopsim.intervals.errors import NAMES, ErrorCell, ErrorQuantity, Errors, Guesses, Name
 from mopsim.intervals.made import Made
 from mopsim.validate.case import Case
 from mopsim.validate.facts import general_stacks
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import as_read
 from mopsim.validate.uncertain import cell, reading
+from reports.validation.first_scores import first_scores
 from reports.validation.fitted_errors import fit_errors
 from reports.validation.guesses import Run
 
@@ -27,11 +29,18 @@ EXACT_SOURCE = (
 )
 
 
+FIRST: dict[Name, str] = {"step_time": "step_time_s"}
+"""Columns of first scores that tell how wide intervals are to be (adr/0071: why those of peaks do not)."""
+
+
 def learn(runs: Sequence[Run], guesses: Sequence[Run]) -> Errors:
     """From runs of grade A and B without a refusal, by their own stacks and by general ones."""
     described = [run for run in runs if run[0].stack not in general_stacks()]
     unknown = [run for run in runs if run[0].stack in general_stacks()]
-    (step_time, peak_memory), (guessed_time, guessed_memory) = map(_fitted, (described, [*unknown, *guesses]))
+    first = first_scores()
+    guessed = {name: row for name, row in first.items() if row["stack"] in general_stacks()}
+    step_time, peak_memory = _fitted(described, {name: first[name] for name in first.keys() - guessed})
+    guessed_time, guessed_memory = _fitted([*unknown, *guesses], guessed)
     stacks = tuple(sorted(general_stacks()))
     return Errors(
         made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, step_time=step_time, peak_memory=peak_memory,
@@ -39,19 +48,27 @@ def learn(runs: Sequence[Run], guesses: Sequence[Run]) -> Errors:
     )  # fmt: skip
 
 
-def _fitted(runs: Iterable[Run]) -> tuple[ErrorQuantity, ErrorQuantity]:
-    """Of the step time, of the peak."""
-    times: list[ErrorCell] = []
-    peaks: list[ErrorCell] = []
+def _fitted(runs: Iterable[Run], first: dict[str, dict[str, str]]) -> tuple[ErrorQuantity, ErrorQuantity]:
+    """Of the step time, of the peak. first: as runs were predicted before anything was learned from them."""
+    known: dict[Name, list[ErrorCell]] = defaultdict(list)
+    before: dict[Name, dict[str, list[ErrorCell]]] = {name: {} for name in NAMES}
     for case, result in runs:
         if not trusted(case) or result.error:
             continue
-        if case.measured.step_time:
-            times.append(_cell(case, case.measured.step_time, result.step_time, made=result.made))
-        if case.measured.peak_memory:
-            peak = as_read(result, case.program().reading.memory, case.profile())
-            peaks.append(_cell(case, case.measured.peak_memory, peak, reading(case)))
-    return fit_errors(times), fit_errors(peaks)
+        peak = as_read(result, case.program().reading.memory, case.profile())
+        said: tuple[tuple[Name, float, str, Made], ...] = (
+            ("step_time", result.step_time, "", result.made), ("peak_memory", peak, reading(case), ()),
+        )  # fmt: skip
+        for name, predicted, read, made in said:
+            if not (measured := getattr(case.measured, name)):
+                continue
+            known[name].append(_cell(case, measured, predicted, read, made))
+            row = first.get(case.id, {})
+            if scored := row.get(FIRST.get(name, "")):
+                one = _cell(case, measured, float(scored), read, made)
+                before[name].setdefault(row["set"], []).append(one)
+    step_time, peak_memory = (fit_errors(known[name], dict(sorted(before[name].items()))) for name in NAMES)
+    return step_time, peak_memory
 
 
 def _cell(case: Case, measured: float, predicted: float, read: str = "", made: Made = ()) -> ErrorCell:

@@ -4,19 +4,21 @@ Deviations are those of the highest penalized likelihood of the cells' means and
 each is drawn off zero by a gamma prior of shape 2 (Chung et al. 2013, Psychometrika 78), which matters where
 few groups tell little. Then all are widened or narrowed together, until a nominal 90 % of the runs of sources
 that are left out is held, the sources weighing alike; and once more for the ratios of two of their runs. A
-source that is left out takes no part in either. Before all this errors are divided by what the parts of their
-steps make them exceed a usual one's.
+source that is left out takes no part in either. Programs are mended after a look at their runs' errors, so
+that what is left of these tells little of a source that nobody has looked at: runs that were scored before
+anything was learned from them (first_scores.csv) say what such a source has beside (`unseen`). Before all
+this errors are divided by what the parts of their steps make them exceed a usual one's.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations_with_replacement, repeat
 from math import exp, log
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from scipy.special import ndtri
 
 from mopsim.common.processes import pool, workers
@@ -34,13 +36,40 @@ USUAL, NEAR, FREEDOM = 0.14, 0.005, 4
 by which it is drawn there, and the degrees of freedom of the t: errors have far outliers."""
 
 
-def fit_errors(runs: Sequence[ErrorCell]) -> ErrorQuantity:
-    """The model of one quantity, from runs (cells of one each), and its deviations without each source."""
+def fit_errors(
+    runs: Sequence[ErrorCell], first: Mapping[str, Sequence[ErrorCell]] | None = None
+) -> ErrorQuantity:
+    """The model of one quantity, from runs (cells of one each), and its deviations without each source.
+    first: by set, in the order in which they were scored, runs off by what they were before anything was
+    learned."""
     known = _Sources(runs)
     known.fit()
     without = {source: _widened(known, known.all - {source}) for source in sorted(known.all)}
     whole = known.told(known.all)
-    return msgspec.structs.replace(whole, deviations=_widened(known, known.all), without=without)
+    deviations = fit_unseen(known, first or {}, _widened(known, known.all))
+    return msgspec.structs.replace(whole, deviations=deviations, without=without)
+
+
+def fit_unseen(
+    known: "_Sources", first: Mapping[str, Sequence[ErrorCell]], deviations: Deviations
+) -> Deviations:
+    """With what a nominal 90 % of the first scores is held beside the deviations that are fitted to the
+    sources of earlier sets: of programs that these ran on networks with experts, or without, and of the
+    others. The sources weigh alike; 0 where there are no first scores, or nothing is needed."""
+    scores: dict[bool, _Scores] = {True: _Scores(), False: _Scores()}
+    later = {run.source for some in first.values() for run in some}
+    for some in first.values():
+        earlier = known.told(known.all - later)
+        programs = {(cell.stack, cell.experts) for cell in earlier.cells}
+        often = Counter(run.source for run in some)
+        for run in some:
+            ((cell, alike),) = _alike(earlier, [run]).items()
+            expected = spread(earlier, cell)
+            off = abs(float(alike.errors[0]) - expected.mean)
+            scores[(run.stack, run.experts) in programs].add([off], 1 / often[run.source], expected.deviation)
+        later -= often.keys()
+    found = {seen: one.beside(deviations.widening) for seen, one in scores.items()}
+    return msgspec.structs.replace(deviations, unseen=found[True], unseen_program=max(found.values()))
 
 
 class _Sources:
@@ -125,15 +154,17 @@ def _widened(known: _Sources, by: frozenset[str]) -> Deviations:
 
 
 class _Scores:
-    """Errors in deviations of what was expected, and the weight of each."""
+    """Errors in deviations of what was expected, and the weight of each; or errors, and the deviations."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
         self.weights: list[float] = []
+        self.deviations: list[float] = []
 
-    def add(self, values: Iterable[float], weight: float) -> None:
+    def add(self, values: Iterable[float], weight: float, deviation: float = 1.0) -> None:
         self.values += (values := list(map(float, values)))
         self.weights += [weight] * len(values)
+        self.deviations += [deviation] * len(values)
 
     def widening(self) -> float:
         """By what a deviation is multiplied so that a nominal 90 % holds 90 % of the weight."""
@@ -141,6 +172,17 @@ class _Scores:
             return 1.0
         nominal = float(ndtri((1 + NOMINAL) / 2))
         return round(weighted_quantile(self.values, self.weights, NOMINAL) / nominal, 4)
+
+    def beside(self, widening: float) -> float:
+        """The deviation that all are to have beside their own, widened alike, so that a nominal 90 % holds 90
+        % of the weight."""
+        values, own = np.array(self.values), np.array(self.deviations)
+
+        def over(more: float) -> float:
+            scores = values / (widening * np.sqrt(own**2 + more**2))
+            return weighted_quantile(scores, self.weights, NOMINAL) - float(ndtri((1 + NOMINAL) / 2))
+
+        return round(float(brentq(over, 0.0, 10.0)), 4) if self.values and over(0.0) > 0 else 0.0
 
 
 def _pairs(known: ErrorQuantity, runs: Sequence[ErrorCell]) -> list[list[float]]:
@@ -181,7 +223,7 @@ def _alike(known: ErrorQuantity, runs: Iterable[ErrorCell]) -> dict[ErrorCell, _
     return {cell: _Alike(*np.array(some).T) for cell, some in found.items()}
 
 
-def weighted_quantile(values: Sequence[float], weights: Sequence[float], share: float) -> float:
+def weighted_quantile(values: Sequence[float] | Array, weights: Sequence[float], share: float) -> float:
     """The least value that at least this share of the weight does not exceed."""
     order = np.argsort(values)
     reached = np.cumsum(np.array(weights)[order]) / np.sum(weights)

@@ -18,7 +18,7 @@ from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Kernels, Sharding, Stack, StateDTypes
+from mopsim.spec.stack import Hides, Kernels, Sharding, Stack, StateDTypes
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
 from mopsim.spec.tensors import total_params
@@ -269,7 +269,8 @@ def left_to_the_stack() -> dict[str, Job]:
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
     again; parameters that lie on the host; tensor ranks that split rows of two sequences or hold all rows,
-    and two readers of each; gradients as narrow as the products; FSDP's groups without copies; heads' norms.
+    and two readers of each; sends of an interleaved pipeline; gradients as narrow as the products; FSDP's
+    groups without copies; heads' norms.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -294,6 +295,11 @@ def left_to_the_stack() -> dict[str, Job]:
         "rows held": replace(job, strategy=rows, stack=own),
         "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),
+        "interleaved": replace(
+            job,
+            strategy=megatron(8, pipeline_parallel=2, virtual_stages=2),
+            stack=structs.replace(job.software, hides=Hides()),
+        ),
         "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),
         "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
         "clamped": replace(job, model=structs.replace(job.model, swiglu_limit=7.0)),

@@ -21,7 +21,14 @@ from mopsim.validate.case import read_cases
 from mopsim.validate.facts import general_stacks
 from mopsim.validate.uncertain import cell as of_case
 from mopsim.validate.uncertain import reading
-from reports.validation.fitted_errors import fit_errors, fit_parts, likeliest, weighted_quantile
+from reports.validation.fitted_errors import (
+    _Sources,
+    fit_errors,
+    fit_parts,
+    fit_unseen,
+    likeliest,
+    weighted_quantile,
+)
 
 CASES = Path(__file__).parents[2] / "reports/validation/cases"
 NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))
@@ -203,6 +210,19 @@ def test_what_most_runs_were_missed_by_is_held_by_their_interval() -> None:
     assert ratio(1.0, facts, 1.0, facts).error.deviation > 1.2 / 1.645
 
 
+def test_a_program_nobody_compared_is_wider_until_its_user_has_run_it() -> None:
+    sd = replace(NONE, source=0.1, run=0.1, unseen=0.2, unseen_program=0.4)
+    known = ErrorQuantity(deviations=sd, cells=(cell("s", "p"),))
+    assert spread(known, cell("s", "p")).deviation < 0.15
+    new = [cell("t", "p"), replace(cell("t", "p"), experts=True), cell("t", "q")]
+    widths = [spread(known, one).deviation for one in new]
+    assert widths == pytest.approx([math.hypot(0.1, 0.1, by) for by in (0.2, 0.4, 0.4)])
+    assert spread(known, new[0], (replace(new[0], runs=9),)).deviation < 0.15
+    assert spread(known, new[0], (replace(new[2], runs=9),)).deviation > 0.2
+    assert between(known, new[0], new[0]).deviation == pytest.approx(math.hypot(0.1, 0.1))
+    assert between(known, new[0], new[2]).deviation == pytest.approx(math.hypot(0.1, 0.1, 0.2, 0.4))
+
+
 def quantities() -> list[ErrorQuantity]:
     errors = known_errors()
     return [getattr(some, name) for some in (errors, errors.guesses) for name in NAMES]
@@ -249,6 +269,31 @@ def drawn(seed: int, sources: int = 10) -> list[ErrorCell]:
                 cell(str(source), str(source), network, shared + random.normal(0, 0.1)) for _ in range(4)
             ]
     return runs
+
+
+def test_first_scores_say_how_far_off_programs_are_before_they_are_mended() -> None:
+    """Nine of ten are held, of programs that earlier sets ran and of others, sources weighing alike."""
+    known, runs = _Sources(drawn(0)), [cell(str(source), "0", mean=0.1 * source) for source in range(10, 20)]
+    assert fit_unseen(known, {}, NONE) == NONE
+    others = [replace(run, experts=True, mean=run.mean / 2) for run in runs]
+    for some, more in (({"5": runs}, "unseen"), ({"5": others}, "unseen_program")):
+        deviations = fit_unseen(known, some, NONE)
+        fitted = known.told(known.all)
+        quantity = replace(
+            fitted,
+            deviations=replace(
+                deviations,
+                **asdict(fitted.deviations)
+                | {name: getattr(deviations, name) for name in ("unseen", "unseen_program")},
+            ),
+        )
+        assert getattr(deviations, more) > 0
+        first = some["5"]
+        held = [
+            abs(run.mean - spread(quantity, run).mean) <= 1.645 * spread(quantity, run).deviation
+            for run in first
+        ]
+        assert sum(held) == 9
 
 
 @pytest.mark.slow

@@ -1,0 +1,56 @@
+"""Runs as they were predicted before anything was learned from them (first_scores.csv).
+
+python -m reports.validation.first_scores SCORES.json SET COMMIT adds what `mopsim validate --json` says of a
+new set's runs. A run keeps its first score.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mopsim.common import io
+
+TABLE = Path(__file__).with_name("first_scores.csv")
+COLUMNS = ("set", "commit", "run_id", "stack", "step_time_s", "peak_memory_bytes")
+
+
+def first_scores() -> dict[str, dict[str, str]]:
+    """By run: the stack that it was predicted by, seconds, and bytes as its source reads them; empty where it
+    measured none."""
+    return {row["run_id"]: row for row in csv.DictReader(io.read_text(TABLE).splitlines())}
+
+
+def added(runs: Iterable[dict[str, Any]], name: str, commit: str) -> list[dict[str, str]]:
+    """What is known of first scores with these, of grade A and B."""
+    known = first_scores() if TABLE.exists() else {}
+    for run in runs:
+        if run["status"] != "simulated" or run["quality"] not in "AB" or run["run_id"] in known:
+            continue
+        said = {
+            column: f"{run[f'predicted_{column}']:.6g}" if run.get(f"{column}_error") is not None else ""
+            for column in COLUMNS[4:]
+        }
+        if any(said.values()):
+            known[run["run_id"]] = dict(
+                zip(COLUMNS, (name, commit, run["run_id"], run["stack"], *said.values()), strict=True)
+            )
+    return [*known.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("set")
+    parser.add_argument("commit")
+    options = parser.parse_args()
+    rows = added(json.loads(io.read_text(options.scores))["runs"], options.set, options.commit)
+    lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
+    io.write_text(TABLE, "\n".join(lines) + "\n")
+    print(f"{len(rows)} runs in {TABLE}")
+
+
+if __name__ == "__main__":
+    main()
