@@ -1,13 +1,13 @@
 """Tables of a validation: one content, shown on a terminal or written as Markdown."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import ErrorSummary, by_group, capacity, over_sources, regrets
+from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, over_sources, regrets
 from mopsim.validate.uncertain import coverage
 
 LONGEST_REASON = 90
@@ -41,7 +41,8 @@ def tables(validation: Validation, parts: list[Predicted], level: float = LEVEL)
     found: list[Grid] = []
     if validation.scored:
         found += [_selections(validation), _hold_outs(validation), *_intervals(validation, level)]
-        found += [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
+        groups = [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
+        found += [table for table in groups if len(table.rows) > 1]
         found += [_worst(validation, level), _verdicts(validation)]
     if validation.refused:
         found.append(_refused(validation))
@@ -65,10 +66,20 @@ def _cells(found: ErrorSummary | None) -> tuple[str, ...]:
 def _selections(validation: Validation) -> Grid:
     table = Grid("errors, rows averaged within a source, then sources", ("rows", "quantity"),
                    ("n", "mean", "bias", "90 %", "largest"))  # fmt: skip
-    for name, rows in selections(validation.scored).items():
+    for name, rows in _distinct(validation.scored).items():
         for measure, value in MEASURES.items():
-            table.add_row(name, measure, *_cells(over_sources(rows, value)))
+            if found := over_sources(rows, value):
+                table.add_row(name, measure, *_cells(found))
     return table
+
+
+def _distinct(scored: list[Scored]) -> dict[str, list[Scored]]:
+    """Selections of runs; those of the same runs as one, by all their names."""
+    names: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    found = selections(scored)
+    for name, rows in found.items():
+        names[tuple(map(id, rows))].append(name)
+    return {", ".join(same): found[same[0]] for same in names.values()}
 
 
 def _hold_outs(validation: Validation) -> Grid:
@@ -80,7 +91,7 @@ def _hold_outs(validation: Validation) -> Grid:
         ("rows", "quantity"),
         ("n", *columns),
     )
-    chosen = {name: selections(rows) for name, rows in validation.held.items()}
+    chosen = {name: _distinct(rows) for name, rows in validation.held.items()}
     for selection in next(iter(chosen.values()), {}):
         for measure in UNITS.values():
             found = [over_sources(chosen[name][selection], MEASURES[measure]) for name in names]

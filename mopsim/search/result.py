@@ -75,9 +75,16 @@ class SearchResult:
 
     def to_json(self, level: float = 0.9) -> dict[str, object]:
         """The keys of the `search` command. level: of the intervals."""
+        best = self.best
+
+        def told(result: SimResult) -> dict[str, object]:
+            """A plan, and how surely the best is faster than it."""
+            surely = best.times_as_fast_as(result).p_faster if best and result is not best else None
+            return plan_json(result, self.model, level) | {"p_best_is_faster": surely}
+
         found = [
             {
-                **plan_json(result, self.model, level),
+                **told(result),
                 "as_fast": free.alone,
                 "as_fast_together": free.together,
             }
@@ -96,8 +103,7 @@ class SearchResult:
             "expected_gap": self.expected_gap,
             "best": found[0] if found else None,
             "best_by_family": {
-                family: plan_json(result, self.model, level) if result else None
-                for family, result in self.best_by_family.items()
+                family: told(result) if result else None for family, result in self.best_by_family.items()
             },
             "top": found,
             "closest": plan_json(self.closest, self.model, level) if self.closest and not found else None,

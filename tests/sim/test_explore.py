@@ -101,7 +101,7 @@ def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]
     compared["strategies"]["mop"] |= {"gap": 0.0, "expected_gap": 0.0}
     compared["strategies"]["fsdp2"] |= {"gap": 0.47, "expected_gap": 0.02}
     found = views(compared)[0]
-    assert found["note"].startswith(f"mop: {proven}. fsdp2: {left}. memory: ")
+    assert found["note"].startswith(f"mop: {proven}. fsdp2: {left}. step at least, at most: ")
     assert {"gap", "expected gap"} <= {column["name"] for column in found["columns"]}
 
 

@@ -108,6 +108,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("limit", "bytes", lambda one: one.found["memory_limit_bytes"]),
     ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
     ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
+    ("P(best is faster)", "fraction", lambda one: one.found.get("p_best_is_faster")),
     ("gap", "fraction", lambda one: one.found.get("gap")),
     ("expected gap", "fraction", lambda one: one.found.get("expected_gap")),
     ("mopexec runs it", "text", lambda one: {True: "yes", False: "no"}.get(one.found.get("runnable"))),
@@ -146,9 +147,13 @@ def step_table(
     for label, why in (refused or {}).items():
         rows.append([label, why, NO_STRATEGY, *[None] * (len(COLUMNS) - 3)])
         marks.append("out of memory")
+    levels = sorted({one.found["interval"] for one in steps if "interval" in one.found})
+    between = [
+        f"step at least, at most: a measured step lies between them with {level:.0%}." for level in levels
+    ]
     per = rate(device(one.found) for one in steps)
     columns = [(per if name == rate(()) else name, kind) for name, kind, _ in COLUMNS]
-    return table(title, columns, rows, " ".join(filter(None, (note, NOTE))), marks)
+    return table(title, columns, rows, " ".join(filter(None, (note, *between, NOTE))), marks)
 
 
 def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
