@@ -2,9 +2,7 @@
 (torch.distributed.fsdp._fully_shard._fsdp_collectives): foreach_all_gather's input, its copy-out, and
 foreach_reduce_scatter_copy_in. What its Python does around them is the host's time of the copies in."""
 
-from collections.abc import Sequence
-
-from mopsim.graph.host_costs import FLAT, GATHER, REST, UPDATE, UPDATE_SHARDED
+from mopsim.graph.host_costs import GATHER, REST
 from mopsim.program.context import Context
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
@@ -53,15 +51,6 @@ def summed(c: Context, unit: ShardedUnit, *, first: bool) -> Work:
     started = unit.tensors if moved else 1
     host = _host(unit, REST, started)
     return Work("memory_bound", bytes=float(unit.numel * moved), launches=started, host=host)
-
-
-def update_host(c: Context, units: Sequence[ShardedUnit], started: int) -> float:
-    """What clipping and updating the parameters of units takes of the host beside the kernels started."""
-    each = UPDATE_SHARDED if c.stack.sharding.copies else UPDATE if c.stack.host.modules else 0.0
-    flat = c.stack.sharding.flat
-    alone, each = FLAT[flat]["update"] if flat and c.strategy.dense.zero >= 2 else (0.0, each)
-    together = {(unit.layer, unit.copies, c.groups[unit.group]) for unit in units}
-    return max(0.0, alone * len(together) + each * sum(unit.tensors for unit in units) - started)
 
 
 def _host(unit: ShardedUnit, cost: tuple[float, float], started: int) -> float:

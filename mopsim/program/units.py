@@ -80,6 +80,17 @@ def _size(mine: list[Tensor], split: int) -> Size:
     return sum(numels), max(t.numel for t in mine) // split, len(mine), numels[-1]
 
 
+JOINED = (".k_proj", ".v_proj", ".gate_proj")
+"""Tensors that are one with another where projections are joined."""
+
+
+@lru_cache(maxsize=1024)
+def module_tensors(model: ModelSpec, layer: int, routed: bool) -> int:
+    """Parameters of a layer whose projections are joined: of a routed expert, or of all the rest."""
+    mine = [tensor.name for tensor in _by_layer(model)[layer] if tensor.routed == routed]
+    return sum(not any(part in name for part in JOINED) for name in mine)
+
+
 def of_component(model: ModelSpec, layer: int, component: str) -> int:
     """Parameters of a component of a layer, whole."""
     return sum(tensor.numel for tensor in _by_layer(model)[layer] if tensor.component == component)

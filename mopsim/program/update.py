@@ -4,13 +4,14 @@ parameters gathered."""
 from collections.abc import Sequence
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.host_costs import COLLECTION
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering
-from mopsim.program.fsdp2_copies import update_host
 from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
+from mopsim.program.update_host import UpdateHost
 from mopsim.program.workload import Work
 from mopsim.spec.layout import optimizer_buckets
 
@@ -37,26 +38,39 @@ class Update:
         self.away = [int(numel * stage.away) for numel in self.numels]
         self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]
         self.launches = max(1, len(stage.units) // 8)
+        self.host = UpdateHost.of(context, stage)
         self.buckets = optimizer_buckets(self.away, self.optimizer.bucket_params)
 
     def run(self, reductions: Sequence[int]) -> None:
         """Ops after all gradients (`reductions`) are summed."""
-        last = self._clipped(reductions)
+        last = self._logged("zeros", self._clipped(reductions), 4)
         if any(self.away):
             last = self._streamed(last) if self.optimizer.update_on == "device" else self._by_host(last)
         if any(self.here):
             last = self._on_device(last)
-        self._over(last)
+        self._over(self._logged("params_norm", last, 1))
+
+    def _logged(self, name: str, last: int, passes: int) -> int:
+        """What is read for a log alone (HostCosts.logs), so many passes of kernels over what is updated."""
+        if name not in self.c.stack.host.logs:
+            return last
+        size = float(sum(self.numels) * (self._master or self.c.param))
+        launches = passes * (self.host.tensors if name == "zeros" else self.launches)
+        work = (
+            Work("memory_bound", bytes=size, launches=launches, calls=1, host=self.host.logs.get(name, 0)),
+        )
+        return self.b.add(name, "compute", _O, _O, work, (last,), awaited=True)
 
     def _clipped(self, reductions: Sequence[int]) -> int:
         b, held = self.b, sum(self.numels)
         self.width, ready = self._main_gradients(reductions)
         ready = self._agreed(ready) if self.c.stack.sharding.agreements else ready
-        last = b.compute("norm", _O, _O, -1, [self._passes(held * self.width)], *ready)
+        host = 0.0 if self.width > self.c.grad else self.host.norm
+        last = b.compute("norm", _O, _O, -1, [self._passes(held * self.width, host)], *ready)
         world, key = self.c.groups["world"], "norm" if self.stage.degree > 1 else ""
         sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
         agreed = b.add("norm", stream_of(world), _O, _O, sums, (last,), (), key, awaited=True)
-        return b.compute("clip", _O, _O, -1, [self._passes(2 * held * self.width)], agreed)
+        return b.compute("clip", _O, _O, -1, [self._passes(2 * held * self.width, self.host.clip)], agreed)
 
     def _main_gradients(self, reductions: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """Gradients as the update on the device reads them: (bytes of one, what the norm waits for).
@@ -71,7 +85,7 @@ class Update:
             return c.grad, ready
         wide = self._master
         if c.grad < wide:
-            work, memory = (self._passes(held * (c.grad + wide)),), (("grads", held * wide),)
+            work, memory = (self._copies(held * (c.grad + wide), self.host.norm),), (("grads", held * wide),)
             ready = (b.add("main gradients", "compute", _O, _O, work, ready, memory),)
         if c.strategy.precision.compute == "float16":
             work = (self._passes(2 * held * wide),)
@@ -94,12 +108,22 @@ class Update:
         `_copy_main_params_to_model_params`)."""
         return 0 if self.c.stack.sharding.fsdp else self.own_master
 
-    def _passes(self, size: float) -> Work:
-        return Work("memory_bound", bytes=float(size), launches=self.launches)
+    def _passes(self, size: float, host: float = 0.0) -> Work:
+        """Kernels of many tensors each. host: what the host does for them in all."""
+        more = max(0.0, host - self.launches)
+        return Work("memory_bound", bytes=float(size), launches=self.launches, host=more)
+
+    def _copies(self, size: float, host: float) -> Work:
+        """Kernels of a tensor each, where the program copies one by one."""
+        tensors = self.host.tensors
+        if not tensors:
+            return self._passes(size, host)
+        more = max(0.0, host - 1)
+        return Work("memory_bound", bytes=float(size), launches=tensors, calls=1, host=more)
 
     def _on_device(self, last: int) -> int:
         c, b, params = self.c, self.b, sum(self.here)
-        host = update_host(c, self.stage.units, 3 * self.launches)
+        host = max(0.0, self.host.update - 3 * self.launches)
         works = [Work("optimizer", params=float(params), launches=self.launches, host=host)]
         roots = params * self.moment * (c.stack.kernels.adamw == "foreach")
         if roots:
@@ -113,18 +137,25 @@ class Update:
     def _cast(self, params: int, last: int) -> int:
         """Masters to parameters; wide copies of their gradients are freed."""
         memory = (("grads", -params * self._master),) if self.width > self.c.grad else ()
-        work = (self._passes(params * (self._master + self.c.param)),)
-        return self.b.add("parameters cast", "compute", _O, _O, work, (last,), memory)
+        work = (self._copies(params * (self._master + self.c.param), self.host.parameters),)
+        return self.b.add(
+            "parameters cast", "compute", _O, _O, work, (last,), memory, awaited=self.host.waits
+        )
 
     def _over(self, last: int) -> None:
         """Parameters are whole again, gradients zero."""
         c, b, zero = self.c, self.b, self.dense.zero
         if zero and not c.shards_params and not c.strategy.overlap.param_gather:
             for _, sent in gathering(c, self.stage.units):
-                last = b.add("gather parameters", stream_of(sent.group), _O, _O, (sent,), (last,))
+                name, stream, waits = "gather parameters", stream_of(sent.group), self.host.waits
+                last = b.add(name, stream, _O, _O, (sent,), (last,), awaited=waits)
+        if steps := c.stack.host.collections:
+            collected = Work("memory_bound", launches=1, host=COLLECTION / steps)
+            last = b.compute("garbage collected", _O, _O, -1, [collected], last)
         if not self.stage.frees_gradients:
             full = sum(u.shard_numel if zero >= 2 else u.padded for u in self.stage.units)
-            b.compute("gradients zeroed", _O, _O, -1, [self._passes(full * c.grad)], last)
+            zeroed = self._passes(full * c.grad, self.host.zero)
+            b.compute("gradients zeroed", _O, _O, -1, [zeroed], last)
 
     def _adam(self, bucket: Bucket) -> list[Work]:
         """One bucket on the device; what comes and goes is spiked."""

@@ -14,19 +14,17 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
-from mopsim.spec.categories import COMPONENTS, Runtime
+from mopsim.spec.categories import Runtime
 from mopsim.spec.has import require_had
+from mopsim.spec.host import HostCosts as HostCosts
 from mopsim.spec.quantity import require_between
 from mopsim.spec.recompute import Recompute as Recompute
-from mopsim.spec.recompute import require_known
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import MOST_BYTES
 from mopsim.spec.sharding import Sharding as Sharding
 from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
 
 T = TypeVar("T", bound=Spec)
-MOST_READS = 1000
-"""Values of a message's shape: more than any has."""
 _STATE = ("param", "reduce", "grad", "moments")
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
@@ -171,36 +169,6 @@ class Kernels(Spec, frozen=True, kw_only=True):
         require_between(self, 0, MOST_BYTES, "logit_passes")
         rule = "holds the loss's copy of the logits in fp32, which loss_copy false has not"
         require(self.loss_copy or self.logits_held != "copy", "logits_held", self.logits_held, rule)
-
-
-class HostCosts(Spec, frozen=True, kw_only=True):
-    """modules: layers are Python modules under autograd, whose host does more than to start kernels. layers:
-    whose modules they are, for what they take. hooks: around each of them, its parameters are gathered and
-    freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose kernels CUDA graphs replay;
-    `step`: one graph of the whole step. frames: variables of a layer's Python frame (residual stream, norm's
-    output, sum of routes) live until it has run. blocking: the host waits for every kernel before it starts
-    the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer it reads from the device how
-    long sequences are, for the attention kernel, in every one or where a microbatch is one sequence
-    (`single`). counts_read: in the forward of routed experts it waits for how many rows each gets, where they
-    are exchanged, for the messages' sizes; `always`, as it gives their products these sizes too; or `never`:
-    every expert gets as many, padded, or the device alone knows. loss_read: it reads the loss of every
-    microbatch, to stop where that is no number. message_reads: values that it reads from the device before a
-    message between pipeline stages can come, whose shape two messages before it say."""
-
-    modules: bool = False
-    layers: Literal["transformers", "transformer_engine"] = "transformers"
-    hooks: bool = False
-    blocking: bool = False
-    reads_lengths: Literal["never", "single", "every"] = "never"
-    counts_read: Literal["never", "exchanged", "always"] = "exchanged"
-    loss_read: bool = False
-    message_reads: int = 0
-    frames: bool = False
-    graphs: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_known("graphs", self.graphs, ("step", *COMPONENTS))
-        require_between(self, 0, MOST_READS, "message_reads")
 
 
 class StateDTypes(Spec, frozen=True, kw_only=True):

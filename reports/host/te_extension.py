@@ -25,6 +25,8 @@ BYTES = ("kByte", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1")
 DTYPES: dict[str, Any] = dict.fromkeys(BYTES, torch.uint8) | {
     "kInt32": torch.int32, "kFloat32": torch.float32, "kFloat16": torch.half, "kBFloat16": torch.bfloat16,
 }  # fmt: skip
+MANY = ("adam", "adam_param_remainder", "l2norm", "scale")
+"""Kernels of many tensors."""
 NOISE = torch.randn(1 << 16)
 HERE = {
     '"cuda"': '"cpu"',
@@ -157,6 +159,11 @@ def _rope(rows: Any, *_: object) -> torch.Tensor:
     return torch.zeros_like(rows)
 
 
+def multi_tensor(size: int, flag: Any, lists: Sequence[Sequence[torch.Tensor]], *_: object) -> Any:
+    """A kernel of many tensors, of which a norm is the answer."""
+    return torch.ones(1), None
+
+
 def module() -> ModuleType:
     """The compiled module's stand-in, known to imports."""
     made = ModuleType("transformer_engine_torch")
@@ -171,6 +178,7 @@ def module() -> ModuleType:
         "fused_multi_row_padding": _padded, "fused_multi_row_unpadding": _padded,
         "fused_rope_forward": _rope, "fused_rope_backward": _rope,
         "layernorm_fwd": None, "layernorm_bwd": None,
+        **{f"multi_tensor_{name}": multi_tensor for name in MANY},
         "get_num_cublas_streams": lambda: 4, "get_cublasLt_version": lambda: 130000,
         "get_cudnn_version": lambda: 91400,
     }  # fmt: skip

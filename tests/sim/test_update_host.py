@@ -1,0 +1,96 @@
+"""The host's time of the end of a step: as measured, for each parameter that a rank updates a part of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from mopsim.engine import simulate
+from mopsim.graph import host_costs
+from mopsim.program import lower
+from mopsim.program.workload import Op
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+from tests.software import changed
+
+MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/te_optimizer.json").read_text())
+MODEL = load_model("qwen3_30b_a3b")
+TRAINING = TrainSpec(seq_len=4096, global_batch=8, routing="balanced")
+LAYERS = MODEL.num_hidden_layers
+
+
+def update(stack: Stack, **given: Any) -> dict[str, Op]:
+    """Ops on the compute stream of the end of a step on eight ranks."""
+    strategy = replace(megatron(8, **given), stack="megatron-core")
+    ops = lower(MODEL, strategy, TRAINING, 8, stack).programs[0].ops
+    return {op.name: op for op in ops if op.component == "optimizer" and op.stream == "compute"}
+
+
+def linears(op: Op) -> float:
+    return sum(work.issued + work.host for work in op.work)
+
+
+def test_the_constants_are_the_committed_measurement() -> None:
+    parts = {
+        "norm": ("gradients", "norm"), "clip": ("clip", "adam"), "parameters": ("parameters",),
+        "zero": ("zero",),
+    }  # fmt: skip
+    for width, kind in (("wide", "fp32 gradients"), ("narrow", "bf16 gradients")):
+        for part, names in parts.items():
+            found = sum(MEASURED[kind][name]["each"] for name in names)
+            assert host_costs.MEGATRON[width][part] == pytest.approx(found, abs=0.1), (width, part)
+    found = MEASURED["bf16 gradients"]
+    every = sum(took["step"] for name, took in found.items() if name not in ("zeros", "parameters' norm"))
+    assert pytest.approx(every, abs=5) == host_costs.MEGATRON_STEP
+    assert pytest.approx(found["zero all"]["each"], abs=0.01) == host_costs.MEGATRON_MODEL
+    for name, part in (("zeros", "zeros"), ("params_norm", "parameters' norm")):
+        took = host_costs.MEGATRON_LOGS[name][1]
+        assert took == pytest.approx(MEASURED["fp32 gradients"][part]["each"], abs=0.15), name
+    assert pytest.approx(MEASURED["collection"]["linears"], rel=0.1) == host_costs.COLLECTION
+
+
+def test_each_parameter_that_a_rank_updates_costs_the_host() -> None:
+    """Two of each local expert; of the eight others of a layer an eighth, and where buckets end."""
+    stack = changed("megatron-core")
+    for ranks in (1, 8):
+        ops = update(stack, expert_parallel=ranks)
+        experts = 2 * MODEL.num_local_experts // ranks * LAYERS / (8 // ranks)
+        others = 8 * LAYERS / 8
+        buckets = (30e9 if ranks == 1 else 2e9) / 40e6
+        cost = host_costs.MEGATRON["wide"]
+        for part, name in (("norm", "norm"), ("clip", "clip"), ("parameters", "parameters cast")):
+            count = linears(ops[name]) / cost[part]
+            assert experts + others < count < 1.03 * (experts + others + buckets), (ranks, part)
+    waits = ops["parameters cast"].awaited
+    assert waits, "the loop reads the loss scale"
+    assert ops["parameters cast"].work[0].launches > experts, "parameters are copied one by one"
+    cut = update(changed("megatron-core", host={"modules": False}), expert_parallel=8)
+    assert cut["clip"].work[0].host == 0
+
+
+def test_what_is_read_for_a_log_alone_is_read() -> None:
+    plain = update(changed("megatron-core"))
+    logs = update(changed("megatron-core", host={"logs": ("zeros", "params_norm")}))
+    assert set(logs) - set(plain) == {"zeros", "params_norm"}
+    for name, (step, each) in host_costs.MEGATRON_LOGS.items():
+        waits = logs[name].awaited
+        assert waits
+        tensors = (linears(logs[name]) - step - 1) / each
+        assert tensors == pytest.approx(
+            linears(plain["clip"]) / host_costs.MEGATRON["wide"]["clip"], rel=0.01
+        )
+
+
+def test_a_mean_step_has_its_part_of_a_collection_of_garbage() -> None:
+    profile, took = load_profile("h100-sxm-80g"), {}
+    strategy = replace(megatron(8, expert_parallel=8), stack="megatron-core")
+    for steps in (0, 5):
+        stack = changed("megatron-core", host={"collections": steps})
+        took[steps] = simulate(MODEL, profile, 1, strategy, TRAINING, stack).step_time
+    unit = profile.host.cpu_launch_time.si
+    assert took[5] - took[0] == pytest.approx(host_costs.COLLECTION / 5 * unit, rel=0.02)
