@@ -4,6 +4,8 @@ entropy."""
 from collections.abc import Sequence
 from typing import Literal
 
+from msgspec.structs import replace
+
 from mopsim.graph.attention import norm
 from mopsim.graph.liveness import backward, everything, forward
 from mopsim.graph.region import begin
@@ -193,7 +195,7 @@ def _chunks(c: Context) -> Template:
     V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
     found: list[Work] = []
     how, gradient = c.stack.kernels.loss_chunks, float(V * H * c.b)
-    torch, held = how == "composed", how == "autograd"
+    torch, held, wide = how == "composed", how == "autograd", how == "wide"
     if torch:  # the head's gradient, zeroed before the chunks and scaled in the backward
         found.append(Work("memory_bound", bytes=3 * gradient, launches=2))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
@@ -204,12 +206,19 @@ def _chunks(c: Context) -> Template:
             over = [forward, memory_work(backward.bytes + gradient, backward.launches)]
         if held:  # as the tape of a whole loss; the head's gradient is added to the sum before
             over = [memory_work(n * V * (2 * c.b + 9.0 * c.wide), 7), memory_work(3 * gradient, 1)]
-        found += rows.count(n) * [*_products(c, n), *over]
+        products = _products(c, n)
+        if wide:  # under a checkpoint: scores, argmax and entropy twice; casts of the weight, and of its sum
+            products = [replace(one, dtype="float32") for one in (products[0], *products)]
+            casts = gradient * (6 + 3 * c.wide / c.b)
+            over = [memory_work(24.0 * n * V * c.wide, 24), memory_work(casts, 4)]
+        found += rows.count(n) * [*products, *over]
     # mopexec's chunk holds its logits in fp32 and, at its begin or end, in the compute dtype
     strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
     strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
     if held:  # logits, log_softmax, the gradient of what is picked from it, and its own; inputs' in fp32
         strip, size = max(rows) * V * (c.b + 3 * c.wide), c.rows * c.wide // c.b
+    if wide:  # scores, what entropy makes of them, their gradient; the weight and its gradient wide, its cast
+        strip, size = max(rows) * V * 3 * c.wide, 2 * size + V * H * (2 * c.wide + c.b)
     memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))
     b = Recorder(c.groups)
     b.add("loss chunks", "compute", _C, "forward", found, (START,), memory)

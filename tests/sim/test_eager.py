@@ -239,8 +239,11 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
     found = in_blocks(plain, ranks, 2, 4)
     core = next(i for i, kernel in enumerate(found) if kernel.name == "attention_core")
     merge, out = found[core + 1], found[core].writes[0].bytes
-    assert (*found[: core + 1], *found[core + 2 :]) == plain
+    assert (*found[:core], plain[core], *found[core + 2 :]) == plain
     keys = next(k.bytes for k in plain if k.name == "gather_kv_blocks") / ranks
+    # four outputs in fp32 at once; back, keys and values packed, and in fp32 three times their gradients
+    assert found[core].scratch == (("activations", out * 4 * 2),)
+    assert found[core].back_scratch[1:] == (("activations", 2 * out + keys * (1 + 1 + 3 * 2)),)
     # all four are cast; three are merged in nine passes in fp32, twice as wide; two passes cast the sum back
     assert merge.bytes == out * (4 + 1 + 2 * (3 * 9 + 2)) + 3 * 2 * keys
     assert merge.back_bytes == out * (4 * 5 + 5) + keys * (4 * 9 + 5) + 3 * 2 * keys

@@ -184,7 +184,8 @@ def test_adamw_over_all_tensors_keeps_the_roots_of_its_second_moments() -> None:
 
 def test_a_chunk_of_torchs_cross_entropy_by_hand() -> None:
     """Logits in bf16, log_softmax, the gradient of what is picked from it and its own in fp32; beside them
-    the inputs' gradients in fp32."""
+    the inputs' gradients in fp32. All of it in fp32, the head's weight too: two copies of the inputs, the
+    weight's copy, its gradient and what that is cast to."""
     strategy = fsdp2(2, loss="chunked", loss_chunk_tokens=64, dtype="bfloat16")
     found = {}
     for how in get_args(Kernels.__annotations__["loss_chunks"]):
@@ -197,6 +198,8 @@ def test_a_chunk_of_torchs_cross_entropy_by_hand() -> None:
     assert found["fused"] == {"activations": inputs, "logits": logits * 8}
     assert found["composed"] == {"activations": inputs, "logits": logits * 6}
     assert found["autograd"] == {"activations": 2 * inputs, "logits": logits * 14}
+    weight = context.model.vocab_size * context.model.hidden_size
+    assert found["wide"] == {"activations": 2 * inputs + weight * (4 + 4 + 2), "logits": logits * 12}
 
 
 def test_megatrons_fused_cross_entropy_takes_ten_bytes_of_a_logit() -> None:

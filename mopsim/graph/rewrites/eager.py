@@ -167,7 +167,15 @@ def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tup
         + 2 * own * later + (out + own) * (1 + 2 * wider),
         back_launches=(ADD.launches + ADD_SENT.launches) * ranks + 6,
     )  # fmt: skip
-    return (*kernels[: place + 1], merge, *kernels[place + 1 :])
+    # Beside what is gathered, and what a block's kernel needs: forward, the sum, the one before, and two of
+    # what lies between, in fp32; back, keys and values packed to be sent, and in fp32 the queries' gradient
+    # and theirs, as summed, packed and received (_templated_ring_attention of torch 2.13 on four CPU ranks).
+    core = kernels[place]
+    core = replace(
+        core, scratch=(*core.scratch, *_one(int(4 * out * wider))),
+        back_scratch=(*core.back_scratch, *_one(int(out * wider + own * (2 + 3 * wider)))),
+    )  # fmt: skip
+    return (*kernels[:place], core, merge, *kernels[place + 1 :])
 
 
 def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Kernel:
