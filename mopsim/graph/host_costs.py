@@ -48,6 +48,10 @@ CONTEXT: dict[str, Costs] = {
 """Linears that context-parallel ranks add to attention and each of them does, by how they exchange a sequence
 (`reports/host/te_context.json`), with the kernels that put its parts together, without NCCL's start."""
 DISPATCHERS: Costs = {"deepep": (-18.6, -15.6)}
+BIASES: Costs = {"layer": (3.2, 14.2), "expert": (2.0, 4.7)}
+CLAMPS = (8.1, 12.2)
+"""Linears that a layer takes more with biases, each of its experts among them scaled by route weights and
+added by torch, and with clamps before the gate (`reports/host/te_biases.json`)."""
 ROUTES_MAP = (5.8, 2.8)
 """Linears that dispatching, experts and combining take more than with the alltoall dispatcher (HybridEP's are
 taken for that one's), and where torch makes the map of routes (`reports/host/te_deepep.json`, the means of 4

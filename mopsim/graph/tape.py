@@ -7,6 +7,8 @@ Nothing else in the simulator counts them.
 
 from msgspec import Struct
 
+GATE_CLAMPS = "gate clamps"
+"""Kernel of clamps that come before a gate (Kernels.clamped_gate of a stack)."""
 Step = tuple[str, int]
 """(category, bytes): an allocation, or a release where negative."""
 

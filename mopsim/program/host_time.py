@@ -7,7 +7,9 @@ from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import (
+    BIASES,
     CHECKPOINT,
+    CLAMPS,
     CONTEXT,
     DISPATCHERS,
     HOOKS,
@@ -77,13 +79,22 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
     if strategy and (ranks := strategy.attention.context_parallel) > 1:
         cost = CONTEXT[strategy.attention.cp_comm_type]
         found["attention"] += [cost["layer"], *[cost["rank"]] * ranks]
-    if strategy and strategy.experts.expert_parallel > 1:
-        found["experts"] = [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
+    ranks = strategy.experts.expert_parallel if strategy else 1
+    found["experts"] = _of_experts(model, stack, model.num_local_experts // ranks)
+    if strategy and ranks > 1:
+        found["experts"] += [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
         found["experts"] += [ROUTES_MAP] * maps_routes(strategy, stack)
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()
     }
+
+
+def _of_experts(model: ModelSpec, stack: Stack, experts: int) -> list[tuple[float, float]]:
+    """What biases and clamps of the experts of a rank add."""
+    clamps = bool(model.swiglu_limit) and stack.kernels.clamped_gate == "apart"
+    biases = model.expert_bias and stack.kernels.expert_bias == "scaled"
+    return [CLAMPS] * clamps + ([BIASES["layer"]] + [BIASES["expert"]] * experts) * biases
 
 
 def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Around) -> tuple[Op, ...]:

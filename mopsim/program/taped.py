@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
-from mopsim.graph.tape import Kernel, Played, Step, Tape
+from mopsim.graph.tape import GATE_CLAMPS, Kernel, Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.template import START, Template
@@ -14,8 +14,8 @@ from mopsim.program.works import Part, works
 from mopsim.spec.hardware import COLLECTIVES
 
 _READ = ("place", "rows read", "lengths read", "routes read")
-"""Kernels before which the host waits for what they are made from; of those but the first for their end,
-too."""
+_AWAITED = (*_READ[1:], GATE_CLAMPS)
+"""Kernels of reads, before which the host waits for what they are made from; those for whose end it waits."""
 
 
 class _Draft(Recorder):
@@ -77,7 +77,7 @@ class _Draft(Recorder):
         if name in _READ:  # the host reads what has been made so far
             self.awaited()
         self.joined.append(item)
-        if name in _READ[1:]:
+        if name in _AWAITED and not item.backward:
             self.close(back)
             self.awaited()
 

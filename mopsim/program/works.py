@@ -8,6 +8,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import bias_scaled, biased, composed, gradients_stacked, gradients_stay
+from mopsim.graph.rewrites.gates import clamps_apart
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.padded import padded_to_busiest, weights_stacked
 from mopsim.graph.rewrites.projections import (
@@ -58,6 +59,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", run.attention_rows == "heads")
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
+    found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     found = gathered_kept(found) if run.gathered_rows == "kept" else found
     found = _read_apart(found, context, wings, run.residual == "composed")
     found = _exchanged(found, context) if run.exchanged_rows else found

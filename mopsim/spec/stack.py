@@ -71,13 +71,13 @@ class Kernels(Spec, frozen=True, kw_only=True):
     product (`gathered`), or torch adds it up row after row (`indexed`); or that of the last product times the
     route weights, which the activation has applied, by torch for each expert (`scaled`). clamped_gate: that
     of experts with clamps around SwiGLU (gpt-oss) in one kernel, or as torch composes it, or so with a
-    backward that starts from gate and up (`again`). row_sums: rows of a token, and of its gradient, are
-    gathered and added, or added by atomic operations on bf16 (`atomic`, torch's index_add_; under Transformer
-    Engine's layers the host then cuts rows into those of each expert), or that only where a token chooses
-    fewer experts than the expert-parallel degree (`atomic_if_sparse`). routes_map: what DeepEP's kernels have
-    sent is turned into a map of experts by a kernel, or by torch's own ops, for whose masks' sizes the host
-    waits. beside_rows: what an all-to-all dispatcher sends beside rows: every rank's `counts` for each
-    expert, gathered by all but where the host never reads them, and the `weights` of routes, there and back.
+    backward that starts from gate and up (`again`), or torch clamps before one kernel and the host waits
+    (`apart`). row_sums: rows of a token, and of its gradient, are gathered and added, or added by atomic
+    operations on bf16 (`atomic`, torch's index_add_; under Transformer Engine's layers the host then cuts
+    rows into those of each expert), or that only where a token chooses fewer experts than the expert-parallel
+    degree (`atomic_if_sparse`). routes_map: what DeepEP sent becomes a map of experts in a kernel, or by
+    torch's ops, for whose masks' sizes the host waits. beside_rows: what an all-to-all sends beside rows:
+    each rank's `counts`, gathered by all but where the host never reads them, and `weights` of routes, twice.
     gathered_rows: those that a region of split products gathers under sequence parallelism are gathered
     `again` for the weight gradients (Megatron-Core's autograd function), or `kept` (plain autograd).
     region_backward: what begins a region gathers its rows again and scatters their input's gradient beside
@@ -132,7 +132,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_padding: Literal["none", "busiest", "fresh"] = "none"
     expert_weights: Literal["whole", "stacked"] = "whole"
     expert_bias: Literal["fused", "gathered", "indexed", "scaled"] = "fused"
-    clamped_gate: Literal["fused", "composed", "again"] = "fused"
+    clamped_gate: Literal["fused", "composed", "again", "apart"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     routes_map: Built = "fused"
     beside_rows: tuple[Literal["counts", "weights"], ...] = ()

@@ -76,13 +76,15 @@ def _product(a: Any, turned_a: bool, b: Any, turned_b: bool) -> list[int]:
 
 
 def generic_gemm(a: Any, turned_a: bool, b: Any, turned_b: bool, out: Any, quantizer: Any, dtype: Any,
-                 *_: object, **__: object) -> tuple[Any, None, None, None]:  # fmt: skip
+                 bias: Any = None, *more: Any, **__: object) -> tuple[Any, Any, None, None]:  # fmt: skip
+    back = bias is not None and len(more) > 3 and more[3]  # bias dtype, gelu, its input, whether backward
+    summed = torch.empty_like(bias) if back else None
     if out is not None:
-        return out.zero_(), None, None, None
+        return out.zero_(), summed, None, None
     sizes = _product(a, turned_a, b, turned_b)
     if dtype == torch.float32:  # logits of a router, which have to tell experts apart
-        return NOISE[: math.prod(sizes)].view(sizes).clone(), None, None, None
-    return torch.zeros(sizes, dtype=torch.bfloat16), None, None, None
+        return NOISE[: math.prod(sizes)].view(sizes).clone(), summed, None, None
+    return torch.zeros(sizes, dtype=torch.bfloat16), summed, None, None
 
 
 def te_general_grouped_gemm(a: Sequence[Any], turned_a: bool, b: Sequence[Any], turned_b: bool,

@@ -155,7 +155,7 @@ def test_a_sequence_is_traded_as_the_program_can(stack: str) -> None:
         ("deepseek_v3", 4, "all_gather", "where mla, only 'ring'"),
         ("deepseek_v3", 4, "ulysses", "where mla, only 'ring'"),
         ("deepseek_v3", 4, "ring", ""),
-        ("gpt_oss_120b", 4, "ring", "where windowed and attention sinks, only 'ulysses'"),
+        ("gpt_oss_120b", 4, "ring", "where windows slide and attention sinks, only 'ulysses'"),
         ("gpt_oss_120b", 4, "all_gather", "where attention sinks, only 'ulysses'"),
         ("gpt_oss_120b", 8, "ulysses", ""),
         ("gpt_oss_120b", 16, "ulysses", "and kv heads cannot be split, nor is any other value"),

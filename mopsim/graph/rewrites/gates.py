@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.tensor_passes import TensorPasses, instead
-from mopsim.graph.tape import Kernel
+from mopsim.graph.tape import GATE_CLAMPS, Kernel
 
 GATED, GATED_BACKWARD = TensorPasses(5, 0, 2), TensorPasses(9, 0, 3)
 """SiLU and a product; two products and SiLU's backward."""
@@ -17,6 +17,11 @@ CLAMPED, CLAMPED_BACKWARD = TensorPasses(18, 0, 7), TensorPasses(50, 0, 18)
 """gpt-oss's gate (transformers, modeling_gpt_oss.py): every second column of one tensor clamped, twice, a
 scale, a sigmoid, two products and a shift. Back: two gradients of each product, one of the sigmoid and of the
 scale, their sum, a mask of each clamp, and each half written into zeros of the whole and added."""
+CLAMPS, CLAMPS_BACKWARD = TensorPasses(8, 0, 4), TensorPasses(15, 0, 9)
+"""Megatron-Core's experts (fused_bias_geglu.py, weighted_bias_quick_geglu_impl): halves clamped and put
+together, in passes over one of them, before the compiled gate; and the shift as a tensor, whose copy to the
+device the host waits for. Back: a mask of each bound, both of the second half's at once, what they let pass,
+put together."""
 SHIFTED, SHIFTED_BACKWARD = TensorPasses(9, 2, 5), TensorPasses(16, 7, 9)
 """Megatron-Core's experts without bias_activation_fusion: SiLU, a shift of the other half, a product, one by
 weights in fp32, a cast. Back: a cast, two gradients, a cast, a sum, two more, SiLU's, halves put together."""
@@ -43,6 +48,28 @@ def clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
     found = instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
     found = _keeping(kernel, found, "gate", "sigmoid", "glu", "up")
     return replace(found, back_scratch=(("dispatch", wings * kernel.writes[0].bytes),))
+
+
+def clamps_apart(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The clamps keep gate and up, the gate both clamped."""
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.name == "experts_act":
+            (source,), half = kernel.reads, kernel.writes[0].bytes
+            whole = next(value for one in found for value in one.writes if value.name == source)
+            clamped = replace(whole, name=f"{source}_clamped")
+            first = Kernel(
+                GATE_CLAMPS, "memory_bound", kernel.component, (source,), (clamped,), saves=(source,)
+            )
+            found.append(
+                replace(
+                    first, bytes=float(CLAMPS.narrow * half), launches=CLAMPS.launches,
+                    back_bytes=float(CLAMPS_BACKWARD.narrow * half), back_launches=CLAMPS_BACKWARD.launches,
+                )
+            )  # fmt: skip
+            kernel = replace(kernel, reads=(clamped.name,), saves=(clamped.name,))
+        found.append(kernel)
+    return tuple(found)
 
 
 def _keeping(kernel: Kernel, found: Kernel, *parts: str) -> Kernel:

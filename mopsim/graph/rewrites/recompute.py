@@ -5,13 +5,13 @@ from collections.abc import Collection
 from msgspec.structs import replace
 
 from mopsim.graph.liveness import Recomputation
-from mopsim.graph.tape import Kernel, Tape
+from mopsim.graph.tape import GATE_CLAMPS, Kernel, Tape
 from mopsim.spec.categories import COMPONENTS
 
 MODULES: dict[str, tuple[str, ...]] = {
     "core_attn": ("ring", "gather_kv_blocks", "attention_core"),
     "layernorm": ("attention_norm", "ffn_norm"),
-    "moe_act": ("experts_act",),
+    "moe_act": (GATE_CLAMPS, "experts_act"),
     "mla_up_proj": ("gather_q", "q_b_proj", "gather_kv", "kv_b_proj", "rope"),
 }
 """Kernels of the modules that are smaller than a component (names of Megatron-Core's --recompute-modules)."""

@@ -1,0 +1,82 @@
+"""Layers of GPT-OSS as Megatron-Core runs them: biases and clamps by torch, for which the host waits."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mopsim.graph import host_costs
+from mopsim.program import lower
+from mopsim.program.context import make_context
+from mopsim.program.host_time import kinds_of
+from mopsim.program.lower import passes_of
+from mopsim.spec.presets import load_model
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+
+MODEL = load_model("gpt_oss_20b")
+JOB = TrainSpec(seq_len=4096, global_batch=16, routing="balanced")
+replace = msgspec.structs.replace
+
+
+def _stacks() -> tuple[Stack, Stack]:
+    """Megatron-Core, and itself with the gate in one kernel."""
+    core = load_stack("megatron-core")
+    return core, replace(core, kernels=replace(core.kernels, clamped_gate="fused"))
+
+
+@pytest.mark.parametrize("modules", [(), ("moe_act",)])
+def test_the_host_waits_for_clamps_once_in_every_pass_that_makes_a_gate(modules: tuple[str, ...]) -> None:
+    """Beside what it waits for anyway: also where a recomputation makes the gate again, never backward."""
+    strategy = megatron(8, expert_parallel=8, recompute="selective" if modules else "none")
+    activations = replace(strategy.activations, modules=modules)
+    strategy = replace(strategy, stack="megatron-core", activations=activations)
+    waits = {}
+    for stack in _stacks():
+        ops = lower(MODEL, strategy, JOB, 8, stack, compose=False).programs[0].ops
+        mine = [op for op in ops if op.awaited and (op.layer, op.microbatch) == (5, 1)]
+        waits[stack.kernels.clamped_gate] = sorted(op.phase for op in mine)
+    assert waits["fused"] == ["forward"], "for the counts of rows"
+    assert waits["apart"] == ["forward", "forward", *(["recompute"] if modules else [])]
+
+
+def test_clamps_keep_what_they_read_and_what_they_make() -> None:
+    """Two halves, 8 passes over one of them forward and 15 back; the gate moves what it does anyway."""
+    strategy = replace(megatron(8, expert_parallel=8, recompute="none"), stack="megatron-core")
+    kernels = {}
+    for stack in _stacks():
+        tape = passes_of(make_context(MODEL, strategy, JOB, 8, stack)).tape(5)
+        kernels[stack.kernels.clamped_gate] = {kernel.name: kernel for kernel in tape.kernels}
+    (clamps,) = kernels["apart"].keys() - kernels["fused"].keys()
+    one, gate, plain = (
+        kernels["apart"][clamps],
+        kernels["apart"]["experts_act"],
+        kernels["fused"]["experts_act"],
+    )
+    half = gate.writes[0].bytes
+    assert (one.bytes, one.back_bytes, one.writes[0].bytes) == (8 * half, 15 * half, 2 * half)
+    assert one.saves == plain.saves
+    assert gate.saves == (one.writes[0].name,)
+    assert (gate.bytes, gate.back_bytes) == (plain.bytes, plain.back_bytes)
+
+
+def test_what_biases_and_clamps_add_to_the_host_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/te_biases.json").read_text())["added"]
+    found = {name: (cost["forward"], cost["backward"]) for name, cost in added.items()}
+    assert found["clamps"] == pytest.approx(host_costs.CLAMPS, abs=0.05)
+    assert found["biases"] == pytest.approx(host_costs.BIASES["layer"], abs=0.05)
+    assert found["bias"] == pytest.approx(host_costs.BIASES["expert"], abs=0.05)
+    core, fused = _stacks()
+    plain = replace(MODEL, swiglu_limit=0.0, expert_bias=False)
+    strategy = replace(megatron(8, expert_parallel=8), stack="megatron-core")
+    took = [
+        kinds_of(model, stack, strategy)["experts"]
+        for model, stack in ((plain, core), (MODEL, fused), (MODEL, core))
+    ]
+    for place in (0, 1):
+        bias = host_costs.BIASES["layer"][place] + 4 * host_costs.BIASES["expert"][place]
+        assert took[1][place] - took[0][place] == pytest.approx(bias)
+        assert took[2][place] - took[1][place] == pytest.approx(host_costs.CLAMPS[place])
