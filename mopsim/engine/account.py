@@ -144,6 +144,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "fits": over is None,
         "over": over,
         "peak_memory": peak,
+        "reserved_memory": peak + _pools(played, strategy),
         "memory_limit": limit,
         "memory_by_category": categories,
         "peak_by_stage": tuple(round(hardware.framework_memory_scale * one.peak) for one in played.ledgers),
@@ -160,6 +161,17 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "above_host": {} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
         "memory_stage": workload.programs[place].stage,
     }
+
+
+def _pools(played: PlayedStep, strategy: Strategy) -> int:
+    """Bytes that torch's caching allocator has by the end of the step beside the peak: the pool of each
+    stream keeps its own highest (`upper.idle_blocks`), whenever that was."""
+    workload, ledger = played.workload, played.ledgers[played.fullest]
+    now, high = (dict(zip(SLOTS, values, strict=True)) for values in (ledger.at_peak, ledger.high))
+    sharding = workload.stack.under(strategy.dense.zero).sharding
+    if sharding.fsdp:
+        return ledger.rest + high["gathered"] + high["grads"] - ledger.peak
+    return upper.idle_blocks(sharding, strategy, now, high)
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:

@@ -3,12 +3,15 @@
 from mopsim.graph.tape import Step
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
 
+GATHERED, GRADS = SLOT["gathered"], SLOT["grads"]
+
 
 class Ledger:
     """Bytes of one rank. An op's own height is held from its start to its end, then its net change stays.
 
     high: the highest of each category, whenever it was. by_phase: the highest of the device at the height
-    or the end of an op of each phase.
+    or the end of an op of each phase. rest: the highest of the device without gathered parameters and
+    gradients.
     """
 
     def __init__(self, resident: tuple[Step, ...], limit: int, keep_curve: bool) -> None:
@@ -21,6 +24,7 @@ class Ledger:
         self.host = sum(self.now[NUM_DEVICE_SLOTS:])
         self.limit = limit
         self.peak, self.at_peak = self.device, list(self.now)
+        self.rest = self.device - self.now[GATHERED] - self.now[GRADS]
         self.host_peak, self.at_host_peak = self.host, list(self.now)
         self.by_phase: dict[str, int] = {}
         self.peak_time = 0.0
@@ -45,6 +49,9 @@ class Ledger:
         device, host = self._heights.get(id(peak)) or self._height(peak)
         self.device += device
         self.host += host
+        rest = self.device - now[GATHERED] - now[GRADS]
+        if rest > self.rest:
+            self.rest = rest
         if self.device > self.peak:
             self.peak, self.at_peak, self.peak_time, self.peak_op = self.device, list(now), time, op
             if self.over is None and self.device > self.limit:

@@ -24,7 +24,8 @@ class SimResult:
     still, `runtime` that calibration adds between the ops. Spans are of
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its own
     highest, whenever that was; peak_by_phase: the highest at the height or the end of an op of each phase.
-    peak_by_stage: peak memory of each pipeline stage's ranks.
+    peak_by_stage: peak memory of each pipeline stage's ranks. reserved_memory: what torch's caching allocator
+    has for the peak and for what was cached before it in pools of other streams.
 
     exposed: seconds in which compute waits, or which a collective beside it takes from it, by what for: kinds
     of `busy`, none for longer than it is busy; `host`, kernels issued late; `peers`, other stages of a
@@ -43,6 +44,7 @@ class SimResult:
     fits: bool
     over: str | None
     peak_memory: int
+    reserved_memory: int
     memory_limit: int
     memory_by_category: dict[str, int]
     highest_by_category: dict[str, int]

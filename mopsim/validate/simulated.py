@@ -91,7 +91,7 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         peak = _first_step(result)
     return Simulated(
         step_time=result.step_time, paces=paces, peak_memory=peak, fullest=result.peak_memory,
-        idle_blocks=result.above_peak.get("idle pools", 0),
+        idle_blocks=result.reserved_memory - result.peak_memory,
         communication=result.above_peak.get("communication", 0), above=sum(result.above_peak.values()),
         limit=result.memory_limit, p_host=result.p_host, fits=result.fits,
         seconds=time.perf_counter() - began, busy=dict(result.busy), exposed=dict(result.exposed),

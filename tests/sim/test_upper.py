@@ -106,6 +106,17 @@ def test_the_verdict_is_a_probability(name: str) -> None:
     assert played(with_device(result.peak_memory - 1), name).verdict == "out of memory"
 
 
+def test_what_is_reserved_is_each_pool_at_its_own_highest() -> None:
+    """Gradients fill theirs at the end of the backward, the rest is highest where there are none of them."""
+    result = played(machine(), "fsdp2")
+    high = result.highest_by_category
+    beside = result.reserved_memory - result.peak_memory
+    assert result.above_peak["idle pools"] <= beside <= high["gathered"] + high["grads"]
+    assert beside > 0
+    other = played(machine(), "megatron")
+    assert other.reserved_memory == other.peak_memory
+
+
 def test_an_interval_holds_its_level() -> None:
     result = played(machine(), "megatron")
     narrow, wide = result.step_time_interval(0.5), result.step_time_interval(0.95)
