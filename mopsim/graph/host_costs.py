@@ -94,13 +94,15 @@ FLAT: dict[bool | str, dict[str, tuple[float, float]]] = {
 UPDATE, UPDATE_SHARDED = 1.2, 3.7
 """Linears for each parameter of clipping and a fused AdamW step, of tensors and of FSDP2's DTensors."""
 MEGATRON: dict[str, dict[str, float]] = {
-    "wide": {"norm": 0.65, "clip": 1.03, "parameters": 0.7, "zero": 0.15},
-    "narrow": {"norm": 1.03, "clip": 1.03, "parameters": 0.7, "zero": 0.19},
+    "wide": {"norm": 0.65, "clip": 1.03, "update": 0.0, "parameters": 0.7, "zero": 0.15},
+    "narrow": {"norm": 1.03, "clip": 1.03, "update": 0.0, "parameters": 0.7, "zero": 0.19},
+    "aware": {"norm": 0.68, "clip": 1.06, "update": 1.6, "parameters": 0.0, "zero": 0.07},
 }
 """Linears for each parameter of which a rank updates a part in Megatron-Core 0.14's DistributedOptimizer with
 Transformer Engine 2.7's FusedAdam (`reports/host/te_optimizer.json`), by gradients in fp32 and in bf16, which
-are cast one by one. norm: gradients to main gradients, norm. clip: that, and lists for AdamW. parameters:
-main parameters to parameters, one copy each. zero: gradients that are let go."""
+are cast one by one, and for moments in bf16 (the precision-aware optimizer). norm: gradients to main
+gradients, norm. clip: that, and lists for AdamW. update: moments to fp32 and back. parameters: main
+parameters to parameters, one copy each. zero: gradients that are let go."""
 MEGATRON_MODEL, MEGATRON_STEP = 0.03, 20.0
 """The same for each parameter of the model, and of a step whatever their number."""
 MEGATRON_LOGS: dict[str, tuple[float, float]] = {"zeros": (3.0, 1.1), "params_norm": (50.0, 0.7)}

@@ -76,7 +76,7 @@ class Context:
     def masters_stay(self) -> int:
         """Bytes of a master weight that stay on the device though the host updates it (a copy)."""
         copied = self.stack.sharding.host_masters == "copied" and self.strategy.optimizer.update_on == "host"
-        return self.strategy.precision.own_master if copied else 0
+        return self.stack.own_master(self.strategy.precision) if copied else 0
 
     @property
     def keeps_grads(self) -> bool:

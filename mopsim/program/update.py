@@ -19,6 +19,10 @@ _O = "optimizer"
 FOREACH = 13
 """Passes over a moment that torch's _foreach_ AdamW makes beside one kernel's seven: 20 in eight operations
 (torch/optim/adam.py, _multi_tensor_adam: mul, lerp, mul, addcmul, sqrt, div, add, addcdiv)."""
+WIDENED, WIDENING = 8, 6
+"""Bytes moved for each byte of a moment in 16 bits that is cast to fp32, back, and copied to its place, and
+kernels of both moments (Transformer Engine 2.7, pytorch/optimizers/fused_adam.py, get_unscaled_state and
+_apply_scale)."""
 Bucket = list[tuple[int, int, int]]
 
 
@@ -33,7 +37,8 @@ class Update:
         strategy = context.strategy
         self.optimizer, self.dense = strategy.optimizer, strategy.dense
         self.moment = int(DTYPE_BYTES[strategy.precision.moments])
-        self.own_master = strategy.precision.own_master
+        self.own_master = context.stack.own_master(strategy.precision)
+        self.widens = context.stack.widens(strategy.precision)
         self.numels = stage.updated
         self.away = [int(numel * stage.away) for numel in self.numels]
         self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]
@@ -113,26 +118,41 @@ class Update:
         more = max(0.0, host - self.launches)
         return Work("memory_bound", bytes=float(size), launches=self.launches, host=more)
 
-    def _copies(self, size: float, host: float) -> Work:
-        """Kernels of a tensor each, where the program copies one by one."""
+    def _copies(self, size: float, host: float, kernels: int = 1) -> Work:
+        """Kernels of a tensor each, so many, where the program copies one by one."""
         tensors = self.host.tensors
         if not tensors:
             return self._passes(size, host)
         more = max(0.0, host - 1)
-        return Work("memory_bound", bytes=float(size), launches=tensors, calls=1, host=more)
+        return Work("memory_bound", bytes=float(size), launches=kernels * tensors, calls=1, host=more)
 
     def _on_device(self, last: int) -> int:
         c, b, params = self.c, self.b, sum(self.here)
-        host = max(0.0, self.host.update - 3 * self.launches)
+        host = 0.0 if self.widens else max(0.0, self.host.update - 3 * self.launches)
         works = [Work("optimizer", params=float(params), launches=self.launches, host=host)]
         roots = params * self.moment * (c.stack.kernels.adamw == "foreach")
         if roots:
             b.make("roots", roots, _O)
             works.append(self._passes(FOREACH * roots))
-        last = b.compute("adamw", _O, _O, -1, works, last)
+        if self.widens:
+            b.make("moments in fp32", self._widened, _O)
+            moved = params * 2 * WIDENED * self.moment
+            works.append(self._copies(moved, self.host.update, WIDENING))
+        waits = self.widens and self.host.waits
+        last = b.compute("adamw", _O, _O, -1, works, last, awaited=waits)
         if roots:
             b.drop("roots")
+        if self.widens:
+            b.drop("moments in fp32")
+            return last
         return self._cast(params, last) if self._master else last
+
+    @property
+    def _widened(self) -> int:
+        """Bytes of moments in fp32: of experts, or of the rest, which are updated one after the other."""
+        routed = [unit.component == "experts" for unit in self.stage.units]
+        parts = [sum(n for n, mine in zip(self.here, routed, strict=True) if mine == part) for part in (0, 1)]
+        return 2 * int(DTYPE_BYTES["float32"]) * max(parts)
 
     def _cast(self, params: int, last: int) -> int:
         """Masters to parameters; wide copies of their gradients are freed."""

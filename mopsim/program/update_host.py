@@ -61,9 +61,10 @@ class UpdateHost:
         mine = sum(n + size / max(BUCKET, BUCKET_EACH * shard) for shard, (n, size) in groups.items())
         if not c.stack.host.modules:
             return cls(tensors=math.ceil(mine), waits=True)
-        cost = MEGATRON["wide" if c.grad >= c.wide else "narrow"]
+        aware = c.stack.widens(c.strategy.precision)
+        cost = MEGATRON["aware" if aware else "wide" if c.grad >= c.wide else "narrow"]
         zero = mine * cost["zero"] + sum(whole) * MEGATRON_MODEL + MEGATRON_STEP
-        parts = {part: mine * cost[part] for part in ("norm", "clip", "parameters")}
+        parts = {part: mine * cost[part] for part in ("norm", "clip", "update", "parameters")}
         logs = {name: step + mine * each for name, (step, each) in MEGATRON_LOGS.items()}
         return cls(**parts, zero=zero, logs=logs, tensors=math.ceil(mine), waits=True)
 

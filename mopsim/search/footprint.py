@@ -37,7 +37,7 @@ class Footprint:
         self.hides = space.stack.resolve(first).overlap
         self.prefetch = first.dense.prefetch
         self.copied_masters = space.stack.sharding.host_masters == "copied"
-        self.own_master = float(precision.own_master)
+        self.own_master = float(space.stack.own_master(precision))
         self.fully_shard = space.stack.sharding.fsdp
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""

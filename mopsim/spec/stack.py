@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import Runtime
 from mopsim.spec.has import require_had
 from mopsim.spec.host import HostCosts as HostCosts
@@ -103,7 +104,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     (`again`, torchao). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
     forward pass (`pass`). weight_grads: added to their buffer inside the product, or after it. adamw: in one
     kernel, or operation by operation over all tensors, with the roots of all second moments beside
-    (`foreach`, torch's default). loss: cross entropy by several kernels with copies in fp32 (`composed`), by
+    (`foreach`, torch's default); or in one kernel on copies in fp32 of narrower moments, parameter by
+    parameter, beside which a wider master is the bits that the parameter lacks (`widened`, Transformer
+    Engine). loss: cross entropy by several kernels with copies in fp32 (`composed`), by
     those from whose copy the maximum is subtracted into another (`shifted`, Megatron-LM from 2022 to June
     2024), one kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`), those that
     torch compiles (`compiled`), Megatron-Core's compiled ones, whose gradient takes a second copy (`native`),
@@ -151,7 +154,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     casts: Literal["kept", "again"] = "kept"
     weight_casts: Literal["step", "pass"] = "step"
     weight_grads: Built = "fused"
-    adamw: Literal["fused", "foreach"] = "fused"
+    adamw: Literal["fused", "foreach", "widened"] = "fused"
     ring_blocks: Built = "fused"
     loss: Literal[
         "composed", "shifted", "fused", "upcast", "compiled", "native", "gathered", "loss_parallel"
@@ -311,6 +314,15 @@ class Stack(Spec, frozen=True, kw_only=True):
     def forces_consecutive(self, routing: RoutingProfile) -> bool:
         """Whether a token's experts lie one after the other."""
         return routing == "balanced" and self.balanced_routes == "consecutive"
+
+    def widens(self, precision: Precision) -> bool:
+        """Whether moments are narrower than the update, which copies them."""
+        return self.kernels.adamw == "widened" and DTYPE_BYTES[precision.moments] < DTYPE_BYTES["float32"]
+
+    def own_master(self, precision: Precision) -> int:
+        """Bytes of a master weight beside the parameter: where moments are widened, those that it lacks."""
+        lacking = precision.own_master - int(DTYPE_BYTES[precision.param])
+        return lacking if self.widens(precision) and lacking > 0 else precision.own_master
 
     @property
     def behaviour(self) -> "Stack":

@@ -45,6 +45,10 @@ def test_the_constants_are_the_committed_measurement() -> None:
             found = sum(MEASURED[kind][name]["each"] for name in names)
             assert host_costs.MEGATRON[width][part] == pytest.approx(found, abs=0.1), (width, part)
     found = MEASURED["bf16 gradients"]
+    aware = MEASURED["bf16 moments"]
+    for part, names in parts.items():
+        mine = host_costs.MEGATRON["aware"][part] + host_costs.MEGATRON["aware"]["update"] * (part == "clip")
+        assert mine == pytest.approx(sum(aware[name]["each"] for name in names), abs=0.1), part
     every = sum(took["step"] for name, took in found.items() if name not in ("zeros", "parameters' norm"))
     assert pytest.approx(every, abs=5) == host_costs.MEGATRON_STEP
     assert pytest.approx(found["zero all"]["each"], abs=0.01) == host_costs.MEGATRON_MODEL
@@ -71,6 +75,22 @@ def test_each_parameter_that_a_rank_updates_costs_the_host() -> None:
     assert ops["parameters cast"].work[0].launches > experts, "parameters are copied one by one"
     cut = update(changed("megatron-core", host={"modules": False}), expert_parallel=8)
     assert cut["clip"].work[0].host == 0
+
+
+def test_narrow_moments_are_widened_one_by_one_and_masters_are_what_parameters_lack() -> None:
+    """32 bytes and six kernels a parameter beside AdamW; all moments of the experts in fp32 at once."""
+    took, strategy = {}, replace(megatron(8, expert_parallel=8), stack="megatron-core")
+    for moments in ("float32", "bfloat16"):
+        given = replace(strategy, precision=replace(strategy.precision, moments=moments))
+        workload = lower(MODEL, given, TRAINING, 8, changed("megatron-core"))
+        took[moments] = {op.name: op for op in workload.programs[0].ops if op.component == "optimizer"}
+    assert "parameters cast" not in took["bfloat16"], "AdamW writes the parameters"
+    fused, casts = took["bfloat16"]["adamw"].work
+    assert casts.bytes == pytest.approx(32 * fused.params)
+    assert casts.launches == 6 * took["float32"]["parameters cast"].work[0].launches
+    stack, precision = changed("megatron-core"), replace(strategy.precision, moments="bfloat16")
+    assert (stack.own_master(strategy.precision), stack.own_master(precision)) == (4, 2)
+    assert changed("nemo").own_master(precision) == 4
 
 
 def test_what_is_read_for_a_log_alone_is_read() -> None:
