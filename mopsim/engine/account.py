@@ -165,13 +165,16 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
 
 def _pools(played: PlayedStep, strategy: Strategy) -> int:
     """Bytes that torch's caching allocator has by the end of the step beside the peak: the pool of each
-    stream keeps its own highest (`upper.idle_blocks`), whenever that was."""
+    stream keeps its own highest (`upper.idle_blocks`), whenever that was, and at the loss the block of
+    logits that were cast."""
     workload, ledger = played.workload, played.ledgers[played.fullest]
     now, high = (dict(zip(SLOTS, values, strict=True)) for values in (ledger.at_peak, ledger.high))
     sharding = workload.stack.under(strategy.dense.zero).sharding
+    at_loss = ledger.peak_op is not None and ledger.peak_op.component == "vocabulary"
+    cast = workload.cast if at_loss else 0
     if sharding.fsdp:
-        return ledger.rest + high["gathered"] + high["grads"] - ledger.peak
-    return upper.idle_blocks(sharding, strategy, now, high)
+        return ledger.rest + high["gathered"] + high["grads"] - ledger.peak + cast
+    return upper.idle_blocks(sharding, strategy, now, high) + cast
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:

@@ -60,6 +60,14 @@ def logit_elements(context: Context) -> int:
     return int(whole * c.shapes.region_tokens * c.model.vocab_size / (degree if parts else 1))
 
 
+def cast_logits(context: Context) -> int:
+    """Bytes of logits that torch's loss casts to fp32 and whose caller does not hold them."""
+    kernels = context.stack.kernels
+    cast = kernels.loss in ("composed", "shifted", "loss_parallel") and kernels.loss_copy
+    freed = context.strategy.dense.zero >= 2 and cast and kernels.logits_held is not True
+    return logit_elements(context) * context.b if freed else 0
+
+
 def loss_tape(context: Context) -> Tape:
     """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
     (Megatron-LM)."""

@@ -6,6 +6,7 @@ from functools import partial
 from mopsim.graph.flops import flops_per_token
 from mopsim.program.context import Context, make_context
 from mopsim.program.host_time import Around, by_modules
+from mopsim.program.loss import cast_logits
 from mopsim.program.pairs.layer_pairs import Pairs
 from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
@@ -65,7 +66,7 @@ def lower(
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
         whole=partial(again, compose=False) if composed else None,
-        longer=partial(again, compose=compose) if filled else None, stack=stack,
+        longer=partial(again, compose=compose) if filled else None, stack=stack, cast=cast_logits(context),
     )  # fmt: skip
 
 

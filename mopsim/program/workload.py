@@ -169,6 +169,7 @@ class Workload:
     exact: the schedule is mopexec's own, which allocates to the byte what is lowered. pinned: see
     mopsim.program.pinned.rounding. whole: makes the same workload with every layer played, where this
     one has repeats; longer: with more microbatches lowered. stack: the software that the programs are of.
+    cast: bytes of logits that were freed once they were cast, a block too small for what is made of the copy.
     """
 
     programs: tuple[Program, ...]
@@ -182,6 +183,7 @@ class Workload:
     whole: "Callable[[], Workload] | None" = None
     longer: "Callable[[], Workload] | None" = None
     stack: Stack = field(default_factory=lambda: Stack(name="none"))
+    cast: int = 0
 
     @property
     def repeats(self) -> int:

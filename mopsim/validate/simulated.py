@@ -188,9 +188,11 @@ def _collect(results: Iterable[Simulated], total: int, progress: Progress | None
 
 
 def as_read(result: Simulated, reading: str, hardware: HardwareProfile) -> float:
-    """Bytes that the source's instrument would show for a simulated peak of live tensors."""
+    """Bytes that the source's instrument would show for a simulated peak of live tensors. The allocator gives
+    blocks that serve nobody back before it runs out of memory."""
     if reading == "allocated":
         return float(result.peak_memory)
     blocks = (result.peak_memory + result.idle_blocks) * RESERVED
+    blocks = min(blocks, float(max(result.peak_memory, result.limit)))
     beside = hardware.device.reserved.si + max(0, result.communication - COMMUNICATORS)
     return blocks + beside if reading == "device" else blocks

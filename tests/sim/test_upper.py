@@ -12,6 +12,8 @@ from mopsim.engine import SimResult, simulate, upper
 from mopsim.program.pinned import power_of_two
 from mopsim.program.workload import CommGroup, Work, collective_work
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.sharding import Sharding
+from mopsim.spec.stack import Kernels, Stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
 from tests.sim.toys import machine, quantity, small
@@ -115,6 +117,21 @@ def test_what_is_reserved_is_each_pool_at_its_own_highest() -> None:
     assert beside > 0
     other = played(machine(), "megatron")
     assert other.reserved_memory == other.peak_memory
+
+
+def test_logits_that_were_cast_stay_a_block() -> None:
+    """Too small for what torch's loss makes of the copy."""
+    strategy, training = fsdp2(2, dtype="bfloat16"), TrainSpec(seq_len=1024, global_batch=2)
+    stacks = [
+        Stack(name=str(held), kernels=Kernels(logits_held=held), sharding=Sharding(fsdp=True))
+        for held in (True, False)
+    ]
+    held, freed = (
+        simulate(small(vocab_size=65536), machine(), 1, strategy, training, stack) for stack in stacks
+    )
+    assert held.peak_component == freed.peak_component == "vocabulary"
+    assert held.peak_memory - freed.peak_memory == 1024 * 65536 * 2
+    assert held.reserved_memory == freed.reserved_memory
 
 
 def test_an_interval_holds_its_level() -> None:
