@@ -194,7 +194,8 @@ def test_sends_are_overlapped_under_interleaving_alone(virtual: int) -> None:
     """Megatron-Core raises without it (schedules.py:2181), and where batches are asked for beside (:1086).
     The section was missing where no other overlap was in it, and CommOverlapConfig is made, not merged: a
     recipe may have none."""
-    for stack, hides in (("megatron-bridge", virtual > 1), ("megatron-core", False)):
+    hides = virtual > 1
+    for stack in ("megatron-bridge", "megatron-core"):
         found = bridged(stack=stack, pipeline_parallel=4, virtual_stages=virtual)["comm_overlap"]
         assert next(iter(found)) == "_target_"
         assert (found["overlap_p2p_comm"], found["batch_p2p_comm"]) == (hides, not hides)
