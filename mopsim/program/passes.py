@@ -115,7 +115,11 @@ class Passes:
         """Of the rows of a layer's busiest rank, those that a rank keeps in each of its layers: all, unless
         loads were measured and no expert has every token, as the worst routing has it."""
         c, how, loads = self.context, self.context.strategy, self.context.training.routing
-        apart = c.stack.runtime or c.stack.kernels.expert_padding != "none" or how.experts.balance != "none"
+        apart = (
+            c.stack.runtime
+            or c.stack.kernels.expert_padding in ("busiest", "fresh")
+            or how.experts.balance != "none"
+        )
         if isinstance(loads, str) or apart or max(loads) * c.model.num_experts_per_tok > 1.0 - 1e-6:
             return 1.0
         layers = max(1, c.model.num_moe_layers // how.pipeline.pipeline_parallel)

@@ -10,7 +10,7 @@ from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import bias_scaled, biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.gates import clamps_apart
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.padded import padded_to_busiest, weights_stacked
+from mopsim.graph.rewrites.padded import padded_to_busiest, rows_aligned, weights_stacked
 from mopsim.graph.rewrites.projections import (
     gathered_kept,
     gradients_added,
@@ -27,7 +27,7 @@ from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import COLLECTIVES
-from mopsim.spec.strategy import MatmulDType
+from mopsim.spec.strategy import CAST, MatmulDType
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
 CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
@@ -48,7 +48,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         del ways["head_norms"]
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
-    if run.expert_padding != "none":
+    if _aligns(context):
+        kernels = rows_aligned(kernels)
+    elif run.expert_padding in ("busiest", "fresh"):
         everyone = context.tokens * context.strategy.experts.expert_parallel
         most = everyone if run.expert_padding == "fresh" else 0
         kernels = padded_to_busiest(kernels, context.own_experts, most)
@@ -73,6 +75,15 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
+
+
+def _aligns(context: Context) -> bool:
+    """Whether rows of experts are padded for products in 8 or 4 bits. HybridEP's kernels bring them so; those
+    of a capacity are as many as it says, and a graph of the whole step has no host that knows them."""
+    host, strategy = context.stack.host, context.strategy
+    known = host.counts_read != "never" and not {"step", "experts"} & set(host.graphs)
+    padded = context.stack.kernels.expert_padding == "aligned" and strategy.precision.matmul in CAST
+    return padded and known and strategy.experts.token_dispatcher != "hybridep"
 
 
 def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

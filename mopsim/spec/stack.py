@@ -64,7 +64,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     bias_activation_fusion). expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer
     Engine's GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
     in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of their
-    inputs. expert_padding: every expert of a rank computes as many rows as the `busiest` of them; under a
+    inputs. expert_padding: in 8 and 4 bits every expert's rows are copied to a multiple of theirs and back
+    (`aligned`, Transformer Engine's Fp8Padding, where the host knows their number); or every expert of a rank
+    computes as many rows as the `busiest` of them; under a
     `fresh` router memory holds those of a run's most uneven layer, which gives every token to one expert, for
     each layer that keeps its rows; rows are copied there and back slice by slice. expert_weights: those of a
     grouped product are one tensor, or are copied into one before it, and its gradient back (`stacked`).
@@ -132,7 +134,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_rows: Literal["fused", "composed", "wide", "shifted"] = "fused"
     expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
-    expert_padding: Literal["none", "busiest", "fresh"] = "none"
+    expert_padding: Literal["none", "busiest", "fresh", "aligned"] = "none"
     expert_weights: Literal["whole", "stacked"] = "whole"
     expert_bias: Literal["fused", "gathered", "indexed", "scaled"] = "fused"
     clamped_gate: Literal["fused", "composed", "again", "apart"] = "fused"

@@ -2,7 +2,10 @@
 
 from msgspec.structs import replace
 
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside
 from mopsim.graph.tape import Kernel, Matmul, Step, Value
+
+COPY = TensorPasses(2, 0, 1)
 
 
 def padded_to_busiest(kernels: tuple[Kernel, ...], local: int, most: int = 0) -> tuple[Kernel, ...]:
@@ -16,6 +19,14 @@ def padded_to_busiest(kernels: tuple[Kernel, ...], local: int, most: int = 0) ->
     share, held = local * busiest / rows, local * (most or busiest) / rows
     busy = round(sum(one.count for one in first.matmuls if one.m))
     return tuple(_padded(one, local, share, held, busy) for one in kernels)
+
+
+def rows_aligned(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Rows are copied once more after they are sorted and before they are put back; so their gradients."""
+    return tuple(
+        beside(one, one.writes[0].bytes, COPY, COPY) if one.name in ("sort", "unsort") else one
+        for one in kernels
+    )
 
 
 def weights_stacked(kernels: tuple[Kernel, ...], b: int) -> tuple[Kernel, ...]:

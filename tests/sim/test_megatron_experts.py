@@ -1,7 +1,9 @@
-"""Layers of GPT-OSS as Megatron-Core runs them: biases and clamps by torch, for which the host waits."""
+"""Layers of experts as Megatron-Core runs them: biases and clamps by torch, for which the host waits; rows
+padded for products in 8 bits."""
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -14,6 +16,7 @@ from mopsim.program.lower import passes_of
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Dispatcher, MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 
@@ -80,3 +83,32 @@ def test_what_biases_and_clamps_add_to_the_host_is_the_committed_measurement() -
         bias = host_costs.BIASES["layer"][place] + 4 * host_costs.BIASES["expert"][place]
         assert took[1][place] - took[0][place] == pytest.approx(bias)
         assert took[2][place] - took[1][place] == pytest.approx(host_costs.CLAMPS[place])
+
+
+@pytest.mark.parametrize(
+    ("matmul", "dispatcher", "reads", "copies"),
+    [
+        ("mxfp8", "alltoall", "always", 2), ("mxfp8", "deepep", "always", 2),
+        ("mxfp8", "hybridep", "always", 0), ("mxfp8", "alltoall", "never", 0),
+        ("compute", "alltoall", "always", 0),
+    ],
+)  # fmt: skip
+def test_rows_are_padded_for_products_in_8_bits(
+    matmul: MatmulDType, dispatcher: Dispatcher, reads: Literal["never", "always"], copies: int
+) -> None:
+    """One more copy each way of all rows, before the experts and after them."""
+    bridge = load_stack("megatron-bridge")
+    bridge = replace(bridge, host=replace(bridge.host, counts_read=reads))
+    strategy = megatron(8, expert_parallel=8, token_dispatcher=dispatcher, recompute="none")
+    precision = replace(strategy.precision, matmul=matmul)
+    strategy = replace(strategy, stack="megatron-bridge", precision=precision)
+    moved = {}
+    for padding in ("none", "aligned"):
+        stack = replace(bridge, kernels=replace(bridge.kernels, expert_padding=padding))
+        tape = passes_of(make_context(load_model("qwen3_30b_a3b"), strategy, JOB, 8, stack)).tape(5)
+        moved[padding] = {kernel.name: kernel for kernel in tape.kernels}
+    for name in ("sort", "unsort"):
+        plain, padded = moved["none"][name], moved["aligned"][name]
+        assert padded.bytes - plain.bytes == copies * plain.writes[0].bytes
+        back = 2 * plain.bytes if plain.back_bytes is None else plain.back_bytes
+        assert (padded.back_bytes or 2 * padded.bytes) - back == copies * plain.writes[0].bytes
