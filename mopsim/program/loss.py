@@ -203,7 +203,8 @@ def _chunks(c: Context) -> Template:
     V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
     found: list[Work] = []
     how, gradient = c.stack.kernels.loss_chunks, float(V * H * c.b)
-    torch, held, wide = how == "composed", how == "autograd", how == "wide"
+    torch, wide = how == "composed", how == "wide"
+    held = how in ("autograd", "compiled")
     if torch:  # the head's gradient, zeroed before the chunks and scaled in the backward
         found.append(Work("memory_bound", bytes=3 * gradient, launches=2))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
@@ -213,7 +214,8 @@ def _chunks(c: Context) -> Template:
             forward, backward = passes(c, n, V)
             over = [forward, memory_work(backward.bytes + gradient, backward.launches)]
         if held:  # as the tape of a whole loss; the head's gradient is added to the sum before
-            over = [memory_work(n * V * (2 * c.b + 9.0 * c.wide), 7), memory_work(3 * gradient, 1)]
+            each = 5 * c.b if how == "compiled" else 2 * c.b + 9 * c.wide
+            over = [memory_work(float(n * V * each), 7), memory_work(3 * gradient, 1)]
         products = _products(c, n)
         if wide:  # under a checkpoint: scores, argmax and entropy twice; casts of the weight, and of its sum
             products = [replace(one, dtype="float32") for one in (products[0], *products)]
@@ -225,6 +227,9 @@ def _chunks(c: Context) -> Template:
     strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
     if held:  # logits, log_softmax, the gradient of what is picked from it, and its own; inputs' in fp32
         strip, size = max(rows) * V * (c.b + 3 * c.wide), c.rows * c.wide // c.b
+        strip = max(rows) * V * 2 * c.b if how == "compiled" else strip
+        # FSDP2 sums the head's gradient whole until the last chunk, in the dtype that it reduces
+        size += V * H * c.reduce * (c.shards_params and c.reduce > c.b)
     if wide:  # scores, what entropy makes of them, their gradient; the weight and its gradient wide, its cast
         strip, size = max(rows) * V * 3 * c.wide, 2 * size + V * H * (2 * c.wide + c.b)
     memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))

@@ -120,8 +120,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     keeps them in a variable (not in pipelines). logit_passes: bytes moved for each logit beside what the loss
     moves (casts, accuracy, perplexity). loss_chunks: those of a chunked loss, or torch's cross entropy of
     each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs put together in
-    fp32 (`autograd`), or all of it in fp32 under a checkpoint (`wide`). ring_blocks: merging blocks of keys
-    and values where context parallelism gathers them. fills: new tensors of a known value are written first.
+    fp32 (`autograd`), compiled or not, or all in fp32 under a checkpoint (`wide`). ring_blocks: merging
+    blocks of keys and values where context parallelism gathers them. fills: new tensors of a known value are
+    written first.
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -165,7 +166,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     logits_held: bool | Literal["copy"] = True
     logits_until: Literal["backward", "next"] = "backward"
     logit_passes: float = 0.0
-    loss_chunks: Literal["fused", "composed", "autograd", "wide"] = "fused"
+    loss_chunks: Literal["fused", "composed", "autograd", "compiled", "wide"] = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
     deterministic: bool = False
     fills: bool = False
