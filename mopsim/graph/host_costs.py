@@ -63,10 +63,12 @@ KINDS: Costs = {
     "shared_experts": (19.7, 15.8),
     "sigmoid": (8.1, 7.0),
     "groups": (10.4, 0.2),
+    "core_attention_again": (0.6, 52.8),
 }
 """Linears that other kinds of these layers add (`reports/host/te_kinds.json`): latent attention, to attention
 with norms of queries and keys; rotary embedding that no kernel fuses, without and with it; shared experts; a
-router with sigmoids, a bias for each expert and balance by sequences, and one with groups too."""
+router with sigmoids, a bias for each expert and balance by sequences, and one with groups too; the core of
+attention that its backward runs again, whose second forward is in it."""
 LAYERS: dict[str, dict[bool, Costs]] = {
     "transformers": {False: LAYER, True: LAYER},
     "transformer_engine": {False: TRANSFORMER_ENGINE, True: TRANSFORMER_ENGINE_8_BITS},

@@ -118,6 +118,9 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
         whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
         whole += alone * LAYER["dense_ffn"][back]
         whole += kinds.get(component, NOTHING)[back]
+        if phase == "recompute" and stack.host.layers == "transformer_engine":
+            core = all(work.kind == "attention" for place in places for work in ops[place].work)
+            whole = sum(KINDS["core_attention_again"]) if core else whole
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
         if around.hooked and component in HOOKS:

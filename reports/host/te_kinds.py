@@ -4,7 +4,8 @@
         SITE_PACKAGES/megatron --json reports/host/te_kinds.json
 
 As te_layers.py measures them, which tells how to install what it needs, each beside the plain layer in one
-process, in turn: latent attention (MLA), rotary embedding that no kernel fuses, and alone, without the rest
+process, in turn: latent attention (MLA), rotary embedding that no kernel fuses, the core of attention that is
+recomputed, and alone, without the rest
 of a layer, shared experts and routers with a bias and groups as DeepSeek-V3's. The fused rotary embedding of
 MLA is a kernel of Triton's: two functions of one op each stand in.
 """
@@ -28,6 +29,7 @@ SIGMOID: dict[str, Any] = {
     "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 2.5,
     "moe_router_load_balancing_type": "seq_aux_loss",
 }  # fmt: skip
+AGAIN: dict[str, Any] = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 GROUPS: dict[str, Any] = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent": ("attention", LATENT),
@@ -35,6 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary": ("attention", {"apply_rope_fusion": False}),
     "sigmoid": ("router", SIGMOID),
     "groups": ("sigmoid", GROUPS),
+    "core attention again": ("attention", AGAIN),
 }
 """Kind -> the layer that it is held against, and what it has other than that."""
 PLAIN: dict[str, tuple[int, dict[str, Any]]] = {

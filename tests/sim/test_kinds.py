@@ -168,4 +168,8 @@ def test_narrow_moments_hold_less(family: str) -> None:
         return result.memory_by_category.get("optimizer", 0) + result.host_by_category.get("optimizer", 0)
 
     each = {"mop": 12, "megatron": 12, "fsdp2": 8}[family]
+    if family == "megatron":  # the master's too, and all moments of the experts in fp32 while it updates
+        less = wide.resident_memory - narrow.resident_memory
+        assert less == pytest.approx(state(wide) * 6 / each, rel=1e-3)
+        return
     assert state(narrow) == pytest.approx(state(wide) * (each - 4) / each, rel=1e-3)

@@ -352,6 +352,12 @@ def test_small_steps_are_the_hosts_and_large_ones_are_not() -> None:
     assert whole == pytest.approx(same, rel=0.01)
 
 
+def test_the_core_of_attention_that_runs_again_takes_what_was_measured() -> None:
+    strategy = replace(megatron(8, expert_parallel=8, recompute="selective"), stack="megatron-core")
+    found = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
+    assert found["recompute", "attention"] == pytest.approx(sum(modules.KINDS["core_attention_again"]))
+
+
 def test_replayed_graphs_have_no_modules() -> None:
     profile = load_profile("h100-sxm-80g")
     both = (unfused("modules", host={"graphs": ("step",)}), unfused(host={"graphs": ("step",)}))
