@@ -3,7 +3,7 @@
 from mopsim.size.assumptions import Assumptions, Site, assume
 from mopsim.size.figures import Figures, Goal, Step, Terms, figures
 from mopsim.size.points import Point, Request, Sizing
-from mopsim.size.rounds import beside, size, size_all
+from mopsim.size.rounds import beside, size_all
 
 __all__ = [
     "Assumptions",
@@ -18,6 +18,5 @@ __all__ = [
     "assume",
     "beside",
     "figures",
-    "size",
     "size_all",
 ]

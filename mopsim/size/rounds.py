@@ -112,10 +112,3 @@ def beside(request: Request, processes: Executor) -> Answers:
                 yield asked.pop(one), one.result()
 
     return answers
-
-
-def size(
-    request: Request, hardware: HardwareProfile, progress: Callable[[int, int, str], None] | None = None
-) -> Sizing:
-    """The answer for one machine type, in this process."""
-    return size_all(request, [hardware], progress=progress)[0]

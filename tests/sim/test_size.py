@@ -15,7 +15,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.units import parse_tokens
 from mopsim.report.sizing import stated
-from mopsim.size import Goal, Point, Request, Sizing, Step, assume, figures, size
+from mopsim.size import Goal, Point, Request, Sizing, Step, assume, figures, size_all
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import DAY
 from mopsim.size.goodput import rack_nodes, whole_racks
@@ -37,6 +37,11 @@ def priced(name: str = "toy", price: float = 2.0) -> HardwareProfile:
     return msgspec.structs.replace(
         toy, name=name, device=device, price_per_device_hour=quantity(price, "USD/h")
     )
+
+
+def size(request: Request, hardware: HardwareProfile) -> Sizing:
+    """The answer for one machine type."""
+    return size_all(request, [hardware])[0]
 
 
 AS_SIMULATED = assume({"step_time_spread": 0.1})

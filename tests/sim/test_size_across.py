@@ -5,7 +5,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from mopsim.size import Goal, Request, Sizing, size, size_all
+from mopsim.size import Goal, Request, Sizing, size_all
 from mopsim.size.across import near
 from mopsim.size.ask import Answer, merged
 from mopsim.size.carry import carried, played
@@ -49,7 +49,7 @@ def test_no_cluster_is_a_percent_slower_than_the_plan_of_another_there(together:
 
 
 def test_another_machine_type_only_makes_a_cluster_faster(together: list[Sizing]) -> None:
-    for found, alone in zip(together, (size(REQUEST, one) for one in MACHINES), strict=True):
+    for found, alone in zip(together, (size_all(REQUEST, [one])[0] for one in MACHINES), strict=True):
         known = {point.num_nodes: point.figures for point in found.tried}
         for point in alone.tried:
             bill = known[point.num_nodes]
