@@ -52,7 +52,7 @@ RISK = f"fits with a probability below {SURE} (--risk ranks it)"
 SLOWER_BOUND = "slower, bound: cannot beat those ranked"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
 
-Progress = Callable[[int, SimResult | None], None]
+Progress = Callable[[SearchResult], None]
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Hunt:
         self.near = np.zeros_like(self.pool.taken)
         self.pool.enough = 1.0 if self.options.risk else surely(self.pool.space)
 
-    def run(self, progress: Callable[[SearchResult], None]) -> None:
+    def run(self, progress: Progress) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
         patience = max(LEAST_PATIENCE, round(PATIENCE * self.options.budget))
         while (
@@ -93,7 +93,7 @@ class Hunt:
                 break
             self.simulate(self.pool, position, progress)
 
-    def prove(self, best: SimResult, progress: Callable[[SearchResult], None]) -> None:
+    def prove(self, best: SimResult, progress: Progress) -> None:
         """Multiply out what may be faster by more than a tie than the best, of this family where it has one,
         and refine its bounds, the least first. If what this leaves is not too much to simulate, simulate it;
         of more, the slowest would still be open.
@@ -115,7 +115,7 @@ class Hunt:
         while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
             self.simulate(*found, progress)
 
-    def _resume(self, progress: Callable[[SearchResult], None]) -> None:
+    def _resume(self, progress: Progress) -> None:
         """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
         them were no faster."""
         self.idle = 0
@@ -174,7 +174,7 @@ class Hunt:
         found = [(pool, position) for pool, position in every if position is not None]
         return min(found, key=lambda one: one[0].time[one[1]], default=None)
 
-    def simulate(self, pool: Pool, position: int, progress: Callable[[SearchResult], None]) -> None:
+    def simulate(self, pool: Pool, position: int, progress: Progress) -> None:
         """Simulate a candidate of a pool, learn from it and rank it."""
         pool.taken[position] = True
         row = int(pool.rows[position])

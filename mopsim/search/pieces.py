@@ -85,11 +85,6 @@ class LayerPiece:
         return self.forward.busy + self.backward.busy
 
     @property
-    def routed(self) -> float:
-        """Seconds of the compute stream that are those of experts."""
-        return self.ahead.routed + self.back.routed
-
-    @property
     def issued(self) -> float:
         """Seconds of the host."""
         return self.ahead.issued + self.back.issued

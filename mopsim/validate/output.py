@@ -59,10 +59,7 @@ def summary(validation: Validation, components: Sequence[Predicted], level: floa
     found: dict[str, Any] = {
         name: _plain(over_sources(scored, measure)) for name, measure in MEASURES.items()
     }
-    found["fits"] = {
-        "n": fits.ran + fits.ran_out, "right": fits.right, "ran": fits.ran, "ran_right": fits.ran_right,
-        "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right,
-    }  # fmt: skip
+    found["fits"] = {"n": fits.ran + fits.ran_out, "right": fits.right, **vars(fits)}
     found["interval"] = level
     found["coverage"] = coverages(scored, level)
     found["hold_out"] = {name: _held(rows, level) for name, rows in validation.held.items()}

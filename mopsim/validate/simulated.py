@@ -1,6 +1,5 @@
 """Simulate cases: equal ones once, on a few processes."""
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as fresh
@@ -56,7 +55,6 @@ class Simulated:
     fits: bool = True
     error: str = ""
     field: str = ""
-    seconds: float = 0.0
     busy: dict[str, float] = fresh(default_factory=dict)
     exposed: dict[str, float] = fresh(default_factory=dict)
 
@@ -72,7 +70,6 @@ Progress = Callable[[int, int], None]
 def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
     """One case, uncalibrated; a refusal becomes `error`. paced: at several costs of the host too, where the
     time was measured, to be calibrated on."""
-    began = time.perf_counter()
     try:
         model, hardware, stack = case.network(), case.profile(), case.program()
         stack = stack.on_kind(hardware.device_kind)
@@ -94,7 +91,7 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         idle_blocks=result.reserved_memory - result.peak_memory,
         communication=result.above_peak.get("communication", 0), above=sum(result.above_peak.values()),
         limit=result.memory_limit, p_host=result.p_host, fits=result.fits,
-        seconds=time.perf_counter() - began, busy=dict(result.busy), exposed=dict(result.exposed),
+        busy=dict(result.busy), exposed=dict(result.exposed),
     )  # fmt: skip
 
 
