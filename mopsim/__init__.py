@@ -46,32 +46,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "simulate": "api.run",
-    "search": "api.run",
-    "compare": "api.compare",
-    "size": "api.size",
-    "explore": "api.explore",
-    "interval": "api.interval",
-    "mop": "api.strategies",
-    "fsdp2": "api.strategies",
-    "zero_offload": "api.strategies",
-    "megatron": "api.strategies",
-    "StrategyTemplate": "api.strategies",
-    "Interval": "api.interval",
-    "Result": "api.results",
-    "Simulation": "api.results",
-    "Ranking": "api.results",
-    "Comparison": "api.compare",
-    "Clusters": "api.size",
-    "load_model": "spec.presets",
-    "list_models": "spec.presets",
+_FROM = {
+    "api.run": ("simulate", "search"),
+    "api.compare": ("compare", "Comparison"),
+    "api.size": ("size", "Clusters"),
+    "api.explore": ("explore",),
+    "api.interval": ("interval", "Interval"),
+    "api.strategies": ("mop", "fsdp2", "zero_offload", "megatron", "StrategyTemplate"),
+    "api.results": ("Result", "Simulation", "Ranking"),
+    "spec.presets": ("load_model", "list_models"),
+    "spec.stacks": ("load_stack", "list_stacks"),
+    "common.errors": ("MopError", "SpecError"),
+}
+_WHERE = {name: module for module, names in _FROM.items() for name in names} | {
     "load_hardware": "spec.profiles:load_profile",
     "list_hardware": "spec.profiles:list_profiles",
-    "load_stack": "spec.stacks",
-    "list_stacks": "spec.stacks",
-    "MopError": "common.errors",
-    "SpecError": "common.errors",
 }
 """Where each name of the API is, below `mopsim`; under another name there after the colon."""
 

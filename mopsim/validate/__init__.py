@@ -1,13 +1,11 @@
 """Predicted against measured: cases of runs -> simulations -> scores. Rows of a table become cases first."""
 
-from mopsim.validate.case import Case, CaseSource, Measured, read_cases, write_cases
+from mopsim.validate.case import Case, read_cases, write_cases
 from mopsim.validate.components import Predicted, predict_components
 from mopsim.validate.run import Refused, Validation, cases_of, validate
 
 __all__ = [
     "Case",
-    "CaseSource",
-    "Measured",
     "Predicted",
     "Refused",
     "Validation",

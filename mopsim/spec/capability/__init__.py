@@ -11,7 +11,7 @@ from mopsim.common.io import digest
 from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.rules import RULES, no_runtime, value_at
-from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, FieldRow, Side
+from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, Side
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.profiles import list_profiles, load_profile
@@ -24,7 +24,6 @@ __all__ = [
     "ROWS",
     "SIDES",
     "Cell",
-    "FieldRow",
     "Job",
     "Side",
     "field_refusals",
