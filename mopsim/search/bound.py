@@ -84,6 +84,12 @@ class Bounder(Footprint):
         slowest = np.maximum.reduce([busy, talks, self.copy_time(), chain])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
+    def sent_beside(self) -> Reals:
+        """Where sends between stages go beside compute, and the host waits for none."""
+        how = self.space.stack.hides.pipeline
+        own = self.c["virtual_stages"] > 1 if how == "interleaved" else bool(self.hides.pipeline)
+        return np.broadcast_to(own, len(self.space))
+
     def talks(self) -> Reals:
         """Seconds in which the busier fabric is busy."""
         return np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
@@ -127,9 +133,10 @@ class Bounder(Footprint):
             share * flops / (curve.peak.si * min(curve.efficiency, curve.held)) * self.scale("matmul")
         )
 
-    def slowest(self, layers: Sequence[Reals], head: Reals) -> Reals:
-        """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric."""
-        return np.maximum(*(self.slowest_stage(layers, head, once) for once in self.exchanged))
+    def slowest(self, layers: Sequence[Reals], head: Reals, filled: Reals | float = 1.0) -> Reals:
+        """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric.
+        filled: as in `slowest_stage`."""
+        return np.maximum(*(self.slowest_stage(layers, head, once, filled) for once in self.exchanged))
 
     @cached_property
     def exchanged(self) -> tuple[list[Reals], list[Reals]]:
@@ -168,11 +175,16 @@ class Bounder(Footprint):
         return [one[0] for one in found], [one[1] for one in found]
 
     def slowest_stage(
-        self, layers: Sequence[Reals], head: Reals, once: Sequence[Reals] | None = None
+        self,
+        layers: Sequence[Reals],
+        head: Reals,
+        once: Sequence[Reals] | None = None,
+        filled: Reals | float = 1.0,
     ) -> Reals:
         """Seconds of the slowest rank: of the mean stage, or, in a layout, of the stage whose layers (of the
         last, with the loss) and what a microbatch takes on the way there and back are most. layers, head: as
-        `layer_seconds` and `head_seconds`; once: of each kind of layer, once a step."""
+        `layer_seconds` and `head_seconds`; once: of each kind of layer, once a step. filled: 1 where a stage
+        waits for what a microbatch takes on its way, 0 where it does not."""
         c, counts = self.c, list(kinds(self.model).values())
         once = once or [np.zeros(len(self.space))] * len(layers)
         mean = head + sum(
@@ -188,7 +200,8 @@ class Bounder(Footprint):
             rows = np.flatnonzero(codes == code)
             stage = load(self.model, *parts_of(code))
             each = (every[rows] + last[rows]) @ stage.layers.T
-            each += every[rows] / self.microbatches[rows, None] @ stage.before.T
+            way = np.broadcast_to(filled, len(self.space))[rows] / self.microbatches[rows]
+            each += every[rows] * way[:, None] @ stage.before.T
             each[:, -1] += head[rows]
             found[rows] = np.maximum(found[rows], each.max(axis=1))
         return found

@@ -131,7 +131,8 @@ class Refined(Bounder):
             np.where(self.c["pipeline"] == 1, self._phases(), 0.0),
         )
         step = np.maximum(step, np.where(self.ranked, self._ranks(lambda rank: rank.least), chain))
-        step = np.maximum(step, self._all(lambda piece: piece.issued) + idle)
+        host = self._all(lambda piece: piece.issued, filled=np.where(self.sent_beside(), 0.0, 1.0))
+        step = np.maximum(step, host + idle)
         return np.asarray(step + self.optimizer_time() + self.constant())
 
     def _phases(self) -> Reals:
@@ -229,10 +230,16 @@ class Refined(Bounder):
 
         return np.maximum(super().above(stage), self._woven(heights))
 
-    def _all(self, what: Callable[[LayerPiece], float], factor: Reals | float = 1.0) -> Reals:
-        """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds."""
+    def _all(
+        self,
+        what: Callable[[LayerPiece], float],
+        factor: Reals | float = 1.0,
+        filled: Reals | float = 1.0,
+    ) -> Reals:
+        """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds. filled:
+        as in `slowest_stage`."""
         every = [self.microbatches * self._layer(kind, what) * factor for kind in kinds(self.model)]
-        return self.slowest(every, self._head(what, factor))
+        return self.slowest(every, self._head(what, factor), filled)
 
     def _layer(self, kind: LayerKind, what: Callable[[LayerPiece], float]) -> Reals:
         return self.parts.each(lambda one: what(one.layers[kind]))
