@@ -19,6 +19,7 @@ from mopsim.search.guess import guess
 from mopsim.search.had import axes_of
 from mopsim.search.legal import expanded, minor_of, trunk
 from mopsim.search.problem import PARTS, Problem
+from mopsim.search.result import TIE
 from mopsim.search.seeds import Recipe, published, recipes, textbook
 from mopsim.search.space import Space
 from mopsim.search.staged import bounds_of, candidates, facts_of
@@ -102,7 +103,7 @@ def test_the_search_is_no_worse_than_a_published_recipe(model: str) -> None:
     options = Options(("megatron",), budget=6, risk=True, rows=ROWS)
     found = search(asked.model, asked.hardware, asked.num_nodes, asked.training, options)
     assert found.best is not None
-    assert not own.fits or found.best.step_time <= own.step_time
+    assert not own.fits or found.best.step_time <= own.step_time * (1 + TIE)
 
 
 @pytest.mark.parametrize(
