@@ -42,7 +42,9 @@ def say_plan(console: Any, path: str, step: Simulation) -> None:
     """What a plan that was written is for."""
     given = shlex.quote(path)
     targets = [to for to, gaps in step.gaps.items() if not gaps]
-    if step.runnable:
+    if not step.fits:
+        ask = f"it is {step.verdict}: nothing to train"
+    elif step.runnable:
         ask = f"mopexec train --plan {given}"
     elif targets:
         ask = f"mopsim export --plan {given} --to {targets[0]}; mopexec does not run it"

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from mopsim.common.errors import MopError, require, require_name
-from mopsim.common.io import Spec, convert, read_yaml
+from mopsim.common.io import Spec, convert, exists, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped
 from mopsim.common.values import number_problem, parse_float
@@ -182,6 +182,8 @@ def read_values(texts: Sequence[str], option: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        if not equals and not exists(Path(text)):
+            raise MopError(f"{option}: {text!r} is neither NAME=VALUE nor a file")
         data = {name.strip(): value} if equals else read_yaml(Path(text), option)
         if not isinstance(data, dict):
             raise MopError(f"{option}: {text} must hold NAME: VALUE lines")

@@ -309,11 +309,11 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
     communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
     cores; 1: the two cannot overlap at all). price_per_device_hour: what `mopsim size` charges for one
-    device. corrections: calibration by kind of work; under `step`, and `step_` with a runtime or a
-    stack, of the constant that each step takes. framework_memory_scale: what a framework keeps,
-    over what is counted. calibrated_from: digest of the uncorrected profile that the corrections were
-    fitted on. observed: what was left of the runs of the calibration, which decides the intervals of
-    predictions. notes: what a reader should know.
+    device. corrections: calibration by kind of work; under `step`, and `step_` with a runtime or a stack, of
+    the constant that each step takes. framework_memory_scale: what a framework keeps, over what is counted.
+    calibrated_from: digest of the uncorrected profile that the corrections were fitted on. observed: what was
+    left of the runs of the calibration, which decides the intervals of predictions. notes: what a reader
+    should know.
     """
 
     name: str
@@ -336,6 +336,8 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     def _rules(self) -> Rules:
         require_name(self.name)
         require_between(self, 1, 2**16, "devices_per_node", "scale_up_size")
+        least, most = sorted((self.scale_up_size, self.devices_per_node))
+        yield most % least == 0, "scale_up_size", "must divide devices_per_node, or be a multiple of it"
         require_dimension(self, "price", "price_per_device_hour")
         require_dimension(self, "power", "node_power")
         yield self.scale_out.topology == "switch", "scale_out.topology", "must be switch"
@@ -364,9 +366,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     @property
     def peer_share(self) -> float:
         """Share of a device's scale-up bandwidth that leads to one peer: 1 over a switch, one link of a mesh.
-
-        A group of n ranks in a domain has min(1, (n - 1) * peer_share) of it.
-        """
+        A group of n ranks in a domain has min(1, (n - 1) * peer_share) of it."""
         return 1 / (self.scale_up_size - 1) if self.scale_up.topology == "mesh" else 1.0
 
     @property

@@ -228,7 +228,7 @@ def test_a_step_whose_provenance_is_none_is_shown_without_a_timeline(
         ("{}", "is not a result of compare, search, size, validate, context, simulate"),
         ("[]", "must be a mapping of keys"),
         ("{", "is not valid JSON"),
-        ('{"step_time_s": 1, "strategy": {}}', "lacks"),
+        ('{"step_time_s": 1, "strategy": {}}', "result.strategy.fits: missing, the field is required"),
         ('{"step_time_s": "x", "strategy": 3}', "of mopsim simulate"),
         ('{"top": 3, "candidates": 1}', "of mopsim search"),
     ],
@@ -240,6 +240,17 @@ def test_what_is_no_result_is_one_line(tmp_path: Path, text: str, says: str) -> 
         mopsim.explore(path, tmp_path / "page.html")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step_time_s", -1), ("fits", {}), ("step_time_interval_s", 1.0), ("memory_limit_bytes", "x")],
+)
+def test_a_wrong_entry_of_a_step_is_named(made: dict[str, dict[str, Any]], key: str, value: object) -> None:
+    data = json.loads(json.dumps(made["compare"]))
+    data["strategies"]["mop"][key] = value
+    with pytest.raises(mopsim.MopError, match=rf"result\.mop\.{key}: "):
+        steps_of(data, kind_of(data, "x"))
 
 
 def test_colours_are_okabe_and_itos_and_have_a_shape_beside_them() -> None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
@@ -17,6 +19,37 @@ from mopsim.spec.strategy import Strategy
 
 Json = Mapping[str, Any]
 Cell = str | float | None
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+Amounts = dict[str, Amount]
+Ends = tuple[Amount, Amount] | None
+
+
+class StepJson(msgspec.Struct, frozen=True, kw_only=True):
+    """What a page reads of a step's JSON, whose other keys it does not: seconds, bytes, tokens per second."""
+
+    strategy: dict[str, Any] | str
+    fits: bool
+    step_time_s: Annotated[float, msgspec.Meta(gt=0)]
+    tokens_per_s_per_device: Amount
+    mfu: Amount
+    peak_memory_bytes: Amount
+    memory_limit_bytes: Amount
+    exposed_s: Amounts
+    busy_s: Amounts = {}
+    time_by_component_s: Amounts = {}
+    memory_by_category_bytes: Amounts = {}
+    step_time_interval_s: Ends = None
+    peak_memory_interval_bytes: Ends = None
+    peak_memory_upper_bytes: Amount | None = None
+    host_memory_bytes: Amount | None = None
+    verdict: str | None = None
+    p_fits: Share | None = None
+    p_best_is_faster: Share | None = None
+    interval: Share = 0.9
+    gap: Amount | None = None
+    expected_gap: Amount | None = None
+    provenance: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

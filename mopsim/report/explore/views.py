@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mopsim.common.errors import MopError
+from mopsim.common.io import convert
 from mopsim.common.results import made_by
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
@@ -15,6 +16,7 @@ from mopsim.report.explore.runs import run_views
 from mopsim.report.explore.steps import (
     ExplorerStep,
     Json,
+    StepJson,
     bars,
     device,
     pareto,
@@ -53,6 +55,7 @@ def steps_of(result: Json, kind: Kind) -> list[ExplorerStep]:
     with readable(kind):
         steps = kind.steps(result)
         for one in steps:
+            convert(dict(one.found), StepJson, f"result.{one.label}")
             step_table("", [one])
     return steps
 
