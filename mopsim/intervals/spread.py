@@ -190,7 +190,7 @@ def _asked(facts: Facts, quantity: Name) -> tuple[ErrorCell, tuple[ErrorCell, ..
     seen = tuple(
         ErrorCell(
             source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
-            network=one.network, experts=facts.experts, runs=one.runs, mean=found,
+            network=one.network, experts=one.experts, runs=one.runs, mean=found,
             made=one.made if quantity == "step_time" else (),
             squares=one.step_time_squares if quantity == "step_time" else 0.0,
         )

@@ -18,7 +18,8 @@ from mopsim.program.units import ShardedUnit, module_tensors
 
 BUCKET, BUCKET_EACH = 40e6, 1e6
 """Parameters of a bucket, at least, and for each rank (bucket_size in megatron/core/distributed/
-distributed_data_parallel.py). A rank's share of one begins and ends within tensors."""
+distributed_data_parallel.py, infinite where reductions are not overlapped and on later stages). A rank's
+share of one begins and ends within tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,15 @@ class UpdateHost:
         for unit, tensors in zip(stage.units, whole, strict=True):
             shard = unit.shard if c.strategy.dense.zero else 1
             count, size = groups.get(shard, (0.0, 0.0))
-            groups[shard] = count + tensors / shard, size + unit.numel * (shard > 1)
-        mine = sum(n + size / max(BUCKET, BUCKET_EACH * shard) for shard, (n, size) in groups.items())
+            groups[shard] = count + tensors, size + unit.numel
+        bucketed = stage.is_first and bool(c.strategy.overlap.grad_reduce)
+        mine = sum(
+            min(
+                tensors,
+                tensors / shard + (size / max(BUCKET, BUCKET_EACH * shard) if bucketed else 1) * (shard > 1),
+            )
+            for shard, (tensors, size) in groups.items()
+        )
         if not c.stack.host.modules:
             return cls(tensors=math.ceil(mine), waits=True)
         aware = c.stack.widens(c.strategy.precision)

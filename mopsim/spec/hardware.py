@@ -268,13 +268,13 @@ MOST_OFF = 5
 
 class Observed(Spec, frozen=True, kw_only=True):
     """Of runs of one network, stack and precision that a calibration saw, how far off the profile still is.
-
     stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
-    disturbed one for the part of it that was quiet. step_time, peak_memory: mean ln(measured / predicted) by
-    the profile itself, null where it was not read. step_time_squares: sum of the squares of what profiles
-    that had not seen these runs missed of their step times. step_time_missed: the |ln(measured / predicted)|
-    that 90 % of these misses keep to. made: mean shares of the predicted steps: products, attention, products
-    of experts, memory, waits for host, network, copies. source: digests of the runs.
+    disturbed one for the part of it that was quiet. experts: whether the network has some. step_time,
+    peak_memory: mean ln(measured / predicted) by the profile itself, null where it was not read.
+    step_time_squares: sum of the squares of what profiles that had not seen these runs missed of their step
+    times. step_time_missed: the |ln(measured / predicted)| that 90 % of these misses keep to. made: mean
+    shares of the predicted steps: products, attention, products of experts, memory, waits for host, network,
+    copies. source: digests of the runs.
     """
 
     stack: str
@@ -286,6 +286,7 @@ class Observed(Spec, frozen=True, kw_only=True):
     step_time_squares: float = 0.0
     step_time_missed: float | msgspec.UnsetType = msgspec.UNSET
     made: tuple[float, ...] = ()
+    experts: bool = False
     source: str = ""
 
     def _rules(self) -> Rules:
@@ -355,8 +356,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         require_between(self, 1, 1.5, "framework_memory_scale")
         rule = f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}, nor step_ with the name of a stack"
         for kind in self.corrections:
-            known = kind in (*WORK_KINDS, *STEP_KINDS) or kind.startswith("step_")
-            require(known, "corrections", kind, rule)
+            require(kind in (*WORK_KINDS, *STEP_KINDS) or kind[:5] == "step_", "corrections", kind, rule)
 
     @property
     def each(self) -> Literal["GPU", "rank"]:

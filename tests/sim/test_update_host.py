@@ -14,6 +14,7 @@ from mopsim.program.workload import Op
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Overlap
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.software import changed
@@ -58,18 +59,29 @@ def test_the_constants_are_the_committed_measurement() -> None:
     assert pytest.approx(MEASURED["collection"]["linears"], rel=0.1) == host_costs.COLLECTION
 
 
+def test_no_rank_updates_parts_of_more_parameters_than_a_stage_has() -> None:
+    """Of 70B on eight stages a tensor is larger than a bucket."""
+    model, strategy = load_model("llama3_70b"), megatron(64, pipeline_parallel=8)
+    strategy = replace(strategy, stack="megatron-core", overlap=Overlap(grad_reduce=True))
+    programs = lower(model, strategy, TRAINING, 8, changed("megatron-core")).programs
+    for program in programs:
+        norm = next(op for op in program.ops if op.name == "norm" and op.stream == "compute")
+        assert linears(norm) <= 62 * host_costs.MEGATRON["wide"]["norm"]
+
+
 def test_each_parameter_that_a_rank_updates_costs_the_host() -> None:
-    """Two of each local expert; of the eight others of a layer an eighth, and where buckets end."""
+    """Two of each local expert; of the seven others of a layer an eighth, and where buckets end, of which
+    there is one where reductions are not overlapped."""
     stack = changed("megatron-core")
-    for ranks in (1, 8):
-        ops = update(stack, expert_parallel=ranks)
+    for ranks, overlaps in ((1, False), (8, False), (1, True), (8, True)):
+        ops = update(stack, expert_parallel=ranks, overlap=Overlap(grad_reduce=overlaps))
         experts = 2 * MODEL.num_local_experts // ranks * LAYERS / (8 // ranks)
-        others = 8 * LAYERS / 8
-        buckets = (30e9 if ranks == 1 else 2e9) / 40e6
+        others = 7 * LAYERS / 8
+        buckets = (30e9 if ranks == 1 else 2e9) / 40e6 if overlaps else 1
         cost = host_costs.MEGATRON["wide"]
         for part, name in (("norm", "norm"), ("clip", "clip"), ("parameters", "parameters cast")):
             count = linears(ops[name]) / cost[part]
-            assert experts + others < count < 1.03 * (experts + others + buckets), (ranks, part)
+            assert experts + others < count < 1.03 * (experts + others + buckets), (ranks, part, overlaps)
     waits = ops["parameters cast"].awaited
     assert waits, "the loop reads the loss scale"
     assert ops["parameters cast"].work[0].launches > experts, "parameters are copied one by one"

@@ -55,19 +55,18 @@ def clamps_apart(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     for kernel in kernels:
         if kernel.name == "experts_act":
-            (source,), half = kernel.reads, kernel.writes[0].bytes
-            whole = next(value for one in found for value in one.writes if value.name == source)
-            clamped = replace(whole, name=f"{source}_clamped")
-            first = Kernel(
-                GATE_CLAMPS, "memory_bound", kernel.component, (source,), (clamped,), saves=(source,)
-            )
+            sources, half = kernel.reads, kernel.writes[0].bytes
+            made = {value.name: value for one in found for value in one.writes}
+            clamped = tuple(replace(made[name], name=f"{name}_clamped") for name in sources)
+            first = Kernel(GATE_CLAMPS, "memory_bound", kernel.component, sources, clamped, saves=sources)
             found.append(
                 replace(
                     first, bytes=float(CLAMPS.narrow * half), launches=CLAMPS.launches,
                     back_bytes=float(CLAMPS_BACKWARD.narrow * half), back_launches=CLAMPS_BACKWARD.launches,
                 )
             )  # fmt: skip
-            kernel = replace(kernel, reads=(clamped.name,), saves=(clamped.name,))
+            names = tuple(value.name for value in clamped)
+            kernel = replace(kernel, reads=names, saves=names)
         found.append(kernel)
     return tuple(found)
 
