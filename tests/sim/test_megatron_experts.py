@@ -66,6 +66,17 @@ def test_clamps_keep_what_they_read_and_what_they_make() -> None:
     assert (gate.bytes, gate.back_bytes) == (plain.bytes, plain.back_bytes)
 
 
+def test_clamps_of_two_tensors_keep_both() -> None:
+    """As a user's stack may have them: gate and up by a product each."""
+    core = load_stack("megatron-core")
+    apart = replace(core, kernels=replace(core.kernels, gate_up="separate"))
+    strategy = replace(megatron(8, expert_parallel=8), stack="megatron-core")
+    tape = passes_of(make_context(MODEL, strategy, JOB, 8, apart)).tape(5)
+    gate = next(kernel for kernel in tape.kernels if kernel.name == "experts_act")
+    assert len(gate.reads) == 2
+    assert all(name.endswith("_clamped") for name in gate.reads)
+
+
 def test_what_biases_and_clamps_add_to_the_host_is_the_committed_measurement() -> None:
     added = json.loads((Path(__file__).parents[2] / "reports/host/te_biases.json").read_text())["added"]
     found = {name: (cost["forward"], cost["backward"]) for name, cost in added.items()}
