@@ -18,7 +18,7 @@ from mopsim.spec.placement import Placement, at_home, least_loaded
 from mopsim.spec.routing import RoutingProfile, routing_counts
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Experts, Strategy
+from mopsim.spec.strategy import Experts, Precision, Strategy, Tier
 from mopsim.spec.training import TrainSpec
 
 
@@ -76,7 +76,22 @@ class Context:
     def masters_stay(self) -> int:
         """Bytes of a master weight that stay on the device though the host updates it (a copy)."""
         copied = self.stack.sharding.host_masters == "copied" and self.strategy.optimizer.update_on == "host"
-        return self.stack.own_master(self.strategy.precision) if copied else 0
+        return self.own_master if copied else 0
+
+    @property
+    def own_master(self) -> int:
+        """Bytes of a master weight beside the parameter."""
+        return self.stack.own_master(*self._updated)
+
+    @property
+    def widens(self) -> bool:
+        """Whether moments are copied wider to be updated."""
+        return self.stack.widens(*self._updated)
+
+    @property
+    def _updated(self) -> tuple[Precision, int, Tier]:
+        s = self.strategy
+        return s.precision, s.dense.zero, s.optimizer.update_on
 
     @property
     def keeps_grads(self) -> bool:

@@ -130,7 +130,7 @@ class Stage:
                 buckets = c.stack.sharding.bucketed and unit.copies > 1
                 held = shard if zero >= 2 else full * (1 + buckets)
                 found.append((_at(place.grad_tier, "grads"), held * c.grad))
-            each = 2 * int(DTYPE_BYTES[precision.moments]) + c.stack.own_master(precision)
+            each = 2 * int(DTYPE_BYTES[precision.moments]) + c.own_master
             away = int(state * each * self.away)
             stays = int(state * c.masters_stay * self.away)
             found += [("optimizer", state * each - away + stays), ("host/optimizer", away)]

@@ -37,8 +37,8 @@ class Update:
         strategy = context.strategy
         self.optimizer, self.dense = strategy.optimizer, strategy.dense
         self.moment = int(DTYPE_BYTES[strategy.precision.moments])
-        self.own_master = context.stack.own_master(strategy.precision)
-        self.widens = context.stack.widens(strategy.precision)
+        self.own_master = context.own_master
+        self.widens = context.widens
         self.numels = stage.updated
         self.away = [int(numel * stage.away) for numel in self.numels]
         self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]

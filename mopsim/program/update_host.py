@@ -69,8 +69,7 @@ class UpdateHost:
         )
         if not c.stack.host.modules:
             return cls(tensors=math.ceil(mine), waits=True)
-        aware = c.stack.widens(c.strategy.precision)
-        cost = MEGATRON["aware" if aware else "wide" if c.grad >= c.wide else "narrow"]
+        cost = MEGATRON["aware" if c.widens else "wide" if c.grad >= c.wide else "narrow"]
         zero = mine * cost["zero"] + sum(whole) * MEGATRON_MODEL + MEGATRON_STEP
         parts = {part: mine * cost[part] for part in ("norm", "clip", "update", "parameters")}
         logs = {name: step + mine * each for name, (step, each) in MEGATRON_LOGS.items()}

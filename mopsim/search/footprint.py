@@ -37,7 +37,6 @@ class Footprint:
         self.hides = space.stack.resolve(first).overlap
         self.prefetch = first.dense.prefetch
         self.copied_masters = space.stack.sharding.host_masters == "copied"
-        self.own_master = float(space.stack.own_master(precision))
         self.fully_shard = space.stack.sharding.fsdp
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""
@@ -52,6 +51,9 @@ class Footprint:
         self.wires = Wires(self.hardware, self.problem.world_size)
         self.tokens = space.tokens().astype(np.float64)
         c = self.c
+        plain, lacking = (float(space.stack.own_master(precision, 1, side)) for side in ("host", "device"))
+        self.own_master = np.where((c["zero"] >= 1) & (c["state"] != HOST), lacking, plain)
+        """Bytes of a master weight beside the parameter."""
         self.stage = self.problem.world_size / c["pipeline"]
         self.microbatches = microbatches(space)
         self.ring = c["loss"] == RING

@@ -23,7 +23,7 @@ from mopsim.spec.recompute import Recompute as Recompute
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import MOST_BYTES
 from mopsim.spec.sharding import Sharding as Sharding
-from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
+from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
@@ -318,14 +318,18 @@ class Stack(Spec, frozen=True, kw_only=True):
         """Whether a token's experts lie one after the other."""
         return routing == "balanced" and self.balanced_routes == "consecutive"
 
-    def widens(self, precision: Precision) -> bool:
-        """Whether moments are narrower than the update, which copies them."""
-        return self.kernels.adamw == "widened" and DTYPE_BYTES[precision.moments] < DTYPE_BYTES["float32"]
+    def widens(self, precision: Precision, zero: int, update_on: Tier) -> bool:
+        """Whether moments are narrower than the update, which copies them: that of Megatron-Core's
+        distributed optimizer on the device (use_precision_aware_optimizer)."""
+        there = zero >= 1 and update_on == "device" and not self.sharding.fsdp
+        narrow = DTYPE_BYTES[precision.moments] < DTYPE_BYTES["float32"]
+        return there and narrow and self.kernels.adamw == "widened"
 
-    def own_master(self, precision: Precision) -> int:
+    def own_master(self, precision: Precision, zero: int, update_on: Tier) -> int:
         """Bytes of a master weight beside the parameter: where moments are widened, those that it lacks."""
         lacking = precision.own_master - int(DTYPE_BYTES[precision.param])
-        return lacking if self.widens(precision) and lacking > 0 else precision.own_master
+        widened = self.widens(precision, zero, update_on) and lacking > 0
+        return lacking if widened else precision.own_master
 
     @property
     def behaviour(self) -> "Stack":

@@ -101,8 +101,24 @@ def test_narrow_moments_are_widened_one_by_one_and_masters_are_what_parameters_l
     assert casts.bytes == pytest.approx(32 * fused.params)
     assert casts.launches == 6 * took["float32"]["parameters cast"].work[0].launches
     stack, precision = changed("megatron-core"), replace(strategy.precision, moments="bfloat16")
-    assert (stack.own_master(strategy.precision), stack.own_master(precision)) == (4, 2)
-    assert changed("nemo").own_master(precision) == 4
+    assert [stack.own_master(one, 1, "device") for one in (strategy.precision, precision)] == [4, 2]
+    assert changed("nemo").own_master(precision, 1, "device") == 4
+
+
+def test_only_a_distributed_optimizer_on_the_device_widens_moments() -> None:
+    """Not the host's, one that each rank has whole, or Megatron-FSDP's: their masters stay of 4 bytes."""
+    for name, place, zero, left in (
+        ("megatron-core", {}, 1, 6), ("megatron-core", {"optimizer_on_host": 1.0}, 1, 8),
+        ("megatron-core", {}, 0, 8), ("megatron-fsdp", {}, 3, 8),
+    ):  # fmt: skip
+        took: dict[str, float] = {}
+        strategy = replace(megatron(8, expert_parallel=8, **place), stack=name)
+        strategy = replace(strategy, dense=replace(strategy.dense, zero=zero))
+        for moments in ("float32", "bfloat16"):
+            given = replace(strategy, precision=replace(strategy.precision, moments=moments))
+            resident = lower(MODEL, given, TRAINING, 8, changed(name)).programs[0].resident
+            took[moments] = sum(size for category, size in resident if category.endswith("optimizer"))
+        assert took["bfloat16"] == pytest.approx(took["float32"] * left / 12), (name, place, zero)
 
 
 def test_what_is_read_for_a_log_alone_is_read() -> None:
