@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -92,6 +93,12 @@ class Context:
     def _updated(self) -> tuple[Precision, int, Tier]:
         s = self.strategy
         return s.precision, s.dense.zero, s.optimizer.update_on
+
+    @property
+    def logits_held(self) -> bool | Literal["copy"]:
+        """What of the logits is held while the loss works on a copy (Kernels.logits_held)."""
+        held = self.stack.kernels.logits_held
+        return self.strategy.pipeline.pipeline_parallel > 1 if held == "pipelines" else held
 
     @property
     def keeps_grads(self) -> bool:

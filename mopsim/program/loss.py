@@ -64,7 +64,7 @@ def cast_logits(context: Context) -> int:
     """Bytes of logits that torch's loss casts to fp32 and whose caller does not hold them."""
     kernels = context.stack.kernels
     cast = kernels.loss in ("composed", "shifted", "loss_parallel") and kernels.loss_copy
-    freed = context.strategy.dense.zero >= 2 and cast and kernels.logits_held is not True
+    freed = context.strategy.dense.zero >= 2 and cast and context.logits_held is not True
     return logit_elements(context) * context.b if freed else 0
 
 
@@ -92,8 +92,8 @@ def loss_tape(context: Context) -> Tape:
     sliced = kernel == "loss_parallel" and split and torch
     wide = c.b if torch and not c.stack.kernels.loss_copy else c.wide
     cast = torch and c.stack.kernels.loss_copy
-    held = (torch or fused) and c.stack.kernels.logits_held is True and not ahead
-    copy = ("wide",) if c.stack.kernels.logits_held == "copy" else ()
+    held = (torch or fused) and c.logits_held is True and not ahead
+    copy = ("wide",) if c.logits_held == "copy" else ()
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)

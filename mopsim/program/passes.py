@@ -90,9 +90,9 @@ class Passes:
     def held_logits(self) -> int:
         """Bytes of logits that the training loop holds until the next microbatch's are made."""
         c, run = self.context, self.context.stack.kernels
-        if run.logits_until == "backward" or not run.logits_held or c.strategy.pipeline.pipeline_parallel > 1:
+        if run.logits_until == "backward" or not c.logits_held or c.strategy.pipeline.pipeline_parallel > 1:
             return 0
-        return logit_elements(c) * (c.wide if run.logits_held == "copy" else c.b)
+        return logit_elements(c) * (c.wide if c.logits_held == "copy" else c.b)
 
     def key(self, layer: int) -> LayerKind:
         """Equal for layers that run alike."""

@@ -115,14 +115,14 @@ class Kernels(Spec, frozen=True, kw_only=True):
     torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole (`gathered`), or on that
     of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). loss_copy:
     whether torch's works on a copy in fp32, or on the logits in their own dtype. logits_held: who calls a
-    loss that works on a copy of the logits holds them, or that copy (`copy`). logits_until: what is held of
-    them is there until the loss's backward is done, or until the `next` microbatch's are made, as a loop
-    keeps them in a variable (not in pipelines). logit_passes: bytes moved for each logit beside what the loss
-    moves (casts, accuracy, perplexity). loss_chunks: those of a chunked loss, or torch's cross entropy of
-    each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs put together in
-    fp32 (`autograd`), compiled or not, or all in fp32 under a checkpoint (`wide`). ring_blocks: merging
-    blocks of keys and values where context parallelism gathers them. fills: new tensors of a known value are
-    written first.
+    loss that works on a copy of the logits holds them, or that copy (`copy`), or does so in pipelines alone
+    (`pipelines`). logits_until: what is held of them is there until the loss's backward is done, or until the
+    `next` microbatch's are made, as a loop keeps them in a variable (not in pipelines). logit_passes: bytes
+    moved for each logit beside what the loss moves (casts, accuracy, perplexity). loss_chunks: those of a
+    chunked loss, or torch's cross entropy of each chunk on a copy in fp32, its gradients made apart and those
+    of the chunks' inputs put together in fp32 (`autograd`), compiled or not, or all in fp32 under a
+    checkpoint (`wide`). ring_blocks: merging blocks of keys and values where context parallelism gathers
+    them. fills: new tensors of a known value are written first.
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -163,7 +163,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
         "composed", "shifted", "fused", "upcast", "compiled", "native", "gathered", "loss_parallel"
     ] = "composed"
     loss_copy: bool = True
-    logits_held: bool | Literal["copy"] = True
+    logits_held: bool | Literal["copy", "pipelines"] = True
     logits_until: Literal["backward", "next"] = "backward"
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd", "compiled", "wide"] = "fused"

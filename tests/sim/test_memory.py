@@ -208,6 +208,20 @@ def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, held: bool | str, b
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_logits_may_be_held_in_pipelines_alone(stages: int) -> None:
+    """By torch.distributed.pipelining, whose cache has a microbatch's output until its backward is over."""
+    took: dict[bool | str, int] = {}
+    strategy = with_(fsdp2(2 * stages, fsdp=2, expert_fsdp=2), pipeline=Pipeline(pipeline_parallel=stages))
+    training = TrainSpec(seq_len=4096, global_batch=8)
+    for held in (True, False, "pipelines"):
+        software = unfused("copies", kernels={"logits_held": held}, sharding={"fsdp": True})
+        result = simulate(deep(2, vocab_size=32_000), MACHINE, 1, strategy, training, software)
+        took[held] = result.peak_by_stage[-1]
+    assert took["pipelines"] == took[stages > 1]
+    assert took[True] - took[False] == 4096 * 32_000 * 2
+
+
 @pytest.mark.parametrize(("loss", "bytes_each"), [("gathered", 2 + 3 * 4), ("composed", (2 + 4) / 4)])
 def test_logits_that_every_tensor_rank_gathers_are_whole(loss: str, bytes_each: float) -> None:
     """Of torch's cross entropy as above, at any degree; Megatron-LM splits logits and softmax."""
