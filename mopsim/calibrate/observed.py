@@ -43,7 +43,6 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
             step_time_squares=round(_squares(some), 5),
             step_time_missed=round(missed_by_most(_misses(some)), 5),
             made=tuple(round(fmean(shares), 4) for shares in zip(*(one.made for one in some), strict=True)),
-            experts=some[0].measurement.plan.model.num_local_experts > 0,
             source="runs " + ", ".join(one.digest for one in some),
         )
         for (stack, precision, model), some in groups.items()
@@ -104,7 +103,6 @@ def expected(plan: Plan, profile: HardwareProfile, made: Made) -> Spread:
     return of_step_time(
         Facts(
             stack=plan.stack.name, hardware=profile.name, precision=products(plan.strategy.precision),
-            network=network(plan.model), experts=plan.model.num_local_experts > 0, made=made,
-            seen=profile.runs_seen,
+            network=network(plan.model), made=made, seen=profile.runs_seen,
         )
     )  # fmt: skip

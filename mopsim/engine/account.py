@@ -88,8 +88,7 @@ def facts(
     """What the errors of this prediction are grouped by."""
     return Facts(
         stack=workload.stack.name, hardware=hardware.name, precision=products(strategy.precision),
-        network=network(model), experts=model.num_local_experts > 0, exact=workload.exact, made=made,
-        seen=hardware.runs_seen,
+        network=network(model), exact=workload.exact, made=made, seen=hardware.runs_seen,
     )  # fmt: skip
 
 

@@ -31,12 +31,11 @@ anything of them."""
 class Deviations(Spec, frozen=True, kw_only=True):
     """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs,
     a stack, a machine type, a precision, a network, a source, a network in a source, a kind of reading, that
-    kind as a source reads it, a run. Those of readings are 0 where no run has one. unseen, unseen_program:
-    what the error of a source's program has beside these until its runs are compared with predictions and its
-    description is mended, where others' runs of that program on networks with experts, or without, are known
-    and where none are. widening: what all are multiplied by, so that a nominal 90 % held 90 % of the runs of
-    sources that were left out, the sources weighing alike; ratio_widening: the same of the ratios of two runs
-    of a source, on one network and machine type, those of one program and of two weighing alike."""
+    kind as a source reads it, a run. Those of readings are 0 where no run has one. unseen: what the error of
+    a source's program has beside these until its runs are compared with predictions and its description is
+    mended. widening: what all are multiplied by, so that a nominal 90 % held 90 % of the runs of sources that
+    were left out, the sources weighing alike; ratio_widening: the same of the ratios of two runs of a source,
+    on one network and machine type, those of one program and of two weighing alike."""
 
     common: float
     stack: float
@@ -49,17 +48,16 @@ class Deviations(Spec, frozen=True, kw_only=True):
     source_reading: float = 0.0
     run: float
     unseen: float = 0.0
-    unseen_program: float = 0.0
     widening: float = 1.0
     ratio_widening: float = 1.0
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, *LEVELS, "run", "unseen", "unseen_program", "widening", "ratio_widening")
+        require_at_least(self, 0, *LEVELS, "run", "unseen", "widening", "ratio_widening")
 
 
 class ErrorCell(Spec, frozen=True, kw_only=True):
     """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
-    departures from it. experts: whether the network has some. reading: how it was measured, where that is not
+    departures from it. reading: how it was measured, where that is not
     the simulated quantity itself; one of the whole device (WHOLE) has only its readings in common with
     others. made: what the prediction is made of; empty of runs whose errors are in units of a usual run's
     (ErrorQuantity.scale)."""
@@ -69,7 +67,6 @@ class ErrorCell(Spec, frozen=True, kw_only=True):
     hardware: str
     precision: str
     network: str
-    experts: bool = False
     reading: str = ""
     made: Made = ()
     runs: float

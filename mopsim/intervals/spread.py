@@ -44,7 +44,7 @@ class Facts:
     """What is known of a prediction before its run.
 
     stack: the software's name. hardware: the profile's. precision: see `products`. network: see `network`.
-    experts: whether it has some. exact: the program allocates to the byte what is simulated. made: what the
+    exact: the program allocates to the byte what is simulated. made: what the
     step is made of. seen: runs of the same user on the same machines.
     """
 
@@ -52,7 +52,6 @@ class Facts:
     hardware: str
     precision: str
     network: str = ""
-    experts: bool = False
     exact: bool = False
     made: Made = ()
     seen: tuple[Observed, ...] = ()
@@ -184,13 +183,13 @@ def _asked(facts: Facts, quantity: Name) -> tuple[ErrorCell, tuple[ErrorCell, ..
     """The run, those that its user has seen, and what most of these were missed by."""
     asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
-        network=facts.network, experts=facts.experts, made=facts.made if quantity == "step_time" else (),
+        network=facts.network, made=facts.made if quantity == "step_time" else (),
         runs=1, mean=0.0,
     )  # fmt: skip
     seen = tuple(
         ErrorCell(
             source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
-            network=one.network, experts=one.experts, runs=one.runs, mean=found,
+            network=one.network, runs=one.runs, mean=found,
             made=one.made if quantity == "step_time" else (),
             squares=one.step_time_squares if quantity == "step_time" else 0.0,
         )
@@ -291,24 +290,18 @@ def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], quantity:
     found, sd = np.zeros((len(some), len(others))), quantity.deviations
     for level in LEVELS:
         found += getattr(sd, level) ** 2 * alike(level, some, others)
-    if sd.unseen or sd.unseen_program:
-        own = np.outer(*(_unseen(cells, _ByIdentity(quantity)) for cells in (some, others)))
-        found += own * (alike("source", some, others) & alike("stack", some, others))
+    if sd.unseen:
+        known = _sources(_ByIdentity(quantity))
+        new = np.array([one.source not in known for one in some])
+        own = alike("source", some, others) & alike("stack", some, others)
+        found += sd.unseen**2 * (own & new[:, None])
     return found
 
 
-def _unseen(some: Sequence[ErrorCell], known: _ByIdentity) -> Array:
-    """The deviations of what nobody has mended yet of the programs of these cells."""
-    sd, (sources, programs) = known.quantity.deviations, _mended(known)
-    new = (sd.unseen if (one.stack, one.experts) in programs else sd.unseen_program for one in some)
-    return np.array([0.0 if one.source in sources else by for one, by in zip(some, new, strict=True)])
-
-
 @lru_cache(maxsize=8)
-def _mended(known: _ByIdentity) -> tuple[frozenset[str], frozenset[tuple[str, bool]]]:
-    """Sources, and programs on networks with experts or without, that runs are known of."""
-    cells = known.quantity.cells
-    return frozenset(one.source for one in cells), frozenset((one.stack, one.experts) for one in cells)
+def _sources(known: _ByIdentity) -> frozenset[str]:
+    """Whose programs have been mended by their runs."""
+    return frozenset(one.source for one in known.quantity.cells)
 
 
 def alike(level: str, some: Sequence[ErrorCell], others: Sequence[ErrorCell]) -> NDArray[np.bool_]:

@@ -51,8 +51,8 @@ def surely(space: Space) -> float:
     problem, stack = space.problem, space.stack
     hardware, precision = problem.hardware, products(space.build(0).precision)
     about = Facts(
-        stack.name, hardware.name, precision, network(problem.model),
-        problem.model.num_local_experts > 0, bool(stack.runtime), seen=hardware.runs_seen,
+        stack.name, hardware.name, precision, network(problem.model), bool(stack.runtime),
+        seen=hardware.runs_seen,
     )  # fmt: skip
     return least_share(about, 0.0 if hardware.device_kind == "cpu" else ALLOCATOR)
 

@@ -269,7 +269,7 @@ MOST_OFF = 5
 class Observed(Spec, frozen=True, kw_only=True):
     """Of runs of one network, stack and precision that a calibration saw, how far off the profile still is.
     stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
-    disturbed one for the part of it that was quiet. experts: whether the network has some. step_time,
+    disturbed one for the part of it that was quiet. step_time,
     peak_memory: mean ln(measured / predicted) by the profile itself, null where it was not read.
     step_time_squares: sum of the squares of what profiles that had not seen these runs missed of their step
     times. step_time_missed: the |ln(measured / predicted)| that 90 % of these misses keep to. made: mean
@@ -286,7 +286,6 @@ class Observed(Spec, frozen=True, kw_only=True):
     step_time_squares: float = 0.0
     step_time_missed: float | msgspec.UnsetType = msgspec.UNSET
     made: tuple[float, ...] = ()
-    experts: bool = False
     source: str = ""
 
     def _rules(self) -> Rules:

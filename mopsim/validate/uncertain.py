@@ -23,8 +23,8 @@ def cell(
     made: what the prediction is made of."""
     return ErrorCell(
         source=case.source.name, stack=case.stack, hardware=case.hardware, precision=case.precision,
-        network=case.identity(), experts=case.network().num_local_experts > 0, reading=reading, made=made,
-        runs=1, mean=log(measured / predicted) if measured else 0.0,
+        network=case.identity(), reading=reading, made=made, runs=1,
+        mean=log(measured / predicted) if measured else 0.0,
     )  # fmt: skip
 
 

@@ -54,22 +54,18 @@ def fit_unseen(
     known: "_Sources", first: Mapping[str, Sequence[ErrorCell]], deviations: Deviations
 ) -> Deviations:
     """With what a nominal 90 % of the first scores is held beside the deviations that are fitted to the
-    sources of earlier sets: of programs that these ran on networks with experts, or without, and of the
-    others. The sources weigh alike; 0 where there are no first scores, or nothing is needed."""
-    scores: dict[bool, _Scores] = {True: _Scores(), False: _Scores()}
+    sources of earlier sets; the sources weigh alike. 0 where there are none, or nothing is needed."""
+    scores = _Scores()
     later = {run.source for some in first.values() for run in some}
     for some in first.values():
         earlier = known.told(known.all - later)
-        programs = {(cell.stack, cell.experts) for cell in earlier.cells}
         often = Counter(run.source for run in some)
         for run in some:
             ((cell, alike),) = _alike(earlier, [run]).items()
             expected = spread(earlier, cell)
-            off = abs(float(alike.errors[0]) - expected.mean)
-            scores[(run.stack, run.experts) in programs].add([off], 1 / often[run.source], expected.deviation)
+            scores.add([abs(alike.errors[0] - expected.mean)], 1 / often[run.source], expected.deviation)
         later -= often.keys()
-    found = {seen: one.beside(deviations.widening) for seen, one in scores.items()}
-    return msgspec.structs.replace(deviations, unseen=found[True], unseen_program=max(found.values()))
+    return msgspec.structs.replace(deviations, unseen=scores.beside(deviations.widening))
 
 
 class _Sources:

@@ -211,16 +211,16 @@ def test_what_most_runs_were_missed_by_is_held_by_their_interval() -> None:
 
 
 def test_a_program_nobody_compared_is_wider_until_its_user_has_run_it() -> None:
-    sd = replace(NONE, source=0.1, run=0.1, unseen=0.2, unseen_program=0.4)
+    sd = replace(NONE, source=0.1, run=0.1, unseen=0.2)
     known = ErrorQuantity(deviations=sd, cells=(cell("s", "p"),))
     assert spread(known, cell("s", "p")).deviation < 0.15
-    new = [cell("t", "p"), replace(cell("t", "p"), experts=True), cell("t", "q")]
+    new = [cell("t", "p"), cell("t", "q")]
     widths = [spread(known, one).deviation for one in new]
-    assert widths == pytest.approx([math.hypot(0.1, 0.1, by) for by in (0.2, 0.4, 0.4)])
+    assert widths == pytest.approx([math.hypot(0.1, 0.1, 0.2)] * 2)
     assert spread(known, new[0], (replace(new[0], runs=9),)).deviation < 0.15
-    assert spread(known, new[0], (replace(new[2], runs=9),)).deviation > 0.2
+    assert spread(known, new[0], (replace(new[1], runs=9),)).deviation > 0.2
     assert between(known, new[0], new[0]).deviation == pytest.approx(math.hypot(0.1, 0.1))
-    assert between(known, new[0], new[2]).deviation == pytest.approx(math.hypot(0.1, 0.1, 0.2, 0.4))
+    assert between(known, new[0], new[1]).deviation == pytest.approx(math.hypot(0.1, 0.1, 0.2, 0.2))
 
 
 def quantities() -> list[ErrorQuantity]:
@@ -242,6 +242,7 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
         assert programs <= set(list_stacks())
         assert {one.hardware for one in quantity.cells} <= set(list_profiles())
         assert 0.3 < quantity.deviations.widening < 3
+        assert (quantity.deviations.unseen > 0) == (quantity is known_errors().step_time)
         timed = quantity in (known_errors().step_time, known_errors().guesses.step_time)
         assert set(quantity.parts) == ({ALWAYS, *STEP_PARTS} if timed else set())
         assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))
@@ -272,28 +273,18 @@ def drawn(seed: int, sources: int = 10) -> list[ErrorCell]:
 
 
 def test_first_scores_say_how_far_off_programs_are_before_they_are_mended() -> None:
-    """Nine of ten are held, of programs that earlier sets ran and of others, sources weighing alike."""
-    known, runs = _Sources(drawn(0)), [cell(str(source), "0", mean=0.1 * source) for source in range(10, 20)]
+    """Nine of ten are held, sources weighing alike."""
+    known, first = _Sources(drawn(0)), [cell(str(source), "0", mean=0.1 * source) for source in range(10, 20)]
     assert fit_unseen(known, {}, NONE) == NONE
-    others = [replace(run, experts=True, mean=run.mean / 2) for run in runs]
-    for some, more in (({"5": runs}, "unseen"), ({"5": others}, "unseen_program")):
-        deviations = fit_unseen(known, some, NONE)
-        fitted = known.told(known.all)
-        quantity = replace(
-            fitted,
-            deviations=replace(
-                deviations,
-                **asdict(fitted.deviations)
-                | {name: getattr(deviations, name) for name in ("unseen", "unseen_program")},
-            ),
-        )
-        assert getattr(deviations, more) > 0
-        first = some["5"]
-        held = [
-            abs(run.mean - spread(quantity, run).mean) <= 1.645 * spread(quantity, run).deviation
-            for run in first
-        ]
-        assert sum(held) == 9
+    fitted = known.told(known.all)
+    found = fit_unseen(known, {"5": first}, NONE).unseen
+    assert found > 0
+    quantity = replace(fitted, deviations=replace(fitted.deviations, unseen=found))
+    expected = [spread(quantity, run) for run in first]
+    held = [
+        abs(run.mean - one.mean) <= 1.645 * one.deviation for run, one in zip(first, expected, strict=True)
+    ]
+    assert sum(held) == 9
 
 
 @pytest.mark.slow
