@@ -123,6 +123,18 @@ def test_shards_stay_on_the_device_where_the_program_has_them_there(stack: str) 
             program(job)
 
 
+def test_experts_are_not_spread_where_the_program_has_no_ranks_of_them() -> None:
+    """NeMo AutoModel with a model of transformers."""
+    for name, ranks in (("nemo-automodel", 2), ("nemo-automodel-hf", 1), ("nemo-automodel-hf", 2)):
+        job = Job(load_model("tiny"), fsdp2(8, expert_parallel=ranks), JOBS["mop"].training, load_stack(name))
+        if (name, ranks) != ("nemo-automodel-hf", 2):
+            assert program(job)
+            continue
+        says = f"experts.expert_parallel: 2 is not simulated on the stack {name}, only 1"
+        with pytest.raises(SpecError, match=says):
+            program(job)
+
+
 def exchanges_of(stack: Stack) -> tuple[str, ...]:
     """How context-parallel ranks can trade a sequence."""
     if stack.has.get("attention.context_parallel") == (1,):
