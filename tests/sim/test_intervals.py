@@ -158,7 +158,7 @@ def test_a_lead_over_a_guess_is_as_wide_as_guesses_are() -> None:
     lead, back = ratio(1.0, described, 1.0, guess), ratio(1.0, guess, 1.0, described)
     apart = [of_step_time(one).deviation for one in (described, guess)]
     assert lead.error.deviation == pytest.approx(back.error.deviation)
-    assert apart[0] < lead.error.deviation <= math.hypot(*apart) * (1 + 1e-9)
+    assert 0.5 * apart[0] < lead.error.deviation <= math.hypot(*apart) * (1 + 1e-9)
     assert lead.error.mean == pytest.approx(-back.error.mean)
     assert lead.error.mean == pytest.approx(of_step_time(guess).mean - of_step_time(described).mean)
 
@@ -193,7 +193,7 @@ def test_what_nobody_ran_is_wider_than_what_somebody_did() -> None:
 
     known = width("simumax", "b200-sxm-192g")
     assert known < width("described", "b200-sxm-192g") < width("described", "my-machine") * 1.0001
-    assert 1.2 * known < width("generic-eager", "b200-sxm-192g")
+    assert known < width("generic-eager", "b200-sxm-192g")  # hardly: adr/0071
     seen = Observed(stack="mine", precision="bf16", network="n", runs=2, step_time=0.01)
     one, two = (width("mine", "my-machine", "n", seen=(replace(seen, runs=n),)) for n in (1, 6))
     assert two < one < width("mine", "my-machine", "n")
