@@ -23,6 +23,10 @@ WIDENED, WIDENING = 8, 6
 """Bytes moved for each byte of a moment in 16 bits that is cast to fp32, back, and copied to its place, and
 kernels of both moments (Transformer Engine 2.7, pytorch/optimizers/fused_adam.py, get_unscaled_state and
 _apply_scale)."""
+MASK, COUNTING = 2, 4
+"""Bytes of the mask of a gradient that is not zero, written and read, and kernels of a tensor: the mask, its
+sum, what is left of the tensor's elements, the sum of all (Megatron-Core, optimizer/clip_grads.py,
+count_zeros_fp32; torch, TensorAdvancedIndexing.cpp, count_nonzero_cuda)."""
 Bucket = list[tuple[int, int, int]]
 
 
@@ -43,28 +47,29 @@ class Update:
         self.away = [int(numel * stage.away) for numel in self.numels]
         self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]
         self.launches = max(1, len(stage.units) // 8)
+        self.width = context.grad
         self.host = UpdateHost.of(context, stage)
         self.buckets = optimizer_buckets(self.away, self.optimizer.bucket_params)
 
     def run(self, reductions: Sequence[int]) -> None:
         """Ops after all gradients (`reductions`) are summed."""
-        last = self._logged("zeros", self._clipped(reductions), 4)
+        last = self._logged("zeros", self._clipped(reductions))
         if any(self.away):
             last = self._streamed(last) if self.optimizer.update_on == "device" else self._by_host(last)
         if any(self.here):
             last = self._on_device(last)
-        self._over(self._logged("params_norm", last, 1))
+        self._over(self._logged("params_norm", last))
 
-    def _logged(self, name: str, last: int, passes: int) -> int:
-        """What is read for a log alone (HostCosts.logs), so many passes of kernels over what is updated."""
+    def _logged(self, name: str, last: int) -> int:
+        """What is read for a log alone (HostCosts.logs): gradients one by one, or what is updated at once."""
         if name not in self.c.stack.host.logs:
             return last
-        size = float(sum(self.numels) * (self._master or self.c.param))
-        launches = passes * (self.host.tensors if name == "zeros" else self.launches)
-        work = (
-            Work("memory_bound", bytes=size, launches=launches, calls=1, host=self.host.logs.get(name, 0)),
-        )
-        return self.b.add(name, "compute", _O, _O, work, (last,), awaited=True)
+        held, host = sum(self.numels), self.host.logs.get(name, 0.0)
+        if name == "zeros":
+            work = self._copies(held * (self.width + MASK), host, COUNTING)
+        else:
+            work = self._passes(held * (self._master or self.c.param), host)
+        return self.b.add(name, "compute", _O, _O, (work,), (last,), awaited=True)
 
     def _clipped(self, reductions: Sequence[int]) -> int:
         b, held = self.b, sum(self.numels)

@@ -128,10 +128,14 @@ def test_what_is_read_for_a_log_alone_is_read() -> None:
     for name, (step, each) in host_costs.MEGATRON_LOGS.items():
         waits = logs[name].awaited
         assert waits
-        tensors = (linears(logs[name]) - step - 1) / each
+        tensors = (linears(logs[name]) - step) / each
         assert tensors == pytest.approx(
             linears(plain["clip"]) / host_costs.MEGATRON["wide"]["clip"], rel=0.01
         )
+    (counted,), (normed,), (cast,) = (logs[name].work for name in ("zeros", "params_norm", "parameters cast"))
+    params = cast.bytes / (4 + 2)
+    assert (counted.bytes, normed.bytes) == pytest.approx((params * (4 + 2), params * 4)), "masks of zeros"
+    assert counted.launches == 4 * cast.launches
 
 
 def test_a_mean_step_has_its_part_of_a_collection_of_garbage() -> None:
