@@ -170,6 +170,13 @@ def test_rules_have_names_of_their_own_and_sources() -> None:
     assert all(rule.when and rule.set and rule.source for rule in rules())
 
 
+def test_rows_of_a_chunk_are_said_where_a_user_of_the_stack_looks() -> None:
+    """A strategy has them, TRL's are a constant: validation's rule and the stack say the same number."""
+    rule = next(rule for rule in rules() if rule.id == "chunks-of-trls-loss")
+    rows = rule.set["strategy.vocabulary.chunk_tokens"]
+    assert f"of {rows} rows (vocabulary.chunk_tokens" in load_stack("trl").sources["has.vocabulary.loss"]
+
+
 @pytest.mark.parametrize(
     ("notes", "graphs"),
     [
