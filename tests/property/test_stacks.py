@@ -20,6 +20,7 @@ MODEL = replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2, total_params=N
 FAMILIES: dict[str, Strategy] = {
     "mop": mop(8, expert_parallel=8, vocab_parallel=8),
     "fsdp2": fsdp2(8, expert_parallel=8),
+    "fsdp2, experts sharded": fsdp2(8),
     "fsdp2, kept": fsdp2(8, expert_parallel=8, recompute="none", loss="chunked"),
     "zero_offload": zero_offload(8, expert_parallel=8),
     "megatron": megatron(8, tensor_parallel=2, expert_parallel=4),

@@ -69,7 +69,7 @@ def test_a_step_of_hours_stays_in_its_lines() -> None:
     for lines, place in ((shown(comparison([result], "a job")), 1), (shown(swept_table(sweep)), 3)):
         first = rows(lines)[1].split()
         step, unit, interval = first[place : place + 3]
-        low, high = map(int, interval.split("-"))
+        low, high = (int(end.replace(",", "")) for end in interval.split("-"))
         assert (unit, low < int(step) < high) == ("h", True)
         assert int(step) == round(result.step_time / 3600)
 
