@@ -95,21 +95,24 @@ FLAT: dict[bool | str, dict[str, tuple[float, float]]] = {
 (`reports/host/fsdp1.json`)."""
 UPDATE, UPDATE_SHARDED = 1.2, 3.7
 """Linears for each parameter of clipping and a fused AdamW step, of tensors and of FSDP2's DTensors."""
-MEGATRON: dict[str, dict[str, float]] = {
-    "wide": {"norm": 0.65, "clip": 1.03, "update": 0.0, "parameters": 0.7, "zero": 0.15},
-    "narrow": {"norm": 1.03, "clip": 1.03, "update": 0.0, "parameters": 0.7, "zero": 0.19},
-    "aware": {"norm": 0.68, "clip": 1.06, "update": 1.6, "parameters": 0.0, "zero": 0.07},
+UPDATES: dict[str, dict[str, dict[str, float]]] = {
+    "transformer_engine": {
+        "wide": {"norm": 0.65, "clip": 1.03, "update": 0.0, "parameters": 0.7, "zero": 0.15},
+        "narrow": {"norm": 1.03, "clip": 1.03, "update": 0.0, "parameters": 0.7, "zero": 0.19},
+        "aware": {"norm": 0.68, "clip": 1.06, "update": 1.6, "parameters": 0.0, "zero": 0.07},
+    }
 }
-"""Linears for each parameter of which a rank updates a part in Megatron-Core 0.14's DistributedOptimizer with
-Transformer Engine 2.7's FusedAdam (`reports/host/te_optimizer.json`), by gradients in fp32 and in bf16, which
-are cast one by one, and for moments in bf16 (the precision-aware optimizer). norm: gradients to main
-gradients, norm. clip: that, and lists for AdamW. update: moments to fp32 and back. parameters: main
-parameters to parameters, one copy each. zero: gradients that are let go."""
-MEGATRON_MODEL, MEGATRON_STEP = 0.03, 20.0
+"""By whose modules the layers are (HostCosts.layers), where parameters are updated one by one: Linears for
+each parameter of which a rank updates a part in Megatron-Core 0.14's DistributedOptimizer with Transformer
+Engine 2.7's FusedAdam (`reports/host/te_optimizer.json`), by gradients in fp32 and in bf16, which are cast
+one by one, and for moments in bf16 (the precision-aware optimizer). norm: gradients to main gradients, norm.
+clip: that, and lists for AdamW. update: moments to fp32 and back. parameters: main parameters to parameters,
+one copy each. zero: gradients that are let go."""
+UPDATE_MODEL, UPDATE_STEP = 0.03, 20.0
 """The same for each parameter of the model, and of a step whatever their number."""
-MEGATRON_LOGS: dict[str, tuple[float, float]] = {"zeros": (3.0, 1.1), "params_norm": (50.0, 0.7)}
+UPDATE_LOGS: dict[str, tuple[float, float]] = {"zeros": (3.0, 1.1), "params_norm": (50.0, 0.7)}
 """Of what its training loop counts for its log (HostCosts.logs), and for each parameter that a rank updates
 (count_zeros_fp32; megatron/training/utils.py, calc_params_l2_norm)."""
 COLLECTION = 27_000.0
 """Linears of one gc.collect() of a process that has imported torch, its compiler and transformers (520,000
-objects, the same file): those of Megatron-Core and Megatron-Bridge are not in it."""
+objects, the same file): those of the programs are not in it."""

@@ -57,10 +57,9 @@ class Deviations(Spec, frozen=True, kw_only=True):
 
 class ErrorCell(Spec, frozen=True, kw_only=True):
     """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
-    departures from it. reading: how it was measured, where that is not
-    the simulated quantity itself; one of the whole device (WHOLE) has only its readings in common with
-    others. made: what the prediction is made of; empty of runs whose errors are in units of a usual run's
-    (ErrorQuantity.scale)."""
+    departures from it. reading: how it was measured, where that is not the simulated quantity itself; one of
+    the whole device (WHOLE) has only its readings in common with others. made: what the prediction is made
+    of; empty of runs whose errors are in units of a usual run's (ErrorQuantity.scale)."""
 
     source: str
     stack: str

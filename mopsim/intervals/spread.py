@@ -2,10 +2,9 @@
 
 The error of a run is a sum of parts: one that all runs share, one of its stack, machine type, precision,
 network, source, network in the source, and one of its own; and, of a source of which nothing is known, one of
-its program as it is described. Each part is normal with the deviation that was
-fitted for its level, so that runs co-vary by the levels that they share, and what is known of one tells
-something of another: the normal's conditional mean and variance. What nobody has run keeps the whole
-variance of its level.
+its program as it is described. Each part is normal with the deviation that was fitted for its level, so that
+runs co-vary by the levels that they share, and what is known of one tells something of another: the normal's
+conditional mean and variance. What nobody has run keeps the whole variance of its level.
 """
 
 from collections.abc import Sequence
@@ -44,8 +43,8 @@ class Facts:
     """What is known of a prediction before its run.
 
     stack: the software's name. hardware: the profile's. precision: see `products`. network: see `network`.
-    exact: the program allocates to the byte what is simulated. made: what the
-    step is made of. seen: runs of the same user on the same machines.
+    exact: the program allocates to the byte what is simulated. made: what the step is made of. seen: runs of
+    the same user on the same machines.
     """
 
     stack: str
@@ -183,8 +182,7 @@ def _asked(facts: Facts, quantity: Name) -> tuple[ErrorCell, tuple[ErrorCell, ..
     """The run, those that its user has seen, and what most of these were missed by."""
     asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
-        network=facts.network, made=facts.made if quantity == "step_time" else (),
-        runs=1, mean=0.0,
+        network=facts.network, made=facts.made if quantity == "step_time" else (), runs=1, mean=0.0,
     )  # fmt: skip
     seen = tuple(
         ErrorCell(

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from mopsim.graph.host_costs import (
     FLAT,
-    MEGATRON,
-    MEGATRON_LOGS,
-    MEGATRON_MODEL,
-    MEGATRON_STEP,
     UPDATE,
+    UPDATE_LOGS,
+    UPDATE_MODEL,
     UPDATE_SHARDED,
+    UPDATE_STEP,
+    UPDATES,
 )
 from mopsim.program.context import Context
 from mopsim.program.stage import Stage
@@ -40,11 +40,10 @@ class UpdateHost:
 
     @classmethod
     def of(cls, c: Context, stage: Stage) -> "UpdateHost":
-        """Of a stage. Megatron-Core's optimizer, where layers are of it; what torch's takes lies on the
-        update."""
+        """Of a stage. What torch's optimizer takes lies on the update."""
         host, sharding = c.stack.host, c.stack.sharding
-        if host.layers == "transformer_engine" and not sharding.fsdp:
-            return cls._of_megatron(c, stage)
+        if host.layers in UPDATES and not sharding.fsdp:
+            return cls._one_by_one(c, stage)
         each = UPDATE_SHARDED if sharding.copies else UPDATE if host.modules else 0.0
         flat = sharding.flat
         alone, each = FLAT[flat]["update"] if flat and c.strategy.dense.zero >= 2 else (0.0, each)
@@ -52,7 +51,7 @@ class UpdateHost:
         return cls(update=alone * len(together) + each * sum(unit.tensors for unit in stage.units))
 
     @classmethod
-    def _of_megatron(cls, c: Context, stage: Stage) -> "UpdateHost":
+    def _one_by_one(cls, c: Context, stage: Stage) -> "UpdateHost":
         whole = [_tensors(c, unit) for unit in stage.units]
         groups: dict[int, tuple[float, float]] = {}
         for unit, tensors in zip(stage.units, whole, strict=True):
@@ -69,10 +68,10 @@ class UpdateHost:
         )
         if not c.stack.host.modules:
             return cls(tensors=math.ceil(mine), waits=True)
-        cost = MEGATRON["aware" if c.widens else "wide" if c.grad >= c.wide else "narrow"]
-        zero = mine * cost["zero"] + sum(whole) * MEGATRON_MODEL + MEGATRON_STEP
+        cost = UPDATES[c.stack.host.layers]["aware" if c.widens else "wide" if c.grad >= c.wide else "narrow"]
+        zero = mine * cost["zero"] + sum(whole) * UPDATE_MODEL + UPDATE_STEP
         parts = {part: mine * cost[part] for part in ("norm", "clip", "update", "parameters")}
-        logs = {name: step + mine * each for name, (step, each) in MEGATRON_LOGS.items()}
+        logs = {name: step + mine * each for name, (step, each) in UPDATE_LOGS.items()}
         return cls(**parts, zero=zero, logs=logs, tensors=math.ceil(mine), waits=True)
 
 

@@ -84,10 +84,11 @@ class Bounder(Footprint):
         slowest = np.maximum.reduce([busy, talks, self.copy_time(), chain])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
-    def sent_beside(self) -> Reals:
-        """Where sends between stages go beside compute, and the host waits for none."""
-        how = self.space.stack.hides.pipeline
-        own = self.c["virtual_stages"] > 1 if how == "interleaved" else bool(self.hides.pipeline)
+    def sent_beside(self, virtual: Reals | None = None) -> Reals:
+        """Where sends between stages go beside compute, and the host waits for none. virtual: the stages of a
+        rank, where they are not those of the rows."""
+        how, parts = self.space.stack.hides.pipeline, self.c["virtual_stages"] if virtual is None else virtual
+        own = parts > 1 if how == "interleaved" else bool(self.hides.pipeline)
         return np.broadcast_to(own, len(self.space))
 
     def talks(self) -> Reals:

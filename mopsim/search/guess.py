@@ -68,9 +68,7 @@ def _sends(one: Bounder) -> Reals:
     each = one.tokens / c["tensor"] * one.model.hidden_size * one.compute / rate
     virtual = _virtual(one)
     paired = (virtual > 1) | (c["overlap"] == 1)
-    how = one.space.stack.hides.pipeline
-    hidden = virtual > 1 if how == "interleaved" else bool(one.hides.pipeline)
-    often = np.where(hidden, 0.0, one.microbatches * np.where(paired, virtual, 2))
+    often = np.where(one.sent_beside(virtual), 0.0, one.microbatches * np.where(paired, virtual, 2))
     return np.asarray((c["pipeline"] > 1) * (2 * (c["pipeline"] - 1) + often) * each)
 
 

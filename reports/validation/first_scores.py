@@ -1,8 +1,8 @@
 """Runs as they were predicted before anything was learned from them (first_scores.csv).
 
 python -m reports.validation.first_scores SCORES.json SET COMMIT adds what `mopsim validate --json` says of a
-new set's runs. A run keeps its first score. Runs whose case was mended
-against its page have none: they say how well a page was read.
+new set's runs. A run keeps its first score. Runs whose case was mended against its page have none: they say
+how well a page was read.
 """
 
 import argparse

@@ -23,6 +23,7 @@ MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/te_optimizer.js
 MODEL = load_model("qwen3_30b_a3b")
 TRAINING = TrainSpec(seq_len=4096, global_batch=8, routing="balanced")
 LAYERS = MODEL.num_hidden_layers
+COSTS = host_costs.UPDATES["transformer_engine"]
 
 
 def update(stack: Stack, **given: Any) -> dict[str, Op]:
@@ -44,17 +45,17 @@ def test_the_constants_are_the_committed_measurement() -> None:
     for width, kind in (("wide", "fp32 gradients"), ("narrow", "bf16 gradients")):
         for part, names in parts.items():
             found = sum(MEASURED[kind][name]["each"] for name in names)
-            assert host_costs.MEGATRON[width][part] == pytest.approx(found, abs=0.1), (width, part)
+            assert COSTS[width][part] == pytest.approx(found, abs=0.1), (width, part)
     found = MEASURED["bf16 gradients"]
     aware = MEASURED["bf16 moments"]
     for part, names in parts.items():
-        mine = host_costs.MEGATRON["aware"][part] + host_costs.MEGATRON["aware"]["update"] * (part == "clip")
+        mine = COSTS["aware"][part] + COSTS["aware"]["update"] * (part == "clip")
         assert mine == pytest.approx(sum(aware[name]["each"] for name in names), abs=0.1), part
     every = sum(took["step"] for name, took in found.items() if name not in ("zeros", "parameters' norm"))
-    assert pytest.approx(every, abs=5) == host_costs.MEGATRON_STEP
-    assert pytest.approx(found["zero all"]["each"], abs=0.01) == host_costs.MEGATRON_MODEL
+    assert pytest.approx(every, abs=5) == host_costs.UPDATE_STEP
+    assert pytest.approx(found["zero all"]["each"], abs=0.01) == host_costs.UPDATE_MODEL
     for name, part in (("zeros", "zeros"), ("params_norm", "parameters' norm")):
-        took = host_costs.MEGATRON_LOGS[name][1]
+        took = host_costs.UPDATE_LOGS[name][1]
         assert took == pytest.approx(MEASURED["fp32 gradients"][part]["each"], abs=0.15), name
     assert pytest.approx(MEASURED["collection"]["linears"], rel=0.1) == host_costs.COLLECTION
 
@@ -66,7 +67,7 @@ def test_no_rank_updates_parts_of_more_parameters_than_a_stage_has() -> None:
     programs = lower(model, strategy, TRAINING, 8, changed("megatron-core")).programs
     for program in programs:
         norm = next(op for op in program.ops if op.name == "norm" and op.stream == "compute")
-        assert linears(norm) <= 62 * host_costs.MEGATRON["wide"]["norm"]
+        assert linears(norm) <= 62 * COSTS["wide"]["norm"]
 
 
 def test_each_parameter_that_a_rank_updates_costs_the_host() -> None:
@@ -78,7 +79,7 @@ def test_each_parameter_that_a_rank_updates_costs_the_host() -> None:
         experts = 2 * MODEL.num_local_experts // ranks * LAYERS / (8 // ranks)
         others = 7 * LAYERS / 8
         buckets = (30e9 if ranks == 1 else 2e9) / 40e6 if overlaps else 1
-        cost = host_costs.MEGATRON["wide"]
+        cost = COSTS["wide"]
         for part, name in (("norm", "norm"), ("clip", "clip"), ("parameters", "parameters cast")):
             count = linears(ops[name]) / cost[part]
             assert experts + others < count < 1.03 * (experts + others + buckets), (ranks, part, overlaps)
@@ -125,13 +126,11 @@ def test_what_is_read_for_a_log_alone_is_read() -> None:
     plain = update(changed("megatron-core"))
     logs = update(changed("megatron-core", host={"logs": ("zeros", "params_norm")}))
     assert set(logs) - set(plain) == {"zeros", "params_norm"}
-    for name, (step, each) in host_costs.MEGATRON_LOGS.items():
+    for name, (step, each) in host_costs.UPDATE_LOGS.items():
         waits = logs[name].awaited
         assert waits
         tensors = (linears(logs[name]) - step) / each
-        assert tensors == pytest.approx(
-            linears(plain["clip"]) / host_costs.MEGATRON["wide"]["clip"], rel=0.01
-        )
+        assert tensors == pytest.approx(linears(plain["clip"]) / COSTS["wide"]["clip"], rel=0.01)
     (counted,), (normed,), (cast,) = (logs[name].work for name in ("zeros", "params_norm", "parameters cast"))
     params = cast.bytes / (4 + 2)
     assert (counted.bytes, normed.bytes) == pytest.approx((params * (4 + 2), params * 4)), "masks of zeros"
