@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mopsim.common import io
+from mopsim.common.errors import MopError
 
 TABLE = Path(__file__).with_name("first_scores.csv")
 COLUMNS = ("set", "commit", "run_id", "stack", "step_time_s", "peak_memory_bytes")
@@ -47,7 +48,11 @@ def main() -> None:
     parser.add_argument("set")
     parser.add_argument("commit")
     options = parser.parse_args()
-    rows = added(json.loads(io.read_text(options.scores))["runs"], options.set, options.commit)
+    try:
+        runs = json.loads(io.read_text(options.scores))["runs"]
+    except (MopError, ValueError, KeyError) as error:
+        parser.error(f"scores: {options.scores}: no result of mopsim validate --json: {error}")
+    rows = added(runs, options.set, options.commit)
     lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
     io.write_text(TABLE, "\n".join(lines) + "\n")
     print(f"{len(rows)} runs in {TABLE}")
