@@ -304,8 +304,12 @@ def _sources(known: _ByIdentity) -> frozenset[str]:
 
 def alike(level: str, some: Sequence[ErrorCell], others: Sequence[ErrorCell]) -> NDArray[np.bool_]:
     """Which cells of two lists have a level in common."""
-    left, right = (np.array([cell.level(level) for cell in cells], dtype=str) for cells in (some, others))
-    same: NDArray[np.bool_] = (left[:, None] == right[None, :]) & (left != "")[:, None]
+    numbers: dict[str, int] = {"": 0}
+    left, right = (
+        np.array([numbers.setdefault(cell.level(level), len(numbers)) for cell in cells], dtype=int)
+        for cells in (some, others)
+    )
+    same: NDArray[np.bool_] = (left[:, None] == right[None, :]) & (left != 0)[:, None]
     return same
 
 
