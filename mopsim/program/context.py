@@ -107,6 +107,14 @@ class Context:
         return kept and self.strategy.dense.zero <= 1 and self.grad > self.b
 
     @property
+    def makes_grads(self) -> bool:
+        """Whether a backward's gradients are fresh tensors that are added to none: shards' sums are, and a
+        step's only ones where none is there before."""
+        sharding = self.stack.sharding
+        once = self.training.num_microbatches(self.strategy) == 1
+        return sharding.fsdp or (sharding.zero_grad == "frees" and once)
+
+    @property
     def beside_rows(self) -> tuple[str, ...]:
         """What travels beside rows: nothing where kernels of their own send them, no counts that the host
         never reads (Kernels.beside_rows)."""
@@ -174,10 +182,12 @@ class Context:
         """Tokens of strided chunk `index`."""
         return len(range(index, self.tokens, self.chunks))
 
-    @property
-    def gathered_bytes(self) -> int:
-        """Bytes of a parameter that is gathered (see Sharding.gathers)."""
-        return self.param if self.stack.sharding.gathers == "param" else self.b
+    def gathered(self, unit: ShardedUnit) -> float:
+        """Bytes of a parameter of a unit that is gathered (see Sharding.gathers)."""
+        if self.stack.sharding.gathers == "param":
+            return self.param
+        cast = unit.layer >= 0 and unit.component != "experts"
+        return self.stack.gathered(self.strategy.precision) if cast else self.b
 
     @property
     def shares(self) -> list[float]:

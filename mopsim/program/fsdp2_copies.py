@@ -9,9 +9,9 @@ from mopsim.program.workload import Work
 
 
 def bytes_sent(param: float, compute: float) -> float:
-    """Bytes moved for each parameter of a shard that is cast to the compute dtype and copied into the buffer
-    that is sent; param, compute: of an element."""
-    return param + 3 * compute
+    """Bytes moved for each parameter of a shard that is cast to the compute dtype, if it is another, and
+    copied into the buffer that is sent; param, compute: of an element."""
+    return 2 * compute + (param + compute) * (param != compute)
 
 
 def bytes_arrived(compute: float) -> float:
@@ -26,13 +26,13 @@ def bytes_reduced(compute: float, reduce: float) -> float:
 
 def gather_copy(c: Context, unit: ShardedUnit) -> Work:
     """Shards cast to the compute dtype and copied into the buffer that is sent."""
-    size = float(unit.shard_numel * bytes_sent(c.param, c.b))
+    size = float(unit.shard_numel * bytes_sent(c.param, c.gathered(unit)))
     return Work("memory_bound", bytes=size, launches=4, host=_host(unit, GATHER, 9))
 
 
 def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
     """What has arrived, copied into one tensor for each parameter."""
-    return Work("memory_bound", bytes=float(unit.numel * bytes_arrived(c.b)), launches=4)
+    return Work("memory_bound", bytes=float(unit.numel * bytes_arrived(c.gathered(unit))), launches=4)
 
 
 def reduce_copy(c: Context, unit: ShardedUnit, width: int) -> Work:

@@ -1,4 +1,4 @@
-"""Gradients of a microbatch in the compute dtype, whole, beside their sums in a wider one."""
+"""Whole gradients that live within a step: of a microbatch beside wider sums, or of all of it."""
 
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
@@ -12,12 +12,15 @@ class KeptGrads:
     """Of one stage: those of a model chunk are freed when its next backward begins, made layer by layer and
     added to their sums after it, so that outside of a backward all are there (Sharding.microbatch_grads).
 
-    hidden: bytes of layers that are not played, by model chunk.
+    hidden: bytes of layers that are not played, by model chunk. fresh: bytes, by unit, of gradients of the
+    step that a backward has made, where the last step's are freed (Sharding.zero_grad).
     """
 
     def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
         self.c, self.issue, self.stage = context, issue, stage
         self._open: dict[str, ShardedUnit] = {}
+        self.fresh: dict[str, int] = {}
+        self._frees = stage.frees_gradients and context.strategy.dense.zero < 2
         gone = {layer for gap in stage.gaps for layer in gap.hidden}
         self._chunks = [self._units(chunk) for chunk in range(stage.virtual)] if context.keeps_grads else []
         self.hidden = [sum(self._size(u) for u in units if u.layer in gone) for units in self._chunks]
@@ -38,6 +41,10 @@ class KeptGrads:
 
     def made(self, *units: ShardedUnit) -> None:
         """Those of units are there."""
+        new = {unit.name: unit.padded * self.c.grad for unit in units if unit.name not in self.fresh}
+        if self._frees and new:
+            self.fresh |= new
+            self.issue.hold((("grads", sum(new.values())),))
         found = [self._open.pop(unit.name) for unit in units if unit.name in self._open]
         self.issue.hold(("grads", self._size(unit)) for unit in found)
 
@@ -45,6 +52,7 @@ class KeptGrads:
         """All are added to their sums: each is read, written and read in the sums' dtype, its sum read and
         written (DeepSpeed, runtime/bf16_optimizer.py: update_hp_grads)."""
         if not self._chunks:
+            self.made(*(unit for unit in self.c.edges.values() if unit.name == "final" and self.fresh))
             return ready
         self.made(*self._open.values())
         units, wide = self._chunks[chunk], self.c.grad

@@ -84,7 +84,8 @@ def loss_tape(context: Context) -> Tape:
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     native = kernel == "native"
-    torch = (zero >= 2 or gathered) and not fused and not native
+    own = not c.stack.kernels.loss_copy  # cross entropy on logits in their own dtype is torch's
+    torch = (zero >= 2 or gathered or own) and not fused and not native
     # Compiled, of slices: the forward makes the gradient, beside the matrix of the picked ones, and keeps no
     # logits (the graphs of torch 2.13 on two CPU ranks).
     ahead = kernel == "compiled" and parts

@@ -205,7 +205,7 @@ class Shards:
             return
         if group.size == 1 and not away and not copied:
             return
-        shard, size = unit.shard_numel * self.c.param, unit.padded * self.c.gathered_bytes
+        shard, size = unit.shard_numel * self.c.param, int(unit.padded * self.c.gathered(unit))
         if away:
             whole = group.size == 1 and not copied
             room = (self._copy(unit, "h2d", shard, phase, room, (("gathered", size),) if whole else ()),)
@@ -239,7 +239,7 @@ class Shards:
         from a stream of their own, for which the buffer outlives the forward's copy-out until the next one,
         or until the root's forward ends (`all_gather_state`); experts that are recomputed are a root."""
         alone = self.c.groups[unit.group].size == 1
-        size = unit.padded * self.c.gathered_bytes
+        size = int(unit.padded * self.c.gathered(unit))
         away = self._place(unit).param_tier == "host"
         cast = unit.largest * (self.c.b + away * self.c.param)
         memory = [size, cast, -cast] if alone else [size, -size]
@@ -301,7 +301,7 @@ class Shards:
             return  # FSDP's root is gathered once a microbatch
         if self._there.pop(unit.name, None) is None:
             return
-        memory = (("gathered", -unit.padded * self.c.gathered_bytes),)
+        memory = (("gathered", -int(unit.padded * self.c.gathered(unit))),)
         op = self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
         self._left = (op,)
 
@@ -375,7 +375,7 @@ class Shards:
         return 0 if own else unit.padded * self.c.grad
 
     def _kept_grad(self, unit: ShardedUnit, size: int) -> Memory:
-        """The gradient shard, where the first backward makes it."""
+        """The gradient that stays, where the first backward makes it."""
         if unit.name in self.made or not self.stage.frees_gradients:
             return ()
         self.made[unit.name] = size

@@ -113,8 +113,9 @@ class Stage:
     @property
     def frees_gradients(self) -> bool:
         """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
-        strategy = self.context.strategy
-        return self.context.stack.sharding.fsdp and strategy.dense.grad_tier == "device"
+        strategy, sharding = self.context.strategy, self.context.stack.sharding
+        frees = sharding.fsdp or sharding.zero_grad == "frees"
+        return frees and strategy.dense.grad_tier == "device"
 
     def resident(self) -> tuple[Step, ...]:
         """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases, a
@@ -126,10 +127,9 @@ class Stage:
             place = strategy.experts if unit.component == "experts" else strategy.dense
             full, shard = unit.padded, unit.shard_numel
             found.append((_at(place.param_tier, "params"), (shard if c.shards_params else full) * c.param))
-            if not self.frees_gradients:
-                buckets = c.stack.sharding.bucketed and unit.copies > 1
-                held = shard if zero >= 2 else full * (1 + buckets)
-                found.append((_at(place.grad_tier, "grads"), held * c.grad))
+            buckets = c.stack.sharding.bucketed and unit.copies > 1 and zero < 2
+            held = full * buckets + (0 if self.frees_gradients else shard if zero >= 2 else full)
+            found.append((_at(place.grad_tier, "grads"), held * c.grad))
             each = 2 * int(DTYPE_BYTES[precision.moments]) + c.own_master
             away = int(state * each * self.away)
             stays = int(state * c.masters_stay * self.away)

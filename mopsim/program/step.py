@@ -64,7 +64,7 @@ class StageStep:
         self._reduce_rest()
         self.passes.update(self.issue, self.stage, self.reductions)
         freed = self.stands_for
-        freed.update({"grads": sum(self.shards.made.values())})
+        freed.update({"grads": sum((self.shards.made | self.kept.fresh).values())})
         if memory := [(category, -size) for category, size in freed.items() if size]:
             self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
         self.issue.flush("optimizer", "optimizer")

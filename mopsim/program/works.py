@@ -22,7 +22,7 @@ from mopsim.graph.rewrites.projections import (
     split,
     summed_apart,
 )
-from mopsim.graph.rewrites.quantized import EXACT, cast_once
+from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
 from mopsim.program.workload import CommGroup, Work
@@ -67,8 +67,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = _exchanged(found, context) if run.exchanged_rows else found
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
-    found = found if how == "fused" else split(found, how == "copied")
-    found = cast_once(found) if run.casts == "again" else found
+    found = found if how == "fused" else split(found, how == "copied", how == "kept")
+    found = _cast(found, context)
     found = _biased(found, context) if model.expert_bias else found
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
@@ -84,6 +84,18 @@ def _aligns(context: Context) -> bool:
     known = host.counts_read != "never" and not {"step", "experts"} & set(host.graphs)
     padded = context.stack.kernels.expert_padding == "aligned" and strategy.precision.matmul in CAST
     return padded and known and strategy.experts.token_dispatcher != "hybridep"
+
+
+def _cast(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """The kernels with what Kernels.casts and weight_casts say of torchao's."""
+    run, recipe = context.stack.kernels, context.strategy.precision.matmul
+    kernels = kernels if run.casts == "kept" else cast_once(kernels)
+    if recipe not in CAST:
+        return kernels
+    narrow = DTYPE_BYTES[recipe]
+    kernels = cast_from_kept(kernels, narrow / context.b) if run.casts == "made" else kernels
+    layouts = 1 + (run.casts == "kept")  # Transformer Engine's are by rows and by columns
+    return weights_cast(kernels, narrow * layouts) if run.weight_casts == "kept" else kernels
 
 
 def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
@@ -259,7 +271,7 @@ def _casts(
     """Operands cast for a kernel's products: inputs in the forward, output gradients in the backward, by rows
     and by columns at once; or each alone and laid out again for the other product (see Kernels.casts)."""
     how, narrow, reads = context.stack.kernels, DTYPE_BYTES[dtype], CAST_READS.get(dtype, 1)
-    alone = how.casts == "again"
+    alone = how.casts != "kept"
     laid, once = 2 * narrow, reads * DTYPE_BYTES[context.strategy.precision.compute] + narrow
     each = once if alone else once + narrow
     inputs = sum(one.m * one.k * one.count for one in kernel.matmuls) * kernel.casts
@@ -303,6 +315,7 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute]:
         found += _casts(kernel, part, context, dtype, looped)
     added = context.stack.kernels.weight_grads == "composed" and not context.keeps_grads
+    added = added and not context.makes_grads
     if part in ("backward", "weight_grad") and added:
         # each gradient is read, its buffer read and written
         size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)

@@ -231,9 +231,9 @@ class Bounder(Footprint):
         once = (when == "always") | ((when == "pipelines") & (c["pipeline"] > 1))
         sums = np.where(once, 1 / self.microbatches, 1.0)  # reductions of a microbatch
         return [
-            Message("all_gather", dense * self.compute, shard, times * gathers, c["tensor"]),
+            Message("all_gather", dense * self.sent, shard, times * gathers, c["tensor"]),
             Message("reduce_scatter", dense * self.reduce, shard, times * sums, c["tensor"]),
-            Message("all_gather", unit * self.compute, copies, experts * gathers, apart),
+            Message("all_gather", unit * self.sent, copies, experts * gathers, apart),
             Message("reduce_scatter", unit * self.reduce, copies, experts * sums, apart),
         ]
 
@@ -251,7 +251,7 @@ class Bounder(Footprint):
                 gathered = bytes_cast(self.param, self.compute) / shard
                 reduced = bytes_added(self.reduce, self.grad) / shard + self.reduce
             else:
-                gathered = bytes_sent(self.param, self.compute) / shard + bytes_arrived(self.compute)
+                gathered = bytes_sent(self.param, self.sent) / shard + bytes_arrived(self.sent)
                 reduced = np.full(len(shard), bytes_reduced(self.compute, self.reduce))
             each = (c["reshard"] + 1) * gathered + reduced
             found = found + np.where(shard > 1, params * each, 0.0)

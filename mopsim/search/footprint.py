@@ -41,6 +41,7 @@ class Footprint:
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""
         self.compute = DTYPE_BYTES[precision.compute]
+        self.sent = space.stack.gathered(precision)
         self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
         self.reduce = DTYPE_BYTES[precision.reduce]
         self.moments = 2 * DTYPE_BYTES[precision.moments]
@@ -189,7 +190,7 @@ class Footprint:
         spread = c["experts"] * c["expert_tensor"]
         kept = np.where(c["dense_shard"] > 1, count @ dense, 0.0)
         kept = kept + np.where(c["expert_shard"] > 1, count @ routed / spread, 0.0)
-        gathered = np.where(c["reshard"] == 0, kept, 0.0) * self.compute
+        gathered = np.where(c["reshard"] == 0, kept, 0.0) * self.sent
         return np.asarray(np.where(c["zero"] == 3, resident + gathered, below))
 
     def replicated(self, dense: Reals | float, routed: Reals | float) -> Reals:
@@ -217,7 +218,7 @@ class Footprint:
         """Bytes of weights gathered for a layer and the next, or of all that stay until the backward."""
         c, layers = self.c, float(self.model.num_hidden_layers)
         experts = self.sizes.experts / (c["experts"] * c["expert_tensor"])
-        whole = (self.sizes.dense / c["tensor"] + experts) * self.compute
+        whole = (self.sizes.dense / c["tensor"] + experts) * self.sent
         each = np.minimum(whole, 2 * whole / layers)
         held = np.where(c["reshard"] == 1, each, whole)
         return np.asarray(np.where(c["zero"] == 3, held, 0.0))

@@ -32,7 +32,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     do). flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which
     is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
     optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
-    the dtype of the products, or as shards are (without MixedPrecision, under autocast). sums: under ZeRO-1
+    the dtype of the products, or as shards are (without MixedPrecision, under autocast); weights of layers,
+    but of routed experts, in the 8 bits that products read (`cast`, torchao). sums: under ZeRO-1
     gradients are scattered to the ranks that update them (`scattered`), or all ranks sum them whole
     (`whole`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
     broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
@@ -40,7 +41,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
     dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
     (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
-    next backward begins, through forwards and update (`kept`). update_copies: under ZeRO-1, bytes for each
+    next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
+    gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
+    (`frees`, torch's default). update_copies: under ZeRO-1, bytes for each
     parameter that a rank updates of flat tensors that its update makes of gradients narrower than fp32;
     buckets: bytes of those through which such gradients are reduced after the last backward; reduce_copies:
     bytes for each gradient of a rank of one whole copy that is reduced then. Where none of a backward's
@@ -66,11 +69,12 @@ class Sharding(Spec, frozen=True, kw_only=True):
     copies: bool = False
     whole_sums: Literal["never", "pipelines", "always"] = "never"
     flat: bool | Literal["original"] = False
-    gathers: Literal["compute", "param"] = "compute"
+    gathers: Literal["compute", "param", "cast"] = "compute"
     sums: Literal["scattered", "whole"] = "scattered"
     owners: bool = False
     grad_passes: float = 0.0
     microbatch_grads: Literal["added", "kept"] = "added"
+    zero_grad: Literal["fills", "frees"] = "fills"
     update_copies: float = 0.0
     buckets: float = 0.0
     reduce_copies: float = 0.0
@@ -97,6 +101,6 @@ class Sharding(Spec, frozen=True, kw_only=True):
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP1 (flat)"
-        yield bool(self.flat) or self.gathers == "compute", "gathers", rule
+        yield bool(self.flat) or self.gathers != "param", "gathers", rule
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
         yield not (self.flat and self.copies), "flat", rule

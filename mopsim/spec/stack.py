@@ -23,7 +23,7 @@ from mopsim.spec.recompute import Recompute as Recompute
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import MOST_BYTES
 from mopsim.spec.sharding import Sharding as Sharding
-from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy, Tier
+from mopsim.spec.strategy import CAST, Activations, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
@@ -97,14 +97,17 @@ class Kernels(Spec, frozen=True, kw_only=True):
     gate_up: one product for both, and one for queries, keys and values, or one each, shared experts after the
     routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
     only in `ffn_added`. qkv_split: parts of the one for queries, keys and values are read where they lie, and
-    their gradients written so; or torch splits them and puts their gradients together (`views`), and copies
-    what attention wants contiguous too (`copied`). grouped_heads: keys and values that query heads share are
+    their gradients written so; or torch splits them and puts their gradients together (`views`), and
+    attention keeps values as they lie, with all of the projection (`kept`), or what it wants contiguous is
+    copied too (`copied`). grouped_heads: keys and values that query heads share are
     read by all of them, or repeated for each before the attention (`repeated`). attention_rows: queries reach
     the attention laid out by `tokens`, or by `heads`, whose output is then copied to lie by tokens. casts:
     the copy in 8 or 4 bits of a product's input is kept for its weight gradient (`kept`, Transformer Engine),
     or the input is, and cast again, each copy laid out again for the product that reads it the other way
-    (`again`, torchao). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
-    forward pass (`pass`). weight_grads: added to their buffer inside the product, or after it. adamw: in one
+    (`again`, torchao), from what a norm or a gate keeps anyway, and of a plain copy the cast is kept (`made`,
+    torchao compiled). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
+    forward pass (`pass`), or there is a copy, kept for the backward, of each (`kept`; in both layouts where
+    casts are). weight_grads: added to their buffer inside the product, or after it. adamw: in one
     kernel, or operation by operation over all tensors, with the roots of all second moments beside
     (`foreach`, torch's default); or in one kernel on copies in fp32 of narrower moments, parameter by
     parameter, beside which a wider master is the bits that the parameter lacks (`widened`, Transformer
@@ -151,11 +154,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     region_rows: Literal["once", "scattered", "each"] = "once"
     exchanged_rows: tuple[Literal["ordered", "cast", "routed"], ...] = ()
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
-    qkv_split: Literal["fused", "views", "copied"] = "fused"
+    qkv_split: Literal["fused", "views", "kept", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"
     attention_rows: Literal["tokens", "heads"] = "tokens"
-    casts: Literal["kept", "again"] = "kept"
-    weight_casts: Literal["step", "pass"] = "step"
+    casts: Literal["kept", "again", "made"] = "kept"
+    weight_casts: Literal["step", "pass", "kept"] = "step"
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "widened"] = "fused"
     ring_blocks: Built = "fused"
@@ -324,6 +327,12 @@ class Stack(Spec, frozen=True, kw_only=True):
         there = zero >= 1 and update_on == "device" and not self.sharding.fsdp
         narrow = DTYPE_BYTES[precision.moments] < DTYPE_BYTES["float32"]
         return there and narrow and self.kernels.adamw == "widened"
+
+    def gathered(self, precision: Precision) -> float:
+        """Bytes of a parameter of a layer that is gathered in the dtype of the products, or as they read
+        it."""
+        cast = self.sharding.gathers == "cast" and precision.matmul in CAST
+        return DTYPE_BYTES[precision.matmul if cast else precision.compute]
 
     def own_master(self, precision: Precision, zero: int, update_on: Tier) -> int:
         """Bytes of a master weight beside the parameter: where moments are widened, those that it lacks."""

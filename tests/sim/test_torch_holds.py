@@ -6,16 +6,17 @@ import pytest
 from msgspec.structs import replace
 
 from mopsim.engine import SimResult, simulate
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
-from tests.sim.toys import machine, small
+from tests.sim.toys import small
 from tests.software import changed
 
 
-def played(plan: Strategy, stack: str, **sections: dict[str, Any]) -> SimResult:
-    training = TrainSpec(seq_len=64, global_batch=8)
-    return simulate(small(), machine(), 1, plan, training, changed(stack, **sections))
+def played(plan: Strategy, stack: str, batch: int = 8, **sections: dict[str, Any]) -> SimResult:
+    training = TrainSpec(seq_len=64 if batch > 1 else 8192, global_batch=batch)
+    return simulate(small(), load_profile("h100-sxm-80g"), 1, plan, training, changed(stack, **sections))
 
 
 def whole(ranks: int) -> Strategy:
@@ -45,3 +46,48 @@ def test_a_maximum_that_is_subtracted_out_of_place_takes_another_copy() -> None:
     )
     logits = 64 * small().vocab_size * 4
     assert more.highest_by_category["logits"] == usual.highest_by_category["logits"] + logits
+
+
+def test_gradients_that_zero_grad_frees_live_from_their_backward_to_the_end_of_the_step() -> None:
+    stays, goes = (played(whole(1), "litgpt", 1, sharding={"zero_grad": how}) for how in ("fills", "frees"))
+    assert goes.highest_by_category["grads"] == stays.highest_by_category["grads"]
+    assert goes.peak_memory < stays.peak_memory
+
+
+def test_values_that_attention_keeps_in_the_projection_keep_all_of_it() -> None:
+    plan = replace(
+        fsdp2(world_size=2), activations=replace(fsdp2(world_size=2).activations, recompute="none")
+    )
+    apart, joined = (
+        played(plan, "torchtitan-compile", kernels={"qkv_split": how, "grouped_heads": "shared"})
+        for how in ("views", "kept")
+    )
+    model = small()
+    more = 64 * 2 * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
+    assert joined.highest_by_category["activations"] - apart.highest_by_category["activations"] == (
+        more * model.num_hidden_layers
+    )
+
+
+@pytest.mark.parametrize("how", ["made", "kept"])
+def test_what_a_compiled_cast_reads_is_made_again_from_what_others_keep(how: str) -> None:
+    plan = fsdp2(world_size=2)
+    plan = replace(
+        plan, activations=replace(plan.activations, recompute="none"),
+        precision=replace(plan.precision, matmul="fp8"),
+    )  # fmt: skip
+    again, less = (
+        played(plan, "torchtitan-compile", kernels={"casts": casts, "weight_casts": weights})
+        for casts, weights in (("again", "step"), ("made", "kept" if how == "kept" else "step"))
+    )
+    assert less.highest_by_category["activations"] < again.highest_by_category["activations"]
+    held = less.highest_by_category["gathered"] - again.highest_by_category["gathered"]
+    assert (held > 0) == (how == "kept")
+
+
+def test_weights_of_layers_are_gathered_in_the_8_bits_that_products_read() -> None:
+    plan = fsdp2(world_size=2)
+    plan = replace(plan, precision=replace(plan.precision, matmul="fp8"))
+    wide, narrow = (played(plan, "torchtitan", sharding={"gathers": how}) for how in ("compute", "cast"))
+    assert narrow.busy["all_gather"] < wide.busy["all_gather"]
+    assert narrow.highest_by_category["gathered"] < wide.highest_by_category["gathered"]

@@ -9,10 +9,10 @@ from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
 
 
-def split(kernels: tuple[Kernel, ...], copied: bool) -> tuple[Kernel, ...]:
+def split(kernels: tuple[Kernel, ...], copied: bool, whole: bool = False) -> tuple[Kernel, ...]:
     """Queries, keys and values as torch splits them from one projection, whose gradient is put together from
     theirs. copied: values, and queries that share keys, are made contiguous for the attention kernel, unless
-    it reads the projection as it lies."""
+    it reads the projection as it lies. whole: a kernel that keeps the values keeps all of the projection."""
     joint = next((kernel for kernel in kernels if kernel.name == "qkv_proj"), None)
     if joint is None:
         return kernels
@@ -26,7 +26,15 @@ def split(kernels: tuple[Kernel, ...], copied: bool) -> tuple[Kernel, ...]:
         back_bytes=2.0 * (q.bytes + k.bytes + v.bytes), back_launches=1,
     )  # fmt: skip
     place = kernels.index(joint) + 1
-    return (*kernels[:place], parts, *kernels[place:])
+    rest = kernels[place:]
+    if whole:
+        names = tuple(value.name for value in joint.writes[:3])
+        kept = [(*names, *(name for name in one.saves if name not in names)) for one in rest]
+        rest = tuple(
+            replace(one, saves=saves) if v.name in one.saves else one
+            for one, saves in zip(rest, kept, strict=True)
+        )
+    return (*kernels[:place], parts, *rest)
 
 
 def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> tuple[Kernel, ...]:

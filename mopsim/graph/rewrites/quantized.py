@@ -41,6 +41,34 @@ def cast_once(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
+def cast_from_kept(kernels: tuple[Kernel, ...], share: float) -> tuple[Kernel, ...]:
+    """Products whose weight gradient reads a cast that a compiler makes again from what a norm or a gate has
+    kept for its own backward; of what keeps nothing (a copy) the cast is kept, `share` of its bytes."""
+    makers = {value.name: kernel for kernel in kernels for value in kernel.writes}
+    found: list[Kernel] = []
+    for kernel in kernels:
+        maker = makers.get(kernel.saves[0]) if kernel.matmuls and kernel.saves else None
+        if maker is None or kernel.component in EXACT or maker.kind != "memory_bound":
+            found.append(kernel)
+        elif maker.saves:
+            found.append(replace(kernel, saves=(*maker.saves, *kernel.saves[1:])))
+        else:
+            found.append(_cast(kernel, maker.writes[0], share))
+    return tuple(found)
+
+
+def weights_cast(kernels: tuple[Kernel, ...], narrow: float) -> tuple[Kernel, ...]:
+    """Products whose cast weights, `narrow` bytes for each, stay from the forward to the backward."""
+    found: list[Kernel] = []
+    for kernel in kernels:
+        size = int(sum(one.n * one.k * one.count for one in kernel.matmuls if one.weight) * narrow)
+        if size and kernel.component not in EXACT:
+            copy = Value(f"{kernel.name}_cast", size, "gathered", grad=False)
+            kernel = replace(kernel, writes=(*kernel.writes, copy), saves=(*kernel.saves, copy.name))
+        found.append(kernel)
+    return tuple(found)
+
+
 def _cast(kernel: Kernel, source: Value, share: float) -> Kernel:
     copy = Value(f"{kernel.name}_in", int(source.bytes * share), source.category, grad=False)
     return replace(kernel, writes=(*kernel.writes, copy), saves=(copy.name, *kernel.saves[1:]))
