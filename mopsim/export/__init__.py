@@ -5,10 +5,13 @@ from mopsim.export.deepspeed import DEEPSPEED
 from mopsim.export.megatron_bridge import MEGATRON_BRIDGE
 from mopsim.export.target import Target
 from mopsim.export.torchtitan import TORCHTITAN
+from mopsim.export.torchtitan_main import TORCHTITAN_MAIN
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.plan import Plan
 
-TARGETS: dict[str, Target] = {target.name: target for target in (TORCHTITAN, MEGATRON_BRIDGE, DEEPSPEED)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (TORCHTITAN, TORCHTITAN_MAIN, MEGATRON_BRIDGE, DEEPSPEED)
+}
 
 __all__ = ["TARGETS", "Target", "export", "gaps_of", "target_of"]
 

@@ -1,4 +1,4 @@
-"""TorchTitan: a TOML file of its JobConfig. Newer versions configure in Python, with other names."""
+"""TorchTitan v0.2.2, its last release: a TOML file of its JobConfig (torchtitan_main: what came after)."""
 
 import json
 from collections.abc import Sequence
@@ -49,6 +49,7 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
             "mixed_precision_reduce": "float32",
         },
         "parallelism": _parallelism(plan),
+        "compile": {"enable": compiled(plan)},
         "activation_checkpoint": {"mode": "none" if s.activations.recompute == "none" else "full"},
         "debug": {"seed": t.seed},
     }
@@ -62,6 +63,11 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
         ]
         found[f"quantize.grouped_mm.{kind}"] = {"fqns": ["experts"]}
     return found
+
+
+def compiled(plan: Plan) -> bool:
+    """Whether the plan is of compiled layers: without a compiler norms are composed of torch's operators."""
+    return plan.stack.kernels.norm == "fused"
 
 
 def _parallelism(plan: Plan) -> dict[str, Any]:

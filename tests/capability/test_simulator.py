@@ -201,7 +201,8 @@ def test_a_target_and_its_stack_name_the_same_exchanges() -> None:
     """What a runtime runs or an export writes, and what is simulated of the program that it is."""
     row = ROWS["strategy.attention.cp_comm_type"]
     for side in (*RUNTIMES, *EXPORTS):
-        ways = exchanges_of(load_stack(SIDES[side].get("runs", side)))
+        described = SIDES[side].get("runs") or SIDES[side].get("stack", side)
+        ways = exchanges_of(load_stack(described))
         assert set(row.cells[side].values or get_args(Exchange)) == set(ways), side
 
 

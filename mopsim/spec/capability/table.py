@@ -74,7 +74,10 @@ def _cell(said: Any) -> Cell:
 def _row(said: Mapping[str, Any], every: Mapping[str, Any]) -> FieldRow:
     told = {**every, **said}
     groups = {**dict.fromkeys(RUNTIMES, "mopexec"), **dict.fromkeys(EXPORTS, "exports")}
-    cells = {side: _cell(told.get(side, told.get(groups.get(side, ""), "all"))) for side in SIDES}
+    cells = {}
+    for side, known in SIDES.items():
+        names = (side, known.get("like", ""), groups.get(side, ""))
+        cells[side] = _cell(next((told[name] for name in names if name in told), "all"))
     return FieldRow(cells, told.get("acts", ""), not said)
 
 

@@ -1,0 +1,200 @@
+"""TorchTitan's main branch, after v0.2.2: a Python module whose function returns its Trainer.Config."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mopsim.common.errors import SpecError
+from mopsim.export import torchtitan
+from mopsim.export.target import Target, header, unsaid
+from mopsim.spec.capability import SIDES
+from mopsim.spec.plan import Plan
+
+CHECKED = (
+    "torchtitan main (commit b5bcd76c of 2026-08-21): torchtitan/trainer.py, config/configs.py, "
+    "config/README.md, components/quantization, distributed/activation_checkpoint.py"
+)
+NAME = "torchtitan-main"
+PLACES = {
+    "components.data": ("ConcatThenSplitPackingConfig", "GrainDataLoader"),
+    "components.loss": ("ChunkedLossWrapper", "CrossEntropyLoss"),
+    "components.optimizer": ("LRSchedulersContainer", "default_adamw"),
+    "components.quantization": (
+        "Float8GroupedExpertsConverter",
+        "Float8LinearConverter",
+        "MXFP8GroupedExpertsConverter",
+        "MXFP8LinearConverter",
+    ),
+    "config.configs": ("CompileConfig", "DebugConfig", "ParallelismConfig", "TrainingConfig"),
+    "distributed.activation_checkpoint": ("FullAC",),
+    "hf_datasets.text_datasets": ("DATASETS",),
+    "models.common.config_utils": ("decoder_vocab_size",),
+    "models.deepseek_v3.mtp": ("MTPLoss",),
+    "trainer": ("Trainer",),
+}
+"""Modules of the package torchtitan, and what is used of them."""
+LIKE_V0_2_2 = {
+    "training": (
+        "max_norm",
+        "enable_cpu_offload",
+        "dtype",
+        "mixed_precision_param",
+        "mixed_precision_reduce",
+    ),
+    "parallelism": (
+        "data_parallel_replicate_degree",
+        "data_parallel_shard_degree",
+        "fsdp_reshard_after_forward",
+        "tensor_parallel_degree",
+        "context_parallel_degree",
+        "expert_parallel_degree",
+        "pipeline_parallel_degree",
+        "pipeline_parallel_schedule",
+        "pipeline_parallel_first_stage_less_layers",
+        "pipeline_parallel_last_stage_less_layers",
+        "pipeline_parallel_layers_per_stage",
+    ),
+    "lr_scheduler": ("warmup_steps",),
+    "compile": ("enable",),
+    "debug": ("seed",),
+}
+"""Keys that mean what they meant in v0.2.2."""
+KEYS = {"strategy.experts.token_dispatcher": ["model_spec.moe_comm_backend"]}
+"""By field, what has TorchTitan's default where the field is not expressed."""
+MADE = {
+    "model_spec": "model_registry",
+    "training": "TrainingConfig",
+    "parallelism": "ParallelismConfig",
+    "lr_scheduler": "LRSchedulersContainer.Config",
+    "compile": "CompileConfig",
+    "debug": "DebugConfig",
+    "optimizer": "default_adamw",
+}
+"""Sections, and what makes them."""
+
+
+class Code(str):
+    """An expression of the module."""
+
+    __slots__ = ()
+
+
+CONVERTERS: dict[str, dict[str, dict[str, Any]]] = {
+    "fp8": {
+        "Float8LinearConverter": {"filter_fqns": ["lm_head", "router.gate"]},
+        "Float8GroupedExpertsConverter": {},
+    },
+    "mxfp8": {
+        "MXFP8LinearConverter": {"fqns": ["attention", "shared_experts", "feed_forward"]},
+        "MXFP8GroupedExpertsConverter": {"pad_multiple": 128},
+    },
+}
+"""By `precision.matmul`, as its own recipes of DeepSeek-V3 have them; the rest is not quantised."""
+DATA = 'GrainDataLoader.Config(dataset=ConcatThenSplitPackingConfig(dataset=DATASETS["c4"]))'
+
+
+def sections(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Sections of the Trainer.Config, and their keys. A graph of the whole step is another program than the
+    one that was planned, and refused beside most dispatchers: off."""
+    s, t = plan.strategy, plan.training
+    before = torchtitan.sections(plan)
+    found: dict[str, dict[str, Any]] = {"model_spec": _model(plan)}
+    for name, keys in LIKE_V0_2_2.items():
+        found[name] = {key: before[name][key] for key in keys if key in before[name]}
+    found["training"] |= {
+        "num_tokens_per_microbatch_per_dp_rank": s.micro_batch * t.seq_len,
+        "num_tokens_per_train_step": t.global_batch * t.seq_len,
+        "max_context_length": t.seq_len,
+        "disable_cuda_graphs": True,
+    }
+    if s.pipeline.pipeline_parallel > 1:
+        found["parallelism"]["num_pp_microbatches"] = before["training"]["local_batch_size"] // s.micro_batch
+    found["optimizer"] = {
+        "lr": t.learning_rate,
+        "betas": (t.beta1, t.beta2),
+        "eps": t.eps,
+        "weight_decay": t.weight_decay,
+    }
+    return found
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    s = plan.strategy
+    found: dict[str, Any] = {"flavor": SIDES[NAME]["flavors"].get(plan.model.name, ("", ""))[1]}
+    if s.experts.sends_once:
+        found["moe_comm_backend"] = s.experts.token_dispatcher
+    if s.attention.context_parallel > 1:
+        found["attn_backend"] = "flex"  # which alone it splits
+    if plan.model.num_nextn_predict_layers:
+        found["num_mtp_layers"] = plan.model.num_nextn_predict_layers
+    compiled = {"model_compile_enabled": torchtitan.compiled(plan)}
+    if converters := CONVERTERS.get(s.precision.matmul):
+        found["converters"] = [
+            _made(f"{name}.Config", given | compiled) for name, given in converters.items()
+        ]
+    return found
+
+
+def _loss(plan: Plan) -> Code:
+    heads, loss = plan.model.num_nextn_predict_layers, plan.strategy.vocabulary
+    vocabulary = {"global_vocab_size": Code("decoder_vocab_size(model_spec)")}
+    found = _made("MTPLoss.Config" if heads else "CrossEntropyLoss.Config", vocabulary)
+    if loss.loss != "chunked" or not loss.chunk_tokens:
+        return found
+    chunks = plan.training.tokens_per_rank(plan.strategy) // loss.chunk_tokens
+    return _made("ChunkedLossWrapper.Config", {"num_chunks": chunks, "loss_fn": found})
+
+
+def _made(what: str, given: Mapping[str, Any]) -> Code:
+    return Code(f"{what}({', '.join(f'{key}={_said(value)}' for key, value in given.items())})")
+
+
+def _said(value: Any) -> str:
+    """A value as an expression."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_said, value))}]"
+    return json.dumps(value) if type(value) is str else str(value)
+
+
+def _function(plan: Plan, found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Its lines."""
+    made = {name: [f"{key}={_said(value)}," for key, value in one.items()] for name, one in found.items()}
+    recomputed = "None" if plan.strategy.activations.recompute == "none" else "FullAC.Config()"
+    yield "def plan() -> Trainer.Config:"
+    yield "    model_spec = model_registry("
+    yield from (f"        {line}" for line in made.pop("model_spec"))
+    yield "    )"
+    yield "    return Trainer.Config("
+    yield "        model_spec=model_spec,"
+    yield f"        loss={_loss(plan)},"
+    yield f"        dataloader={DATA},"
+    yield f"        activation_checkpoint={recomputed},"
+    for name, lines in made.items():
+        yield f"        {name}={MADE[name]}("
+        yield from (f"            {line}" for line in lines)
+        yield "        ),"
+    yield "    )"
+
+
+def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
+    """The module's text."""
+    lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out)]
+    lines.append("# To run: MODULE=<this file's name> CONFIG=plan ./run_train.sh, its folder on PYTHONPATH")
+    lines.append("# To be set: hf_assets_path, the data set, training.steps")
+    lines.append(
+        "# There a token attends to its own document alone; the plan is of sequences of one document"
+    )
+    made = list(_function(plan, unsaid(sections(plan), left_out, KEYS)))
+    model = SIDES[NAME]["flavors"].get(plan.model.name, ("YOUR_MODEL",))[0]
+    named = set(re.findall(r"\w+", "\n".join(made)))
+    used = {place: [name for name in names if name in named] for place, names in PLACES.items()}
+    used |= {f"models.{model}": ["model_registry"]}
+    lines.append("")
+    lines += [
+        f"from torchtitan.{place} import {', '.join(used[place])}" for place in sorted(used) if used[place]
+    ]
+    return "\n".join([*lines, "", "", *made, ""])
+
+
+TORCHTITAN_MAIN = Target(NAME, CHECKED, render)
