@@ -29,9 +29,12 @@ T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
-AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn", "flex", "triton", "scores"]
+AttentionKernel = Literal[
+    "profile", "cpu", "flash2", "flash3", "flash4", "cudnn", "flex", "triton", "masked", "scores"
+]
 """profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
-query heads of a KV head one after another. scores: kept in memory, no flash kernel."""
+query heads of a KV head one after another. masked: torch's under a mask, of the whole square. scores: kept in
+memory, no flash kernel."""
 Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
 """Products of the layers' tapes that come after a norm, in joined projections."""
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
