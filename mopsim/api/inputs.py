@@ -319,6 +319,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             time_by_kind=result.busy,
             mfu=result.mfu,
             model_flops_per_second=result.model_flops_per_second_per_device,
+            p_fits=result.p_fits,
         ),
         mop_version=mopsim.__version__,
     )

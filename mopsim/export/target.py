@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopsim.common.errors import SpecError
+from mopsim.common.units import format_probability
 from mopsim.spec.capability import Side
 from mopsim.spec.plan import Plan
 
@@ -31,7 +32,11 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> 
         f"Keys checked against {checked}",
     ]
     if prediction:
-        promised = f"{prediction.step_time:.4g} s a step, {prediction.peak_memory / 1024**3:.1f} GiB a device"
+        need, limit = prediction.peak_memory / 1024**3, hardware.memory_limit / 1024**3
+        fits = "fits" if need <= limit else "does not fit"
+        if prediction.p_fits is not None and need <= limit:
+            fits += f" with probability {format_probability(prediction.p_fits)}"
+        promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device ({fits})"
         whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
         lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]

@@ -20,7 +20,7 @@ from mopsim.search.problem import Problem
 from mopsim.search.space import Space
 from mopsim.search.staged import candidates
 from mopsim.spec.capability import refusals
-from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
@@ -79,6 +79,23 @@ def test_torchtitan_by_hand() -> None:
     assert found["training"]["mixed_precision_param"] == "bfloat16"
     assert found["activation_checkpoint"] == {"mode": "full"}
     assert "v0.2.2" in text.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("peak", "says"),
+    [
+        (3, "3.0 of 4.0 GiB a device (fits with probability 0.97)"),
+        (5, "5.0 of 4.0 GiB a device (does not fit)"),
+    ],
+)
+def test_the_header_says_what_memory_the_job_needs_and_whether_it_fits(peak: int, says: str) -> None:
+    given = plan(fsdp_context())
+    said = Prediction(
+        step_time=1.0, tokens_per_second=1.0, peak_memory=peak * 1024**3, host_memory=0,
+        memory_by_category={}, time_by_kind={}, p_fits=0.97,
+    )  # fmt: skip
+    given = replace(given, hardware=replace(given.hardware, memory_limit=4 * 1024**3), prediction=said)
+    assert says in export(given, "torchtitan")[0]
 
 
 def test_torchtitan_offloads_all_or_nothing() -> None:
