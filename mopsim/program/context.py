@@ -186,8 +186,7 @@ class Context:
         """Bytes of a parameter of a unit that is gathered (see Sharding.gathers)."""
         if self.stack.sharding.gathers == "param":
             return self.param
-        cast = unit.layer >= 0 and unit.component != "experts"
-        return self.stack.gathered(self.strategy.precision) if cast else self.b
+        return self.stack.gathered(self.strategy.precision) if unit.layer >= 0 else self.b
 
     @property
     def shares(self) -> list[float]:

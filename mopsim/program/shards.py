@@ -47,7 +47,10 @@ class Shards:
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, int] = {}
+        reached = self.copied and context.stack.sharding.prefetch == "reached"
+        self._reached = ("forward",) if reached else ()
         self._left: Ops = ()
+        self._copied_out: Ops = ()
         self._sent: Ops = ()
         self._held = self._deferred = 0
         self._unfinished: list[int] = []
@@ -73,7 +76,7 @@ class Shards:
     def ahead(self, layer: int, phase: str, order: Sequence[int]) -> None:
         """Start the gathers of the `prefetch` layers after `layer` (-1: of the first ones), and of the head
         after the last one."""
-        if not self.c.shards_params:
+        if not self.c.shards_params or phase in self._reached:
             return
         places = list(order)
         place = places.index(layer) if layer in places else -1
@@ -213,16 +216,20 @@ class Shards:
             self._coming[unit.name] = room[0] if room else -1
             return
         memory: Memory = (("gathered", size),)
+        first = (gather_copy(self.c, unit),) if copied else ()
         if copied:
             cast = unit.shard_numel * self.c.b if self.c.param != self.c.b else 0
             alive = max(cast, shard if away else 0)
             memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
-            work = (gather_copy(self.c, unit),)
-            room, memory = (self._pass(f"copy in {unit.name}", unit, work, phase, room, memory),), ()
+            if phase in self._reached:  # from a stream of its own, once the one before is copied out
+                room = self._copied_out
+            else:
+                room, memory = (self._pass(f"copy in {unit.name}", unit, first, phase, room, memory),), ()
+                first = ()
         host, calls = flat_host(self.c, unit, "gather", 1), self.c.gathers(unit.component)
         sent = (Work("all_gather", bytes=float(size), group=group, launches=calls, host=host),)
         self._coming[unit.name] = self.issue.add(
-            f"gather {unit.name}", stream_of(group), self._component(unit), phase, sent, room, memory,
+            f"gather {unit.name}", stream_of(group), self._component(unit), phase, first + sent, room, memory,
             layer=unit.layer,
         )  # fmt: skip
 
@@ -249,7 +256,8 @@ class Shards:
                 memory, self._deferred = [-self._deferred, size], size
         deps, work = (op,) if op >= 0 else (), (gathered_copy(self.c, unit),)
         steps = tuple(("gathered", step) for step in memory)
-        return self._pass(f"copy out {unit.name}", unit, work, phase, deps, steps)
+        self._copied_out = (self._pass(f"copy out {unit.name}", unit, work, phase, deps, steps),)
+        return self._copied_out[0]
 
     def _free_deferred(self, phase: str) -> None:
         if self._deferred:
@@ -283,14 +291,9 @@ class Shards:
         return self.copied and not (unit.component == "experts" and plain)
 
     def _pass(
-        self,
-        name: str,
-        unit: ShardedUnit,
-        work: Sequence[Work],
-        phase: str,
-        deps: Sequence[int],
+        self, name: str, unit: ShardedUnit, work: Sequence[Work], phase: str, deps: Sequence[int],
         memory: Memory = (),
-    ) -> int:
+    ) -> int:  # fmt: skip
         return self.issue.add(name, "compute", "other", phase, work, deps, memory, layer=unit.layer)
 
     def _release(self, unit: ShardedUnit, phase: str, ready: Ops = ()) -> None:
@@ -386,14 +389,9 @@ class Shards:
         return strategy.experts if unit.component == "experts" else strategy.dense
 
     def _copy(
-        self,
-        unit: ShardedUnit,
-        way: str,
-        size: int,
-        phase: str,
-        deps: Sequence[int],
+        self, unit: ShardedUnit, way: str, size: int, phase: str, deps: Sequence[int],
         memory: Sequence[Step] = (),
-    ) -> int:
+    ) -> int:  # fmt: skip
         """A shard between the host and the device."""
         work = (Work(way, bytes=float(size), launches=4),)
         name = f"{'upload' if way == 'h2d' else 'download'} {unit.name}"

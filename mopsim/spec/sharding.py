@@ -32,8 +32,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     do). flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which
     is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
     optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
-    the dtype of the products, or as shards are (without MixedPrecision, under autocast); weights of layers,
-    but of routed experts, in the 8 bits that products read (`cast`, torchao). sums: under ZeRO-1
+    the dtype of the products, or as shards are (without MixedPrecision, under autocast); those of layers in
+    the 8 bits that products read (`cast`, torchao and Transformer Engine). sums: under ZeRO-1
     gradients are scattered to the ranks that update them (`scattered`), or all ranks sum them whole
     (`whole`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
     broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
@@ -55,6 +55,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
     embedding: tensor-parallel ranks split the token embedding, or each has it whole.
+    prefetch: FSDP2 gathers a layer's parameters in the forward while it runs the one before (`told`), or when
+    the host is there (`reached`, its default), as far ahead as nothing makes it wait for the device.
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards); else each is sharded over as many ranks as is asked for.
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
@@ -82,6 +84,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     host_masters: Literal["moved", "copied"] = "moved"
     experts: bool = True
     embedding: Literal["split", "whole"] = "split"
+    prefetch: Literal["told", "reached"] = "told"
     one_mesh: bool = False
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"

@@ -91,3 +91,13 @@ def test_weights_of_layers_are_gathered_in_the_8_bits_that_products_read() -> No
     wide, narrow = (played(plan, "torchtitan", sharding={"gathers": how}) for how in ("compute", "cast"))
     assert narrow.busy["all_gather"] < wide.busy["all_gather"]
     assert narrow.highest_by_category["gathered"] < wide.highest_by_category["gathered"]
+
+
+def test_a_host_that_waits_for_the_device_gathers_late_unless_it_is_told_to_ahead() -> None:
+    told, reached = (
+        played(
+            fsdp2(world_size=2), "torchtitan", sharding={"prefetch": how}, host={"counts_read": "always"}
+        ).exposed["all_gather"]
+        for how in ("told", "reached")
+    )
+    assert reached > told
