@@ -128,7 +128,9 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
 
 
 def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
-    """Bytes of the fullest rank, on the device and on the host, and whether they fit."""
+    """Bytes of the fullest rank, on the device and on the host, and whether they fit. Blocks that serve
+    nobody are given back before a device runs out of memory. A CPU has no caching allocator, no pools of
+    streams and no communicators, and mopexec holds it to a limit of live tensors."""
     workload, place = played.workload, played.fullest
     ledger, op = played.ledgers[place], played.ledgers[place].peak_op
     limit, host_limit = hardware.memory_limit(), hardware.host_limit(strategy.world_size)
@@ -138,12 +140,15 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
     if framework:
         categories["framework"] = categories.get("framework", 0) + framework
     on_host = _on_host(max(played.ledgers, key=lambda one: one.host_peak))
+    cached = hardware.device_kind != "cpu"
+    idle = min(_idle(played, strategy), max(0, limit - peak)) if cached else 0
+    wires = upper.communication(work for work, _ in played.prices.values())
     over = ledger.over or ("framework" if peak > limit else "host" if host > host_limit else None)
     return {
         "fits": over is None,
         "over": over,
         "peak_memory": peak,
-        "reserved_memory": peak + _pools(played, strategy),
+        "reserved_memory": peak + idle,
         "memory_limit": limit,
         "memory_by_category": categories,
         "peak_by_stage": tuple(round(hardware.framework_memory_scale * one.peak) for one in played.ledgers),
@@ -156,15 +161,16 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "host_memory": host,
         "host_limit": host_limit,
         "host_by_category": on_host,
-        "above_peak": _above_peak(played, hardware, peak, strategy),
-        "above_host": {} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
+        "above_peak": upper.device(peak, idle, wires) if cached else {},
+        "above_host": upper.host(on_host, workload.pinned) if cached else {},
         "memory_stage": workload.programs[place].stage,
     }
 
 
-def _pools(played: PlayedStep, strategy: Strategy) -> int:
-    """Bytes that torch's caching allocator has by the end of the step beside the peak: the pool of each
-    stream keeps its own highest (`upper.idle_blocks`), whenever that was, and at the loss the block of
+def _idle(played: PlayedStep, strategy: Strategy) -> int:
+    """Bytes that torch's caching allocator has by the end of the step beside the peak, if it has the room:
+    the pool of each stream keeps its own highest (`upper.idle_blocks`), whenever that was, flat tensors of
+    the step's end have blocks of their own (`upper.cached_blocks`), and at the loss there is the block of
     logits that were cast."""
     workload, ledger = played.workload, played.ledgers[played.fullest]
     now, high = (dict(zip(SLOTS, values, strict=True)) for values in (ledger.at_peak, ledger.high))
@@ -173,7 +179,10 @@ def _pools(played: PlayedStep, strategy: Strategy) -> int:
     cast = workload.cast if at_loss else 0
     if sharding.fsdp:
         return ledger.rest + high["gathered"] + high["grads"] - ledger.peak + cast
-    return upper.idle_blocks(sharding, strategy, now, high) + cast
+    passes = [size for phase, size in ledger.by_phase.items() if phase != "optimizer"]
+    blocks = workload.programs[played.fullest].blocks
+    flat = upper.cached_blocks(blocks, max(passes, default=0), ledger.peak)
+    return upper.idle_blocks(sharding, strategy, now, high) + flat + cast
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:
@@ -228,21 +237,3 @@ def _sum(record: Record, field: str, weights: dict[int, float]) -> dict[str, flo
         for key, value in getattr(tally, field).items():
             found[key] = found.get(key, 0.0) + weights[index] * value
     return found
-
-
-def _above_peak(
-    played: PlayedStep, hardware: HardwareProfile, peak: int, strategy: Strategy
-) -> dict[str, int]:
-    """Bytes above the peak by cause, of the fullest rank. A CPU has no caching allocator, no pools of streams
-    and no communicators, and mopexec holds it to a limit of live tensors."""
-    if hardware.device_kind == "cpu":
-        return {}
-    workload, fullest = played.workload, played.ledgers[played.fullest]
-    now, high = (dict(zip(SLOTS, values, strict=True)) for values in (fullest.at_peak, fullest.high))
-    passes = [size for phase, size in fullest.by_phase.items() if phase != "optimizer"]
-    blocks = workload.programs[played.fullest].blocks
-    sharding = workload.stack.under(strategy.dense.zero).sharding
-    pools = upper.idle_blocks(sharding, strategy, now, high)
-    pools += upper.cached_blocks(blocks, max(passes, default=0), fullest.peak)
-    wires = upper.communication(work for work, _ in played.prices.values())
-    return upper.device(peak, pools, wires)

@@ -164,6 +164,7 @@ def test_cached_blocks_lie_above_what_the_passes_had() -> None:
     without, there = (_played(_lowered(strategy, _stack(buckets=size)), strategy) for size in (0.0, 2.0**30))
     assert without.peak_memory == there.peak_memory
     assert there.above_peak["idle pools"] > 2**29 > without.above_peak.get("idle pools", 0)
+    assert there.reserved_memory == there.peak_memory + there.above_peak["idle pools"]
     assert there.p_fits <= without.p_fits
 
 
