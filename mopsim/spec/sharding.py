@@ -2,9 +2,13 @@
 
 from typing import Literal
 
+from msgspec.structs import replace
+
 from mopsim.common.errors import Rules
 from mopsim.common.io import Spec
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.quantity import require_between
+from mopsim.spec.strategy import Precision, Strategy
 
 MOST_BYTES = 1000
 """Moved for one element beside what is counted."""
@@ -54,6 +58,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
+    host_moments: where the host updates part of the optimizer's state, moments are as wide as asked
+    (`asked`); or no narrower than what is updated (`masters`: torch.zeros_like).
     embedding: tensor-parallel ranks split the token embedding, or each has it whole.
     prefetch: FSDP2 gathers a layer's parameters in the forward while it runs the one before (`told`), or when
     the host is there (`reached`, its default), as far ahead as nothing makes it wait for the device.
@@ -82,12 +88,20 @@ class Sharding(Spec, frozen=True, kw_only=True):
     reduce_copies: float = 0.0
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
+    host_moments: Literal["asked", "masters"] = "asked"
     experts: bool = True
     embedding: Literal["split", "whole"] = "split"
     prefetch: Literal["told", "reached"] = "told"
     one_mesh: bool = False
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"
+
+    def with_moments(self, precision: Precision, strategy: Strategy) -> Precision:
+        """The dtypes with those of the moments that the host has (host_moments)."""
+        by_host = strategy.optimizer.state_tier == strategy.optimizer.update_on == "host"
+        narrow = DTYPE_BYTES[precision.moments] < DTYPE_BYTES[precision.masters]
+        wider = by_host and narrow and self.host_moments == "masters"
+        return replace(precision, moments=precision.masters) if wider else precision
 
     def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies")

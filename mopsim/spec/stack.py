@@ -350,17 +350,18 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def resolve(self, strategy: Strategy) -> Strategy:
         """The strategy with the stack's entries where it leaves them to the stack: dtypes of state, hidden
-        communication, and what `selective` recomputation without modules means."""
-        precision, activations = self._precision(strategy.precision), self._activations(strategy)
+        communication, and what `selective` recomputation without modules means; and the moments it makes."""
+        precision, activations = self._precision(strategy), self._activations(strategy)
         overlap = self._overlap(strategy, activations)
         if (precision, overlap, activations) == (strategy.precision, strategy.overlap, strategy.activations):
             return strategy
         return replace(strategy, precision=precision, overlap=overlap, activations=activations)
 
-    def _precision(self, precision: Precision) -> Precision:
+    def _precision(self, strategy: Strategy) -> Precision:
+        precision = strategy.precision
         found = _filled(precision, self.dtypes, "stack")
         computed = {name: precision.compute for name in _STATE if getattr(found, name) == "compute"}
-        return replace(found, **computed) if computed else found
+        return self.sharding.with_moments(replace(found, **computed) if computed else found, strategy)
 
     def _overlap(self, strategy: Strategy, activations: Activations) -> Overlap:
         """Experts' exchanges are hidden where there is another microbatch to hide them behind, and where

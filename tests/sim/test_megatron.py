@@ -19,9 +19,10 @@ from mopsim.program.workload import Program
 from mopsim.program.works import Part, works
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Optimizer, Overlap, Precision
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron
+from mopsim.strategies import fsdp2, megatron, zero_offload
 from tests.sim.megatron_jobs import deep, parted, play, with_
 from tests.sim.toys import small
 from tests.software import changed
@@ -179,6 +180,30 @@ def test_recipes_without_the_precision_aware_optimizer_keep_masters_on_the_devic
     none, half, whole = (on_host(part, "megatron-bridge") for part in (0.0, 0.5, 1.0))
     kept = [one.memory_by_category["optimizer"] for one in (none, half, whole)]
     assert kept[1:] == pytest.approx([kept[0] * (4 + 8 / 2) / 12, kept[0] * 4 / 12], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stack", "width"),
+    [("megatron-core", 12), ("megatron-bridge", 12), ("deepspeed", 12), ("mopexec-flat", 8)],
+)
+def test_narrow_moments_on_the_host_are_as_wide_as_what_is_updated(stack: str, width: int) -> None:
+    """torch.zeros_like of fp32 clones (HybridDeviceOptimizer), of fp32 masters (DeepSpeedCPUAdam)."""
+    optimizer = Optimizer(state_tier="host", update_on="host")
+    made = zero_offload(4) if stack == "deepspeed" else megatron(4)
+    made = with_(made, optimizer=optimizer, stack=stack)
+    wide, narrow = (
+        play(
+            deep(),
+            with_(made, precision=msgspec.structs.replace(made.precision, moments=moments, master="float32")),
+            4,
+        )
+        for moments in ("float32", "bfloat16")
+    )
+    assert narrow.host_by_category["optimizer"] * 12 == wide.host_by_category["optimizer"] * width
+    by_device = with_(
+        made, optimizer=Optimizer(), precision=msgspec.structs.replace(made.precision, moments="bfloat16")
+    )
+    assert load_stack(stack).resolve(by_device).precision.moments == "bfloat16"
 
 
 def test_a_state_on_the_host_saves_what_megatron_bridge_measured() -> None:
