@@ -33,22 +33,26 @@ NOTHING = (0.0, 0.0)
 class Around:
     """What of a job the host's time of layers depends on. hooked: hooks around every module gather its
     parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
-    apart: those of them that are modules of their own, each as a dense FFN is."""
+    apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
+    is recomputed in part, that part (`recompute.shares`) without the core of attention where that was
+    measured alone, of so many Linears (core)."""
 
     hooked: bool = False
     split: bool = False
     kinds: Costs = field(default_factory=dict)
     experts: int = 0
     apart: int = 0
+    again: dict[str, float] = field(default_factory=dict)
+    core: float = 0.0
 
     @classmethod
-    def of(cls, context: Context) -> "Around":
-        """Of a job."""
+    def of(cls, context: Context, again: dict[str, float]) -> "Around":
+        """Of a job. again: `Passes.again`."""
         stack = context.stack
         hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
         kinds = kinds_of(context.model, stack, context.strategy)
-        return cls(hooked, split, kinds, context.own_experts, context.expert_modules)
+        return cls(hooked, split, kinds, context.own_experts, context.expert_modules, again, _core(context))
 
 
 def maps_routes(strategy: Strategy, stack: Stack) -> bool:
@@ -76,9 +80,7 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
         "shared_experts": ("shared_experts",),
     }
     found = {component: [KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
-    if strategy and (ranks := strategy.attention.context_parallel) > 1:
-        cost = CONTEXT[strategy.attention.cp_comm_type]
-        found["attention"] += [cost["layer"], *[cost["rank"]] * ranks]
+    found["attention"] += _of_context(strategy) if strategy else []
     ranks = strategy.experts.expert_parallel if strategy else 1
     found["experts"] = _of_experts(model, stack, model.num_local_experts // ranks)
     if strategy and ranks > 1:
@@ -88,6 +90,20 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()
     }
+
+
+def _of_context(strategy: Strategy) -> list[tuple[float, float]]:
+    """What the exchange of a sequence adds."""
+    ranks = strategy.attention.context_parallel
+    cost = CONTEXT[strategy.attention.cp_comm_type]
+    return [cost["layer"], *[cost["rank"]] * ranks] if ranks > 1 else []
+
+
+def _core(context: Context) -> float:
+    """Linears of the core of attention that its backward runs again, with its exchange of a sequence."""
+    if context.stack.host.layers != "transformer_engine":
+        return 0.0
+    return sum(KINDS["core_attention_again"]) + sum(cost[0] for cost in _of_context(context.strategy))
 
 
 def _of_experts(model: ModelSpec, stack: Stack, experts: int) -> list[tuple[float, float]]:
@@ -113,19 +129,19 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
+        part = around.again.get(component, 1.0) if phase == "recompute" else 1.0
         costs = _costs([ops[place] for place in places], stack.host.layers)
-        experts, alone = (around.experts, around.apart) if component == "experts" else (0, 0)
+        experts, alone = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
         whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
         whole += alone * LAYER["dense_ffn"][back]
-        whole += kinds.get(component, NOTHING)[back]
-        if phase == "recompute" and stack.host.layers == "transformer_engine":
-            core = all(work.kind == "attention" for place in places for work in ops[place].work)
-            whole = sum(KINDS["core_attention_again"]) if core else whole
+        whole = part * (whole + kinds.get(component, NOTHING)[back])
+        if part < 1.0 and any(work.kind == "attention" for place in places for work in ops[place].work):
+            whole += around.core
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
         if around.hooked and component in HOOKS:
             more += HOOKS[component][back] + alone * HOOKS["dense_ffn"][back]
-        more += tensor[component][back] if component in tensor else 0.0
+        more += part * tensor[component][back] if component in tensor else 0.0
         if more > 0:
             middle = places[len(places) // 2]
             ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))

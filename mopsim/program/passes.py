@@ -13,7 +13,15 @@ from mopsim.graph.liveness import Recomputation, backward, everything, forward, 
 from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
-from mopsim.graph.rewrites.recompute import AROUND, gathered_once, plan, saved_to_router, without_weight_grads
+from mopsim.graph.rewrites.recompute import (
+    AROUND,
+    MODULES,
+    gathered_once,
+    plan,
+    saved_to_router,
+    shares,
+    without_weight_grads,
+)
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Played, Step, Tape
@@ -319,13 +327,30 @@ class Passes:
                 net[category] = net.get(category, 0) + size
         return net
 
-    def _plan(self, tape: Tape) -> Recomputation:
+    def again(self) -> dict[str, float]:
+        """Of each component that is recomputed in part, that part (`shares`), without the core of attention
+        where what the host does for it is measured alone (host_costs.KINDS)."""
+        found: dict[str, float] = {}
+        measured = self.context.stack.host.layers == "transformer_engine"
+        core = MODULES["core_attn"] if measured else ()
+        model, modules = self.context.model, self.context.strategy.activations.modules
+        count = model.num_hidden_layers + model.num_nextn_predict_layers
+        for layer in {self.key(layer): layer for layer in range(count)}.values():
+            tape = self.tape(layer)
+            found |= shares(tape, self._plan(tape), modules, core) if self._how(tape)[0] != "full" else {}
+        return found
+
+    def _how(self, tape: Tape) -> tuple[str, tuple[str, ...]]:
+        """`Activations.recompute` for a tape, and the kernels that a full one leaves out."""
         activations, own = self.context.strategy.activations, self.context.stack.recompute
         how, kept = activations.recompute, activations.save_ops
         routed = own.kept_routed and any(kernel.component == "experts" for kernel in tape.kernels)
         own_choice = {"full": kept == own.kept, "selective": activations.modules == own.selective}
-        if routed and own_choice.get(how):
-            how, kept = "full", own.kept_routed
+        return ("full", own.kept_routed) if routed and own_choice.get(how) else (how, kept)
+
+    def _plan(self, tape: Tape) -> Recomputation:
+        activations, own = self.context.strategy.activations, self.context.stack.recompute
+        how, kept = self._how(tape)
         # where an exchange is replayed, the checkpoint is not torch's
         early, apart = own.stops_early and "dispatch" not in kept, () if own.around else AROUND
         within = self.context.stack.kernels.norm_within

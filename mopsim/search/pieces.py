@@ -227,7 +227,7 @@ class Pieces:
         model = self.space.problem.model
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         kinds = {passes.key(layer): layer for layer in reversed(range(count))}
-        around = Around.of(passes.context)
+        around = Around.of(passes.context, passes.again())
         return {
             kind: self._piece(passes.forward(layer), passes.backward(layer), around=around)
             for kind, layer in kinds.items()

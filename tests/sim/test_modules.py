@@ -20,6 +20,7 @@ from mopsim.program.context import make_context
 from mopsim.program.host_time import kinds_of
 from mopsim.program.workload import STREAMS, Workload
 from mopsim.spec.hardware import Correction
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
@@ -356,6 +357,48 @@ def test_the_core_of_attention_that_runs_again_takes_what_was_measured() -> None
     strategy = replace(megatron(8, expert_parallel=8, recompute="selective"), stack="megatron-core")
     found = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
     assert found["recompute", "attention"] == pytest.approx(sum(modules.KINDS["core_attention_again"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "modules_again", "component", "part"),
+    [
+        (MODEL, ("moe_act",), "experts", 1 / 8),  # of eight kernels around its two exchanges
+        (MODEL, ("moe",), "router", 1),
+        (MODEL, ("layernorm",), "router", 1 / 4),  # attention's norm is in the kernel of a product
+        (load_model("deepseek_v3"), ("mla_up_proj",), "attention", 3 / 11),
+    ],
+    ids=lambda one: one[0] if isinstance(one, tuple) else "",
+)
+def test_the_host_does_what_is_recomputed(
+    model: ModelSpec, modules_again: tuple[str, ...], component: str, part: float
+) -> None:
+    strategy = replace(megatron(8, expert_parallel=8, recompute="selective"), stack="megatron-core")
+    strategy = replace(strategy, activations=replace(strategy.activations, modules=modules_again))
+    found = linears(lower(model, strategy, training(4096, 32), 8, compose=False), 5)
+    whole = modules.LAYERS["transformer_engine"][False][component][0]
+    whole += kinds_of(model, load_stack("megatron-core"), strategy).get(component, (0.0, 0.0))[0]
+    if component == "router":  # its kernels are more where each is started alone
+        whole = max(whole, found["forward", component])
+    assert found["recompute", component] == pytest.approx(part * whole, rel=0.05)
+
+
+def test_a_ring_runs_again_with_the_core_of_attention() -> None:
+    """Its exchanges are in Megatron-Core's core_attention, and so in what its checkpoint runs again."""
+    plain, ring = (
+        replace(
+            megatron(8, expert_parallel=4, context_parallel=ranks, recompute="selective"),
+            stack="megatron-core",
+        )
+        for ranks in (1, 2)
+    )
+    took = [
+        linears(lower(MODEL, one, training(4096, 32), 8, compose=False), 5, ("compute",))[
+            "recompute", "attention"
+        ]
+        for one in (plain, ring)
+    ]
+    cost = modules.CONTEXT["ring"]
+    assert took[1] - took[0] == pytest.approx(cost["layer"][0] + 2 * cost["rank"][0])
 
 
 def test_replayed_graphs_have_no_modules() -> None:

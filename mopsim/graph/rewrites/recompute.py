@@ -1,5 +1,6 @@
 """Recomputation of parts of a tape: what is dropped in the forward and made again in the backward."""
 
+from collections import Counter
 from collections.abc import Collection
 
 from msgspec.structs import replace
@@ -7,6 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.liveness import Recomputation
 from mopsim.graph.tape import GATE_CLAMPS, Kernel, Tape
 from mopsim.spec.categories import COMPONENTS
+from mopsim.spec.hardware import COLLECTIVES
 
 MODULES: dict[str, tuple[str, ...]] = {
     "core_attn": ("ring", "gather_kv_blocks", "attention_core"),
@@ -99,6 +101,23 @@ def members(tape: Tape, module: str, within: Collection[str]) -> frozenset[int]:
         if (kernel.name in names if names else kernel.component in parts)
         and not (module == "layernorm" and _next_product(tape, i) in within)
     )
+
+
+def shares(
+    tape: Tape, chosen: Recomputation, modules: tuple[str, ...], without: Collection[str] = ()
+) -> dict[str, float]:
+    """Of each component's kernels, the part that runs again, without some: of components not taken whole."""
+    wide = {part for module in modules for part in WIDER.get(module, (module,))}
+    again = {index for region in chosen.again for index in region}
+    run = [i for i, kernel in enumerate(tape.kernels) if kernel.kind not in COLLECTIVES and kernel.writes]
+    whole = Counter(tape.kernels[index].component for index in run)
+    part = Counter(
+        tape.kernels[index].component
+        for index in run
+        if index in again and tape.kernels[index].name not in without
+    )
+    parts = {tape.kernels[index].component for index in again} - wide
+    return {component: part[component] / whole[component] for component in parts if whole[component]}
 
 
 def _next_product(tape: Tape, place: int) -> str:
