@@ -145,10 +145,10 @@ def _on_one(stacks: Sequence[str] | None) -> str:
     if stacks is None:
         return "--stack NAME simulates all on one"
     if not stacks:
-        return "no shipped stack has something of each"
-    more = f" and {len(stacks) - SHOWN} others have" if len(stacks) > SHOWN else " have"
-    has = more if len(stacks) > 1 else " has"
-    return f"--stack NAME simulates all on one ({', '.join(stacks[:SHOWN])}{has} something of each)"
+        return "no shipped stack runs a plan of each"
+    more = f" and {len(stacks) - SHOWN} others run" if len(stacks) > SHOWN else " run"
+    runs = more if len(stacks) > 1 else " runs"
+    return f"--stack NAME simulates all on one ({', '.join(stacks[:SHOWN])}{runs} a plan of each)"
 
 
 def summary(

@@ -165,10 +165,10 @@ def test_a_hole_in_a_sweep_is_not_memory(
 def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
     both = dict(zip("ab", results, strict=True))
     said = software(both, ["one", "two"])
-    assert said.endswith("--stack NAME simulates all on one (one, two have something of each)")
-    assert software(both, list("abcdef")).endswith("(a, b, c, d and 2 others have something of each)")
-    assert software(both, []).endswith("no shipped stack has something of each")
-    assert software(both, [], "alike").endswith("): alike; no shipped stack has something of each")
+    assert said.endswith("--stack NAME simulates all on one (one, two run a plan of each)")
+    assert software(both, list("abcdef")).endswith("(a, b, c, d and 2 others run a plan of each)")
+    assert software(both, []).endswith("no shipped stack runs a plan of each")
+    assert software(both, [], "alike").endswith("): alike; no shipped stack runs a plan of each")
     assert software({"a": results[0]}, [], "alike") == ""
 
 
