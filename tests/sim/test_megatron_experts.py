@@ -96,6 +96,13 @@ def test_what_biases_and_clamps_add_to_the_host_is_the_committed_measurement() -
         assert took[2][place] - took[1][place] == pytest.approx(host_costs.CLAMPS[place])
 
 
+@pytest.mark.parametrize("name", ["megatron-core", "megatron-lm", "megatron-fsdp", "megatron-bridge"])
+def test_megatron_core_pads_rows_for_8_bits_unless_routes_are_padded(name: str) -> None:
+    """TEGroupedMLP.forward; NeMo's Grok has experts one by one, Primus pads the map of routes."""
+    assert load_stack(name).kernels.expert_padding == "aligned"
+    assert {load_stack(other).kernels.expert_padding for other in ("nemo", "primus-2026")} == {"none"}
+
+
 @pytest.mark.parametrize(
     ("matmul", "dispatcher", "reads", "copies"),
     [
