@@ -189,6 +189,15 @@ class Context:
         return self.stack.gathered(self.strategy.precision) if unit.layer >= 0 else self.b
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether parameters are gathered, used and freed one after the other (Sharding.groups)."""
+        return self.stack.sharding.groups == "each" and self.reshards
+
+    def whole(self, unit: ShardedUnit) -> int:
+        """Bytes of a unit's gathered parameters that are there at a time."""
+        return int((unit.largest if self.one_by_one else unit.padded) * self.gathered(unit))
+
+    @property
     def shares(self) -> list[float]:
         """Of the tokens, by chunk."""
         return [self.chunk_tokens(index) / self.tokens for index in range(self.chunks)]

@@ -208,7 +208,7 @@ class Shards:
             return
         if group.size == 1 and not away and not copied:
             return
-        shard, size = unit.shard_numel * self.c.param, int(unit.padded * self.c.gathered(unit))
+        shard, size = unit.shard_numel * self.c.param, self.c.whole(unit)
         if away:
             whole = group.size == 1 and not copied
             room = (self._copy(unit, "h2d", shard, phase, room, (("gathered", size),) if whole else ()),)
@@ -227,7 +227,8 @@ class Shards:
                 room, memory = (self._pass(f"copy in {unit.name}", unit, first, phase, room, memory),), ()
                 first = ()
         host, calls = flat_host(self.c, unit, "gather", 1), self.c.gathers(unit.component)
-        sent = (Work("all_gather", bytes=float(size), group=group, launches=calls, host=host),)
+        moved = unit.padded * float(self.c.gathered(unit))
+        sent = (Work("all_gather", bytes=moved, group=group, launches=calls, host=host),)
         self._coming[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group), self._component(unit), phase, first + sent, room, memory,
             layer=unit.layer,
@@ -246,7 +247,7 @@ class Shards:
         from a stream of their own, for which the buffer outlives the forward's copy-out until the next one,
         or until the root's forward ends (`all_gather_state`); experts that are recomputed are a root."""
         alone = self.c.groups[unit.group].size == 1
-        size = int(unit.padded * self.c.gathered(unit))
+        size = self.c.whole(unit)
         away = self._place(unit).param_tier == "host"
         cast = unit.largest * (self.c.b + away * self.c.param)
         memory = [size, cast, -cast] if alone else [size, -size]
@@ -299,12 +300,12 @@ class Shards:
     def _release(self, unit: ShardedUnit, phase: str, ready: Ops = ()) -> None:
         """Full parameters are freed, where they are."""
         root = unit.layer < 0 and self.c.stack.sharding.fsdp
-        root = root and not (unit.name == "embedding" and self._modules)
+        root = root and not (unit.name == "embedding" and self._modules) and not self.c.one_by_one
         if phase == "forward" and (root or not self.c.reshards):
             return  # FSDP's root is gathered once a microbatch
         if self._there.pop(unit.name, None) is None:
             return
-        memory = (("gathered", -int(unit.padded * self.c.gathered(unit))),)
+        memory = (("gathered", -self.c.whole(unit)),)
         op = self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
         self._left = (op,)
 

@@ -42,6 +42,7 @@ class Footprint:
         """Whether the program is that of flat units (mopsim.program.pairs)."""
         self.compute = DTYPE_BYTES[precision.compute]
         self.sent = space.stack.gathered(precision)
+        self.by_layer = space.stack.sharding.groups != "each"
         self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
         self.reduce = DTYPE_BYTES[precision.reduce]
         self.moments = 2 * DTYPE_BYTES[precision.moments]
@@ -219,7 +220,7 @@ class Footprint:
         c, layers = self.c, float(self.model.num_hidden_layers)
         experts = self.sizes.experts / (c["experts"] * c["expert_tensor"])
         whole = (self.sizes.dense / c["tensor"] + experts) * self.sent
-        each = np.minimum(whole, 2 * whole / layers)
+        each = np.minimum(whole, 2 * whole / layers) * self.by_layer
         held = np.where(c["reshard"] == 1, each, whole)
         return np.asarray(np.where(c["zero"] == 3, held, 0.0))
 

@@ -273,7 +273,7 @@ class Refined(Bounder):
         """Bytes of the gathered weights and full gradients of a layer under ZeRO-3 in each part of its
         backward (mopsim.search.pieces), and of weights gathered ahead, where these do not stay gathered."""
         stack, zero3 = self.space.stack, self.c["zero"] == 3
-        used = np.where(zero3, self.c["reshard"] * self.sent, 0.0)
+        used = np.where(zero3, self.c["reshard"] * self.sent * self.by_layer, 0.0)
         dense, routed = (full * used for full in self._full(kind))
         grads = np.where(zero3, np.add(*self._full(kind)), 0.0)
         if not (self.flat or stack.sharding.copies):

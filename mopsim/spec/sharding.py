@@ -68,7 +68,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
     parameters that are gathered and reduced together are a layer's, and those of the root, which is gathered
     once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are
-    groups of their own too (`modules`).
+    groups of their own too (`modules`); or every module is one (`each`), whose parameters are whole one after
+    the other.
     """
 
     fsdp: bool = False
@@ -94,7 +95,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     prefetch: Literal["told", "reached"] = "told"
     one_mesh: bool = False
     agreements: bool = False
-    groups: Literal["layers", "modules"] = "layers"
+    groups: Literal["layers", "modules", "each"] = "layers"
 
     def with_moments(self, precision: Precision, strategy: Strategy) -> Precision:
         """The dtypes with those of the moments that the host has (host_moments)."""
@@ -119,5 +120,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP1 (flat)"
         yield bool(self.flat) or self.gathers != "param", "gathers", rule
+        rule = "is of torch's FSDP1 (flat), whose modules may be wrapped one by one"
+        yield bool(self.flat) or self.groups != "each", "groups", rule
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
         yield not (self.flat and self.copies), "flat", rule

@@ -101,3 +101,11 @@ def test_a_host_that_waits_for_the_device_gathers_late_unless_it_is_told_to_ahea
         for how in ("told", "reached")
     )
     assert reached > told
+
+
+def test_modules_that_are_wrapped_one_by_one_are_whole_one_by_one() -> None:
+    layers, each = (
+        played(fsdp2(world_size=2), "litgpt", sharding={"groups": how}).highest_by_category["gathered"]
+        for how in ("layers", "each")
+    )
+    assert each < layers
