@@ -13,7 +13,7 @@ from mopsim.search.had import offered
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import RESTRICTIONS
 from mopsim.search.result import TIE, SearchResult
-from mopsim.spec.categories import WAITING, WAITS
+from mopsim.spec.categories import STEP_PARTS, WAITING, WAITS
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import describe
 from mopsim.spec.stacks import graphed
@@ -36,6 +36,16 @@ LINKS = {
     INSIDE: ("scale_up", ("peak", "bandwidth")), HOST_LINK: ("host", ("link_h2d", "link_d2h")),
 }  # fmt: skip
 """What may be faster: a part of the profile, and its fields at any depth."""
+NAMES = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "grouped_matmul": "experts' products",
+    "memory": "kernels bound by memory",
+    "host": "waiting for the host",
+    "network": "waiting for the network",
+    "copies": "waiting for copies",
+}
+"""Parts of a step, in words."""
 DRAM = ("host", ("memory_bandwidth",))
 """What copies over the links to the host share."""
 
@@ -229,10 +239,21 @@ def _others(best: SimResult, found: SearchResult) -> list[SimResult]:
 
 
 def _rivals(best: SimResult, others: Sequence[SimResult]) -> list[str]:
-    """How the best of each other family compares, and what it waits for."""
-    lines = []
-    for one in others:
-        waits = _waits(one)
-        said = f", waits {waits[0][1]:.0%} for {waits[0][0]}" if waits else ", waits for next to nothing"
-        lines.append(f"{one.strategy.name} takes {one.step_time / best.step_time:.2f} times as long{said}")
-    return lines
+    """How the best of each other family compares, and what its step takes more of."""
+    return [
+        f"{one.strategy.name} takes {one.step_time / best.step_time:.2f} times as long{_more_of(one, best)}"
+        for one in others
+    ]
+
+
+def _more_of(one: SimResult, best: SimResult) -> str:
+    """Parts of the step that make most of the difference, and the stack where it is another."""
+    longer = one.step_time - best.step_time
+    parts = zip(STEP_PARTS, one.facts.made, best.facts.made, strict=False)
+    more = {part: mine * one.step_time - its * best.step_time for part, mine, its in parts}
+    most = sorted(
+        ((seconds, part) for part, seconds in more.items() if seconds > MUCH * longer), reverse=True
+    )
+    told = " and ".join(f"{format_seconds(seconds)} more of {NAMES[part]}" for seconds, part in most[:2])
+    on = f" on the stack {one.stack.name}" if one.stack.name != best.stack.name else ""
+    return f"{on}: {told}" if longer > 0 and told else on
