@@ -18,6 +18,7 @@ from mopsim.graph.host_costs import (
     LAYERS,
     ROUTES_MAP,
     TENSOR,
+    WOVEN,
     Costs,
 )
 from mopsim.program.context import Context
@@ -86,6 +87,7 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
     if strategy and ranks > 1:
         found["experts"] += [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
         found["experts"] += [ROUTES_MAP] * maps_routes(strategy, stack)
+        found["experts"] += [WOVEN] * bool(strategy.overlap.experts)
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()
