@@ -8,7 +8,7 @@ from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
-from mopsim.intervals.spread import machines_share
+from mopsim.intervals.spread import machines_share, products
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
     CARRIED,
@@ -19,6 +19,7 @@ from mopsim.report.sizing import (
     format_energy,
     missed,
     odds,
+    published,
     row,
     searched,
     step_and_bill,
@@ -34,6 +35,10 @@ from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.size.settle import Settled
 from mopsim.size.whatif import Swing
+from mopsim.spec.hardware import HardwareProfile
+
+TOLD = 5e-4
+"""Half-width of the interval of days that a measurement must take away to be told."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,8 @@ def why(d: Decision) -> list[str]:
     ]
     lines = [
         f"Plan: {describe(result.strategy)} on {result.stack.name}; {training.global_batch:,} sequences a "
-        f"step, {steps(subject)}.",
+        f"step, {steps(subject)}, products in {products(result.strategy.precision)}.",
+        f"A node, as its profile has it: {_node(subject.hardware)}.",
         f"Of a step compute waits for {', '.join(heaviest) or 'next to nothing'}; device memory is filled to "
         f"{result.peak_memory / result.memory_limit:.0%}.",
     ]
@@ -169,6 +175,16 @@ def why(d: Decision) -> list[str]:
         elif other is not subject and other.figures:
             lines.append(_against(other, subject))
     return lines
+
+
+def _node(hardware: HardwareProfile) -> str:
+    """'8 devices of 141 GiB and 400 Gbit/s of network a device'."""
+    network = hardware.scale_out
+    spine = f", {network.oversubscription:g} to 1 oversubscribed" if network.oversubscription != 1 else ""
+    return (
+        f"{hardware.devices_per_node} devices of {format_bytes(hardware.device.memory.si)} and "
+        f"{network.peak.si * 8 / 1e9:,.0f} Gbit/s of network a device{spine}"
+    )
 
 
 def _against(other: Point, chosen: Point) -> str:
@@ -246,6 +262,12 @@ def risks(d: Decision) -> list[str]:
         f"Its search: {searched(subject)}; no search bounds what another number of nodes would cost."
     ]
     lines += filter(None, [unmeasured(result)])
+    best = [one.best for one in d.sizings if one.best and one.best.result]
+    runs = [published(one.result, one.hardware) for one in best if one.result]
+    lines.append(
+        f"Measured runs behind the intervals of step times: {'; '.join(runs)}. A type with few is given "
+        f"the error that machine types had so far."
+    )
     if bill.goodput:
         good, lost = bill.goodput, bill.goodput.lost
         worst = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4)
@@ -285,6 +307,7 @@ def _measures(settled: Sequence[Settled]) -> Table:
         [one.benchmark.name, f"{one.benchmark.nodes}", one.benchmark.how,
          f"{one.before:.1%} to {one.after:.1%}"]
         for one in settled
+        if one.before - one.after > TOLD
     ]  # fmt: skip
     return Table(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))
 

@@ -140,6 +140,15 @@ def unmeasured(result: SimResult) -> str:
     )
 
 
+def published(result: SimResult, hardware: HardwareProfile) -> str:
+    """How many of the runs that the interval rests on are of this machine type."""
+    known = known_errors().of("step_time", result.stack.name).cells
+    here = [one for one in known if one.hardware == hardware.name]
+    own, sources = sum(one.runs for one in here), len({one.source for one in here})
+    told = f"{own:,.0f} of {sources} source{'s' * (sources != 1)}" if own else "none"
+    return f"{told} on {hardware.name}"
+
+
 def _failures(bill: Figures) -> str:
     good = bill.goodput
     if good is None or good.mtbf > bill.seconds:
@@ -187,13 +196,13 @@ def sizing_table(
 
 
 def title(request: Request) -> str:
-    """'qwen3_235b_a22b: 10,000,000,000,000 tokens within 60 days, sequences of 4,096'."""
+    """'mixtral_8x7b: 1,000,000 tokens within 60 days, sequences of 4,096, products in bfloat16'."""
     goal = request.goal
     limits = [] if goal.seconds is None else [f"{goal.seconds / DAY:g} days"]
     limits += [] if goal.budget is None else [format_dollars(goal.budget)]
     return (
         f"{request.model.name}: {goal.tokens:,} tokens within {' and '.join(limits)}, "
-        f"sequences of {request.seq_len:,}"
+        f"sequences of {request.seq_len:,}, products in {request.precision}"
     )
 
 
