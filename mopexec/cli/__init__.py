@@ -71,7 +71,14 @@ Schedule = Annotated[
     Literal["constant", "linear", "cosine", "wsd"],
     typer.Option(help="learning rate after warm-up; wsd: constant, falling in the last fifth"),
 ]
-Excluded = Annotated[int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")]
+Excluded = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=10**9,
+        help="first steps left out of the measurement; the learning rate's own: --set warmup_steps=N",
+    ),
+]
 EvalData = Annotated[str | None, typer.Option(help="held-out data, as --data; its loss is in the metrics")]
 EvalEvery = Annotated[int, typer.Option(min=0, max=10**9, help="steps between evaluations; 0 = at the end")]
 EvalBatches = Annotated[int, typer.Option(min=1, max=10**9, help="global batches of an evaluation, at most")]
@@ -91,7 +98,7 @@ Async = Annotated[
         "--checkpoint-async", help="write checkpoints beside the next steps, from a copy on the host"
     ),
 ]
-Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
+Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps between checkpoints; 0 = only at the end")]
 
 
 TRAIN = paired(

@@ -25,7 +25,11 @@ def written(param: Any) -> str:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, and whose outputs may not be files that it reads."""
+    """A command that refuses an option given twice, and whose outputs may not be files that it reads. Its
+    help is plain text: typer's tables cut an option's name where they are narrow."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named | {"rich_markup_mode": None})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises MopError for an option that has a value already, unless its values are a list, and for a

@@ -1,11 +1,13 @@
 """The command lines of both packages: an option is given once, and nothing that is read is written over."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from mopexec.cli import app as mopexec_app
 from mopexec.cli import main as mopexec
@@ -146,6 +148,27 @@ def test_every_command_says_what_it_found_as_json() -> None:
     for app in (mopsim_app, mopexec_app):
         for command in _commands(get_command(app)):
             assert "--json" in [written(param) for param in command.params], command.name
+
+
+@pytest.mark.parametrize("app", [mopsim_app, mopexec_app], ids=["mopsim", "mopexec"])
+def test_help_on_80_columns_cuts_no_name(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for path, command in _with_paths(get_command(app), ()):
+        said = CliRunner().invoke(app, [*path, "--help"]).output
+        assert max(map(len, said.splitlines())) <= 80, path
+        assert "…" not in said
+        words = set(re.split(r"[\s,/]+", said))
+        shown = [param for param in command.params if not getattr(param, "hidden", False)]
+        names = {one for param in shown for one in (*param.opts, *param.secondary_opts)}
+        names = {one for one in names if one.startswith("-")} | set(getattr(command, "commands", {}))
+        assert names <= words, (path, names - words)
+
+
+def _with_paths(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command and group, and how it is called."""
+    yield path, command
+    for name, one in getattr(command, "commands", {}).items():
+        yield from _with_paths(one, (*path, name))
 
 
 def _commands(command: Any) -> Iterator[Any]:
