@@ -68,11 +68,22 @@ KINDS: Costs = {
     "sigmoid": (8.1, 7.0),
     "groups": (10.4, 0.2),
     "core_attention_again": (0.6, 52.8),
+    "norm_again": (-10.7, 29.3),
+    "activation_again": (-8.0, 22.2),
+    "up-projections_again": (-1.6, 50.9),
 }
 """Linears that other kinds of these layers add (`reports/host/te_kinds.json`): latent attention, to attention
 with norms of queries and keys; rotary embedding that no kernel fuses, without and with it; shared experts; a
 router with sigmoids, a bias for each expert and balance by sequences, and one with groups too; the core of
-attention that its backward runs again, whose second forward is in it."""
+attention, a norm, the experts' activation and MLA's up-projections that the backward runs again, whose second
+forward is in it, and whose first has no graph."""
+MODULES_AGAIN = {
+    "core_attn": "core_attention",
+    "layernorm": "norm",
+    "moe_act": "activation",
+    "mla_up_proj": "up-projections",
+}
+"""Of which modules (mopsim.graph.rewrites.recompute.MODULES) these are."""
 LAYERS: dict[str, dict[bool, Costs]] = {
     "transformers": {False: LAYER, True: LAYER},
     "transformer_engine": {False: TRANSFORMER_ENGINE, True: TRANSFORMER_ENGINE_8_BITS},

@@ -1,6 +1,6 @@
 """The host's time of layers made of Python modules, put on the ops of a program (mopsim.graph.host_costs)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from msgspec import structs
@@ -16,6 +16,7 @@ from mopsim.graph.host_costs import (
     KINDS,
     LAYER,
     LAYERS,
+    MODULES_AGAIN,
     ROUTES_MAP,
     TENSOR,
     WOVEN,
@@ -27,7 +28,7 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 
-NOTHING = (0.0, 0.0)
+NOTHING, WHOLE = (0.0, 0.0), (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,30 @@ class Around:
     """What of a job the host's time of layers depends on. hooked: hooks around every module gather its
     parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
     apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
-    is recomputed in part, that part (`recompute.shares`) without the core of attention where that was
-    measured alone, of so many Linears (core)."""
+    is recomputed in part, that part of its forward, and Linears of modules that were measured alone."""
 
     hooked: bool = False
     split: bool = False
     kinds: Costs = field(default_factory=dict)
     experts: int = 0
     apart: int = 0
-    again: dict[str, float] = field(default_factory=dict)
-    core: float = 0.0
+    again: Costs = field(default_factory=dict)
 
     @classmethod
-    def of(cls, context: Context, again: dict[str, float]) -> "Around":
+    def of(cls, context: Context, again: Mapping[str, tuple[float, float, tuple[str, ...]]]) -> "Around":
         """Of a job. again: `Passes.again`."""
         stack = context.stack
         hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
         kinds = kinds_of(context.model, stack, context.strategy)
-        return cls(hooked, split, kinds, context.own_experts, context.expert_modules, again, _core(context))
+        measured = stack.host.layers == "transformer_engine"
+        found = {
+            component: (rest, sum(_alone(module, context) for module in modules))
+            if measured
+            else (share, 0.0)
+            for component, (share, rest, modules) in again.items()
+        }
+        return cls(hooked, split, kinds, context.own_experts, context.expert_modules, found)
 
 
 def maps_routes(strategy: Strategy, stack: Stack) -> bool:
@@ -101,11 +107,11 @@ def _of_context(strategy: Strategy) -> list[tuple[float, float]]:
     return [cost["layer"], *[cost["rank"]] * ranks] if ranks > 1 else []
 
 
-def _core(context: Context) -> float:
-    """Linears of the core of attention that its backward runs again, with its exchange of a sequence."""
-    if context.stack.host.layers != "transformer_engine":
-        return 0.0
-    return sum(KINDS["core_attention_again"]) + sum(cost[0] for cost in _of_context(context.strategy))
+def _alone(module: str, context: Context) -> float:
+    """Linears of a module that its backward runs again, the core of attention with its exchange of a
+    sequence."""
+    exchanged = _of_context(context.strategy) if module == "core_attn" else []
+    return sum(KINDS[f"{MODULES_AGAIN[module]}_again"]) + sum(cost[0] for cost in exchanged)
 
 
 def _of_experts(model: ModelSpec, stack: Stack, experts: int) -> list[tuple[float, float]]:
@@ -131,18 +137,16 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         back = phase == "backward"
-        part = around.again.get(component, 1.0) if phase == "recompute" else 1.0
+        part, alone = around.again.get(component, WHOLE) if phase == "recompute" else WHOLE
         costs = _costs([ops[place] for place in places], stack.host.layers)
-        experts, alone = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
+        experts, apart = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
         whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
-        whole += alone * LAYER["dense_ffn"][back]
-        whole = part * (whole + kinds.get(component, NOTHING)[back])
-        if part < 1.0 and any(work.kind == "attention" for place in places for work in ops[place].work):
-            whole += around.core
+        whole += apart * LAYER["dense_ffn"][back]
+        whole = part * (whole + kinds.get(component, NOTHING)[back]) + alone
         whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
         more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
         if around.hooked and component in HOOKS:
-            more += HOOKS[component][back] + alone * HOOKS["dense_ffn"][back]
+            more += HOOKS[component][back] + apart * HOOKS["dense_ffn"][back]
         more += part * tensor[component][back] if component in tensor else 0.0
         if more > 0:
             middle = places[len(places) // 2]

@@ -15,7 +15,6 @@ from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
 from mopsim.graph.rewrites.recompute import (
     AROUND,
-    MODULES,
     gathered_once,
     plan,
     saved_to_router,
@@ -327,17 +326,14 @@ class Passes:
                 net[category] = net.get(category, 0) + size
         return net
 
-    def again(self) -> dict[str, float]:
-        """Of each component that is recomputed in part, that part (`shares`), without the core of attention
-        where what the host does for it is measured alone (host_costs.KINDS)."""
-        found: dict[str, float] = {}
-        measured = self.context.stack.host.layers == "transformer_engine"
-        core = MODULES["core_attn"] if measured else ()
+    def again(self) -> dict[str, tuple[float, float, tuple[str, ...]]]:
+        """What of each component is recomputed where it is not whole (`shares`)."""
+        found: dict[str, tuple[float, float, tuple[str, ...]]] = {}
         model, modules = self.context.model, self.context.strategy.activations.modules
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         for layer in {self.key(layer): layer for layer in range(count)}.values():
             tape = self.tape(layer)
-            found |= shares(tape, self._plan(tape), modules, core) if self._how(tape)[0] != "full" else {}
+            found |= shares(tape, self._plan(tape), modules) if self._how(tape)[0] != "full" else {}
         return found
 
     def _how(self, tape: Tape) -> tuple[str, tuple[str, ...]]:

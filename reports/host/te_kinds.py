@@ -4,9 +4,9 @@
         SITE_PACKAGES/megatron --json reports/host/te_kinds.json
 
 As te_layers.py measures them, which tells how to install what it needs, each beside the plain layer in one
-process, in turn: latent attention (MLA), rotary embedding that no kernel fuses, the core of attention that is
-recomputed, and alone, without the rest
-of a layer, shared experts and routers with a bias and groups as DeepSeek-V3's. The fused rotary embedding of
+process, in turn: latent attention (MLA), rotary embedding that no kernel fuses, modules that are recomputed
+(the norm is that before routers, experts are four of a rank), and alone, without the rest of a layer, shared
+experts and routers with a bias and groups as DeepSeek-V3's. The fused rotary embedding of
 MLA is a kernel of Triton's: two functions of one op each stand in.
 """
 
@@ -29,7 +29,10 @@ SIGMOID: dict[str, Any] = {
     "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 2.5,
     "moe_router_load_balancing_type": "seq_aux_loss",
 }  # fmt: skip
-AGAIN: dict[str, Any] = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+AGAIN = {
+    module: {"recompute_granularity": "selective", "recompute_modules": [module]}
+    for module in ("core_attn", "layernorm", "moe_act", "mla_up_proj")
+}
 GROUPS: dict[str, Any] = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent": ("attention", LATENT),
@@ -37,12 +40,17 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary": ("attention", {"apply_rope_fusion": False}),
     "sigmoid": ("router", SIGMOID),
     "groups": ("sigmoid", GROUPS),
-    "core attention again": ("attention", AGAIN),
+    "core attention again": ("attention", AGAIN["core_attn"]),
+    "norm again": ("layer", AGAIN["layernorm"]),
+    "activation again": ("layer", AGAIN["moe_act"]),
+    "up-projections again": ("latent", AGAIN["mla_up_proj"]),
 }
 """Kind -> the layer that it is held against, and what it has other than that."""
 PLAIN: dict[str, tuple[int, dict[str, Any]]] = {
     "attention": (0, {"bare": True}), "router": (EXPERTS, {"moe_router_topk": 4}),
+    "layer": (EXPERTS, {"moe_router_topk": 4}),
 }  # fmt: skip
+ROUTERS = ("router", "sigmoid", "groups")
 SHARED = {"moe_router_topk": 4, "moe_shared_expert_intermediate_size": 32}
 
 
@@ -112,7 +120,7 @@ def calls() -> dict[str, te_layers.Call]:
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     found: dict[str, te_layers.Call] = {
         name: partial(te_layers.route, model)
-        if wanted[name][0]
+        if name in ROUTERS
         else partial(te_layers.microbatch, model, model, False)
         for name, model in models.items()
     }

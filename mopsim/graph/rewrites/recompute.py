@@ -1,6 +1,6 @@
 """Recomputation of parts of a tape: what is dropped in the forward and made again in the backward."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection
 
 from msgspec.structs import replace
@@ -11,12 +11,22 @@ from mopsim.spec.categories import COMPONENTS
 from mopsim.spec.hardware import COLLECTIVES
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "core_attn": ("ring", "gather_kv_blocks", "attention_core"),
+    "core_attn": (
+        "sequence_to_heads",
+        "ring",
+        "gather_kv_blocks",
+        "attention_core",
+        "heads_to_sequence",
+        "stack",
+        "put_together",
+    ),
     "layernorm": ("attention_norm", "ffn_norm"),
     "moe_act": (GATE_CLAMPS, "experts_act"),
     "mla_up_proj": ("gather_q", "q_b_proj", "gather_kv", "kv_b_proj", "rope"),
 }
-"""Kernels of the modules that are smaller than a component (names of Megatron-Core's --recompute-modules)."""
+"""Kernels of the modules that are smaller than a component (names of Megatron-Core's --recompute-modules).
+The core of attention has its exchange of a sequence: Megatron-Core checkpoints core_attention, inside of
+which Transformer Engine exchanges (AttnFuncWithCPAndKVP2P, AndKVAllGather, AndQKVOA2A), mopexec its own."""
 
 WIDER: dict[str, tuple[str, ...]] = {"mlp": ("dense_ffn",), "moe": ("router", "experts", "shared_experts")}
 """Modules of several components."""
@@ -59,6 +69,9 @@ def plan(
             region = frozenset(i for i in found[module] - taken if tape.kernels[i].name not in apart)
             taken |= region
             lost = _lost(tape, region, saved, module in DISCARDED)
+            if early and module in MODULES:
+                last = max((i for i in region if _made(tape, {i}) & lost), default=-1)
+                region = frozenset(i for i in region if i <= last)
             if lost:
                 regions.append(region)
                 dropped |= lost
@@ -104,20 +117,26 @@ def members(tape: Tape, module: str, within: Collection[str]) -> frozenset[int]:
 
 
 def shares(
-    tape: Tape, chosen: Recomputation, modules: tuple[str, ...], without: Collection[str] = ()
-) -> dict[str, float]:
-    """Of each component's kernels, the part that runs again, without some: of components not taken whole."""
+    tape: Tape, chosen: Recomputation, modules: tuple[str, ...]
+) -> dict[str, tuple[float, float, tuple[str, ...]]]:
+    """Of each component that is not recomputed whole, the parts of its kernels that run again: all, and those
+    of no smaller module; and these modules, each norm as one."""
     wide = {part for module in modules for part in WIDER.get(module, (module,))}
+    small = {name: module for module in modules for name in MODULES.get(module, ())}
     again = {index for region in chosen.again for index in region}
-    run = [i for i, kernel in enumerate(tape.kernels) if kernel.kind not in COLLECTIVES and kernel.writes]
-    whole = Counter(tape.kernels[index].component for index in run)
-    part = Counter(
-        tape.kernels[index].component
-        for index in run
-        if index in again and tape.kernels[index].name not in without
-    )
-    parts = {tape.kernels[index].component for index in again} - wide
-    return {component: part[component] / whole[component] for component in parts if whole[component]}
+    whole, names = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for index, kernel in enumerate(tape.kernels):
+        if kernel.kind not in COLLECTIVES and kernel.writes and kernel.component not in wide:
+            whole[kernel.component].append(kernel.name)
+            names[kernel.component] += [kernel.name] if index in again else []
+    found = {}
+    for component, ran in names.items():
+        alone = [small[name] for name in ran if name in small]
+        norms = alone.count("layernorm") * ("layernorm",)
+        parts = [len(ran), sum(name not in small for name in ran)]
+        share, rest = (part / len(whole[component]) for part in parts)
+        found[component] = share, rest, norms + tuple(sorted({*alone} - {"layernorm"}))
+    return found
 
 
 def _next_product(tape: Tape, place: int) -> str:
