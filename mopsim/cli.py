@@ -164,11 +164,14 @@ def size(
     confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
     prices: Annotated[
         list[str] | None,
-        typer.Option("--price", help="NAME=DOLLARS per device and hour, instead of the profile's"),
+        typer.Option(
+            "--price",
+            help="DOLLARS per device and hour, or NAME=DOLLARS of one profile, or a YAML file of them",
+        ),
     ] = None,
     reserved: Annotated[bool, typer.Option("--reserved", help="rent at reserved prices")] = False,
     buy: Annotated[bool, typer.Option("--buy", help="as a purchase, not as rent")] = False,
-    capex: Annotated[list[str] | None, typer.Option(help="NAME=DOLLARS of a node, for --buy")] = None,
+    capex: Annotated[list[str] | None, typer.Option(help="[NAME=]DOLLARS of a node, for --buy")] = None,
     years: Annotated[float | None, typer.Option(help="years over which a purchase is written off")] = None,
     sites: Annotated[
         str | None, typer.Option(help="YAML list of data centres: power price, PUE, carbon, space, rent")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mopsim.api.inputs import busy, unread
+from mopsim.api.inputs import busy, read_hardware, unread
 from mopsim.api.size import size
 from mopsim.commands.console import human, say_notes, say_plan, say_written
 from mopsim.commands.progress import progress
@@ -38,13 +38,14 @@ def keywords(
         if one is not None and name in assumed:
             raise MopError(f"--{name}: {one:g} is its second value, --assume {name}= is its first")
         assumed |= {} if one is None else {name: one}
+    machines = [read_hardware(one).name for one in same["hardware"]]
     return {
         **same,
         "seq_len": parse_count(seq_len, "--seq-len"),
         "tokens": parse_tokens(tokens, "--tokens"),
         "global_batch_tokens": batch,
-        "prices": read_values(prices or (), "--price"),
-        "capex": read_values(capex or (), "--capex"),
+        "prices": read_values(prices or (), "--price", machines),
+        "capex": read_values(capex or (), "--capex", machines),
         "assumptions": assumed,
     }
 

@@ -1,5 +1,6 @@
 """What no profile knows, as data: values with spread, bounds and source; prices of nodes; sites."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -177,14 +178,21 @@ def assume(given: Mapping[str, float] | None = None, utilisation: float | None =
     return Assumptions(**values, utilisation=utilisation, given=tuple(given or {}))
 
 
-def read_values(texts: Sequence[str], option: str) -> dict[str, float]:
-    """NAME=VALUE, or YAML files of NAME: VALUE, as numbers by name. Raises MopError naming `option`."""
+def read_values(texts: Sequence[str], option: str, names: Sequence[str] = ()) -> dict[str, float]:
+    """NAME=VALUE, YAML files of NAME: VALUE, or VALUE for all of `names`, as numbers by name. Raises MopError
+    naming `option`."""
     found: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals and not exists(Path(text)):
-            raise MopError(f"{option}: {text!r} is neither NAME=VALUE nor a file")
-        data = {name.strip(): value} if equals else read_yaml(Path(text), option)
+        if equals:
+            data = {name.strip(): value}
+        elif names and re.fullmatch(r"\s*[0-9.][0-9.eE+-]*\s*", text):
+            data = dict.fromkeys(names, text)
+        elif exists(Path(text)):
+            data = read_yaml(Path(text), option)
+        else:
+            every = ", VALUE" if names else ""
+            raise MopError(f"{option}: {text!r} is neither NAME=VALUE{every} nor a YAML file of NAME: VALUE")
         if not isinstance(data, dict):
             raise MopError(f"{option}: {text} must hold NAME: VALUE lines")
         for key, one in data.items():

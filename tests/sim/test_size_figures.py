@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mopsim.common.errors import MopError
 from mopsim.size import Goal, Step, Terms, assume, figures
-from mopsim.size.assumptions import Site, known, node_prices, read_sites, with_capex
+from mopsim.size.assumptions import Site, known, node_prices, read_sites, read_values, with_capex
 from mopsim.size.fabric import network
 from mopsim.size.figures import DAY, YEAR_HOURS
 from mopsim.size.goodput import checkpoint_interval, goodput, spare_nodes, wall_clock
@@ -204,3 +204,12 @@ def test_intervals_of_runs_of_any_length_are_finite(tokens: int) -> None:
     bill = figures(H100, 4, Step(1e9), Goal(tokens, DAY))
     low, high = bill.seconds_interval(0.999)
     assert 0 < low < bill.seconds < high < math.inf
+
+
+def test_a_price_may_be_of_all_machines_that_are_asked_for() -> None:
+    machines = ("h200-sxm-141g", "mi300x-192g")
+    assert read_values(["3.1"], "--price", machines) == dict.fromkeys(machines, 3.1)
+    with pytest.raises(MopError, match=r"--price h200-sxm-141g: 4 is its second value, 3.1 is its first"):
+        read_values(["3.1", "h200-sxm-141g=4"], "--price", machines)
+    with pytest.raises(MopError, match=r"--assume: '3.1' is neither NAME=VALUE nor a YAML file"):
+        read_values(["3.1"], "--assume")
