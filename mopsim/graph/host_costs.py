@@ -40,6 +40,9 @@ expert of all ranks, whose rows are split off and put elsewhere one after the ot
 TENSOR: Costs = {"attention": (10.1, 12.8), "dense_ffn": (8.4, 11.5), "shared_experts": (8.4, 11.5)}
 """Linears that a region of split products adds to them on tensor-parallel ranks, with its collectives' Python
 (`reports/host/te_tensor.json`); routed experts that are not split themselves add none."""
+DTENSOR: Costs = {"attention": (204.0, 290.0), "dense_ffn": (159.0, 256.0)}
+"""The same of layers whose products torch's DTensor splits (parallelize_module), as torchtitan does
+(`reports/host/dtensor.json`)."""
 CONTEXT: dict[str, Costs] = {
     "ring": {"layer": (10.4, 13.5), "rank": (11.5, 7.8)},
     "all_gather": {"layer": (24.0, 32.1), "rank": (0.8, 1.7)},

@@ -12,6 +12,7 @@ from mopsim.graph.host_costs import (
     CLAMPS,
     CONTEXT,
     DISPATCHERS,
+    DTENSOR,
     HOOKS,
     KINDS,
     LAYER,
@@ -126,7 +127,8 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
 
     It lies on one op of each component, in the middle of those on the compute stream.
     """
-    tensor = TENSOR if around.split and stack.host.layers == "transformer_engine" else {}
+    added = {"plain": {}, "transformer_engine": TENSOR, "dtensor": DTENSOR}[stack.host.tensor]
+    tensor = added if around.split else {}
     kinds = around.kinds
     groups: dict[tuple[int, int, str, str], list[int]] = {}
     for place in places:

@@ -13,23 +13,25 @@ MOST_READS = 1000
 
 class HostCosts(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. layers:
-    whose modules they are, for what they take. hooks: around each of them, its parameters are gathered and
-    freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose kernels CUDA graphs replay;
-    `step`: one graph of the whole step. frames: variables of a layer's Python frame (residual stream, norm's
-    output, sum of routes) live until it has run. blocking: the host waits for every kernel before it starts
-    the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer it reads from the device how
-    long sequences are, for the attention kernel, in every one or where a microbatch is one sequence
-    (`single`). counts_read: in the forward of routed experts it waits for how many rows each gets, where they
-    are exchanged, for the messages' sizes; `always`, as it gives their products these sizes too; or `never`:
-    every expert gets as many, padded, or the device alone knows. loss_read: it reads the loss of every
-    microbatch, to stop where that is no number. message_reads: values that it reads from the device before a
-    message between pipeline stages can come, whose shape two messages before it say. collections: steps from
-    one collection of all of Python's garbage (gc.collect) to the next, which a mean step has its part of; 0:
-    none. logs: what it counts and reads at the end of a step for its log alone: how many gradients are zero
-    (`zeros`), the norm of the parameters (`params_norm`)."""
+    whose modules they are, for what they take. tensor: what splits their products over tensor-parallel ranks,
+    for what it takes (`dtensor`: torch's parallelize_module; `plain`: not known). hooks: around each of them,
+    its parameters are gathered and freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose
+    kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a layer's Python
+    frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the host waits for
+    every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer
+    it reads from the device how long sequences are, for the attention kernel, in every one or where a
+    microbatch is one sequence (`single`). counts_read: in the forward of routed experts it waits for how many
+    rows each gets, where they are exchanged, for the messages' sizes; `always`, as it gives their products
+    these sizes too; or `never`: every expert gets as many, padded, or the device alone knows. loss_read: it
+    reads the loss of every microbatch, to stop where that is no number. message_reads: values that it reads
+    from the device before a message between pipeline stages can come, whose shape two messages before it say.
+    collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
+    step has its part of; 0: none. logs: what it counts and reads at the end of a step for its log alone: how
+    many gradients are zero (`zeros`), the norm of the parameters (`params_norm`)."""
 
     modules: bool = False
     layers: Literal["transformers", "transformer_engine"] = "transformers"
+    tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"

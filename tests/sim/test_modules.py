@@ -94,6 +94,13 @@ def test_what_tensor_parallel_ranks_add_is_the_committed_measurement() -> None:
     assert max(map(abs, added["experts"].values())) < 1.5, "none of routed experts that are whole"
 
 
+def test_what_dtensor_adds_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/dtensor.json").read_text())["added"]
+    for component, name in (("attention", "attention"), ("dense_ffn", "dense")):
+        found = added[name]["forward"], added[name]["backward"]
+        assert modules.DTENSOR[component] == pytest.approx(found, abs=0.5), component
+
+
 def test_what_kinds_of_layers_add_is_the_committed_measurement() -> None:
     added = json.loads((Path(__file__).parents[2] / "reports/host/te_kinds.json").read_text())["added"]
     for kind, costs in modules.KINDS.items():
