@@ -161,8 +161,8 @@ class Context:
     @property
     def held_output(self) -> int:
         """Bytes of a stage's output that stay there until its backward is over (Stack.stage_outputs)."""
-        held = {"freed": 0, "held": self.hidden, "parts": self.hidden // self.strategy.dense.tensor_parallel}
-        return held[self.stack.stage_outputs]
+        held = {"held": self.hidden, "parts": self.hidden // self.strategy.dense.tensor_parallel}
+        return held.get(self.stack.stage_outputs, 0)
 
     @property
     def offloaded(self) -> int:

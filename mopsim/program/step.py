@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from mopsim.program import outputs
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, grad_passes, reduction
@@ -62,6 +63,7 @@ class StageStep:
                 self._slot(turn[0], left)
         self.issue.microbatch = -1
         self._reduce_rest()
+        returned = outputs.merged(self.c, self.issue, self.stage, microbatches)
         self.passes.update(self.issue, self.stage, self.reductions)
         freed = self.stands_for
         freed.update({"grads": sum((self.shards.made | self.kept.fresh).values())})
@@ -72,6 +74,7 @@ class StageStep:
         extra = (
             ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
             ("grads", self.kept.resident),
+            ("logits", returned),
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
@@ -188,8 +191,9 @@ class StageStep:
             self.shards.turn((*reversed(self.stage.extra), *order))
             ready = self._loss_backward(microbatch, waits, (*reversed(self.stage.extra), *order), final)
             issue.hold((("logits", self.passes.held_logits),))
-            if self.c.stack.stage_outputs == "held" and microbatch == 0:
-                size = logit_elements(self.c) * self.c.b  # from here on there are those of the one before
+            how = self.c.stack.stage_outputs
+            if (how == "returned" and self.stage.parts > 1) or (how == "held" and microbatch == 0):
+                size = logit_elements(self.c) * self.c.b  # this one's stay, or from now on of the one before
                 issue.hold((("logits", size),))
                 self.stands_for["logits"] += size
         else:

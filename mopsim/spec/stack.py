@@ -240,8 +240,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     that is not there may have any. A key `field where condition` speaks only of what the condition
     (conditions.yaml of the capability table) holds for.
     stage_outputs: what a pipeline stage makes is freed once it is sent, the last one's logits with their
-    backward (`freed`); or lies in buffers of the schedule until its own backward is over, whole, and logits
-    until the next ones' is (`held`), or a part on each tensor-parallel rank (`parts`).
+    backward (`freed`), or, put together, with the step (`returned`); or lies in buffers until its own
+    backward is over, whole, and logits until the next ones' is (`held`), or a part on each rank (`parts`).
     balanced_routes: a token's experts where it makes `balanced` routing itself, for benchmarks: drawn
     independently (random logits), or `consecutive` ones (round robin), which lie on fewer ranks.
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
@@ -260,7 +260,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     runtime: Runtime | Literal[""] = ""
     explicit: bool = False
     has: dict[str, tuple[Any, ...]] = msgspec.field(default_factory=dict)
-    stage_outputs: Literal["freed", "held", "parts"] = "freed"
+    stage_outputs: Literal["freed", "held", "parts", "returned"] = "freed"
     balanced_routes: Literal["independent", "consecutive"] = "independent"
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None

@@ -10,6 +10,7 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run, upper
 from mopsim.program import lower
 from mopsim.program.context import Context, make_context
+from mopsim.program.loss import logit_elements
 from mopsim.program.stage import Stage
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, Workload
 from mopsim.spec.stack import Kernels, Sharding, Stack
@@ -153,6 +154,29 @@ def test_flat_tensors_of_a_steps_end_by_hand() -> None:
     logits = context.tokens * MODEL.vocab_size * context.wide
     assert _flat(one, buckets=logits)[0] == 0, "the logits' blocks serve it"
     assert _flat(one, buckets=logits + 1)[0] == logits + 1
+
+
+def test_torch_pipelines_return_the_logits_of_all_microbatches() -> None:
+    """They stay through the update, and are copied together before it; an inner stage has none."""
+    strategy = _strategy(8, pipeline_parallel=2)
+    freed, kept = (
+        _lowered(strategy, _stack(stage_outputs=how), expand=True) for how in ("freed", "returned")
+    )
+    assert freed.programs[0] == kept.programs[0]
+    context = make_context(MODEL, strategy, TRAINING, 8, _stack(stage_outputs="returned"))
+    size, count = logit_elements(context) * context.b, TRAINING.num_microbatches(strategy)
+    few = _lowered(strategy, _stack(stage_outputs="returned"))
+    heights = []
+    for program in (freed.programs[1], kept.programs[1], few.programs[1]):
+        there = dict(program.resident).get("logits", 0)
+        found = [there]
+        for op in program.ops:
+            found.append(there + dict(op.peak).get(SLOT["logits"], 0))
+            there += dict(op.net).get(SLOT["logits"], 0)
+        heights.append(max(found))
+        assert there == dict(program.resident).get("logits", 0)
+    assert count > len({op.microbatch for op in few.programs[1].ops}) - 1
+    assert heights[0] < heights[1] == heights[2] == 2 * count * size
 
 
 def test_cached_blocks_lie_above_what_the_passes_had() -> None:
