@@ -164,10 +164,7 @@ def size(
     confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
     prices: Annotated[
         list[str] | None,
-        typer.Option(
-            "--price",
-            help="DOLLARS per device and hour, or NAME=DOLLARS of one profile, or a YAML file of them",
-        ),
+        typer.Option("--price", help="[NAME=]DOLLARS per device and hour, instead of the profile's"),
     ] = None,
     reserved: Annotated[bool, typer.Option("--reserved", help="rent at reserved prices")] = False,
     buy: Annotated[bool, typer.Option("--buy", help="as a purchase, not as rent")] = False,
