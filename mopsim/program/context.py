@@ -138,10 +138,12 @@ class Context:
         """Experts of a rank that are modules of their own."""
         return self.own_experts if self.stack.kernels.expert_products == "modules" else 0
 
-    def gathers(self, component: str) -> int:
-        """All-gathers of a unit: one, or one of each module of its own."""
-        apart = self.expert_modules if self.stack.host.hooks and component == "experts" else 0
-        return max(1, apart)
+    def exchanges(self, unit: ShardedUnit, *, reduced: bool = False) -> int:
+        """Collectives of a unit: one, or one of each module that is wrapped, or hooked, by itself."""
+        if self.stack.sharding.groups == "each":
+            return unit.tensors
+        hooked = self.stack.host.hooks and unit.component == "experts" and not reduced
+        return max(1, self.expert_modules if hooked else 0)
 
     @property
     def hidden(self) -> int:

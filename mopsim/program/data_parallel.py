@@ -90,7 +90,9 @@ def flat_host(context: Context, unit: ShardedUnit, part: str, started: int = 0) 
     if root and unit.name != "embedding":
         return 0.0
     mine = context.edges.values() if root else (unit,)
-    return max(0.0, alone + each * sum(one.tensors for one in mine) - started)
+    count = sum(one.tensors for one in mine)
+    wrapped = count if context.stack.sharding.groups == "each" else 1
+    return max(0.0, alone * wrapped + each * count - started)
 
 
 def put_together(context: Context, unit: ShardedUnit) -> Work:

@@ -226,7 +226,7 @@ class Shards:
             else:
                 room, memory = (self._pass(f"copy in {unit.name}", unit, first, phase, room, memory),), ()
                 first = ()
-        host, calls = flat_host(self.c, unit, "gather", 1), self.c.gathers(unit.component)
+        host, calls = flat_host(self.c, unit, "gather", 1), self.c.exchanges(unit)
         moved = unit.padded * float(self.c.gathered(unit))
         sent = (Work("all_gather", bytes=moved, group=group, launches=calls, host=host),)
         self._coming[unit.name] = self.issue.add(
@@ -320,7 +320,8 @@ class Shards:
             name, flat = f"flat gradient {unit.name}", (put_together(self.c, unit),)
             last, before = (self._pass(name, unit, flat, "backward", ready),), (divided(self.c, unit),)
         for _, sent in reduction(self.c, [unit]):
-            name, work, before = f"reduce {unit.name}", (*before, sent), ()
+            apart = replace(sent, launches=self.c.exchanges(unit, reduced=True))
+            name, work, before = f"reduce {unit.name}", (*before, apart), ()
             stream, part_of = stream_of(sent.group), self._component(unit)
             last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
             self._sent = self._sent or last
