@@ -109,17 +109,21 @@ def _of_context(strategy: Strategy) -> list[tuple[float, float]]:
 
 
 def _alone(module: str, context: Context) -> float:
-    """Linears of a module that its backward runs again, the core of attention with its exchange of a
-    sequence."""
-    exchanged = _of_context(context.strategy) if module == "core_attn" else []
-    return sum(KINDS[f"{MODULES_AGAIN[module]}_again"]) + sum(cost[0] for cost in exchanged)
+    """Linears of a module that its backward runs again: the core of attention with its exchange of a
+    sequence, the experts' activation with its clamps."""
+    more = _of_context(context.strategy) if module == "core_attn" else []
+    more = _clamps(context.model, context.stack) if module == "moe_act" else more
+    return sum(KINDS[f"{MODULES_AGAIN[module]}_again"]) + sum(cost[0] for cost in more)
+
+
+def _clamps(model: ModelSpec, stack: Stack) -> list[tuple[float, float]]:
+    return [CLAMPS] * (bool(model.swiglu_limit) and stack.kernels.clamped_gate == "apart")
 
 
 def _of_experts(model: ModelSpec, stack: Stack, experts: int) -> list[tuple[float, float]]:
     """What biases and clamps of the experts of a rank add."""
-    clamps = bool(model.swiglu_limit) and stack.kernels.clamped_gate == "apart"
     biases = model.expert_bias and stack.kernels.expert_bias == "scaled"
-    return [CLAMPS] * clamps + ([BIASES["layer"]] + [BIASES["expert"]] * experts) * biases
+    return _clamps(model, stack) + ([BIASES["layer"]] + [BIASES["expert"]] * experts) * biases
 
 
 def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Around) -> tuple[Op, ...]:

@@ -70,16 +70,15 @@ class StageStep:
         if memory := [(category, -size) for category, size in freed.items() if size]:
             self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
         self.issue.flush("optimizer", "optimizer")
-        layers = [layer for chunk in self.stage.chunks for layer in chunk]
+        layers = (*(layer for chunk in self.stage.chunks for layer in chunk), *self.stage.extra)
         extra = (
-            ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
-            ("grads", self.kept.resident),
+            ("framework", self.passes.placeholders(layers)), ("grads", self.kept.resident),
             ("logits", returned),
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
-        )
+        )  # fmt: skip
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
-        ops, repeats = tuple(self.issue.ops), tuple(self.repeats)
-        return Program(ops, self.stage.index, resident, repeats=repeats, blocks=self.stage.flat_bytes)
+        ops, blocks = tuple(self.issue.ops), self.stage.flat_bytes
+        return Program(ops, self.stage.index, resident, repeats=tuple(self.repeats), blocks=blocks)
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot

@@ -388,6 +388,16 @@ def test_the_host_does_what_is_recomputed(
         assert found["recompute", component] == pytest.approx(sum(modules.KINDS[f"{kind}_again"]))
 
 
+def test_clamps_run_again_with_the_activation() -> None:
+    oss = load_model("gpt_oss_120b")
+    strategy = megatron(8, expert_parallel=8, recompute="selective")
+    activations = replace(strategy.activations, modules=("moe_act",))
+    strategy = replace(strategy, stack="megatron-core", activations=activations)
+    found = linears(lower(oss, strategy, training(4096, 32), 8, compose=False), 5)
+    took = sum(modules.KINDS["activation_again"]) + modules.CLAMPS[0]
+    assert found["recompute", "experts"] == pytest.approx(took)
+
+
 def test_modules_of_torch_that_run_again_take_the_part_of_their_kernels() -> None:
     strategy = megatron(8, expert_parallel=8, recompute="selective")
     for again, part in ((("moe_act",), 1 / 4), (("moe",), 1)):
