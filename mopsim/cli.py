@@ -47,7 +47,9 @@ def simulate(
     seal: o.Seal = None,
     json: o.Json = None,
 ) -> None:
-    """Simulate one strategy: step time, memory by category, exposed time."""
+    """Simulate one strategy: step time, memory by category, exposed time.
+
+    That a step does not fit is a result (`fits` in the JSON), with exit code 0."""
     run("simulate", locals())
 
 
