@@ -38,6 +38,7 @@ class Footprint:
         self.prefetch = first.dense.prefetch
         self.copied_masters = space.stack.sharding.host_masters == "copied"
         self.fully_shard = space.stack.sharding.fsdp
+        self.frees = space.stack.sharding.zero_grad == "frees"
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""
         self.compute = DTYPE_BYTES[precision.compute]
@@ -132,7 +133,7 @@ class Footprint:
         optimizer = state * self.optimizer_here()
         optimizer = optimizer + c["beside"] * np.minimum(SLOTS * c["bucket"], state) * each
         one = c["pipeline"] == 1
-        early = grads * (self.microbatches > 1) if self.fully_shard else grads
+        early = grads * (self.microbatches > 1) if self.fully_shard or self.frees else grads
         resident = params + optimizer + early
         peak = params + optimizer + grads
         for stage in (0, 1, 2, LAST):
@@ -200,7 +201,9 @@ class Footprint:
         c = self.c
         each = self.optimizer_here()
         whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
-        return np.asarray(whole * (self.param + self.grad) + (dense + routed) / self.stage * each)
+        there = (self.microbatches > 1) | (not self.frees)  # before the last microbatch's backward
+        held = self.param + self.grad * there
+        return np.asarray(whole * held + (dense + routed) / self.stage * each)
 
     def host_memory(self) -> Reals:
         """What lives there, and what an update on the host has there of what lives on the device: gradients,
