@@ -103,7 +103,7 @@ def scatter(
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axis.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0,
-            fontsize=8, ncols=columns, title="runs, their mean error", title_fontsize=8,
+            fontsize=8, ncols=columns, title="runs, the mean of their errors", title_fontsize=8,
         )  # fmt: skip
 
 

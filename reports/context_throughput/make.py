@@ -15,6 +15,7 @@ from mopsim.context.sweep import ContextCase, Curve, Task, nested, sweep, totals
 from mopsim.report.context import case_name, curves_json, to_json
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.strategies import STACKS
 from reports.context_throughput.page import write_context
 from reports.context_throughput.variants import OFFLOADED, VARIANTS, Variant
 from reports.context_throughput.words import Study, summary
@@ -128,8 +129,9 @@ def assumptions(cases: Sequence[ContextCase], budget: int) -> list[str]:
         f"the best of {budget} simulations at every length, lengths doubling; the curve ends at the first "
         "length where none fits; the best of a length is tried at its neighbours with as many tokens a rank, "
         "and a looser contender may use what a stricter one found",
-        "an ideal implementation: kernels at their fitted rates, no jitter, no fragmentation; what the "
-        "host does is simulated, and hidden at these lengths",
+        f"programs as their stacks describe them (MoP on {STACKS['mop']}, FSDP2 on {STACKS['fsdp2']}), whose "
+        "attention is FlashAttention-2, about half as fast as cuDNN's: kernels at their fitted rates, no "
+        "jitter, no fragmentation; what the host does is simulated, and hidden at these lengths",
     ]
     for case in cases:
         lines += [f"{case.model.name}: {' '.join(text.split())}" for text in case.model.assumptions]

@@ -51,7 +51,7 @@ def _at_once(case: ContextCase) -> ContextCase:
 STEP = (128 * 1024, 1024 * 1024)
 
 VARIANTS = (
-    Variant("base", "as assumed: GQA, 64 heads of 128, 8 key-value heads", _same, "the preset"),
+    Variant("base", "as assumed: GQA, 64 heads of 112, 8 key-value heads", _same, "the preset"),
     Variant("mha", "MHA: 64 key-value heads", _heads(64, 64), "no sharing of keys and values"),
     Variant(
         "mla",
@@ -71,7 +71,10 @@ VARIANTS = (
     ),
     Variant("heads_32", "GQA, 32 heads, 8 key-value heads", _heads(32, 8), "half the attention work"),
     Variant(
-        "heads_56", "GQA, 56 heads, 8 key-value heads", _heads(56, 8), "heads x 128 = hidden size; D <= 8"
+        "heads_56",
+        "GQA, 56 heads of 128, 8 key-value heads",
+        _attention(num_attention_heads=56, num_key_value_heads=8, head_dim=128),
+        "heads x 128 = hidden size; D <= 8",
     ),
     Variant("heads_128", "GQA, 128 heads, 8 key-value heads", _heads(128, 8), "twice the attention work"),
     Variant(

@@ -8,7 +8,7 @@ from mopsim.report.validation import Points, by, scatter, spread
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, MEASURES, selections
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import Scored, by_group, over_sources
+from mopsim.validate.scoring import Scored, by_group, errors, over_sources
 
 JUDGED = {
     "step_time": ("Step time", "step_time_s", "bf16_fp16_AB", "bf16 and fp16, grades A and B, held out"),
@@ -58,7 +58,9 @@ def finding(validation: Validation, quantity: str, group: str, groups: Mapping[s
         return spread(quantity, groups)
     count = len(by_group(runs, MEASURES[measure], GROUPS["source"]))
     sources = f"{count} source{'s' if count > 1 else ''}"
-    head = f"{name}: {found.mape:.1%} mean error over {sources}, 9 of 10 runs within {found.p90:.1%}"
+    alike = errors(MEASURES[measure](one) for one in runs)
+    each = f"{alike.mape:.1%} over runs" if alike else ""
+    head = f"{name}: {found.mape:.1%} mean error over {sources}, {each}, 9 of 10 runs within {found.p90:.1%}"
     means = by_group(runs, MEASURES[measure], GROUPS[group])
     most = max(((e.mape, key) for key, e in means.items() if e.n >= FEW), default=None)
     worst = f"\nworst {group} with {FEW} runs or more: {most[1]}, {most[0]:.1%}" if most else ""
