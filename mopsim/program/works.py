@@ -111,9 +111,11 @@ def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, .
     """The kernels with what Kernels.exchanged_rows says."""
     run, strategy = context.stack.kernels.exchanged_rows, context.strategy
     recipe = strategy.precision.matmul
-    cast = "cast" in run and recipe == "fp8"
+    own = "quantized" in run and recipe in CAST
+    narrow = own or ("cast" in run and recipe == "fp8")
+    rows = DTYPE_BYTES[recipe] / context.b if narrow else 1.0
     ordered = "ordered" in run and strategy.micro_batch > 1 and not strategy.overlap.tensor
-    return rows_exchanged(kernels, ordered, DTYPE_BYTES[recipe] / context.b if cast else 1.0)
+    return rows_exchanged(kernels, ordered, rows, rows * (1 + (own and recipe != "fp8")))
 
 
 def _reads_lengths(context: Context) -> bool:

@@ -92,8 +92,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     region_rows: under sequence parallelism such products share what is gathered and scatter the sum of their
     inputs' gradients (`once`), or scatter each its own (`scattered`), or gather too (`each`). exchanged_rows:
     what is done to those beside: put in order by a copy where a microbatch has several sequences (`ordered`,
-    torch's functional collectives along the second dimension; not in tensor overlap), or cast to 8 bits
-    before they are gathered (`cast`); of split experts tokens, whose routes all ranks send (`routed`).
+    torch's functional collectives; not in tensor overlap), or gathered in 8 bits (`cast`, torchao) or as the
+    recipe has them (`quantized`, Transformer Engine); of split experts tokens, with all routes (`routed`).
     sequence_slices: where ranks gather or send on keys and values, each has an early and a late part of a
     sequence (`paired`), or they lie one after the other, so that the last attends to the most (`in_order`).
     sequence_exchange: Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`).
@@ -155,7 +155,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     region_backward: Literal["beside", "in_turn"] = "beside"
     region_sums: Literal["once", "each"] = "once"
     region_rows: Literal["once", "scattered", "each"] = "once"
-    exchanged_rows: tuple[Literal["ordered", "cast", "routed"], ...] = ()
+    exchanged_rows: tuple[Literal["ordered", "cast", "quantized", "routed"], ...] = ()
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "kept", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"

@@ -167,10 +167,12 @@ def gathered_kept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     return tuple(map(kept, kernels))
 
 
-def rows_exchanged(kernels: tuple[Kernel, ...], ordered: bool, share: float) -> tuple[Kernel, ...]:
+def rows_exchanged(
+    kernels: tuple[Kernel, ...], ordered: bool, rows: float, grads: float
+) -> tuple[Kernel, ...]:
     """What tensor-parallel ranks exchange under sequence parallelism. ordered: gathered rows are copied into
-    the order of their sequences, and rows to scatter into that of the ranks. share: bytes of what is gathered
-    over those in the compute dtype, of products that take it so.
+    the order of their sequences, and rows to scatter into that of the ranks. rows, grads: bytes of what is
+    gathered over those in the compute dtype, of products that take it so.
     """
     found: list[Kernel] = []
     for kernel in kernels:
@@ -179,8 +181,9 @@ def rows_exchanged(kernels: tuple[Kernel, ...], ordered: bool, share: float) -> 
             found.append(kernel)
             continue
         back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-        less = 1.0 if kernel.component in EXACT else share
-        first, second = (kernel.bytes * less, back) if gathers else (kernel.bytes, back * less)
+        exact = kernel.component in EXACT
+        less, fewer = (1.0, 1.0) if exact else (rows, grads)
+        first, second = (kernel.bytes * less, back) if gathers else (kernel.bytes, back * fewer)
         kernel = replace(kernel, bytes=first, back_bytes=second)
         copy = Kernel(
             f"{kernel.name}_order", "memory_bound", kernel.component,
