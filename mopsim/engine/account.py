@@ -129,8 +129,9 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
 
 def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
     """Bytes of the fullest rank, on the device and on the host, and whether they fit. Blocks that serve
-    nobody are given back before a device runs out of memory. A CPU has no caching allocator, no pools of
-    streams and no communicators, and mopexec holds it to a limit of live tensors."""
+    nobody have what communicators leave: they are given back before a device runs out of memory. A CPU has no
+    caching allocator, no pools of streams and no communicators, and mopexec holds it to a limit of live
+    tensors."""
     workload, place = played.workload, played.fullest
     ledger, op = played.ledgers[place], played.ledgers[place].peak_op
     limit, host_limit = hardware.memory_limit(), hardware.host_limit(strategy.world_size)
@@ -141,8 +142,8 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         categories["framework"] = categories.get("framework", 0) + framework
     on_host = _on_host(max(played.ledgers, key=lambda one: one.host_peak))
     cached = hardware.device_kind != "cpu"
-    idle = min(_idle(played, strategy), max(0, limit - peak)) if cached else 0
     wires = upper.communication(work for work, _ in played.prices.values())
+    idle = min(_idle(played, strategy), max(0, limit - peak - wires)) if cached else 0
     over = ledger.over or ("framework" if peak > limit else "host" if host > host_limit else None)
     return {
         "fits": over is None,

@@ -125,12 +125,13 @@ def test_what_is_reserved_is_what_the_verdict_counts(name: str) -> None:
 
 
 def test_idle_blocks_are_given_back_before_memory_runs_out() -> None:
-    """Of a device with half the room for them, and of one with none."""
+    """Of a device with half the room for them beside communicators, and of one with none."""
     result = played(machine(), "fsdp2")
     half = (result.reserved_memory - result.peak_memory) // 2
-    for room in (half, 0, -1):
-        tight = played(with_device(result.peak_memory + room), "fsdp2")
-        assert tight.fits == (room >= 0)
+    wires = result.above_peak["communication"]
+    for room in (half, 0, -1, -wires, -wires - 1):
+        tight = played(with_device(result.peak_memory + wires + room), "fsdp2")
+        assert tight.fits == (room >= -wires)
         assert tight.above_peak.get("idle pools", 0) == max(0, room)
         assert tight.reserved_memory == tight.peak_memory + max(0, room)
 
