@@ -129,7 +129,8 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
 
 def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
     """Bytes of the fullest rank, on the device and on the host, and whether they fit. Blocks that serve
-    nobody have what communicators leave: they are given back before a device runs out of memory. A CPU has no
+    nobody have what communicators leave: whole ones are given back before a device runs out of memory, those
+    that are used in part are not, so that all may come on top. A CPU has no
     caching allocator, no pools of streams and no communicators, and mopexec holds it to a limit of live
     tensors."""
     workload, place = played.workload, played.fullest

@@ -33,8 +33,16 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> 
     ]
     if prediction:
         need, limit = prediction.peak_memory / 1024**3, hardware.memory_limit / 1024**3
-        fits = "fits" if need <= limit else "does not fit"
-        if prediction.p_fits is not None and need <= limit:
+        over = [
+            where
+            for where, needed, has in (
+                ("device", prediction.peak_memory, hardware.memory_limit),
+                ("host", prediction.host_memory, hardware.host_limit),
+            )
+            if needed > has
+        ]
+        fits = f"does not fit: {' and '.join(over)}" if over else "fits"
+        if prediction.p_fits is not None and not over:
             fits += f" with probability {format_probability(prediction.p_fits)}"
         promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device ({fits})"
         whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""

@@ -66,8 +66,8 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def compiled(plan: Plan) -> bool:
-    """Whether the plan is of compiled layers: without a compiler norms are composed of torch's operators."""
-    return plan.stack.kernels.norm == "fused"
+    """Whether the plan is of TorchTitan's compiled layers: kernels fused, and no module's Python called."""
+    return plan.stack.kernels.norm == "fused" and not plan.stack.host.modules
 
 
 def _parallelism(plan: Plan) -> dict[str, Any]:

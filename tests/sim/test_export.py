@@ -85,7 +85,7 @@ def test_torchtitan_by_hand() -> None:
     ("peak", "says"),
     [
         (3, "3.0 of 4.0 GiB a device (fits with probability 0.97)"),
-        (5, "5.0 of 4.0 GiB a device (does not fit)"),
+        (5, "5.0 of 4.0 GiB a device (does not fit: device)"),
     ],
 )
 def test_the_header_says_what_memory_the_job_needs_and_whether_it_fits(peak: int, says: str) -> None:

@@ -135,7 +135,8 @@ def test_chunks_and_compiled_layers_are_those_of_the_stack() -> None:
     found = configured(replace(made, vocabulary=Vocabulary(loss="chunked", chunk_tokens=512)))
     assert (found.loss.made, found.loss.num_chunks) == ("ChunkedLossWrapper.Config", 8)
     assert found.compile.enable
-    assert not configured(replace(made, stack="torchtitan")).compile.enable
+    for eager in ("torchtitan", "mopexec-fsdp2"):
+        assert not configured(replace(made, stack=eager)).compile.enable
 
 
 @pytest.mark.usefixtures("main")
