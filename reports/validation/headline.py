@@ -1,5 +1,6 @@
 """The figures of this report, written into its README between two marks."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +29,10 @@ def install(validation: Validation, unknown: Sequence[Scored], parts: Sequence[P
     text = io.read_text(README)
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    grids = [_asked(validation, parts), few, _by_source(validation), _guessed(unknown), _largest(validation)]
+    grids = [
+        _asked(validation, parts), few, *(_by_machine(validation, name) for name in NAMES),
+        _by_source(validation), _guessed(unknown), _largest(validation),
+    ]  # fmt: skip
     body = "\n".join(grid.markdown() for grid in grids)
     io.write_text(README, f"{head}{BEGIN}\n\n{body}\n{END}{tail}")
 
@@ -90,6 +94,36 @@ def _components(parts: Sequence[Predicted]) -> str:
     said = ("; ".join(f"{kind.replace('_', ' ')} {one:.1%}" for kind, one in some.items())
             for some in (times, peaks))  # fmt: skip
     return "time: {}; memory: {}".format(*said)
+
+
+def _by_machine(validation: Validation, name: Name) -> Grid:
+    """What a buyer asks: how far off on this card, for what runs on it."""
+    rows = selections(validation.held["source"])[GOOD]
+    found = {key: one for key, one in _groups(rows).items() if over_sources(one, MEASURES[UNITS[name]])}
+    kinds = sorted({kind for _, kind in found})
+    words = name.replace("_", " ")
+    title = f"{words} by machine and what runs on it, A and B, source left out: error (runs of sources)"
+    table = Grid(title, ("machine",), tuple(kinds))
+    for machine in sorted({machine for machine, _ in found}):
+        table.add_row(machine, *(_cell(found.get((machine, kind), ()), name) for kind in kinds))
+    return table
+
+
+def _groups(rows: Sequence[Scored]) -> dict[tuple[str, str], list[Scored]]:
+    """By the card, as its profiles' names begin, and network and program."""
+    found: dict[tuple[str, str], list[Scored]] = defaultdict(list)
+    for one in rows:
+        what = "experts" if one.case.network().num_local_experts else "dense"
+        found[one.case.hardware.split("-")[0], f"{what}, {one.case.strategy.name}"].append(one)
+    return found
+
+
+def _cell(some: Sequence[Scored], name: Name) -> str:
+    found = over_sources(some, MEASURES[UNITS[name]])
+    if found is None:
+        return ""
+    sources = by_group(some, MEASURES[UNITS[name]], GROUPS["source"])
+    return f"{found.mape:.0%} ({found.n} of {len(sources)})"
 
 
 def _by_source(validation: Validation) -> Grid:
