@@ -13,7 +13,7 @@ import msgspec
 
 from mopexec import data
 from mopexec.data import DataOptions
-from mopexec.run import attempts, failures, plans, writers
+from mopexec.run import attempts, failures, kept, plans, writers
 from mopexec.run.environment import adopt_slurm, check_host, place, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
@@ -60,12 +60,13 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     with _held_directory(options, plan):
         from mopexec.run.launch import RankError, launch
 
+        _say_unexportable(options, plan)
         try:
             stopped_by = launch(options, plan.strategy.world_size, max_restarts=max_restarts)
         except RankError as error:
             print(f"mopexec: {error}", file=sys.stderr)
             return 1
-        return _conclude(options, stopped_by, json)
+        return _conclude(options, plan, stopped_by, json)
 
 
 def _others(console: str) -> float:
@@ -91,11 +92,11 @@ _DATA = ("text_field", "loss_mask")
 def options_of(given: dict[str, Any]) -> TrainOptions:
     """The run that the command's options ask for. Raises MopError, SpecError."""
     writers.check(given["log_to"] or ())
-    weights = given["init_from"] or (Path(given["out"]) / plans.KEPT if given["resume"] else None)
-    beside = weights and (Path(weights) / "tokenizer.json").is_file()
+    own = kept.chosen(given["tokenizer"], given["init_from"], Path(given["out"]), resume=given["resume"])
     source = DataOptions(
         source=data_source(given["data"]),
-        tokenizer=given["tokenizer"] or (str(weights) if beside else None),
+        tokenizer=own[0],
+        trained=own[1],
         **{name: given[name] for name in _DATA},
     )
     held_out = given["eval_data"]
@@ -150,11 +151,13 @@ def _as_rank(options: TrainOptions, json: str | None, max_restarts: int) -> int:
         options = msgspec.structs.replace(options, resume=options.resume or again)
         _check_directory(options, plan)
     with _held_directory(options, plan) if first else nullcontext():
+        if first:
+            _say_unexportable(options, plan)
         failure = run_rank(options)
         if failure is not None:
             print(f"mopexec: {failures.one_line(failure)}", file=sys.stderr)
             return failures.exit_code(failure)
-        return _conclude(options, "", json) if first else 0
+        return _conclude(options, plan, "", json) if first else 0
 
 
 def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
@@ -174,6 +177,20 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
         from mopexec.run.evaluation import open_held_out
 
         open_held_out(Path(options.eval_tokens), options, plan, seed)
+
+
+def _say_unexportable(options: TrainOptions, plan: Plan) -> None:
+    """What `export` would refuse of this run, in one line: later it is too late."""
+    from mopexec.weights.export import check_exportable
+
+    if options.routing == "profile":  # no router is balanced
+        plan = msgspec.structs.replace(
+            plan, training=msgspec.structs.replace(plan.training, bias_update_rate=0)
+        )
+    try:
+        check_exportable(Path(options.out), plan)
+    except MopError as refusal:
+        say(f"note: mopexec export will refuse this run: {refusal}", stderr=options.console == "stderr")
 
 
 @contextmanager
@@ -200,10 +217,11 @@ def _check_directory(options: TrainOptions, plan: Plan) -> None:
     from mopexec.run.state import run_state
     from mopexec.weights.begin import check_rules
 
-    if (out / plans.KEPT).is_dir():
+    weights = kept.began_with_weights(out)
+    if weights:
         check_rules(out / plans.KEPT, plan)
     found = checkpoint.newest_state(out)
-    if found is None and (out / plans.KEPT).is_dir() and not options.init_from:
+    if found is None and weights and not options.init_from:
         raise MopError(f"--init-from: is needed: {out} began with weights, and has no checkpoint yet")
     if found is not None:
         seed, text = plan.training.seed if options.seed is None else options.seed, found[1].text_digest
@@ -223,10 +241,9 @@ def _prepare_directory(options: TrainOptions, plan: Plan) -> Earlier:
     (out / failures.LOGS).mkdir(exist_ok=True)
     for path in reports[1:]:
         path.unlink(missing_ok=True)
-    if options.init_from:
-        from mopexec.weights.begin import keep_config
-
-        keep_config(Path(options.init_from), out)
+    if not options.resume:
+        kept.forget(out)
+    kept.keep_given(out, Path(options.init_from) if options.init_from else None, options.data.tokenizer)
     for old in (out / "checkpoints").glob(".writing_*"):
         shutil.rmtree(old, ignore_errors=True)
     return earlier
@@ -237,7 +254,7 @@ def _steps_size(out: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
+def _conclude(options: TrainOptions, plan: Plan, stopped_by: str, json: str | None) -> int:
     """Say how it ended, from what the first rank wrote."""
     from mopexec.run.launch import signal_code
 
@@ -261,6 +278,10 @@ def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
         )
         return signal_code(stopped_by)
     say(_summary(outcome), stderr=json == "-")
+    from mopexec.run.balance import starving
+
+    if line := starving(Path(options.out), plan, outcome["expert_loads"]):
+        say(line, stderr=json == "-")
     return 0
 
 

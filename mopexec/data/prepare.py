@@ -21,7 +21,7 @@ from mopexec.data.corpus import PYTHON, Corpus, read_corpus, user_files
 from mopexec.data.documents import DocumentPiece, DocumentReading, LossMask, is_records
 from mopexec.data.source_order import ORDER
 from mopexec.data.token_files import IdsContent, Stamp, TokenFile, open_token_file
-from mopexec.data.tokenizer import END_OF_TEXT, GivenTokenizer, read_tokenizer, train_tokenizer
+from mopexec.data.tokenizer import END_OF_TEXT, TOKENIZER, GivenTokenizer, read_tokenizer, train_tokenizer
 from mopsim.common import io
 from mopsim.common.errors import MopError, require
 from mopsim.common.io import Spec
@@ -36,11 +36,13 @@ _MIXTURES = (".yaml", ".yml")
 
 class DataOptions(Spec, frozen=True, kw_only=True):
     """source: a file, a directory, "python", or a YAML mixture. tokenizer: a tokenizer.json or its directory;
-    None = one trained on the text. text_field, loss_mask: see `Reading`.
+    None = one trained on the text. trained: the tokenizer.json of that, where the run has it already.
+    text_field, loss_mask: see `Reading`.
     """
 
     source: str = "python"
     tokenizer: str | None = None
+    trained: str | None = None
     text_field: str = "text"
     loss_mask: LossMask = "auto"
 
@@ -129,7 +131,9 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     reading = DocumentReading(options.text_field, options.loss_mask, given.chat if given else Chat())
     digest = _digest(options, sources, given)
     final = cache / f"tokens-v{_FORMAT}-{digest}{_places(sources)}-{vocab_size}"
+    trained = read_tokenizer(options.trained, vocab_size) if options.trained and not given else None
     if _is_whole(final):
+        _check_trained(trained, final)
         return final
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -137,7 +141,7 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     except OSError as error:
         raise MopError(f"--cache: {cache} cannot be written: {error.strerror or error}") from None
     try:
-        parts = list(_parts(sources, reading, given, vocab_size, aside))
+        parts = list(_parts(sources, reading, given or trained, vocab_size, aside))
         for source in sources:
             if isinstance(source, _Text):
                 source.corpus.check_same()
@@ -156,6 +160,16 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     return final
 
 
+def _check_trained(trained: GivenTokenizer | None, tokens: Path) -> None:
+    """Refuse kept tokens of another tokenizer than the run has: of the same text another version trains
+    another one."""
+    beside = tokens / TOKENIZER
+    if trained and beside.is_file() and beside.read_text(encoding="utf-8") != trained.text:
+        raise MopError(
+            f"--cache: {beside} is not {trained.path}, which the run began with; give another --cache"
+        )
+
+
 def prepare_all(
     training: DataOptions, evaluation: DataOptions | None, vocab_size: int, cache: Path
 ) -> tuple[Path, Path | None]:
@@ -164,12 +178,12 @@ def prepare_all(
     tokens = prepare(training, vocab_size, cache)
     if evaluation is None:
         return tokens, None
-    own = tokens / "tokenizer.json"
+    own = tokens / TOKENIZER
     if evaluation.tokenizer is None and own.is_file():
         evaluation = msgspec.structs.replace(evaluation, tokenizer=str(own))
     with naming("--eval-data"):
         held_out = prepare(evaluation, vocab_size, cache)
-    if evaluation.tokenizer is None and (held_out / "tokenizer.json").is_file():
+    if evaluation.tokenizer is None and (held_out / TOKENIZER).is_file():
         raise MopError("--eval-data: is text, and --data is token ids: name their --tokenizer")
     return tokens, held_out
 
@@ -279,7 +293,8 @@ def _parts(
         everything = chain.from_iterable(corpus.pieces(reading) for corpus in texts)
         tokenizer = given.load() if given else train_tokenizer((p.text for p in everything), vocab_size)
         end = given.end if given else END_OF_TEXT
-        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        text = given.text if given else tokenizer.to_str(pretty=True)
+        (directory / TOKENIZER).write_text(text, encoding="utf-8")
     for number, source in enumerate(sources):
         if isinstance(source, _Ids):
             file = source.file

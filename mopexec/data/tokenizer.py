@@ -1,5 +1,6 @@
 """Tokenizers: a model's own from its files, or a byte-level BPE trained on the text."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from mopsim.common.json_text import read_object
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+"""Names of a tokenizer's files in a directory as models are published in."""
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|return|>", "<｜end▁of▁sentence｜>")
@@ -46,7 +49,7 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
     from tokenizers import Tokenizer
 
     path = Path(given)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
         tokenizer = Tokenizer.from_str(text)
@@ -61,12 +64,12 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         raise SpecError(
             "--tokenizer", largest, f"is an id in {path}, beyond plan.model.vocab_size {vocab_size}"
         )
-    beside = path.with_name("tokenizer_config.json")
+    beside = path.with_name(CONFIG)
     config = read_object(beside, "--tokenizer") if beside.is_file() else {}
     specials = {
         name: _content(config, name, beside) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
-    end = specials["eos_token"] or next((t for t in _ENDS if tokenizer.token_to_id(t) is not None), "")
+    end = specials["eos_token"] or _known_end(tokenizer)
     if tokenizer.token_to_id(end) is None:
         raise MopError(
             f"--tokenizer: {path}: no token is known to end a text; name it as eos_token in {beside}"
@@ -75,6 +78,29 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         config.get("chat_template"), beside
     )
     return GivenTokenizer(path, text, end, Chat(template or PLAIN, tuple(specials.items())))
+
+
+def complete_config(folder: Path) -> None:
+    """tokenizer_config.json beside the tokenizer.json in `folder`, with what transformers' AutoTokenizer
+    needs where it does not say it: the class that reads it, the token that ends a text, that decoding changes
+    nothing.
+    """
+    from tokenizers import Tokenizer
+
+    beside = folder / CONFIG
+    config = (
+        read_object(beside, "--tokenizer") if beside.is_file() else {"clean_up_tokenization_spaces": False}
+    )
+    needed = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if end := _known_end(Tokenizer.from_file(str(folder / TOKENIZER))):
+        needed["eos_token"] = end
+    if missing := {name: value for name, value in needed.items() if not config.get(name)}:
+        io.write_text(beside, json.dumps(config | missing, indent=2) + "\n")
+
+
+def _known_end(tokenizer: "Tokenizer") -> str:
+    """The token by which tokenizers are known to end a text; "" where there is none."""
+    return next((token for token in _ENDS if tokenizer.token_to_id(token) is not None), "")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":

@@ -1,8 +1,11 @@
 """Numbers of a step that all ranks agree on: the largest of each."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
+from mopexec.distributed.collectives import of_all
 from mopexec.measure import card
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run.job import RankJob
@@ -36,3 +39,17 @@ def of_cards(found: dict[str, float]) -> dict[str, float]:
     if "device_used_bytes" in said:
         said["unseen_bytes"] = said["device_used_bytes"] - found["device"]
     return said
+
+
+def peaks(tracker: MemoryTracker, others: float) -> dict[str, Any]:
+    """Peaks of the rank with the largest device peak, the largest host peak, and the largest part of its core
+    that others had."""
+    mine = {
+        "peak_memory": tracker.peak_memory,
+        "memory_by_category": tracker.memory_by_category,
+        "host_memory": tracker.host_memory,
+        "others": others,
+    }
+    everyone = of_all(mine)
+    largest = max(everyone, key=lambda one: one["peak_memory"])
+    return {**largest, **{name: max(one[name] for one in everyone) for name in ("host_memory", "others")}}

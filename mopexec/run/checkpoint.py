@@ -42,6 +42,10 @@ _UNREADABLE = (
 _ARCHIVE = "inline_container"  # torch's archive writer says where in its source a write fell short, not why
 
 
+class UnreadableCheckpointError(MopError):
+    """A checkpoint whose tensors cannot be read."""
+
+
 class Written(Protocol):
     """What a checkpoint is made of: sharded tensors."""
 
@@ -213,7 +217,7 @@ def read_alone(path: Path, state: dict[str, Any]) -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch: there are no ranks
             load_tensors(state, checkpoint_id=str(path), storage_reader=Reader(path), no_dist=True)
     except _UNREADABLE as error:
-        raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
+        raise UnreadableCheckpointError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
 
 
 def load_newest(root: Path, runner: Stateful) -> tuple[Path, int, list[str]]:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from mopexec import data
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
+from mopexec.run.kept import keep_trained
 from mopexec.run.options import TrainOptions
 from mopexec.run.runner import Runner
 from mopsim.common.errors import MopError
@@ -57,6 +58,14 @@ def open_held_out(tokens: Path, options: TrainOptions, plan: Plan, seed: int) ->
     if not dataset.num_targets(range(batches * size)):
         raise MopError(f"--eval-batches: no target of the first {batches} of --eval-data counts in the loss")
     return dataset, batches
+
+
+def training_tokens(options: TrainOptions, plan: Plan, job: RankJob) -> Path:
+    """The directory of the tokens to train on; the run keeps the tokenizer that they were trained."""
+    found = tokens_of(options, plan, job)
+    if job.rank == 0:
+        keep_trained(Path(options.out), found)
+    return found
 
 
 def tokens_of(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool = False) -> Path:

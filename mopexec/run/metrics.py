@@ -243,10 +243,11 @@ def measurement(
     device: torch.device,
     routing: RoutingProfile,
     others: float = 0.0,
+    expert_loads: tuple[int, ...] = (),
 ) -> Measurement:
     """The run's Measurement. step_times: every step of each process of the run; of each the first `warmup`
-    are left out, of the last while one remains, and of the others those that are not quiet. others: see
-    Measurement.
+    are left out, of the last while one remains, and of the others those that are not quiet. others,
+    expert_loads: see Measurement.
     """
     *before, last = step_times
     kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]
@@ -275,4 +276,5 @@ def measurement(
         mop_version=mopsim.__version__,
         routing=routing,
         others=others,
+        expert_loads=expert_loads,
     )

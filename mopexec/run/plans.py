@@ -14,7 +14,9 @@ from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 
 KEPT = "huggingface"
-"""In a run's directory: the config and the tokenizer of the weights that it began with."""
+"""In a run's directory: the config of the weights that it began with, and the tokenizer that it was given."""
+TRAINED = "tokenizer.json"
+"""In a run's directory: the tokenizer that was trained on its text."""
 
 _PLANNED = ("seq_len", "global_batch", "routing")
 
@@ -95,7 +97,8 @@ def holds_run(path: Path) -> bool:
 def check_run_directory(path: Path, *, resume: bool) -> None:
     """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
     entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
-    occupied = bool(entries) and entries - {KEPT} != {"plan.yaml", "logs"}  # all of a run without a step
+    without_step = {"plan.yaml", "logs"}  # all that such a run leaves, beside what it keeps
+    occupied = bool(entries) and entries - {KEPT, f".{KEPT}", TRAINED} != without_step
     run = holds_run(path)
     if occupied and not resume:
         rest = "give --resume to go on with it, or another directory" if run else "give another directory"

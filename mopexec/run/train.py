@@ -18,7 +18,7 @@ from mopexec.measure.quiet import Watch
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run import agreed, checkpoint
-from mopexec.run.evaluation import Evaluation, tokens_of
+from mopexec.run.evaluation import Evaluation, training_tokens
 from mopexec.run.failures import at_work
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
@@ -48,8 +48,8 @@ router that learns may need more in a later step, so what is shown says up to wh
 
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
-    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. others: as of the
-    Measurement."""
+    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. others,
+    expert_loads: as of the Measurement."""
 
     run: str
     steps_done: int
@@ -65,6 +65,7 @@ class TrainOutcome(Spec, frozen=True, kw_only=True):
     predicted_step_time_s: float | None
     disturbed_steps: int = 0
     others: float = 0.0
+    expert_loads: tuple[int, ...] = ()
 
 
 def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> TrainOutcome:
@@ -75,7 +76,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     WorkError from the first step on.
     """
     seed = plan.training.seed if options.seed is None else options.seed
-    dataset = data.open_tokens(tokens_of(options, plan, job), plan.training, seed)
+    dataset = data.open_tokens(training_tokens(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
     wanted = run_state(plan, 0, seed, dataset.text_digest, **_rules(options))
     if options.resume or job.again:
@@ -132,6 +133,7 @@ class _Loop:
         self.watch = Watch(job.cores)
         self.step_times, self.idle_times = list[Timed](), list[Timed]()
         self.busiest: list[float] = []
+        self.loads: tuple[int, ...] = ()
         self.first_loss, self.last_loss = 0.0, 0.0
         self.stopped_by = ""
         self.saver = Saver(
@@ -169,6 +171,7 @@ class _Loop:
             result, own = self._timed_step(step)
             slowest = agreed.largest(own, self.tracking.tracker, self.stop, self.card.end(), self.job)
             self.busiest.append(result.busiest)
+            self.loads = result.expert_loads or self.loads
             line = self._line(step, lr, result, slowest)
             self._record(line)
             stopping = bool(slowest["stop"])
@@ -293,7 +296,7 @@ class _Loop:
         """Write the measurement of this process's steps, and how the run ended."""
         earlier = self.metrics.first_loss if self.metrics else None
         before = self.metrics.step_times(self.strategy) if self.metrics else []
-        seen = _largest(self.tracking.tracker, self.watch.share())
+        seen = agreed.peaks(self.tracking.tracker, self.watch.share())
         measured = measurement(
             self.plan,
             step_times=[*before, self.step_times or self.idle_times],
@@ -308,6 +311,7 @@ class _Loop:
                 self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
             ),
             others=max(self.options.others, seen["others"]),
+            expert_loads=self.loads,
         )
         outcome = TrainOutcome(
             run=str(self.out),
@@ -324,6 +328,7 @@ class _Loop:
             predicted_step_time_s=self.predicted,
             disturbed_steps=measured.disturbed,
             others=measured.others,
+            expert_loads=measured.expert_loads,
         )
         if self.job.rank == 0:
             io.write_yaml(self.out / "measurement.yaml", measured)
@@ -382,17 +387,3 @@ class _Tracking:
 def _signal_name(stop: StopRequest) -> str:
     """The signal that asked for the stop: it may have reached another rank only."""
     return next((name for name in of_all(stop.signal_name) if name), "")
-
-
-def _largest(tracker: MemoryTracker, others: float) -> dict[str, Any]:
-    """Peaks of the rank with the largest device peak, the largest host peak, and the largest part of its core
-    that others had."""
-    mine = {
-        "peak_memory": tracker.peak_memory,
-        "memory_by_category": tracker.memory_by_category,
-        "host_memory": tracker.host_memory,
-        "others": others,
-    }
-    everyone = of_all(mine)
-    largest = max(everyone, key=lambda one: one["peak_memory"])
-    return {**largest, **{name: max(one[name] for one in everyone) for name in ("host_memory", "others")}}

@@ -1,23 +1,17 @@
 """Beginning a run from a Hugging Face directory: its network is the plan's, every tensor is accounted for."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mopexec.run.plans import KEPT
+from mopexec.weights.families import Family
 from mopexec.weights.files import Weights, read_config
 from mopexec.weights.layout import Layout, family_of
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import DESCRIPTION, LayerKind, ModelSpec
 from mopsim.spec.plan import Plan
-
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
-    "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 def open_weights(folder: Path, plan: Plan) -> Weights:
@@ -36,11 +30,16 @@ def open_weights(folder: Path, plan: Plan) -> Weights:
 
 def check_rules(folder: Path, plan: Plan) -> None:
     """Refuse to train what weights like those of `folder` cannot hold. Raises MopError."""
-    family, rate = family_of(architecture(read_config(folder), folder)), plan.training.bias_update_rate
+    check_rate(family_of(architecture(read_config(folder), folder)), plan)
+
+
+def check_rate(family: Family, plan: Plan) -> None:
+    """Refuse to move a balance bias for which the family's weights have no place. Raises SpecError."""
+    rate = plan.training.bias_update_rate
     if plan.model.num_moe_layers and rate and not family.balance_bias:
         rule = (
             f"must be 0: weights of {family.architecture} have no place for a router's balance bias "
-            "(--set bias_update_rate=0)"
+            "(--set bias_update_rate=0 from the first step)"
         )
         raise SpecError("plan.training.bias_update_rate", rate, rule)
 
@@ -53,26 +52,23 @@ def architecture(config: dict[str, Any], folder: Path) -> str:
     return listed[0]
 
 
-def difference(theirs: ModelSpec, ours: ModelSpec) -> str | None:
-    """The first field in which two networks differ, None where they are the same one."""
+def differences(theirs: ModelSpec, ours: ModelSpec) -> list[str]:
+    """The fields in which two networks differ, of those that change one."""
     unused: tuple[str, ...] = () if ours.num_dense_layers else ("intermediate_size",)
     if _kinds(theirs) == _kinds(ours):
         unused += ("first_k_dense_replace", "mlp_only_layers", "sliding_window_period", "layer_types")
-    for field in msgspec.structs.fields(ModelSpec):
-        same = getattr(theirs, field.name) == getattr(ours, field.name)
-        if not same and field.name not in (*DESCRIPTION, *unused):
-            return field.name
-    return None
+    return [
+        field.name
+        for field in msgspec.structs.fields(ModelSpec)
+        if getattr(theirs, field.name) != getattr(ours, field.name)
+        and field.name not in (*DESCRIPTION, *unused)
+    ]
+
+
+def difference(theirs: ModelSpec, ours: ModelSpec) -> str | None:
+    """The first field in which two networks differ, None where they are the same one."""
+    return next(iter(differences(theirs, ours)), None)
 
 
 def _kinds(model: ModelSpec) -> list[LayerKind]:
     return [model.layer_kind(layer) for layer in range(model.num_hidden_layers)]
-
-
-def keep_config(folder: Path, run: Path) -> None:
-    """Copy config and tokenizer of `folder` into the run's directory: for the export, and to go on."""
-    kept = run / KEPT
-    kept.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", *_TOKENIZER):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, kept / name)

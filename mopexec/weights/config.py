@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from mopexec.weights.begin import difference
-from mopsim.common.errors import MopError
+from mopexec.weights.begin import differences
+from mopsim.common.errors import MopError, shown
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
@@ -116,10 +116,10 @@ KEYS: dict[str, Mapping[str, Value]] = {
         "sliding_window": ".sliding_window", "layer_types": _kinds, "attention_bias": _biased,
         "swiglu_limit": ".swiglu_limit", "swiglu_alpha": ".swiglu_alpha",
     },
-    "DeepseekV2ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v2"},
     "DeepseekV3ForCausalLM": _DEEPSEEK | {
         "model_type": "deepseek_v3", "num_nextn_predict_layers": ".num_nextn_predict_layers",
     },
+    "DeepseekV2ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v2"},
     "Dots1ForCausalLM": _EXPERTS | {
         "model_type": "dots1", "head_dim": ".head_dim", "attention_bias": _biased, "layer_types": _kinds,
         "sliding_window": _window,
@@ -134,19 +134,24 @@ KEYS: dict[str, Mapping[str, Value]] = {
 
 
 def to_config(spec: ModelSpec) -> Config:
-    """config.json of the first architecture that says this very network. Raises MopError where none does."""
-    nearest = ""
+    """config.json of the first architecture that says this very network. Raises MopError where none does,
+    with the nearest: it has experts as the network has, and differs in the fewest fields."""
+    others: list[tuple[bool, int, str]] = []
     for architecture in KEYS:
         config = _config(spec, architecture)
         try:
             read = from_config(config, architecture)
         except (MopError, ZeroDivisionError):
             continue
-        field = difference(read, spec)
-        if field is None:
+        fields = differences(read, spec)
+        if not fields:
             return config
-        nearest = nearest or f"; {architecture} would have {field} {getattr(read, field)!r}"
-    raise MopError(f"model: no architecture of {', '.join(KEYS)} is this network{nearest}")
+        said = [f"{one} {shown(getattr(read, one))}, not {shown(getattr(spec, one))}" for one in fields]
+        other_kind = (read.num_local_experts > 0) != (spec.num_local_experts > 0)
+        others.append((other_kind, len(fields), f"{architecture}, would have {'; '.join(said)}"))
+    nearest = f"; the nearest, {min(others, key=lambda one: one[:2])[2]}" if others else ""
+    known = "an architecture that is written (docs/fine-tune.md)"
+    raise MopError(f"model: {spec.name} is no network of {known}{nearest}")
 
 
 def _config(spec: ModelSpec, architecture: str) -> Config:

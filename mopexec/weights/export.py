@@ -7,7 +7,8 @@ needs neither the ranks nor the device that trained.
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mopexec.model.initialize import is_stacked
-from mopexec.run import checkpoint, plans
+from mopexec.run import checkpoint, kept, plans
+from mopexec.run.checkpoint import UnreadableCheckpointError
 from mopexec.run.plans import KEPT
 from mopexec.run.shards import FlatShards, Piece
 from mopexec.run.state import check_format
-from mopexec.weights.begin import architecture
+from mopexec.weights.begin import architecture, check_rate
 from mopexec.weights.config import to_config
 from mopexec.weights.files import INDEX, SINGLE, read_config
 from mopexec.weights.layout import Layout
@@ -29,6 +31,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
 from mopsim.common.outputs import whole_directory
+from mopsim.spec.plan import Plan
 
 FILE_BYTES = 5 * 10**9
 """Largest file, as transformers' save_pretrained has it, unless one tensor is larger."""
@@ -42,7 +45,7 @@ DTYPES = {
 
 class Exported(Spec, frozen=True, kw_only=True):
     """What was written. bytes: of the tensors. step: optimizer steps of the checkpoint. passed: why newer
-    checkpoints were passed over."""
+    checkpoints were passed over. tokenizer: whether one was written."""
 
     out: str
     checkpoint: str
@@ -53,6 +56,7 @@ class Exported(Spec, frozen=True, kw_only=True):
     files: int
     bytes: int
     passed: list[str]
+    tokenizer: bool
 
 
 def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FILE_BYTES) -> Exported:
@@ -71,13 +75,9 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
         raise MopError(f"--run: {run} has no checkpoint to export")
     path, state, passed = newest
     check_format(state, path, "--run")
-    kept = run / KEPT
-    config = read_config(kept) if (kept / "config.json").is_file() else to_config(plan.model)
-    layout = Layout(plan.model, architecture(config, kept))
-    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or plan.strategy.precision.compute
-    if dtype not in DTYPES:
-        raise MopError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
+    config, layout, dtype = _target(run, plan, dtype)
     config.pop("dtype", None)
+    check_biases(layout, path)
     writer = _Writer(layout, path, DTYPES[dtype], file_bytes)
     with whole_directory(out) as aside:
         try:
@@ -85,16 +85,69 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
         except SafetensorError as error:  # of a full disk
             reason = str(error).rpartition("I/O error: ")[2]
             raise MopError(f"--out: {out}: cannot be written: {reason}") from None
-        if kept.is_dir():
-            shutil.copytree(kept, aside, dirs_exist_ok=True)
+        tokenizer = kept.copy_into(aside, run)
         io.write_text(aside / "config.json", json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
         for file in aside.glob("*.safetensors"):
             shutil.copymode(aside / "config.json", file)  # the library writes for its user alone
     return Exported(
         out=str(out), checkpoint=str(path), step=state.step, architecture=layout.family.architecture,
         dtype=dtype, tensors=len(writer.tensors), files=files, bytes=total,
-        passed=passed,
+        passed=passed, tokenizer=tokenizer,
     )  # fmt: skip
+
+
+def _target(run: Path, plan: Plan, dtype: str | None = None) -> tuple[dict[str, Any], Layout, str]:
+    """config.json, where each parameter lies, and the tensors' dtype. Raises MopError where Hugging Face's
+    format does not say the plan's network.
+    """
+    config = read_config(run / KEPT) if kept.began_with_weights(run) else to_config(plan.model)
+    layout = Layout(plan.model, architecture(config, run / KEPT))
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or plan.strategy.precision.compute
+    if dtype not in DTYPES:
+        raise MopError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
+    return config, layout, dtype
+
+
+def check_exportable(run: Path, plan: Plan) -> None:
+    """Refuse what `export` would refuse of a run of this plan in `run`, begun or not: the network, a balance
+    bias that it moves or has moved. Raises MopError.
+    """
+    _, layout, _ = _target(run, plan)
+    layout.wanted()
+    check_rate(layout.family, plan)
+    if newest := checkpoint.newest_state(run):
+        with suppress(UnreadableCheckpointError):  # which training passes over
+            check_biases(layout, newest[0])
+
+
+def check_biases(layout: Layout, path: Path) -> None:
+    """Refuse what the files would not say: a balance bias that moved, where they have no place for it."""
+    values: dict[tuple[str, int | None], Tensor] = {
+        (name, None): torch.zeros(shape) for name, shape in layout.buffers.items() if not layout.place(name)
+    }
+    _load(layout, path, values)
+    moved = next((name for (name, _), value in values.items() if bool(value.any())), None)
+    if moved:
+        raise MopError(
+            f"{moved}: is not zero in {path}, and {layout.family.architecture} has no place for a router's "
+            "balance bias: only a run with --set bias_update_rate=0 from its first step is exported"
+        )
+
+
+def _load(layout: Layout, path: Path, values: Mapping[tuple[str, int | None], Tensor]) -> None:
+    """Fill the values (of a parameter, of its expert, of a buffer) from the checkpoint at `path`."""
+    state: dict[str, Any] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for (name, expert), value in values.items():
+        if name in layout.buffers:
+            state[name] = value
+        else:
+            start = (expert or 0) * value.numel()
+            pieces.setdefault(name, []).append(Piece(start, value.flatten()))
+    for name, parts in pieces.items():
+        state[f"{name}.value"] = FlatShards.of(parts, layout.parameters[name], parts[0].values)
+    if state:
+        checkpoint.read_alone(path, state)
 
 
 class _Writer:
@@ -114,7 +167,6 @@ class _Writer:
         for name, shape in layout.held():
             for expert in range(shape[0]) if is_stacked(name) else (None,):
                 self.held.setdefault(layout.tensor(name, expert), []).append((name, expert))
-        self._check_biases()
 
     def write(self, folder: Path) -> tuple[int, int]:
         """(bytes of all tensors, files)."""
@@ -160,37 +212,7 @@ class _Writer:
                 view = self.layout.view(parameter, expert, tensor)
                 value = values.setdefault((parameter, expert), torch.empty(view.shape, dtype=torch.float32))
                 targets.append((view, value))
-        self._load(values)
+        _load(self.layout, self.path, values)
         for view, value in targets:
             view.copy_(value)
         return found
-
-    def _load(self, values: dict[tuple[str, int | None], Tensor]) -> None:
-        """Fill the values (of a parameter, of its expert, of a buffer) from the checkpoint."""
-        state: dict[str, Any] = {}
-        pieces: dict[str, list[Piece]] = {}
-        for (name, expert), value in values.items():
-            if name in self.layout.buffers:
-                state[name] = value
-            else:
-                start = (expert or 0) * value.numel()
-                pieces.setdefault(name, []).append(Piece(start, value.flatten()))
-        for name, parts in pieces.items():
-            state[f"{name}.value"] = FlatShards.of(parts, self.layout.parameters[name], parts[0].values)
-        checkpoint.read_alone(self.path, state)
-
-    def _check_biases(self) -> None:
-        """Refuse what the files would not say: a balance bias that moved, where they have no place for it."""
-        lost = [name for name in self.layout.buffers if self.layout.place(name) is None]
-        if not lost:
-            return
-        values: dict[tuple[str, int | None], Tensor] = {
-            (name, None): torch.zeros(self.layout.buffers[name]) for name in lost
-        }
-        self._load(values)
-        moved = next((name for (name, _), value in values.items() if bool(value.any())), None)
-        if moved:
-            raise MopError(
-                f"{moved}: is not zero, and {self.layout.family.architecture} has no place for a router's "
-                "balance bias; train with plan.training.bias_update_rate 0"
-            )

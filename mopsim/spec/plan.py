@@ -150,7 +150,9 @@ class Measurement(Spec, frozen=True, kw_only=True):
     host_memory: bytes of the rank that keeps most there. first_loss, last_loss: loss of the first and the
     last steady step. environment: card or CPU, versions, threads. mop_version: the version that ran.
     routing: how uneven the router was in the steady steps, as a profile to simulate the run with: `r/h`,
-    r % of a layer's routes to the h experts of the rank that got most, on average.
+    r % of a layer's routes to the h experts of the rank that got most, on average. expert_loads: in the last
+    step, how many experts of all layers had how much of an even load: below 1/8, from 1/8 on, by doubling,
+    from 8 on; empty where no router chose.
     """
 
     plan: Plan
@@ -172,6 +174,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
     resumed: int = 0
     disturbed: int = 0
     others: float = 0.0
+    expert_loads: tuple[int, ...] = ()
 
     def _rules(self) -> Rules:
         ranks = self.plan.strategy.world_size
@@ -186,6 +189,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
         for field, size in sizes.items():
             require(size <= MOST_BYTES, field, size, f"must be the bytes of a rank, at most {MOST_BYTES:g}")
         yield 0 <= self.others <= 1, "others", "must lie between 0 and 1"
+        yield all(count >= 0 for count in self.expert_loads), "expert_loads", "must not be negative"
         times, steady = self.step_times, self.steps - self.warmup - self.disturbed
         rule = f"less warmup and disturbed is not the {len(times)} step_times"
         yield 1 <= steady == len(times), "steps", rule

@@ -10,7 +10,9 @@ import typer
 import mopexec.cli
 import mopsim.cli
 from mopexec.run.metrics import StepMetrics
+from mopexec.weights.config import to_config
 from mopexec.weights.families import FAMILIES
+from mopsim.spec.presets import load_model
 from mopsim.validate.case import read_cases
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,18 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         known = {option for one in asked_of.params for option in (*one.opts, *one.secondary_opts)}
         asked = set(re.findall(r"--[a-z][a-z0-9-]*", rest.partition("#")[0]))
         assert asked <= known, f"{package} {command}: {asked - known}"
+
+
+def test_the_network_that_readme_trains_is_exported() -> None:
+    """Its runs have no balance bias, for which its weights have no place."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(one for one in text.split("```") if "--family mop --plan mop.yaml" in one)
+    (name,) = set(re.findall(r"--model (\w+)", block))
+    assert not FAMILIES[to_config(load_model(name))["architectures"][0]].balance_bias
+    trained = [line for line in block.splitlines() if "mopexec train" in line]
+    assert trained
+    assert all("--set bias_update_rate=0 " in line for line in trained)
+    assert {"mopexec export"} <= set(re.findall(r"mopexec \w+", block))
 
 
 RECORDS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))

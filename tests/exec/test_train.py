@@ -78,6 +78,7 @@ def test_a_run_leaves_what_others_rely_on(inputs, whole):
     assert measured.kinds["matmul"].flops > 0
     assert {"all_gather", "all_to_all", "attention"} <= set(measured.kinds)
     assert json.loads(done.stdout)["steps_done"] == 6, "standard output is JSON and nothing else"
+    assert tuple(measured.expert_loads) == tuple(lines[-1]["expert_loads"])
     assert done.stderr.count("step:") == 6
 
 

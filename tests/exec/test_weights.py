@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from mopexec.cli import main
 from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
-from mopexec.weights.begin import difference, keep_config, open_weights
+from mopexec.run.kept import keep_given
+from mopexec.weights.begin import difference, open_weights
 from mopexec.weights.config import to_config
-from mopexec.weights.export import export
+from mopexec.weights.export import check_exportable, export
 from mopexec.weights.files import INDEX, read_config
 from mopexec.weights.load import fill
 from mopsim.common import io
@@ -138,7 +139,7 @@ def test_a_run_of_weights_does_not_go_on_by_a_rule_that_they_cannot_hold(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     io.write_yaml(tmp_path / "plan.yaml", plan_of(qwen, fsdp2(1), bias_update_rate=1e-3))
-    keep_config(qwen, tmp_path / "run")
+    keep_given(tmp_path / "run", qwen, None)
     (tmp_path / "run" / "metrics.jsonl").touch()
     paths = ["--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "run"), "--data", "python"]
     with pytest.raises(SystemExit) as end:
@@ -175,9 +176,25 @@ def test_presets_have_configs(name: str) -> None:
     assert difference(from_config(to_config(spec), "config.json"), spec) is None
 
 
-def test_a_network_that_no_architecture_says_is_refused() -> None:
-    with pytest.raises(MopError, match="no architecture of LlamaForCausalLM"):
-        to_config(load_model("mop_120b"))
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("mop_120b", "MixtralForCausalLM, would have scoring_func 'softmax', not 'sigmoid'"),
+        (
+            "tiny",
+            "Qwen2MoeForCausalLM, would have shared_expert_gate True, not False; scoring_func 'softmax', not",
+        ),
+        ("gpt3_5b", "LlamaForCausalLM, would have ffn_matrices 3, not 2; norm 'rmsnorm', not 'layernorm'"),
+    ],
+)
+def test_a_network_that_no_architecture_says_is_refused_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(MopError, match=f"^model: {name} is no network of an .*; the nearest, {nearest}"):
+        to_config(load_model(name))
+
+
+def test_a_network_of_deepseek_v3_without_mtp_is_no_v2() -> None:
+    """transformers' DeepSeek-V2 has a softmax router without a balance bias, whatever its config says."""
+    assert to_config(load_model("kimi_k2"))["architectures"] == ["DeepseekV3ForCausalLM"]
 
 
 RUNTIMES = {
@@ -305,8 +322,14 @@ def test_exports_that_would_lose_something_are_refused(tmp_path: Path) -> None:
     plan = plan_of(folder, RUNTIMES["fully_shard"], bias_update_rate=0.01)
     arguments = (plan, None, tmp_path / "run", hf_models.tokens())
     pool(2).run("tests.exec.weights_worker", "begin_and_save", *arguments)
-    with pytest.raises(MopError, match=r"balance_bias: is not zero, and MixtralForCausalLM has no place"):
+    moved = r"balance_bias: is not zero in .*, and MixtralForCausalLM has no place .*: only a run with --set"
+    with pytest.raises(MopError, match=moved):
         export(tmp_path / "run" / "trained", tmp_path / "out")
+    with pytest.raises(MopError, match=moved):
+        check_exportable(tmp_path / "run" / "trained", plan_of(folder, RUNTIMES["fully_shard"]))
+    with pytest.raises(MopError, match=r"rate: 0\.01 must be 0: .*Mixtral.* from the first step\)"):
+        check_exportable(tmp_path / "new", plan)
+    check_exportable(tmp_path / "new", plan_of(folder, RUNTIMES["fully_shard"]))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
     with pytest.raises(MopError, match=r"--out: .* is not empty"):

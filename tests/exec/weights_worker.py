@@ -10,9 +10,10 @@ from mopexec.distributed.tiers import Platform
 from mopexec.model import Transformer
 from mopexec.run import checkpoint
 from mopexec.run.apply import build
+from mopexec.run.kept import keep_given
 from mopexec.run.shards import whole
 from mopexec.run.state import run_state
-from mopexec.weights.begin import keep_config, open_weights
+from mopexec.weights.begin import open_weights
 from mopexec.weights.load import fill
 from mopexec.weights.source import Seeded
 from mopsim.common import io
@@ -34,7 +35,7 @@ def begin_and_save(platform: Platform, plan: Plan, folder: Path | None, out: Pat
         if dist.get_rank() == 0:
             io.write_yaml(out / name / "plan.yaml", plan)
             if folder is not None:
-                keep_config(folder, out / name)
+                keep_given(out / name, folder, None)
         dist.barrier()
         state = run_state(plan, steps, 0, "")
         checkpoint.save(out / name / "checkpoints", runner, state, keep=1)

@@ -12,6 +12,7 @@ from mopsim.spec.presets import list_models, load_model
 
 REQUIRED = (
     "tiny",
+    "tiny_qwen3_moe",
     "mixtral_8x7b",
     "mixtral_8x22b",
     "qwen3_30b_a3b",
@@ -93,6 +94,15 @@ def test_the_papers_networks_list_what_they_assume(name: str) -> None:
     assert any("MoE" in text for text in model.assumptions)
     counted = any("4.73B" in text for text in model.assumptions)
     assert counted == (name == "mop_120b")  # what one network has was said of all four
+
+
+def test_tiny_qwen3_moe_is_a_qwen3_moe_of_tinys_sizes() -> None:
+    small, tiny, large = (load_model(name) for name in ("tiny_qwen3_moe", "tiny", "qwen3_30b_a3b"))
+    sizes = ("hidden_size", "num_hidden_layers", "num_local_experts", "moe_intermediate_size", "vocab_size")
+    assert [getattr(small, name) for name in sizes] == [getattr(tiny, name) for name in sizes]
+    rest = ("qk_norm", "rope_theta", "rms_norm_eps", "scoring_func", "norm_topk_prob", "tie_word_embeddings")
+    assert [getattr(small, name) for name in rest] == [getattr(large, name) for name in rest]
+    assert 2e6 < total_params(small) < 6e6
 
 
 def test_tiny_has_every_mechanism_at_a_cpus_size() -> None:

@@ -1,0 +1,54 @@
+"""Whether experts starve, and what evens their loads."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from mopexec.run.supported import check_supported
+from mopexec.weights.export import check_exportable
+from mopsim.common.errors import MopError
+from mopsim.spec.plan import Plan
+
+LEAST = 16.0
+"""Routes of an even load from which under 1/8 of it is no chance: of a Poisson count with this mean, 2 in a
+million are below 2."""
+
+
+def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
+    """A line on experts that had under 1/8 of an even load, with what evens loads in a run of this plan; ''
+    where there are none, or too few tokens to tell. loads: `Measurement.expert_loads`.
+    """
+    model, training = plan.model, plan.training
+    routes = training.global_batch * training.seq_len * model.num_experts_per_tok
+    if not loads or not loads[0] or routes < LEAST * model.num_local_experts:
+        return ""
+    rate, weight = training.bias_update_rate, training.router_aux_loss_coef
+    kept = "" if rate or not _lost(run, plan) else ", with which export refuses the run"
+    runs = _holds(lambda: check_supported(_with(plan, router_aux_loss_coef=1.0)))
+    run_by = "" if runs else f", not run by {plan.stack.runtime}"
+    return (
+        f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step; what "
+        f"evens loads: --set bias_update_rate above its {rate:g}{kept}; --set router_aux_loss_coef above its "
+        f"{weight:g}{run_by}"
+    )
+
+
+def _with(plan: Plan, **training: Any) -> Plan:
+    return replace(plan, training=replace(plan.training, **training))
+
+
+def _holds(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except MopError:
+        return False
+    return True
+
+
+def _lost(run: Path, plan: Plan) -> bool:
+    """Whether a balance bias that moves is all for which export refuses the run."""
+    return _holds(lambda: check_exportable(run, plan)) and not _holds(
+        lambda: check_exportable(run, _with(plan, bias_update_rate=1.0))
+    )
