@@ -47,7 +47,7 @@ class Shards:
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, int] = {}
-        reached = self.copied and context.stack.sharding.prefetch == "reached"
+        reached = self.copied and not context.stack.sharding.told(context.strategy)
         self._reached = ("forward",) if reached else ()
         self._left: Ops = ()
         self._copied_out: Ops = ()
@@ -209,6 +209,8 @@ class Shards:
         if group.size == 1 and not away and not copied:
             return
         shard, size = unit.shard_numel * self.c.param, self.c.whole(unit)
+        reached = copied and phase in self._reached  # a stream of its own, once the one before is copied out
+        room = self._copied_out if reached else room
         if away:
             whole = group.size == 1 and not copied
             room = (self._copy(unit, "h2d", shard, phase, room, (("gathered", size),) if whole else ()),)
@@ -221,9 +223,7 @@ class Shards:
             cast = unit.shard_numel * self.c.b if self.c.param != self.c.b else 0
             alive = max(cast, shard if away else 0)
             memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
-            if phase in self._reached:  # from a stream of its own, once the one before is copied out
-                room = self._copied_out
-            else:
+            if not reached:
                 room, memory = (self._pass(f"copy in {unit.name}", unit, first, phase, room, memory),), ()
                 first = ()
         host, calls = flat_host(self.c, unit, "gather", 1), self.c.exchanges(unit)

@@ -62,7 +62,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     (`asked`); or no narrower than what is updated (`masters`: torch.zeros_like).
     embedding: tensor-parallel ranks split the token embedding, or each has it whole.
     prefetch: FSDP2 gathers a layer's parameters in the forward while it runs the one before (`told`), or when
-    the host is there (`reached`, its default), as far ahead as nothing makes it wait for the device.
+    the host is there (`reached`, its default), as far ahead as nothing makes it wait for the device; or is
+    told where ranks split the routed experts (`split`).
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards); else each is sharded over as many ranks as is asked for.
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
@@ -92,10 +93,15 @@ class Sharding(Spec, frozen=True, kw_only=True):
     host_moments: Literal["asked", "masters"] = "asked"
     experts: bool = True
     embedding: Literal["split", "whole"] = "split"
-    prefetch: Literal["told", "reached"] = "told"
+    prefetch: Literal["told", "reached", "split"] = "told"
     one_mesh: bool = False
     agreements: bool = False
     groups: Literal["layers", "modules", "each"] = "layers"
+
+    def told(self, strategy: Strategy) -> bool:
+        """Whether FSDP2 is told what to gather ahead in the forward."""
+        split = self.prefetch == "split" and strategy.experts.expert_parallel > 1
+        return split or self.prefetch == "told"
 
     def with_moments(self, precision: Precision, strategy: Strategy) -> Precision:
         """The dtypes with those of the moments that the host has (host_moments)."""

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from mopsim.engine import SimResult, simulate
+from mopsim.program import lower
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -101,6 +102,23 @@ def test_a_host_that_waits_for_the_device_gathers_late_unless_it_is_told_to_ahea
         for how in ("told", "reached")
     )
     assert reached > told
+
+
+@pytest.mark.parametrize("how", ["told", "reached"])
+def test_a_gather_waits_for_the_upload_of_its_shard(how: str) -> None:
+    stack, training = changed("torchtitan", sharding={"prefetch": how}), TrainSpec(seq_len=64, global_batch=2)
+    ops = lower(small(), fsdp2(world_size=2, offload=True), training, 2, stack).programs[0].ops
+    gathers = [op for op in ops if op.name.startswith("gather ") and op.phase == "forward"]
+    for op in gathers:
+        before = [ops[i] for i in op.deps]
+        names = [one.name for one in before] + [ops[i].name for one in before for i in one.deps]
+        assert op.name.replace("gather", "upload") in names
+    assert gathers
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(1, False), (2, True)])
+def test_split_experts_are_told_what_to_gather_ahead(ranks: int, told: bool) -> None:
+    assert changed("torchtitan").sharding.told(fsdp2(world_size=2, expert_parallel=ranks)) == told
 
 
 def test_modules_that_are_wrapped_one_by_one_are_whole_one_by_one() -> None:
