@@ -153,7 +153,7 @@ def _comm_overlap(plan: Plan, ddp: dict[str, Any]) -> dict[str, Any]:
         "overlap_grad_reduce": ddp["overlap_grad_reduce"],
         "overlap_param_gather": ddp["overlap_param_gather"],
         "overlap_moe_expert_parallel_comm": _hides_experts(plan),
-        "delay_wgrad_compute": False,
+        "delay_wgrad_compute": _hides_experts(plan) and plan.stack.host.delayed_grads,
     }
 
 

@@ -59,10 +59,11 @@ ROUTES_MAP = (5.8, 2.8)
 """Linears that dispatching, experts and combining take more than with the alltoall dispatcher (HybridEP's are
 taken for that one's), and where torch makes the map of routes (`reports/host/te_deepep.json`, the means of 4
 and 16 local experts)."""
-WOVEN = (12.0, 31.3)
+WOVEN: dict[bool, tuple[float, float]] = {False: (12.0, 23.2), True: (12.0, 31.3)}
 """Linears that a layer takes more where a forward is woven with another microbatch's backward: five graphs of
-autograd in place of one, weight gradients made apart (`reports/host/te_overlap.json`; forward: the mean of
-all four, whose forwards are the same). Streams and events are not in it."""
+autograd in place of one; True: weight gradients made apart too (`host.delayed_grads`). Means of
+`reports/host/te_overlap.json`; forward: of all four, whose forwards are the same. Streams and events are not
+in it."""
 KINDS: Costs = {
     "latent": (13.0, 15.2),
     "latent_rotary": (26.1, 17.7),

@@ -64,6 +64,13 @@ class Context:
         return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
 
     @property
+    def weaves(self) -> bool:
+        """Whether passes run as weaving them has it: Megatron-Core's do so in every microbatch, also the
+        first forward and the last backward, which have none beside them (combined_1f1b.py)."""
+        s = self.strategy
+        return bool(s.overlap.experts) and s.dense.zero < 2 and s.pipeline.schedule != "zero_bubble"
+
+    @property
     def owned(self) -> bool:
         """Whether each tensor's optimizer state is with one rank, whole."""
         return self.stack.sharding.owners and self.strategy.dense.zero == 1

@@ -47,12 +47,14 @@ class Around:
     again: Costs = field(default_factory=dict)
 
     @classmethod
-    def of(cls, context: Context, again: Mapping[str, tuple[float, float, tuple[str, ...]]]) -> "Around":
-        """Of a job. again: `Passes.again`."""
+    def of(
+        cls, context: Context, again: Mapping[str, tuple[float, float, tuple[str, ...]]], *, woven: bool
+    ) -> "Around":
+        """Of a job. again: `Passes.again`; woven: see kinds_of."""
         stack = context.stack
         hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
-        kinds = kinds_of(context.model, stack, context.strategy)
+        kinds = kinds_of(context.model, stack, context.strategy, woven=woven)
         measured = stack.host.layers == "transformer_engine"
         found = {
             component: (rest, sum(_alone(module, context) for module in modules))
@@ -74,9 +76,11 @@ def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     return replace(program, ops=hosted(program.ops, layers, stack, around))
 
 
-def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -> Costs:
+def kinds_of(
+    model: ModelSpec, stack: Stack, strategy: Strategy | None = None, *, woven: bool = False
+) -> Costs:
     """Linears that a network's kind of layers adds to each component of the plain one; a strategy's
-    context-parallel ranks to attention, its dispatcher to experts."""
+    context-parallel ranks to attention, its dispatcher to experts. woven: `Context.weaves`."""
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0
@@ -94,7 +98,7 @@ def kinds_of(model: ModelSpec, stack: Stack, strategy: Strategy | None = None) -
     if strategy and ranks > 1:
         found["experts"] += [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
         found["experts"] += [ROUTES_MAP] * maps_routes(strategy, stack)
-        found["experts"] += [WOVEN] * bool(strategy.overlap.experts)
+        found["experts"] += [WOVEN[stack.host.delayed_grads]] * woven
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()

@@ -53,7 +53,7 @@ def lower(
         for stage in stages
     )
     if stack.host.modules:
-        around = Around.of(context, passes.again())
+        around = Around.of(context, passes.again(), woven=context.weaves)
         programs = tuple(by_modules(program, context.stack, around) for program in programs)
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)

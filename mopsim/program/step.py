@@ -47,7 +47,7 @@ class StageStep:
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
         p = self.c.strategy.pipeline
-        pairs = bool(self.overlap.experts) and not self.shards.each and p.schedule != "zero_bubble"
+        pairs = self.c.weaves
         turns = pipeline_order.turns(
             p.schedule, p.pipeline_parallel, p.virtual_stages, microbatches, self.stage.index, int(pairs)
         )

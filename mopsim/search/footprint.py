@@ -58,7 +58,7 @@ class Footprint:
         self.own_master = np.where((c["zero"] >= 1) & (c["state"] != HOST), lacking, plain)
         """Bytes of a master weight beside the parameter."""
         self.stage = self.problem.world_size / c["pipeline"]
-        self.microbatches = microbatches(space)
+        self.microbatches = space.microbatches()
         self.ring = c["loss"] == RING
         layers = self.model.num_hidden_layers
         self.again = recomputed(space.columns["recompute"], space.columns["modules"])
@@ -226,10 +226,3 @@ class Footprint:
         each = np.minimum(whole, 2 * whole / layers) * self.by_layer
         held = np.where(c["reshard"] == 1, each, whole)
         return np.asarray(np.where(c["zero"] == 3, held, 0.0))
-
-
-def microbatches(space: Space) -> Reals:
-    """Of a step of each row."""
-    c, asked = space.columns, space.problem
-    groups = asked.world_size / (c["pipeline"] * c["tensor"] * c["sequence"])
-    return np.asarray(asked.training.global_batch / (c["micro_batch"] * groups))

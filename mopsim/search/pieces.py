@@ -17,7 +17,7 @@ from mopsim.program.passes import Passes
 from mopsim.program.template import Template
 from mopsim.search.build import build
 from mopsim.search.flow import Alone, Flow, Priced, Prices, alone, device_bytes
-from mopsim.search.problem import PARTS, RING
+from mopsim.search.problem import PARTS, RING, Column
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
 
@@ -113,6 +113,10 @@ class Pieces:
         return made
 
     @cached_property
+    def _every(self) -> tuple[Column, ...]:
+        return self.space.within()
+
+    @cached_property
     def prices(self) -> Prices:
         return self._once("prices", lambda: Prices(self.space.machine, self.space.stack))
 
@@ -122,7 +126,7 @@ class Pieces:
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
-        kind, turns, _ = self.key(index, ("loss", "vocabulary"))
+        kind, turns, *_ = self.key(index, ("loss", "vocabulary"))
         long = kind == RING and turns > TURNS
         shorter = max(one for one in range(1, TURNS + 1) if turns % one == 0) if long else turns
 
@@ -151,12 +155,16 @@ class Pieces:
         return "host" if c["boundary_parts"][index] == PARTS else "some"
 
     def key(self, index: int, names: Sequence[str]) -> Key:
-        """Values of some columns of a row, and what decides beside them how far its groups spread: the ranks
-        of its stage, 0 where these are whole scale-up domains and a group's ranks lie side by side."""
+        """Values of some columns of a row, and what decides beside them what its parts are (Space.within) and
+        how far its groups spread: the ranks of its stage, 0 where these are whole scale-up domains and a
+        group's ranks lie side by side."""
         problem, c = self.space.problem, self.space.columns
         ranks = problem.world_size // int(c["pipeline"][index])
         apart = ranks if ranks % problem.domain or c["strided"][index] else 0
-        return (*(int(c[name][index]) for name in names), apart)
+        return (*(int(c[name][index]) for name in names), *self._within(index), apart)
+
+    def _within(self, index: int) -> Key:
+        return tuple(int(column[index]) for column in self._every)
 
     def _flow(self, index: int, part: PipelinePart, way: str, inputs: str) -> Flow:
         """A pass through a part. Where inputs of layers are on the host, each goes as its layer ends and
@@ -227,7 +235,7 @@ class Pieces:
         model = self.space.problem.model
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         kinds = {passes.key(layer): layer for layer in reversed(range(count))}
-        around = Around.of(passes.context, passes.again())
+        around = Around.of(passes.context, passes.again(), woven=passes.context.weaves)
         return {
             kind: self._piece(passes.forward(layer), passes.backward(layer), around=around)
             for kind, layer in kinds.items()

@@ -8,7 +8,7 @@ import numpy as np
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.flow import Alone
-from mopsim.search.footprint import LAST, SLOTS, microbatches
+from mopsim.search.footprint import LAST, SLOTS
 from mopsim.search.learn import codes
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import Column
@@ -31,7 +31,7 @@ class WovenRank:
     def of(pieces: Pieces, given: SpaceFacts, index: int) -> "WovenRank":
         row, model = pieces.space.row(index), pieces.space.problem.model
         laid = row["pipeline"], row["virtual_stages"], row["layout"]
-        count = round(float(microbatches(pieces.space.part(index, index + 1))[0]))
+        count = round(float(pieces.space.part(index, index + 1).microbatches()[0]))
         last, share = laid[0] - 1, given.hardware.communication_share
         stages = sorted({fullest(model, laid, count), last})
         times = tuple(RankTime.of(pieces, index, laid, count, stage, share) for stage in stages)
@@ -306,13 +306,15 @@ def _height(piece: LayerPiece, part: int) -> float:
 
 def _distinct(space: Space, rows: Column, names: Sequence[str]) -> tuple[Column, Column]:
     """(Places of one of the rows for each combination of values of some columns; the combination of each)."""
-    combination = codes([space.columns[name][rows] for name in names], len(rows))
+    some = space.take(rows)
+    combination = codes([*(some.columns[name] for name in names), *some.within()], len(rows))
     return np.unique(combination, return_index=True)[1], combination
 
 
 def alike(kept: Space) -> tuple[Column, list[Column]]:
     """(the group of each candidate that shares its parts but the loss, the places of each group)."""
     c, woven = kept.columns, kept.columns["overlap"]
-    group = codes([*(c[name] for name in LAYER), *(woven * c[name] for name in LAID)], len(kept))
+    laid = (woven * c[name] for name in LAID)
+    group = codes([*(c[name] for name in LAYER), *laid, *kept.within()], len(kept))
     order = np.argsort(group, kind="stable")
     return group, np.split(order, np.flatnonzero(np.diff(group[order])) + 1)

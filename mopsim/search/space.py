@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mopsim.cost.stack import as_used, waiting
 from mopsim.search.build import build
 from mopsim.search.problem import Column, Problem, tokens
+from mopsim.search.stages import IDEAL
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
@@ -69,6 +71,19 @@ class Space:
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""
         return tokens(self.problem, self.columns)
+
+    def microbatches(self) -> NDArray[np.float64]:
+        """Of a step of every row."""
+        c, asked = self.columns, self.problem
+        groups = asked.world_size / (c["pipeline"] * c["tensor"] * c["sequence"])
+        return np.asarray(asked.training.global_batch / (c["micro_batch"] * groups))
+
+    def within(self) -> tuple[Column, Column]:
+        """What decides beside columns of their own what the parts of every row are: (whether a step has one
+        microbatch alone, whose gradients are added to none; whether its program weaves)."""
+        c = self.columns
+        woven = (c["overlap"] == 1) & (c["layout"] != IDEAL) & (c["zero"] < 2)
+        return (self.microbatches() == 1).astype(np.int64), woven.astype(np.int64)
 
 
 def taken(columns: Columns, rows: Column) -> Columns:

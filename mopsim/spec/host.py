@@ -26,8 +26,10 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     reads the loss of every microbatch, to stop where that is no number. message_reads: values that it reads
     from the device before a message between pipeline stages can come, whose shape two messages before it say.
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
-    step has its part of; 0: none. logs: what it counts and reads at the end of a step for its log alone: how
-    many gradients are zero (`zeros`), the norm of the parameters (`params_norm`)."""
+    step has its part of; 0: none. delayed_grads: where exchanges of experts hide behind another microbatch,
+    weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). logs: what it
+    counts and reads at the end of a step for its log alone: how many gradients are zero (`zeros`), the norm
+    of the parameters (`params_norm`)."""
 
     modules: bool = False
     layers: Literal["transformers", "transformer_engine"] = "transformers"
@@ -39,6 +41,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     loss_read: bool = False
     message_reads: int = 0
     collections: int = 0
+    delayed_grads: bool = False
     logs: tuple[Literal["zeros", "params_norm"], ...] = ()
     frames: bool = False
     graphs: tuple[str, ...] = ()

@@ -1,0 +1,64 @@
+"""Parts of candidates stand for those alone that have them, whatever was asked before."""
+
+import numpy as np
+import pytest
+
+from mopsim.engine import simulate
+from mopsim.search.facts import SpaceFacts
+from mopsim.search.pieces import LAYER, Pieces
+from mopsim.search.problem import Problem, lowered, worked_out
+from mopsim.search.refined import Refined, alike
+from mopsim.search.space import Space
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.tensors import total_params
+from mopsim.spec.training import TrainSpec
+from tests.sim.spaces import generate, spread
+
+
+def asked(model: str, nodes: int, batch: int, seq_len: int = 2048, stack: str | None = None) -> Problem:
+    spec = load_model(model)
+    training, own = TrainSpec(seq_len=seq_len, global_batch=batch), load_stack(stack) if stack else None
+    return Problem(spec, load_profile("h200-sxm-141g"), nodes, training, total_params(spec), stack=own)
+
+
+def bounds(space: Space, *groups: list[int]) -> list[float]:
+    found, kept = Refined.of(Pieces(space), SpaceFacts.of(space), [np.array(group) for group in groups])
+    assert found is not None
+    assert len(kept) == len(groups)
+    return [float(time) for time in found.time()]
+
+
+@pytest.mark.parametrize("first", ["woven", "plain"])
+def test_a_plain_row_has_not_what_weaving_takes_of_the_host(first: str) -> None:
+    problem = asked("qwen3_30b_a3b", 2, 64)
+    space = spread(problem, "megatron")
+    woven = space.within()[1]
+    keys = [tuple(int(space.columns[name][at]) for name in LAYER) for at in range(len(space))]
+    of = {keys[at]: int(at) for at in np.flatnonzero(woven)}
+    plain = (int(at) for at in np.flatnonzero(space.columns["overlap"] == 0) if keys[at] in of)
+    rows = next((of[keys[at]], at) for at in plain)
+    rows = rows if first == "woven" else rows[::-1]
+    for at, bound in zip(rows, bounds(space, *([at] for at in rows)), strict=True):
+        found = simulate(problem.model, problem.hardware, 2, space.build(at), problem.training, space.stack)
+        assert bound <= found.step_time * (1 + 1e-9)
+    assert len(alike(space.take(np.array(rows)))[1]) == 2
+
+
+def test_a_bound_is_the_same_after_another_batch() -> None:
+    """Gradients of one microbatch alone are added to none."""
+
+    def one(batch: int) -> float:
+        problem = asked("llama3_8b", 1, batch, 512, "universal-llm-trainer")
+        return bounds(generate(problem, "megatron"), [0])[0]
+
+    def forget() -> None:
+        for cache in (lowered, worked_out):
+            cache.cache_clear()
+
+    forget()
+    alone = one(8)
+    forget()
+    assert one(64) > alone
+    assert one(8) == alone
