@@ -281,8 +281,8 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
-    again; parameters that lie on the host; tensor ranks that split rows of two sequences or hold all rows,
-    and two readers of each; sends of an interleaved pipeline; gradients as narrow as the products; FSDP's
+    again; products in 8 bits; narrow moments and parameters on the host; tensor ranks that split rows of two
+    sequences or hold all rows, and two readers of each; sends of an interleaved pipeline; gradients as narrow as the products; FSDP's
     groups without copies; heads' norms.
     """
     job = JOBS["megatron"]
@@ -303,9 +303,16 @@ def left_to_the_stack() -> dict[str, Job]:
     rows = megatron(8, tensor_parallel=2)
     rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
     own = structs.replace(job.software, kernels=Kernels(gate_up="added"))
+    eight = structs.replace(whole.strategy.precision, matmul="fp8")
+    hosted = megatron(8, expert_parallel=2)
+    by_host = structs.replace(hosted.optimizer, state_tier="host", update_on="host")
+    short = structs.replace(hosted.precision, moments="bfloat16")
+    hosted = structs.replace(hosted, optimizer=by_host, precision=short)
     return {
         "rows split": replace(job, strategy=megatron(8, tensor_parallel=2, micro_batch=2), stack=own),
         "rows held": replace(job, strategy=rows, stack=own),
+        "8 bits": replace(whole, strategy=structs.replace(whole.strategy, precision=eight)),
+        "moments on the host": replace(job, strategy=hosted),
         "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),
         "interleaved": replace(
