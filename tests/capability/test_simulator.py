@@ -282,8 +282,8 @@ def left_to_the_stack() -> dict[str, Job]:
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
     again; products in 8 bits; narrow moments and parameters on the host; tensor ranks that split rows of two
-    sequences or hold all rows, and two readers of each; sends of an interleaved pipeline; gradients as narrow as the products; FSDP's
-    groups without copies; heads' norms.
+    sequences or hold all rows, and two readers of each; sends of an interleaved pipeline; gradients as
+    narrow as the products; FSDP's groups without copies; heads' norms.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
