@@ -47,8 +47,8 @@ class Shards:
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, int] = {}
-        reached = self.copied and not context.stack.sharding.told(context.strategy)
-        self._reached = ("forward",) if reached else ()
+        told = not self.copied or context.stack.sharding.told(context.strategy)
+        self._reached = () if told else ("forward",)
         self._left: Ops = ()
         self._copied_out: Ops = ()
         self._sent: Ops = ()
@@ -202,8 +202,8 @@ class Shards:
 
     def _gather(self, unit: ShardedUnit, phase: str, room: Sequence[int]) -> None:
         """Start an all-gather: a prefetch, or the unit's own."""
-        group, away = self.c.groups[unit.group], self._place(unit).param_tier == "host"
-        copied = self._copied(unit)
+        group, copied = self.c.groups[unit.group], self._copied(unit)
+        away = self._place(unit).param_tier == "host"
         if unit.name in self._coming or unit.name in self._there:
             return
         if group.size == 1 and not away and not copied:
@@ -312,10 +312,9 @@ class Shards:
     def _reduce(self, unit: ShardedUnit, ready: Ops) -> None:
         """The full gradient is summed into the shard's."""
         part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
-        last = self._sent_off(unit, part, ready) if copied else ready
+        last, before = self._sent_off(unit, part, ready) if copied else ready, tuple[Work, ...]()
         if copied and not last:
             return
-        before: tuple[Work, ...] = ()
         if self.c.stack.sharding.flat:
             name, flat = f"flat gradient {unit.name}", (put_together(self.c, unit),)
             last, before = (self._pass(name, unit, flat, "backward", ready),), (divided(self.c, unit),)
@@ -375,9 +374,10 @@ class Shards:
         return self._pass(f"added {unit.name}", unit, (), "backward", (added,))
 
     def _full_grad(self, unit: ShardedUnit) -> int:
-        """Bytes of a unit's whole gradient before it is reduced; a whole one that stays is the unit's own."""
+        """Bytes of a unit's whole gradients that are there at a time, but of one that stays: the unit's."""
         own = unit.shard == 1 and self.stage.frees_gradients and self.c.grad == self.c.b
-        return 0 if own else unit.padded * self.c.grad
+        alive = unit.largest if self.c.stack.sharding.groups == "each" else unit.padded
+        return 0 if own else alive * self.c.grad
 
     def _kept_grad(self, unit: ShardedUnit, size: int) -> Memory:
         """The gradient that stays, where the first backward makes it."""

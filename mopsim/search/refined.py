@@ -272,7 +272,8 @@ class Refined(Bounder):
     def _own(self, kind: LayerKind) -> list[Reals]:
         """Bytes of the gathered weights and full gradients of a layer under ZeRO-3 in each part of its
         backward (mopsim.search.pieces), and of weights gathered ahead, where these do not stay gathered."""
-        stack, zero3 = self.space.stack, self.c["zero"] == 3
+        stack = self.space.stack
+        zero3 = (self.c["zero"] == 3) & (stack.sharding.groups != "each")  # there one by one
         used = np.where(zero3, self.c["reshard"] * self.sent * self.by_layer, 0.0)
         dense, routed = (full * used for full in self._full(kind))
         grads = np.where(zero3, np.add(*self._full(kind)), 0.0)

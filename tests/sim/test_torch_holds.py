@@ -121,9 +121,10 @@ def test_split_experts_are_told_what_to_gather_ahead(ranks: int, told: bool) -> 
     assert changed("torchtitan").sharding.told(fsdp2(world_size=2, expert_parallel=ranks)) == told
 
 
-def test_modules_that_are_wrapped_one_by_one_are_whole_one_by_one() -> None:
+@pytest.mark.parametrize("what", ["gathered", "gathered_grads"])
+def test_modules_that_are_wrapped_one_by_one_are_whole_one_by_one(what: str) -> None:
     layers, each = (
-        played(fsdp2(world_size=2), "litgpt", sharding={"groups": how}).highest_by_category["gathered"]
+        played(fsdp2(world_size=2), "litgpt", sharding={"groups": how}).highest_by_category[what]
         for how in ("layers", "each")
     )
     assert each < layers
