@@ -17,6 +17,8 @@ ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
 BACKENDS = {"deepep": "deepep"}
 KEYS = {"strategy.experts.token_dispatcher": ["parallelism.expert_parallel_comm_backend"]}
 """By field, what has TorchTitan's default (`standard`) where the field is not expressed."""
+NEVER = 1e12
+"""A norm to clip to that no gradient has: TorchTitan always clips, and to 0 it would train nothing."""
 MATMUL = {"fp8": "float8", "mxfp8": "mx"}
 
 
@@ -42,7 +44,7 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
             "local_batch_size": local,
             "global_batch_size": t.global_batch,
             "seq_len": t.seq_len,
-            "max_norm": t.clip_norm,
+            "max_norm": t.clip_norm or NEVER,
             "enable_cpu_offload": s.dense.param_tier == "host",
             "dtype": "float32",
             "mixed_precision_param": "float32" if s.precision.compute == "float32" else "bfloat16",

@@ -136,11 +136,12 @@ def _model(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _loss(plan: Plan) -> Code:
+def _loss(plan: Plan, left_out: Sequence[SpecError]) -> Code:
     heads, loss = plan.model.num_nextn_predict_layers, plan.strategy.vocabulary
     vocabulary = {"global_vocab_size": Code("decoder_vocab_size(model_spec)")}
     found = _made("MTPLoss.Config" if heads else "CrossEntropyLoss.Config", vocabulary)
-    if loss.loss != "chunked" or not loss.chunk_tokens:
+    untold = any(gap.field.startswith("strategy.vocabulary.") for gap in left_out)
+    if loss.loss != "chunked" or not loss.chunk_tokens or untold:
         return found
     chunks = plan.training.tokens_per_rank(plan.strategy) // loss.chunk_tokens
     return _made("ChunkedLossWrapper.Config", {"num_chunks": chunks, "loss_fn": found})
@@ -157,7 +158,7 @@ def _said(value: Any) -> str:
     return json.dumps(value) if type(value) is str else str(value)
 
 
-def _function(plan: Plan, found: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _function(plan: Plan, found: dict[str, dict[str, Any]], left_out: Sequence[SpecError]) -> Iterator[str]:
     """Its lines."""
     made = {name: [f"{key}={_said(value)}," for key, value in one.items()] for name, one in found.items()}
     recomputed = "None" if plan.strategy.activations.recompute == "none" else "FullAC.Config()"
@@ -167,7 +168,7 @@ def _function(plan: Plan, found: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "    )"
     yield "    return Trainer.Config("
     yield "        model_spec=model_spec,"
-    yield f"        loss={_loss(plan)},"
+    yield f"        loss={_loss(plan, left_out)},"
     yield f"        dataloader={DATA},"
     yield f"        activation_checkpoint={recomputed},"
     for name, lines in made.items():
@@ -185,7 +186,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     lines.append(
         "# There a token attends to its own document alone; the plan is of sequences of one document"
     )
-    made = list(_function(plan, unsaid(sections(plan), left_out, KEYS)))
+    made = list(_function(plan, unsaid(sections(plan), left_out, KEYS), left_out))
     model = SIDES[NAME]["flavors"].get(plan.model.name, ("YOUR_MODEL",))[0]
     named = set(re.findall(r"\w+", "\n".join(made)))
     used = {place: [name for name in names if name in named] for place, names in PLACES.items()}

@@ -254,7 +254,7 @@ def risks(d: Decision) -> list[str]:
     """What may go otherwise."""
     subject = d.subject
     if subject is None or subject.result is None or subject.figures is None:
-        return ["No plan fits in memory at any size that was tried."]
+        return ["No number of nodes that was tried has a plan: why, by machine type, is said above."]
     result, bill, here = subject.result, subject.figures, d.request.at(subject.figures)
     terms = here.terms
     lines = [
@@ -264,6 +264,7 @@ def risks(d: Decision) -> list[str]:
     lines += filter(None, [unmeasured(result)])
     best = [one.best for one in d.sizings if one.best and one.best.result]
     runs = [published(one.result, one.hardware) for one in best if one.result]
+    runs = runs or [published(result, subject.hardware)]
     lines.append(
         f"Measured runs behind the intervals of step times: {'; '.join(runs)}. A type with few is given "
         f"the error that machine types had so far."

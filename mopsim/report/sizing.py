@@ -251,7 +251,7 @@ def surely(one: Point | None, chosen: Point | None, request: Request) -> str:
 def missed(miss: Miss | None, flag: str = "--max-nodes") -> str:
     """What comes nearest, and the smallest change that would do. flag: of more nodes."""
     if miss is None:
-        return "nothing fits: no number of nodes was found on which the model trains"
+        return "no number of nodes that was tried has a plan"
     point, changes = miss.point, []
     if miss.days is not None:
         changes.append(f"--days {math.ceil(miss.days * 100) / 100:g}")

@@ -115,8 +115,10 @@ def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
     if not faster:
         return None
     one = max(faster, key=lambda one: (one.p_fits, -one.step_time))
+    near = abs(one.p_fits - SURE) < 0.005  # which two digits would not tell from what is ranked
+    odds = f"{one.p_fits:.3f}" if near else format_probability(one.p_fits)
     return (
-        f"a plan that fits with probability {format_probability(one.p_fits)} (--risk ranks it) is "
+        f"a plan that fits with probability {odds} (--risk ranks it) is "
         f"{best.step_time / one.step_time - 1:.0%} faster: {describe(one.strategy)}"
     )
 

@@ -140,6 +140,19 @@ def test_chunks_and_compiled_layers_are_those_of_the_stack() -> None:
 
 
 @pytest.mark.usefixtures("main")
+def test_what_is_not_expressed_is_not_asked_for() -> None:
+    """A chunk of more rows than a rank has was written as no chunk at all; no clipping as a norm of 0."""
+    made = replace(fsdp2(32, expert_parallel=8), vocabulary=Vocabulary(loss="chunked", chunk_tokens=10**6))
+    made = replace(made, stack="torchtitan-compile-2026")
+    assert configured(made, lossy=True).loss.made == "CrossEntropyLoss.Config"
+    given = plan(made)
+    given = replace(given, training=replace(given.training, clip_norm=0.0))
+    found: dict[str, Any] = {}
+    exec(export(given, "torchtitan-main", lossy=True)[0], found)
+    assert found["plan"]().training.max_norm == 1e12
+
+
+@pytest.mark.usefixtures("main")
 def test_deepseek_v3_keeps_its_mtp_module() -> None:
     made = configured(fsdp2(32, expert_parallel=8), "deepseek_v3")
     assert made.model_spec.num_mtp_layers == 1
