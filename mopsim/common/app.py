@@ -25,11 +25,7 @@ def written(param: Any) -> str:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, and whose outputs may not be files that it reads. Its
-    help is plain text: typer's tables cut an option's name where they are narrow."""
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named | {"rich_markup_mode": None})
+    """A command that refuses an option given twice, and whose outputs may not be files that it reads."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises MopError for an option that has a value already, unless its values are a list, and for a
@@ -47,6 +43,10 @@ class Command(TyperCommand):
                 raise MopError(f"{param.opts[0]}: {shown(typed[param.name])} is not a number")
         return rest
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The whole first sentence, which a group's help wraps."""
+        return super().get_short_help_str(1000)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command, its inputs protected."""
         values = {name: value for name, value in self.typed(ctx).items() if name in READS}
@@ -63,7 +63,11 @@ class Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """A typer app whose commands are of that kind."""
+    """A typer app whose commands are of that kind. Help, its own and theirs, is plain text: typer's tables
+    cut an option's name where they are narrow."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(rich_markup_mode=None, **given)
 
     def command(
         self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **given: Any

@@ -156,7 +156,7 @@ def test_help_on_80_columns_cuts_no_name(app: Any, monkeypatch: pytest.MonkeyPat
     for path, command in _with_paths(get_command(app), ()):
         said = CliRunner().invoke(app, [*path, "--help"]).output
         assert max(map(len, said.splitlines())) <= 80, path
-        assert "…" not in said
+        assert not re.search(r"[…│╭]|[a-z]\.\.\.$", said, re.MULTILINE), path
         words = set(re.split(r"[\s,/]+", said))
         shown = [param for param in command.params if not getattr(param, "hidden", False)]
         names = {one for param in shown for one in (*param.opts, *param.secondary_opts)}
