@@ -18,7 +18,7 @@ def run(directory: Path, out: Path, dtype: str | None, json: str | None) -> None
         print(f"mopexec: {problem}; the one before is written", file=sys.stderr)
     if json is not None:
         io.write_json(json, found)
-    without = "" if found.tokenizer else ", without a tokenizer: the run was given none, and no text"
+    without = "" if found.tokenizer else ", without a tokenizer: the run keeps none"
     say(
         f"{found.architecture}: step {found.step}, {found.tensors} tensors, {format_bytes(found.bytes)} in "
         f"{found.dtype}, {found.files} file(s){without}; in {found.out}",

@@ -95,8 +95,7 @@ def options_of(given: dict[str, Any]) -> TrainOptions:
     own = kept.chosen(given["tokenizer"], given["init_from"], Path(given["out"]), resume=given["resume"])
     source = DataOptions(
         source=data_source(given["data"]),
-        tokenizer=own[0],
-        trained=own[1],
+        **own,
         **{name: given[name] for name in _DATA},
     )
     held_out = given["eval_data"]
@@ -219,7 +218,7 @@ def _check_directory(options: TrainOptions, plan: Plan) -> None:
 
     weights = kept.began_with_weights(out)
     if weights:
-        check_rules(out / plans.KEPT, plan)
+        check_rules(kept.folder_of(out), plan)
     found = checkpoint.newest_state(out)
     if found is None and weights and not options.init_from:
         raise MopError(f"--init-from: is needed: {out} began with weights, and has no checkpoint yet")

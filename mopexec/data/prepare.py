@@ -37,12 +37,14 @@ _MIXTURES = (".yaml", ".yml")
 class DataOptions(Spec, frozen=True, kw_only=True):
     """source: a file, a directory, "python", or a YAML mixture. tokenizer: a tokenizer.json or its directory;
     None = one trained on the text. trained: the tokenizer.json of that, where the run has it already.
+    named_by: the option from which either is known.
     text_field, loss_mask: see `Reading`.
     """
 
     source: str = "python"
     tokenizer: str | None = None
     trained: str | None = None
+    named_by: str = "--tokenizer"
     text_field: str = "text"
     loss_mask: LossMask = "auto"
 
@@ -126,12 +128,13 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     Raises MopError for what cannot be read, with file and line or place, SpecError for a tokenizer or an id
     beyond the vocabulary.
     """
-    given = read_tokenizer(options.tokenizer, vocab_size) if options.tokenizer else None
+    with naming(options.named_by, "--tokenizer"):
+        given = read_tokenizer(options.tokenizer, vocab_size) if options.tokenizer else None
+        trained = read_tokenizer(options.trained, vocab_size) if options.trained and not given else None
     sources = [_open(source, vocab_size, cache) for source in _sources(options.source)]
     reading = DocumentReading(options.text_field, options.loss_mask, given.chat if given else Chat())
     digest = _digest(options, sources, given)
     final = cache / f"tokens-v{_FORMAT}-{digest}{_places(sources)}-{vocab_size}"
-    trained = read_tokenizer(options.trained, vocab_size) if options.trained and not given else None
     if _is_whole(final):
         _check_trained(trained, final)
         return final
@@ -180,7 +183,7 @@ def prepare_all(
         return tokens, None
     own = tokens / TOKENIZER
     if evaluation.tokenizer is None and own.is_file():
-        evaluation = msgspec.structs.replace(evaluation, tokenizer=str(own))
+        evaluation = msgspec.structs.replace(evaluation, tokenizer=str(own), named_by="--cache")
     with naming("--eval-data"):
         held_out = prepare(evaluation, vocab_size, cache)
     if evaluation.tokenizer is None and (held_out / TOKENIZER).is_file():
@@ -205,12 +208,14 @@ def _has_records(options: DataOptions) -> bool:
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Errors of the body name `option` as what was read."""
+def naming(option: str, other: str = "--data") -> Iterator[None]:
+    """Errors of the body name `option` as what was read, where they name `other`."""
     try:
         yield
     except MopError as error:
-        raise MopError(str(error).replace("--data:", f"{option}:", 1)) from None
+        if option == other:
+            raise
+        raise MopError(str(error).replace(f"{other}:", f"{option}:", 1)) from None
 
 
 def read_meta(directory: Path) -> Meta:

@@ -46,17 +46,9 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
     """The tokenizer in a file, or in a directory as models are published in. Raises MopError, and
     SpecError for one whose vocabulary is not the model's.
     """
-    from tokenizers import Tokenizer
-
     path = Path(given)
     path = path / TOKENIZER if path.is_dir() else path
-    try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-    except OSError as error:
-        raise MopError(f"--tokenizer: {path}: {error.strerror or error}") from None
-    except Exception as error:  # the library raises Exception itself
-        raise MopError(f"--tokenizer: {path}: is no tokenizer.json ({error})") from None
+    text, tokenizer = _load(path)
     if not tokenizer.get_vocab_size(with_added_tokens=False):
         raise MopError(f"--tokenizer: {path}: its vocabulary is empty")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -64,8 +56,7 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         raise SpecError(
             "--tokenizer", largest, f"is an id in {path}, beyond plan.model.vocab_size {vocab_size}"
         )
-    beside = path.with_name(CONFIG)
-    config = read_object(beside, "--tokenizer") if beside.is_file() else {}
+    beside, config = path.with_name(CONFIG), _config_beside(path) or {}
     specials = {
         name: _content(config, name, beside) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
@@ -80,22 +71,37 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
     return GivenTokenizer(path, text, end, Chat(template or PLAIN, tuple(specials.items())))
 
 
-def complete_config(folder: Path) -> None:
-    """tokenizer_config.json beside the tokenizer.json in `folder`, with what transformers' AutoTokenizer
-    needs where it does not say it: the class that reads it, the token that ends a text, that decoding changes
-    nothing.
+def complete_config(path: Path, folder: Path) -> None:
+    """tokenizer_config.json into `folder`, as it is beside the tokenizer.json at `path`, with what
+    transformers' AutoTokenizer needs where it does not say it: the class that reads it, the token that ends a
+    text, that decoding changes nothing. Raises MopError.
     """
-    from tokenizers import Tokenizer
-
-    beside = folder / CONFIG
-    config = (
-        read_object(beside, "--tokenizer") if beside.is_file() else {"clean_up_tokenization_spaces": False}
-    )
+    _, tokenizer = _load(path)
+    found = _config_beside(path)
+    config = {"clean_up_tokenization_spaces": False} if found is None else found
     needed = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if end := _known_end(Tokenizer.from_file(str(folder / TOKENIZER))):
+    if end := _known_end(tokenizer):
         needed["eos_token"] = end
     if missing := {name: value for name, value in needed.items() if not config.get(name)}:
-        io.write_text(beside, json.dumps(config | missing, indent=2) + "\n")
+        io.write_text(folder / CONFIG, json.dumps(config | missing, indent=2) + "\n")
+
+
+def _load(path: Path) -> tuple[str, "Tokenizer"]:
+    from tokenizers import Tokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, Tokenizer.from_str(text)
+    except OSError as error:
+        raise MopError(f"--tokenizer: {path}: {error.strerror or error}") from None
+    except Exception as error:  # the library raises Exception itself
+        raise MopError(f"--tokenizer: {path}: is no tokenizer.json ({error})") from None
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    """tokenizer_config.json beside the tokenizer.json at `path`; None where there is none."""
+    beside = path.with_name(CONFIG)
+    return read_object(beside, "--tokenizer") if beside.is_file() else None
 
 
 def _known_end(tokenizer: "Tokenizer") -> str:

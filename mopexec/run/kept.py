@@ -3,10 +3,13 @@ weights that it began with, and its tokenizer.
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from mopexec.data.prepare import naming
 from mopexec.data.tokenizer import CONFIG, TOKENIZER, complete_config
-from mopexec.run.plans import KEPT, TRAINED
+from mopexec.run.plans import ASIDE, KEPT, TRAINED, WRITING
 from mopsim.common import io
 from mopsim.common.errors import MopError
 
@@ -20,49 +23,64 @@ _VOCABULARIES = (TOKENIZER, "tokenizer.model", "vocab.json")
 _CONFIGS = ("config.json", "generation_config.json")
 
 
+def folder_of(run: Path) -> Path:
+    """Where config and tokenizer lie: aside and whole, where the rename of both was interrupted."""
+    kept, aside = run / KEPT, run / ASIDE
+    return aside if aside.is_dir() and not kept.exists() else kept
+
+
+def recover(run: Path) -> None:
+    """Do the rename that was interrupted; another rank may be faster."""
+    if folder_of(run) == run / ASIDE:
+        with suppress(OSError):
+            (run / ASIDE).rename(run / KEPT)
+
+
 def began_with_weights(run: Path) -> bool:
     """Whether the run in this directory began with weights of Hugging Face's format."""
-    return (run / KEPT / "config.json").is_file()
+    return (folder_of(run) / "config.json").is_file()
 
 
 def tokenizer_of(run: Path) -> Path | None:
     """The tokenizer.json that the run in this directory has; None where it keeps none."""
-    return next((path for path in (run / KEPT / TOKENIZER, run / TRAINED) if path.is_file()), None)
+    return next((path for path in (folder_of(run) / TOKENIZER, run / TRAINED) if path.is_file()), None)
 
 
-Chosen = tuple[str | None, str | None]
-"""`tokenizer` and `trained` of DataOptions."""
-
-
-def chosen(given: str | None, weights: Path | None, run: Path, *, resume: bool) -> Chosen:
-    """The tokenizer that was given, else that of the weights; that of the run in `run` where it goes on.
-    Raises MopError where another one than its own is given.
+def chosen(given: str | None, weights: Path | None, run: Path, *, resume: bool) -> dict[str, Any]:
+    """Fields of DataOptions: the tokenizer that was given, else that of the weights; that of the run in `run`
+    where it goes on. Raises MopError where another one than its own is given.
     """
+    if resume:
+        recover(run)
     own = tokenizer_of(run) if resume else None
     if own is None:
-        beside = weights and (weights / TOKENIZER).is_file()
-        return given or (str(weights) if beside else None), None
-    if given and not _same(Path(given), own):
+        beside = weights and not given and (weights / TOKENIZER).is_file()
+        return {"tokenizer": str(weights), "named_by": "--init-from"} if beside else _named(given)
+    if given and _content(Path(given), "--tokenizer") != _content(own, "--resume"):
         raise MopError(f"--tokenizer: {given} is not {own}, with which this run began")
     if own == run / TRAINED:
-        return None, str(own)
-    return given or str(own.parent), None
+        return {"trained": str(own), "named_by": "--resume"}
+    return _named(given) or {"tokenizer": str(own.parent), "named_by": "--resume"}
 
 
-def _same(given: Path, own: Path) -> bool:
-    """Whether both are one tokenizer; what cannot be read is refused where it is read."""
-    given = given / TOKENIZER if given.is_dir() else given
+def _named(given: str | None) -> dict[str, str]:
+    return {"tokenizer": given} if given else {}
+
+
+def _content(path: Path, option: str) -> bytes:
+    path = path / TOKENIZER if path.is_dir() else path
     try:
-        return given.read_bytes() == own.read_bytes()
-    except OSError:
-        return True
+        return path.read_bytes()
+    except OSError as error:
+        raise MopError(f"{option}: {path}: {error.strerror or error}") from None
 
 
 def keep_given(run: Path, weights: Path | None, tokenizer: str | None) -> None:
     """Copy the config of `weights`, and the tokenizer that was given or lies beside it, into the run's
-    directory: aside, then renamed.
+    directory: WRITING while it is written, ASIDE when it is whole, then KEPT, which is always whole.
     """
-    kept, aside = run / KEPT, run / f".{KEPT}"
+    recover(run)
+    kept, aside, writing = run / KEPT, run / ASIDE, run / WRITING
     if weights is None and (tokenizer is None or (kept / TOKENIZER).is_file()):
         return
     configs = weights or kept
@@ -73,13 +91,17 @@ def keep_given(run: Path, weights: Path | None, tokenizer: str | None) -> None:
     else:
         files |= {TOKENIZER: source} | {name: source.with_name(name) for name in _BESIDE}
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
         for name, path in files.items():
             if path.is_file():
-                shutil.copyfile(path, aside / name)
-        shutil.rmtree(kept, ignore_errors=True)
+                shutil.copyfile(path, writing / name)
+        shutil.rmtree(aside, ignore_errors=True)
+        writing.rename(aside)
+        if kept.exists():
+            kept.rename(writing)
         aside.rename(kept)
+        shutil.rmtree(writing, ignore_errors=True)
     except OSError as error:
         raise MopError(f"{kept}: cannot be written: {error.strerror or error}") from None
 
@@ -92,19 +114,21 @@ def keep_trained(run: Path, tokens: Path) -> None:
 
 def forget(run: Path) -> None:
     """Drop what an earlier run without a step kept here."""
-    shutil.rmtree(run / KEPT, ignore_errors=True)
+    for name in (KEPT, ASIDE, WRITING):
+        shutil.rmtree(run / name, ignore_errors=True)
     (run / TRAINED).unlink(missing_ok=True)
 
 
 def copy_into(folder: Path, run: Path) -> bool:
-    """Config and tokenizer of the run in `run` as transformers reads them; whether there is a tokenizer."""
-    kept, own = run / KEPT, tokenizer_of(run)
+    """Config and tokenizer of the run in `run` as transformers reads them; whether there is a tokenizer.
+    Raises MopError."""
+    kept, own = folder_of(run), tokenizer_of(run)
     trained = own == run / TRAINED
-    if kept.is_dir():
-        ignored = shutil.ignore_patterns(*TOKENIZER_FILES if trained else ())
-        shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=ignored)
-    if trained:
-        shutil.copyfile(run / TRAINED, folder / TOKENIZER)
+    for path in kept.iterdir() if kept.is_dir() else ():
+        if path.is_file() and not (trained and path.name in TOKENIZER_FILES):
+            shutil.copyfile(path, folder / path.name)
     if own:
-        complete_config(folder)
+        shutil.copyfile(own, folder / TOKENIZER)
+        with naming("--run", "--tokenizer"):
+            complete_config(own, folder)
     return any((folder / name).is_file() for name in _VOCABULARIES)

@@ -15,6 +15,8 @@ from mopsim.spec.upgrade import load_plan
 
 KEPT = "huggingface"
 """In a run's directory: the config of the weights that it began with, and the tokenizer that it was given."""
+ASIDE, WRITING = f".{KEPT}", f".writing_{KEPT}"
+"""The same, whole and not yet renamed; while it is written."""
 TRAINED = "tokenizer.json"
 """In a run's directory: the tokenizer that was trained on its text."""
 
@@ -98,7 +100,7 @@ def check_run_directory(path: Path, *, resume: bool) -> None:
     """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
     entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
     without_step = {"plan.yaml", "logs"}  # all that such a run leaves, beside what it keeps
-    occupied = bool(entries) and entries - {KEPT, f".{KEPT}", TRAINED} != without_step
+    occupied = bool(entries) and entries - {KEPT, ASIDE, WRITING, TRAINED} != without_step
     run = holds_run(path)
     if occupied and not resume:
         rest = "give --resume to go on with it, or another directory" if run else "give another directory"

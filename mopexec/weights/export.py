@@ -20,7 +20,6 @@ from torch import Tensor
 from mopexec.model.initialize import is_stacked
 from mopexec.run import checkpoint, kept, plans
 from mopexec.run.checkpoint import UnreadableCheckpointError
-from mopexec.run.plans import KEPT
 from mopexec.run.shards import FlatShards, Piece
 from mopexec.run.state import check_format
 from mopexec.weights.begin import architecture, check_rate
@@ -80,12 +79,12 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
     check_biases(layout, path)
     writer = _Writer(layout, path, DTYPES[dtype], file_bytes)
     with whole_directory(out) as aside:
+        tokenizer = kept.copy_into(aside, run)
         try:
             total, files = writer.write(aside)
         except SafetensorError as error:  # of a full disk
             reason = str(error).rpartition("I/O error: ")[2]
             raise MopError(f"--out: {out}: cannot be written: {reason}") from None
-        tokenizer = kept.copy_into(aside, run)
         io.write_text(aside / "config.json", json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
         for file in aside.glob("*.safetensors"):
             shutil.copymode(aside / "config.json", file)  # the library writes for its user alone
@@ -100,8 +99,9 @@ def _target(run: Path, plan: Plan, dtype: str | None = None) -> tuple[dict[str, 
     """config.json, where each parameter lies, and the tensors' dtype. Raises MopError where Hugging Face's
     format does not say the plan's network.
     """
-    config = read_config(run / KEPT) if kept.began_with_weights(run) else to_config(plan.model)
-    layout = Layout(plan.model, architecture(config, run / KEPT))
+    folder = kept.folder_of(run)
+    config = read_config(folder) if kept.began_with_weights(run) else to_config(plan.model)
+    layout = Layout(plan.model, architecture(config, folder))
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or plan.strategy.precision.compute
     if dtype not in DTYPES:
         raise MopError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")

@@ -51,12 +51,13 @@ class Runs:
         setting = ["--set", f"bias_update_rate={rate}", "--profile-steps", "0"]
         return run_command(["train", *paths, *setting, *map(str, arguments)], 1, self.folder / "ranks")
 
-    def export(self, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    def export(self, capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
         out = self.folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         capsys.readouterr()
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(["export", "--run", str(self.folder / "run"), "--to", "hf", "--out", str(out)])
+        assert (ended.value.code or 0) == code
         said = capsys.readouterr()
         return said.out, said.err
 
@@ -102,7 +103,7 @@ def test_what_export_will_refuse_is_said_before_the_first_step(
         "only a run with --set bias_update_rate=0 from its first step",
     )
     (line,) = (line for line in said.splitlines() if REFUSED in line)
-    _, refusal = runs.export(capsys)
+    _, refusal = runs.export(capsys, code=2)
     for one in (line, refusal):
         assert moved in one
         assert advice in one
@@ -179,7 +180,7 @@ def test_ids_alone_are_exported_without_a_tokenizer_which_is_said(
     code, _, error = runs.train("--steps", 1, source="ids.npy")
     assert code == 0, error
     said, _ = runs.export(capsys)
-    assert "without a tokenizer" in said
+    assert "without a tokenizer: the run keeps none; in" in said
 
 
 LOADS = (3, 0, 1, 2, 2, 0, 0, 0)
