@@ -313,6 +313,7 @@ def left_to_the_stack() -> dict[str, Job]:
         "rows held": replace(job, strategy=rows, stack=own),
         "8 bits": replace(whole, strategy=structs.replace(whole.strategy, precision=eight)),
         "moments on the host": replace(job, strategy=hosted),
+        "woven": replace(job, strategy=megatron(8, expert_parallel=2, overlap=Overlap(experts=True))),
         "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),
         "interleaved": replace(

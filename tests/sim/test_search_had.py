@@ -11,7 +11,7 @@ from mopsim.search import had as had_module
 from mopsim.search.had import Had, had, left_out
 from mopsim.search.problem import ULYSSES, Problem
 from mopsim.search.space import Space
-from mopsim.spec.capability import ROWS, Job, refusals
+from mopsim.spec.capability import ROWS, SIDES, Job, refusals
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import list_stacks, load_stack
@@ -154,7 +154,8 @@ def test_a_search_prints_and_keeps_what_was_left_out(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("side", TARGETS)
 def test_a_target_takes_no_loss_that_its_stack_lacks(side: str) -> None:
     said = ROWS["strategy.vocabulary.loss"].cells[side].values
-    assert set(said or ()) <= set(load_stack(side).has["vocabulary.loss"])
+    described = load_stack(SIDES[side].get("stack", side))
+    assert set(said or ()) <= set(described.has["vocabulary.loss"])
 
 
 @pytest.mark.parametrize("name", [name for name in list_stacks() if not name.startswith("generic")])
