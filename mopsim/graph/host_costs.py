@@ -41,8 +41,8 @@ TENSOR: Costs = {"attention": (10.1, 12.8), "dense_ffn": (8.4, 11.5), "shared_ex
 """Linears that a region of split products adds to them on tensor-parallel ranks, with its collectives' Python
 (`reports/host/te_tensor.json`); routed experts that are not split themselves add none."""
 DTENSOR: Costs = {"attention": (204.0, 290.0), "dense_ffn": (159.0, 256.0)}
-"""The same of layers whose products torch's DTensor splits (parallelize_module), as torchtitan does
-(`reports/host/dtensor.json`)."""
+"""The same of layers whose products torch's DTensor splits (parallelize_module;
+`reports/host/dtensor.json`)."""
 CONTEXT: dict[str, Costs] = {
     "ring": {"layer": (10.4, 13.5), "rank": (11.5, 7.8)},
     "all_gather": {"layer": (24.0, 32.1), "rank": (0.8, 1.7)},
