@@ -5,11 +5,13 @@ Importing torch costs more than most cases, so a pool is made once per world siz
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import tempfile
 import traceback
@@ -151,8 +153,7 @@ def run_command(
 ) -> tuple[int, str, str]:
     """`mopexec ARGUMENTS` (main of the module `entry`) as each of `world` ranks, as under the user's own
     torchrun; (exit code, standard output, standard error) of the first. folder: for their output."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     context = fork_server()
     given = [(rank, world, port, arguments, folder, entry) for rank in range(world)]
     ranks = [context.Process(target=_command, args=one, daemon=True) for one in given]
@@ -164,6 +165,15 @@ def run_command(
     code = ranks[0].exitcode
     assert code is not None
     return code, (folder / "0.out").read_text(), (folder / "0.err").read_text()
+
+
+def free_port() -> int:
+    """A port that nothing listens on. Below those that systems hand out unasked, so that what other tests
+    open meanwhile does not take it."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
 
 
 def _command(rank: int, world: int, port: int, arguments: list[str], folder: Path, entry: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from mopsim.common.errors import MopError
 from mopsim.spec.stacks import load_stack
 from mopsim.strategies import fsdp2
 from tests.exec.forking import Program
+from tests.exec.spawn import free_port
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
     ROOT,
@@ -62,8 +62,7 @@ def test_a_rank_that_waits_for_others_can_be_interrupted(inputs, tmp_path, numbe
     out.mkdir()
     (out / "metrics.jsonl").touch()
     (out / "summary.json").write_text("{}")
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     places = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     exported = ("--set", "bias_update_rate=0")  # nothing is said of its export
     command = ["mopexec.cli", "train", *common(inputs, out), "--steps", "1", "--resume", *exported]
@@ -78,8 +77,7 @@ def test_a_rank_that_waits_for_others_can_be_interrupted(inputs, tmp_path, numbe
 
 def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
     monkeypatch.setattr(job, "TIMEOUT", timedelta(seconds=0.1))
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     for rank, rule in ((1, "nothing answers there"), (0, "not all of 2 ranks came there")):
         places = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         for name, value in places.items():
