@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopsim.spec.model import ModelSpec
+from mopexec.operators.router_losses import route_shares
 from mopsim.spec.training import TrainSpec
 
 
@@ -63,9 +63,7 @@ def attach(x: Tensor, loss: Tensor) -> Tensor:
     return attached
 
 
-def router_loss(
-    logits: Tensor, scores: Tensor, experts: Tensor, batch: int, spec: ModelSpec, weights: Auxiliary
-) -> Tensor:
+def router_loss(logits: Tensor, scores: Tensor, experts: Tensor, batch: int, weights: Auxiliary) -> Tensor:
     """What these tokens add to the routers' losses; logits and scores [B * s, E], experts [B * s, top_k] of
     s positions of each of `batch` sequences.
     """
@@ -73,11 +71,7 @@ def router_loss(
     if weights.z:
         total = total + weights.z * logits.logsumexp(-1).square().sum()
     if weights.balance:
-        counts = torch.zeros(batch, spec.num_local_experts, dtype=scores.dtype, device=scores.device)
-        chosen = experts.view(batch, -1)
-        counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
-        weights.sum_over_sequence(counts)
-        share = counts * spec.num_local_experts / counts.sum(1, keepdim=True)
+        share = route_shares(experts, batch, scores.detach(), weights.sum_over_sequence)
         part = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         total = total + weights.balance * (part.view(batch, -1, part.shape[-1]).sum(1) * share).sum()
     return total / weights.tokens

@@ -49,7 +49,7 @@ class Router(nn.Module):
                 count_routes(self.load, experts)
         weights = route_weights(scores, experts, self.spec)
         if self.auxiliary.balance or self.auxiliary.z:
-            loss = router_loss(logits, scores, experts, batch, self.spec, self.auxiliary)
+            loss = router_loss(logits, scores, experts, batch, self.auxiliary)
             weights = attach(weights, loss)
         return experts, weights
 

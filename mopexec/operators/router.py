@@ -48,7 +48,11 @@ def route_weights_backward(grad: Tensor, scores: Tensor, experts: Tensor, spec: 
         chosen = scores.gather(1, experts)
         total = chosen.sum(-1, keepdim=True) + 1e-20
         grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
-    grad_scores = torch.zeros_like(scores).scatter_add_(1, experts, grad)
+    return scores_backward(torch.zeros_like(scores).scatter_add_(1, experts, grad), scores, spec)
+
+
+def scores_backward(grad_scores: Tensor, scores: Tensor, spec: ModelSpec) -> Tensor:
+    """Gradient of the logits [N, E] in the place of that of their scores."""
     if spec.scoring_func == "softmax":
         grad_scores.sub_((grad_scores * scores).sum(-1, keepdim=True))
         return grad_scores.mul_(scores)

@@ -21,6 +21,7 @@ from mopexec.operators.router import (
     router_scores,
     weights_of_logits,
 )
+from mopexec.operators.router_losses import RouterLosses
 from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
@@ -80,11 +81,11 @@ class RoutePlanner:
 
     def __init__(
         self, spec: ModelSpec, group: Group, profile: Tensor | None, routing: RoutingProfile, num_chunks: int,
-        platform: Platform, how: Experts,
+        platform: Platform, how: Experts, losses: RouterLosses,
     ) -> None:  # fmt: skip
         self.spec, self.group, self.routing, self.num_chunks = spec, group, routing, num_chunks
         self.local = spec.num_local_experts // group.size
-        self.profile, self.platform, self.how = profile, platform, how
+        self.profile, self.platform, self.how, self.losses = profile, platform, how, losses
         self.places = how.balance == "least_loaded" and group.size > 1
         self._stated: Routes | None = None
 
@@ -126,17 +127,19 @@ class RoutePlanner:
     def backward_(
         self, grad: Tensor, grad_weights: Tensor, x: Tensor, experts: Tensor, weights: Weights, grads: Weights
     ) -> None:
-        """grad [N, H] of tokens x += what the gradients of their route weights [N, top_k] give; grads += the
-        router's and the norm's.
+        """grad [N, H] of tokens x += what the gradients of their route weights [N, top_k] and the router's
+        losses give; grads += the router's and the norm's.
         """
         with component("router"):
             router = weights["moe.router.weight"].to(wide(x.dtype))
+            shares = self.losses.shares(experts, router.t())
             for start, stop in row_slices(x.shape[0], FUSED_ROWS if kernels.NOW.router else SLICE_ROWS):
                 rows = slice(start, stop)
                 hidden = rms_norm(x[rows], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                grad_logits = logits_backward(
-                    grad_weights[rows], router_logits(hidden, weights), experts[rows], self.spec
-                )
+                logits = router_logits(hidden, weights)
+                grad_logits = logits_backward(grad_weights[rows], logits, experts[rows], self.spec)
+                self.losses.add_gradient_(grad_logits, logits, shares, start)
+                del logits
                 add_matmul(grads["moe.router.weight"], grad_logits.t(), hidden.to(router.dtype))
                 del hidden
                 if "moe.router.bias" in grads:

@@ -21,6 +21,7 @@ from mopexec.operators.experts import MoEBlock
 from mopexec.operators.ffn import DenseBlock
 from mopexec.operators.layer_inputs import LayerInputs, count_on_host
 from mopexec.operators.loss import Ring
+from mopexec.operators.router_losses import RouterLosses
 from mopexec.operators.routes import RoutePlanner
 from mopexec.operators.ulysses import SequenceExchange
 from mopexec.run.runner import Runner
@@ -145,7 +146,10 @@ def _moe(plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice) -> 
                 spec.num_experts_per_tok,
                 platform.device,
             ).to(torch.int16)
-    planner = RoutePlanner(spec, mesh.experts, profile, training.routing, chunks, platform, strategy.experts)
+    losses = RouterLosses.of(spec, training, mesh.sequence)
+    planner = RoutePlanner(
+        spec, mesh.experts, profile, training.routing, chunks, platform, strategy.experts, losses
+    )
     return MoEBlock(spec, planner, strategy.dense.chunk_tokens)
 
 

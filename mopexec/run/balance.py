@@ -6,7 +6,6 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from mopexec.run.supported import check_supported
 from mopexec.weights.export import check_exportable
 from mopsim.common.errors import MopError
 from mopsim.spec.plan import Plan
@@ -26,12 +25,10 @@ def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
         return ""
     rate, weight = training.bias_update_rate, training.router_aux_loss_coef
     kept = "" if rate or not _lost(run, plan) else ", with which export refuses the run"
-    runs = _holds(lambda: check_supported(_with(plan, router_aux_loss_coef=1.0)))
-    run_by = "" if runs else f", not run by {plan.stack.runtime}"
     return (
         f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step; what "
         f"evens loads: --set bias_update_rate above its {rate:g}{kept}; --set router_aux_loss_coef above its "
-        f"{weight:g}{run_by}"
+        f"{weight:g}"
     )
 
 

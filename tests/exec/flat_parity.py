@@ -153,11 +153,13 @@ def train(platform: Platform, plan: Plan) -> tuple[list[float], dict[str, Tensor
     return losses, runner.full_parameters() | kept
 
 
-def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: int) -> dict[str, float]:
+def compare_in_slices(
+    platform: Platform, plan: Plan, routing: Any, num_rows: int, steps: int = STEPS
+) -> dict[str, float]:
     """`compare` with element-wise work cut into slices of `num_rows` rows."""
     whole, rows.SLICE_ROWS = rows.SLICE_ROWS, num_rows
     try:
-        return compare(platform, plan, routing)
+        return compare(platform, plan, routing, steps)
     finally:
         rows.SLICE_ROWS = whole
 

@@ -54,7 +54,7 @@ def modules(name: str) -> Plan:
 
 def flat(name: str) -> Plan:
     """Without MTP modules, which flat_units refuses by name."""
-    return small(replace(load_model(name), num_nextn_predict_layers=0), mop(2, **FLAT))
+    return small(replace(load_model(name), num_nextn_predict_layers=0), mop(2, **FLAT), **AUXILIARY)
 
 
 def apart(make: Callable[[str], Plan]) -> list[Any]:

@@ -194,7 +194,7 @@ def test_experts_that_starve_are_told_with_what_evens_loads(tmp_path: Path) -> N
     flat = plan_of(load_model("tiny"), mop(1, dtype="float32"), TrainSpec(seq_len=64, global_batch=2))
     said = starving(tmp_path, flat, LOADS)
     assert "--set bias_update_rate above its 0.001; " in said
-    assert said.endswith("--set router_aux_loss_coef above its 0, not run by flat_units")
+    assert said.endswith("--set router_aux_loss_coef above its 0")
 
 
 def test_loads_that_do_not_tell_are_not_told(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ class Routed(Platform):
 def _step(kind: str, changes: dict[str, Any]) -> tuple[int, int]:
     """(waits of the host in a step, MoE layers times microbatches), of a router that learns."""
     options = ALL_TWO | {"experts": {"expert_parallel": 2, "chunk_tokens": 8}} | changes
-    plan = make_plan(2, options, dtype="bfloat16", device_kind=kind, training={"global_batch": 4})
+    training = {"global_batch": 4, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01}
+    plan = make_plan(2, options, dtype="bfloat16", device_kind=kind, training=training)
     spec, strategy = plan.model, plan.strategy
     each = (
         min(8, plan.training.tokens_per_rank(strategy)) * spec.num_experts_per_tok // spec.num_local_experts
