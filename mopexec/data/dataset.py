@@ -10,6 +10,7 @@ import numpy.typing as npt
 from mopexec.data.prepare import TextPart, naming, read_meta
 from mopexec.data.source_order import SourceOrder
 from mopexec.data.token_files import stamp_of
+from mopexec.data.tokenizer import TOKENIZER, digest
 from mopsim.common.errors import MopError
 from mopsim.spec.training import TrainSpec
 
@@ -29,6 +30,8 @@ class TokenDataset:
     def __init__(self, directory: Path, seq_len: int, seed: int, apart: bool = False) -> None:
         meta = read_meta(directory)
         self.vocab_size, self.text_digest = meta.vocab_size, meta.digest
+        own = directory / TOKENIZER
+        self.tokenizer_digest = digest(own.read_bytes()) if own.is_file() else ""
         self.seq_len, self.seed, self.apart = seq_len, seed, apart
         self.parts = [
             _Windows(directory, part, seq_len, apart, (seed, place)) for place, part in enumerate(meta.parts)

@@ -1,5 +1,6 @@
 """Tokenizers: a model's own from its files, or a byte-level BPE trained on the text."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         config.get("chat_template"), beside
     )
     return GivenTokenizer(path, text, end, Chat(template or PLAIN, tuple(specials.items())))
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 of a tokenizer.json, however its lines end."""
+    return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()
 
 
 def complete_config(path: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopexec.data.prepare import naming
-from mopexec.data.tokenizer import CONFIG, TOKENIZER, complete_config
+from mopexec.data.tokenizer import CONFIG, TOKENIZER, complete_config, digest
 from mopexec.run.plans import ASIDE, KEPT, TRAINED, WRITING
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -48,7 +48,8 @@ def tokenizer_of(run: Path) -> Path | None:
 
 def chosen(given: str | None, weights: Path | None, run: Path, *, resume: bool) -> dict[str, Any]:
     """Fields of DataOptions: the tokenizer that was given, else that of the weights; that of the run in `run`
-    where it goes on. Raises MopError where another one than its own is given.
+    where it goes on, made whole again where the one that is given is what the run began with. Raises MopError
+    where that is another one.
     """
     if resume:
         recover(run)
@@ -56,11 +57,21 @@ def chosen(given: str | None, weights: Path | None, run: Path, *, resume: bool) 
     if own is None:
         beside = weights and not given and (weights / TOKENIZER).is_file()
         return {"tokenizer": str(weights), "named_by": "--init-from"} if beside else _named(given)
-    if given and _content(Path(given), "--tokenizer") != _content(own, "--resume"):
-        raise MopError(f"--tokenizer: {given} is not {own}, with which this run began")
+    if given and (content := _content(Path(given), "--tokenizer")) != _content(own, "--resume"):
+        if digest(content) != _began_with(run):
+            raise MopError(f"--tokenizer: {given} is not {own}, with which this run began")
+        io.write_text(own, content.decode())
     if own == run / TRAINED:
         return {"trained": str(own), "named_by": "--resume"}
     return _named(given) or {"tokenizer": str(own.parent), "named_by": "--resume"}
+
+
+def _began_with(run: Path) -> str:
+    """The digest of the run's tokenizer, as its newest checkpoint has it."""
+    from mopexec.run.checkpoint import newest_state  # with torch's, another second to import
+
+    found = newest_state(run)
+    return found[1].tokenizer_digest if found else ""
 
 
 def _named(given: str | None) -> dict[str, str]:

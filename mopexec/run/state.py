@@ -27,8 +27,9 @@ class RunState(Spec, frozen=True, kw_only=True):
     """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too.
 
     model_digest: of the network (`_network_digest`); earlier_digests: as earlier versions made it.
-    world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json. rules: what
-    else its last step was made with, which may change: fields of the plan's training and options; {} = not
+    world_size: of the ranks that wrote it. tokenizer_digest: of what encoded the text (`data.tokenizer`), ""
+    where nothing did or it is not known. files: SHA-256 (hex) of each file beside run.json. rules: what else
+    its last step was made with, which may change: fields of the plan's training and options; {} = not
     known.
     """
 
@@ -44,10 +45,13 @@ class RunState(Spec, frozen=True, kw_only=True):
     global_batch: int
     seed: int
     text_digest: str
+    tokenizer_digest: str = ""
     rules: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str | int) -> RunState:
+def run_state(
+    plan: Plan, step: int, seed: int, text_digest: str, tokenizer_digest: str = "", **options: str | int
+) -> RunState:
     """The state of a run of `plan` after `step` steps. options: of the command, among its rules."""
     model, training, rules = plan.model, plan.training, io.to_plain(plan.training)
     return RunState(
@@ -62,6 +66,7 @@ def run_state(plan: Plan, step: int, seed: int, text_digest: str, **options: str
         global_batch=training.global_batch,
         seed=seed,
         text_digest=text_digest,
+        tokenizer_digest=tokenizer_digest,
         rules={name: value for name, value in rules.items() if name not in _FIXED} | options,
     )
 

@@ -78,7 +78,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.open_tokens(training_tokens(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
-    wanted = run_state(plan, 0, seed, dataset.text_digest, **_rules(options))
+    wanted = run_state(plan, 0, seed, dataset.text_digest, dataset.tokenizer_digest, **_rules(options))
     if options.resume or job.again:
         resumed = checkpoint.check_resumable(Path(options.out), wanted, options.steps)
     torch.manual_seed(seed)
@@ -266,8 +266,9 @@ class _Loop:
         return last or (every > 0 and self.done % every == 0)
 
     def _save(self) -> None:
-        seed, text = self.dataset.seed, self.dataset.text_digest
-        self.saver.save(run_state(self.plan, self.done, seed, text, **_rules(self.options)))
+        plan, given, rules = self.plan, self.dataset, _rules(self.options)
+        text, tokenizer = given.text_digest, given.tokenizer_digest
+        self.saver.save(run_state(plan, self.done, given.seed, text, tokenizer, **rules))
 
     def profile(self) -> dict[str, KindTiming]:
         """Kinds of work from extra steps after the last one; nothing keeps their updates."""

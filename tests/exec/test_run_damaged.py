@@ -64,6 +64,42 @@ def test_a_damaged_tokenizer_is_refused_by_its_name_in_the_run(
     assert str(refusal.value).startswith(f"--resume: {path}: is no tokenizer.json (")
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_given_original_makes_a_damaged_tokenizer_whole(damage: str, runs: Runs) -> None:
+    own, given = runs.folder / "run" / PLACES[0], runs.folder / "mine.json"
+    shutil.copyfile(own, given)
+    own.write_bytes(DAMAGES[damage])
+    found = kept.chosen(str(given), None, runs.folder / "run", resume=True)
+    assert found == {"trained": str(own), "named_by": "--resume"}
+    assert own.read_bytes() == given.read_bytes()
+
+
+@pytest.mark.parametrize("other", ["another", "damaged too"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_damaged_tokenizer_is_made_whole_by_no_other(other: str, place: str, runs: Runs) -> None:
+    path, given = kept_at(runs, place), runs.folder / "mine.json"
+    path.write_bytes(DAMAGES["cut"])
+    train_tokenizer([TEXT[::-1]], 280).save(str(given))
+    if other == "damaged too":
+        given.write_bytes(DAMAGES["empty"])
+    with pytest.raises(MopError, match=f"^--tokenizer: {given} is not {path}, with which this run began$"):
+        kept.chosen(str(given), None, runs.folder / "run", resume=True)
+    assert path.read_bytes() == DAMAGES["cut"]
+
+
+def test_a_run_goes_on_once_its_tokenizer_is_whole_again(tmp_path: Path) -> None:
+    runs, given = Runs(tmp_path), tmp_path / "mine.json"
+    own = tmp_path / "run" / PLACES[1]
+    train_tokenizer([TEXT], 290).save(str(given))
+    code, _, error = runs.train("--steps", 1, "--tokenizer", given)
+    assert code == 0, error
+    own.write_bytes(DAMAGES["cut"])
+    code, said, error = runs.train("--steps", 2, "--resume", "--tokenizer", given)
+    assert code == 0, error
+    assert "going on after step 1" in said
+    assert own.read_bytes() == given.read_bytes()
+
+
 def test_a_broken_config_of_a_tokenizer_is_named_in_the_run(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
