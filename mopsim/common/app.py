@@ -1,10 +1,12 @@
 """The commands of both packages: each option once; what a command reads is known where it writes."""
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.outputs import protected
@@ -24,7 +26,22 @@ def written(param: Any) -> str:
     return name if name.startswith("-") else name.upper()
 
 
-class Command(TyperCommand):
+class _Fitting:
+    """What its help says is no wider than the terminal, but for a name: by itself click takes 50 columns at
+    least."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        formatter.width = max(min(shutil.get_terminal_size().columns, 80) - 2, 20)
+        formatter.write_dl = partial(formatter.write_dl, col_max=min(30, formatter.width // 2 - 4))
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Group(_Fitting, TyperGroup):
+    """Commands."""
+
+
+class Command(_Fitting, TyperCommand):
     """A command that refuses an option given twice, and whose outputs may not be files that it reads."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -67,7 +84,7 @@ class App(typer.Typer):
     cut an option's name where they are narrow."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(rich_markup_mode=None, **given)
+        super().__init__(rich_markup_mode=None, cls=Group, **given)
 
     def command(
         self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **given: Any
