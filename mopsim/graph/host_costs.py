@@ -81,6 +81,9 @@ with norms of queries and keys; rotary embedding that no kernel fuses, without a
 router with sigmoids, a bias for each expert and balance by sequences, and one with groups too; the core of
 attention, a norm, the experts' activation and MLA's up-projections that the backward runs again, whose second
 forward is in it, and whose first has no graph."""
+DOCUMENTS: Costs = {"rotary": (13.7, 10.0), "latent_rotary": (15.3, 13.0)}
+"""Linears of such a rotary embedding that each document of a packed row adds where they are turned one after
+the other (HostCosts.documents; `reports/host/te_packed.json`). Their kernels are not in the device's time."""
 MODULES_AGAIN = {
     "core_attn": "core_attention",
     "layernorm": "norm",

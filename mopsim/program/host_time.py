@@ -12,6 +12,7 @@ from mopsim.graph.host_costs import (
     CLAMPS,
     CONTEXT,
     DISPATCHERS,
+    DOCUMENTS,
     DTENSOR,
     HOOKS,
     KINDS,
@@ -92,6 +93,8 @@ def kinds_of(
         "shared_experts": ("shared_experts",),
     }
     found = {component: [KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
+    more = stack.host.documents - 1.0 if composed else 0.0
+    found["attention"] += [(more * DOCUMENTS[rotary][0], more * DOCUMENTS[rotary][1])] * (more > 0)
     found["attention"] += _of_context(strategy) if strategy else []
     ranks = strategy.experts.expert_parallel if strategy else 1
     found["experts"] = _of_experts(model, stack, model.num_local_experts // ranks)

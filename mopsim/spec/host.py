@@ -7,8 +7,8 @@ from mopsim.spec.categories import COMPONENTS
 from mopsim.spec.quantity import require_between
 from mopsim.spec.recompute import require_known
 
-MOST_READS = 1000
-"""Values of a message's shape: more than any has."""
+MOST_READS, MOST_DOCUMENTS = 1000, 1e6
+"""Values of a message's shape, documents of a row: more than any has."""
 
 
 class HostCosts(Spec, frozen=True, kw_only=True):
@@ -20,11 +20,13 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the host waits for
     every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer
     it reads from the device how long sequences are, for the attention kernel, in every one or where a
-    microbatch is one sequence (`single`). counts_read: in the forward of routed experts it waits for how many
-    rows each gets, where they are exchanged, for the messages' sizes; `always`, as it gives their products
-    these sizes too; or `never`: every expert gets as many, padded, or the device alone knows. loss_read: it
-    reads the loss of every microbatch, to stop where that is no number. message_reads: values that it reads
-    from the device before a message between pipeline stages can come, whose shape two messages before it say.
+    microbatch is one sequence (`single`). documents: of a packed row, which a rotary embedding that no kernel
+    fuses turns one after the other; 1: a row is turned at once. counts_read: in the forward of routed experts
+    it waits for how many rows each gets, where they are exchanged, for the messages' sizes; `always`, as it
+    gives their products these sizes too; or `never`: every expert gets as many, padded, or the device alone
+    knows. loss_read: it reads the loss of every microbatch, to stop where that is no number. message_reads:
+    values that it reads from the device before a message between pipeline stages can come, whose shape two
+    messages before it say.
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
     step has its part of; 0: none. delayed_grads: where exchanges of experts hide behind another microbatch,
     weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). logs: what it
@@ -37,6 +39,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     hooks: bool = False
     blocking: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
+    documents: float = 1.0
     counts_read: Literal["never", "exchanged", "always"] = "exchanged"
     loss_read: bool = False
     message_reads: int = 0
@@ -49,3 +52,4 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_known("graphs", self.graphs, ("step", *COMPONENTS))
         require_between(self, 0, MOST_READS, "message_reads", "collections")
+        require_between(self, 1, MOST_DOCUMENTS, "documents")
