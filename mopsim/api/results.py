@@ -120,6 +120,7 @@ def _numbers(result: SimResult, level: float) -> dict[str, Any]:
         "peak_memory_low_bytes": least,
         "peak_memory_high_bytes": most,
         "p_fits": result.p_fits,
+        "p_fits_as_described": result.p_as_described,
         "memory_limit_bytes": result.memory_limit,
         "host_memory_bytes": result.host_memory,
         "host_limit_bytes": result.host_limit,
@@ -137,6 +138,7 @@ class Simulation(Result):
     mfu: float
     fits: bool
     p_fits: float
+    p_fits_as_described: float
     verdict: str
     step_time_interval_s: list[float]
     peak_memory_interval_bytes: list[float]

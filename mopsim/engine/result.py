@@ -125,14 +125,20 @@ class SimResult:
         """Probability that device and host are enough."""
         return self.p_device * self.p_host
 
+    @cached_property
+    def p_as_described(self) -> float:
+        """The same if the program keeps what its stack says, and nothing else."""
+        return self.device.as_described.below(self.memory_limit) * self.p_host
+
     @property
     def sure(self) -> bool:
-        """Whether it fits, and most likely will."""
-        return self.fits and self.p_fits >= SURE
+        """Whether it fits, and most likely will if the program is as described."""
+        return self.fits and self.p_as_described >= SURE
 
     @property
     def verdict(self) -> str:
-        """P(fits) in words: `fits` from SURE on, else `may not fit`; `out of memory` where a point is not."""
+        """`p_as_described` in words: `fits` from SURE on, else `may not fit`; `out of memory` where a point
+        is not."""
         if not self.fits:
             return "out of memory"
         return "fits" if self.sure else "may not fit"
@@ -171,6 +177,7 @@ class SimResult:
             "step_time_interval_s": list(self.step_time_interval(level)),
             "peak_memory_interval_bytes": list(self.peak_memory_interval(level)),
             "p_fits": self.p_fits,
+            "p_fits_as_described": self.p_as_described,
         }
 
     def to_json(self, level: float = 0.9) -> dict[str, Any]:

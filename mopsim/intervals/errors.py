@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import msgspec
 from msgspec.structs import astuple, replace
 
-from mopsim.common.errors import require_at_least
+from mopsim.common.errors import require, require_at_least
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
 from mopsim.intervals.made import ALWAYS, Made
@@ -29,13 +29,14 @@ anything of them."""
 
 
 class Deviations(Spec, frozen=True, kw_only=True):
-    """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs,
-    a stack, a machine type, a precision, a network, a source, a network in a source, a kind of reading, that
+    """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs, a
+    stack, a machine type, a precision, a network, a source, a network in a source, a kind of reading, that
     kind as a source reads it, a run. Those of readings are 0 where no run has one. unseen: what the error of
     a source's program has beside these until its runs are compared with predictions and its description is
-    mended. widening: what all are multiplied by, so that a nominal 90 % held 90 % of the runs of sources that
-    were left out, the sources weighing alike; ratio_widening: the same of the ratios of two runs of a source,
-    on one network and machine type, those of one program and of two weighing alike."""
+    mended; unseen_share: of how many programs, the others being as described. widening: what all are
+    multiplied by, so that a nominal 90 % held 90 % of the runs of sources that were left out, the sources
+    weighing alike; ratio_widening: the same of the ratios of two runs of a source, on one network and
+    machine type, those of one program and of two weighing alike."""
 
     common: float
     stack: float
@@ -48,11 +49,13 @@ class Deviations(Spec, frozen=True, kw_only=True):
     source_reading: float = 0.0
     run: float
     unseen: float = 0.0
+    unseen_share: float = 1.0
     widening: float = 1.0
     ratio_widening: float = 1.0
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, *LEVELS, "run", "unseen", "widening", "ratio_widening")
+        require_at_least(self, 0, *LEVELS, "run", "unseen", "unseen_share", "widening", "ratio_widening")
+        require(self.unseen_share <= 1, "unseen_share", self.unseen_share, "must be at most 1")
 
 
 class ErrorCell(Spec, frozen=True, kw_only=True):
@@ -74,7 +77,9 @@ class ErrorCell(Spec, frozen=True, kw_only=True):
 
     def level(self, name: str) -> str:
         """What equals that of another cell where the two have this level in common; empty where it has no
-        part of this level."""
+        part of this level. `program`: a stack as a source runs it, whatever was read of it."""
+        if name == "program":
+            return f"{self.source} {self.stack}"
         if self.reading == WHOLE and not name.endswith("reading"):
             return ""
         if name == "common":

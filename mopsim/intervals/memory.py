@@ -4,14 +4,11 @@ which only bounds are published."""
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr
 
-from mopsim.intervals.spread import SURE, Facts, Spread, of_peak_memory
+from mopsim.intervals.spread import CLOSE, SURE, Facts, Spread, of_peak_memory
 
 SHARES = (np.arange(64) + 0.5) / 64
 """Of the causes on top: as likely one share of their bound as another, since no more is known."""
-CLOSE = 1e-6
-"""Of a quantile, relative."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +22,13 @@ class PeakSpread:
     def below(self, limit: float) -> float:
         """Probability that no more than `limit` bytes are needed."""
         left = limit - SHARES * self.above
-        if self.error.deviation < CLOSE or self.tensors <= 0:
-            return float(np.mean(left >= self.tensors * np.exp(self.error.mean)))
-        ratios = np.log(np.maximum(left, 1e-9) / self.tensors)
-        return float(np.mean(ndtr((ratios - self.error.mean) / self.error.deviation)))
+        ratios = np.log(np.maximum(left, 1e-9) / max(self.tensors, 1e-12))
+        return float(np.mean(self.error.below(ratios)))
+
+    @property
+    def as_described(self) -> "PeakSpread":
+        """If the program is."""
+        return PeakSpread(self.tensors, self.above, self.error.as_described)
 
     def quantile(self, probability: float) -> float:
         """Bytes that are enough with this probability."""
@@ -40,6 +40,6 @@ class PeakSpread:
 
 
 def least_share(facts: Facts, above: float) -> float:
-    """How many times its peak of tensors a device needs to hold a program as good as surely (SURE). above:
-    the part of the peak that comes on top, at most."""
-    return PeakSpread(1e12, above * 1e12, of_peak_memory(facts)).quantile(SURE) / 1e12
+    """How many times its peak of tensors a device needs to hold a program that is as described as good as
+    surely (SURE). above: the part of the peak that comes on top, at most."""
+    return PeakSpread(1e12, above * 1e12, of_peak_memory(facts).as_described).quantile(SURE) / 1e12

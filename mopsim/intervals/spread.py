@@ -32,6 +32,8 @@ ITS_OWN = "(this user's)"
 """The source of the runs in a calibrated profile, and of what is predicted from it."""
 SURE = 0.9
 """Probability of fitting from which a plan is taken without being asked to take risks."""
+CLOSE = 1e-6
+"""Of a quantile, in logs."""
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 0.999
 MISSED = 0.9
@@ -71,17 +73,42 @@ def products(precision: Precision) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """ln(measured / predicted) is normal with this mean and standard deviation."""
+    """ln(measured / predicted) is normal with this mean and standard deviation; with probability `share` it
+    is `off` instead, since the program is not as described."""
 
     mean: float
     deviation: float
+    share: float = 0.0
+    off: "Spread | None" = None
 
-    def quantile(self, probability: float) -> float:
-        return self.mean + self.deviation * float(ndtri(probability))
+    @property
+    def as_described(self) -> "Spread":
+        """If the program is."""
+        return Spread(self.mean, self.deviation)
 
     def times(self, scale: float) -> "Spread":
         """Of an error that is so many times as large."""
-        return Spread(scale * self.mean, scale * self.deviation)
+        off = self.off and self.off.times(scale)
+        return Spread(scale * self.mean, scale * self.deviation, self.share, off)
+
+    def below(self, ratios: Array) -> Array:
+        """Probabilities of at most these."""
+        if self.deviation < CLOSE:
+            mine = (ratios >= self.mean).astype(float)
+        else:
+            mine = ndtr((ratios - self.mean) / self.deviation)
+        return mine if self.off is None else (1 - self.share) * mine + self.share * self.off.below(ratios)
+
+    def quantile(self, probability: float) -> float:
+        mine = self.mean + self.deviation * float(ndtri(probability))
+        if self.off is None:
+            return mine
+        low, high = sorted((mine, self.off.quantile(probability)))
+        while high - low > CLOSE:
+            middle = (low + high) / 2
+            enough = float(self.below(np.array(middle))) >= probability
+            low, high = (low, middle) if enough else (middle, high)
+        return high
 
     def interval(self, predicted: float, level: float = 0.9) -> tuple[float, float]:
         """Between which two values, in the prediction's unit, the measured one lies with probability `level`,
@@ -204,8 +231,13 @@ def spread(
     """The error of a run like `asked`, given the cells of `quantity` and those seen beside them. missed: what
     most of those seen were missed by, as `missed_by_most`."""
     means, covariances = joint(quantity, (asked,), seen, missed)
-    usual = Spread(float(means[0]), quantity.deviations.widening * sqrt(float(covariances[0, 0])))
-    return usual.times(quantity.scale(asked.made))
+    sd = quantity.deviations
+    usual = Spread(float(means[0]), sd.widening * sqrt(float(covariances[0, 0])))
+    found = usual.times(quantity.scale(asked.made))
+    if sd.unseen_share == 1 or not sd.unseen:
+        return found
+    described = spread(_as_described(_ByIdentity(quantity)), asked, seen, missed)
+    return Spread(described.mean, described.deviation, sd.unseen_share, found)
 
 
 def between(
@@ -261,6 +293,13 @@ class _ByIdentity:
         return isinstance(other, _ByIdentity) and other.quantity is self.quantity
 
 
+@lru_cache(maxsize=8)
+def _as_described(known: _ByIdentity) -> ErrorQuantity:
+    """As if all programs were."""
+    quantity = known.quantity
+    return replace(quantity, deviations=replace(quantity.deviations, unseen=0.0))
+
+
 @dataclass(frozen=True)
 class _Told:
     """Cells, the variance of a run's own part by source, and the factor of the covariance of their means."""
@@ -291,8 +330,7 @@ def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], quantity:
     if sd.unseen:
         known = _sources(_ByIdentity(quantity))
         new = np.array([one.source not in known for one in some])
-        own = alike("source", some, others) & alike("stack", some, others)
-        found += sd.unseen**2 * (own & new[:, None])
+        found += sd.unseen**2 * (alike("program", some, others) & new[:, None])
     return found
 
 

@@ -57,7 +57,7 @@ ENOUGH = f"memory enough with {UPPER:.0%}"
 interval of memory, which is of tensors alone."""
 P_FITS = (
     "P(fits): that device and host have enough for tensors and for what the allocator and communicators "
-    "may add"
+    "may add, of a program that may keep other tensors than its stack says"
 )
 """What stands by every table of steps."""
 
@@ -160,9 +160,10 @@ def _beyond(result: SimResult) -> str:
     """What is over a limit, or may be."""
     if not result.fits:
         return f": {result.over} is {format_bytes(result.over_bytes)} over"
-    chances = {"device": result.p_device, "host": result.p_host}
+    described = result.device.as_described.below(result.memory_limit)
+    chances = {"device": described, "host": result.p_host}
     return "".join(
-        f": {name} memory is enough with probability {format_probability(chance)}"
+        f": as described, {name} memory is enough with probability {format_probability(chance)}"
         for name, chance in chances.items()
         if chance < SURE
     )

@@ -48,7 +48,7 @@ TURN_OPS, THOROUGH = 2_500, 250
 simulation is long; turns before a hunt ends."""
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
-RISK = f"fits with a probability below {SURE} (--risk ranks it)"
+RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
 SLOWER_BOUND = "slower, bound: cannot beat those ranked"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
 
@@ -284,7 +284,8 @@ class Hunt:
         found.played.append(simulated)
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
-            memory = (round(simulated.device.quantile(SURE)), round(simulated.host.quantile(SURE)))
+            device = simulated.device.as_described.quantile(SURE)
+            memory = (round(device), round(simulated.host.quantile(SURE)))
         limit = pool.space.problem.hardware.memory_limit()
         time, share = pool.expected()[position], pool.room()[1][position]
         self.misses.append((math.log(simulated.step_time / time), math.log(memory[0] / limit / share)))

@@ -15,7 +15,7 @@ class Options:
     """top: how many are ranked. budget: simulations at most of each family; prove: up to PROOFS times as many
     where these prove what was found. runnable: only what mopexec runs.
 
-    risk: rank plans that fit with a probability below SURE like the others;
+    risk: rank plans that fit, as described, with a probability below SURE like the others;
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
     the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
     family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).

@@ -27,8 +27,8 @@ class Freedom:
 @dataclass
 class SearchResult:
     """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
-    by least, where none fits. risky: results that fit with a probability below
-    SURE, left out of `top` unless nothing else fits.
+    by least, where none fits. risky: results that fit, as described, with a
+    probability below SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
 
     left_out: lines that name the values that no candidate has, as the program lacks them.

@@ -153,7 +153,7 @@ def _run(one: Scored, level: float) -> dict[str, Any]:
         "peak_memory_bytes_error": one.memory_error,
         "predicted_step_time_interval_s": list(one.interval("step_time", level)),
         "predicted_peak_memory_interval_bytes": list(one.interval("peak_memory", level)),
-        "p_fits": one.p_fits,
+        "p_fits": one.p_fits, "p_fits_as_described": one.p_as_described,
         "measured_fits": measured.fits, "predicted_fits": one.simulated.fits,
         "predicted_verdict": one.verdict,
         "assumptions": list(case.assumptions), "approximations": list(case.approximations),

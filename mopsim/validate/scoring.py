@@ -50,10 +50,19 @@ class Scored:
         return error.interval(self.predicted(name), level)
 
     @property
+    def device(self) -> PeakSpread:
+        """What the fullest device needs."""
+        return PeakSpread(self.simulated.fullest, self.simulated.above, self.tensors_spread)
+
+    @property
     def p_fits(self) -> float:
         """Probability that device and host are enough."""
-        one = self.simulated
-        return PeakSpread(one.fullest, one.above, self.tensors_spread).below(one.limit) * one.p_host
+        return self.device.below(self.simulated.limit) * self.simulated.p_host
+
+    @property
+    def p_as_described(self) -> float:
+        """The same if the program keeps what its stack says, and nothing else."""
+        return self.device.as_described.below(self.simulated.limit) * self.simulated.p_host
 
     @property
     def likely(self) -> bool:
@@ -79,10 +88,10 @@ class Scored:
 
     @property
     def verdict(self) -> str:
-        """P(fits) in words, as SimResult.verdict."""
+        """In words, as SimResult.verdict."""
         if not self.simulated.fits:
             return "out of memory"
-        return "fits" if self.p_fits >= SURE else "may not fit"
+        return "fits" if self.p_as_described >= SURE else "may not fit"
 
 
 def _error(predicted: float, measured: float | None) -> float | None:

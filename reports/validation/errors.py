@@ -29,8 +29,10 @@ EXACT_SOURCE = (
 )
 
 
-FIRST: dict[Name, str] = {"step_time": "step_time_s"}
-"""Columns of first scores that tell how wide intervals are to be (adr/0071: why those of peaks do not)."""
+FIRST: dict[Name, str] = {"step_time": "step_time_s", "peak_memory": "peak_memory_bytes"}
+"""Columns of first scores that tell how wide intervals are to be."""
+SOME: frozenset[Name] = frozenset({"peak_memory"})
+"""Whose programs are some as described and some not (adr/0072)."""
 
 
 def learn(runs: Sequence[Run], guesses: Sequence[Run]) -> Errors:
@@ -64,10 +66,12 @@ def _fitted(runs: Iterable[Run], first: dict[str, dict[str, str]]) -> tuple[Erro
                 continue
             known[name].append(_cell(case, measured, predicted, read, made))
             row = first.get(case.id, {})
-            if scored := row.get(FIRST.get(name, "")):
+            if scored := row.get(FIRST[name]):
                 one = _cell(case, measured, float(scored), read, made)
                 before[name].setdefault(row["set"], []).append(one)
-    step_time, peak_memory = (fit_errors(known[name], dict(sorted(before[name].items()))) for name in NAMES)
+    step_time, peak_memory = (
+        fit_errors(known[name], dict(sorted(before[name].items())), name in SOME) for name in NAMES
+    )
     return step_time, peak_memory
 
 

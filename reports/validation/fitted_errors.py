@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 from scipy.optimize import brentq, minimize
-from scipy.special import ndtri
+from scipy.special import expit, ndtri
 
 from mopsim.common.processes import pool, workers
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells
@@ -41,11 +41,11 @@ by which it is drawn there, and the degrees of freedom of the t: errors have far
 
 
 def fit_errors(
-    runs: Sequence[ErrorCell], first: Mapping[str, Sequence[ErrorCell]] | None = None
+    runs: Sequence[ErrorCell], first: Mapping[str, Sequence[ErrorCell]] | None = None, some: bool = False
 ) -> ErrorQuantity:
     """The model of one quantity, from runs (cells of one each), and its deviations without each source.
     first: by set, in the order in which they were scored, runs off by what they were before anything was
-    learned."""
+    learned; some: whether only some of the programs may be off by more than their levels say."""
     known = _Sources(runs)
     known.fit()
     sources = sorted(known.all)
@@ -58,26 +58,34 @@ def fit_errors(
             )
         )
     whole = known.told(known.all)
-    deviations = fit_unseen(known, first or {}, _widened(known, known.all))
+    deviations = fit_unseen(known, first or {}, _widened(known, known.all), some)
     return msgspec.structs.replace(whole, deviations=deviations, without=without)
 
 
 def fit_unseen(
-    known: "_Sources", first: Mapping[str, Sequence[ErrorCell]], deviations: Deviations
+    known: "_Sources",
+    first: Mapping[str, Sequence[ErrorCell]],
+    deviations: Deviations,
+    some: bool = False,
 ) -> Deviations:
     """With what a nominal 90 % of the first scores is held beside the deviations that are fitted to the
-    sources of earlier sets; the sources weigh alike. 0 where there are none, or nothing is needed."""
+    sources of earlier sets; the sources weigh alike. 0 where there are none, or nothing is needed. some: the
+    likeliest share of the programs has it, and the likeliest size."""
     scores = _Scores()
-    later = {run.source for some in first.values() for run in some}
-    for some in first.values():
+    later = {run.source for scored in first.values() for run in scored}
+    for scored in first.values():
         earlier = known.told(known.all - later)
-        often = Counter(run.source for run in some)
-        for run in some:
+        often = Counter(run.source for run in scored)
+        for run in scored:
             ((cell, alike),) = _alike(earlier, [run]).items()
             expected = spread(earlier, cell)
-            scores.add([abs(alike.errors[0] - expected.mean)], 1 / often[run.source], expected.deviation)
+            off = abs(alike.errors[0] - expected.mean)
+            scores.add([off], 1 / often[run.source], expected.as_described.deviation)
         later -= often.keys()
-    return msgspec.structs.replace(deviations, unseen=scores.beside(deviations.widening))
+    unseen, share = scores.beside(deviations.widening), 1.0
+    if some and unseen:
+        unseen, share = scores.of_some(deviations.widening)
+    return msgspec.structs.replace(deviations, unseen=unseen, unseen_share=share)
 
 
 class _Sources:
@@ -205,6 +213,21 @@ class _Scores:
             return weighted_quantile(scores, self.weights, NOMINAL) - float(ndtri((1 + NOMINAL) / 2))
 
         return round(float(brentq(over, 0.0, 10.0)), 4) if self.values and over(0.0) > 0 else 0.0
+
+    def of_some(self, widening: float) -> tuple[float, float]:
+        """(The deviation that some programs have beside their own, widened alike; their share): the
+        likeliest."""
+        values, own, weights = map(np.array, (self.values, self.deviations, self.weights))
+
+        def cost(x: Array) -> float:
+            share = expit(x[1])
+            among = np.log(widening * np.array([own, np.hypot(own, exp(x[0]))]))
+            both = -0.5 * (values / np.exp(among)) ** 2 - among + np.log([[1 - share], [share]])
+            return -float(weights @ np.logaddexp(*both))
+
+        bounds = [(log(SMALLEST), log(LARGEST)), (-5.0, 5.0)]
+        found = minimize(cost, np.array([log(USUAL), 0.0]), method="L-BFGS-B", bounds=bounds).x
+        return round(exp(found[0]), 4), round(float(expit(found[1])), 4)
 
 
 def _pairs(runs: Mapping[ErrorCell, "_Alike"], means: Array, covariances: Array) -> list[list[float]]:

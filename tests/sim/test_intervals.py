@@ -8,8 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
+from scipy.special import ndtr
 
-from mopsim.intervals.errors import LEVELS, NAMES, Deviations, ErrorCell, ErrorQuantity, cells, known_errors
+from mopsim.intervals.errors import (
+    LEVELS,
+    NAMES,
+    WHOLE,
+    Deviations,
+    ErrorCell,
+    ErrorQuantity,
+    cells,
+    known_errors,
+)
 from mopsim.intervals.made import ALWAYS, made_of
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
@@ -223,6 +233,35 @@ def test_a_program_nobody_compared_is_wider_until_its_user_has_run_it() -> None:
     assert between(known, new[0], new[1]).deviation == pytest.approx(math.hypot(0.1, 0.1, 0.2, 0.2))
 
 
+def test_of_some_programs_the_peak_is_as_described_and_of_others_not() -> None:
+    sd = replace(NONE, source=0.03, run=0.04, unseen=0.4, unseen_share=0.25)
+    known = ErrorQuantity(deviations=sd, cells=(cell("s", "p"),))
+    found = spread(known, cell("t", "p"))
+    assert found.as_described == Spread(0.0, pytest.approx(0.05))
+    mine, off = (float(ndtr(0.2 / wide)) for wide in (0.05, math.hypot(0.05, 0.4)))
+    assert found.below(np.array([0.2]))[0] == pytest.approx(0.75 * mine + 0.25 * off)
+    for probability in (0.05, 0.5, 0.9, 0.99):
+        reached = found.below(np.array([found.quantile(probability)]))[0]
+        assert reached == pytest.approx(probability, abs=1e-5)
+    assert spread(known, cell("s", "p")).quantile(0.95) < 0.1
+    assert found.times(2.0).quantile(0.9) == pytest.approx(2 * found.quantile(0.9), abs=1e-5)
+    device = replace(cell("t", "p"), reading=WHOLE)  # what is read of it does not make it better known
+    assert spread(known, device).quantile(0.95) > 0.2
+
+
+def test_first_scores_say_how_many_programs_are_not_as_described() -> None:
+    """A third, off by a factor e."""
+    known = _Sources(drawn(0))
+    random = np.random.default_rng(1)
+    first = [
+        cell(str(100 + source), "0", mean=random.normal(0.05, 1.0 if source % 3 == 0 else 0.1))
+        for source in range(300)
+    ]
+    found = fit_unseen(known, {"5": first}, NONE, True)
+    assert found.unseen == pytest.approx(1.0, rel=0.2)
+    assert found.unseen_share == pytest.approx(0.33, abs=0.1)
+
+
 def quantities() -> list[ErrorQuantity]:
     errors = known_errors()
     return [getattr(some, name) for some in (errors, errors.guesses) for name in NAMES]
@@ -242,7 +281,8 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
         assert programs <= set(list_stacks())
         assert {one.hardware for one in quantity.cells} <= set(list_profiles())
         assert 0.3 < quantity.deviations.widening < 3
-        assert (quantity.deviations.unseen > 0) == (quantity is known_errors().step_time)
+        assert (quantity.deviations.unseen > 0) == (quantity not in guesses)
+        assert (quantity.deviations.unseen_share < 1) == (quantity is known_errors().peak_memory)
         timed = quantity in (known_errors().step_time, known_errors().guesses.step_time)
         assert set(quantity.parts) == ({ALWAYS, *STEP_PARTS} if timed else set())
         assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import ExplorerStep, Json, ends, keyed, plot, state_of, table
+from mopsim.report.explore.steps import ExplorerStep, Json, ends, keyed, likely, plot, state_of, table
 
 _QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
 _STEP = "predicted_step_time_interval_s"
@@ -47,7 +47,7 @@ def run_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 
 def _state(run: Json) -> str:
-    return state_of(run.get("predicted_fits", True), run.get("p_fits"), str(run.get("predicted_verdict", "")))
+    return state_of(run.get("predicted_fits", True), likely(run), str(run.get("predicted_verdict", "")))
 
 
 def _against(title: str, kind: str, key: str, runs: Sequence[Json]) -> View:

@@ -45,6 +45,7 @@ class StepJson(msgspec.Struct, frozen=True, kw_only=True):
     host_memory_bytes: Amount | None = None
     verdict: str | None = None
     p_fits: Share | None = None
+    p_fits_as_described: Share | None = None
     p_best_is_faster: Share | None = None
     interval: Share = 0.9
     gap: Amount | None = None
@@ -67,7 +68,7 @@ class ExplorerStep:
     @property
     def state(self) -> str:
         """'fits', 'may not fit' (it fits, but not surely) or 'out of memory'."""
-        return state_of(bool(self.found["fits"]), self.found.get("p_fits"), self.verdict)
+        return state_of(bool(self.found["fits"]), likely(self.found), self.verdict)
 
     @property
     def verdict(self) -> str:
@@ -79,8 +80,14 @@ def device(found: Json) -> str:
     return str(found.get("each", "GPU"))
 
 
+def likely(found: Json) -> float | None:
+    """The probability by which what fits is marked, in a file that has it."""
+    odds: float | None = found.get("p_fits_as_described", found.get("p_fits"))
+    return odds
+
+
 def state_of(fits: bool, p_fits: float | None, verdict: str = "") -> str:
-    """How a row or a point is marked. p_fits: probability, in a file that has it."""
+    """How a row or a point is marked. p_fits: `likely`."""
     if not fits:
         return "out of memory"
     unsure = p_fits < SURE if p_fits is not None else verdict in ("may not fit", "at risk")
