@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
-from math import sqrt
+from math import hypot, sqrt
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -52,6 +52,10 @@ class Deviations(Spec, frozen=True, kw_only=True):
     unseen_share: float = 1.0
     widening: float = 1.0
     ratio_widening: float = 1.0
+
+    def of(self, *levels: str) -> float:
+        """Of the sum of these parts."""
+        return hypot(*(getattr(self, level) for level in levels))
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, *LEVELS, "run", "unseen", "unseen_share", "widening", "ratio_widening")

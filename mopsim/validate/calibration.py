@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-NOISE = 0.05
-"""Relative scatter of repeated runs of one job: the unit in which departures from the prior are weighed."""
-SCALE_PRIOR = 0.3
-"""Standard deviation of the scale about 1."""
+from mopsim.intervals.errors import known_errors
+
+SHARED = ("common", "stack", "hardware", "precision", "source")
+"""Levels of errors (mopsim.intervals.errors) that all runs of a software stack on a machine have in common:
+the prior of its scale."""
+NETWORKS = ("network", "source_network")
+"""Those that the runs of one network have in common beside."""
 LAUNCH, LAUNCH_PRIOR, LAUNCH_LIMIT = 13.5e-6, 5e-6, 100e-6
 """Seconds a launch: of the profiles, its standard deviation, and where it is not a launch any more."""
 CONSTANT_PRIOR, CONSTANT_SHARE = 20e-3, 0.05
@@ -69,7 +72,8 @@ class Fit:
 
 
 def fit(points: Sequence[PacedRun], issue: float = LAUNCH) -> Fit:
-    """Robust relative error, each network with equal weight, drawn towards (1, issue, 0) by the priors.
+    """Robust relative error, drawn towards (1, issue, 0) by the priors. Each network is one observation: what
+    its runs have in common is off from the scale as the errors of published runs are, and each run beside.
 
     issue: seconds of the host a launch on the profile that the points were simulated on.
     """
@@ -77,15 +81,18 @@ def fit(points: Sequence[PacedRun], issue: float = LAUNCH) -> Fit:
         return Fit()
     measured = np.array([p.measured for p in points])
     counts = Counter(p.model for p in points)
-    weight = np.sqrt([len(points) / len(counts) / counts[p.model] for p in points])
+    runs = np.array([counts[p.model] for p in points])
+    deviations = known_errors().step_time.deviations
+    scatter = np.sqrt(deviations.of(*NETWORKS) ** 2 + deviations.run**2 / runs)
+    prior_scale = deviations.of(*SHARED)
     shortest = float(measured.min())
     deviation = min(CONSTANT_PRIOR, CONSTANT_SHARE * shortest)
 
     def residuals(x: Array) -> Array:
         tried = Fit(x[0], x[1] * 1e-6, x[2] * deviation, len(points))
         predicted = np.array([tried.apply(p) for p in points]) / measured
-        prior = [(x[0] - 1) / SCALE_PRIOR, (x[1] * 1e-6 - issue) / LAUNCH_PRIOR, x[2]]
-        return np.concatenate([weight * _robust((predicted - 1) / NOISE), prior])
+        prior = [(x[0] - 1) / prior_scale, (x[1] * 1e-6 - issue) / LAUNCH_PRIOR, x[2]]
+        return np.concatenate([_robust((predicted - 1) / scatter) / np.sqrt(runs), prior])
 
     best = None
     for start in STARTS:

@@ -128,12 +128,21 @@ def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
     true = Fit(1.3, 18e-6, 0.0, runs=1)
     sizes = [(0.1, 9000), (0.2, 9000), (0.5, 9000), (1.0, 9000), (2.0, 9000), (0.05, 9000), (3, 100), (1, 9)]
     points = [
-        replace(_paced(s, n), measured=true.apply(_paced(s, n)), model=f"m{i % 4}")
+        replace(_paced(s, n), measured=true.apply(_paced(s, n)), model=f"m{i % 4}{again}")
         for i, (s, n) in enumerate(sizes)
+        for again in range(20)
     ]
     found = calibration.fit(points)
     assert found.scale == pytest.approx(1.3, rel=0.02)
     assert found.launch == pytest.approx(18e-6, rel=0.02)
+
+
+def test_a_few_runs_move_the_scale_as_far_as_published_ones_say() -> None:
+    """One run 20 % slower than simulated says less of the stack than ten networks that are."""
+    one = calibration.fit([PacedRun(1.0, (), 1.2, "a")])
+    same = calibration.fit([PacedRun(1.0, (), 1.2, "a")] * 10)
+    ten = calibration.fit([PacedRun(1.0, (), 1.2, str(model)) for model in range(10)])
+    assert 1.05 < one.scale < same.scale < ten.scale < 1.2
 
 
 def test_a_launch_is_drawn_to_that_of_the_profile() -> None:
