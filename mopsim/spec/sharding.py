@@ -47,7 +47,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
     next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
     gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
-    (`frees`, torch's default). update_copies: under ZeRO-1, bytes for each
+    (`frees`, torch's default); so are shards of gradients, unless they are parts of buffers that are there
+    for good (`buffers`). update_copies: under ZeRO-1, bytes for each
     parameter that a rank updates of flat tensors that its update makes of gradients narrower than fp32;
     buckets: bytes of those through which such gradients are reduced after the last backward; reduce_copies:
     bytes for each gradient of a rank of one whole copy that is reduced then. Where none of a backward's
@@ -84,7 +85,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     owners: bool = False
     grad_passes: float = 0.0
     microbatch_grads: Literal["added", "kept"] = "added"
-    zero_grad: Literal["fills", "frees"] = "fills"
+    zero_grad: Literal["fills", "frees", "buffers"] = "fills"
     update_copies: float = 0.0
     buckets: float = 0.0
     reduce_copies: float = 0.0
@@ -122,6 +123,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield self.fsdp or not self.optional, "optional", rule
         rule = "is of torch's DistributedDataParallel, whose parameters are whole (fsdp false)"
         yield not (self.fsdp and self.bucketed), "bucketed", rule
+        rule = "is of a program that shards parameters (fsdp)"
+        yield self.fsdp or self.zero_grad != "buffers", "zero_grad", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP1 (flat)"
