@@ -122,6 +122,16 @@ class Context:
         return sharding.fsdp or (sharding.zero_grad == "frees" and once)
 
     @property
+    def rows_room(self) -> float:
+        """Of the busiest rank's rows, how many there is room for (Kernels.expert_room); 0: for these."""
+        how = self.strategy.experts
+        room = self.stack.kernels.expert_room * (
+            how.token_dispatcher == "hybridep" and how.expert_parallel > 1
+        )
+        balanced = self.tokens * self.model.num_experts_per_tok
+        return room * balanced / sum(self.routes()) if room else 0.0
+
+    @property
     def beside_rows(self) -> tuple[str, ...]:
         """What travels beside rows: nothing where kernels of their own send them, no counts that the host
         never reads (Kernels.beside_rows)."""

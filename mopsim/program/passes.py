@@ -21,6 +21,7 @@ from mopsim.graph.rewrites.recompute import (
     shares,
     without_weight_grads,
 )
+from mopsim.graph.rewrites.roomy import shared_stay, with_room
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Played, Step, Tape
@@ -152,6 +153,10 @@ class Passes:
         made = {value.name for kernel in kernels for value in kernel.writes}
         run = {"", *(kernel.name for kernel in kernels)}
         frames = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
+        kernels = shared_stay(kernels) if c.weaves or "router" in c.stack.host.graphs else kernels
+        if routes and c.rows_room:
+            stash = c.stack.kernels.expert_stash / c.stack.kernels.expert_room * c.rows_room
+            kernels = with_room(kernels, c.rows_room, stash * (precision.matmul in CAST))
         tape = replace(tape, kernels=kernels, held=frames)
         tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
         if c.stack.kernels.ring_blocks == "composed":

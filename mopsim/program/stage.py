@@ -114,7 +114,7 @@ class Stage:
     def frees_gradients(self) -> bool:
         """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
         strategy, sharding = self.context.strategy, self.context.stack.sharding
-        frees = sharding.fsdp * (sharding.zero_grad != "buffers") or sharding.zero_grad == "frees"
+        frees = sharding.zero_grad == "frees" or (sharding.fsdp and sharding.zero_grad != "buffers")
         return frees and strategy.dense.grad_tier == "device"
 
     def resident(self) -> tuple[Step, ...]:

@@ -19,6 +19,7 @@ from mopsim.spec.categories import Runtime
 from mopsim.spec.has import require_had
 from mopsim.spec.host import HostCosts as HostCosts
 from mopsim.spec.quantity import require_between
+from mopsim.spec.reading import Reading as Reading
 from mopsim.spec.recompute import Recompute as Recompute
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import MOST_BYTES
@@ -38,6 +39,7 @@ memory, no flash kernel."""
 Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
 """Products of the layers' tapes that come after a norm, in joined projections."""
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
+MOST_ROOM = 1000
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
 
@@ -73,6 +75,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `fresh` router memory holds those of a run's most uneven layer, which gives every token to one expert, for
     each layer that keeps its rows; rows are copied there and back slice by slice. expert_weights: those of a
     grouped product are one tensor, or are copied into one before it, and its gradient back (`stacked`).
+    expert_room: tensors of routed experts' rows that HybridEP brings have room for so many times those of a
+    balanced load (0: for as many as come), so that no host need know how many these are. expert_stash: of
+    these, in 8 and 4 bits, what the backward wants of the first product's input and output is copied to a
+    stash, which has so many times a balanced load's (0: there is none; Megatron-Core's paged stash).
     expert_bias: added inside the product (`fused`), or gathered row by row and added; then its gradient is a
     product (`gathered`), or torch adds it up row after row (`indexed`); or that of the last product times the
     route weights, which the activation has applied, by torch for each expert (`scaled`). clamped_gate: that
@@ -143,6 +149,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh", "aligned"] = "none"
     expert_weights: Literal["whole", "stacked"] = "whole"
+    expert_room: float = 0.0
+    expert_stash: float = 0.0
     expert_bias: Literal["fused", "gathered", "indexed", "scaled"] = "fused"
     clamped_gate: Literal["fused", "composed", "again", "apart"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
@@ -179,6 +187,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "logit_passes")
+        require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash")
+        rule = "is of rows that there is more room for (expert_room)"
+        require(self.expert_room > 0 or not self.expert_stash, "expert_stash", self.expert_stash, rule)
         rule = "holds the loss's copy of the logits in fp32, which loss_copy false has not"
         require(self.loss_copy or self.logits_held != "copy", "logits_held", self.logits_held, rule)
 
@@ -208,26 +219,6 @@ class Hides(Spec, frozen=True, kw_only=True):
     pipeline: bool | Literal["interleaved"] = False
     tensor: bool = False
     experts: bool = False
-
-
-class Reading(Spec, frozen=True, kw_only=True):
-    """What its reported peak memory is.
-
-    memory: live tensors (`allocated`), the caching allocator's blocks (`reserved`), or the whole device as
-    NVML has it (`device`). first_stage, last_stage: it is of that pipeline stage only. first_step: of a first
-    step, whose forward and backward are before the update that makes Adam's moments."""
-
-    memory: Literal["allocated", "reserved", "device"] = "allocated"
-    first_stage: bool = False
-    last_stage: bool = False
-    first_step: bool = False
-
-    def __post_init__(self) -> None:
-        rule = (
-            "a peak is of one stage or a first step: another of first_stage, last_stage, first_step is true"
-        )
-        given = [name for name in ("first_stage", "last_stage", "first_step") if getattr(self, name)]
-        require(len(given) < 2, given[-1] if given else "", True, rule)
 
 
 class Stack(Spec, frozen=True, kw_only=True):

@@ -283,7 +283,8 @@ def left_to_the_stack() -> dict[str, Job]:
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, and norms, run
     again; products in 8 bits; narrow moments and parameters on the host; tensor ranks that split rows of two
     sequences or hold all rows, and two readers of each; sends of an interleaved pipeline; gradients as
-    narrow as the products; FSDP's groups without copies; heads' norms; rotary embeddings by torch.
+    narrow as the products; FSDP's groups without copies; rows that HybridEP brings; heads' norms; rotary
+    embeddings by torch.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -328,6 +329,9 @@ def left_to_the_stack() -> dict[str, Job]:
         "narrow": replace(job, strategy=narrow, stack=structs.replace(job.software, dtypes=StateDTypes())),
         "no copies": replace(whole, stack=structs.replace(whole.software, sharding=Sharding(fsdp=True))),
         "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
+        "rows of HybridEP": replace(
+            job, strategy=megatron(8, expert_parallel=2, token_dispatcher="hybridep", recompute="none")
+        ),
         "norms of heads": replace(job, model=structs.replace(job.model, qk_norm="head")),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
     }
