@@ -295,11 +295,18 @@ def risks(d: Decision) -> list[str]:
 
 def _memory(result: SimResult) -> str:
     """How surely the plan fits, and how much of the device memory it needs at UPPER."""
-    most = result.device.quantile(UPPER) / result.memory_limit
-    return (
-        f"The plan fits with probability {format_probability(result.p_fits)}; with a probability of "
-        f"{1 - UPPER:.0%} it needs more than {most:.1%} of the usable device memory. That is evenly routed "
-        f"as planned; a router that learns is uneven."
+    described, error = result.device.as_described, result.device.error
+    most, chance = described.quantile(UPPER) / result.memory_limit, format_probability(result.p_as_described)
+    text = (
+        f"If {result.stack.name} keeps the tensors that its description says, the plan fits with probability "
+        f"{chance}, and with a probability of {1 - UPPER:.0%} it needs more than {most:.1%} of the usable "
+        f"device memory. That is evenly routed as planned; a router that learns is uneven."
+    )
+    if error.off is None:
+        return text
+    return text + (
+        f" Of programs that nobody had compared {error.share:.0%} kept others; with these the probability is "
+        f"{format_probability(result.p_fits)}. One measured step of the plan settles it."
     )
 
 

@@ -386,8 +386,10 @@ def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:
     decision = Decision(request, [], [], [], chosen, None, [], [], surer=priced(chosen, 108.0, 7.0))
     assert "is met with probability 63% (50% asked). Surer: " in answer(decision)
     assert chosen.result is not None
-    fits = format_probability(chosen.result.p_fits)
-    assert f"fits with probability {fits}; with a probability of 5% it needs" in " ".join(risks(decision))
+    odds = [format_probability(one) for one in (chosen.result.p_as_described, chosen.result.p_fits)]
+    said = " ".join(risks(decision))
+    assert f"fits with probability {odds[0]}, and with a probability of 5% it needs" in said
+    assert (chosen.result.device.error.off is None) == (f"the probability is {odds[1]}" not in said)
     tight = replace(chosen.result, memory_limit=int(chosen.result.peak_memory * 0.99))
     said = " ".join(risks(replace(decision, chosen=replace(chosen, result=tight))))
     assert re.search(r"it needs more than 1\d\d\.\d% of the usable device memory", said)
