@@ -91,8 +91,11 @@ class BlockedThread(HostThread):
 def _kernels(program: Program) -> tuple[list[float], list[float]]:
     """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'
     worth. Equal work is shared, so it is counted once."""
-    graphs = program.graphs
-    keys = [(id(op.work), op.component in graphs) for op in program.ops]
-    parts = dict(zip(keys, program.ops, strict=True))
-    counts = {key: on_host(op.work, key[1]) for key, op in parts.items()}
-    return [counts[key][0] for key in keys], [counts[key][1] for key in keys]
+    graphs, ops = program.graphs, program.ops
+    keys = [(id(op.work), op.component in graphs) for op in ops] if graphs else [id(op.work) for op in ops]
+    known: dict[object, tuple[float, float]] = {}
+    for key, op in zip(keys, ops, strict=True):
+        if key not in known:
+            known[key] = on_host(op.work, op.component in graphs)
+    found = [known[key] for key in keys]
+    return [one[0] for one in found], [one[1] for one in found]

@@ -1,9 +1,16 @@
 """The memory ledger: bytes by category and tier as ops start and end, with the peak's time and cause."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
 from mopsim.graph.tape import Step
-from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
+from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Op
 
 GATHERED, GRADS = SLOT["gathered"], SLOT["grads"]
+Counts = NDArray[np.int64]
 
 
 class Ledger:
@@ -20,84 +27,130 @@ class Ledger:
             self.now[SLOT[category]] += size
         self.resident = list(self.now)
         self.high = list(self.now)
-        self.device = sum(self.now[:NUM_DEVICE_SLOTS])
-        self.host = sum(self.now[NUM_DEVICE_SLOTS:])
         self.limit = limit
-        self.peak, self.at_peak = self.device, list(self.now)
-        self.rest = self.device - self.now[GATHERED] - self.now[GRADS]
-        self.host_peak, self.at_host_peak = self.host, list(self.now)
+        self.peak, self.at_peak = sum(self.now[:NUM_DEVICE_SLOTS]), list(self.now)
+        self.rest = self.peak - self.now[GATHERED] - self.now[GRADS]
+        self.host_peak, self.at_host_peak = sum(self.now[NUM_DEVICE_SLOTS:]), list(self.now)
         self.by_phase: dict[str, int] = {}
         self.peak_time = 0.0
         self.peak_op: Op | None = None
-        self.over: str | None = self._largest() if self.device > limit else None
+        self.over: str | None = self._largest() if self.peak > limit else None
         self.curve: list[tuple[float, tuple[int, ...]]] | None = (
             [(0.0, tuple(self.now))] if keep_curve else None
         )
-        self._heights: dict[int, tuple[int, int]] = {}
-        self._ends: dict[tuple[int, int], tuple[Deltas, int, int]] = {}
 
-    def start(self, op: Op, time: float) -> None:
-        """Raise the ledger to the op's height."""
-        peak = op.peak
-        if not peak:
-            return
-        now, high = self.now, self.high
-        for slot, size in peak:
-            size = now[slot] = now[slot] + size
-            if size > high[slot]:
-                high[slot] = size
-        device, host = self._heights.get(id(peak)) or self._height(peak)
-        self.device += device
-        self.host += host
-        rest = self.device - now[GATHERED] - now[GRADS]
-        if rest > self.rest:
-            self.rest = rest
-        if self.device > self.peak:
-            self.peak, self.at_peak, self.peak_time, self.peak_op = self.device, list(now), time, op
-            if self.over is None and self.device > self.limit:
-                grown = [(size, slot) for slot, size in peak if slot < NUM_DEVICE_SLOTS]
-                self.over = SLOTS[max(grown)[1]]
-        if self.device > self.by_phase.get(op.phase, 0):
-            self.by_phase[op.phase] = self.device
-        if self.host > self.host_peak:
-            self.host_peak, self.at_host_peak = self.host, list(now)
+    def play(
+        self, ops: Sequence[Op], moves: Sequence[int], starts: Sequence[float], ends: Sequence[float]
+    ) -> None:
+        """Ops start and end. moves: indices in their order, inverted where an op ends; one that has no height
+        need not start. starts, ends: seconds of every op."""
+        places = np.array(moves, dtype=np.int64)
+        begins = places >= 0
+        places = np.where(begins, places, ~places)
+        kinds, changes, touched = _changes(ops)
+        used = np.flatnonzero(changes.any(axis=0))
+        rows = np.where(begins, 2 * kinds[places], 2 * kinds[places] + 1)
+        now = np.array(self.now)[used] + np.cumsum(changes[:, used][rows], axis=0)
+        held = _Held(used, self.now, now)
+        high = np.asarray(touched.any(axis=1))[rows]
+        if high.any():
+            above = _Held(used, self.now, now[high])
+            self._heights([ops[place] for place in places[high].tolist()], above, starts)
+            grown = np.where(touched[:, used][rows[high]], above.now, 0).max(axis=0)
+            for slot, size in zip(used.tolist(), grown.tolist(), strict=True):
+                self.high[slot] = max(self.high[slot], size)
+        shown = high | ~begins
+        self._by_phase(ops, places[shown], held.device[shown])
         if self.curve is not None:
-            self.curve.append((time, tuple(now)))
+            for row, (move, place) in enumerate(zip(moves, places.tolist(), strict=True)):
+                op = ops[place]
+                if op.peak or (move < 0 and op.net):
+                    self.curve.append((starts[place] if move >= 0 else ends[place], tuple(held.at(row))))
+        if len(now):
+            self.now = held.at(-1)
 
-    def end(self, op: Op, time: float) -> None:
-        """Drop the op's height, keep its net change."""
-        peak, net = op.peak, op.net
-        if peak or net:
-            changes, device, host = self._ends.get((id(peak), id(net))) or self._end(peak, net)
-            now = self.now
-            for slot, size in changes:
-                now[slot] += size
-            self.device += device
-            self.host += host
-            if self.curve is not None:
-                self.curve.append((time, tuple(now)))
-        if self.device > self.by_phase.get(op.phase, 0):
-            self.by_phase[op.phase] = self.device
+    def _heights(self, ops: Sequence[Op], held: "_Held", starts: Sequence[float]) -> None:
+        """The ledger as ops are at their height."""
+        device, host = held.device, held.host
+        most = int(np.argmax(device))
+        if device[most] > self.peak:
+            self.peak, self.at_peak = int(device[most]), held.at(most)
+            self.peak_time, self.peak_op = starts[ops[most].index], ops[most]
+        if self.over is None and self.peak > self.limit:
+            first = ops[int(np.argmax(device > self.limit))]
+            grown = [(size, slot) for slot, size in first.peak if slot < NUM_DEVICE_SLOTS]
+            self.over = SLOTS[max(grown)[1]]
+        self.rest = max(self.rest, int((device - held.of(GATHERED) - held.of(GRADS)).max()))
+        most = int(np.argmax(host))
+        if host[most] > self.host_peak:
+            self.host_peak, self.at_host_peak = int(host[most]), held.at(most)
 
-    def _height(self, peak: Deltas) -> tuple[int, int]:
-        """Bytes of the device and of the host, kept for those changes: equal ones are one object."""
-        found = self._heights[id(peak)] = _sums(peak)
-        return found
-
-    def _end(self, peak: Deltas, net: Deltas) -> tuple[Deltas, int, int]:
-        """(The changes at the end of an op; their bytes of the device, of the host), kept likewise."""
-        left = dict(net)
-        for slot, size in peak:
-            left[slot] = left.get(slot, 0) - size
-        changes = tuple((slot, size) for slot, size in left.items() if size)
-        found = self._ends[id(peak), id(net)] = (changes, *_sums(changes))
-        return found
+    def _by_phase(self, ops: Sequence[Op], places: Counts, device: Counts) -> None:
+        """The highest of the device by phase, in the order in which they begin."""
+        names: dict[str, int] = {}
+        phases = np.array([names.setdefault(op.phase, len(names)) for op in ops], dtype=np.int64)[places]
+        most, first = np.zeros(len(names), dtype=np.int64), np.full(len(names), len(places))
+        np.maximum.at(most, phases, device)
+        np.minimum.at(first, phases, np.where(device > 0, np.arange(len(places)), len(places)))
+        every = list(names)
+        self.by_phase = {every[at]: int(most[at]) for at in np.argsort(first).tolist() if most[at] > 0}
 
     def _largest(self) -> str:
         return SLOTS[max(range(NUM_DEVICE_SLOTS), key=lambda slot: self.now[slot])]
 
 
-def _sums(changes: Deltas) -> tuple[int, int]:
-    """Bytes of the device, of the host."""
-    device = sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
-    return device, sum(size for _, size in changes) - device
+@dataclass(frozen=True)
+class _Held:
+    """Bytes after each of some moves. now: of the slots that are used; given: of all, before."""
+
+    used: Counts
+    given: Sequence[int]
+    now: Counts
+
+    @property
+    def device(self) -> Counts:
+        return self._of(self.used < NUM_DEVICE_SLOTS, self.given[:NUM_DEVICE_SLOTS])
+
+    @property
+    def host(self) -> Counts:
+        return self._of(self.used >= NUM_DEVICE_SLOTS, self.given[NUM_DEVICE_SLOTS:])
+
+    def _of(self, mine: NDArray[np.bool_], given: Sequence[int]) -> Counts:
+        rest = sum(given) - sum(self.given[slot] for slot in self.used[mine].tolist())
+        return np.asarray(self.now[:, mine].sum(axis=1) + rest)
+
+    def of(self, slot: int) -> Counts | int:
+        """Of one slot."""
+        mine = np.flatnonzero(self.used == slot)
+        return self.now[:, mine[0]] if len(mine) else self.given[slot]
+
+    def at(self, row: int) -> list[int]:
+        """Of all slots, after one move."""
+        found = list(self.given)
+        for slot, size in zip(self.used.tolist(), self.now[row].tolist(), strict=True):
+            found[slot] = size
+        return found
+
+
+def _changes(ops: Sequence[Op]) -> tuple[Counts, Counts, NDArray[np.bool_]]:
+    """(The kind of change of each op; bytes by slot of each kind, as an op starts and, in the next row, as it
+    ends; which slots change at these starts). Equal changes are one object."""
+    known: dict[tuple[int, int], int] = {}
+    firsts: list[Op] = []
+    kinds = []
+    for op in ops:
+        key = id(op.peak), id(op.net)
+        kind = known.get(key)
+        if kind is None:
+            kind = known[key] = len(firsts)
+            firsts.append(op)
+        kinds.append(kind)
+    changes = np.zeros((2 * len(firsts), len(SLOTS)), dtype=np.int64)
+    touched = np.zeros(changes.shape, dtype=np.bool_)
+    for kind, op in enumerate(firsts):
+        for slot, size in op.peak:
+            changes[2 * kind, slot], changes[2 * kind + 1, slot] = size, -size
+            touched[2 * kind, slot] = True
+        for slot, size in op.net:
+            changes[2 * kind + 1, slot] += size
+    return np.array(kinds, dtype=np.int64), changes, touched

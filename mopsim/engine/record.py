@@ -65,7 +65,6 @@ class Record:
         self.behind: dict[int, float] = {}
         self.tallies: dict[int, Tally] = defaultdict(Tally)
         self.spans: list[Span] | None = [] if keep_spans else None
-        self.last: Op | None = None
         self.end = 0.0
 
     def waited(self, op: Op, seconds: float) -> None:
@@ -108,15 +107,14 @@ class Record:
         else:
             exposed[kind or (op.work[0].kind if op.work else "dependency")] += seconds
 
-    def ended(self, op: Op, ready: float, start: float, end: float, compute: bool) -> None:
-        """An op ran from start to end."""
-        tally = self._tally(op)
-        if compute:
-            if tally.start < 0.0:
-                tally.ready, tally.start = ready, start
-            tally.component[op.component] += op.times * (end - start)
-        if end >= self.end:
-            self.end, self.last = end, op
-        if self.spans is not None and end > start:
-            where = op.stream, op.name, op.component, op.phase
-            self.spans.append(Span(*where, start, end, op.microbatch, op.layer))
+    def ended(self, ops: Sequence[Op], moves: Sequence[int]) -> None:
+        """All ops have run. moves: `Rank.moves`."""
+        self.end = max(self.ends, default=0.0)
+        if self.spans is None:
+            return
+        for place in moves:
+            start, end = self.starts[~place], self.ends[~place]
+            if place < 0 and end > start:
+                op = ops[~place]
+                where = op.stream, op.name, op.component, op.phase
+                self.spans.append(Span(*where, start, end, op.microbatch, op.layer))

@@ -4,12 +4,12 @@ A thread of the host issues the ops (see HostThread); no stream runs what is not
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
-from mopsim.engine.clock import Clock, Moment, Process, Wake
+from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
-from mopsim.engine.record import Record, turns
+from mopsim.engine.record import Record, Tally, turns
 from mopsim.program.workload import FABRICS, Op, Program, Repeat, first_compute
 
 
@@ -29,27 +29,27 @@ class Meeting:
 
 
 class Rank:
-    """One program in play: its streams, its ledger, and compute that slows while a collective runs beside
-    it."""
+    """One program in play: its streams, and compute that slows while a collective runs beside it. moves: its
+    ops as they start (their index) and end (the index inverted), in their order."""
 
     def __init__(
         self,
         clock: Clock,
         program: Program,
         durations: Sequence[float],
-        ledger: Ledger,
         record: Record,
         share: float,
         meetings: dict[str, Meeting],
         host: HostThread | None,
     ) -> None:
         self.clock, self.program, self.durations = clock, program, durations
-        self.ledger, self.record, self.meetings, self.host = ledger, record, meetings, host
+        self.record, self.meetings, self.host = record, meetings, host
         self.repeats = {repeat.gap: repeat for repeat in program.repeats}
         record.issued, record.turns = [0.0] * len(program.ops), turns(program)
         self.done = [False] * len(program.ops)
         self.starts, self.ends = [0.0] * len(program.ops), [0.0] * len(program.ops)
         record.starts, record.ends = self.starts, self.ends
+        self.moves: list[int] = []
         self.before = [-1] * len(program.ops)
         """The op that the same stream runs before each."""
         self.waiting: dict[int, list[Wake]] = {}
@@ -58,84 +58,89 @@ class Rank:
         self.remaining, self.since = 0.0, 0.0
         self.wake: Wake | None = None
         """Of the compute that runs."""
-        self.timer: Moment | None = None
-        """At which it is woken."""
+        self.timer = -1
+        """The event at which it is woken."""
         streams: dict[str, list[Op]] = {}
         for op in program.ops:
             earlier = streams.setdefault(op.stream, [])
-            self.before[op.index] = earlier[-1].index if earlier else -1
+            if earlier:
+                self.before[op.index] = earlier[-1].index
             earlier.append(op)
         for name, ops in streams.items():
             clock.start(self.run(name, ops))
 
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
-        """Issue the stream's ops one after the other. Time passes at yields only, so `now` is read there."""
+        """Issue the stream's ops one after the other. Time passes at yields only."""
         wake = yield
-        clock, ledger, record, host, after = self.clock, self.ledger, self.record, self.host, self.clock.after
+        record, host, after, moves = self.record, self.host, self.clock.after, self.moves
         starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
-        compute, durations, now = stream == "compute", self.durations, clock.now
+        compute, durations, now = stream == "compute", self.durations, self.clock.now
+        turn, turn_of, tally = -2, record.turns, Tally()
         begin, end = self.way(stream)
         if host is not None:
             stretch, bases, awaited = host.stretch, host.bases, host.awaited
-            first, inside, apart = host.first, host.inside, host.apart
+            first, inside, apart, blocked = host.first, host.inside, host.apart, host.blocked
         for op in ops:
             index, ready = op.index, now
             for dep in op.deps:
                 if not done[dep]:
                     waiting.setdefault(dep, []).append(wake)
-                    yield
-                    before, now = now, clock.now
+                    before, now = now, (yield)
                     if compute and now > before:
                         self.blame(op, dep, before, now)
             if host is not None:
                 before = now
                 if stretch[index] >= len(bases):
                     host.wait(index, wake)
-                    yield
-                    now = clock.now
+                    now = yield
                 issued = record.issued[index] = bases[stretch[index]] + first[index]
                 if issued > now:
                     after(issued - now, wake)
-                    yield
-                    now = clock.now
+                    now = yield
                 if compute and now > before:
                     record.idle(op, now - before)
             if op.rendezvous:
-                yield from self.meet(op, wake)
-                now = clock.now
+                now = yield from self.meet(op, wake, now)
             start = starts[index] = now
             if host is not None and index in self.repeats:
                 self.leap(self.repeats[index], host)
-            ledger.start(op, start)
+            if op.peak:
+                moves.append(index)
             duration = durations[index]
             if duration > 0.0:
                 begin(op, duration, wake)
-                yield
-                end(op)
-                now = clock.now
+                now = yield
+                if end is not None:
+                    end(op)
             if host is not None:
-                late = (start if host.blocked else bases[stretch[index]]) + inside[index] + apart[index] - now
+                late = (start if blocked else bases[stretch[index]]) + inside[index] + apart[index] - now
                 if late > 0.0:
                     after(late, wake)
-                    yield
-                    now = clock.now
+                    now = yield
                     record.held(op, late, compute)
                 if awaited[index]:
                     host.resume(index)
-            ledger.end(op, now)
-            record.ended(op, ready, start, now, compute)
+            moves.append(~index)
+            if turn != turn_of[index]:
+                turn = turn_of[index]
+                tally = record.tallies[turn]
+            if compute:
+                if tally.start < 0.0:
+                    tally.ready, tally.start = ready, start
+                tally.component[op.component] += op.times * (now - start)
             done[index], ends[index] = True, now
-            for other in waiting.pop(index, ()):
-                after(0.0, other)
+            if index in waiting:
+                for other in waiting.pop(index):
+                    after(0.0, other)
 
-    def meet(self, op: Op, wake: Wake) -> Process:
-        """Wait for the op's counterparts of other programs."""
-        before = self.clock.now
+    def meet(self, op: Op, wake: Wake, before: float) -> Generator[None, float, float]:
+        """Wait for the op's counterparts of other programs; returns the time."""
         self.meetings[op.rendezvous].arrive(wake)
-        yield
+        now = yield
         if op.stream == "compute":
-            self.record.waited(op, self.clock.now - before)
-            self.record.blame(op, op, self.clock.now - before, "peers")
+            self.record.waited(op, now - before)
+            self.record.blame(op, op, now - before, "peers")
+        return now
 
     def leap(self, repeat: Repeat, host: HostThread) -> None:
         """Layers in the place of an op are not played: the host gets ahead, or behind, as it would."""
@@ -157,19 +162,22 @@ class Rank:
             record.blame(waiting, op, until - late, "host")
             record.blame(waiting, op, late - start)
             until = start
+            if until <= since:
+                return
             earlier = (*op.deps, self.before[index]) if self.before[index] >= 0 else op.deps
             index = max(earlier, key=ends.__getitem__, default=-1)
             over = max(ends[index], since) if index >= 0 else since
             record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
 
-    def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object]]:
+    def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object] | None]:
         """How ops of a stream begin and end."""
         if self.share > 0.0 and stream == "compute":
             return self.compute, self.computed
         if self.share > 0.0 and stream in FABRICS:
             return self.talk, self.talked
-        return lambda op, duration, wake: self.clock.after(duration, wake), lambda op: None
+        after = self.clock.after
+        return lambda op, duration, wake: after(duration, wake), None
 
     def compute(self, op: Op, duration: float, wake: Wake) -> None:
         """Wake when `duration` seconds of undisturbed compute are done."""
@@ -199,7 +207,7 @@ class Rank:
         """Settle what the compute that runs has done, and do not wake it when that was thought to be all."""
         if self.wake is not None:
             self._settle()
-            if self.timer is not None and (not self.talking or self.share < 1.0):
+            if self.timer >= 0 and (not self.talking or self.share < 1.0):
                 self.clock.overtake(self.timer)
 
     def _settle(self) -> None:
@@ -215,9 +223,10 @@ class Rank:
 
     def _wake(self) -> None:
         """Wake the compute that runs when what remains is done at the present rate."""
-        left, wake = max(0.0, self.remaining), self.wake
+        wake = self.wake
         if wake is None:
             return
+        left = max(0.0, self.remaining)
         if not self.talking:
             self.timer = self.clock.after(left, wake)
         elif self.share < 1.0:
@@ -250,13 +259,14 @@ def play(
         for program, times in zip(programs, durations, strict=True)
     ]
     ranks = [
-        Rank(clock, program, times, ledger, record, share, meetings, thread)
-        for program, times, ledger, record, thread in zip(
-            programs, durations, ledgers, records, threads, strict=True
-        )
+        Rank(clock, program, times, record, share, meetings, thread)
+        for program, times, record, thread in zip(programs, durations, records, threads, strict=True)
     ]
     clock.play()
     rest = ((rank, op) for rank in ranks for op in rank.program.ops if not rank.done[op.index])
     left = [f"{rank.program.stage}:{op.name}" for rank, op in rest]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"
+    for rank, ledger in zip(ranks, ledgers, strict=True):
+        ledger.play(rank.program.ops, rank.moves, rank.starts, rank.ends)
+        rank.record.ended(rank.program.ops, rank.moves)
     return max(record.end for record in records)  # now may be a time that was overtaken

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import simpy
-
 from mopsim.common.io import write_text
 from mopsim.engine import run, simulate
+from mopsim.engine.clock import Clock
 from mopsim.program import lower
 from mopsim.search.bound import bound
 from mopsim.search.problem import Problem
@@ -124,20 +123,21 @@ def bounds() -> list[Figure]:
 
 def simpy_events(step: Step) -> int:
     """Events that SimPy processes in a step."""
-    count, plain = 0, simpy.Environment.step
+    count, plain = 0, Clock.play
 
-    def counted(env: simpy.Environment) -> None:
+    def counted(clock: Clock) -> int:
         nonlocal count
-        count += 1
-        plain(env)
+        events = plain(clock)
+        count += events
+        return events
 
-    simpy.Environment.step = counted  # type: ignore[method-assign]
+    Clock.play = counted  # type: ignore[method-assign]
     try:
         simulate(
             load_model(step.model), load_profile(step.hardware), step.nodes, step.strategy, step.training
         )
     finally:
-        simpy.Environment.step = plain  # type: ignore[method-assign]
+        Clock.play = plain  # type: ignore[method-assign]
     return count
 
 

@@ -74,8 +74,8 @@ def test_it_wakes_as_processes_of_simpy_are_woken(scripts: list[Script]) -> None
 
 def test_who_is_overtaken_is_not_woken() -> None:
     clock, woken = Clock(), []
-    first = clock.after(1.0, lambda moment: woken.append("first"))
-    clock.after(1.0, lambda moment: woken.append("second"))
+    first = clock.after(1.0, Wake(lambda now: woken.append("first")))
+    clock.after(1.0, Wake(lambda now: woken.append("second")))
     clock.overtake(first)
     clock.play()
     assert woken == ["second"]
