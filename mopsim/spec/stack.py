@@ -66,8 +66,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     cast inside it. attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others.
     deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts,
     or weights alone, on a kept copy in fp32 (`wide`), or gate and weight, half of it shifted (`shifted`, no
-    bias_activation_fusion). expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer
-    Engine's GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
+    bias_activation_fusion), or halves in turns put apart, gated and weighed (`interleaved`).
+    expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer Engine's
+    GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
     in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of their
     inputs. expert_padding: in 8 and 4 bits every expert's rows are copied to a multiple of theirs and back
     (`aligned`, Transformer Engine's Fp8Padding, where the host knows their number); or every expert of a rank
@@ -144,7 +145,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     activation: Literal["fused", "composed", "strided"] = "fused"
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
-    expert_rows: Literal["fused", "composed", "wide", "shifted"] = "fused"
+    expert_rows: Literal["fused", "composed", "wide", "shifted", "interleaved"] = "fused"
     expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh", "aligned"] = "none"

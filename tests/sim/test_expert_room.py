@@ -62,6 +62,18 @@ def test_a_stash_is_as_large_as_a_log_prints() -> None:
     assert 110 * kept["gate_up"].bytes == pytest.approx(8_650_752 * 3072 * 2, rel=1e-6)
 
 
+def test_a_gate_of_its_own_passes_over_all_the_room() -> None:
+    """By passes over its output: 9 where halves lie in turns and 20 back, 1.5 times."""
+    plan = megatron(32, expert_parallel=32, token_dispatcher="hybridep", recompute="none", micro_batch=2)
+    stack = load_stack("megatron-bridge-graph")
+    stack = replace(stack, kernels=replace(stack.kernels, expert_rows="interleaved"))
+    tape = passes_of(make_context(load_model("qwen3_235b_a22b"), plan, JOB, 64, stack)).tape(5)
+    (gate,) = (kernel for kernel in tape.kernels if kernel.name == "experts_act")
+    assert gate.saves == ("gate_up",)
+    assert gate.bytes == pytest.approx(1.5 * 9 * ROWS * 1536 * 2)
+    assert gate.back_bytes == pytest.approx(1.5 * 20 * ROWS * 1536 * 2)
+
+
 @pytest.mark.parametrize("woven", [False, True])
 def test_shared_experts_output_stays_where_another_pass_comes_between(woven: bool) -> None:
     """megatron/core/models/gpt/fine_grained_callables.py (Megatron-LM d0b3b775): node.detach(

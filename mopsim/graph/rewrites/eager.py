@@ -10,7 +10,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.gates import clamped, clamped_again, gated, shifted
+from mopsim.graph.rewrites.gates import apart, clamped, clamped_again, gated, shifted
 from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, instead, traffic
 from mopsim.graph.tape import Kernel, Step, Value
 
@@ -69,8 +69,8 @@ def composed(
 
     def one(kernel: Kernel) -> Kernel:
         for (operation, way), (belongs, change) in _PARTS.items():
-            apart = layernorm and operation == "norm" and way in ("composed", "rounded")
-            if ways.get(operation) == way and belongs(kernel) and not apart:
+            native = layernorm and operation == "norm" and way in ("composed", "rounded")
+            if ways.get(operation) == way and belongs(kernel) and not native:
                 return change(kernel, wide / b, wings)
         return kernel
 
@@ -370,6 +370,7 @@ _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, 
     ("clamped_gate", "again"): (lambda one: one.name == "experts_act", clamped_again),
     ("expert_rows", "composed"): (lambda one: one.name == "experts_act", gated),
     ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", shifted),
+    ("expert_rows", "interleaved"): (lambda one: one.name == "experts_act", apart),
     ("router", "composed"): (lambda one: one.name == "router", _router),
     ("expert_outputs", "pieces"): (lambda one: one.name.startswith("experts_"), _one_by_one),
 }

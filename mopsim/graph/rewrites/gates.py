@@ -26,6 +26,11 @@ SHIFTED, SHIFTED_BACKWARD = TensorPasses(9, 2, 5), TensorPasses(16, 7, 9)
 """Megatron-Core's experts without bias_activation_fusion: SiLU, a shift of the other half, a product, one by
 weights in fp32, a cast. Back: a cast, two gradients, a cast, a sum, two more, SiLU's, halves put together."""
 
+APART, APART_BACKWARD = TensorPasses(9, 0, 3), TensorPasses(20, 0, 6)
+"""Transformer Engine's basic operation of halves in turns (2.16, ops/basic/swiglu.py, _ScaledGLU with
+glu_interleave_size: what is not in 8 bits): halves apart by a copy, SwiGLU, a product by weights. Back: the
+copy, a product, SwiGLU's, its gradient put in turns; SwiGLU once more for the weights' gradient."""
+
 
 def gated(kernel: Kernel, wider: float, wings: int, strided: bool = False) -> Kernel:
     """Keeps the result of SiLU beside what it reads. Apart already: two tensors in one kernel. strided: two
@@ -40,6 +45,16 @@ def shifted(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the result of SiLU, the other half shifted, if by nothing, and their product."""
     found = instead(kernel, wider, SHIFTED, SHIFTED_BACKWARD)
     return _keeping(kernel, found, "silu", "shifted", "glu") if wings == 2 else kernel
+
+
+def apart(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps what it reads; the halves apart are there beside, and back with their gradient."""
+    if wings != 2:
+        return kernel
+    act = kernel.writes[0]
+    found = instead(kernel, wider, APART, APART_BACKWARD)
+    beside = (act.category, 2 * act.bytes)
+    return replace(found, scratch=(*found.scratch, beside), back_scratch=(*found.back_scratch, beside))
 
 
 def clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:

@@ -8,9 +8,9 @@ FIRST, GATE, LAST = "experts_up", "experts_act", "experts_down"
 
 
 def with_room(kernels: tuple[Kernel, ...], room: float, stash: float) -> tuple[Kernel, ...]:
-    """The tensors of routed experts' rows, `room` times as large; what is computed is not more. stash: a copy
-    as large as so many times the rows takes the place of what the first product and the gate keep, from the
-    last product on and until its backward; 0: there is none."""
+    """The tensors of routed experts' rows, `room` times as large; a gate of its own takes as much longer,
+    products do not. stash: a copy as large as so many times the rows takes the place of what the first
+    product and the gate keep, from the last product on and until its backward; 0: there is none."""
     saved = {name for one in kernels if one.name in (FIRST, GATE) for name in one.saves} if stash else set()
     found = [_roomy(one, room, stash, saved) if _of_rows(one) else one for one in kernels]
     made = [value for one in kernels if _of_rows(one) for value in one.writes if value.name in saved]
@@ -45,7 +45,11 @@ def _roomy(kernel: Kernel, room: float, stash: float, saved: set[str]) -> Kernel
     def value(one: Value) -> Value:
         return replace(one, bytes=round(one.bytes * (stash if one.name in saved else room)))
 
-    return replace(
+    found = replace(
         kernel, writes=tuple(map(value, kernel.writes)), scratch=steps(kernel.scratch),
         back_scratch=steps(kernel.back_scratch),
     )  # fmt: skip
+    if kernel.name != GATE or stash:
+        return found
+    back = None if kernel.back_bytes is None else kernel.back_bytes * room
+    return replace(found, bytes=kernel.bytes * room, back_bytes=back)
