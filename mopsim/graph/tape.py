@@ -47,9 +47,9 @@ class Kernel(Struct, frozen=True):
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
     buffer. per_row: bytes of one number for each of the rows that a norm makes. casts: whether it casts its
     input, where products are in 8 or 4 bits. back_serial: rows that its backward adds to one row, one after
-    the other. group: whose ranks a collective joins. region: of kernels that run again for their own
-    backward, whatever else is recomputed. beside: a collective beside which what follows runs, up to the
-    first kernel that needs what it brings.
+    the other. back_sums: elements that it adds by atomic operations. group: whose ranks a collective joins.
+    region: of kernels that run again for their own backward, whatever else is recomputed. beside: a
+    collective beside which what follows runs, up to the first kernel that needs what it brings.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Kernel(Struct, frozen=True):
     casts: bool = True
     indexed: bool = False
     back_serial: float = 0.0
+    back_sums: float = 0.0
     group: str = ""
     back_kind: str = ""
     region: str = ""

@@ -6,8 +6,9 @@ from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import PERMUTED
+from mopsim.graph.rewrites.biases import bias_scaled, biased
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import bias_scaled, biased, composed, gradients_stacked, gradients_stay
+from mopsim.graph.rewrites.eager import composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.gates import clamps_apart
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.padded import padded_to_busiest, rows_aligned, weights_stacked
@@ -104,7 +105,8 @@ def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]
     if run == "scaled":
         once = context.strategy.experts.sends_once
         return bias_scaled(kernels, context.wide / context.b if once else 1.0)
-    return kernels if run == "fused" else biased(kernels, run == "indexed")
+    compiled = run == "added" and context.stack.kernels.activation == "fused"
+    return kernels if run == "fused" else biased(kernels, run, context.b, compiled)
 
 
 def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
@@ -204,7 +206,8 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = _by_index(kernel, context)
-    sums = size / 2 / context.b if _adds(kernel, forward, context) else 0.0
+    sums = 0.0 if forward else kernel.back_sums
+    sums += size / 2 / context.b if _adds(kernel, forward, context) else 0.0
     if not size and not launches:
         return ()
     serial = 0.0 if forward else kernel.back_serial
@@ -237,9 +240,11 @@ def _permutations(context: Context) -> tuple[str, str]:
 
 def _by_index(kernel: Kernel, context: Context) -> bool:
     """Whether torch's own kernels copy rows by index."""
-    kernels = context.stack.kernels
-    permuted = kernels.row_sums == "atomic" and kernel.name in _permutations(context)
-    return kernel.indexed and (kernels.expert_rows in ("composed", "wide") or permuted)
+    run = context.stack.kernels
+    if run.expert_rows == "added":
+        return kernel.indexed and run.activation == "composed"
+    permuted = run.row_sums == "atomic" and kernel.name in _permutations(context)
+    return kernel.indexed and (run.expert_rows in ("composed", "wide") or permuted)
 
 
 def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:

@@ -59,7 +59,7 @@ MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
 """Parts of a layer that selective recomputation names beside the components (Megatron-Core's names)."""
 KEPT = (
     "q_proj", "k_proj", "v_proj", "attention_core", "o_proj", "gate_proj", "up_proj", "down_proj", "dispatch",
-    "combine",
+    "combine", "experts_gate", "experts_up", "experts_down",
 )  # fmt: skip
 """Kernels of a layer that a recomputation by operator may leave out (names of the layers' tapes)."""
 PHASES = ("forward", "recompute", "backward", "optimizer")

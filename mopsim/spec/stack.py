@@ -65,7 +65,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     on halves of one tensor (`strided`). router: its product's input is cast to fp32 and kept (`composed`), or
     cast inside it. attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others.
     deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts,
-    or weights alone, on a kept copy in fp32 (`wide`), or gate and weight, half of it shifted (`shifted`, no
+    or weights alone, on a kept copy in fp32 (`wide`), so before what adds a token's rows (`added`, of which a
+    compiler keeps the rows alone), or gate and weight, half of it shifted (`shifted`, no
     bias_activation_fusion), or halves in turns put apart, gated and weighed (`interleaved`).
     expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer Engine's
     GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
@@ -81,7 +82,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     these, in 8 and 4 bits, what the backward wants of the first product's input and output is copied to a
     stash, which has so many times a balanced load's (0: there is none; Megatron-Core's paged stash).
     expert_bias: added inside the product (`fused`), or gathered row by row and added; then its gradient is a
-    product (`gathered`), or torch adds it up row after row (`indexed`); or that of the last product times the
+    product (`gathered`), or torch adds it up row after row (`indexed`) or by atomic operations (`added`);
+    or that of the last product times the
     route weights, which the activation has applied, by torch for each expert (`scaled`). clamped_gate: that
     of experts with clamps around SwiGLU (gpt-oss) in one kernel, or as torch composes it, or so with a
     backward that starts from gate and up (`again`), or torch clamps before one kernel and the host waits
@@ -145,14 +147,14 @@ class Kernels(Spec, frozen=True, kw_only=True):
     activation: Literal["fused", "composed", "strided"] = "fused"
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
-    expert_rows: Literal["fused", "composed", "wide", "shifted", "interleaved"] = "fused"
+    expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"
     expert_products: Literal["grouped", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh", "aligned"] = "none"
     expert_weights: Literal["whole", "stacked"] = "whole"
     expert_room: float = 0.0
     expert_stash: float = 0.0
-    expert_bias: Literal["fused", "gathered", "indexed", "scaled"] = "fused"
+    expert_bias: Literal["fused", "gathered", "indexed", "added", "scaled"] = "fused"
     clamped_gate: Literal["fused", "composed", "again", "apart"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     routes_map: Built = "fused"

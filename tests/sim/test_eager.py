@@ -11,15 +11,8 @@ from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.graph.ffn import fused_ffn
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import (
-    HEAD_NORM_SUM,
-    NORM,
-    NORM_BACKWARD,
-    bias_scaled,
-    composed,
-    in_blocks,
-    traffic,
-)
+from mopsim.graph.rewrites.biases import bias_scaled
+from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks, traffic
 from mopsim.graph.rewrites.gates import STRIDED, STRIDED_BACKWARD
 from mopsim.graph.rewrites.projections import gradients_added, split
 from mopsim.graph.shapes import Shapes

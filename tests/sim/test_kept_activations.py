@@ -12,6 +12,7 @@ from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes
 from mopsim.program.context import make_context
 from mopsim.program.passes import Passes
+from mopsim.program.works import Part, works
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Experts
@@ -102,6 +103,32 @@ def test_route_weights_on_a_wide_copy_keep_it_and_where_its_rows_go() -> None:
     fused, wide = (_kept("torchtitan-compile", "none", expert_rows=rows) for rows in ("fused", "wide"))
     assert wide[0] == fused[0]
     assert wide[1] - fused[1] == 32 * 2 * (64 * 4 + 16)
+
+
+@pytest.mark.parametrize(("stack", "kept"), [("torchtitan-compile-2026", 5), ("torchtitan-2026", 10)])
+def test_rows_that_are_weighed_before_they_are_added(stack: str, kept: int) -> None:
+    """Tensors of routed rows that gpt_oss's MoE module keeps under autograd (torchtitan 1690e0aea on a CPU,
+    torch.autograd.graph.saved_tensors_hooks), compiled: input, gate and up, activation, output; not: the
+    gate clamped, its sigmoid, their product, the other half too, and the output in fp32. Each row is added to
+    its token, its gradient to the token's, and to its expert's biases', of gate and up and of the output."""
+    own, model = load_stack(stack), load_model("gpt_oss_20b")
+    strategy = replace(fsdp2(8), activations=Activations(recompute="none"))
+    training = TrainSpec(seq_len=32, global_batch=8, routing="balanced")
+    context = make_context(model, own.resolve(strategy), training, 8, own)
+    tape, rows = Passes(context).tape(1), 32 * model.num_experts_per_tok * model.hidden_size
+    sizes = [tape.values[name].bytes for name in tape.kept]
+    assert sum(size for size in sizes if size >= 2 * rows) == kept * 2 * rows
+    parts: tuple[Part, Part] = ("forward", "backward")
+    sums = {
+        (kernel.name, part): found
+        for kernel in tape.kernels
+        for part in parts
+        if (found := sum(work.sums for work in works(kernel, part, context)))
+    }
+    assert sums == {
+        ("accumulate", "forward"): rows + 32 * model.hidden_size // 2, ("permute", "backward"): rows,
+        ("experts_up_bias", "backward"): 2 * rows, ("experts_down_bias", "backward"): rows,
+    }  # fmt: skip
 
 
 def test_split_experts_route_the_tokens_of_all_their_ranks() -> None:

@@ -77,6 +77,7 @@ def _part(kernel: Kernel, share: float, suffix: str, inner: set[str], region: st
         matmuls=tuple(replace(one, m=one.m * share) for one in kernel.matmuls),
         back_bytes=None if kernel.back_bytes is None else kernel.back_bytes * share,
         back_serial=kernel.back_serial * share,
+        back_sums=kernel.back_sums * share,
         scratch=scaled(kernel.scratch), weight_grad=kernel.weight_grad - added,
         back_scratch=(*scaled(kernel.back_scratch), *((("activations", added),) if added else ())),
         region=region, beside=kernel.kind == "all_to_all",

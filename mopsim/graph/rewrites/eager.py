@@ -36,16 +36,10 @@ HEAD_NORM_SUM = 70.0
 for its weight (rmsnorm_bwd_finalize_general_kernel): 61 and 80 us on H100, 74 and 75 on an earlier
 machine, whatever the rows (BastiaanGroot/ML-Infrastructure-Engineer, training/profiles). In rows of
 index_put_, of 1.04 us each (cost/ rates.yaml)."""
-BIASED = TensorPasses(4, 0, 2)
-"""An expert's bias gathered for each row; rows and biases read, their sums written."""
-SCALED, SCALED_BACKWARD = TensorPasses(6, 0, 1), TensorPasses(8, 0, 1)
-SCALED_WIDE, SCALED_WIDE_BACKWARD = TensorPasses(2, 6, 2), TensorPasses(4, 8, 2)
-"""An expert's bias times its rows' route weights, added to its rows; the experts' put together. Back: a
-product and a sum for either of bias and weights; the rows' of all experts put together. Wide, weights are in
-fp32: what is put together is cast, as are all gradients. Kernels beside those of each expert."""
-SCALED_EACH, SCALED_WIDE_EACH = (2, 4), (2, 6)
-"""Kernels of each expert in that, forward and backward."""
-
+WEIGHED, WEIGHED_BACKWARD = TensorPasses(2, 4, 3), TensorPasses(2, 8, 5)
+WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(3, 0, 1)
+"""The same of rows cast to fp32 and back. Back: a cast, two products, a sum, a cast. Once: by one compiled
+kernel, which in the backward reads the gradients of tokens by index."""
 MERGE = TensorPasses(1, 9, 10)
 """A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
 ADD, ADD_SENT = TensorPasses(1, 2, 1), TensorPasses(1, 4, 3)
@@ -64,7 +58,7 @@ def composed(
     """
 
     rows = ways.get("expert_rows")
-    if rows == "wide":  # of the weights alone
+    if rows in ("wide", "added"):  # of the weights alone
         ways = {**ways, "expert_rows": ways.get("activation")}
 
     def one(kernel: Kernel) -> Kernel:
@@ -77,8 +71,10 @@ def composed(
     found = tuple(one(kernel) for kernel in kernels)
     if ways.get("sequence_exchange") == "composed":
         found = tuple(part for kernel in found for part in _traded(kernel))
-    if rows in ("composed", "wide"):
-        found = _weighted(found, wide / b if rows == "wide" else 1.0)
+    if rows in ("composed", "wide", "added"):
+        found = _weighted(found, wide / b if rows == "wide" else 1.0, rows == "added")
+    if rows == "added":
+        found = _added(found, wide / b, ways.get("activation") == "fused")
     return _shared_gradients(found) if ways.get("residual") == "composed" else found
 
 
@@ -97,11 +93,12 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     return tuple(map(one, kernels))
 
 
-def _weighted(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
+def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) -> tuple[Kernel, ...]:
     """Route weights outside of the products: before an exchange that sums what it returns; else at home,
     where rows are put in the order of their tokens and summed by one product with the weights, for whose
     gradient autograd keeps them, in numbers `wider` than they came. Before such an exchange ranks tell each
-    other how many rows go where; rows that do not travel lie in the order of experts already."""
+    other how many rows go where; rows that do not travel lie in the order of experts already. added: no such
+    product (see _added)."""
     last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
     if last is None:
         return kernels
@@ -129,7 +126,7 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
             )  # fmt: skip
         elif kernel.name == "unsort" and last.bytes == 2.0 * out:
             kernel = beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
-        elif kernel is last and last.bytes != 2.0 * out:
+        elif kernel is last and last.bytes != 2.0 * out and not added:
             home = Value("home", int(sent * wider), "dispatch")
             moved = 2.0 * sent + ((1.0 + wider) * sent if wider > 1.0 else 0.0)
             found.append(
@@ -139,6 +136,38 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
             kernel = replace(
                 kernel, reads=("home", *kernel.reads[1:]), saves=("home",), indexed=False,
                 bytes=float(home.bytes + out), back_bytes=3.0 * home.bytes,
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
+
+
+def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[Kernel, ...]:
+    """Rows that are back at home times their route weights, then added to their tokens. For the weights'
+    gradient autograd keeps the rows in fp32, a compiler what they are cast from. compiled: with what casts
+    and, in the backward, indexes, in one kernel; what adds is torch's own."""
+    found: list[Kernel] = []
+    made = {value.name: value for kernel in kernels for value in kernel.writes}
+    views = {one.writes[0].name: one.reads[0] for one in kernels if one.kind == "view" and one.reads}
+    for kernel in kernels:
+        if kernel.name == "accumulate":
+            rows = made[views.get(kernel.reads[0], kernel.reads[0])]
+            size, wide = rows.bytes, int(rows.bytes * wider)
+            there, back = (WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD) if compiled else (WEIGHED, WEIGHED_BACKWARD)
+            weighed = replace(rows, name="weighed", grad=not compiled)
+            copy = () if compiled else (replace(rows, name="rows_wide", bytes=wide, grad=False),)
+            spike = (("dispatch", 0 if compiled else wide),)
+            found.append(
+                Kernel(
+                    "weigh", "memory_bound", kernel.component, kernel.reads[:1], (weighed, *copy),
+                    saves=("rows_wide",) if copy else (rows.name,), bytes=traffic(there, size, wide),
+                    launches=there.launches, back_bytes=traffic(back, size, wide),
+                    back_launches=back.launches, scratch=spike, back_scratch=2 * spike,
+                )
+            )  # fmt: skip
+            back_bytes = 0.0 if compiled else 2.0 * size
+            kernel = replace(
+                kernel, reads=("weighed", *kernel.reads[1:]), back_bytes=back_bytes,
+                back_launches=int(not compiled),
             )  # fmt: skip
         found.append(kernel)
     return tuple(found)
@@ -248,51 +277,6 @@ def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(
         kernel, scratch=(("dispatch", rows),), back_scratch=(("activations", int(3 * most * wing)),)
     )
-
-
-def biased(kernels: tuple[Kernel, ...], indexed: bool) -> tuple[Kernel, ...]:
-    """Products of experts with their bias gathered for every row and added. Its gradient: one product over
-    the rows' gradients, or, indexed, torch's index_put_, which adds an expert's rows one after the other."""
-    found: list[Kernel] = []
-    for kernel in kernels:
-        found.append(kernel)
-        if not kernel.name.startswith("experts_") or not kernel.matmuls:
-            continue
-        out = kernel.writes[0]
-        most = max((one.m for one in kernel.matmuls), default=0.0)
-        found.append(
-            Kernel(
-                f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
-                bytes=float(BIASED.narrow * out.bytes), launches=BIASED.launches, back_bytes=float(out.bytes),
-                back_launches=5 if indexed else 2, back_serial=most if indexed else 0.0,
-                scratch=_one(out.bytes),
-            )
-        )  # fmt: skip
-    return tuple(found)
-
-
-def bias_scaled(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
-    """What leaves the experts with their bias added by torch, expert by expert, times the rows' route weights
-    (Megatron-Core's TEGroupedMLP). wider: a route weight's bytes by those of the compute dtype."""
-    there, back, each = SCALED, SCALED_BACKWARD, SCALED_EACH
-    if wider > 1:
-        there, back, each = SCALED_WIDE, SCALED_WIDE_BACKWARD, SCALED_WIDE_EACH
-    found: list[Kernel] = []
-    for kernel in kernels:
-        found.append(kernel)
-        if kernel.name != "experts_down" or not kernel.matmuls:
-            continue
-        out, experts = kernel.writes[0], sum(int(one.count) for one in kernel.matmuls)
-        wide = out.bytes * wider
-        found.append(
-            Kernel(
-                f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
-                bytes=traffic(there, out.bytes, wide), launches=each[0] * experts + there.launches,
-                back_bytes=traffic(back, out.bytes, wide), back_launches=each[1] * experts + back.launches,
-                scratch=_one(2 * wide), back_scratch=_one(2 * wide),
-            )
-        )  # fmt: skip
-    return tuple(found)
 
 
 def gradients_stay(kernels: tuple[Kernel, ...], apart: bool) -> tuple[Kernel, ...]:
