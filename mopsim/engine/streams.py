@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
-from mopsim.engine.record import Record, Tally, turns
+from mopsim.engine.record import Record, turns
 from mopsim.program.workload import FABRICS, Op, Program, Repeat, first_compute
 
 
@@ -75,7 +75,7 @@ class Rank:
         record, host, after, moves = self.record, self.host, self.clock.after, self.moves
         starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
         compute, durations, now = stream == "compute", self.durations, self.clock.now
-        turn, turn_of, tally = -2, record.turns, Tally()
+        turn_of, tallies = record.turns, record.tallies
         begin, end = self.way(stream)
         if host is not None:
             stretch, bases, awaited = host.stretch, host.bases, host.awaited
@@ -121,17 +121,14 @@ class Rank:
                 if awaited[index]:
                     host.resume(index)
             moves.append(~index)
-            if turn != turn_of[index]:
-                turn = turn_of[index]
-                tally = record.tallies[turn]
+            tally = tallies[turn_of[index]]
             if compute:
                 if tally.start < 0.0:
                     tally.ready, tally.start = ready, start
                 tally.component[op.component] += op.times * (now - start)
             done[index], ends[index] = True, now
-            if index in waiting:
-                for other in waiting.pop(index):
-                    after(0.0, other)
+            for other in waiting.pop(index, ()):
+                after(0.0, other)
 
     def meet(self, op: Op, wake: Wake, before: float) -> Generator[None, float, float]:
         """Wait for the op's counterparts of other programs; returns the time."""
