@@ -143,7 +143,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         categories["framework"] = categories.get("framework", 0) + framework
     on_host = _on_host(max(played.ledgers, key=lambda one: one.host_peak))
     cached = hardware.device_kind != "cpu"
-    wires = upper.communication(work for work, _ in played.prices.values())
+    wires = upper.communication((work for work, _ in played.prices.values()), workload.exchange)
     idle = min(_idle(played, strategy), max(0, limit - peak - wires)) if cached else 0
     over = ledger.over or ("framework" if peak > limit else "host" if host > host_limit else None)
     return {

@@ -6,7 +6,7 @@ asks for the worst).
 
 from collections.abc import Iterable, Mapping
 
-from mopsim.program.workload import Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.sharding import Sharding
 from mopsim.spec.strategy import Strategy
@@ -51,17 +51,19 @@ def cached_blocks(blocks: int, before: int, peak: int) -> int:
     return max(0, before + blocks - peak) if blocks else 0
 
 
-def communication(works: Iterable[Work]) -> int:
+def communication(works: Iterable[Work], exchange: tuple[CommGroup, int] | None = None) -> int:
     """Bytes of the communication library: each group of ranks has a communicator, with more for an exchange
     of all with all, and for what one rank sends another through the network. Groups of equal size and span
-    count as one; what a profile's `reserved` already holds is not subtracted."""
+    count as one; what a profile's `reserved` already holds is not subtracted. exchange: a group that
+    exchanges by other means, and bytes of their buffers."""
     groups: dict[tuple[int, int], set[str]] = {}
     for work in works:
-        if work.kind in COLLECTIVES and work.group.size > 1:
+        apart = exchange is not None and work.kind == "all_to_all" and work.group == exchange[0]
+        if work.kind in COLLECTIVES and work.group.size > 1 and not apart:
             size = 2 if work.kind == "send_recv" else work.group.size
             inside = size if work.group.intra == work.group.size else min(work.group.intra, size - 1)
             groups.setdefault((size, inside), set()).add(work.kind)
-    total = 0.0
+    total = float(exchange[1] if exchange else 0)
     for (size, intra), kinds in groups.items():
         total += PAIR if size == 2 else COMMUNICATOR
         if "all_to_all" in kinds:

@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate, upper
+from mopsim.program.context import make_context
+from mopsim.program.dispatcher import buffers
 from mopsim.program.pinned import power_of_two
 from mopsim.program.workload import CommGroup, Work, collective_work
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.presets import load_model
 from mopsim.spec.sharding import Sharding
 from mopsim.spec.stack import Kernels, Stack
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Dispatcher
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
 from tests.sim.toys import machine, quantity, small
@@ -55,6 +60,29 @@ def test_every_group_of_ranks_has_one_communicator() -> None:
     ]  # fmt: skip
     assert upper.communication(works) == (2 * 688 + 544) * 2**20 + 3.28e9
     assert upper.communication(works[:1]) == 688 * 2**20
+
+
+def test_a_dispatcher_with_buffers_of_its_own_has_no_exchange_of_nccl() -> None:
+    eight, two = CommGroup(8, 8), CommGroup(2, 2)
+    works = [collective_work("all_to_all", 10.0, group) for group in (eight, two)]
+    assert upper.communication(works, (eight, 10**9)) == 10**9 + 544 * 2**20 + round(3.28e9 / 7)
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "ranks", "expected"),
+    [
+        ("alltoall", 8, None), ("hybridep", 8, 8 * 4096 * (4096 + 4 * 128 + 4 * 16)),
+        ("deepep", 8, 10 * 8 * 256 * (4096 + 2056)),
+        ("deepep", 32, 10 * (8 * 288 + 2 * 128 * 4) * (4096 + 2056)),
+    ],
+)  # fmt: skip
+def test_buffers_of_a_dispatcher_by_hand(dispatcher: Dispatcher, ranks: int, expected: int | None) -> None:
+    """Qwen3-30B-A3B, 4,096 tokens a rank of 2,048 numbers and 128 experts."""
+    plan = megatron(32, expert_parallel=ranks, token_dispatcher=dispatcher)
+    job = TrainSpec(seq_len=4096, global_batch=32)
+    context = make_context(load_model("qwen3_30b_a3b"), plan, job, 8, load_stack("megatron-bridge-hybridep"))
+    found = buffers(context)
+    assert (found and found[1]) == expected
 
 
 def test_sends_through_the_network_share_a_buffer() -> None:
