@@ -11,15 +11,13 @@ from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
+from mopsim.program.reads import LOSS, GradNorms
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec import pipeline_order
 from mopsim.spec.pipeline_order import Slot
-
-_LOSS_READ = 5
-"""Kernels and copies: isnan and isinf (of a magnitude) of one number, and their answers."""
 
 
 class StageStep:
@@ -37,7 +35,7 @@ class StageStep:
         self.issue = Builder(context.groups)
         self.shards = passes.sharding(self.issue, self.stage)
         self.kept = KeptGrads(context, self.issue, self.stage)
-        self.overlap = context.strategy.overlap
+        self.overlap, self.norms = context.strategy.overlap, GradNorms(context, self.stage.is_first)
         self.after: Ops = ()
         self.arriving: dict[str, int] = {}
         self.unsent: list[tuple[str, int, int, Ops]] | None = None
@@ -171,8 +169,7 @@ class StageStep:
     def _read(self, loss: Ops) -> None:
         """The host waits for whether the loss is a number."""
         if self.c.stack.host.loss_read:
-            work = (Work("memory_bound", launches=_LOSS_READ),)
-            self.issue.add("loss read", "compute", "vocabulary", "forward", work, loss, awaited=True)
+            self.issue.add("loss read", "compute", "vocabulary", "forward", LOSS, loss, awaited=True)
 
     def _loss(self, ready: Ops, half: Half = "") -> Ops:
         """Final norm, projection on the vocabulary and loss of a hidden state."""
@@ -357,8 +354,11 @@ class StageStep:
     def _reduce(self, units: Sequence[ShardedUnit], ready: Ops) -> None:
         self.shards.reduced.update(unit.name for unit in units)
         messages = reduction(self.c, units)
-        if messages and (work := grad_passes(self.c, units)):
-            ready = (self.issue.add("whole gradients", "compute", messages[0][0], "backward", work, ready),)
+        norms = self.norms.work(units)
+        if messages and (work := (*grad_passes(self.c, units), *norms)):
+            part, read = messages[0][0], any(one.launches > 1 for one in norms)
+            op = self.issue.add("whole gradients", "compute", part, "backward", work, ready, awaited=read)
+            ready = (op,)
         for part, sent in messages:
             stream = stream_of(sent.group)
             op = self.issue.add("reduce gradients", stream, part, "backward", (sent,), ready)

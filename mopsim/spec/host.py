@@ -24,9 +24,9 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     fuses turns one after the other; 1: a row is turned at once. counts_read: in the forward of routed experts
     it waits for how many rows each gets, where they are exchanged, for the messages' sizes; `always`, as it
     gives their products these sizes too; or `never`: every expert gets as many, padded, or the device alone
-    knows. loss_read: it reads the loss of every microbatch, to stop where that is no number. message_reads:
-    values that it reads from the device before a message between pipeline stages can come, whose shape two
-    messages before it say.
+    knows. loss_read: it reads the loss of every microbatch, to stop where that is no number. grads_read: the
+    norm of each bucket of gradients, before they are reduced. message_reads: values that it reads from the
+    device before a message between pipeline stages can come, whose shape two messages before it say.
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
     step has its part of; 0: none. delayed_grads: where exchanges of experts hide behind another microbatch,
     weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). logs: what it
@@ -42,6 +42,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     documents: float = 1.0
     counts_read: Literal["never", "exchanged", "always"] = "exchanged"
     loss_read: bool = False
+    grads_read: bool = False
     message_reads: int = 0
     collections: int = 0
     delayed_grads: bool = False
