@@ -11,7 +11,15 @@ from mopsim.common import io
 from mopsim.common.shipped import shipped
 from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
-from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD, AttentionCurve, Correction, HardwareProfile, Quantity
+from mopsim.spec.hardware import (
+    NARROW_HEAD,
+    WIDE_HEAD,
+    AttentionCurve,
+    Correction,
+    HardwareProfile,
+    MatmulCurve,
+    Quantity,
+)
 from mopsim.spec.stack import Stack
 
 DETERMINISTIC: float = 1 - RATES["deterministic"]["backward_loses"]
@@ -25,6 +33,8 @@ reads and writes its gradient and reads the mask, the softmax the same and its r
 """
 SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
+GROUPED_BY_TORCH: dict[str, float] = RATES["grouped_by_torch"]["slower"]
+"""How many times as slow torch's grouped products are as a profile's, by architecture."""
 CLOCK_BY_POWER: float = RATES["clock_by_power"]["exponent"]
 """Exponent of the rate that a card's power leaves to kernels that use all of it."""
 
@@ -92,9 +102,23 @@ def as_used(hardware: HardwareProfile, stack: Stack, head_dim: int, seq_len: int
     share = next(iter(here.communication_share.values()), hardware.communication_share)
     if fixed:
         hardware = _in_rings(hardware)
-    if curve == hardware.device.attention and share == hardware.communication_share:
+    grouped = _grouped(hardware, here)
+    same = curve == hardware.device.attention and grouped == hardware.device.grouped_matmul
+    if same and share == hardware.communication_share:
         return hardware
-    return replace(hardware, device=replace(hardware.device, attention=curve), communication_share=share)
+    device = replace(hardware.device, attention=curve, grouped_matmul=grouped)
+    return replace(hardware, device=device, communication_share=share)
+
+
+def _grouped(hardware: HardwareProfile, stack: Stack) -> tuple[MatmulCurve, ...]:
+    """Curves of experts' products as the stack's kernel runs them."""
+    own = hardware.device.grouped_matmul
+    slower = GROUPED_BY_TORCH.get(hardware.device.architecture, 1.0)
+    if stack.kernels.expert_products != "torch" or slower == 1.0:
+        return own
+    return tuple(
+        replace(one, efficiency=one.efficiency / slower, held=one.held / slower, tag="assumed") for one in own
+    )
 
 
 def _curve(hardware: HardwareProfile, name: str, head_dim: int) -> AttentionCurve:

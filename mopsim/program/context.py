@@ -143,7 +143,10 @@ class Context:
     @property
     def looped(self) -> bool:
         """Whether the host starts products and casts of routed experts one by one."""
-        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products != "grouped"
+        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products in (
+            "looped",
+            "modules",
+        )
 
     @property
     def own_experts(self) -> int:

@@ -105,7 +105,8 @@ def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]
     if run == "scaled":
         once = context.strategy.experts.sends_once
         return bias_scaled(kernels, context.wide / context.b if once else 1.0)
-    compiled = run == "added" and context.stack.kernels.activation == "fused"
+    kernels_of = context.stack.kernels
+    compiled = kernels_of.expert_rows == "added" and kernels_of.activation == "fused"
     return kernels if run == "fused" else biased(kernels, run, context.b, compiled)
 
 

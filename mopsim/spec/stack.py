@@ -68,7 +68,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     or weights alone, on a kept copy in fp32 (`wide`), so before what adds a token's rows (`added`, of which a
     compiler keeps the rows alone), or gate and weight, half of it shifted (`shifted`, no
     bias_activation_fusion), or halves in turns put apart, gated and weighed (`interleaved`).
-    expert_products: `grouped` in one kernel, `looped` expert by expert (Transformer Engine's
+    expert_products: `grouped` in one kernel, or by torch's (`torch`),
+    `looped` expert by expert (Transformer Engine's
     GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
     in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of their
     inputs. expert_padding: in 8 and 4 bits every expert's rows are copied to a multiple of theirs and back
@@ -148,7 +149,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"
-    expert_products: Literal["grouped", "looped", "modules"] = "grouped"
+    expert_products: Literal["grouped", "torch", "looped", "modules"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh", "aligned"] = "none"
     expert_weights: Literal["whole", "stacked"] = "whole"

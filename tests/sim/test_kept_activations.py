@@ -111,7 +111,7 @@ def test_rows_that_are_weighed_before_they_are_added(stack: str, kept: int) -> N
     torch.autograd.graph.saved_tensors_hooks), compiled: input, gate and up, activation, output; not: the
     gate clamped, its sigmoid, their product, the other half too, and the output in fp32. Each row is added to
     its token, its gradient to the token's, and to its expert's biases', of gate and up and of the output."""
-    own, model = load_stack(stack), load_model("gpt_oss_20b")
+    own, model = changed(stack, kernels={"expert_bias": "added"}), load_model("gpt_oss_20b")
     strategy = replace(fsdp2(8), activations=Activations(recompute="none"))
     training = TrainSpec(seq_len=32, global_batch=8, routing="balanced")
     context = make_context(model, own.resolve(strategy), training, 8, own)

@@ -35,6 +35,31 @@ def test_attention_in_a_window_is_met_on_a_card_it_was_not_fitted_on(
     assert found == pytest.approx(milliseconds / 1e3, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "experts", "microseconds"),
+    [
+        (8192, 5120, 2, 39487.6), (8192, 5120, 4, 39189.2), (8192, 5120, 8, 37700.7),
+        (2048, 7168, 1, 13064.8), (2048, 7168, 2, 14900.2), (2048, 7168, 4, 15823.6),
+        (2048, 7168, 8, 14966.8),
+    ],
+)  # fmt: skip
+def test_torch_is_slower_at_grouped_products_on_blackwell(
+    n: int, k: int, experts: int, microseconds: float
+) -> None:
+    """Forward and backward of 128,000 rows on B200 (torchao/prototype/moe_training/README.md)."""
+    stack = Stack(name="mine", kernels=Kernels(expert_products="torch"))
+    b200, h200 = (
+        as_used(load_profile(name), stack, 128, 8192) for name in ("b200-sxm-192g", "h200-sxm-141g")
+    )
+    m = 128000 / experts
+    found = sum(
+        seconds(Work("grouped_matmul", m=a, n=b, k=c, count=experts, dtype="bfloat16"), b200)
+        for a, b, c in ((m, n, k), (m, k, n), (k, n, m))
+    )
+    assert found == pytest.approx(microseconds / 1e6, rel=0.12)
+    assert h200 == load_profile("h200-sxm-141g")
+
+
 @pytest.mark.parametrize("window", [0, 24])
 def test_the_last_of_slices_in_order_attends_to_the_most(window: int) -> None:
     seen = [min(place + 1, window or 64) for place in range(64)]

@@ -28,7 +28,7 @@ class ExpertsPair(Rows):
         self.row = self.H * context.b
         self.packed = packed_row(self.row)
         degree = context.strategy.experts.expert_parallel
-        whole = context.stack.kernels.expert_products == "grouped" and context.b == 2
+        whole = context.stack.kernels.expert_products in ("grouped", "torch") and context.b == 2
         self.grouped = whole and not self.moved
         self.split = degree > 1
         self.ordered = self.split and (self.E // degree > 1 or bool(self.moved))
