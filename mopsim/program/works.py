@@ -24,6 +24,7 @@ from mopsim.graph.rewrites.projections import (
     summed_apart,
 )
 from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
+from mopsim.graph.rewrites.sinks import sinks_apart
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
 from mopsim.program.workload import CommGroup, Work
@@ -63,6 +64,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", run.attention_rows == "heads")
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
+    if run.sinks == "composed" and model.attention_sinks:
+        found = sinks_apart(found, run.activation == "fused")
     found = gathered_kept(found) if run.gathered_rows == "kept" else found
     found = _read_apart(found, context, wings, run.residual == "composed")
     found = _exchanged(found, context) if run.exchanged_rows else found

@@ -64,6 +64,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     summed in its kernel, or by one block (`summed`, Transformer Engine). activation: or as torch composes it
     on halves of one tensor (`strided`). router: its product's input is cast to fp32 and kept (`composed`), or
     cast inside it. attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others.
+    sinks: those of attention are applied in its kernel, or to its output, of which a copy is kept.
     deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts,
     or weights alone, on a kept copy in fp32 (`wide`), so before what adds a token's rows (`added`, of which a
     compiler keeps the rows alone), or gate and weight, half of it shifted (`shifted`, no
@@ -186,6 +187,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd", "compiled", "wide"] = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
+    sinks: Built = "fused"
     deterministic: bool = False
     fills: bool = False
 

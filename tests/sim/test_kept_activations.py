@@ -131,6 +131,20 @@ def test_rows_that_are_weighed_before_they_are_added(stack: str, kept: int) -> N
     }  # fmt: skip
 
 
+def test_sinks_applied_to_what_attention_found_keep_both() -> None:
+    """As the graph of gpt_oss's block keeps them (torchtitan 1690e0aea on a CPU)."""
+    model = load_model("gpt_oss_20b")
+    strategy = replace(fsdp2(8), activations=Activations(recompute="none"))
+    training = TrainSpec(seq_len=32, global_batch=8, routing="balanced")
+    tapes = [
+        Passes(make_context(model, own.resolve(strategy), training, 8, own)).tape(1)
+        for sinks in ("fused", "composed")
+        if (own := changed("torchtitan-compile-2026", kernels={"sinks": sinks}))
+    ]
+    kept, more = ({name: tape.values[name].bytes for name in tape.kept} for tape in tapes)
+    assert more == kept | {"o_scaled": 32 * 64 * 64 * 2}
+
+
 def test_split_experts_route_the_tokens_of_all_their_ranks() -> None:
     """32 tokens of a rank, 64 of two: twice the routes of half of every expert; as many products."""
     found = {}
