@@ -45,11 +45,12 @@ class Kernel(Struct, frozen=True):
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
     of its own for it.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
-    buffer. per_row: bytes of one number for each of the rows that a norm makes. casts: whether it casts its
-    input, where products are in 8 or 4 bits. back_serial: rows that its backward adds to one row, one after
-    the other. back_sums: elements that it adds by atomic operations. group: whose ranks a collective joins.
-    region: of kernels that run again for their own backward, whatever else is recomputed. beside: a
-    collective beside which what follows runs, up to the first kernel that needs what it brings.
+    buffer. per_row: bytes of one number for each of the rows that a norm makes. casts, back_casts: whether it
+    casts its input and its output's gradient, where products are in 8 or 4 bits. back_serial: rows that its
+    backward adds to one row, one after the other. back_sums: elements that it adds by atomic operations.
+    group: whose ranks a collective joins. region: of kernels that run again for their own backward, whatever
+    else is recomputed. beside: a collective beside which what follows runs, up to the first kernel that needs
+    what it brings.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Kernel(Struct, frozen=True):
     weight_grad: int = 0
     per_row: int = 0
     casts: bool = True
+    back_casts: bool = True
     indexed: bool = False
     back_serial: float = 0.0
     back_sums: float = 0.0

@@ -9,7 +9,7 @@ from mopsim.graph.host_costs import PERMUTED
 from mopsim.graph.rewrites.biases import bias_scaled, biased
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import composed, gradients_stacked, gradients_stay
-from mopsim.graph.rewrites.gates import clamps_apart
+from mopsim.graph.rewrites.gates import clamps_apart, gated_within
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.padded import padded_to_busiest, rows_aligned, weights_stacked
 from mopsim.graph.rewrites.projections import (
@@ -62,6 +62,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", run.attention_rows == "heads")
+    if run.expert_rows == "interleaved" and context.strategy.precision.matmul == "mxfp8":
+        del ways["expert_rows"]
+        kernels = gated_within(kernels)
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:
@@ -286,7 +289,7 @@ def _casts(
     laid, once = 2 * narrow, reads * DTYPE_BYTES[context.strategy.precision.compute] + narrow
     each = once if alone else once + narrow
     inputs = sum(one.m * one.k * one.count for one in kernel.matmuls) * kernel.casts
-    outputs = sum(one.m * one.n * one.count for one in kernel.matmuls)
+    outputs = sum(one.m * one.n * one.count for one in kernel.matmuls) * kernel.back_casts
     weights = sum(one.n * one.k * one.count for one in kernel.matmuls if one.weight)
     moved = 0.0
     if part == "forward":

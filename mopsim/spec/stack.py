@@ -68,9 +68,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     deterministic: sums in a fixed order. expert_rows: gated activation and route weights of routed experts,
     or weights alone, on a kept copy in fp32 (`wide`), so before what adds a token's rows (`added`, of which a
     compiler keeps the rows alone), or gate and weight, half of it shifted (`shifted`, no
-    bias_activation_fusion), or halves in turns put apart, gated and weighed (`interleaved`).
-    expert_products: `grouped` in one kernel, or by torch's (`torch`),
-    `looped` expert by expert (Transformer Engine's
+    bias_activation_fusion), or halves in turns (`interleaved`): in MXFP8 within the products, else put
+    apart, gated and weighed (Transformer Engine's op fuser). expert_products: `grouped` in one kernel, or by
+    torch's (`torch`), `looped` expert by expert (Transformer Engine's
     GroupedLinear), `modules` so too, each a module of its own (transformers 4). expert_outputs: made
     in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the gradients of their
     inputs. expert_padding: in 8 and 4 bits every expert's rows are copied to a multiple of theirs and back

@@ -74,6 +74,19 @@ def test_a_gate_of_its_own_passes_over_all_the_room() -> None:
     assert gate.back_bytes == pytest.approx(1.5 * 20 * ROWS * 1536 * 2)
 
 
+@pytest.mark.parametrize(("matmul", "within"), [("mxfp8", True), ("fp8", False)])
+def test_a_gate_in_mxfp8_is_within_the_products(matmul: MatmulDType, within: bool) -> None:
+    """With the casts of the second product's input and of the first one's gradient."""
+    plan = megatron(32, expert_parallel=32, token_dispatcher="hybridep", recompute="none")
+    tape = _layer(replace(plan, precision=replace(plan.precision, matmul=matmul)), "qwen3_235b_a22b")
+    found = {kernel.name: kernel for kernel in tape.kernels}
+    gate = found["experts_act"]
+    assert (gate.bytes == gate.launches == 0) == within
+    assert found["experts_down"].casts == found["experts_up"].back_casts == (not within)
+    assert found["experts_up"].casts
+    assert found["experts_down"].back_casts
+
+
 @pytest.mark.parametrize("woven", [False, True])
 def test_shared_experts_output_stays_where_another_pass_comes_between(woven: bool) -> None:
     """megatron/core/models/gpt/fine_grained_callables.py (Megatron-LM d0b3b775): node.detach(

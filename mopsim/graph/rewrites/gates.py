@@ -57,6 +57,17 @@ def apart(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(found, scratch=(*found.scratch, beside), back_scratch=(*found.back_scratch, beside))
 
 
+def gated_within(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The first product of routed experts ends in the gate and in the cast of the second's input, the
+    second's backward in the gate's and in the cast of its gradient (Transformer Engine 2.14 to 2.18,
+    ops/fused, grouped_mlp: what is in MXFP8, from one kernel each)."""
+    changes: dict[str, dict[str, object]] = {
+        "experts_up": {"back_casts": False}, "experts_down": {"casts": False},
+        "experts_act": {"kind": "view", "bytes": 0.0, "back_bytes": 0.0, "launches": 0, "back_launches": 0},
+    }  # fmt: skip
+    return tuple(replace(one, **changes[one.name]) if one.name in changes else one for one in kernels)
+
+
 def clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the gate clamped, its sigmoid, their product and the shifted other half. Back, the halves'
     gradients lie in two tensors of the whole before they are added."""
