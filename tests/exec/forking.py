@@ -68,8 +68,8 @@ def _main(command: list[str], environment: dict[str, str], output: Path, name: s
     import torch
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> _Rank:
-        return _Rank(args, env=env, stdout=self._stdout, stderr=self._stderr)
+    def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Rank:
+        return Rank(args, env=env, stdout=self._stdout, stderr=self._stderr)
 
     Path("/proc/self/comm").write_text(name)
     out, error = (os.open(output / one, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for one in ("out", "err"))
@@ -79,12 +79,14 @@ def _main(command: list[str], environment: dict[str, str], output: Path, name: s
     _run(command)
 
 
-class _Rank(subprocess.Popen[str]):
-    """`[python, ..., "-m", MODULE, *ARGUMENTS]` in a fork of this process."""
+class Rank(subprocess.Popen[str]):
+    """`[python, ..., "-m", MODULE, *ARGUMENTS]` in a fork of this process. Signals that come meanwhile wait
+    until it has handlers of its own: those of its parent would run the parent's end a second time."""
 
     def _execute_child(self, args: Any, *given: Any) -> None:
         environment, out, error = given[5], given[12], given[14]
         ready, begun = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if not self.pid:
             os.setsid()
@@ -92,9 +94,10 @@ class _Rank(subprocess.Popen[str]):
             _become(environment, out, error)
             _run(list(args[args.index("-m") + 1 :]))
         self._child_created = True
+        os.close(begun)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.read(ready, 1)  # a signal to its session finds it
         os.close(ready)
-        os.close(begun)
 
 
 def _become(environment: dict[str, str], out: int, error: int) -> None:
@@ -118,6 +121,7 @@ def _run(command: list[str]) -> NoReturn:
     """The module as a program; what the fork has of its parent does not end with it."""
     code: Any = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         sys.argv = command
         for name in [one for one in sys.modules if f"{one}.".startswith(f"{command[0]}.")]:
             del sys.modules[name]

@@ -1,6 +1,7 @@
 """How commands of mopexec end: interrupted, killed, or asked for what would never end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mopsim.common.command_line import REPEAT_SECONDS
 from mopsim.common.errors import MopError
 from mopsim.spec.stacks import load_stack
 from mopsim.strategies import fsdp2
-from tests.exec.forking import Program
+from tests.exec.forking import Program, Rank
 from tests.exec.spawn import free_port
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
@@ -53,6 +54,25 @@ def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, 
     assert finish(process) == (128 + number, "", f"mopexec: stopped by {number.name}")
     assert ranks_of(scratch) == []
     assert not list(scratch.glob("mopexec-*"))
+
+
+def test_a_rank_that_is_forked_takes_no_signal_as_its_parent_would(monkeypatch):
+    """It ended the parent's run a second time, or waited for what only the parent has."""
+    fork = os.fork
+
+    def interrupted():
+        pid = fork()
+        if not pid:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
+    try:
+        rank = Rank([sys.executable, "-m", "tests.exec.train_plans"], env=dict(os.environ))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert rank.wait(HANG) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
