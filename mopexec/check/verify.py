@@ -18,6 +18,7 @@ from mopexec.run.apply import build
 from mopexec.run.environment import launcher
 from mopexec.run.job import RankJob, join, meet
 from mopexec.run.runner import Batch
+from mopexec.run.signals import end_on_interrupts
 from mopexec.weights.load import fill
 from mopexec.weights.source import Seeded
 from mopsim.common import io
@@ -170,6 +171,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 def main() -> None:
     """One rank: `-m mopexec.check.verify FOLDER STEPS`; reads plan.yaml there, writes differences.json."""
     end_with_parent(launcher())
+    end_on_interrupts()
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     failure = None
     try:

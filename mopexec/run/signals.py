@@ -13,6 +13,13 @@ from mopsim.common.command_line import REPEAT_SECONDS, fragile, ignore_signals
 from mopsim.common.processes import kill_children
 
 
+def end_on_interrupts() -> None:
+    """SIGINT ends this process, a rank that the launcher started and speaks for: at once, whatever compiled
+    code waits in, where Python's handler would not run."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class StopRequest:
     """While entered, SIGNALS set `signal_name` instead of ending the process; what nohup ignores stays so."""
 

@@ -6,7 +6,6 @@ Run by the launcher: `-m mopexec.run.worker OPTIONS`.
 import importlib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from mopexec.run import attempts, failures
 from mopexec.run.environment import launcher, place
 from mopexec.run.options import TrainOptions
-from mopexec.run.signals import StopRequest
+from mopexec.run.signals import StopRequest, end_on_interrupts
 from mopsim.common import io
 from mopsim.common.outputs import lasting_streams
 from mopsim.common.processes import end_with_parent
@@ -29,8 +28,7 @@ def run_rank(options: TrainOptions) -> failures.Failure | None:
     own = place()
     try:
         plan = plans.read_plan(Path(options.plan), options.settings)
-        meeting = meet()  # until here a signal ends the process: there is no step to wait for
-        with StopRequest() as stop, join(meeting) as job:
+        with join(meet()) as job, StopRequest() as stop:  # before, a signal ends the process: no step to end
             train(options, plan, job, _builder(options), stop)
     except Exception as error:
         failure = failures.report(Path(options.out) / failures.LOGS, own.rank, error)
@@ -48,8 +46,7 @@ def _builder(options: TrainOptions) -> Any:
 def main() -> None:
     """Entry of a rank that the launcher started: it ends when the launcher does."""
     end_with_parent(launcher())
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interruption: the launcher says it
+    end_on_interrupts()
     if attempts.left("mistake"):
         os._exit(2)
     with lasting_streams():

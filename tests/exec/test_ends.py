@@ -95,6 +95,26 @@ def test_a_rank_that_waits_for_others_can_be_interrupted(inputs, tmp_path, numbe
     assert not (out / lock.NAME).exists()
 
 
+@pytest.mark.parametrize("entry", ["verify", "train"])
+def test_a_rank_that_joins_one_that_has_ended_can_be_interrupted(inputs, tmp_path, entry):
+    """It waits where Python runs no handler, and the launcher waited for it for ten minutes."""
+    port, out = free_port(), tmp_path / "run"
+    options = {"plan": str(inputs / "plan.yaml"), "data": {"source": "python"}, "out": str(out), "steps": 1}
+    command = {
+        "verify": ["mopexec.check.verify", str(inputs), "1"],
+        "train": ["mopexec.run.worker", json.dumps(options)],
+    }[entry]
+    places = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    process = Program(command, environment() | {name: str(value) for name, value in places.items()}, out)
+    first = job._Roster(RankPlace(0, 2, 0, 2, port), store)
+    wait_for(first.is_complete, process)
+    met = {first.name, "rank0", "rank1", "roster"}
+    wait_for(lambda: not met.issuperset(store.list_keys()), process)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (-signal.SIGINT, "", "")
+
+
 def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
     monkeypatch.setattr(job, "TIMEOUT", timedelta(seconds=0.1))
     port = free_port()
