@@ -1,6 +1,6 @@
 """The closed loop, for real but short: every command of both packages, two ranks, a report with its
-pictures. One training and one calibration are processes of their own; what else runs, runs in this one, and
-its ranks are forked."""
+pictures. One calibration is a process of its own, as `tests/exec/test_train.py` starts a training; what else
+runs, runs in this one, and its ranks are forked."""
 
 import json
 import os
@@ -29,9 +29,9 @@ QUICKLY = ("--budget", "0.05")
 
 
 def forked(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Loop.run that starts a process for the first training and the first calibration; other commands run in
-    this process, and the ranks of other trainings and of the probe are forked."""
-    apart = {"train", "calibrate"}
+    """Loop.run that starts a process for the first calibration; other commands run in this process, and the
+    ranks of trainings and of the probe are forked."""
+    apart = {"calibrate"}
 
     def either(self: loop.Loop, package: str, *arguments: str) -> None:
         if arguments[0] in apart:

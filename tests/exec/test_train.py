@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,11 +22,9 @@ from mopsim.common.errors import MopError
 from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
 from tests.exec.train_runs import (
-    ROOT,
     TEXT,
     UNTIMED,
     common,
-    environment,
     fake_as_ranks,
     fake_under_torchrun,
     finish,
@@ -38,10 +34,10 @@ from tests.exec.train_runs import (
     steps_done,
     train,
     train_as_ranks,
+    under_torchrun,
     wait_for,
     write_inputs,
 )
-from tests.patience import HANG
 
 METRICS = {"step", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "peak_memory_bytes"}
 
@@ -259,9 +255,7 @@ def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inp
 
 def test_it_is_one_rank_under_the_users_own_torchrun(inputs, whole, tmp_path):
     out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "mopexec.cli", "train", *common(inputs, out), "--steps", "2", *UNTIMED]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG)
+    done = under_torchrun(["mopexec.cli", "train", *common(inputs, out), "--steps", "2", *UNTIMED], out)
     assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole[0])[:2]
 

@@ -59,9 +59,14 @@ def common(inputs, out):
 
 def fake_under_torchrun(inputs, out, fake, restarts, **options):
     """The fake runner's command under the user's own torchrun, which starts failed ranks again."""
+    return under_torchrun(["tests.exec.train_plans", _options(inputs, out, options)], out, fake, restarts)
+
+
+def under_torchrun(module, out, fake="", restarts=0):
+    """`-m MODULE ...`, a run into `out`, on two ranks under the user's own torchrun."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, f"--max-restarts={restarts}", "-m", "tests.exec.train_plans"]
-    process = Program([*command, _options(inputs, out, options)], environment(fake), out)
+    command = [*launcher, f"--max-restarts={restarts}", "-m", *module]
+    process = Program(command, environment(fake), out)
     said = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, *said)
 
