@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine.upper import ALLOCATOR
@@ -60,13 +61,19 @@ def surely(space: Space) -> float:
 @dataclass(frozen=True)
 class SpaceFacts:
     """What all candidates of a space share. hardware: as their stack uses it, waiting for the slowest
-    device."""
+    device. each: bytes of an element."""
 
     sizes: Sizes
     hardware: HardwareProfile
-    layer: Layer
+    space: Space
+    each: float
+
+    @cached_property
+    def layer(self) -> Layer:
+        """What a layer takes at least; made where it is asked for."""
+        return Layer.of(self.space, self.each)
 
     @staticmethod
     def of(space: Space) -> "SpaceFacts":
         each = DTYPE_BYTES[space.build(0).precision.compute]
-        return SpaceFacts(Sizes.of(space), space.machine, Layer.of(space, each))
+        return SpaceFacts(Sizes.of(space), space.machine, space, each)

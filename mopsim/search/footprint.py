@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.layer import recomputed
+from mopsim.search.layer import Layer, recomputed
 from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, Column, offloaded
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds, of_stage, under_way
@@ -29,7 +29,7 @@ class Footprint:
 
     def __init__(self, space: Space, given: SpaceFacts) -> None:
         self.space, self.problem, self.given = space, space.problem, given
-        self.sizes, self.hardware, self.layer = given.sizes, given.hardware, given.layer
+        self.sizes, self.hardware = given.sizes, given.hardware
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
         self.model = self.problem.model
         first = space.build(0)
@@ -66,6 +66,11 @@ class Footprint:
         """Share of the layer inputs that goes to the host."""
         self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
         """Share of the optimizer state that is on the host."""
+
+    @property
+    def layer(self) -> Layer:
+        """What a layer takes at least."""
+        return self.given.layer
 
     def states(self) -> tuple[Reals, Reals]:
         """Parameters per rank that the optimizer state takes: (of all but experts, of experts). Ceilings left

@@ -80,7 +80,7 @@ DEFAULTS = {
 }
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def worked_out(asked: bytes) -> dict[Any, Any]:
     """Of the problem of this encoding: a sizing and a sweep search it again, with another budget or limit."""
     return {}

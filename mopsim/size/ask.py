@@ -1,12 +1,14 @@
 """One question of a sizing: the fastest plan at a node count, from plans of other counts and a search."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mopsim.common.garbage import collected_later
 from mopsim.engine import SimResult
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
-from mopsim.size.carry import carried, played
+from mopsim.size.carry import carried, played, slower
 from mopsim.size.figures import LEVEL, Figures, Step, figures
 from mopsim.size.goodput import state_bytes
 from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
@@ -33,8 +35,8 @@ tried."""
 class Ask:
     """A node count of a machine type. plans: of other counts, tried first. simulations: of each of the
     families that is searched; 0: none is. tried: strategies that were carried here before; rate: tokens/s of
-    a device that the fastest plan known here makes. first: a plan is tried in its first form alone, where
-    another fits here."""
+    a device that the fastest plan known here makes; fastest: the step time of the plan known here, by family.
+    first: a plan is tried in its first form alone, where another fits here."""
 
     hardware: HardwareProfile
     num_nodes: int
@@ -43,6 +45,7 @@ class Ask:
     simulations: int = 0
     tried: tuple[Strategy, ...] = ()
     rate: float = 0.0
+    fastest: tuple[tuple[str, float], ...] = ()
     first: bool = False
 
 
@@ -107,28 +110,50 @@ def merged(before: Answer, after: Answer) -> Answer:
 
 def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], tuple[Strategy, ...]]:
     """(The plans of other counts as they are here, in the forms that may be better than the first; all forms
-    that were played). More stages wait as long for one another as with fewer microbatches, and do
-    no less: that form is for where nothing else fits."""
+    that were tried, also those that a bound says are slower than what is known). More stages wait as long for
+    one another as with fewer microbatches, and do no less: that form is for where nothing else fits."""
     found: list[SimResult] = []
-    played_here: list[Strategy] = []
-    world = ask.num_nodes * ask.hardware.devices_per_node
+    tried: list[Strategy] = []
+    model, hardware, nodes = request.model, ask.hardware, ask.num_nodes
+    world = nodes * hardware.devices_per_node
     for plan in ask.plans:
         best, enough = 0.0, AS_GOOD * plan.tokens_per_second_per_device
         stack = request.stack or load_stack(plan.strategy.stack, "stack")  # of each kind of devices its own
-        for form, strategy in enumerate(carried(plan.strategy, world, training.global_batch)):
+        forms = list(carried(plan.strategy, world, training.global_batch))
+        lasts = [
+            (ask.first and form > 0) or _stages(one) != _stages(plan.strategy)
+            for form, one in enumerate(forms)
+        ]
+        for form, (strategy, last) in enumerate(zip(forms, lasts, strict=True)):
             known = ask.rate or any(one.sure for one in found)
-            last = (ask.first and form > 0) or _stages(strategy) != _stages(plan.strategy)
             if best >= enough or (known and last):
                 break
-            if strategy in (*ask.tried, *played_here):
+            if strategy in (*ask.tried, *tried):
                 best = max(best, ask.rate)
             elif _asked_for(request, strategy, training, stack):
-                played_here.append(strategy)
-                one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, stack)
+                tried.append(strategy)
+                ends = form + 1 == len(forms) or lasts[form + 1]
+                within = _worth(ask, training, strategy, found, math.inf if ends else enough)
+                if within < math.inf and slower(request, hardware, nodes, strategy, training, stack, within):
+                    continue
+                one = played(model, hardware, nodes, strategy, training, stack)
                 if one is not None:
                     found.append(one)
                     best = max(best, one.tokens_per_second_per_device * one.sure)
-    return found, tuple(played_here)
+    return found, tuple(tried)
+
+
+def _worth(
+    ask: Ask, training: TrainSpec, strategy: Strategy, found: Sequence[SimResult], enough: float
+) -> float:
+    """Seconds of a step above which a strategy moves no answer: a plan of its family that is known here is
+    faster, and it makes less than `enough` of a device, so that other forms are tried all the same
+    (infinite for the last form). A search is held against what this answer finds alone."""
+    known = () if ask.simulations else ask.fastest
+    mine = (*known, *((one.strategy.name, one.step_time) for one in found if one.sure))
+    times = [seconds for family, seconds in mine if family == strategy.name]
+    tokens = training.seq_len * training.global_batch / strategy.world_size
+    return max(min(times), tokens / enough) if times else math.inf
 
 
 def _stages(strategy: Strategy) -> int:

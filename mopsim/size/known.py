@@ -49,7 +49,8 @@ class KnownSteps:
         plans = self.answers[ask.num_nodes].plans if ask.num_nodes in self.answers else ()
         tried = (*self.tried[ask.num_nodes], *(one.strategy for one in plans))
         rate = max((one.tokens_per_second_per_device for one in plans), default=0.0)
-        return replace(ask, tried=tried, rate=rate)
+        fastest = tuple((one.strategy.name, one.step_time) for one in plans)
+        return replace(ask, tried=tried, rate=rate, fastest=fastest)
 
     def search(self, count: int, families: tuple[str, ...] = (), times: int = 1) -> Ask:
         families, budget = families or self.hopeful(count), self.request.simulations * times

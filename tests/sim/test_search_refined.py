@@ -17,6 +17,7 @@ from mopsim.program.lower import passes_of
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess, likely
+from mopsim.search.least import least_time
 from mopsim.search.pieces import LayerPiece, Pieces, PipelinePart
 from mopsim.search.pool import Pool
 from mopsim.search.problem import DEFAULTS, Problem
@@ -29,6 +30,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
 from tests.property.drawn import mixed
 from tests.sim.spaces import spread
 
@@ -93,6 +95,26 @@ def test_a_refined_bound_is_at_most_what_is_simulated(case: int, family: str, pl
     assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
     assert before.device[0] <= closer.device_memory()[0][0] <= found.peak_memory + 1
     assert before.host[0] <= found.host_memory + 1
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=PLAIN)
+@given(case=st.integers(1, len(CASES) - 1), place=st.floats(0, 1, exclude_max=True))
+def test_a_strategys_bound_is_that_of_its_row(case: int, place: float) -> None:
+    space, shared, pieces = all_kinds(case, "megatron")
+    at = np.array([int(place * len(space))])
+    row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
+    found = played(problem(case), row)
+    if found is None or closer is None:
+        return
+    least = least_time(problem(case), found.strategy)
+    assert least == pytest.approx(closer.time()[0], rel=1e-9)
+    assert 0 < least <= found.step_time * (1 + 1e-9)
+
+
+def test_a_strategy_that_no_row_builds_has_no_bound() -> None:
+    asked = problem(2)
+    strategy = megatron(16, pipeline_parallel=2, stage_layers=(1, 47))
+    assert least_time(asked, asked.software("megatron").resolve(strategy)) == 0.0
 
 
 TINY = load_model("tiny")

@@ -2,15 +2,19 @@
 
 from unittest.mock import Mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
+from mopsim.size import Goal, Point, Request, size_all
 from mopsim.size.carry import carried
+from mopsim.size.figures import DAY
 from mopsim.size.known import KnownSteps
 from mopsim.spec.strategy import Attention, Dense, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
+from tests.sim.toys import machine, small
 
 
 def plan(
@@ -90,3 +94,19 @@ def test_a_family_that_is_slower_by_far_is_not_searched_at_the_counts_around() -
     assert known.hopeful(8) == known.hopeful(256) == request.families
     known.searched[128].update(("mop", "megatron"))
     assert not known.unsearched(128)
+
+
+def test_what_a_bound_rules_out_moves_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same points, plans and gaps as where all that is carried is simulated, which is more."""
+    goal = Goal(10**12, 3 * DAY)
+    asked = Request(small(), goal, 512, 2**17, ("mop", "megatron"), max_nodes=64, simulations=1)
+    fewer = size_all(asked, [machine()])[0]
+    monkeypatch.setattr("mopsim.size.ask.slower", lambda *given: False)
+    every = size_all(asked, [machine()])[0]
+    assert fewer.simulated < every.simulated
+    assert [_told(one) for one in fewer.tried] == [_told(one) for one in every.tried]
+
+
+def _told(point: Point) -> tuple[object, ...]:
+    result = point.result
+    return point.num_nodes, result and (result.strategy, result.step_time), point.gap, point.why
