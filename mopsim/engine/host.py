@@ -7,6 +7,8 @@ two waits of the host the time of every op is known beforehand: the thread needs
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from mopsim.engine.clock import Clock, Wake
 from mopsim.program.workload import Program, on_host
 
@@ -27,17 +29,14 @@ class HostThread:
         self.awaited = self.waits(program)
         self.stretch = [0, *accumulate(self.awaited)]
         """Waits of the thread before each op."""
-        issued = [0.0, *accumulate(each + more for each, more in zip(kernels, beside, strict=True))]
-        self.first = [(before + min(1.0, each)) * cost for before, each in zip(issued, kernels, strict=False)]
+        issued = np.cumsum(np.add(kernels, beside))
+        self.first: list[float] = ((np.append(0.0, issued[:-1]) + np.minimum(1.0, kernels)) * cost).tolist()
         """Seconds until the first kernel of each op is issued, without waits."""
-        self.last = [after * cost for after in issued[1:]]
+        self.last: list[float] = (issued * cost).tolist()
         """Seconds until its last kernel is."""
         self.inside = self.last
         """The same, of a blocked thread from the start of the op."""
-        self.apart = [
-            duration / count if count > 1.0 else duration
-            for count, duration in zip(kernels, durations, strict=True)
-        ]
+        self.apart = (durations / np.maximum(1.0, kernels)).tolist()
         """Seconds that its last kernel, which runs once it is issued, takes then."""
         self.bases: list[float] = [0.0]
         """For each stretch between waits: the time at which the thread would have issued the first op."""

@@ -138,33 +138,40 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
 
     It lies on one op of each component, in the middle of those on the compute stream.
     """
-    added = {"plain": {}, "transformer_engine": TENSOR, "dtensor": DTENSOR}[stack.host.tensor]
-    tensor = added if around.split else {}
-    kinds = around.kinds
+    layers = LAYER.keys() | around.kinds.keys()
     groups: dict[tuple[int, int, str, str], list[int]] = {}
     for place in places:
         op = given[place]
-        if op.stream == "compute" and (op.component in LAYER or op.component in kinds) and op.work:
+        if op.stream == "compute" and op.component in layers and op.work:
             groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(place)
-    checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
-    ops, known = list(given), _Known()
-    for (_, _, phase, component), places in groups.items():
-        back = phase == "backward"
-        part, alone = around.again.get(component, WHOLE) if phase == "recompute" else WHOLE
-        costs = _costs([ops[place] for place in places], stack.host.layers)
-        experts, apart = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
-        whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
-        whole += apart * LAYER["dense_ffn"][back]
-        whole = part * (whole + kinds.get(component, NOTHING)[back]) + alone
-        whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
-        more = max(0.0, whole - sum(known.issued(ops[place]) for place in places))
-        if around.hooked and component in HOOKS:
-            more += HOOKS[component][back] + apart * HOOKS["dense_ffn"][back]
-        more += part * tensor[component][back] if component in tensor else 0.0
-        if more > 0:
-            middle = places[len(places) // 2]
-            ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))
+    ops, known, more = list(given), _Known(), dict[tuple[object, ...], float]()
+    for (_, _, phase, component), group in groups.items():
+        alike = (phase, component, *(id(given[place].work) for place in group))
+        if alike not in more:
+            more[alike] = _more(phase, component, [given[place] for place in group], stack, around)
+        if more[alike] > 0:
+            middle = group[len(group) // 2]
+            ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more[alike]))
     return tuple(ops)
+
+
+def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: Around) -> float:
+    """What the host does in a pass of a component beside starting the kernels of its ops."""
+    added = {"plain": {}, "transformer_engine": TENSOR, "dtensor": DTENSOR}[stack.host.tensor]
+    tensor = added if around.split else {}
+    checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
+    back = phase == "backward"
+    part, alone = around.again.get(component, WHOLE) if phase == "recompute" else WHOLE
+    costs = _costs(ops, stack.host.layers)
+    experts, apart = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
+    whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
+    whole += apart * LAYER["dense_ffn"][back]
+    whole = part * (whole + around.kinds.get(component, NOTHING)[back]) + alone
+    whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
+    more = max(0.0, whole - sum(sum(work.issued for work in op.work) for op in ops))
+    if around.hooked and component in HOOKS:
+        more += HOOKS[component][back] + apart * HOOKS["dense_ffn"][back]
+    return more + part * tensor[component][back] if component in tensor else more
 
 
 def _costs(ops: Sequence[Op], layers: str) -> Costs:
@@ -177,14 +184,7 @@ class _Known:
     """Equal work stays one object, so that it is counted and priced once."""
 
     def __init__(self) -> None:
-        self._issued: dict[int, tuple[tuple[Work, ...], float]] = {}
         self._hosted: dict[tuple[int, float], tuple[Work, ...]] = {}
-
-    def issued(self, op: Op) -> float:
-        found = self._issued.get(id(op.work))
-        if found is None:
-            found = self._issued[id(op.work)] = (op.work, sum(work.issued for work in op.work))
-        return found[1]
 
     def hosted(self, work: tuple[Work, ...], more: float) -> tuple[Work, ...]:
         key = (id(work), more)
