@@ -121,7 +121,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
         stage_outputs=pick(["freed", "held", "parts"]),
         kernels=replace(
             stack.kernels, **changed, fills=pick([True, False]),
-            expert_products=pick(["grouped", "looped", "modules"]),
+            expert_products=pick(["grouped", "torch", "looped", "modules"]),
             loss=pick(["composed", "fused", "upcast"]), attention={"default": pick(["profile", "scores"])},
         ),
         sharding=replace(own, **sharding),
