@@ -280,11 +280,11 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all(part: int) 
 def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
-    where experts' biases are added and sinks applied, and how a clamped gate is made; experts over
-    tensor ranks, and norms, run again; products in 8 bits; narrow moments and parameters on the host; tensor ranks that split rows of two
-    sequences or hold all rows, and two readers of each; sends of an interleaved pipeline; gradients as
-    narrow as the products; FSDP's groups without copies; rows that HybridEP brings; heads' norms; rotary
-    embeddings by torch.
+    where experts' biases are added and sinks applied, and how a clamped gate is made; experts over tensor
+    ranks, and norms, run again; products in 8 bits; narrow moments and parameters on the host; tensor ranks
+    that split rows of two sequences or hold all rows, and two readers of each; sends of an interleaved
+    pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that HybridEP brings;
+    heads' norms; rotary embeddings by torch.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
