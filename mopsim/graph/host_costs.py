@@ -33,7 +33,7 @@ TRANSFORMER_ENGINE_8_BITS: Costs = {
 }
 """The same of Megatron-Core 0.14's layers made of Transformer Engine 2.7's modules, in its data parallelism
 (`reports/host/te_layers.json`), in bf16 and in MXFP8. `expert`: each local expert adds, whose weight is a
-parameter of its own. Neither Triton's launches nor cuBLASLt's choice of an algorithm is in them."""
+parameter of its own. Neither Triton's launches (LAUNCHES) nor cuBLASLt's choice of algorithms is in them."""
 PERMUTED: Costs = {"layer": (11.0, 1.8), "expert": (0.37, 0.38)}
 """Linears that permutation by torch's own ops adds to these layers (the same file, `composed`), and for each
 expert of all ranks, whose rows are split off and put elsewhere one after the other."""
@@ -51,6 +51,9 @@ CONTEXT: dict[str, Costs] = {
 """Linears that context-parallel ranks add to attention and each of them does, by how they exchange a sequence
 (`reports/host/te_context.json`), with the kernels that put its parts together, without NCCL's start."""
 DISPATCHERS: Costs = {"deepep": (-18.6, -15.6)}
+LAUNCHES: Costs = {"alltoall": (31.5, 26.9), "deepep": (27.0, 16.7)}
+"""Linears that Triton's launches of a fused permutation's kernels add (`reports/host/te_triton.json`): 13 and
+7 a layer, most of which Triton tunes by itself and have some twenty arguments."""
 BIASES: Costs = {"layer": (3.2, 14.2), "expert": (2.0, 4.7)}
 CLAMPS = (8.1, 12.2)
 """Linears that a layer takes more with biases, each of its experts among them scaled by route weights and

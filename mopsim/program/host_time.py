@@ -16,6 +16,7 @@ from mopsim.graph.host_costs import (
     DTENSOR,
     HOOKS,
     KINDS,
+    LAUNCHES,
     LAYER,
     LAYERS,
     MODULES_AGAIN,
@@ -98,6 +99,8 @@ def kinds_of(
     found["attention"] += _of_context(strategy) if strategy else []
     ranks = strategy.experts.expert_parallel if strategy else 1
     found["experts"] = _of_experts(model, stack, model.num_local_experts // ranks)
+    if strategy and stack.kernels.row_sums == "gathered" and stack.host.permutes == "triton":
+        found["experts"] += [LAUNCHES.get(strategy.experts.token_dispatcher, NOTHING)]
     if strategy and ranks > 1:
         found["experts"] += [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
         found["experts"] += [ROUTES_MAP] * maps_routes(strategy, stack)

@@ -27,6 +27,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     knows. loss_read: it reads the loss of every microbatch, to stop where that is no number. grads_read: the
     norm of each bucket of gradients, before they are reduced. message_reads: values that it reads from the
     device before a message between pipeline stages can come, whose shape two messages before it say.
+    permutes: what launches the kernels of a permutation of experts' rows that is fused.
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
     step has its part of; 0: none. delayed_grads: where exchanges of experts hide behind another microbatch,
     weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). logs: what it
@@ -44,6 +45,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     loss_read: bool = False
     grads_read: bool = False
     message_reads: int = 0
+    permutes: Literal["compiled", "triton"] = "compiled"
     collections: int = 0
     delayed_grads: bool = False
     logs: tuple[Literal["zeros", "params_norm"], ...] = ()

@@ -1,4 +1,5 @@
-"""Documents of a packed row that the host turns one after the other, as measured."""
+"""What Transformer Engine's layers take of the host in some runs, as measured: documents of a packed row that
+are turned one after the other, Triton's launches."""
 
 import json
 from pathlib import Path
@@ -7,14 +8,15 @@ import msgspec
 import pytest
 
 from mopsim.common.errors import SpecError
-from mopsim.graph.host_costs import DOCUMENTS
+from mopsim.graph.host_costs import DOCUMENTS, LAUNCHES
 from mopsim.program.host_time import kinds_of
 from mopsim.spec.host import HostCosts
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 
-FOUND = json.loads((Path(__file__).parents[2] / "reports/host/te_packed.json").read_text())["parts"]
+HOST = Path(__file__).parents[2] / "reports/host"
+FOUND = json.loads((HOST / "te_packed.json").read_text())["parts"]
 replace = msgspec.structs.replace
 
 
@@ -39,3 +41,25 @@ def test_each_document_more_takes_the_host_what_was_measured(name: str, kind: st
 def test_a_row_has_a_document() -> None:
     with pytest.raises(SpecError, match=r"documents: 0\.0 must lie between 1 and 1e"):
         HostCosts(documents=0.0)
+
+
+def test_launches_by_triton_take_the_host_what_was_measured_where_a_permutation_is_fused() -> None:
+    """HybridEP permutes by kernels of its own."""
+    added = json.loads((HOST / "te_triton.json").read_text())["added"]
+    core = load_stack("megatron-core")
+    compiled = replace(core, host=replace(core.host, permutes="compiled"))
+    apart = replace(core, kernels=replace(core.kernels, row_sums="atomic"))
+    for dispatcher in ("alltoall", "deepep", "hybridep"):
+        plain = Strategy(name="megatron", world_size=8)
+        strategy = replace(
+            plain, experts=replace(plain.experts, expert_parallel=8, token_dispatcher=dispatcher)
+        )
+        took = [
+            kinds_of(load_model("qwen3_30b_a3b"), stack, strategy)["experts"]
+            for stack in (core, compiled, apart)
+        ]
+        found = added.get(f"{dispatcher}, 4", {"forward": 0.0, "backward": 0.0})
+        for place, phase in enumerate(("forward", "backward")):
+            assert took[0][place] - took[1][place] == pytest.approx(LAUNCHES.get(dispatcher, (0, 0))[place])
+            assert took[0][place] - took[1][place] == pytest.approx(found[phase], abs=0.06)
+        assert took[1] == took[2]
