@@ -37,8 +37,8 @@ class _Fitting:
         super().format_help(ctx, formatter)  # type: ignore[misc]
 
 
-class Group(_Fitting, TyperGroup):
-    """Commands."""
+class Commands(_Fitting, TyperGroup):
+    """An app or a group of commands."""
 
 
 class Command(_Fitting, TyperCommand):
@@ -84,7 +84,7 @@ class App(typer.Typer):
     cut an option's name where they are narrow."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(rich_markup_mode=None, cls=Group, **given)
+        super().__init__(rich_markup_mode=None, cls=Commands, **given)
 
     def command(
         self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **given: Any
