@@ -38,7 +38,7 @@ from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
 from mopsim.program.works import implemented
-from mopsim.spec.model import LayerKind
+from mopsim.spec.model import LayerKind, every_kind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
 
@@ -104,7 +104,11 @@ class Passes:
 
     def key(self, layer: int) -> LayerKind:
         """Equal for layers that run alike."""
-        return self.context.model.layer_kind(layer)
+        return self._kinds[layer]
+
+    @cached_property
+    def _kinds(self) -> tuple[LayerKind, ...]:
+        return every_kind(self.context.model)
 
     def tape(self, layer: int) -> Tape:
         """A layer's tape; weight gradients are added into resident buffers."""

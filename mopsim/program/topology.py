@@ -24,8 +24,10 @@ def _block(first: int, last: int) -> int:
 
 
 def worst(all_groups: Iterable[Sequence[int]], domain: int) -> CommGroup:
-    """The group that the others wait for, of groups of one size: the one spread most over the domains."""
-    return min((span(ranks, domain) for ranks in all_groups), key=lambda group: (group.intra, -group.block))
+    """The group that the others wait for, of groups of one size whose ranks are as far apart in each: the one
+    spread most over the domains. Those that begin at the same place of a domain are spread alike."""
+    places = {ranks[0] % domain: ranks for ranks in all_groups}
+    return min((span(one, domain) for one in places.values()), key=lambda group: (group.intra, -group.block))
 
 
 def devices_taken(world_size: int, domain: int) -> int:
@@ -44,7 +46,7 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, CommGroup]:
     experts = (s.experts.expert_parallel * split_by, split_by, s.experts.rank_placement)
     copies = (experts[0], s.experts.expert_fsdp, s.experts.rank_placement)
     return {
-        "world": span(range(ranks), domain),
+        "world": _worst("whole", ranks, domain, ranks, 1, "contiguous"),
         "sequence": _worst("every", ranks, domain, *sequence),
         "tensor": _worst("whole", ranks, domain, tensor, 1, "contiguous"),
         "experts": _worst("every", ranks, domain, *experts),

@@ -92,10 +92,10 @@ class Prices:
     def of(self, template: Template, around: Around | None = None) -> Priced:
         """around: of a pass of a layer, whose modules take the host's time too."""
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
-        routed = 0.0
-        for place, piece in enumerate(template.pieces):
+        routed, seconds = 0.0, [self._seconds(piece) for piece in template.pieces]
+        for place, (piece, took) in enumerate(zip(template.pieces, seconds, strict=True)):
             pending += template.before.get(place, ())
-            steps, took = template.memory[place], self._seconds(piece)
+            steps = template.memory[place]
             compute = piece.stream == "compute"
             if compute:
                 steps, pending = (*pending, *steps), ()
@@ -104,12 +104,11 @@ class Prices:
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
-        hosts = self._hosts(template.pieces, around)
+        hosts = self._hosts(template.pieces, seconds, around)
         return Priced(tuple(ops), turns, template.ends, first, pending, routed, hosts)
 
-    def _hosts(self, pieces: Sequence[Op], around: Around | None) -> tuple[Issue, ...]:
-        """What the host takes for each piece."""
-        took = [self._seconds(piece) for piece in pieces]
+    def _hosts(self, pieces: Sequence[Op], took: Sequence[float], around: Around | None) -> tuple[Issue, ...]:
+        """What the host takes for each piece. took: seconds of the device."""
         if around and self.stack.host.modules:
             pieces = hosted(pieces, range(len(pieces)), self.stack, around)
         graphs, launch, found = self.stack.host.graphs, self.launch, []

@@ -141,7 +141,11 @@ class Problem:
 
     def software(self, family: str) -> Stack:
         """The software of a family's candidates, on the problem's kind of device."""
-        return (self.stack or load_stack(STACKS[family])).on_kind(self.hardware.device_kind)
+        key = ("software", family)
+        if key not in self.known:
+            stack = self.stack or load_stack(STACKS[family])
+            self.known[key] = stack.on_kind(self.hardware.device_kind)
+        return cast(Stack, self.known[key])
 
 
 def divisors(value: int) -> list[int]:

@@ -1,6 +1,7 @@
 """ModelSpec: the dimensions of a transformer, in Hugging Face field names."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -237,6 +238,13 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         none = {"sliding_window": 0, "attention_chunk_size": 0, "sliding_window_period": 1, "layer_types": ()}
         field = "attention_chunk_size" if self.attention_chunk_size else "sliding_window"
         return none | window_fields(layers, min(getattr(self, field), widest), field)
+
+
+@lru_cache(maxsize=64)
+def every_kind(model: ModelSpec) -> tuple[LayerKind, ...]:
+    """The kinds of all layers, MTP layers after the decoder's."""
+    count = model.num_hidden_layers + model.num_nextn_predict_layers
+    return tuple(model.layer_kind(layer) for layer in range(count))
 
 
 def dense_fields(dense: Iterable[int], layers: int) -> dict[str, Any]:
