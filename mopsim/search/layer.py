@@ -177,8 +177,7 @@ def _reference(space: Space, codes: Column, *first: Column) -> Space:
     """The row of each code whose layers and sequences are split least; first: what decides before sequences
     do, the least of one after the other."""
     c, heads = space.columns, space.problem.model.num_attention_heads
-    order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], *first[::-1], codes))
-    rows = space.take(order[np.unique(codes[order], return_index=True)[1]])
+    rows = space.take(_least(codes, *first, c["sequence"], c["tensor"], -c["micro_batch"]))
     once = max(offered(space.problem, space.family, "dispatcher")) if c["dispatcher"].any() else 0
     whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0
     traded = rows.having(exchange=ULYSSES).columns
@@ -192,6 +191,18 @@ def _reference(space: Space, codes: Column, *first: Column) -> Space:
     }  # fmt: skip
     columns = {name: np.broadcast_to(np.int64(value), len(rows)) for name, value in usual.items()}
     return Space(space.family, space.problem, rows.columns | columns)
+
+
+def _least(codes: Column, *keys: Column) -> Column:
+    """The first row of each code, ascending, of those that have the least of one key after the other."""
+    every, at = np.unique(codes, return_inverse=True)
+    left = np.arange(len(codes))
+    for key in keys:
+        least = np.full(len(every), np.iinfo(np.int64).max)
+        np.minimum.at(least, at, key[left])
+        kept = key[left] == least[at]
+        left, at = left[kept], at[kept]
+    return np.asarray(left[np.unique(at, return_index=True)[1]])
 
 
 def _known(

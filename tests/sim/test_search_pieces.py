@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mopsim.engine import simulate
 from mopsim.search.facts import SpaceFacts
+from mopsim.search.layer import _least
 from mopsim.search.pieces import LAYER, Pieces
 from mopsim.search.problem import Problem, lowered, worked_out
 from mopsim.search.refined import Refined, alike
@@ -62,3 +65,11 @@ def test_a_bound_is_the_same_after_another_batch() -> None:
     forget()
     assert one(64) > alone
     assert one(8) == alone
+
+
+@given(st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=1, max_size=40))
+def test_the_first_row_of_a_code_is_the_least_by_one_key_after_the_other(rows: list[tuple[int, ...]]) -> None:
+    codes, *keys = np.array(rows, dtype=np.int64).T
+    order = np.lexsort((*keys[::-1], codes))
+    first = order[np.unique(codes[order], return_index=True)[1]]
+    assert _least(codes, *keys).tolist() == first.tolist()
