@@ -320,6 +320,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             mfu=result.mfu,
             model_flops_per_second=result.model_flops_per_second_per_device,
             p_fits=result.p_fits,
+            p_fits_as_described=result.p_as_described,
         ),
         mop_version=mopsim.__version__,
     )

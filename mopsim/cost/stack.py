@@ -9,6 +9,7 @@ from scipy.special import ndtri
 
 from mopsim.common import io
 from mopsim.common.shipped import shipped
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import (
@@ -111,13 +112,16 @@ def as_used(hardware: HardwareProfile, stack: Stack, head_dim: int, seq_len: int
 
 
 def _grouped(hardware: HardwareProfile, stack: Stack) -> tuple[MatmulCurve, ...]:
-    """Curves of experts' products as the stack's kernel runs them."""
+    """Curves of experts' products as the stack's kernel runs them: torch's is of 16 bits."""
     own = hardware.device.grouped_matmul
     slower = GROUPED_BY_TORCH.get(hardware.device.architecture, 1.0)
     if stack.kernels.expert_products != "torch" or slower == 1.0:
         return own
     return tuple(
-        replace(one, efficiency=one.efficiency / slower, held=one.held / slower, tag="assumed") for one in own
+        replace(one, efficiency=one.efficiency / slower, held=one.held / slower, tag="assumed")
+        if DTYPE_BYTES.get(one.dtype) == 2
+        else one
+        for one in own
     )
 
 

@@ -6,6 +6,8 @@ asks for the worst).
 
 from collections.abc import Iterable, Mapping
 
+from msgspec.structs import replace
+
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.sharding import Sharding
@@ -58,7 +60,7 @@ def communication(works: Iterable[Work], exchange: tuple[CommGroup, int] | None 
     exchanges by other means, and bytes of their buffers."""
     groups: dict[tuple[int, int], set[str]] = {}
     for work in works:
-        apart = exchange is not None and work.kind == "all_to_all" and work.group == exchange[0]
+        apart = exchange is not None and work.kind == "all_to_all" and _alike(work.group, exchange[0])
         if work.kind in COLLECTIVES and work.group.size > 1 and not apart:
             size = 2 if work.kind == "send_recv" else work.group.size
             inside = size if work.group.intra == work.group.size else min(work.group.intra, size - 1)
@@ -71,6 +73,11 @@ def communication(works: Iterable[Work], exchange: tuple[CommGroup, int] | None 
         if intra < size and kinds & {"all_to_all", "send_recv"}:
             total += NETWORK
     return round(total)
+
+
+def _alike(one: CommGroup, other: CommGroup) -> bool:
+    """Whether they are the same ranks, however many rows these choose."""
+    return replace(one, choices=0.0) == replace(other, choices=0.0)
 
 
 def host(by_category: Mapping[str, int], rounding: Mapping[str, float]) -> dict[str, int]:

@@ -44,6 +44,9 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> 
         fits = f"does not fit: {' and '.join(over)}" if over else "fits"
         if prediction.p_fits is not None and not over:
             fits += f" with probability {format_probability(prediction.p_fits)}"
+            described = prediction.p_fits_as_described
+            if described is not None and described != prediction.p_fits:
+                fits += f", {format_probability(described)} as its stack is described"
         promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device ({fits})"
         whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
         lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")

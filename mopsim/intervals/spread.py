@@ -16,7 +16,8 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
-from scipy.special import ndtr, ndtri
+from scipy.special import expit, ndtr, ndtri
+from scipy.stats import multivariate_normal
 
 from mopsim.common.changes import sparse
 from mopsim.common.errors import require
@@ -74,17 +75,19 @@ def products(precision: Precision) -> str:
 @dataclass(frozen=True)
 class Spread:
     """ln(measured / predicted) is normal with this mean and standard deviation; with probability `share` it
-    is `off` instead, since the program is not as described."""
+    is `off` instead, since the program is not as described. told: runs of the user's own have said how
+    likely that is."""
 
     mean: float
     deviation: float
     share: float = 0.0
     off: "Spread | None" = None
+    told: bool = False
 
     @property
     def as_described(self) -> "Spread":
-        """If the program is."""
-        return Spread(self.mean, self.deviation)
+        """If the program is, which is taken for granted until runs have told."""
+        return self if self.told else Spread(self.mean, self.deviation)
 
     def times(self, scale: float) -> "Spread":
         """Of an error that is so many times as large."""
@@ -236,8 +239,20 @@ def spread(
     found = usual.times(quantity.scale(asked.made))
     if sd.unseen_share == 1 or not sd.unseen:
         return found
-    described = spread(_as_described(_ByIdentity(quantity)), asked, seen, missed)
-    return Spread(described.mean, described.deviation, sd.unseen_share, found)
+    as_said = _as_described(_ByIdentity(quantity))
+    described, share = spread(as_said, asked, seen, missed), sd.unseen_share
+    if seen:  # Bayes: by how likely each of the two makes what was seen
+        said, off = (_likelihood(one, seen) for one in (as_said, quantity))
+        share = float(expit(log(share / (1 - share)) + off - said))
+    return Spread(described.mean, described.deviation, share, found, bool(seen))
+
+
+def _likelihood(quantity: ErrorQuantity, seen: tuple[ErrorCell, ...]) -> float:
+    """The log density of what was seen, given the cells of `quantity`."""
+    means, covariances = joint(quantity, seen)
+    found = np.array([quantity.usual(one).mean for one in seen])
+    wide = quantity.deviations.widening**2 * covariances
+    return float(multivariate_normal.logpdf(found, means, wide, allow_singular=True))
 
 
 def between(

@@ -117,7 +117,7 @@ class Passes:
             c, etp = self.context, self.context.strategy.experts.expert_tensor_parallel
             routes = tuple(count * etp for count in c.routes()) if key.routed else ()
             tape, share = self._tape(layer, routes), self._rows_kept
-            if routes and share < 1.0:
+            if routes and share < 1.0 and not c.rows_room:
                 tape = held(tape, self._tape(layer, fewer(routes, share)), self._plan(tape))
             self._tapes[key] = tape
         return self._tapes[key]

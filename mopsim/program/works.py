@@ -65,7 +65,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if run.expert_rows == "interleaved" and context.strategy.precision.matmul == "mxfp8":
         del ways["expert_rows"]
         kernels = gated_within(kernels)
-    found = composed(kernels, ways, context.b, context.wide, wings, layernorm)
+    once = context.strategy.experts.sends_once
+    found = composed(kernels, ways, context.b, context.wide, wings, layernorm, once)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:
         found = sinks_apart(found, run.activation == "fused")

@@ -47,7 +47,7 @@ class Prediction(Spec, frozen=True, kw_only=True):
     step_time: seconds. tokens_per_second: what all devices train together. peak_memory: bytes of a device.
     host_memory: bytes of a rank. memory_by_category: bytes at the peak. time_by_kind: busy seconds by kind of
     work. mfu, model_flops_per_second: of a device, 0 = not known. p_fits: probability that device and host
-    are enough.
+    are enough; p_fits_as_described: the same if the program keeps what its stack says.
     """
 
     step_time: float
@@ -59,13 +59,16 @@ class Prediction(Spec, frozen=True, kw_only=True):
     mfu: float = 0.0
     model_flops_per_second: float = 0.0
     p_fits: float | None = None
+    p_fits_as_described: float | None = None
 
     def _rules(self) -> Rules:
         require_at_least(
             self, 0, "tokens_per_second", "peak_memory", "host_memory", "mfu", "model_flops_per_second"
         )
         yield self.step_time > 0, "step_time", "must be positive"
-        yield self.p_fits is None or 0 <= self.p_fits <= 1, "p_fits", "must lie between 0 and 1"
+        for field in ("p_fits", "p_fits_as_described"):
+            odds = getattr(self, field)
+            yield odds is None or 0 <= odds <= 1, field, "must lie between 0 and 1"
         for field in ("memory_by_category", "time_by_kind"):
             _require_counts(field, getattr(self, field))
 

@@ -71,11 +71,12 @@ class Fit:
         return self.scale * point.step(self.launch / self.scale) + self.constant
 
 
-def fit(points: Sequence[PacedRun], issue: float = LAUNCH) -> Fit:
+def fit(points: Sequence[PacedRun], issue: float = LAUNCH, new: bool = False) -> Fit:
     """Robust relative error, drawn towards (1, issue, 0) by the priors. Each network is one observation: what
     its runs have in common is off from the scale as the errors of published runs are, and each run beside.
 
-    issue: seconds of the host a launch on the profile that the points were simulated on.
+    issue: seconds of the host a launch on the profile that the points were simulated on. new: nothing was
+    learned from the source before.
     """
     if not points:
         return Fit()
@@ -84,7 +85,7 @@ def fit(points: Sequence[PacedRun], issue: float = LAUNCH) -> Fit:
     runs = np.array([counts[p.model] for p in points])
     deviations = known_errors().step_time.deviations
     scatter = np.sqrt(deviations.of(*NETWORKS) ** 2 + deviations.run**2 / runs)
-    prior_scale = deviations.of(*SHARED)
+    prior_scale = deviations.of(*SHARED, *(["unseen"] * new))
     shortest = float(measured.min())
     deviation = min(CONSTANT_PRIOR, CONSTANT_SHARE * shortest)
 
@@ -115,18 +116,20 @@ def held_out(
     usable: Sequence[bool] = (),
     issue: float = LAUNCH,
     hold_out: HoldOut = "model",
+    new: bool = False,
 ) -> list[Fit]:
     """For each point, the fit on the usable points that it may have learned from; Fit() (uncalibrated)
     without any.
 
-    usable: whether a point may be fitted on (all, where not given). issue: see `fit`. hold_out: `model`, all
-    other networks; `source`, nothing of the same source, which all points are of; `none`, all, its own too.
+    usable: whether a point may be fitted on (all, where not given). issue, new: see `fit`. hold_out: `model`,
+    all other networks; `source`, nothing of the same source, which all points are of; `none`, all, its own
+    too.
     """
     if hold_out == "source":
         return [Fit() for _ in points]
     known = [p for p, use in zip(points, usable or [True] * len(points), strict=True) if use]
     if hold_out == "none":
-        return [fit(known, issue)] * len(points)
+        return [fit(known, issue, new)] * len(points)
     models = {p.model for p in points}
-    by_model = {model: fit([p for p in known if p.model != model], issue) for model in models}
+    by_model = {model: fit([p for p in known if p.model != model], issue, new) for model in models}
     return [by_model[p.model] for p in points]

@@ -13,7 +13,7 @@ from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated, as_read
-from mopsim.validate.uncertain import cell, expected, reading
+from mopsim.validate.uncertain import cell, expected, is_new, reading
 
 UNUSED = Fit()
 
@@ -135,7 +135,9 @@ class RunGroup:
     def scored(self, hold_out: HoldOut) -> list[Scored]:
         """All runs, each by what the hold-out leaves."""
         usable = [trusted(self.runs[i][0]) for i in self.points]
-        held = calibration.held_out(list(self.points.values()), usable, self.issue, hold_out)
+        held = calibration.held_out(
+            list(self.points.values()), usable, self.issue, hold_out, is_new(self.runs[0][0])
+        )
         fits = dict(zip(self.points, held, strict=True))
         found = []
         for i, (case, result) in enumerate(self.runs):

@@ -34,6 +34,12 @@ def reading(case: Case) -> str:
     return "" if found == "allocated" else found
 
 
+def is_new(case: Case) -> bool:
+    """Whether nothing is known of its source."""
+    cells = known_errors().of("step_time", case.stack).cells
+    return all(one.source != case.source.name for one in cells)
+
+
 def expected(case: Case, name: Name, own: Iterable[ErrorCell] = (), reading: str = "") -> Spread:
     """The error to expect of a run that is as usual, as if its source had never been seen, but for `own` runs
     of it."""

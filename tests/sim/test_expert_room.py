@@ -52,6 +52,21 @@ def test_rows_have_room_and_those_of_products_in_8_bits_a_stash(
     assert last == pytest.approx(down * ROWS * 1536 * each)
 
 
+def test_room_is_for_a_balanced_load_whatever_was_measured() -> None:
+    """Of measured loads a rank keeps its own layers' rows, not those of the busiest; room is fixed."""
+    model, stack = load_model("qwen3_30b_a3b"), load_stack("megatron-bridge-graph")
+    plan = replace(
+        megatron(8, expert_parallel=8, token_dispatcher="hybridep", micro_batch=2), stack=stack.name
+    )
+    busy = model.num_local_experts // 8
+    loads = [5.0] * busy + [1.0] * (model.num_local_experts - busy)
+    peaks = {
+        simulate(model, load_profile("gb200-186g"), 2, plan, replace(JOB, routing=routing), stack).peak_memory
+        for routing in ("balanced", tuple(load / sum(loads) for load in loads))
+    }
+    assert len(peaks) == 1
+
+
 def test_a_stash_is_as_large_as_a_log_prints() -> None:
     """Hy3, whose experts are as wide as this network's: 8,921,088 rows of 4,096 bytes, scales among them, and
     8,650,752 of 3,072 in bf16, for 110 layers of microbatches (allocate_stash_buffers in

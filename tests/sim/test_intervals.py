@@ -244,6 +244,11 @@ def test_of_some_programs_the_peak_is_as_described_and_of_others_not() -> None:
         reached = found.below(np.array([found.quantile(probability)]))[0]
         assert reached == pytest.approx(probability, abs=1e-5)
     assert spread(known, cell("s", "p")).quantile(0.95) < 0.1
+    assert found.as_described.off is None
+    near, far = (spread(known, cell("t", "p"), (cell("t", "p", mean=off),)) for off in (0.0, 0.5))
+    assert near.share < 0.25 < 0.99 < far.share  # what was measured tells which of the two it is
+    assert far.as_described.quantile(0.5) > 0.4
+    assert near.as_described.quantile(0.95) < 0.15
     assert found.times(2.0).quantile(0.9) == pytest.approx(2 * found.quantile(0.9), abs=1e-5)
     device = replace(cell("t", "p"), reading=WHOLE)  # what is read of it does not make it better known
     assert spread(known, device).quantile(0.95) > 0.2

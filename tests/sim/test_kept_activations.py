@@ -131,6 +131,17 @@ def test_rows_that_are_weighed_before_they_are_added(stack: str, kept: int) -> N
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("stack", ["torchtitan-compile-2026", "torchtitan-2026"])
+def test_rows_that_come_home_summed_are_weighed_before_they_leave(stack: str) -> None:
+    """DeepEPTokenDispatcher.combine has no weights (torchtitan 00f6ac29, common/token_dispatcher.py)."""
+    own, training = load_stack(stack), TrainSpec(seq_len=32, global_batch=8, routing="balanced")
+    for dispatcher, there in (("alltoall", {"weigh"}), ("deepep", set())):
+        strategy = fsdp2(8, expert_parallel=8)
+        strategy = replace(strategy, experts=replace(strategy.experts, token_dispatcher=dispatcher))
+        context = make_context(load_model("qwen3_30b_a3b"), own.resolve(strategy), training, 8, own)
+        assert {one.name for one in Passes(context).tape(1).kernels if one.name == "weigh"} == there
+
+
 def test_sinks_applied_to_what_attention_found_keep_both() -> None:
     """As the graph of gpt_oss's block keeps them (torchtitan 1690e0aea on a CPU)."""
     model = load_model("gpt_oss_20b")

@@ -66,6 +66,8 @@ def test_a_dispatcher_with_buffers_of_its_own_has_no_exchange_of_nccl() -> None:
     eight, two = CommGroup(8, 8), CommGroup(2, 2)
     works = [collective_work("all_to_all", 10.0, group) for group in (eight, two)]
     assert upper.communication(works, (eight, 10**9)) == 10**9 + 544 * 2**20 + round(3.28e9 / 7)
+    uneven = [collective_work("all_to_all", 10.0, CommGroup(8, 8, choices=11.1)), works[1]]
+    assert upper.communication(uneven, (eight, 10**9)) == upper.communication(works, (eight, 10**9))
 
 
 @pytest.mark.parametrize(

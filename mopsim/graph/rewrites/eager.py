@@ -48,13 +48,14 @@ ADD, ADD_SENT = TensorPasses(1, 2, 1), TensorPasses(1, 4, 3)
 
 def composed(
     kernels: tuple[Kernel, ...], ways: Mapping[str, object], b: int, wide: int, wings: int,
-    layernorm: bool = False,
+    layernorm: bool = False, sent_once: bool = False,
 ) -> tuple[Kernel, ...]:  # fmt: skip
     """A tape's kernels as a program runs them. ways: how it runs each operation, by field of its stack's
     Kernels.
 
     b, wide: bytes of an element in the compute dtype and in fp32. wings: tensors that an activation reads.
     layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
+    sent_once: rows come home summed (Experts.sends_once).
     """
 
     rows = ways.get("expert_rows")
@@ -72,8 +73,8 @@ def composed(
     if ways.get("sequence_exchange") == "composed":
         found = tuple(part for kernel in found for part in _traded(kernel))
     if rows in ("composed", "wide", "added"):
-        found = _weighted(found, wide / b if rows == "wide" else 1.0, rows == "added")
-    if rows == "added":
+        found = _weighted(found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once)
+    if rows == "added" and not sent_once:
         found = _added(found, wide / b, ways.get("activation") == "fused")
     return _shared_gradients(found) if ways.get("residual") == "composed" else found
 
