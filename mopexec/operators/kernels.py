@@ -30,7 +30,7 @@ class Choice:
         self.norm, self.rotary = kernels.norm == "fused", kernels.rotary == "fused"
         self.activation, self.router = kernels.activation == "fused", kernels.router == "fused"
         self.rows = kernels.expert_rows == "fused"
-        self.grouped = kernels.expert_products == "grouped"
+        self.grouped = kernels.expert_products == "torch"
         self.attention = kernels.attention.get("default", "profile")
 
 

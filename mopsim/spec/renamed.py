@@ -58,7 +58,9 @@ class _Stack(Spec, frozen=True, kw_only=True):
 
 def stack(data: Any, field: str) -> Any:
     """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
-    that the program lacks something. Raises MopError naming what is wrong of them from `field`."""
+    that the program lacks something, and whose grouped products are torch's where mopexec runs them. Raises
+    MopError naming what is wrong of them from `field`."""
+    data = _products(data)
     if not isinstance(data, dict) or not data.keys() & set(STACK):
         return data
     found = {key: value for key, value in data.items() if key not in STACK}
@@ -74,6 +76,14 @@ def stack(data: Any, field: str) -> Any:
         "activations.cpu_offload_layers": (kept is not None and "layers" not in kept, (0,)),
     }
     return {**found, "has": {path: list(values) for path, (said, values) in lacks.items() if said}}
+
+
+def _products(data: Any) -> Any:
+    """Until 2026-11-29 those of torch were called as those of one kernel."""
+    kernels = data.get("kernels") if isinstance(data, dict) and data.get("runtime") else None
+    if not isinstance(kernels, dict) or kernels.get("expert_products") != "grouped":
+        return data
+    return {**data, "kernels": {**kernels, "expert_products": "torch"}}
 
 
 def refuse_old(data: dict[str, Any], field: str) -> None:

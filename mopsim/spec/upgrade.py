@@ -152,7 +152,7 @@ def _stack(old: _Old) -> Stack:
             residual=built("residual"),
             expert_rows=built("experts", explicit),
             router=built("router", explicit),
-            expert_products="looped" if experts.looped or explicit else "grouped",
+            expert_products="looped" if experts.looped or explicit else "torch",
             weight_grads=built("accumulation"),
             ring_blocks=built("blocks"),
             loss="upcast" if vocabulary.upcast else "fused" if vocabulary.fused else "composed",
@@ -184,7 +184,7 @@ def _eager(old: _Old) -> Stack:
     base, vocabulary, experts = load_stack("mopexec-fsdp2"), old.vocabulary, old.experts
     rows: dict[str, Any] = {"norm": "composed", "rotary": "halves", "activation": "composed"}
     changes: dict[str, dict[str, Any]] = {
-        "kernels": {**rows, "expert_products": "looped" if experts.looped else "grouped"},
+        "kernels": {**rows, "expert_products": "looped" if experts.looped else "torch"},
         "sharding": {"experts": not experts.plain},
         "recompute": {"chunk_inputs": experts.checkpoint},
         "host": {"modules": "modules" in old.unfused, "graphs": old.graphs},
