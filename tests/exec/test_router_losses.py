@@ -22,8 +22,11 @@ CASES: dict[str, tuple[int, dict[str, Any], ModelSpec, str]] = {
 }
 
 
-@pytest.mark.parametrize("rows", [2048, 5], ids=["whole", "in slices that end in sequences"])
-@pytest.mark.parametrize("case", CASES)
+ROWS = [(case, 5) for case in CASES] + [("four ranks", 2048)]
+"""Slices that end within sequences, and one of all rows."""
+
+
+@pytest.mark.parametrize(("case", "rows"), ROWS)
 def test_flat_units_has_the_gradients_of_the_single_device_model(case: str, rows: int) -> None:
     world, changes, model, routing = CASES[case]
     losses = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2, "routing": "80/3"}
