@@ -10,7 +10,8 @@ from mopsim.common.errors import SpecError
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.intervals.made import Made
 from mopsim.intervals.spread import Facts, Spread, missed_by_most, network, of_step_time, products
-from mopsim.spec.hardware import MOST_OFF, HardwareProfile, Observed
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.observed import MOST_OFF, Observed
 from mopsim.spec.plan import Measurement, Plan
 
 
@@ -41,6 +42,7 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
             step_time=_off("step_time_median", [_step(one) for one in some], format_seconds),
             peak_memory=_off("peak_memory", [one for one in map(_peak, some) if one], format_bytes),
             step_time_squares=round(_squares(some), 5),
+            peak_memory_squares=round(_scatter([one for one in map(_peak, some) if one]), 5),
             step_time_missed=round(missed_by_most(_misses(some)), 5),
             made=tuple(round(fmean(shares), 4) for shares in zip(*(one.made for one in some), strict=True)),
             source="runs " + ", ".join(one.digest for one in some),
@@ -80,6 +82,13 @@ def _misses(runs: Sequence[Seen]) -> list[tuple[float, float]]:
 def _squares(runs: Sequence[Seen]) -> float:
     """Sum of the squares of what profiles that had not seen the runs missed."""
     return fsum(weight * off**2 for off, weight in _misses([one for one in runs if one.unseen is not None]))
+
+
+def _scatter(pairs: Sequence[_Pair]) -> float:
+    """Sum of the squares of departures from the mean."""
+    weights = [pair.run.measurement.quiet for pair in pairs]
+    mean = fmean((pair.off for pair in pairs), weights) if pairs else 0.0
+    return fsum(weight * (pair.off - mean) ** 2 for pair, weight in zip(pairs, weights, strict=True))
 
 
 def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> float | None:

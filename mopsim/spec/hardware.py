@@ -4,10 +4,11 @@ from typing import Literal
 
 import msgspec
 
-from mopsim.common.errors import Rules, require, require_at_least, require_name
+from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.spec.categories import RUNTIMES, STEP_PARTS
+from mopsim.spec.categories import RUNTIMES
+from mopsim.spec.observed import Observed
 from mopsim.spec.quantity import Quantity as Quantity
 from mopsim.spec.quantity import Tag as Tag
 from mopsim.spec.quantity import require_between, require_dimension, require_slower
@@ -260,44 +261,6 @@ class Correction(Spec, frozen=True, kw_only=True):
     def _rules(self) -> Rules:
         require_between(self, 0.02, 50, "scale")
         yield -1.0 <= self.overhead <= 1.0, "overhead", "must lie between -1 and 1 second"
-
-
-MOST_OFF = 5
-"""Largest |ln(measured / predicted)| that a profile says of its runs."""
-
-
-class Observed(Spec, frozen=True, kw_only=True):
-    """Of runs of one network, stack and precision that a calibration saw, how far off the profile still is.
-    stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
-    disturbed one for the part of it that was quiet. step_time,
-    peak_memory: mean ln(measured / predicted) by the profile itself, null where it was not read.
-    step_time_squares: sum of the squares of what profiles that had not seen these runs missed of their step
-    times. step_time_missed: the |ln(measured / predicted)| that 90 % of these misses keep to. made: mean
-    shares of the predicted steps: products, attention, products of experts, memory, waits for host, network,
-    copies. source: digests of the runs.
-    """
-
-    stack: str
-    precision: str
-    network: str
-    runs: float
-    step_time: float | None = None
-    peak_memory: float | None = None
-    step_time_squares: float = 0.0
-    step_time_missed: float | msgspec.UnsetType = msgspec.UNSET
-    made: tuple[float, ...] = ()
-    source: str = ""
-
-    def _rules(self) -> Rules:
-        require_name(self.stack, "stack")
-        yield self.runs > 0, "runs", "must be positive"
-        require_at_least(self, 0, "step_time_squares")
-        yield (self.step_time_missed or 0.0) >= 0, "step_time_missed", "must be at least 0"
-        shares = len(self.made) in (0, len(STEP_PARTS)) and all(0 <= one <= 1 for one in self.made)
-        yield shares, "made", f"must be shares from 0 to 1 of {', '.join(STEP_PARTS)}, or empty"
-        rule = f"must lie between -{MOST_OFF} and {MOST_OFF}: a logarithm of a ratio"
-        for field in ("step_time", "peak_memory"):
-            yield abs(getattr(self, field) or 0.0) <= MOST_OFF, field, rule
 
 
 class HardwareProfile(Spec, frozen=True, kw_only=True):

@@ -67,7 +67,7 @@ def test_what_was_observed_goes_through_a_file_and_nothing_else_changes_the_dige
     bad = path.read_text().replace("runs: 2", "runs: 0")
     assert bad != path.read_text()
     path.write_text(bad)
-    with pytest.raises(MopError, match=r"hardware\.observed\[0\]\.runs: 0(\.0)? must be positive"):
+    with pytest.raises(MopError, match=r"hardware\.observed\[0\]\.runs: 0(\.0)? must lie between 0.001 and"):
         load_profile(path)
 
 

@@ -22,9 +22,19 @@ from mopsim.intervals.errors import (
 )
 from mopsim.intervals.made import ALWAYS, made_of
 from mopsim.intervals.memory import PeakSpread
-from mopsim.intervals.spread import Facts, Spread, between, missed_by_most, of_step_time, ratio, spread
+from mopsim.intervals.spread import (
+    Facts,
+    Spread,
+    between,
+    missed_by_most,
+    of_peak_memory,
+    of_step_time,
+    ratio,
+    spread,
+)
 from mopsim.spec.categories import STEP_PARTS, WAITING_PARTS
-from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, Observed
+from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS
+from mopsim.spec.observed import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases
@@ -252,6 +262,28 @@ def test_of_some_programs_the_peak_is_as_described_and_of_others_not() -> None:
     assert found.times(2.0).quantile(0.9) == pytest.approx(2 * found.quantile(0.9), abs=1e-5)
     device = replace(cell("t", "p"), reading=WHOLE)  # what is read of it does not make it better known
     assert spread(known, device).quantile(0.95) > 0.2
+
+
+def test_runs_that_contradict_each_other_say_little_of_a_peak() -> None:
+    """Two, off by a factor of 100 either way; and one that hardly counts."""
+    sd = replace(NONE, source=0.03, run=0.04, unseen=0.4, unseen_share=0.25)
+    known = ErrorQuantity(deviations=sd, cells=(cell("s", "p"),))
+    asked = cell("t", "p")
+    wild = spread(known, asked, (replace(asked, runs=2, squares=2 * math.log(100) ** 2),))
+    assert wild.quantile(0.95) > 1.0
+    none, hardly = (spread(known, asked, seen) for seen in ((), (replace(asked, runs=1e-3),)))
+    assert hardly.share == pytest.approx(none.share, rel=0.05)
+    assert hardly.quantile(0.95) == pytest.approx(none.quantile(0.95), rel=0.1)
+
+
+def test_a_peak_that_a_run_contradicts_is_not_exact() -> None:
+    seen = Observed(stack="mopexec-flat", precision="bf16", network="n", runs=1.0)
+    facts = [
+        Facts("mopexec-flat", "m", "bf16", "n", exact=True, seen=(replace(seen, peak_memory=off),))
+        for off in (0.01, 1.0)
+    ]
+    assert of_peak_memory(facts[0]).deviation == known_errors().exact
+    assert of_peak_memory(facts[1]).quantile(0.95) > 0.5
 
 
 def test_first_scores_say_how_many_programs_are_not_as_described() -> None:

@@ -25,7 +25,7 @@ from mopsim.size.benchmarks import of_machine, spreads
 from mopsim.size.figures import DAY, WIDE
 from mopsim.size.points import nearest_miss, pareto, surer
 from mopsim.size.settle import settle
-from mopsim.spec.hardware import Observed
+from mopsim.spec.observed import Observed
 from mopsim.spec.stacks import load_stack
 
 JOB: dict[str, Any] = {
