@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.spec.capability import runnable
+from mopsim.spec.capability import not_run, runnable
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
@@ -50,6 +50,20 @@ def test_every_committed_file_loads(name: str) -> None:
     else:
         plan = load_plan(ROOT / name)
     assert plan.strategy.stack == plan.stack.name
+
+
+REACH = sorted((ROOT / "reports" / "context_reach" / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", REACH, ids=lambda path: path.stem)
+def test_what_acts_on_nothing_of_a_plan_refuses_none(path: Path) -> None:
+    """These plans say of clamped gates, which their network has not, what no stack of mopexec says now."""
+    plan = load_plan(path)
+    assert next(not_run(plan), None) is None
+    clamped = replace(plan, model=replace(plan.model, swiglu_limit=7.0))
+    kernels = replace(plan.stack.kernels, clamped_gate="apart")
+    refused = next(not_run(replace(clamped, stack=replace(plan.stack, kernels=kernels))))
+    assert refused.field == "stack.kernels.clamped_gate"
 
 
 def strategy(**fields: Any) -> dict[str, Any]:

@@ -77,21 +77,20 @@ def _reader(path: str) -> tuple[str, Callable[[Any], Any]]:
 
 
 def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
-    """Every entry of the stack is what the runtime does, on a device of some kind."""
+    """Every entry of the stack that acts is what the runtime does, on a device of some kind. An old plan has
+    entries from before a runtime's were told apart, of what its network has not."""
     shipped = load_stack(SHIPPED[side])
     known = [shipped.on_kind(kind) for kind in ("cuda", "cpu")]
     for section in _SECTIONS:
         theirs = getattr(job.software, section)
         for field in theirs.__struct_fields__:
-            says = getattr(theirs, field)
+            path, says = f"{section}.{field}", getattr(theirs, field)
             runs = [getattr(getattr(one, section), field) for one in known]
             if field == "attention":
                 runs.extend({key: kernel} for key in says for kernel in SIDES[side]["attention"])
-            if says not in runs and f"{section}.{field}" not in _COUNTED:
+            if says not in runs and path not in _COUNTED and ROWS[f"stack.{path}"].acts_in(job):
                 rule = " or ".join(repr(one) for one in dict.fromkeys(map(str, runs)))
-                yield SpecError(
-                    f"stack.{section}.{field}", says, f"is not {SIDES[side]['does']}, only {rule}"
-                )
+                yield SpecError(f"stack.{path}", says, f"is not {SIDES[side]['does']}, only {rule}")
 
 
 def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:

@@ -41,7 +41,7 @@ class FieldRow:
     cells: Mapping[Side, Cell]
     acts: str = ""
     usual: bool = False
-    """Whether the row is that of every field of the noun."""
+    """Whether the cells are those of every field of the noun."""
 
     def acts_in(self, job: Job) -> bool:
         return not self.acts or holds(self.acts)(job)
@@ -78,7 +78,7 @@ def _row(said: Mapping[str, Any], every: Mapping[str, Any]) -> FieldRow:
     for side, known in SIDES.items():
         names = (side, known.get("like", ""), groups.get(side, ""))
         cells[side] = _cell(next((told[name] for name in names if name in told), "all"))
-    return FieldRow(cells, told.get("acts", ""), not said)
+    return FieldRow(cells, told.get("acts", ""), set(said) <= {"acts"})
 
 
 def _rows(noun: str) -> Iterator[tuple[str, FieldRow]]:
