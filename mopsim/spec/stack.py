@@ -194,8 +194,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "logit_passes")
         require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash")
-        rule = "is of rows that there is more room for (expert_room)"
-        require(self.expert_room > 0 or not self.expert_stash, "expert_stash", self.expert_stash, rule)
+        room, stash = self.expert_room, self.expert_stash
+        require(not room or room >= 1, "expert_room", room, "must be 0, or hold a balanced load: at least 1")
+        rule = f"must be 0, or at least 1 and at most expert_room {room:g}"
+        require(not stash or 1 <= stash <= room, "expert_stash", stash, rule)
         rule = "holds the loss's copy of the logits in fp32, which loss_copy false has not"
         require(self.loss_copy or self.logits_held != "copy", "logits_held", self.logits_held, rule)
 

@@ -162,6 +162,9 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The entries of a child over its parent's; a source goes with the entry that it is of."""
     found = {key: value for key, value in base.items() if key not in _OWN}
     sources = {key: text for key, text in base["sources"].items() if key not in _OWN}
+    if own.get("kernels", {}).get("expert_room") == 0:  # what is stashed is of rows that there is room for
+        found["kernels"] = {**found.get("kernels", {}), "expert_stash": 0.0}
+        sources.pop("kernels.expert_stash", None)
     for key, value in own.items():
         if key in SECTIONS and isinstance(value, dict):
             found[key] = {**found.get(key, {}), **value}

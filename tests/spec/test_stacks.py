@@ -146,6 +146,26 @@ def test_a_wrong_entry_is_one_line_with_file_field_and_rule(text: str, says: str
     assert len(line.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("kernels", "says"),
+    [
+        ("expert_room: 0.5", "stack.kernels.expert_room: 0.5 must be 0, or hold a balanced load: at least 1"),
+        ("expert_room: 1.1", "expert_stash: 1.2 must be 0, or at least 1 and at most expert_room 1.1"),
+        ("expert_stash: 0.5", "expert_stash: 0.5 must be 0, or at least 1 and at most expert_room 1.5"),
+        ("expert_stash: 1.6", "expert_stash: 1.6 must be 0, or at least 1 and at most expert_room 1.5"),
+        ("expert_room: 0, expert_stash: 1.2", "expert_stash: 1.2 must be 0, or at least 1 and at most"),
+    ],
+)
+def test_room_and_stash_of_experts_hold_a_balanced_load(kernels: str, says: str, tmp_path: Path) -> None:
+    head = "name: a\nversion: b\nextends: megatron-bridge-graph\nkernels:"
+    with pytest.raises(MopError) as refused:
+        load_stack(written(tmp_path, f"{head} {{{kernels}, source: s}}"))
+    assert says in str(refused.value)
+    stack = load_stack(written(tmp_path, f"{head} {{expert_room: 0, source: s}}"))
+    assert (stack.kernels.expert_room, stack.kernels.expert_stash) == (0, 0)
+    assert "kernels.expert_stash" not in stack.sources
+
+
 def test_what_is_written_instead_of_an_old_entry_can_be_loaded(tmp_path: Path) -> None:
     for entry in renamed.STACK.values():
         has = entry.replace("source: ...", "source: here")
