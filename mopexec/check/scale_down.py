@@ -66,6 +66,7 @@ def _routing(plan: Plan) -> str:
 def mechanisms(plan: Plan) -> list[str]:
     """What of the plan is at work, for people."""
     s, t, m = plan.strategy, plan.training, plan.model
+    routed = m.num_moe_layers > 0
     found = {
         f"runtime {plan.stack.runtime or 'none'}": True,
         "latent attention": m.attention == "mla",
@@ -75,8 +76,8 @@ def mechanisms(plan: Plan) -> list[str]:
         f"rotary positions scaled by {m.rope_scaling.rope_type}": m.rope_scaling.rope_type != "default",
         "clamped SwiGLU": m.swiglu_limit > 0,
         f"experts of {m.topk_group} of {m.n_group} groups": m.topk_group < m.n_group,
-        "routers' balance loss": t.router_aux_loss_coef > 0,
-        "routers' z-loss": t.router_z_loss_coef > 0,
+        "routers' balance loss": routed and t.router_aux_loss_coef > 0,
+        "routers' z-loss": routed and t.router_z_loss_coef > 0,
         "documents trained apart": t.attention_mask == "document",
         f"MTP modules ({m.num_nextn_predict_layers})": m.num_nextn_predict_layers > 0 and t.mtp_loss_coef > 0,
         f"dense state sharded over {s.dense.fsdp}": s.dense.fsdp > 1,

@@ -7,8 +7,9 @@ from msgspec import structs
 
 from mopexec.run import lock, supported
 from mopsim.common import io
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.units import format_bytes
+from mopsim.spec.capability import ROWS, job_of
 from mopsim.spec.plan import Plan
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
@@ -40,7 +41,16 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
         if field in _PLANNED:
             raise MopError(f"--set: {setting!r}: decides memory and time: search for a plan with it")
         training[field] = io.parse_yaml(value, f"--set {field}")
-    return structs.replace(plan, training=io.convert(training, TrainSpec, "plan.training", "--set"))
+    new = structs.replace(plan, training=io.convert(training, TrainSpec, "plan.training", "--set"))
+    for setting in settings:
+        field = setting.partition("=")[0]
+        value = getattr(new.training, field)
+        changes = value and value != getattr(plan.training, field)
+        if changes and not ROWS[f"training.{field}"].acts_in(job_of(new)):
+            raise MopError(
+                f"--set: {setting!r}: acts on nothing that the network {shown(plan.model.name)} has"
+            )
+    return new
 
 
 def read_supported(path: Path, settings: Sequence[str] = ()) -> Plan:

@@ -16,7 +16,7 @@ from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import parse_bytes
 from mopsim.spec.plan import Prediction
 from tests.exec.forking import Program
-from tests.exec.train_plans import small_plan
+from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import environment, finish
 from tests.patience import HANG
 
@@ -91,6 +91,18 @@ def test_settings_change_the_plan(plan):
     changed = plans.read_plan(plan, ["attention_mask=document", "bias_update_rate=0"])
     expected = msgspec.structs.replace(small_plan().training, attention_mask="document", bias_update_rate=0.0)
     assert changed == msgspec.structs.replace(small_plan(), training=expected)
+
+
+def test_what_acts_on_experts_is_not_set_where_there_are_none(plan):
+    dense = small_plan(1, router_aux_loss_coef=0.1, router_z_loss_coef=0.1)
+    none = {"num_local_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+    dense = msgspec.structs.replace(dense, model=small_model(intermediate_size=16, **none))
+    assert not [name for name in mechanisms(dense) if "routers'" in name]
+    io.write_yaml(plan, dense)
+    for setting in ("router_aux_loss_coef=0.2", "router_z_loss_coef=1", "mtp_loss_coef=0.1"):
+        with pytest.raises(MopError, match=f"--set: '{setting}': acts on nothing .* network 'small' has"):
+            plans.read_plan(plan, [setting])
+    assert plans.read_plan(plan, ["bias_update_rate=0"]).training.bias_update_rate == 0
 
 
 @pytest.mark.parametrize("command", ["train", "dry-run", "verify"])
