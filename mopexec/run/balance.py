@@ -1,6 +1,7 @@
 """Whether experts starve, and what evens their loads."""
 
 from collections.abc import Callable, Sequence
+from math import inf, nextafter
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,21 @@ def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
         return ""
     rate, weight = training.bias_update_rate, training.router_aux_loss_coef
     kept = "" if rate or not _lost(run, plan) else ", with which export refuses the run"
+    ways = (("bias_update_rate", rate, kept), ("router_aux_loss_coef", weight, ""))
+    more = [f"--set {field} above its {now:g}{note}" for field, now, note in ways if _rises(plan, field, now)]
     return (
-        f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step; what "
-        f"evens loads: --set bias_update_rate above its {rate:g}{kept}; --set router_aux_loss_coef above its "
-        f"{weight:g}"
+        f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step"
+        f"{'; what evens loads: ' * bool(more)}{'; '.join(more)}"
     )
 
 
 def _with(plan: Plan, **training: Any) -> Plan:
     return replace(plan, training=replace(plan.training, **training))
+
+
+def _rises(plan: Plan, field: str, now: float) -> bool:
+    """Whether `--set` takes more of a field than what it is now."""
+    return _holds(lambda: _with(plan, **{field: nextafter(now, inf)}))
 
 
 def _holds(check: Callable[[], object]) -> bool:

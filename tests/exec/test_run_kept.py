@@ -197,6 +197,13 @@ def test_experts_that_starve_are_told_with_what_evens_loads(tmp_path: Path) -> N
     assert said.endswith("--set router_aux_loss_coef above its 0")
 
 
+def test_what_cannot_be_set_higher_is_not_told(tmp_path: Path) -> None:
+    said = starving(tmp_path, planned(router_aux_loss_coef=1000.0), LOADS)
+    assert said.endswith("; what evens loads: --set bias_update_rate above its 0.001")
+    said = starving(tmp_path, planned(bias_update_rate=1.0, router_aux_loss_coef=1000.0), LOADS)
+    assert said.endswith("had under 1/8 of an even load in the last step")
+
+
 def test_loads_that_do_not_tell_are_not_told(tmp_path: Path) -> None:
     """None starves; no router chose; 64 tokens for 8 experts by 2 choices are a few routes each."""
     for loads in ((0, 3, *LOADS[2:]), ()):
