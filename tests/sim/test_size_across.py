@@ -5,6 +5,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from mopsim.search.result import TIE
 from mopsim.size import Goal, Request, Sizing, size_all
 from mopsim.size.across import near
 from mopsim.size.ask import Answer, merged
@@ -49,11 +50,12 @@ def test_no_cluster_is_a_percent_slower_than_the_plan_of_another_there(together:
 
 
 def test_another_machine_type_only_makes_a_cluster_faster(together: list[Sizing]) -> None:
+    """But for a tie, of which the plan with less memory is taken."""
     for found, alone in zip(together, (size_all(REQUEST, [one])[0] for one in MACHINES), strict=True):
         known = {point.num_nodes: point.figures for point in found.tried}
         for point in alone.tried:
             bill = known[point.num_nodes]
-            assert point.figures is None or (bill and bill.seconds <= point.figures.seconds)
+            assert point.figures is None or (bill and bill.seconds <= (1 + TIE) * point.figures.seconds)
 
 
 def test_a_bound_of_a_search_stays_with_a_faster_plan_that_was_carried(together: list[Sizing]) -> None:
