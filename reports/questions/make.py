@@ -59,7 +59,8 @@ def section(question: dict[str, Any], found: mopsim.Ranking) -> Iterable[str]:
     yield (
         f"`{describe(best.strategy)}`: **{best.tokens_per_s_per_device:,.0f} tokens/s per GPU** "
         f"({low:,.0f} to {high:,.0f} with 90 %), {best.model_flops_per_s_per_device / 1e12:,.0f} TFLOP/s, "
-        f"fits with probability {best.p_fits:.2f} ({best.p_fits_as_described:.2f} as its stack is described); "
+        f"fits with probability {best.p_fits:.2f} ({best.p_fits_as_described:.2f} as its stack is "
+        f"described); "
         f"{found.simulated} simulations in {found.seconds:.0f} s, "
         f"{_left(found)}.\n"
     )
