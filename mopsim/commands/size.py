@@ -72,7 +72,8 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     console.print(f"Recommended ({kind}): {summary(chosen)}")
     if better := surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
-    console.print(f"Fastest{within}: {summary(found.fastest)}")
+    of = "" if request.goal.seconds is None else " of the counts that were asked"
+    console.print(f"Fastest{within}{of}: {summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]
     say_notes(console, [*unread(request.model), *probed])
     with io.json_beside(json, found.to_json() if json else None):

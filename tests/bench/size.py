@@ -50,7 +50,7 @@ def main(folder: Path, jobs: int) -> None:
         "",
         f"Recommended: {summary(found.chosen)}." if found.chosen else f"None; {missed(found.miss)}.",
         "",
-        f"Fastest: {summary(found.fastest)}.",
+        f"Fastest of the counts that were asked: {summary(found.fastest)}.",
         "",
         f"| {' | '.join(names)} | plan or reason |",
         f"|{'---|' * (len(names) + 1)}",
