@@ -86,17 +86,20 @@ def _squares(runs: Sequence[Seen]) -> float:
 
 def _scatter(pairs: Sequence[_Pair]) -> float:
     """Sum of the squares of departures from the mean."""
-    weights = [pair.run.measurement.quiet for pair in pairs]
-    mean = fmean((pair.off for pair in pairs), weights) if pairs else 0.0
-    return fsum(weight * (pair.off - mean) ** 2 for pair, weight in zip(pairs, weights, strict=True))
+    mean = _mean(pairs) if pairs else 0.0
+    return fsum(pair.run.measurement.quiet * (pair.off - mean) ** 2 for pair in pairs)
+
+
+def _mean(pairs: Sequence[_Pair]) -> float:
+    """ln(measured / predicted), a disturbed run for its quiet part."""
+    return fmean((pair.off for pair in pairs), [pair.run.measurement.quiet for pair in pairs])
 
 
 def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> float | None:
-    """Mean ln(measured / predicted), a disturbed run for its quiet part, None where there is no pair."""
+    """`_mean`, None where there is no pair. Raises SpecError where it is more than a profile may say."""
     if not pairs:
         return None
-    weights = [pair.run.measurement.quiet for pair in pairs]
-    mean = round(fmean((pair.off for pair in pairs), weights), 5)
+    mean = round(_mean(pairs), 5)
     if abs(mean) <= MOST_OFF:
         return mean
     run, measured, predicted = max(pairs, key=lambda pair: abs(pair.off))

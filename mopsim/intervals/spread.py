@@ -348,15 +348,19 @@ def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], quantity:
     for level in LEVELS:
         found += getattr(sd, level) ** 2 * alike(level, some, others)
     if sd.unseen:
-        known = _sources(_ByIdentity(quantity))
+        known = known_sources(quantity)
         new = np.array([one.source not in known for one in some])
         found += sd.unseen**2 * (alike("program", some, others) & new[:, None])
     return found
 
 
+def known_sources(quantity: ErrorQuantity) -> frozenset[str]:
+    """Whose programs have been mended by their runs."""
+    return _sources(_ByIdentity(quantity))
+
+
 @lru_cache(maxsize=8)
 def _sources(known: _ByIdentity) -> frozenset[str]:
-    """Whose programs have been mended by their runs."""
     return frozenset(one.source for one in known.quantity.cells)
 
 
