@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import brentq, minimize
 from scipy.special import expit, ndtri
 
@@ -282,18 +283,19 @@ def likeliest(known: Sequence[ErrorCell], start: Deviations | None = None) -> De
     shared = {name: alike(name, known, known).astype(float) for name in LEVELS}
     shared = {name: same for name, same in shared.items() if same.any()}
     usual = max(float(np.std(means)) / len(shared) ** 0.5, SMALLEST)
-
-    alone = np.diag(1 / counts)
+    parts = np.array([*shared.values(), np.diag(1 / counts)]).reshape(-1, len(means) ** 2)
+    nothing = 1e-9 * np.eye(len(means))
 
     def cost(x: Array) -> tuple[float, Array]:
         """What is made small, and its slope."""
         sd = np.exp(x)
-        parts = [d**2 * same for d, same in zip(sd, (*shared.values(), alone), strict=True)]
-        inverse = np.linalg.inv(sum(parts) + 1e-9 * np.eye(len(means)))
+        root, _ = dpotrf((sd**2 @ parts).reshape(nothing.shape) + nothing, lower=1)
+        below, _ = dpotri(root, lower=1)
+        inverse = np.tril(below, -1) + np.tril(below).T
         pulled = inverse @ means
-        likelihood = 0.5 * (np.linalg.slogdet(inverse)[1] - means @ pulled)
+        likelihood = -np.sum(np.log(np.diag(root))) - 0.5 * means @ pulled
         likelihood += -free * x[-1] - 0.5 * squares / sd[-1] ** 2 + np.sum(x[:-1] - sd[:-1] / usual)
-        slope = np.array([pulled @ part @ pulled - np.sum(inverse * part) for part in parts])
+        slope = sd**2 * (parts @ (np.outer(pulled, pulled) - inverse).ravel())
         slope[:-1] += 1 - sd[:-1] / usual
         slope[-1] += -free + squares / sd[-1] ** 2
         return -float(likelihood), -slope
