@@ -69,7 +69,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm, once)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:
-        found = sinks_apart(found, run.activation == "fused")
+        found = sinks_apart(found, run.compiled)
     found = gathered_kept(found) if run.gathered_rows == "kept" else found
     found = _read_apart(found, context, wings, run.residual == "composed")
     found = _exchanged(found, context) if run.exchanged_rows else found
@@ -112,9 +112,7 @@ def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]
     if run == "scaled":
         once = context.strategy.experts.sends_once
         return bias_scaled(kernels, context.wide / context.b if once else 1.0)
-    kernels_of = context.stack.kernels
-    compiled = kernels_of.expert_rows == "added" and kernels_of.activation == "fused"
-    return kernels if run == "fused" else biased(kernels, run, context.b, compiled)
+    return kernels if run == "fused" else biased(kernels, run, context.b, context.stack.kernels.compiled)
 
 
 def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
@@ -250,7 +248,7 @@ def _by_index(kernel: Kernel, context: Context) -> bool:
     """Whether torch's own kernels copy rows by index."""
     run = context.stack.kernels
     if run.expert_rows == "added":
-        return kernel.indexed and run.activation == "composed"
+        return kernel.indexed and not run.compiled
     permuted = run.row_sums == "atomic" and kernel.name in _permutations(context)
     return kernel.indexed and (run.expert_rows in ("composed", "wide") or permuted)
 

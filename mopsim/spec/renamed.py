@@ -27,6 +27,14 @@ STACK = {
     "offload": "optimizer.update_on: {value: [host], source: ...}",
 }
 """Entries that a stack's file had, and what of `has` says such a thing."""
+_MODULES = {"expert_products": {"grouped": "torch"}, "clamped_gate": {"fused": "again"}}
+KERNELS = {
+    "flat_units": {"expert_products": _MODULES["expert_products"]},
+    "fully_shard": _MODULES,
+    "split_modules": _MODULES,
+}
+"""By runtime of mopexec, a word of Kernels that plans have for what it runs, which its stacks call otherwise:
+products since 2026-11-29, clamped gates since 2026-11-26."""
 DISPATCHERS = {"all_to_all": "alltoall", "deduplicated": "deepep"}
 
 
@@ -58,9 +66,9 @@ class _Stack(Spec, frozen=True, kw_only=True):
 
 def stack(data: Any, field: str) -> Any:
     """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
-    that the program lacks something, and whose grouped products are torch's where mopexec runs them. Raises
-    MopError naming what is wrong of them from `field`."""
-    data = _products(data)
+    that the program lacks something, and whose kernels have their present words. Raises MopError naming what
+    is wrong of them from `field`."""
+    data = _kernels(data)
     if not isinstance(data, dict) or not data.keys() & set(STACK):
         return data
     found = {key: value for key, value in data.items() if key not in STACK}
@@ -78,12 +86,20 @@ def stack(data: Any, field: str) -> Any:
     return {**found, "has": {path: list(values) for path, (said, values) in lacks.items() if said}}
 
 
-def _products(data: Any) -> Any:
-    """Until 2026-11-29 those of torch were called as those of one kernel."""
-    kernels = data.get("kernels") if isinstance(data, dict) and data.get("runtime") else None
-    if not isinstance(kernels, dict) or kernels.get("expert_products") != "grouped":
+def _kernels(data: Any) -> Any:
+    """A stack whose kernels are what the runtime runs, and which says whether a compiler makes them."""
+    if not isinstance(data, dict):
         return data
-    return {**data, "kernels": {**kernels, "expert_products": "torch"}}
+    names = KERNELS.get(str(data.get("runtime")), {})
+    found = dict(data)
+    for section in ("kernels", "cpu"):
+        given = data.get(section)
+        if isinstance(given, dict):
+            now = {key: names[key].get(str(value), value) for key, value in given.items() if key in names}
+            eager = given.get("activation", "fused") != "fused"
+            left = given.get("expert_rows") == "added" or given.get("sinks") == "composed"
+            found[section] = {"compiled": left and not eager, **given, **now}
+    return found
 
 
 def refuse_old(data: dict[str, Any], field: str) -> None:

@@ -13,16 +13,9 @@ from msgspec.structs import replace
 from mopsim.common.io import Spec, convert, read_yaml, to_plain
 from mopsim.spec import renamed
 from mopsim.spec.categories import Runtime
+from mopsim.spec.kernels import AttentionKernel, Built
 from mopsim.spec.plan import Measurement, Plan
-from mopsim.spec.stack import (
-    AttentionKernel,
-    Built,
-    HostCosts,
-    Kernels,
-    Recompute,
-    Sharding,
-    Stack,
-)
+from mopsim.spec.stack import HostCosts, Kernels, Recompute, Sharding, Stack
 from mopsim.spec.stacks import completed, load_stack
 from mopsim.spec.strategy import DEFAULT_STACK, Strategy
 

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.spec import renamed
 from mopsim.spec.capability import not_run, runnable
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.presets import load_model
@@ -64,6 +65,39 @@ def test_what_acts_on_nothing_of_a_plan_refuses_none(path: Path) -> None:
     kernels = replace(plan.stack.kernels, clamped_gate="apart")
     refused = next(not_run(replace(clamped, stack=replace(plan.stack, kernels=kernels))))
     assert refused.field == "stack.kernels.clamped_gate"
+
+
+@pytest.mark.parametrize("family", [fsdp2, mop])
+def test_plans_call_clamped_gates_by_the_word_that_mopexec_has_now(family: Any, tmp_path: Path) -> None:
+    """Until 2026-11-26 no stack of mopexec said how it runs them."""
+    plan = plan_of(load_model("gpt_oss_20b"), family(8), TrainSpec(seq_len=4096, global_batch=8))
+    older = io.to_plain(plan)
+    older["stack"]["kernels"] |= {"clamped_gate": "fused", "expert_products": "grouped"}
+    del older["stack"]["kernels"]["compiled"], older["stack"]["cpu"]
+    io.write_yaml(tmp_path / "plan.yaml", older)
+    found = load_plan(tmp_path / "plan.yaml")
+    assert found.stack.kernels == plan.stack.kernels
+    assert next(not_run(found), None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "compiled"),
+    [
+        ("torchtitan-compile-2026", {}, True),
+        ("torchtitan-compile", {}, True),
+        ("torchtitan-2026", {}, False),
+        ("torchtitan", {"sinks": "fused", "activation": "fused"}, False),
+        ("megatron-core", {}, False),
+    ],
+)
+def test_a_stack_of_before_compilers_had_an_entry_says_what_its_compiler_did(
+    name: str, changes: dict[str, str], compiled: bool
+) -> None:
+    """Until 2026-11-29 a fused activation stood for it."""
+    older = io.to_plain(replace(load_stack(name), name="a fork"))
+    older["kernels"] = {key: value for key, value in older["kernels"].items() if key != "compiled"} | changes
+    found = io.convert(renamed.stack(older, "stack"), Stack, "stack")
+    assert found.kernels.compiled is compiled
 
 
 def strategy(**fields: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def composed(
     if rows in ("composed", "wide", "added"):
         found = _weighted(found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once)
     if rows == "added" and not sent_once:
-        found = _added(found, wide / b, ways.get("activation") == "fused")
+        found = _added(found, wide / b, bool(ways.get("compiled")))
     return _shared_gradients(found) if ways.get("residual") == "composed" else found
 
 
