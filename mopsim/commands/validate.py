@@ -1,6 +1,6 @@
 """`mopsim validate`: predicted against measured, for cases, or for the rows of a user's tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
-from mopsim.common.errors import MopError, one_line
+from mopsim.common.errors import MopError, one_line, told
 from mopsim.common.outputs import check_outputs, say, whole_directory
 from mopsim.intervals.spread import check_level
 from mopsim.report.formats import read_formats, saved_as
@@ -20,7 +20,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case, read_cases
 from mopsim.validate.columns import COMPONENTS, MODELS, RUNS, Column
-from mopsim.validate.components import predict_components
+from mopsim.validate.components import Predicted, predict_components
 from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
 from mopsim.validate.run import Refused, cases_of, validate
@@ -71,10 +71,19 @@ def run(
     say_written(console, json, *written)
     if validation.scored or any(one.predicted is not None for one in parts):
         return 0
-    reasons = [one.told for one in validation.refused] + [f"{one.field}: {one.reason}" for one in parts]
-    rows = "the only row" if len(reasons) == 1 else f"all {len(reasons):,} rows, the first"
-    say(one_line(f"mopsim: nothing is predicted: refused {rows}: {reasons[0]}"), stderr=True)
+    for line in told(_reasons(validation.refused, parts)):
+        say(one_line(f"mopsim: {line}"), stderr=True)
     return NOTHING_PREDICTED
+
+
+def _reasons(refused: Sequence[Refused], parts: Sequence[Predicted]) -> list[str]:
+    """A line for all that is wrong of each row, the first with what became of them."""
+    lines = [(one.about["run_id"], said) for one in refused for said in one.told]
+    lines += [(one.component.kind, f"{one.field}: {one.reason}") for one in parts]
+    count = len(refused) + len(parts)
+    rows = "the only row" if count == 1 else f"all {count:,} rows, the first"
+    others = [f"{name}: {said}" if count > 1 else said for name, said in lines[1:]]
+    return [f"nothing is predicted: refused {rows}: {lines[0][1]}", *others]
 
 
 def _told(
@@ -82,7 +91,7 @@ def _told(
 ) -> list[Row]:
     """The rows of a table; its columns that are not read are told."""
     rows = read(Path(path))
-    if names := unread(rows, columns):
+    if names := unread(next(iter(rows), {}), columns):
         console.print(f"note: {path}: not read: {', '.join(names)}"[:4000], style="yellow")
     return rows
 

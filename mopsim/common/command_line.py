@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from mopsim.common.errors import MopError, one_line, shown
+from mopsim.common.errors import MistakesError, MopError, one_line, shown, told
 from mopsim.common.outputs import lasting_streams
 
 REPEAT_SECONDS = 2.0
@@ -62,13 +62,13 @@ def _forget_sizes() -> None:
 def _stopped(name: str, signals: Sequence[int]) -> NoReturn:
     number = signals[0] if signals else signal.SIGINT
     said = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    _fail(name, said, 128 + number)
+    _fail(name, said, code=128 + number)
 
 
 def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
     """End on an error: one line where it is the user's, else the error itself."""
     if isinstance(error, MopError):
-        _fail(name, str(error))
+        _fail(name, *told(error.lines if isinstance(error, MistakesError) else [str(error)]))
     if isinstance(error, OSError):  # what the system refuses, where nothing nearer said it
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of files, their writers say it
         where = error.filename or ("standard output or shared memory" if full else "")
@@ -190,9 +190,10 @@ def _value(option: str, arguments: Sequence[str]) -> str | None:
     return found
 
 
-def _fail(name: str, message: str, code: int = 2) -> NoReturn:
+def _fail(name: str, *messages: str, code: int = 2) -> NoReturn:
     with suppress(OSError, ValueError):  # nobody reads it any more
-        print(f"{name}: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        for message in messages:
+            print(f"{name}: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         _let_go(stream)
     sys.exit(code)

@@ -1,7 +1,7 @@
-"""Errors that a user can cause. Each prints as one line and ends a command with exit code 2."""
+"""Errors that a user can cause: a line each, which ends a command with exit code 2."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 Rule = tuple[bool, str, str]
@@ -9,6 +9,8 @@ Rule = tuple[bool, str, str]
 Rules = Iterator[Rule]
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 4000
+MOST_LINES = 10
+"""Mistakes of one input that are told."""
 
 
 class MopError(Exception):
@@ -16,6 +18,18 @@ class MopError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class MistakesError(MopError):
+    """Several mistakes of one input, each a printable line of `lines`."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = [one_line(line) for line in lines]
+        super().__init__("; ".join(told(self.lines)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it crosses processes."""
+        return MistakesError, (self.lines,)
 
 
 class SpecError(MopError, ValueError):
@@ -45,6 +59,19 @@ def one_line(message: str) -> str:
         return message
     line = " ".join(part.strip() for part in message.split("\n"))
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def told(lines: Sequence[str]) -> list[str]:
+    """The first MOST_LINES, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else [])]
+
+
+def refuse(mistakes: Iterable[str]) -> None:
+    """Raise MistakesError, each once, unless there are none; of one it is a MopError."""
+    lines = list(dict.fromkeys(mistakes))
+    if lines:
+        raise MopError(lines[0]) if len(lines) == 1 else MistakesError(lines)
 
 
 def shown(value: Any) -> str:

@@ -3,10 +3,10 @@
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, refuse
 from mopsim.common.io import read_text
 
 Row = dict[str, str]
@@ -16,9 +16,12 @@ SURPLUS = "(surplus cells)"
 """Column of a row with more cells than the header: the line where it ends."""
 
 
-def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
+def read_table(
+    path: Path, columns: Iterable[str], field: str, wrong: Callable[[list[str]], list[str]] = lambda _: []
+) -> list[Row]:
     """Rows as text by column of the CSV that the user named as `field`; its header must have `columns`, and
-    may have others. A row with more cells has SURPLUS. Raises MopError naming the column or the line."""
+    may have others, of which `wrong` says what is. A row with more cells has SURPLUS. Raises MopError naming
+    columns, a line each, or the line."""
     where = f"{field}: {path}"
     lines = csv.reader(io.StringIO(read_text(path, field)), strict=True, skipinitialspace=True)
     rows: list[Row] = []
@@ -26,12 +29,10 @@ def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
         header = [cell.strip() for cell in next((cells for cells in lines if cells), [])]
         if len(header) == 1 and (other := re.search("[;\t]", header[0])):
             raise MopError(f"{where}: cells must be separated by commas, not {other.group()!r}")
-        for column in columns:
-            if column not in header:
-                raise MopError(f"{where}: has no column {column!r}; columns found: {', '.join(header)[:200]}")
-        for column in header:
-            if column and header.count(column) > 1:
-                raise MopError(f"{where}: column {column!r} appears twice")
+        missing = [f"has no column {column!r}" for column in columns if column not in header]
+        missing[-1:] = [f"{one}; columns found: {', '.join(header)[:200]}" for one in missing[-1:]]
+        twice = [f"column {one!r} appears twice" for one in header if one and header.count(one) > 1]
+        refuse(f"{where}: {one}" for one in (*wrong(header), *missing, *twice))
         for cells in lines:
             if any(cell.strip() for cell in cells):
                 filled = [*cells, *[""] * (len(header) - len(cells))]

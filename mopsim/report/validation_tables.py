@@ -163,9 +163,8 @@ def _verdicts(validation: Validation) -> Grid:
 
 
 def _refused(validation: Validation) -> Grid:
-    counts = Counter(
-        (one.field, one.told.removeprefix(f"{one.field}: ")[:LONGEST_REASON]) for one in validation.refused
-    )
+    complaints = (said for one in validation.refused for said in one.complaints)
+    counts = Counter((name, reason[:LONGEST_REASON]) for name, reason in complaints)
     table = Grid(f"{len(validation.refused)} rows unsupported", ("field", "reason"), ("rows",))
     for (name, reason), count in counts.most_common():
         table.add_row(name, reason, str(count))

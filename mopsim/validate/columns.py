@@ -1,7 +1,8 @@
 """The columns of the tables that `mopsim validate` reads, and what each means (docs/reference/runs.md)."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 from mopsim.spec.categories import MODULES
 
@@ -10,7 +11,8 @@ class Column(NamedTuple):
     """needed: the header must have it. Others may be left out, and a cell may be empty or `unknown`.
 
     values: what a cell may say; words: what it may join by +. Any text where there are neither. read:
-    whether a prediction depends on it: then a name that is nearly this one is a mistake.
+    whether a prediction depends on it: then a name that is nearly this one is a mistake. kind: what every
+    cell must be that is not empty or `unknown`, whatever the others say.
     """
 
     needed: bool
@@ -18,6 +20,7 @@ class Column(NamedTuple):
     values: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     read: bool = True
+    kind: Literal["", "count", "number"] = ""
 
 
 ROOTS = ("strategy.", "model.", "stack.")
@@ -30,6 +33,9 @@ def _one(meaning: str, values: str, words: str = "", *, needed: bool = _MAY) -> 
     return Column(needed, meaning, tuple(values.split()), tuple(words.split()))
 
 
+_count, _number = partial(Column, kind="count"), partial(Column, kind="number")
+
+
 def _note(meaning: str) -> Column:
     """A column for people."""
     return Column(_MAY, meaning, read=False)
@@ -39,34 +45,34 @@ RUNS: dict[str, Column] = {
     "run_id": Column(_NEED, "A name that no other row has."),
     "source": Column(_NEED, "Where it was published, in short. Rows of one source are held out together."),
     "model": Column(_NEED, "A row of the models table, or a preset."),
-    "num_layers": Column(_MAY, "Decoder layers of the run, where the network was cut; else the model's."),
+    "num_layers": _count(_MAY, "Decoder layers of the run, where the network was cut; else the model's."),
     "gpu": Column(_NEED, "A hardware profile."),
-    "num_gpus": Column(_NEED, "Devices in all."),
-    "gpus_per_node": Column(
+    "num_gpus": _count(_NEED, "Devices in all."),
+    "gpus_per_node": _count(
         _MAY,
         "Devices of the scale-up domain (72 of GB200), as the profile has it, or fewer: whole nodes, or part "
         "of one.",
     ),
-    "nic_gbit_per_s": Column(
+    "nic_gbit_per_s": _number(
         _MAY, "Gbit/s that a device has of the network between nodes, where it is not what the profile has."
     ),
-    "scale_up_gb_per_s": Column(
+    "scale_up_gb_per_s": _number(
         _MAY,
         "GB/s, each way, of a device to those of its scale-up domain, where it is not what the profile has.",
     ),
     "precision": _one("Of the matrix products.", "bf16 fp16 fp8 mxfp8 nvfp4", needed=_NEED),
-    "seq_len": Column(_NEED, "Tokens of a sequence."),
-    "micro_batch": Column(_NEED, "Sequences of a microbatch of one data-parallel rank."),
-    "global_batch": Column(
+    "seq_len": _count(_NEED, "Tokens of a sequence."),
+    "micro_batch": _count(_NEED, "Sequences of a microbatch of one data-parallel rank."),
+    "global_batch": _count(
         _MAY, "Sequences of an optimizer step; needed where a step time is to be predicted."
     ),
-    "tp": Column(_MAY, "Tensor-parallel ranks; needed."),
-    "pp": Column(_MAY, "Pipeline-parallel ranks; needed."),
+    "tp": _count(_MAY, "Tensor-parallel ranks; needed."),
+    "pp": _count(_MAY, "Pipeline-parallel ranks; needed."),
     "vp": Column(_MAY, "Virtual stages of a pipeline rank; needed with a pipeline."),
-    "cp": Column(_MAY, "Context-parallel ranks; needed."),
-    "ep": Column(_MAY, "Expert-parallel ranks; needed with experts, else 1."),
-    "etp": Column(_MAY, "Expert-tensor-parallel ranks; needed with experts, else 1."),
-    "dp": Column(_MAY, "Data-parallel ranks: num_gpus over pp, cp and tp (or etp). Another is refused."),
+    "cp": _count(_MAY, "Context-parallel ranks; needed."),
+    "ep": _count(_MAY, "Expert-parallel ranks; needed with experts, else 1."),
+    "etp": _count(_MAY, "Expert-tensor-parallel ranks; needed with experts, else 1."),
+    "dp": _count(_MAY, "Data-parallel ranks: num_gpus over pp, cp and tp (or etp). Another is refused."),
     "sharding": _one("Over the data-parallel ranks; needed.", "none zero1 zero2 zero3"),
     "recompute": _one(
         "selective: the modules of the stack; needed.", "none full", " ".join(("selective", *MODULES))
@@ -79,8 +85,8 @@ RUNS: dict[str, Column] = {
     "routing": _one("Needed with experts.", "balanced natural dense"),
     "tokens_per_s_per_gpu": _note("Measured: tokens/s of all GPUs over their number. For readers."),
     "model_tflops_per_gpu": _note("Measured, by the source's own count of FLOP. For readers."),
-    "step_time_s": Column(_MAY, "Measured: seconds of an optimizer step."),
-    "peak_memory_gib": Column(_MAY, "Measured: the fullest device, as the program reads its memory."),
+    "step_time_s": _number(_MAY, "Measured: seconds of an optimizer step."),
+    "peak_memory_gib": _number(_MAY, "Measured: the fullest device, as the program reads its memory."),
     "fits": _one("For rows that are about capacity. A run with a step time did fit.", "yes oom"),
     "peer_step_time_s": _note("Of another simulator: seconds of the step. For readers."),
     "peer_peak_memory_gib": _note("Of another simulator: its peak. For readers."),

@@ -163,7 +163,7 @@ def _run(one: Scored, level: float) -> dict[str, Any]:
 
 
 def _refused(one: Refused) -> dict[str, Any]:
-    return {**one.about, "status": "unsupported", "field": one.field, "reason": one.told}
+    return {**one.about, "status": "unsupported", "field": one.field, "reason": "; ".join(one.told)}
 
 
 def _component(one: Predicted) -> dict[str, Any]:

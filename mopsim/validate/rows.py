@@ -27,7 +27,17 @@ from mopsim.validate.facts import facts, families
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
 from mopsim.validate.parallelism import Degrees, family_of, strategy
-from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number, positive, stated
+from mopsim.validate.tables import (
+    UNKNOWN,
+    Row,
+    UnsupportedError,
+    count,
+    number,
+    positive,
+    refuse_row,
+    stated,
+    wrong_cells,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,14 +49,12 @@ NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "r
 def read_case(row: Row, models: dict[str, Row]) -> Case:
     """The row as a case. models: rows of a models table by name; others are presets.
 
-    Raises UnsupportedError naming the field.
+    Raises UnsupportedError naming the field; of all fields that are missing or wrong by themselves.
     """
     try:
-        row = stated(row, RUNS)
-        for field in NEEDED:
-            if row.get(field, "") in UNKNOWN:
-                raise UnsupportedError(field, "not stated by the source")
-        return _case(facts(row), models)
+        wrong = [UnsupportedError(error.field, str(error)) for error in wrong_cells(row, RUNS)]
+        refuse_row(wrong + [_missing(field) for field in NEEDED if row.get(field, "") in UNKNOWN])
+        return _case(facts(stated(row, RUNS)), models)
     except SpecError as error:
         raise UnsupportedError(error.field, str(error)) from error
     except MopError as error:
@@ -206,17 +214,19 @@ def _priced(model: ModelSpec) -> ModelSpec:
     )
 
 
+def _missing(field: str) -> UnsupportedError:
+    return UnsupportedError(field, "not stated by the source")
+
+
 def _degrees(row: Row, model: ModelSpec) -> Degrees:
     def need(field: str) -> int:
-        value = count(row, field)
-        if value is None:
-            raise UnsupportedError(field, "not stated by the source")
-        return value
+        return count(row, field) or 1
 
     pipeline = need("pp")
     moe = model.num_local_experts > 0
-    if moe and row.get("routing", "") in UNKNOWN:
-        raise UnsupportedError("routing", "not stated by the source")
+    more = (*(("vp",) if pipeline > 1 else ()), *(("ep", "etp", "routing") if moe else ()))
+    needed = ("num_gpus", "tp", "pp", "cp", "micro_batch", *more)
+    refuse_row([_missing(field) for field in needed if row.get(field, "") in UNKNOWN])
     for field in () if moe else ("ep", "etp"):
         rule = "is not of a network without experts"
         require(count(row, field) in (None, 1), field, row.get(field), rule)
@@ -238,7 +248,7 @@ def _training(known: RowFacts, degrees: Degrees, model: ModelSpec) -> tuple[Trai
     batch = count(row, "global_batch")
     if batch is None:
         if number(row, "step_time_s") is not None or row.get("fits", "") not in ("yes", "oom"):
-            raise UnsupportedError("global_batch", "not stated by the source")
+            raise _missing("global_batch")
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
     routing, told = _routing(row, degrees, model)

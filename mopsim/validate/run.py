@@ -17,16 +17,24 @@ SIDE_BY_SIDE: tuple[HoldOut, ...] = ("source", "model")
 @dataclass(frozen=True)
 class Refused:
     """A run that was not simulated, and why. about: its id, source, model, gpu, precision and quality. field:
-    what is missing or cannot be said; `simulator`: it failed."""
+    what is missing or cannot be said; `simulator`: it failed. more: other fields, and what about them."""
 
     about: dict[str, str]
     field: str
     reason: str
+    more: tuple[tuple[str, str], ...] = ()
 
     @property
-    def told(self) -> str:
-        """`field: reason`, the field once."""
-        return self.reason if self.reason.startswith(f"{self.field}:") else f"{self.field}: {self.reason}"
+    def complaints(self) -> list[tuple[str, str]]:
+        """(field, reason) of each, the field not again in the reason."""
+        return [
+            (name, why.removeprefix(f"{name}: ")) for name, why in ((self.field, self.reason), *self.more)
+        ]
+
+    @property
+    def told(self) -> list[str]:
+        """`field: reason` of each."""
+        return [f"{name}: {why}" for name, why in self.complaints]
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], l
             cases.append(read_case(row, models))
         except UnsupportedError as error:
             names = ("run_id", "source", "model", "gpu", "precision", "quality")
-            refused.append(Refused({name: row.get(name, "") for name in names}, error.field, error.reason))
+            more = tuple((one.field, one.reason) for one in error.more)
+            about = {name: row.get(name, "") for name in names}
+            refused.append(Refused(about, error.field, error.reason, more))
     return cases, refused
 
 

@@ -1,10 +1,10 @@
 """The CSVs of measurements: columns checked, cells held to what their column may say, numbers parsed."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mopsim.common.errors import MopError, SpecError, require, require_name
+from mopsim.common.errors import MopError, SpecError, refuse, require, require_name
 from mopsim.common.explain import not_one_of
 from mopsim.common.nearest import misspelt
 from mopsim.common.rules import UNKNOWN as UNKNOWN
@@ -16,29 +16,38 @@ from mopsim.validate.columns import COMPONENTS, NAMES, ROOTS, RUNS, Column, need
 LEAST, LARGEST = 1e-12, 1e18
 """No measurement and no size is smaller (but 0) or larger, in any of the units of the tables."""
 
+_TOO_MANY = "has more cells than the header"
+
 
 class UnsupportedError(Exception):
-    """A row that cannot be simulated or predicted: the field, and what about it."""
+    """A row that cannot be simulated or predicted: the field, and what about it. more: other fields of the
+    row with what is wrong of them."""
 
-    def __init__(self, field: str, reason: str) -> None:
+    def __init__(self, field: str, reason: str, more: Sequence["UnsupportedError"] = ()) -> None:
         super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
+        self.field, self.reason, self.more = field, reason, tuple(more)
+
+
+def refuse_row(wrong: Sequence[UnsupportedError]) -> None:
+    """Raise UnsupportedError with all that is wrong of a row, unless nothing is."""
+    if wrong:
+        raise UnsupportedError(wrong[0].field, wrong[0].reason, wrong[1:])
 
 
 def read_runs(path: Path) -> list[Row]:
-    """Rows of a runs CSV. Raises MopError where a run_id is empty or repeats."""
+    """Rows of a runs CSV. Raises MopError where run_ids are empty or repeat, a line each."""
     rows = _some(read_known(path, RUNS, "runs"), f"runs: {path}")
     seen: set[str] = set()
-    for row in rows:
-        if not row["run_id"]:
-            raise MopError(f"runs: {path}: a row has no run_id")
+    wrong: list[str] = []
+    for name in (row["run_id"] for row in rows):
         try:
-            require_name(row["run_id"], "run_id")
+            require_name(name, "run_id")
         except SpecError as error:
-            raise MopError(f"runs: {path}: {error}") from None
-        if row["run_id"] in seen:
-            raise MopError(f"runs: {path}: run_id {row['run_id']!r} appears twice")
-        seen.add(row["run_id"])
+            wrong.append(str(error) if name else "a row has no run_id")
+        if name and name in seen:
+            wrong.append(f"run_id {name!r} appears twice")
+        seen.add(name)
+    refuse(f"runs: {path}: {one}" for one in wrong)
     return rows
 
 
@@ -48,19 +57,19 @@ def read_components(path: Path) -> list[Row]:
 
 
 def read_known(path: Path, columns: Mapping[str, Column], field: str) -> list[Row]:
-    """Rows of a CSV of these columns. Raises MopError where a column can only be meant for one that is
-    missing."""
-    rows = read_table(path, needed(columns), field)
-    missing = [name for name, one in columns.items() if one.read and rows and name not in rows[0]]
-    for name in unread(rows, columns):
-        if name not in NAMES and (meant := misspelt(name, missing)):
-            raise MopError(f"{field}: {path}: column {name!r} is unknown, near {meant}, which is missing")
-    return rows
+    """Rows of a CSV of these columns. Raises MopError, a line each, where needed columns are missing, or
+    others can only be meant for one that is."""
+
+    def wrong(header: list[str]) -> list[str]:
+        missing = [name for name, one in columns.items() if one.read and name not in header]
+        near = {name: misspelt(name, missing) for name in unread(header, columns) if name not in NAMES}
+        return [f"column {a!r} is unknown, near {b}, which is missing" for a, b in near.items() if b]
+
+    return read_table(path, needed(columns), field, wrong)
 
 
-def unread(rows: Iterable[Row], columns: Mapping[str, Column]) -> list[str]:
+def unread(header: Iterable[str], columns: Mapping[str, Column]) -> list[str]:
     """Columns of a table that are none of its kind: a user's own notes."""
-    header = next(iter(rows), {})
     return [name for name in header if name not in (*columns, SURPLUS, "") and not name.startswith(ROOTS)]
 
 
@@ -70,10 +79,26 @@ def _some(rows: list[Row], where: str) -> list[Row]:
     return rows
 
 
+def wrong_cells(row: Row, columns: Mapping[str, Column]) -> Iterator[SpecError]:
+    """What is wrong of each cell by itself: none of what its column may say, or no number of its kind; where
+    there are too many, that alone."""
+    if SURPLUS in row:
+        yield SpecError("row", row[SURPLUS], _TOO_MANY)
+        return
+    read = {"count": count, "number": number}
+    for name, column in columns.items():
+        try:
+            _stated(row.get(name, ""), name, column)
+            if column.kind:
+                read[column.kind](row, name)
+        except SpecError as error:
+            yield error
+
+
 def stated(row: Row, columns: Mapping[str, Column]) -> Row:
     """The row with its cells as their columns write them: DeepEP and deep_ep are deepep. Raises SpecError
     naming the column where a cell is none of what it may say, or `row` where it has too many cells."""
-    require(SURPLUS not in row, "row", row.get(SURPLUS), "has more cells than the header")
+    require(SURPLUS not in row, "row", row.get(SURPLUS), _TOO_MANY)
     return {**row, **{name: _stated(row[name], name, one) for name, one in columns.items() if name in row}}
 
 

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mopsim.cli import app
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.command_line import run_app
+from mopsim.common.errors import MistakesError, MopError, SpecError
 from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
@@ -168,6 +169,54 @@ def test_a_table_of_which_nothing_is_predicted_is_no_success(tmp_path: Path) -> 
     assert json.loads(out.read_text())["runs"][0]["field"] == "sharding"
     path.write_text(path.read_text() + ",".join(row("b").values()) + "\n")
     assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_all_that_is_wrong_of_a_row_is_named(tmp_path: Path) -> None:
+    """Cells that are missing, none of their column's words or no number, a line each."""
+    path, out = tmp_path / "runs.csv", tmp_path / "json"
+    cells = row("a", sharding="zero9", tp="", seq_len="4k", step_time_s="soon", overlap="xx")
+    path.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
+    command = f"validate --runs {path} --json {out} --jobs 1".split()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 3
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("mopsim: nothing is predicted: refused the only row: seq_len: '4k' is not a")
+    assert [line.split(": ")[1] for line in lines[1:]] == ["sharding", "overlap", "step_time_s", "tp"]
+    (run,) = json.loads(out.read_text())["runs"]
+    assert run["field"] == "seq_len"
+    assert "; tp: not stated by the source" in run["reason"]
+    moe = {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "", "etp": "", "routing": "unknown", "vp": ""}
+    with pytest.raises(UnsupportedError) as caught:
+        read_case(row("a", **{**moe, "pp": "2", "dp": "4"}), MODELS)
+    assert [one.field for one in (caught.value, *caught.value.more)] == ["vp", "ep", "etp", "routing"]
+    path.write_text(
+        path.read_text() + "".join(f"{','.join({**cells, 'run_id': one}.values())}\n" for one in "bc")
+    )
+    lines = CliRunner().invoke(app, command).stderr.splitlines()
+    assert lines[0].startswith("mopsim: nothing is predicted: refused all 3 rows, the first: seq_len: ")
+    assert lines[5].startswith("mopsim: b: seq_len: ")
+    assert lines[10:] == ["mopsim: and 5 more"]
+
+
+def test_all_that_is_wrong_of_a_table_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2: columns that are missing, repeat or are misspelt, then names of rows."""
+    path = tmp_path / "runs.csv"
+    path.write_text("run_id,source,source,optimiser_offload\na,b,b,0\n")
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, "mopsim", ["validate", "--runs", str(path)])
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert all(line.startswith(f"mopsim: runs: {path}: ") for line in lines)
+    assert "column 'optimiser_offload' is unknown, near optimizer_offload" in lines[0]
+    assert "has no column 'model'" in lines[1]
+    assert lines[-1].endswith("column 'source' appears twice")
+    names = ("", "a", "a", "", *(f"{digit}" * 201 for digit in range(10)))
+    rows = [{**row("x"), "run_id": one} for one in names]
+    path.write_text("\n".join([",".join(rows[0]), *(",".join(one.values()) for one in rows)]))
+    with pytest.raises(MistakesError) as refused:
+        read_runs(path)
+    assert len(refused.value.lines) == 12
+    assert str(refused.value).endswith("; and 2 more")
 
 
 def test_malformed_tables_are_one_line(tmp_path: Path) -> None:
