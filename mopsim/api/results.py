@@ -142,6 +142,8 @@ class Simulation(Result):
     verdict: str
     step_time_interval_s: list[float]
     peak_memory_interval_bytes: list[float]
+    step_time_corrected_s: float | None
+    peak_memory_corrected_bytes: float | None
     peak_memory_bytes: int
     peak_memory_upper_bytes: int
     memory_limit_bytes: int

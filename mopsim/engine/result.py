@@ -170,12 +170,27 @@ class SimResult:
         """Bytes of live tensors between which a measured peak lies with probability `level`."""
         return of_peak_memory(self.facts).interval(self.peak_memory, level)
 
+    @cached_property
+    def corrected_step_time(self) -> float | None:
+        """Seconds by what the profile saw of the user's own runs, as likely too many as too few; None where
+        it saw none."""
+        seen = any(one.step_time is not None for one in self.facts.seen)
+        return of_step_time(self.facts).middle(self.step_time) if seen else None
+
+    @cached_property
+    def corrected_peak_memory(self) -> float | None:
+        """The same of a peak of tensors, bytes."""
+        seen = any(one.peak_memory is not None for one in self.facts.seen)
+        return of_peak_memory(self.facts).middle(self.peak_memory) if seen else None
+
     def intervals(self, level: float = 0.9) -> dict[str, Any]:
         """The keys of every prediction's uncertainty."""
         return {
             "interval": level,
             "step_time_interval_s": list(self.step_time_interval(level)),
             "peak_memory_interval_bytes": list(self.peak_memory_interval(level)),
+            "step_time_corrected_s": self.corrected_step_time,
+            "peak_memory_corrected_bytes": self.corrected_peak_memory,
             "p_fits": self.p_fits,
             "p_fits_as_described": self.p_as_described,
         }
@@ -183,7 +198,8 @@ class SimResult:
     def to_json(self, level: float = 0.9) -> dict[str, Any]:
         """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s. level: of the intervals.
 
-        peak_memory_bytes and its interval are of tensors alone. peak_memory_upper_bytes and
+        Keys with `corrected` are what the user's own runs make of simulated values, null on a profile that
+        saw none. peak_memory_bytes and its interval are of tensors alone. peak_memory_upper_bytes and
         host_memory_upper_bytes are enough with probability UPPER for those and for what may come on top of
         them (above_peak_bytes, above_host_bytes), by which p_fits is judged. each: what a device is called.
         """

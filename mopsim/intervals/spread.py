@@ -115,6 +115,10 @@ class Spread:
             low, high = (low, middle) if enough else (middle, high)
         return high
 
+    def middle(self, predicted: float) -> float:
+        """What the measured value is as likely below as above, in the prediction's unit."""
+        return predicted * exp(self.quantile(0.5))
+
     def interval(self, predicted: float, level: float = 0.9) -> tuple[float, float]:
         """Between which two values, in the prediction's unit, the measured one lies with probability `level`,
         and is as likely to be below as above."""

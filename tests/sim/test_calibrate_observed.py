@@ -1,17 +1,22 @@
 """What calibration leaves of its runs in a profile: intervals around what it predicts, narrowed by them."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
+import mopsim
 from mopsim.calibrate.observed import expected
 from mopsim.calibrate.profile import calibrate
 from mopsim.commands.calibrate import warnings
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.report.tables import comparison, corrected, plan_line
 from mopsim.spec.hardware import Correction
+from mopsim.spec.observed import Observed
 from mopsim.spec.profiles import load_profile
 from tests.sim.test_calibrate import MACHINE, PROFILE, TRUE, measured, simulate
 
@@ -97,6 +102,43 @@ def test_an_interval_holds_misses_on_both_sides_of_a_mean_that_is_not_0(scales: 
     result = calibrate(PROFILE, runs, simulate)
     low, high = result.intervals["mopexec-flat"]
     assert all(low < 1 / (1 + error) < high for error in result.step_errors("held_out"))
+
+
+@pytest.mark.parametrize(
+    ("missed", "said"),
+    [
+        ({"step_time": 0.3, "peak_memory": 0.25}, r": by your runs \S+ m?s a step and \S+ GiB of tensors$"),
+        ({"step_time": 0.3}, r": by your runs \S+ m?s a step$"),
+        ({"peak_memory": 0.25}, r": by your runs \S+ GiB of tensors$"),
+        ({}, r"$"),
+    ],
+)
+def test_what_runs_make_of_a_simulated_step_stands_beside_it(missed: dict[str, float], said: str) -> None:
+    """The interval moves to where the runs were, and the simulated point may lie outside of it."""
+    job = {"model": "llama3_8b", "nodes": 1, "seq_len": 8192, "global_batch": 8, "strategy": mopsim.fsdp2()}
+    bare = mopsim.simulate(hardware="h100-sxm-80g", stack="torchtitan", **job)
+    seen = Observed(stack="torchtitan", precision="bf16", network=bare.result.facts.network, runs=4, **missed)
+    profile = replace(load_profile("h100-sxm-80g"), observed=(seen,))
+    step = mopsim.simulate(hardware=profile, stack="torchtitan", **job)
+    assert (step.step_time_s, step.peak_memory_bytes) == (bare.step_time_s, bare.peak_memory_bytes)
+    assert (bare.step_time_corrected_s, bare.peak_memory_corrected_bytes) == (None, None)
+    for name, point, found, (low, high) in (
+        ("step_time", step.step_time_s, step.step_time_corrected_s, step.step_time_interval_s),
+        (
+            "peak_memory", step.peak_memory_bytes, step.peak_memory_corrected_bytes,
+            step.peak_memory_interval_bytes,
+        ),
+    ):  # fmt: skip
+        assert (found is None) == (name not in missed)
+        if found is not None:
+            assert low < found < high
+            assert found > 1.15 * point
+    line = plan_line(step.result) + corrected(step.result)
+    assert re.search(rf"torchtitan{said}", line)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(comparison([step.result], ""))
+    assert line in shown.get()
 
 
 def test_a_run_that_every_profile_saw_has_no_square_but_its_miss() -> None:
