@@ -24,6 +24,8 @@ SERIAL_ROW: float = RATES["serial_row"]["seconds"] / RATES["serial_row"]["rows"]
 """Seconds of a row that is added to the same row as those before it."""
 ATOMIC_SUMS: float = RATES["atomic_sums"]["per_second"]
 """Elements a second that are added atomically."""
+SORTED_SUMS: float = RATES["sorted_sums"]["per_second"]
+"""Elements a second that are added to one of as many rows as a block of threads sees, sorted."""
 
 
 def matmul_curve(
@@ -97,7 +99,8 @@ def memory_bound(work: Work, profile: HardwareProfile) -> float:
     bandwidth = device.index_bandwidth if work.indexed and device.index_bandwidth else device.memory_bandwidth
     launches = max(work.launches, 1)
     moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
-    seconds = max(moved / bandwidth.si, work.sums / ATOMIC_SUMS) + work.serial * SERIAL_ROW
+    added = max(work.sums / ATOMIC_SUMS, work.ordered / SORTED_SUMS)
+    seconds = max(moved / bandwidth.si, added) + work.serial * SERIAL_ROW
     return seconds + launches * device.launch_overhead.si
 
 

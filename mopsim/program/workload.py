@@ -52,9 +52,9 @@ class Work(Struct, frozen=True):
     (mopsim.graph.host_costs). group: ranks of a collective.
     drops: attention draws a dropout mask inside its kernel. gradient: of a product that makes a weight
     gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
-    indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. serial:
-    rows added to one row, one after the other. duplex: a transfer beside another the other way, with which
-    it shares host DRAM.
+    indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. ordered:
+    elements that several rows, sorted, add to one. serial: rows added to one row, one after the other.
+    duplex: a transfer beside another the other way, with which it shares host DRAM.
     """
 
     kind: str
@@ -75,6 +75,7 @@ class Work(Struct, frozen=True):
     indexed: bool = False
     serial: float = 0.0
     sums: float = 0.0
+    ordered: float = 0.0
     duplex: bool = False
     dtype: str = ""
     group: CommGroup = CommGroup(1, 1)

@@ -32,6 +32,8 @@ from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.strategy import CAST, MatmulDType
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
+ROWS_OF_A_BLOCK = 4
+"""Sorted rows that a block of torch's index_put_ begins at (rates.yaml, sorted_sums)."""
 CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
 """Times that a cast reads its source: fp8 by current scaling first for the largest value; nvfp4 for that, by
 rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; what casts add to products is
@@ -212,15 +214,16 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = _by_index(kernel, context)
-    sums = 0.0 if forward else kernel.back_sums
-    sums += size / 2 / context.b if _adds(kernel, forward, context) else 0.0
+    atomic, ordered = _added(kernel, forward, context, size / 2 / context.b)
+    sums = atomic if forward else atomic + kernel.back_sums
     if not size and not launches:
         return ()
     serial = 0.0 if forward else kernel.back_serial
     cut = _cut(kernel, forward, context)
     return (
         Work(
-            "memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, serial=serial, host=cut
+            "memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, ordered=ordered,
+            serial=serial, host=cut,
         ),
     )  # fmt: skip
 
@@ -249,17 +252,25 @@ def _by_index(kernel: Kernel, context: Context) -> bool:
     run = context.stack.kernels
     if run.expert_rows == "added":
         return kernel.indexed and not run.compiled
-    permuted = run.row_sums == "atomic" and kernel.name in _permutations(context)
+    permuted = run.row_sums in ("atomic", "sorted") and kernel.name in _permutations(context)
     return kernel.indexed and (run.expert_rows in ("composed", "wide") or permuted)
 
 
-def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:
-    """Whether a pass of a permutation adds rows up, those of a token's routes, by atomic operations."""
+def _added(kernel: Kernel, forward: bool, context: Context, elements: float) -> tuple[float, float]:
+    """Elements of a pass of a permutation, where it adds rows of a token's routes, that atomic operations add
+    up, and that are added once sorted, as if a token had ROWS_OF_A_BLOCK routes."""
     experts, how = context.strategy.experts, context.stack.kernels.row_sums
-    dense = context.model.num_experts_per_tok >= experts.expert_parallel
-    if how == "gathered" or (how == "atomic_if_sparse" and dense):
-        return False
-    return kernel.indexed and kernel.name == _permutations(context)[forward]
+    routes = context.model.num_experts_per_tok
+    if how == "gathered" or (how == "atomic_if_sparse" and routes >= experts.expert_parallel):
+        return 0.0, 0.0
+    rows = _permutations(context)
+    if not kernel.indexed or kernel.name != rows[forward]:
+        return 0.0, 0.0
+    run = context.stack.kernels
+    compiled = run.compiled and run.expert_rows == "added"
+    if how == "sorted" and rows[0] == "permute" and (forward or not compiled):
+        return 0.0, elements * min(1.0, routes / ROWS_OF_A_BLOCK)
+    return elements, 0.0
 
 
 def _map(context: Context, group: CommGroup) -> tuple[Work, ...]:

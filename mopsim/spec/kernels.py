@@ -58,18 +58,20 @@ class Kernels(Spec, frozen=True, kw_only=True):
     these are. expert_stash: of these, in 8 and 4 bits, what the backward wants of the first product's input
     and output is copied to a stash, which has so many times a balanced load's (0: there is none;
     Megatron-Core's paged stash). expert_bias: added inside the product (`fused`), or gathered row by row and
-    added; then its gradient is a product (`gathered`), or torch adds it up row after row (`indexed`) or by
-    atomic operations (`added`); or that of the last product times the route weights, which the activation has
-    applied, by torch for each expert (`scaled`). clamped_gate: that of experts with clamps around SwiGLU
-    (gpt-oss) in one kernel, or as torch composes it, or so with a backward that starts from gate and up
-    (`again`), or torch clamps before one kernel and the host waits (`apart`). row_sums: rows of a token, and
-    of its gradient, are gathered and added, or added by atomic operations on bf16 (`atomic`, torch's
-    index_add_; under Transformer Engine's layers the host then cuts rows into those of each expert), or that
-    only where a token chooses fewer experts than the expert-parallel degree (`atomic_if_sparse`). routes_map:
-    what DeepEP sent becomes a map of experts in a kernel, or by torch's ops, for whose masks' sizes the host
-    waits. beside_rows: what an all-to-all sends beside rows: each rank's `counts`, gathered by all but where
-    the host never reads them, and `weights` of routes, twice. gathered_rows: those that a region of split
-    products gathers under sequence parallelism are gathered `again` for the weight gradients (Megatron-Core's
+    added; then its gradient is a product (`gathered`), or torch adds it up row after row (`indexed`), by
+    atomic operations (`added`) or by bulk reductions (`bulk`); or that of the last product times the route
+    weights, which the activation has applied, by torch for each expert (`scaled`). clamped_gate: that of
+    experts with clamps around SwiGLU (gpt-oss) in one kernel, or as torch composes it, or so with a backward
+    that starts from gate and up (`again`), or torch clamps before one kernel and the host waits (`apart`).
+    row_sums: rows of a token, and of its gradient, are gathered and added, or added by atomic operations on
+    bf16 (`atomic`, torch's index_add_; under Transformer Engine's layers the host then cuts rows into those
+    of each expert), or that only where a token chooses fewer experts than the expert-parallel degree
+    (`atomic_if_sparse`), or one after the other once sorted (`sorted`, torch's index_put_; those sent once to
+    a rank and gradients of compiled experts as `atomic`). routes_map: what DeepEP sent becomes a map of
+    experts in a kernel, or by torch's ops, for whose masks' sizes the host waits. beside_rows: what an
+    all-to-all sends beside rows: each rank's `counts`, gathered by all but where the host never reads them,
+    and `weights` of routes, twice. gathered_rows: those that a region of split products gathers under
+    sequence parallelism are gathered `again` for the weight gradients (Megatron-Core's
     autograd function), or `kept` (plain autograd). region_backward: what begins a region gathers its rows
     again and scatters their input's gradient beside the products, or one after the other. region_sums:
     without sequence parallelism the input's gradient of a region is summed `once`, or that of each product
@@ -129,9 +131,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_weights: Literal["whole", "stacked"] = "whole"
     expert_room: float = 0.0
     expert_stash: float = 0.0
-    expert_bias: Literal["fused", "gathered", "indexed", "added", "scaled"] = "fused"
+    expert_bias: Literal["fused", "gathered", "indexed", "added", "bulk", "scaled"] = "fused"
     clamped_gate: Literal["fused", "composed", "again", "apart"] = "fused"
-    row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
+    row_sums: Literal["gathered", "atomic", "sorted", "atomic_if_sparse"] = "gathered"
     routes_map: Built = "fused"
     beside_rows: tuple[Literal["counts", "weights"], ...] = ()
     router: Built = "fused"

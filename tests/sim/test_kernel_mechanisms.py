@@ -1,21 +1,34 @@
 """Prices that shape or place decide: attention in a window and by head width, sums of weight gradients,
 biases of experts, groups under host bridges; and pipelines whose edges count as layers."""
 
+from typing import Literal
+
 import msgspec
 import pytest
 from msgspec.structs import replace
 
 from mopsim.cost import seconds
-from mopsim.cost.compute import ATOMIC_SUMS, EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads
+from mopsim.cost.compute import (
+    ATOMIC_SUMS,
+    EXPERT_GRADIENTS_EXPOSED,
+    SERIAL_ROW,
+    SORTED_SUMS,
+    for_heads,
+)
 from mopsim.cost.stack import CLOCK_BY_POWER, as_used
 from mopsim.graph.shapes import attended_span, causal_pairs, pairs_of_a_slice
+from mopsim.program.context import make_context
+from mopsim.program.passes import Passes
 from mopsim.program.topology import span
 from mopsim.program.workload import CommGroup, Work
+from mopsim.program.works import Part, works
 from mopsim.spec.hardware import Bridges
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
 from mopsim.validate.parallelism import edges_counted
-from tests.sim.toys import machine, quantity
+from tests.sim.toys import machine, quantity, small
 
 TOY = machine()
 
@@ -118,6 +131,42 @@ def test_atomic_sums_bound_what_traffic_does_not() -> None:
     few, many = (Work("memory_bound", bytes=1e9, sums=sums) for sums in (1e6, 1e9))
     assert seconds(few, TOY) == pytest.approx(1e-3)
     assert seconds(many, TOY) == pytest.approx(1e9 / ATOMIC_SUMS)
+
+
+def test_a_row_that_a_sorted_sum_adds_waits_for_the_one_before_it() -> None:
+    """Of 132 to 148 SMs with 16 blocks, whose one warp of four adds 128 columns of a row at a time."""
+    work = Work("memory_bound", bytes=1e9, ordered=1e9)
+    assert seconds(work, TOY) == pytest.approx(1e9 / SORTED_SUMS)
+    assert 132 <= SORTED_SUMS * SERIAL_ROW / (16 * 128) <= 148
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "deepep"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_are_added_once_sorted_but_for_what_a_kernel_sent_or_a_compiler_made(
+    dispatcher: Literal["alltoall", "deepep"], compiled: bool
+) -> None:
+    """A token has 2 routes here, so that two warps of a block work."""
+    stack = Stack(name="mine", kernels=Kernels(row_sums="sorted", expert_rows="added", compiled=compiled))
+    strategy = megatron(8, expert_parallel=4, token_dispatcher=dispatcher)
+    training = TrainSpec(seq_len=32, global_batch=8, routing="balanced")
+    context = make_context(small(), strategy, training, 8, stack)
+    found: dict[tuple[Part, bool], float] = {}
+    for kernel in Passes(context).tape(small().num_hidden_layers - 1).kernels:
+        parts: tuple[Part, ...] = ("forward", "backward")
+        for part in parts:
+            for one in works(kernel, part, context):
+                for kind, elements in ((True, one.ordered), (False, one.sums)):
+                    found[part, kind] = found.get((part, kind), 0.0) + elements
+    sorts = {(part, True) for part, kind in found if kind and found[part, kind]}
+    atomic = {(part, False) for part, kind in found if not kind and found[part, kind]}
+    if dispatcher == "deepep":
+        assert (sorts, atomic) == (set(), {("forward", False), ("backward", False)})
+        return
+    routes = 32 * 64 * 2
+    assert sorts == ({("forward", True)} if compiled else {("forward", True), ("backward", True)})
+    assert atomic == ({("backward", False)} if compiled else set())
+    assert found["forward", True] == pytest.approx(routes / 2, rel=0.3)
+    assert found["backward", not compiled] == pytest.approx(routes / (1 if compiled else 2))
 
 
 def test_groups_under_one_bridge_are_fast_and_those_across_share_the_link() -> None:
