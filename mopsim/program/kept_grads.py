@@ -20,6 +20,7 @@ class KeptGrads:
         self.c, self.issue, self.stage = context, issue, stage
         self._open: dict[str, ShardedUnit] = {}
         self.fresh: dict[str, int] = {}
+        self._handed = 0
         self._frees = stage.frees_gradients and context.strategy.dense.zero < 2
         gone = {layer for gap in stage.gaps for layer in gap.hidden}
         self._chunks = [self._units(chunk) for chunk in range(stage.virtual)] if context.keeps_grads else []
@@ -39,6 +40,12 @@ class KeptGrads:
         self._open = {unit.name: unit for unit in units if unit.layer not in self._gone}
         self.issue.hold((("grads", -sum(map(self._size, units))),))
 
+    def handed(self, size: int) -> None:
+        """What parts of a layer handed each other outlives its backward, until that of its model chunk is
+        over."""
+        self._handed += size
+        self.issue.hold([("activations", size)] * bool(size))
+
     def made(self, *units: ShardedUnit) -> None:
         """Those of units are there."""
         new = {unit.name: unit.padded * self.c.grad for unit in units if unit.name not in self.fresh}
@@ -51,6 +58,7 @@ class KeptGrads:
     def added(self, chunk: int, ready: Ops) -> Ops:
         """All are added to their sums: each is read, written and read in the sums' dtype, its sum read and
         written (DeepSpeed, runtime/bf16_optimizer.py: update_hp_grads)."""
+        self.handed(-self._handed)
         if not self._chunks:
             self.made(*(unit for unit in self.c.edges.values() if unit.name == "final" and self.fresh))
             return ready

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.experts import with_routes_read
+from mopsim.graph.experts import EXCHANGES, with_routes_read
 from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
@@ -209,6 +209,17 @@ class Passes:
         tape = self.tape(layer)
         net = self._net(forward(tape, self._plan(tape)))
         return tuple((category, size) for category, size in net.items() if size)
+
+    def handed(self, layer: int) -> int:
+        """Bytes of what parts of a woven layer hand each other and keep (HostCosts.woven_grads): inputs of
+        attention and of what follows, their gradients, and those of rows before and after exchanges."""
+        if not self.context.weaves or self.context.stack.host.woven_grads == "layer":
+            return 0
+        tape = self.tape(layer)
+        sent = {one.name: one for one in tape.kernels if one.name in EXCHANGES}
+        rows = [name for one in sent.values() for name in one.reads[:1]]
+        rows += [value.name for value in sent[EXCHANGES[0]].writes] if sent else []
+        return 4 * self.context.hidden + sum(tape.values[name].bytes for name in rows)
 
     @cached_property
     def _projection(self) -> tuple[Tape, Recomputation]:

@@ -263,6 +263,7 @@ class StageStep:
         )
         ready = self.issue.play(template, layer, (*ready, *waits), beside)
         self.shards.after(layer, "backward", ready)
+        self.kept.handed(self.passes.handed(layer))
         self.kept.made(*self.c.layers[layer])
         if final and self._early:
             self._reduce(self.c.layers[layer], ready)
@@ -309,9 +310,8 @@ class StageStep:
         return ready
 
     def _posted(self, way: str, microbatch: int, part: int, awaited: bool) -> int:
-        """A receive into a new buffer, which the host makes once it has issued what ran before. awaited:
-        Megatron-Core synchronizes the device after an exchange that is not overlapped (`batch_p2p_sync`).
-        What the host reads of a message's shape it waits for too."""
+        """A receive into a new buffer, made once what ran before is issued. awaited: Megatron-Core waits for
+        an exchange that is not overlapped (`batch_p2p_sync`). A message's shape is waited for too."""
         self.issue.hold((("activations", self.c.hidden),))
         op = self.issue.add(
             f"receive {way}", f"{way}_in", "other", way, self._sent(), (), (), f"{way} {microbatch} {part}",

@@ -30,9 +30,10 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     permutes: what launches the kernels of a permutation of experts' rows that is fused.
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
     step has its part of; 0: none. delayed_grads: where exchanges of experts hide behind another microbatch,
-    weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). logs: what it
-    counts and reads at the end of a step for its log alone: how many gradients are zero (`zeros`), the norm
-    of the parameters (`params_norm`)."""
+    weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). woven_grads:
+    there, what the parts of a layer hand each other (inputs, gradients) is freed with the layer's backward,
+    or with its model chunk's (`chunk`). logs: what it counts and reads at the end of a step for its log
+    alone: how many gradients are zero (`zeros`), the norm of the parameters (`params_norm`)."""
 
     modules: bool = False
     layers: Literal["transformers", "transformer_engine"] = "transformers"
@@ -48,6 +49,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     permutes: Literal["compiled", "triton"] = "compiled"
     collections: int = 0
     delayed_grads: bool = False
+    woven_grads: Literal["layer", "chunk"] = "layer"
     logs: tuple[Literal["zeros", "params_norm"], ...] = ()
     frames: bool = False
     graphs: tuple[str, ...] = ()
