@@ -78,7 +78,7 @@ class Context:
     @property
     def sums_whole(self) -> bool:
         """Whether all ranks sum the gradients whole although each updates a part."""
-        return self.stack.sharding.sums == "whole" and self.strategy.dense.zero == 1
+        return self.stack.sharding.sums == "whole" and self.strategy.dense.zero in (1, 2)
 
     @property
     def masters_stay(self) -> int:

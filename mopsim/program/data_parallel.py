@@ -1,5 +1,6 @@
 """Data parallelism: gathering parameters, reducing gradients, by unit or all at once."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -78,7 +79,10 @@ def _broadcast(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
 
 def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, ...]:
     """What is done with whole gradients before they are reduced (see Sharding.grad_passes)."""
-    size = context.stack.sharding.grad_passes * sum(unit.numel for unit in units)
+    sharding, scaled = context.stack.sharding, 2.0 * context.b
+    room = sharding.reduce_buffer or math.inf
+    whole = [unit.numel for unit in units if unit.largest * context.b > room] if sharding.grad_passes else []
+    size = sharding.grad_passes * (sum(unit.numel for unit in units) - sum(whole)) + scaled * sum(whole)
     return (Work("memory_bound", bytes=size, launches=2),) if size else ()
 
 
@@ -93,6 +97,13 @@ def flat_host(context: Context, unit: ShardedUnit, part: str, started: int = 0) 
     count = sum(one.tensors for one in mine)
     wrapped = count if context.stack.sharding.groups == "each" else 1
     return max(0.0, alone * wrapped + each * count - started)
+
+
+def prepared(context: Context, unit: ShardedUnit) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+    """What is done with a unit's whole gradient before it is reduced, and with the reduction."""
+    if context.stack.sharding.flat:
+        return (put_together(context, unit),), (divided(context, unit),)
+    return grad_passes(context, [unit]), ()
 
 
 def put_together(context: Context, unit: ShardedUnit) -> Work:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import divided, flat_host, put_together, reduction
+from mopsim.program.data_parallel import flat_host, prepared, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
@@ -288,8 +288,8 @@ class Shards:
 
     def _copied(self, unit: ShardedUnit) -> bool:
         """Whether torch's FSDP2 holds it, which copies it."""
-        plain = self.c.stack.plain_experts(self.c.strategy)
-        return self.copied and not (unit.component == "experts" and plain)
+        plain = unit.component == "experts" and self.c.stack.plain_experts(self.c.strategy)
+        return self.copied and not plain
 
     def _pass(
         self, name: str, unit: ShardedUnit, work: Sequence[Work], phase: str, deps: Sequence[int],
@@ -305,19 +305,18 @@ class Shards:
             return  # FSDP's root is gathered once a microbatch
         if self._there.pop(unit.name, None) is None:
             return
-        memory = (("gathered", -self.c.whole(unit)),)
-        op = self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
-        self._left = (op,)
+        name, memory = f"release {unit.name}", (("gathered", -self.c.whole(unit)),)
+        self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
 
     def _reduce(self, unit: ShardedUnit, ready: Ops) -> None:
         """The full gradient is summed into the shard's."""
         part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
-        last, before = self._sent_off(unit, part, ready) if copied else ready, tuple[Work, ...]()
+        last = self._sent_off(unit, part, ready) if copied else ready
         if copied and not last:
             return
-        if self.c.stack.sharding.flat:
-            name, flat = f"flat gradient {unit.name}", (put_together(self.c, unit),)
-            last, before = (self._pass(name, unit, flat, "backward", ready),), (divided(self.c, unit),)
+        whole, before = ((), ()) if copied else prepared(self.c, unit)
+        if whole:
+            last = (self._pass(f"flat gradient {unit.name}", unit, whole, "backward", last),)
         for _, sent in reduction(self.c, [unit]):
             apart = replace(sent, launches=self.c.exchanges(unit, reduced=True))
             name, work, before = f"reduce {unit.name}", (*before, apart), ()
@@ -330,10 +329,11 @@ class Shards:
             done = self._copy(unit, "d2h", part, "backward", last, left)
             done = self._added(unit, part, done) if copied else done
         else:
-            work = () if kept else (Work("memory_bound", bytes=3.0 * part),)
+            work, name = () if kept else (Work("memory_bound", bytes=3.0 * part),), f"accumulate {unit.name}"
             stream = self.issue.ops[last[0]].stream if last else "compute"
-            part_of = self._component(unit)
-            done = self.issue.add(f"accumulate {unit.name}", stream, part_of, "backward", work, last, left)
+            done = self.issue.add(name, stream, self._component(unit), "backward", work, last, left)
+        if not copied and self.c.stack.sharding.waits(self.c.strategy):
+            self._pass(f"reduced {unit.name}", unit, (), "backward", (done,))
         if copied and not kept:  # added to what is there already, or to what is on the host
             self.issue.hold((("grads", -part),))
         self.ops.append(done)
@@ -395,6 +395,6 @@ class Shards:
         memory: Sequence[Step] = (),
     ) -> int:  # fmt: skip
         """A shard between the host and the device."""
-        work = (Work(way, bytes=float(size), launches=4),)
         name = f"{'upload' if way == 'h2d' else 'download'} {unit.name}"
+        work = (Work(way, bytes=float(size), launches=4),)
         return self.issue.add(name, way, unit.component, phase, work, deps, memory, layer=unit.layer)

@@ -17,8 +17,12 @@ from mopsim.spec.layout import optimizer_buckets
 
 _O = "optimizer"
 FOREACH = 13
-"""Passes over a moment that torch's _foreach_ AdamW makes beside one kernel's seven: 20 in eight operations
-(torch/optim/adam.py, _multi_tensor_adam: mul, lerp, mul, addcmul, sqrt, div, add, addcdiv)."""
+"""Passes over a moment that torch's AdamW makes operation by operation beside one kernel's seven: 20 in eight
+(torch/optim/adam.py, _multi_tensor_adam: mul, lerp, mul, addcmul, sqrt, div, add, addcdiv; so
+_single_tensor_adam)."""
+ROOTS = {"foreach": 1, "looped": 2}
+"""Copies of second moments beside them: _multi_tensor_adam divides roots in place, _single_tensor_adam does
+not."""
 WIDENED, WIDENING = 8, 6
 """Bytes moved for each byte of a moment in 16 bits that is cast to fp32, back, and copied to its place, and
 kernels of both moments (Transformer Engine 2.7, pytorch/optimizers/fused_adam.py, get_unscaled_state and
@@ -76,7 +80,8 @@ class Update:
         self.width, ready = self._main_gradients(reductions)
         ready = self._agreed(ready) if self.c.stack.sharding.agreements else ready
         host = 0.0 if self.width > self.c.grad else self.host.norm
-        last = b.compute("norm", _O, _O, -1, [self._passes(held * self.width, host)], *ready)
+        size = held * (self.c.stack.sharding.norm_passes or self.width)
+        last = b.compute("norm", _O, _O, -1, [self._passes(size, host)], *ready)
         world, key = self.c.groups["world"], "norm" if self.stage.degree > 1 else ""
         sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
         agreed = b.add("norm", stream_of(world), _O, _O, sums, (last,), (), key, awaited=True)
@@ -95,7 +100,10 @@ class Update:
             return c.grad, ready
         wide = self._master
         if c.grad < wide:
-            work, memory = (self._copies(held * (c.grad + wide), self.host.norm),), (("grads", held * wide),)
+            work, memory = (
+                (self._copies(held * (c.grad + wide), self.host.norm),),
+                (("grads", held * wide - self._spared),),
+            )
             ready = (b.add("main gradients", "compute", _O, _O, work, ready, memory),)
         if c.strategy.precision.compute == "float16":
             work = (self._passes(2 * held * wide),)
@@ -135,10 +143,11 @@ class Update:
         c, b, params = self.c, self.b, sum(self.here)
         host = 0.0 if self.widens else max(0.0, self.host.update - 3 * self.launches)
         works = [Work("optimizer", params=float(params), launches=self.launches, host=host)]
-        roots = params * self.moment * (c.stack.kernels.adamw == "foreach")
+        copies = ROOTS.get(c.stack.kernels.adamw, 0)
+        roots = copies * self.moment * self._together(params)
         if roots:
             b.make("roots", roots, _O)
-            works.append(self._passes(FOREACH * roots))
+            works.append(self._passes(FOREACH * self.moment * params))
         if self.widens:
             b.make("moments in fp32", self._widened, _O)
             moved = params * 2 * WIDENED * self.moment
@@ -153,6 +162,24 @@ class Update:
         return self._cast(params, last) if self._master else last
 
     @property
+    def _spared(self) -> int:
+        """Bytes of gradients that are not there beside their wide copies: narrow ones (Sharding.zero_grad),
+        and copies of the tensors that are updated before or after (update_group)."""
+        sharding, zero, held = self.c.stack.sharding, self.dense.zero, sum(self.here)
+        if sharding.zero_grad == "copied" and self.stage.frees_gradients:
+            return self.c.grad * sum(u.shard_numel if zero == 2 else u.padded for u in self.stage.units)
+        return self._master * (held - self._together(held)) if sharding.update_group else 0
+
+    def _together(self, params: int) -> int:
+        """Parameters that are updated at a time: all (foreach), or a tensor."""
+        group = int(self.c.stack.sharding.update_group)
+        if group:
+            return min(params, group) if self.dense.zero == 3 else params
+        if self.c.stack.kernels.adamw == "foreach":
+            return params
+        return max(-(-unit.largest // (unit.shard if self.dense.zero else 1)) for unit in self.stage.units)
+
+    @property
     def _widened(self) -> int:
         """Bytes of moments in fp32: of experts, or of the rest, which are updated one after the other."""
         routed = [unit.component == "experts" for unit in self.stage.units]
@@ -161,7 +188,8 @@ class Update:
 
     def _cast(self, params: int, last: int) -> int:
         """Masters to parameters; wide copies of their gradients are freed."""
-        memory = (("grads", -params * self._master),) if self.width > self.c.grad else ()
+        spared = self._spared - params * self._master
+        memory = (("grads", spared),) if self.width > self.c.grad else ()
         work = (self._copies(params * (self._master + self.c.param), self.host.parameters),)
         return self.b.add(
             "parameters cast", "compute", _O, _O, work, (last,), memory, awaited=self.host.waits

@@ -17,6 +17,7 @@ MOST_BUCKETS = 1e12
 
 WHOLE = (
     "sums", "owners", "grad_passes", "microbatch_grads", "update_copies", "buckets", "reduce_copies",
+    "reductions", "update_group", "norm_passes",
 )  # fmt: skip
 """Entries of gradients that a rank sums or updates without sharding parameters."""
 
@@ -37,25 +38,30 @@ class Sharding(Spec, frozen=True, kw_only=True):
     is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
     optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
     the dtype of the products, or as shards are (without MixedPrecision, under autocast); those of layers in
-    the 8 bits that products read (`cast`, torchao and Transformer Engine). sums: under ZeRO-1
-    gradients are scattered to the ranks that update them (`scattered`), or all ranks sum them whole
-    (`whole`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
-    broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
-    once the last backward has made it, where they are reduced: into the buffers of reductions and back,
-    scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
-    dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
-    (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
-    next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
-    gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
-    (`frees`, torch's default); so are shards of gradients, unless they are parts of buffers that are there
-    for good (`buffers`). update_copies: under ZeRO-1, bytes for each
-    parameter that a rank updates of flat tensors that its update makes of gradients narrower than fp32;
-    buckets: bytes of those through which such gradients are reduced after the last backward; reduce_copies:
-    bytes for each gradient of a rank of one whole copy that is reduced then. Where none of a backward's
-    tensors is as large, torch's caching allocator has blocks for them beside. reduce_buffer: under ZeRO-2 and
-    3, bytes of one through which gradients are reduced, which lives through the step; ZeRO-2 has a second one
-    where reductions are hidden. Then, and under ZeRO-3, what is gathered, and a copy of the buffer that is
-    sent, are in pools of streams of their own.
+    the 8 bits that products read (`cast`, torchao and Transformer Engine). sums: under ZeRO-1 and
+    2 gradients are scattered to the ranks that update them (`scattered`), or all ranks sum them whole
+    (`whole`). reductions: under ZeRO-2 and 3 they run beside the backward (`hidden`), or so where the
+    strategy hides them, else what comes after waits for each (`asked`). owners: under ZeRO-1 each tensor's
+    optimizer state is with one rank, whole, and owners broadcast what they have updated one after the other.
+    grad_passes: bytes moved for each gradient of a rank once the backward after which they are reduced has
+    made it: into the buffers of reductions and back, scaled, counted into a norm while they are whole.
+    microbatch_grads: where gradients are summed in a wider dtype than the products' and no rank shards them,
+    each that a backward makes is added and freed at once (`added`); or all are added after the backward, each
+    from a copy in the sums' dtype, and live until the next backward begins, through forwards and update
+    (`kept`). zero_grad: where parameters are whole, gradients are there for good (`fills`), or each from the
+    backward that makes it to the end of the step (`frees`, torch's default); so are shards of gradients,
+    unless they are parts of buffers that are there for good (`buffers`); or so below ZeRO-3 alone, until the
+    update has copies in fp32 (`copied`).
+    update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
+    makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
+    after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
+    reduced then. Where none of a backward's tensors is as large, torch's caching allocator has blocks for
+    them beside. reduce_buffer: under ZeRO-2 and 3, bytes of one through which gradients are reduced, which
+    lives through the step; ZeRO-2 has a second one where reductions are hidden. Then, and under ZeRO-3, what
+    is gathered, and a copy of the buffer that is sent, are in pools of streams of their own. update_group:
+    what a rank updates is one flat tensor (0: tensors of their own), under ZeRO-3 several of so many numbers,
+    one after the other, each with a copy of its gradient in fp32. norm_passes: bytes moved for each gradient
+    that a rank updates, for the norm of all (0: those of one in the dtype of the update).
     host_masters: where the host updates part of the optimizer's state, the master weights of that part go
     there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
     down and masters come up as wide as these are (`copied`).
@@ -82,13 +88,16 @@ class Sharding(Spec, frozen=True, kw_only=True):
     flat: bool | Literal["original"] = False
     gathers: Literal["compute", "param", "cast"] = "compute"
     sums: Literal["scattered", "whole"] = "scattered"
+    reductions: Literal["hidden", "asked"] = "hidden"
     owners: bool = False
     grad_passes: float = 0.0
     microbatch_grads: Literal["added", "kept"] = "added"
-    zero_grad: Literal["fills", "frees", "buffers"] = "fills"
+    zero_grad: Literal["fills", "frees", "buffers", "copied"] = "fills"
     update_copies: float = 0.0
     buckets: float = 0.0
     reduce_copies: float = 0.0
+    update_group: float = 0.0
+    norm_passes: float = 0.0
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
     host_moments: Literal["asked", "masters"] = "asked"
@@ -104,6 +113,10 @@ class Sharding(Spec, frozen=True, kw_only=True):
         split = self.prefetch == "split" and strategy.experts.expert_parallel > 1
         return split or self.prefetch == "told"
 
+    def waits(self, strategy: Strategy) -> bool:
+        """Whether compute waits for each reduction of a backward (reductions)."""
+        return self.reductions == "asked" and not strategy.overlap.grad_reduce
+
     def with_moments(self, precision: Precision, strategy: Strategy) -> Precision:
         """The dtypes with those of the moments that the host has (host_moments)."""
         by_host = strategy.optimizer.state_tier == strategy.optimizer.update_on == "host"
@@ -112,8 +125,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
         return replace(precision, moments=precision.masters) if wider else precision
 
     def _rules(self) -> Rules:
-        require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies")
-        require_between(self, 0, MOST_BUCKETS, "buckets", "reduce_buffer")
+        require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies", "norm_passes")
+        require_between(self, 0, MOST_BUCKETS, "buckets", "reduce_buffer", "update_group")
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
         for field in WHOLE:
             without = defaults[field]
@@ -125,6 +138,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield not (self.fsdp and self.bucketed), "bucketed", rule
         rule = "is of a program that shards parameters (fsdp)"
         yield self.fsdp or self.zero_grad != "buffers", "zero_grad", rule
+        rule = "is of a program whose optimizer has masters of its own (fsdp false)"
+        yield not self.fsdp or self.zero_grad != "copied", "zero_grad", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP1 (flat)"

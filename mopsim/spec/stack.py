@@ -17,6 +17,7 @@ from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import Runtime
 from mopsim.spec.has import require_had
+from mopsim.spec.hides import Hides as Hides
 from mopsim.spec.host import HostCosts as HostCosts
 from mopsim.spec.kernels import DEFAULT as DEFAULT
 from mopsim.spec.kernels import AttentionKernel as AttentionKernel
@@ -50,20 +51,6 @@ class StateDTypes(Spec, frozen=True, kw_only=True):
     grad: StateDType = "compute"
     moments: StateDType = "float32"
     master: Literal["param", "float32", "float64", "bfloat16"] = "float32"
-
-
-class Hides(Spec, frozen=True, kw_only=True):
-    """Communication that the program hides by default, where a strategy does not say: see Overlap.
-
-    grad_reduce: reductions of gradients. param_gather: gathers of updated parameters. pipeline: sends between
-    stages, or those of interleaved stages alone. tensor: exchanges of tensor-parallel regions. experts:
-    dispatch and combine."""
-
-    grad_reduce: bool = False
-    param_gather: bool = False
-    pipeline: bool | Literal["interleaved"] = False
-    tensor: bool = False
-    experts: bool = False
 
 
 class Stack(Spec, frozen=True, kw_only=True):
@@ -204,9 +191,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         they are not recomputed."""
         pipeline, hides = strategy.pipeline, self.hides
         interleaved = pipeline.virtual_stages > 1
-        if hides.pipeline == "interleaved":
-            hides = replace(hides, pipeline=interleaved)
-        found = _filled(strategy.overlap, hides, None)
+        found = _filled(strategy.overlap, hides.of(strategy), None)
         behind = pipeline.pipeline_parallel == 1 or interleaved
         hidden = strategy.overlap.experts or (behind and not activations.experts_again)
         return found if hidden else replace(found, experts=False)

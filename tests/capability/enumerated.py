@@ -22,6 +22,7 @@ ROOTS: dict[str, type[Spec]] = {
 
 REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "stack.sharding.buckets": (0.0, 1e9),
+    "stack.hides.grad_reduce": (False, True, "zero3"),
     "strategy.activations.modules": (("core_attn",), ("layernorm", "moe"), ("mlp",), ("moe_act",)),
     "strategy.activations.save_ops": (("q_proj",), ("attention_core", "dispatch")),
     "strategy.activations.host_budget": (0, 1 << 14),

@@ -1,0 +1,133 @@
+"""DeepSpeed's ZeRO by hand: whole sums, reductions that are waited for, an update of flat tensors."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from mopsim.engine import SimResult, run
+from mopsim.program import lower
+from mopsim.program.context import make_context
+from mopsim.program.data_parallel import grad_passes, reduction
+from mopsim.program.stage import Stage
+from mopsim.program.workload import SLOT, Program
+from mopsim.spec.hides import Hides
+from mopsim.spec.sharding import Sharding
+from mopsim.spec.stack import Kernels, Stack, StateDTypes
+from mopsim.spec.strategy import Overlap, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import zero_offload
+from tests.sim.toys import machine, small
+
+MODEL = small(
+    num_hidden_layers=4, first_k_dense_replace=4, num_local_experts=0, num_experts_per_tok=0,
+    moe_intermediate_size=0, shared_expert_intermediate_size=0, num_nextn_predict_layers=0,
+)  # fmt: skip
+TRAINING = TrainSpec(seq_len=32, global_batch=16)
+WAYS = {"reductions": "asked", "zero_grad": "copied", "update_group": 1e9}
+
+
+def _stack(adamw: str = "fused", **sharding: Any) -> Stack:
+    kernels = Kernels(adamw=adamw)  # type: ignore[arg-type]
+    return Stack(name="mine", kernels=kernels, sharding=Sharding(**(WAYS | sharding)), dtypes=StateDTypes())
+
+
+def _strategy(zero: int, *, hidden: bool | None = False) -> Strategy:
+    """Of four ranks on two microbatches each."""
+    made = zero_offload(4)
+    optimizer = replace(made.optimizer, state_tier="device", update_on="device")
+    dense = replace(made.dense, zero=zero, fsdp=4, reshard_after_forward=zero == 3, prefetch=int(zero == 3))
+    narrow = dict.fromkeys(("param", "grad", "reduce"), "bfloat16")
+    precision = replace(made.precision, **narrow, master="float32", moments="float32")
+    return replace(
+        made, dense=dense, optimizer=optimizer, precision=precision, overlap=Overlap(grad_reduce=hidden)
+    )
+
+
+def _program(stack: Stack, zero: int) -> Program:
+    return lower(MODEL, _strategy(zero), TRAINING, 8, stack).programs[0]
+
+
+def _played(stack: Stack, strategy: Strategy) -> SimResult:
+    workload = lower(MODEL, strategy, TRAINING, 8, stack)
+    return run(workload, MODEL, machine(), strategy, TRAINING)
+
+
+def _highest(program: Program, category: str, name: str) -> int:
+    """Bytes of a category at most in the first op of a name."""
+    there = sum(size for kind, size in program.resident if kind == category)
+    for op in program.ops:
+        if op.name == name:
+            return there + dict(op.peak).get(SLOT[category], 0)
+        there += dict(op.net).get(SLOT[category], 0)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_all_ranks_sum_whole_gradients_below_zero_3(zero: int) -> None:
+    context = make_context(MODEL, _strategy(zero), TRAINING, 8, _stack(sums="whole"))
+    kinds = {work.kind for _, work in reduction(context, Stage(context, 0).units)}
+    assert kinds == {"reduce_scatter" if zero == 3 else "all_reduce"}
+
+
+def test_gradients_larger_than_a_buffer_are_scaled_where_they_lie() -> None:
+    units = Stage(make_context(MODEL, _strategy(2), TRAINING, 8, _stack()), 0).units
+    total, largest = sum(unit.numel for unit in units), max(unit.largest for unit in units)
+    large = sum(unit.numel for unit in units if unit.largest == largest)
+    for room, size in ((2 * largest, 12 * total), (2 * largest - 1, 12 * (total - large) + 4 * large)):
+        stack = _stack(grad_passes=12, reduce_buffer=room)
+        (work,) = grad_passes(make_context(MODEL, _strategy(2), TRAINING, 8, stack), units)
+        assert work.bytes == size
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_compute_waits_for_reductions_that_nobody_hides(zero: int) -> None:
+    shown, hidden = (_played(_stack(), _strategy(zero, hidden=hides)) for hides in (False, True))
+    kind = "reduce_scatter"
+    assert shown.busy[kind] == pytest.approx(hidden.busy[kind])
+    assert shown.exposed[kind] == pytest.approx(shown.busy[kind])
+    assert hidden.step_time < shown.step_time
+    beside = _played(_stack(reductions="hidden"), _strategy(zero))
+    assert beside.step_time == pytest.approx(hidden.step_time)
+
+
+def test_a_program_may_hide_reductions_of_zero_3_alone() -> None:
+    stack = replace(_stack(), hides=Hides(grad_reduce="zero3"))
+    found = [stack.resolve(_strategy(zero, hidden=None)).overlap.grad_reduce for zero in (1, 2, 3)]
+    assert found == [False, False, True]
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_narrow_gradients_are_gone_when_flat_tensors_are_updated(zero: int) -> None:
+    program = _program(_stack("looped"), zero)
+    context = make_context(MODEL, _strategy(zero), TRAINING, 8, _stack())
+    mine = sum(Stage(context, 0).updated)
+    assert _highest(program, "grads", "adamw") == pytest.approx(4 * mine, rel=1e-3)
+    grown = _highest(program, "optimizer", "adamw") - _highest(program, "optimizer", "norm")
+    assert grown == 2 * 4 * mine, "the roots of all and their quotient"
+
+
+def test_zero_3_updates_groups_one_after_the_other() -> None:
+    context = make_context(MODEL, _strategy(3), TRAINING, 8, _stack())
+    mine, group = sum(Stage(context, 0).updated), 1000
+    assert mine > group
+    program = _program(_stack("looped", update_group=group), 3)
+    assert _highest(program, "grads", "adamw") == 2 * mine + 4 * group, "shards' gradients stay"
+    grown = _highest(program, "optimizer", "adamw") - _highest(program, "optimizer", "norm")
+    assert grown == 2 * 4 * group
+
+
+def test_one_tensor_after_the_other_has_copies_of_the_largest() -> None:
+    program = _program(_stack("looped", update_group=0), 2)
+    context = make_context(MODEL, _strategy(2), TRAINING, 8, _stack())
+    largest = max(-(-unit.largest // unit.shard) for unit in Stage(context, 0).units)
+    grown = _highest(program, "optimizer", "adamw") - _highest(program, "optimizer", "norm")
+    assert grown == 2 * 4 * largest
+
+
+def test_a_norm_of_copies_in_fp64_by_hand() -> None:
+    plain, wide = (
+        next(op for op in _program(_stack(norm_passes=passes), 2).ops if op.name == "norm").work[0].bytes
+        for passes in (0, 18)
+    )
+    assert wide == plain * 18 / 4
