@@ -24,6 +24,7 @@ from mopsim.graph.rewrites.projections import (
     summed_apart,
 )
 from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
+from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -42,7 +43,9 @@ rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; 
 
 def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """A layer's or the loss's kernels as the program runs them."""
-    model = context.model
+    model, training = context.model, context.training
+    losses = training.router_aux_loss_coef > 0, training.router_z_loss_coef > 0
+    kernels = router_losses(kernels, *losses, context.strategy.micro_batch) if any(losses) else kernels
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     run = context.stack.kernels
     ways = {name: getattr(run, name) for name in run.__struct_fields__}

@@ -231,3 +231,26 @@ def test_the_papers_networks(name: str, world: int, seq_len: int, sequence: int,
     if family is fsdp2 and model.num_hidden_layers > 30:
         model = msgspec.structs.replace(model, num_hidden_layers=10)
     _check(model, strategy, TrainSpec(seq_len=seq_len, global_batch=world // sequence), 0.01)
+
+
+CHOOSY = msgspec.structs.replace(SMALL, num_local_experts=512, num_experts_per_tok=2)
+"""Its logits in fp32 are eight times as large as what the router reads."""
+BALANCE, Z = {"router_aux_loss_coef": 0.01}, {"router_z_loss_coef": 0.01}
+STEERED: dict[str, Plan] = {
+    name: plan_of(CHOOSY, one, TrainSpec(seq_len=8192, global_batch=2 * one.data_groups), "cuda")
+    for name, one in {"mop": DEMO[0], "fsdp2": DEMO[7]}.items()
+} | {name: _split(2, {**options, "model": CHOOSY}) for name, options in {"split": {}, "full": FULL}.items()}
+
+
+@pytest.mark.parametrize("losses", [BALANCE, Z, BALANCE | Z], ids=" ".join)
+@pytest.mark.parametrize("name", STEERED)
+def test_what_losses_of_routers_keep_and_make(name: str, losses: dict[str, float]) -> None:
+    plan = STEERED[name]
+    steered = msgspec.structs.replace(plan.training, **losses)
+    _check_stages(msgspec.structs.replace(plan, training=steered), 0.003)
+    found, without = (
+        simulate(plan.model, machine(), 1, plan.strategy, training, plan.stack)
+        for training in (steered, plan.training)
+    )
+    assert found.peak_memory > without.peak_memory
+    assert found.step_time > 1.01 * without.step_time

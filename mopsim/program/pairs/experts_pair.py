@@ -1,6 +1,8 @@
 """The MoE half of a layer: chunks through dispatch(i+1) | experts(i) | combine(i-1)
 (mopexec.operators.experts)."""
 
+from typing import NamedTuple
+
 from msgspec.structs import replace
 
 from mopsim.graph.experts import experts, router
@@ -13,6 +15,18 @@ from mopsim.program.workload import Work
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS, packed_row
 
 _E, _R, _D = "experts", "router", "dispatch"
+
+
+class _Loss(NamedTuple):
+    """Of a slice of the router's logits: passes over it, kernels, and tensors of its size that are alive at
+    once beside it and its gradient (mopexec/operators/router_losses.py, add_gradient_)."""
+
+    passes: int
+    launches: int
+    alive: int
+
+
+BALANCE, Z = _Loss(25, 16, 3), _Loss(13, 10, 2)
 
 
 class ExpertsPair(Rows):
@@ -318,6 +332,7 @@ class ExpertsPair(Rows):
         b.spike(logits + (0 if self.fused_router else (part + self.E) * cast))
         b.spike((2 if self.fused_router else 5) * logits)
         b.make("grad_logits", logits)
+        losses, shared = self._losses(layer, n, -(-n // part), logits)
         b.spike(part * cast)
         b.drop("hidden")
         b.make("grad_hidden", part * self.H * c.wide)
@@ -326,5 +341,20 @@ class ExpertsPair(Rows):
         works.append(self.norm_backward(part, self.H))
         slices = -(-n // part)
         works.append(self.elementwise(n * self.H, 5 * c.b + 3 * c.wide, 4 * slices))
-        b.compute("router", _R, "backward", layer, works)
+        b.compute("router", _R, "backward", layer, [*works, *losses], shared)
         b.drop("router", "grad_logits", "grad_hidden", "grad_route_weights")
+
+    def _losses(self, layer: int, tokens: int, slices: int, logits: int) -> tuple[list[Work], int | None]:
+        """What the router's losses add to the gradient of the logits, slices of so many bytes, and the sum of
+        the counts of routes over the ranks of a sequence."""
+        training, shared = self.c.training, None
+        given = (BALANCE, training.router_aux_loss_coef), (Z, training.router_z_loss_coef)
+        asked = [one for one, weight in given if weight]
+        self.b.spike(max((logits * (1 + one.alive) for one in asked), default=0))
+        if BALANCE in asked:
+            size = float(self.c.strategy.micro_batch * self.E * self.c.wide)
+            shared = self.b.issue("routes", "all_reduce", size, "sequence", _R, "backward", layer)
+        each = self.c.wide
+        return [
+            self.elementwise(tokens * self.E, one.passes * each, one.launches * slices) for one in asked
+        ], shared
