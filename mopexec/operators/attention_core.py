@@ -92,7 +92,10 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor,
 def _cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cudnn.backward(grad, q, k, v, out, saved, core.scale, core.causal)
+    inside = [] if q.is_cuda else _workspace(q, k)
+    grads = cudnn.backward(grad, q, k, v, out, saved, core.scale, core.causal)
+    del inside
+    return grads
 
 
 def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
@@ -301,7 +304,8 @@ def _sides(q: Tensor, core: Core) -> dict[str, int]:
 
 def _workspace(q: Tensor, k: Tensor) -> list[Tensor]:
     """What FlashAttention-2's backward allocates inside, played where no kernel runs: dq and its row sums in
-    fp32, and dk and dv of every query head (flash_attn/flash_api.cpp: mha_bwd).
+    fp32, and dk and dv of every query head (flash_attn/flash_api.cpp: mha_bwd). cuDNN's workspace has these
+    too (cudnn_frontend, scaled_dot_product_flash_attention.h).
     """
     batch, seq, heads, _ = q.shape
     inside = [torch.empty(q.shape, dtype=torch.float32, device=q.device)]

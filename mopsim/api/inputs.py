@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
@@ -297,6 +299,7 @@ class NoStrategyError(MopError):
 def make_plan(inputs: Inputs, result: SimResult) -> Plan:
     """The plan of a simulated strategy, with what it promises."""
     hardware = inputs.hardware
+    here = result.stack.on(hardware.device.architecture, inputs.training.plain_attention(inputs.model))
     return Plan(
         model=inputs.model,
         hardware=HardwareRef(
@@ -309,7 +312,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
         ),
         strategy=result.strategy,
         training=inputs.training,
-        stack=result.stack,
+        stack=structs.replace(result.stack, kernels=here.kernels),
         prediction=Prediction(
             step_time=result.step_time,
             tokens_per_second=result.tokens_per_second,

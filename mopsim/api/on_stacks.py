@@ -64,7 +64,8 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
 
 def _attention(stack: Stack, inputs: Inputs) -> str:
     machine = inputs.hardware
-    return stack.on_kind(machine.device_kind).on(machine.device.architecture).attention
+    plain = inputs.training.plain_attention(inputs.model)
+    return stack.on_kind(machine.device_kind).on(machine.device.architecture, plain).attention
 
 
 def _kernel(name: str) -> str:

@@ -21,7 +21,9 @@ from mopsim.spec.hardware import (
     MatmulCurve,
     Quantity,
 )
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
+from mopsim.spec.training import TrainSpec
 
 DETERMINISTIC: float = 1 - RATES["deterministic"]["backward_loses"]
 """Backward rate in a fixed order of sums."""
@@ -84,13 +86,15 @@ def kernels() -> dict[str, AttentionKernelRates]:
     return {name: io.convert(one, AttentionKernelRates, name, "kernels.yaml") for name, one in plain.items()}
 
 
-def as_used(hardware: HardwareProfile, stack: Stack, head_dim: int, seq_len: int) -> HardwareProfile:
+def as_used(
+    hardware: HardwareProfile, stack: Stack, model: ModelSpec, training: TrainSpec
+) -> HardwareProfile:
     """The profile with what the stack makes of it: the curve of its attention kernel at heads of this width,
-    all-reduces without sums in the switch where sums have a fixed order, its share of SMs beside exchanges.
-    seq_len: of kept scores."""
+    all-reduces without sums in the switch where sums have a fixed order, its SMs beside exchanges."""
+    head_dim, seq_len = model.head_dim, training.seq_len
     hardware = for_heads(hardware, head_dim)
     architecture = hardware.device.architecture
-    here = stack.on(architecture)
+    here = stack.on(architecture, training.plain_attention(model))
     fixed = stack.kernels.deterministic
     kernel = str(here.attention)
     if fixed and kernel == "profile":

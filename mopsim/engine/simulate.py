@@ -65,7 +65,7 @@ def run(
     """Play a lowered workload on a profile. Composed layers and microbatches that turn out not to repeat each
     other are played. before: with fewer microbatches."""
     matmul_peak(hardware, strategy)
-    used = as_used(hardware, workload.stack, model.head_dim, training.seq_len)
+    used = as_used(hardware, workload.stack, model, training)
     used = waiting(used, strategy.world_size)
     prices: Prices = {}
     durations = [_durations(program, used, prices) for program in workload.programs]

@@ -65,7 +65,7 @@ class Space:
     def machine(self) -> HardwareProfile:
         """The hardware as that software uses it, in a step that waits for the slowest device."""
         problem = self.problem
-        used = as_used(problem.hardware, self.stack, problem.model.head_dim, problem.training.seq_len)
+        used = as_used(problem.hardware, self.stack, problem.model, problem.training)
         return waiting(used, problem.world_size)
 
     def tokens(self) -> Column:

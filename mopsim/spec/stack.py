@@ -19,6 +19,7 @@ from mopsim.spec.categories import Runtime
 from mopsim.spec.has import require_had
 from mopsim.spec.hides import Hides as Hides
 from mopsim.spec.host import HostCosts as HostCosts
+from mopsim.spec.kernels import BEYOND
 from mopsim.spec.kernels import DEFAULT as DEFAULT
 from mopsim.spec.kernels import AttentionKernel as AttentionKernel
 from mopsim.spec.kernels import Kernels as Kernels
@@ -114,10 +115,12 @@ class Stack(Spec, frozen=True, kw_only=True):
             return self
         return replace(self, kernels=self.cpu if device_kind == "cpu" else self.kernels, cpu=None)
 
-    def on(self, architecture: str) -> "Stack":
-        """The stack on one device architecture: `attention` and `communication_share` have `default` only."""
+    def on(self, architecture: str, plain: bool = True) -> "Stack":
+        """The stack on one device architecture: `attention` and `communication_share` have `default` only.
+        plain: whether its attention is (`TrainSpec.plain_attention`)."""
         kernel, share = self.kernels.attention, self.communication_share
         found = kernel.get(architecture, kernel.get(DEFAULT, "profile"))
+        found = found if plain else kernel.get(BEYOND, found)
         named = share.get(architecture, share.get(DEFAULT))
         part = {} if named is None else {DEFAULT: named}
         return replace(

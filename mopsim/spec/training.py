@@ -6,6 +6,7 @@ from mopsim.common.errors import Rules, SpecError, require
 from mopsim.common.io import Spec
 from mopsim.common.working import near_multiples
 from mopsim.spec import routing as profiles
+from mopsim.spec.hardware import WIDE_HEAD
 from mopsim.spec.layout import MOST_CHUNKS, MOST_MICROBATCHES, ceil_div, num_chunks
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
@@ -75,6 +76,13 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         further = bool(self.mtp_loss_coef and model.num_nextn_predict_layers)
         rule = "is not trained with MTP modules, which would predict across borders: mtp_loss_coef 0 leaves"
         yield self.attention_mask != "document" or not further, "attention_mask", f"{rule} them"
+
+    def plain_attention(self, model: ModelSpec) -> bool:
+        """Whether every query attends to all tokens before it, without sinks and by heads of the usual
+        widths: what every flash kernel for GPUs knows."""
+        windowed = any(map(model.window, range(model.num_hidden_layers))) or model.attention_chunk_size
+        special = windowed or model.attention_sinks or self.attention_mask != "causal"
+        return not special and model.head_dim <= WIDE_HEAD
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the batch or the sequence does not divide over the strategy's ranks."""

@@ -8,6 +8,8 @@ import torch
 from mopexec.model.attention import causal_attention
 from mopexec.operators.attention_core import Core
 from mopexec.operators.documents import Documents
+from mopexec.operators.kernels import using
+from mopsim.spec.stack import AttentionKernel, Kernels
 from tests.exec.flat_plans import make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO, TWO
@@ -62,8 +64,9 @@ def test_all_mechanisms_on_two_devices() -> None:
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("widths", [(64, 64), (96, 64)])
 @pytest.mark.parametrize("documents", [(), ((100, 160), (30, 31, 160))])
+@pytest.mark.parametrize("kernel", ["flash2", "cudnn"])
 def test_flash_kernels_equal_the_cpu(
-    window: int, with_sinks: bool, widths: tuple[int, int], documents: Documents
+    window: int, with_sinks: bool, widths: tuple[int, int], documents: Documents, kernel: AttentionKernel
 ) -> None:
     """Windows, sinks, documents and values of another width in bf16, forward and backward."""
     torch.manual_seed(0)
@@ -73,8 +76,10 @@ def test_flash_kernels_equal_the_cpu(
     grad, found = torch.randn(2, 160, 8, widths[1]), []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
         leaves = [one.to(device, dtype).requires_grad_() for one in host]
-        out = causal_attention(*leaves[:3], Core(0.1, window, documents), leaves[3] if with_sinks else None)
-        grads = torch.autograd.grad(out, leaves, grad.to(device, dtype))
+        core, sinks = Core(0.1, window, documents), leaves[3] if with_sinks else None
+        with using(Kernels(attention={"default": kernel})):
+            out = causal_attention(*leaves[:3], core, sinks)
+            grads = torch.autograd.grad(out, leaves, grad.to(device, dtype))
         found.append([one.detach().double().cpu() for one in (out, *grads)])
     for expected, actual in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.02 * expected.abs().max().item())

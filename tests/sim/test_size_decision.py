@@ -223,13 +223,13 @@ def test_a_budget_is_searched_for_and_the_fastest_within_it_is_recommended(found
 
 
 def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> None:
-    none = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.9, **LEAN)
+    none = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.7, **LEAN)
     assert none.chosen is None
     assert none.best is None
     miss = none.miss
     assert miss is not None
     assert miss.days is not None
-    assert miss.days > 0.9
+    assert miss.days > 0.7
     assert none.to_json()["nearest_miss"]["needs"] == {"days": miss.days, "larger_batch": True}
     again = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **LEAN)
     assert again.chosen is not None
