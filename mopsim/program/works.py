@@ -304,13 +304,15 @@ def _casts(
     inputs = sum(one.m * one.k * one.count for one in kernel.matmuls) * kernel.casts
     outputs = sum(one.m * one.n * one.count for one in kernel.matmuls) * kernel.back_casts
     weights = sum(one.n * one.k * one.count for one in kernel.matmuls if one.weight)
-    moved = 0.0
+    rows, moved = how.cast_scales == "rows", 0.0
+    scaled = 2 * DTYPE_BYTES[context.strategy.precision.compute] * rows  # by the factors of rows, in place
     if part == "forward":
-        moved += (inputs + weights * (how.weight_casts == "pass")) * each
+        moved += (inputs + weights * (rows or how.weight_casts == "pass")) * each
     if part in ("backward", "input_grad"):
-        moved += outputs * each + weights * laid * alone
+        moved += outputs * each + weights * (laid * alone + once * rows)
+        moved += inputs * scaled * (not how.compiled)
     if part in ("backward", "weight_grad") and alone:
-        moved += outputs * laid + inputs * (once + laid)
+        moved += outputs * (laid + once * rows) + inputs * (once + laid) + weights * scaled
     launches = reads * (sum(int(one.count) for one in kernel.matmuls) if looped else 1)
     return (Work("memory_bound", bytes=moved, launches=launches),) if moved else ()
 

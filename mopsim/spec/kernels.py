@@ -96,12 +96,15 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `heads`, whose output is then copied to lie by tokens. casts: the copy in 8 or 4 bits of a product's input
     is kept for its weight gradient (`kept`, Transformer Engine), or the input is, and cast again, each copy
     laid out again for the product that reads it the other way (`again`, torchao), from what a norm or a gate
-    keeps anyway, and of a plain copy the cast is kept (`made`, torchao compiled). weight_casts: weights are
-    cast once a step, which is not counted (`step`), or in every forward pass (`pass`), or there is a copy,
-    kept for the backward, of each (`kept`; in both layouts where casts are). weight_grads: added to their
-    buffer inside the product, or after it. adamw: in one kernel, or operation by operation over all tensors,
-    with the roots of all second moments beside (`foreach`, torch's default), or over one after the other,
-    with two copies (`looped`); or in one kernel on copies in fp32 of narrower moments, parameter by
+    keeps anyway, and of a plain copy the cast is kept (`made`, torchao compiled). cast_scales: of casts that
+    are not kept, one a tensor, or one for each of the rows that a product sums over, so that weights are cast
+    in every pass, gradients of outputs for each product, and gradients multiplied by the factors of both
+    operands' rows afterwards, in what reads them next where that is compiled (`rows`). weight_casts: weights
+    are cast once a step, which is not counted (`step`), or in every forward pass (`pass`), or there is a
+    copy, kept for the backward, of each (`kept`; in both layouts where casts are). weight_grads: added to
+    their buffer inside the product, or after it. adamw: in one kernel, or operation by operation over all
+    tensors, with the roots of all second moments beside (`foreach`, torch's default), or over one after the
+    other, with two copies (`looped`); or in one kernel on copies in fp32 of narrower moments, parameter by
     parameter, beside which a wider master is the bits that the parameter lacks (`widened`, Transformer
     Engine). loss: cross entropy by several kernels with copies in fp32 (`composed`), by those from whose copy
     the maximum is subtracted into another (`shifted`, Megatron-LM from 2022 to June 2024), one kernel in
@@ -152,6 +155,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     grouped_heads: Literal["shared", "repeated"] = "shared"
     attention_rows: Literal["tokens", "heads"] = "tokens"
     casts: Literal["kept", "again", "made"] = "kept"
+    cast_scales: Literal["tensor", "rows"] = "tensor"
     weight_casts: Literal["step", "pass", "kept"] = "step"
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"

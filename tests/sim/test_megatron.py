@@ -281,7 +281,7 @@ def test_operands_cast_again_move_by_hand() -> None:
     m, n, k = 64, 32, 128
     kernel = Kernel("up", "matmul", "dense_ffn", ("h",), (), matmuls=(Matmul(m, n, k),))
 
-    def moved(one: Kernel, part: Part, **kernels: str) -> float:
+    def moved(one: Kernel, part: Part, **kernels: str | bool) -> float:
         strategy = megatron(8)
         strategy = with_(strategy, precision=msgspec.structs.replace(strategy.precision, matmul="fp8"))
         software = changed("megatron-core", kernels=kernels)
@@ -294,6 +294,11 @@ def test_operands_cast_again_move_by_hand() -> None:
     assert moved(kernel, "weight_grad", casts="again") == m * n * 2 + m * k * 7
     parts = sum(moved(kernel, part, casts="again") for part in ("input_grad", "weight_grad"))
     assert moved(kernel, "backward", casts="again") == parts
+    rows = {"casts": "again", "cast_scales": "rows"}
+    assert moved(kernel, "forward", **rows) == (m * k + n * k) * 5
+    assert moved(kernel, "input_grad", **rows) == m * n * 5 + n * k * 7 + m * k * 4
+    assert moved(kernel, "input_grad", compiled=True, **rows) == m * n * 5 + n * k * 7
+    assert moved(kernel, "weight_grad", **rows) == m * n * 7 + m * k * 7 + n * k * 4
     first, second = cast_once((kernel, kernel))
     assert first.casts
     assert moved(second, "forward", casts="again") == 0
