@@ -353,10 +353,10 @@ class StageStep:
 
     def _reduce(self, units: Sequence[ShardedUnit], ready: Ops) -> None:
         self.shards.reduced.update(unit.name for unit in units)
-        messages = reduction(self.c, units)
-        norms = self.norms.work(units)
-        if messages and (work := (*grad_passes(self.c, units), *norms)):
-            part, read = messages[0][0], any(one.launches > 1 for one in norms)
+        messages, norms = reduction(self.c, units), self.norms.work(units)
+        if work := (*(grad_passes(self.c, units) if messages else ()), *norms):
+            part = messages[0][0] if messages else units[0].component
+            read = any(one.launches > 1 for one in norms)
             op = self.issue.add("whole gradients", "compute", part, "backward", work, ready, awaited=read)
             ready = (op,)
         for part, sent in messages:

@@ -15,11 +15,15 @@ replace = msgspec.structs.replace
 MODEL, JOB = load_model("llama3_8b"), TrainSpec(seq_len=4096, global_batch=32)
 
 
+@pytest.mark.parametrize("tensor", [1, 8], ids=["reduced", "alone"])
 @pytest.mark.parametrize("early", [True, False])
-def test_norms_of_gradients_are_waited_for_by_bucket_before_they_are_reduced(early: bool) -> None:
-    """All gradients are read once, and answers waited for where a bucket is full."""
+def test_norms_of_gradients_are_waited_for_by_bucket_before_they_are_reduced(
+    early: bool, tensor: int
+) -> None:
+    """All gradients are read once, and answers waited for where a bucket is full; by a data-parallel rank
+    that is alone too, which reduces none."""
     core = load_stack("megatron-core")
-    strategy = megatron(8, overlap=Overlap(grad_reduce=early, param_gather=True))
+    strategy = megatron(8, tensor_parallel=tensor, overlap=Overlap(grad_reduce=early, param_gather=True))
     strategy = replace(strategy, stack="megatron-core")
     found = {}
     for read in (True, False):
@@ -35,5 +39,6 @@ def test_norms_of_gradients_are_waited_for_by_bucket_before_they_are_reduced(ear
     else:
         assert buckets == [1]
     reduced = [op for op in found[True] if op.name == "reduce gradients"]
+    assert bool(reduced) == (tensor == 1)
     assert all({norm.index for norm in norms} & set(op.deps) for op in reduced)
     assert len(found[True]) - len(found[False]) == len(norms)
