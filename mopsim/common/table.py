@@ -21,7 +21,7 @@ def read_table(
 ) -> list[Row]:
     """Rows as text by column of the CSV that the user named as `field`; its header must have `columns`, and
     may have others, of which `wrong` says what is. A row with more cells has SURPLUS. Raises MopError naming
-    columns, a line each, or the line."""
+    what is wrong of the columns, or the line."""
     where = f"{field}: {path}"
     lines = csv.reader(io.StringIO(read_text(path, field)), strict=True, skipinitialspace=True)
     rows: list[Row] = []
@@ -29,10 +29,14 @@ def read_table(
         header = [cell.strip() for cell in next((cells for cells in lines if cells), [])]
         if len(header) == 1 and (other := re.search("[;\t]", header[0])):
             raise MopError(f"{where}: cells must be separated by commas, not {other.group()!r}")
-        missing = [f"has no column {column!r}" for column in columns if column not in header]
-        missing[-1:] = [f"{one}; columns found: {', '.join(header)[:200]}" for one in missing[-1:]]
+        needed = list(columns)
+        lacking = [column for column in needed if column not in header]
+        named = ", ".join(map(repr, lacking))
+        missing = [f"has no column {named}; columns found: {', '.join(header)[:200]}"] if lacking else []
         twice = [f"column {one!r} appears twice" for one in header if one and header.count(one) > 1]
-        refuse(f"{where}: {one}" for one in (*wrong(header), *missing, *twice))
+        if not lacking or lacking != needed:  # else a file of another kind
+            missing = [*wrong(header), *missing, *twice]
+        refuse(f"{where}: {one}" for one in missing)
         for cells in lines:
             if any(cell.strip() for cell in cells):
                 filled = [*cells, *[""] * (len(header) - len(cells))]

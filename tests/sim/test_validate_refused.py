@@ -208,7 +208,7 @@ def test_all_that_is_wrong_of_a_table_is_named(tmp_path: Path, capfd: pytest.Cap
     assert ended.value.code == 2
     assert all(line.startswith(f"mopsim: runs: {path}: ") for line in lines)
     assert "column 'optimiser_offload' is unknown, near optimizer_offload" in lines[0]
-    assert "has no column 'model'" in lines[1]
+    assert "has no column 'model', 'gpu'" in lines[1]
     assert lines[-1].endswith("column 'source' appears twice")
     names = ("", "a", "a", "", *(f"{digit}" * 201 for digit in range(10)))
     rows = [{**row("x"), "run_id": one} for one in names]
@@ -222,7 +222,7 @@ def test_all_that_is_wrong_of_a_table_is_named(tmp_path: Path, capfd: pytest.Cap
 def test_malformed_tables_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("run_id,source\na,b\n")
-    with pytest.raises(MopError, match="has no column 'model'"):
+    with pytest.raises(MopError, match=r"has no column .*'model'"):
         read_runs(path)
 
 
