@@ -31,6 +31,8 @@ from mopsim.validate.natural import busiest, natural, repeated
 from tests.sim.toys import machine, small
 from tests.software import changed, unfused
 
+WIDE, BATCH = small(head_dim=128), TrainSpec(seq_len=2048, global_batch=8)
+
 ROUTES = (8,) * 8
 
 
@@ -247,7 +249,7 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
 def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> None:
     a100 = load_profile("a100-sxm-80g")
     kept = stack(attention={"default": "scores"})
-    rates = {d: as_used(a100, kept, d, 2048).device.attention.forward for d in (64, 128)}
+    rates = {d: as_used(a100, kept, small(head_dim=d), BATCH).device.attention.forward for d in (64, 128)}
     assert rates[64] < rates[128] < 2 * rates[64]  # a head twice as wide: as many scores, products as slow
     # 0.31 and 0.44 of the peak: 65536 x 2048 x 128 and 65536 x 128 x 2048 of the measured table, with traffic
     peak, bandwidth = 312e12, a100.device.memory_bandwidth.si
@@ -287,13 +289,13 @@ def test_a_layers_experts_are_gathered_in_a_group_of_their_own_ranks() -> None:
 def test_a_fixed_order_slows_attention_backward() -> None:
     hopper, blackwell = load_profile("h100-sxm-80g"), load_profile("b200-sxm-192g")
     ordered = stack(deterministic=True)
-    free, fixed = hopper.device.attention, as_used(hopper, ordered, 128, 2048).device.attention
+    free, fixed = hopper.device.attention, as_used(hopper, ordered, WIDE, BATCH).device.attention
     assert (fixed.forward, fixed.backward) == (free.forward, free.backward * DETERMINISTIC)
-    flash2 = as_used(hopper, stack(attention={"default": "flash2"}), 128, 2048).device.attention
-    there = as_used(blackwell, ordered, 128, 2048).device.attention
+    flash2 = as_used(hopper, stack(attention={"default": "flash2"}), WIDE, BATCH).device.attention
+    there = as_used(blackwell, ordered, WIDE, BATCH).device.attention
     rate, other = 989.4e12 * flash2.forward / 132, 2250e12 * there.forward / 148
     assert other == pytest.approx(rate, rel=0.12)  # an SM is about as fast at Ampere's instructions
-    assert as_used(blackwell, stack(), 128, 2048) == blackwell
+    assert as_used(blackwell, stack(), WIDE, BATCH) == blackwell
 
 
 def test_products_of_their_own_are_split_over_tensor_parallel_ranks() -> None:

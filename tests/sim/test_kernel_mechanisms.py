@@ -31,6 +31,7 @@ from mopsim.validate.parallelism import edges_counted
 from tests.sim.toys import machine, quantity, small
 
 TOY = machine()
+WIDE, LONG = small(head_dim=128), TrainSpec(seq_len=8192, global_batch=8)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_torch_is_slower_at_grouped_products_on_blackwell(
     """Forward and backward of 128,000 rows on B200 (torchao/prototype/moe_training/README.md)."""
     stack = Stack(name="mine", kernels=Kernels(expert_products="torch"))
     b200, h200 = (
-        as_used(load_profile(name), stack, 128, 8192) for name in ("b200-sxm-192g", "h200-sxm-141g")
+        as_used(load_profile(name), stack, WIDE, LONG) for name in ("b200-sxm-192g", "h200-sxm-141g")
     )
     m = 128000 / experts
     found = sum(
@@ -96,7 +97,7 @@ def test_attention_is_held_by_power() -> None:
 
 def test_a_card_of_less_power_runs_a_kernel_at_a_lower_clock() -> None:
     stack = Stack(name="flash2", kernels=Kernels(attention={"default": "flash2"}))
-    full, less = (as_used(load_profile(f"h100-sxm-{size}"), stack, 128, 8192) for size in ("80g", "96g"))
+    full, less = (as_used(load_profile(f"h100-sxm-{size}"), stack, WIDE, LONG) for size in ("80g", "96g"))
     ratio = less.device.attention.forward / full.device.attention.forward
     assert ratio == pytest.approx((500 / 700) ** CLOCK_BY_POWER)
 
@@ -106,7 +107,7 @@ def test_torch_on_amd_runs_a_slower_kernel_than_aiter() -> None:
     stack = Stack(name="flash2", kernels=Kernels(attention={"default": "flash2"}))
     for name in ("mi300x-192g", "mi325x-256g", "mi355x-288g"):
         own = load_profile(name)
-        torch = as_used(own, stack, 128, 8192).device.attention
+        torch = as_used(own, stack, WIDE, LONG).device.attention
         assert torch.forward * 1.18 < own.device.attention.forward
         assert torch.backward * 2 < own.device.attention.backward
     rates = [share * 2516.6 * 8192 / (8192 + torch.seq_half) for share in (torch.forward, torch.backward)]

@@ -141,9 +141,9 @@ def test_hybrid_sharding_reduces_over_replicas_and_holds_more() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_of_attention_costs_what_it_computes(family: str) -> None:
-    """At the rate of the curve of the stack's kernel where queries see as many keys."""
-    used = as_used(B200, load_stack(FAMILIES[family].stack), MIXTRAL.head_dim, 4096)
+    """At the rates of the curves of the stack's kernels, one for windows, where queries see as many keys."""
     narrow = msgspec.structs.replace(MIXTRAL, sliding_window=512)
+    stack, training = load_stack(FAMILIES[family].stack), TrainSpec(seq_len=4096, global_batch=32)
     plain, less = (run(FAMILIES[family], model) for model in (MIXTRAL, narrow))
     alone = [
         seconds(
@@ -151,9 +151,9 @@ def test_a_window_of_attention_costs_what_it_computes(family: str) -> None:
                 "attention", flops=4 * causal_pairs(4096, window) * 128 * 32, seq=attended_span(4096, window),
                 dtype="bfloat16",
             ),
-            used,
+            as_used(B200, stack, model, training),
         )
-        for window in (512, 0)
+        for model, window in ((narrow, 512), (MIXTRAL, 0))
     ]  # fmt: skip
     assert less.busy["attention"] == pytest.approx(alone[0] / alone[1] * plain.busy["attention"], rel=0.1)
 
