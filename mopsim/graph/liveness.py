@@ -1,6 +1,7 @@
 """Which values of a tape live when: a forward run, and its reverse with what it makes again."""
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mopsim.graph.tape import Played, Step, Tape
@@ -38,7 +39,7 @@ def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
         for name in (*(value.name for value in kernel.writes), *kernel.reads):
             last[name] = index
     last |= {name: max(place, last[name]) for name, place in tape.holds.items()}
-    values = tape.values
+    values, over = tape.values, _by_place((name, when) for name, when in last.items() if name not in keep)
     played = []
     for index, kernel in enumerate(tape.kernels):
         passing = [value for value in kernel.writes if last[value.name] == index and value.name not in keep]
@@ -48,11 +49,17 @@ def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
         memory = [
             one if isinstance(one, tuple) else (one.category, one.bytes) for part in steps for one in part
         ]
-        for name, when in last.items():
-            if when == index and name not in keep:
-                memory.append((values[name].category, -values[name].bytes))
+        memory += [(values[name].category, -values[name].bytes) for name in over.get(index, ())]
         played.append(Played(kernel, False, tuple(memory)))
     return played
+
+
+def _by_place(names: Iterable[tuple[str, int]]) -> dict[int, list[str]]:
+    """Names by the place that is given with each."""
+    found: dict[int, list[str]] = {}
+    for name, place in names:
+        found.setdefault(place, []).append(name)
+    return found
 
 
 def held_for_weights(tape: Tape, chosen: Recomputation) -> frozenset[str]:
@@ -85,6 +92,7 @@ def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset
         for value in kernel.writes:
             if value.name in chosen.kept:
                 first_saver.setdefault(value.name, index)
+    over = _by_place((name, first_saver[name]) for name in freed - held if name in first_saver)
     due = _due(tape, chosen, last_saver)
     played: list[Played] = []
     for index in reversed(range(len(tape.kernels))):
@@ -108,9 +116,7 @@ def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset
                 if f"d/{value.name}" not in held:
                     memory.append((value.category, -value.bytes))
                 alive.discard(value.name)
-        for name in freed - held:
-            if first_saver.get(name) == index:
-                memory.append((values[name].category, -values[name].bytes))
+        memory += [(values[name].category, -values[name].bytes) for name in over.get(index, ())]
         if kernel.reads or kernel.writes or kernel.back_bytes != 0:  # counts have no gradient
             played.append(Played(kernel, True, tuple(memory)))
     return played

@@ -146,10 +146,15 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     for place in places:
         op = given[place]
         if op.stream == "compute" and op.component in layers and op.work:
-            groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(place)
+            key = (op.microbatch, op.layer, op.phase, op.component)
+            group = groups.get(key)
+            if group is None:
+                groups[key] = [place]
+            else:
+                group.append(place)
     ops, known, more = list(given), _Known(), dict[tuple[object, ...], float]()
     for (_, _, phase, component), group in groups.items():
-        alike = (phase, component, *(id(given[place].work) for place in group))
+        alike = (phase, component, *[id(given[place].work) for place in group])
         if alike not in more:
             more[alike] = _more(phase, component, [given[place] for place in group], stack, around)
         if more[alike] > 0:

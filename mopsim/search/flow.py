@@ -183,12 +183,17 @@ class Flow:
 
     def play(self, priced: Priced) -> "Flow":
         by, start = len(self.streams), self._ends
-        for op, turn, host in zip(priced.ops, priced.turns, priced.hosts, strict=True):
-            stream, took, deps, height, left = op
-            self._latest = len(self.streams) if stream == COMPUTE else self._latest
-            inside = tuple(dep + by for dep in deps if dep >= 0)
-            after = inside if len(inside) == len(deps) else (*inside, *start)
-            self.add(stream, took, after, turn, host, height, left)
+        for place, (stream, took, deps, height, left) in enumerate(priced.ops, by):
+            if stream == COMPUTE:
+                self._latest = place
+            inside = tuple([dep + by for dep in deps if dep >= 0])
+            self.streams.append(stream)
+            self.seconds.append(took)
+            self.deps.append(inside if len(inside) == len(deps) else (*inside, *start))
+            self.height.append(height)
+            self.left.append(left)
+        self.turns += priced.turns
+        self.hosts += priced.hosts
         place, steps = priced.first
         if place >= 0:
             self.height[by + place], self.left[by + place] = device_bytes((*self._steps, *steps))
@@ -232,18 +237,20 @@ def alone(*flows: Flow) -> Alone:
         going = False
         for which, flow in enumerate(flows):
             streams, took, deps, done = flow.streams, flow.seconds, flow.deps, ends[which]
-            turns = flow.turns
+            turns, height, left = flow.turns, flow.height, flow.left
             place, count = places[which], len(streams)
             while place < count:
                 stream, time = streams[place], took[place]
                 start = last[stream]
                 for dep in deps[place]:
-                    start = max(start, done[dep])
+                    if done[dep] > start:
+                        start = done[dep]
                 if stream == COMPUTE:
-                    start = max(start, 0.0)
+                    start = start if start > 0.0 else 0.0
                     busy += time
-                    top = max(top, held + flow.height[place])
-                    held += flow.left[place]
+                    high = held + height[place]
+                    top = high if high > top else top
+                    held += left[place]
                 done[place] = last[stream] = start + time if start >= 0 else -1.0
                 order.append((which, place))
                 place += 1
@@ -262,19 +269,29 @@ def _paced(flows: Sequence[Flow], order: Sequence[tuple[int, int]], chain: float
     time, in which it is as far ahead of them as it was after the first."""
     if not any(one.whole for flow in flows for one in flow.hosts):
         return chain
+    ends = [(flow, [0.0] * len(flow.streams)) for flow in flows]
+    rows = [
+        (done, place, flow.streams[place], flow.deps[place], flow.seconds[place], flow.hosts[place])
+        for (flow, done), place in ((ends[which], place) for which, place in order)
+    ]
     end = ahead = 0.0
     for _ in range(2):
         clock, last = -ahead, [-1.0] * len(STREAMS)
-        ends = [[0.0] * len(flow.streams) for flow in flows]
-        for which, place in order:
-            flow, done = flows[which], ends[which]
-            stream, host = flow.streams[place], flow.hosts[place]
-            start = max([last[stream], *(done[dep] for dep in flow.deps[place])])
-            start = max(start, 0.0) if stream == COMPUTE else start
-            begin, clock = max(start, clock + host.first), clock + host.whole
-            over = max(begin + flow.seconds[place], clock + host.last) if start >= 0 else -1.0
+        for done, place, stream, deps, took, host in rows:
+            start = last[stream]
+            for dep in deps:
+                if done[dep] > start:
+                    start = done[dep]
+            if stream == COMPUTE and start < 0.0:
+                start = 0.0
+            begin, clock = clock + host.first, clock + host.whole
+            over = -1.0
+            if start >= 0.0:
+                over, late = (start if start > begin else begin) + took, clock + host.last
+                over = late if late > over else over
             done[place] = last[stream] = over
-            clock = max(clock, over) if host.awaited else clock
+            if host.awaited and over > clock:
+                clock = over
         end = max(last[COMPUTE], 0.0)
         ahead = end - clock
     return end
