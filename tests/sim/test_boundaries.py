@@ -20,7 +20,7 @@ from mopsim.spec.strategy import Activations, Overlap, Strategy
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
-from tests.sim.spaces import generate
+from tests.sim.spaces import spread
 from tests.sim.toys import machine, quantity, small
 
 H100 = load_profile("h100-sxm-80g")
@@ -244,12 +244,12 @@ def test_layers_on_the_host_are_at_most_those_there_are() -> None:
 def test_the_search_offers_them() -> None:
     """With and without in the space; as fast with less memory, without leads: a tie needs no copies."""
     training, model = TrainSpec(seq_len=4096, global_batch=64), load_model("deepseek_v3_l4")
-    space = generate(Problem(model, H100, 4, training, total_params(model)), "megatron")
+    space = spread(Problem(model, H100, 4, training, total_params(model)), "megatron")
     assert set(space.columns["boundary_host"].tolist()) == {0, 1}
     grouped = load_model("olmoe_1b_7b")  # whose first norm is in the kernel of a product
-    space = generate(Problem(grouped, H100, 4, training, total_params(grouped)), "megatron")
+    space = spread(Problem(grouped, H100, 4, training, total_params(grouped)), "megatron")
     assert set(space.columns["boundary_host"].tolist()) == {0}
-    best = search(model, H100, 4, training, Options(("megatron",), budget=8)).best
+    best = search(model, H100, 4, training, Options(("megatron",), budget=8, rows=40_000)).best
     assert best is not None
     assert best.strategy.activations.layer_inputs == "device"
     activations = msgspec.structs.replace(best.strategy.activations, layer_inputs="host")

@@ -150,7 +150,7 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
     training = TrainSpec(seq_len=4096, global_batch=64)
 
     def asked(families: tuple[str, ...], precision: MatmulDType) -> SearchResult:
-        options = Options(families, precision=precision, budget=8)
+        options = Options(families, precision=precision, budget=3)
         return search(model, hardware, 1, training, options)
 
     wide, narrow = (asked(("megatron",), precision).best for precision in ("bfloat16", "mxfp8"))

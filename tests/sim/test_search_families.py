@@ -257,7 +257,7 @@ def test_a_plan_is_found_where_little_fits() -> None:
     """Most of the fast pipelines need more than the device has; bounds that are not refined yet must not keep
     the hunt among them (it refined for minutes and said that nothing fits)."""
     training = TrainSpec(seq_len=4096, global_batch=1536)
-    machine, options = load_profile("h200-sxm-141g"), Options(("megatron",), budget=8)
+    machine, options = load_profile("h200-sxm-141g"), Options(("megatron",), budget=8, rows=100_000)
     found = search(load_model("mop_1t"), machine, 12, training, options)
     assert found.best is not None
     assert found.best.sure

@@ -70,11 +70,16 @@ With how far off they may be meanwhile."""
 
 def _case(row: dict[str, str]) -> Any:
     missed = MISSED.get(row["run_id"])
-    marks = [pytest.mark.xfail(strict=True, reason=missed[1])] if missed else []
+    marks = [pytest.mark.xfail(strict=True, reason=missed[1]), _beside(row["run_id"])] if missed else []
     return pytest.param(row, id=row["run_id"], marks=marks)
 
 
-@pytest.mark.parametrize("name", MISSED)
+def _beside(name: str) -> Any:
+    """Both tests of a missed run in one worker, which simulates it once."""
+    return pytest.mark.xdist_group(name)
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=_beside(one)) for one in MISSED])
 def test_a_missed_run_is_missed_by_no_more(name: str) -> None:
     error = scored(name).raw_step_error
     assert error is not None
