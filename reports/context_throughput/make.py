@@ -130,7 +130,7 @@ def assumptions(cases: Sequence[ContextCase], budget: int) -> list[str]:
         "length where none fits; the best of a length is tried at its neighbours with as many tokens a rank, "
         "and a looser contender may use what a stricter one found",
         f"programs as their stacks describe them (MoP on {STACKS['mop']}, FSDP2 on {STACKS['fsdp2']}), whose "
-        "attention is FlashAttention-2, about half as fast as cuDNN's: kernels at their fitted rates, no "
+        "attention is cuDNN's, FlashAttention-2 with heads wider than 128: kernels at their fitted rates, no "
         "jitter, no fragmentation; what the host does is simulated, and hidden at these lengths",
     ]
     for case in cases:
