@@ -226,7 +226,7 @@ def _kernels(plan: Plan) -> dict[str, Any]:
         "cross_entropy_fusion_impl": "native" if kernels.loss == "native" else "te",
     }
     if model.attention != "mla":
-        found["apply_rope_fusion"] = kernels.rotary == "fused"
+        found["apply_rope_fusion"] = kernels.rotary in ("fused", "by_token")
     if model.ffn_matrices == 3 and not model.swiglu_limit:
         found["bias_activation_fusion"] = kernels.activation == "fused"
     if model.num_local_experts:

@@ -32,7 +32,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm whose values are
     rounded before the product with the weight (`rounded`, transformers), or on a copy of its input in fp32,
     both made again in the backward, of which a checkpoint keeps the input alone (`upcast`); rotary embedding
-    by products of complex numbers (`composed`) or of halves (`halves`). stream: of the residual stream, as
+    by products of complex numbers (`composed`) or of halves (`halves`), or in a kernel with a block for each
+    token (`by_token`, Transformer Engine). stream: of the residual stream, as
     the products' or in fp32, as autocast leaves it where weights are. norm_within: products (of the layers'
     tapes) whose kernel has the norm before them in it: its output is kept for their weight gradient, and is
     neither recomputed nor offloaded alone. head_norms: the gradient of the weight of a norm of each head is
@@ -126,7 +127,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
     norm_within: tuple[Normed, ...] = ()
     head_norms: Literal["fused", "summed"] = "fused"
-    rotary: Literal["fused", "composed", "halves"] = "fused"
+    rotary: Literal["fused", "by_token", "composed", "halves"] = "fused"
     activation: Literal["fused", "composed", "strided"] = "fused"
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
