@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import expit, ndtr, ndtri
-from scipy.stats import multivariate_normal
 
 from mopsim.common.changes import sparse
 from mopsim.common.errors import require
@@ -256,6 +255,8 @@ def spread(
 
 def _likelihood(quantity: ErrorQuantity, seen: tuple[ErrorCell, ...]) -> float:
     """The log density of what was seen, given the cells of `quantity`."""
+    from scipy.stats import multivariate_normal  # takes as long to import as all else, and few ask for it
+
     means, covariances = joint(quantity, seen)
     own = run_variances(seen, quantity.deviations)
     covariances += np.diag([own[one.source] / one.runs - quantity.deviations.run**2 for one in seen])

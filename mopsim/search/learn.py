@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
-from scipy.optimize import nnls
 
 from mopsim.search.problem import Column
 from mopsim.search.wires import Reals
@@ -80,6 +79,8 @@ class Memory:
         """Bytes for each unit of each part and for each byte of the bound, by least squares of what they miss
         as a share of the bound; of the gathered weights near 1, of the others near 0, where too few
         simulations say."""
+        from scipy.optimize import nnls  # takes long to import, and a simulation learns nothing
+
         parts = np.vstack([self.parts, self.bound])
         least = np.zeros(len(parts))
         least[0] = 1.0

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from mopsim.intervals.errors import known_errors
 
@@ -94,6 +93,8 @@ def fit(points: Sequence[PacedRun], issue: float = LAUNCH, new: bool = False) ->
         predicted = np.array([tried.apply(p) for p in points]) / measured
         prior = [(x[0] - 1) / prior_scale, (x[1] * 1e-6 - issue) / LAUNCH_PRIOR, x[2]]
         return np.concatenate([_robust((predicted - 1) / scatter) / np.sqrt(runs), prior])
+
+    from scipy.optimize import least_squares  # takes long to import, and a simulation fits nothing
 
     best = None
     for start in STARTS:

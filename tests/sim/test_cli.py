@@ -234,8 +234,12 @@ def test_nothing_fits_is_told_by_the_exit_code_and_a_plan_of_nothing_is_not_writ
 
 
 def test_cli_imports_neither_torch_nor_matplotlib() -> None:
-    heavy = ("torch", "matplotlib", "simpy", "numpy")
-    code = f"import mopsim, mopsim.cli, sys; sys.exit(any(m in sys.modules for m in {heavy}))"
+    """And a simulation none of what takes as long to import as all of mopsim."""
+    heavy, further = ("torch", "matplotlib", "simpy", "numpy"), ("pandas", "scipy.stats", "scipy.optimize")
+    code = (
+        f"import mopsim, mopsim.cli, sys; heavy = any(m in sys.modules for m in {heavy}); "
+        f"mopsim.simulate; sys.exit(heavy or any(m in sys.modules for m in {further}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
