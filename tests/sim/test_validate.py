@@ -189,7 +189,7 @@ def test_sources_count_alike_however_many_rows_they_have() -> None:
 def test_a_deterministic_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
     free = load_profile("h100-sxm-80g")
     run = read_case(row(tp="4", dp="2", notes="deterministic=true", sharding="zero1"), MODELS)
-    fixed = as_used(run.profile(), run.program(), run.model, run.training)
+    fixed = as_used(run.profile(), run.program(), run.network(), run.training)
 
     def took(kind: str, profile: HardwareProfile) -> float:
         return seconds(Work(kind, bytes=1e9, group=CommGroup(4, 4)), profile)
