@@ -17,7 +17,7 @@ from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS, packed_row
 _E, _R, _D = "experts", "router", "dispatch"
 
 
-class _Loss(NamedTuple):
+class _RouterLoss(NamedTuple):
     """Of a slice of the router's logits: passes over it, kernels, and tensors of its size that are alive at
     once beside it and its gradient (mopexec/operators/router_losses.py, add_gradient_)."""
 
@@ -26,7 +26,7 @@ class _Loss(NamedTuple):
     alive: int
 
 
-BALANCE, Z = _Loss(25, 16, 3), _Loss(13, 10, 2)
+BALANCE, Z = _RouterLoss(25, 16, 3), _RouterLoss(13, 10, 2)
 
 
 class ExpertsPair(Rows):
