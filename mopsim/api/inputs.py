@@ -298,8 +298,10 @@ class NoStrategyError(MopError):
 
 def make_plan(inputs: Inputs, result: SimResult) -> Plan:
     """The plan of a simulated strategy, with what it promises."""
-    hardware = inputs.hardware
-    here = result.stack.on(hardware.device.architecture, inputs.training.plain_attention(inputs.model))
+    hardware, stack = inputs.hardware, result.stack
+    if stack.runtime:  # mopexec runs the kernel that its plan names
+        here = stack.on(hardware.device.architecture, inputs.training.plain_attention(inputs.model))
+        stack = structs.replace(stack, kernels=here.kernels)
     return Plan(
         model=inputs.model,
         hardware=HardwareRef(
@@ -312,7 +314,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
         ),
         strategy=result.strategy,
         training=inputs.training,
-        stack=structs.replace(result.stack, kernels=here.kernels),
+        stack=stack,
         prediction=Prediction(
             step_time=result.step_time,
             tokens_per_second=result.tokens_per_second,
