@@ -62,7 +62,7 @@ def all_gather_single(output: Tensor, input: Tensor, group: Group = None, async_
     """output [n * s, ...] = the group's inputs [s, ...] in rank order. The work is done unless async."""
     return _run(
         "all_gather",
-        _bytes(output),
+        output.nbytes,
         (output, input),
         lambda: _all_gather(output, input, group=group, async_op=async_op),
         group,
@@ -75,7 +75,7 @@ def reduce_scatter_single(
     """output [s, ...] = this rank's slice of the sum over the group of inputs [n * s, ...]."""
     return _run(
         "reduce_scatter",
-        _bytes(input),
+        input.nbytes,
         (output, input),
         lambda: _reduce_scatter(output, input, group=group, async_op=async_op),
         group,
@@ -88,7 +88,7 @@ def all_reduce(
     """tensor = the sum (or `op`) over the group, in place."""
     return _run(
         "all_reduce",
-        _bytes(tensor),
+        tensor.nbytes,
         (tensor,),
         lambda: dist.all_reduce(tensor, op=op, group=group, async_op=async_op),
         group,
@@ -106,7 +106,7 @@ def all_to_all_single(
     """Row blocks of `input` go to the ranks in order; `output` gathers theirs. Splits in rows."""
     return _run(
         "all_to_all",
-        _bytes(input),
+        input.nbytes,
         (output, input),
         lambda: dist.all_to_all_single(
             output, input, output_splits, input_splits, group=group, async_op=async_op
@@ -156,7 +156,7 @@ def exchange(
 
     kind = "send_recv" if timed else ""
     tensors = [tensor for tensor, _, _ in (*send, *receive)]
-    return _run(kind, sum(_bytes(tensor) for tensor, _, _ in send), tensors, issue, group)
+    return _run(kind, sum(tensor.nbytes for tensor, _, _ in send), tensors, issue, group)
 
 
 def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
@@ -200,10 +200,6 @@ class _Settled:
 
 def _use_count(tensor: Tensor) -> int:
     return int(cast(Any, tensor)._use_count())
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def of_all(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -119,7 +119,7 @@ class KindTimer(EagerMode):
         if kind is None:
             return func(*args, **kwargs)
         if func.namespace == "c10d":
-            num_bytes = sum(_bytes(tensor) for tensor in tensors_in(args[:2]))
+            num_bytes = sum(tensor.nbytes for tensor in tensors_in(args[:2]))
             self._line_up(_group_of(args))
             return self._timed(
                 kind,
@@ -224,10 +224,10 @@ def _on_host(tensor: Tensor) -> bool:
 def _work(kind: str, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[float, float]:
     """FLOP and bytes of an op, from the shapes of its arguments and results."""
     if kind in ("h2d", "d2h"):
-        return 0.0, float(sum(_bytes(tensor) for tensor in tensors_in(args[0])))
-    num_bytes = sum(_bytes(tensor) for tensor in tensors_in(args))
+        return 0.0, float(sum(tensor.nbytes for tensor in tensors_in(args[0])))
+    num_bytes = sum(tensor.nbytes for tensor in tensors_in(args))
     if not writes(func):
-        num_bytes += sum(_bytes(tensor) for tensor in tensors_in(result))
+        num_bytes += sum(tensor.nbytes for tensor in tensors_in(result))
     return op_flops(func, args, kwargs, result), float(num_bytes)
 
 
@@ -271,10 +271,6 @@ def _event() -> Any:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _timing(sums: Sequence[_Sum]) -> KindTiming:

@@ -268,8 +268,7 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     Raises MopError where it is of a plan for another model, or computes in another precision than asked for.
     """
     strategy, stack = _read_strategy(given, inputs)
-    dtypes = strategy.precision
-    own = dtypes.compute if dtypes.matmul == "compute" else dtypes.matmul
+    own = strategy.precision.products
     rule = f"contradicts the strategy {strategy.name}, which computes in {own}: it is for families"
     require(inputs.precision in (own, None), "precision", inputs.precision, rule)
     return strategy, stack

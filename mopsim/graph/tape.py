@@ -6,6 +6,9 @@ Nothing else in the simulator counts them.
 """
 
 from msgspec import Struct
+from msgspec.structs import replace
+
+from mopsim.spec.hardware import COLLECTIVES
 
 GATE_CLAMPS = "gate clamps"
 """Kernel of clamps that come before a gate (Kernels.clamped_gate of a stack)."""
@@ -34,6 +37,11 @@ class Matmul(Struct, frozen=True):
     @property
     def flops(self) -> float:
         return 2 * self.m * self.n * self.k * self.count
+
+    @property
+    def elements(self) -> float:
+        """Of B, of all products."""
+        return self.n * self.k * self.count
 
 
 class Kernel(Struct, frozen=True):
@@ -83,6 +91,22 @@ class Kernel(Struct, frozen=True):
     @property
     def total_flops(self) -> float:
         return self.flops + sum(matmul.flops for matmul in self.matmuls)
+
+    @property
+    def back_moved(self) -> float:
+        """Bytes that its backward moves, unless told: of a collective as many, of others twice as many."""
+        usual = self.bytes if self.kind in COLLECTIVES else 2 * self.bytes
+        return usual if self.back_bytes is None else self.back_bytes
+
+    @property
+    def back_starts(self) -> int:
+        """Kernels that its backward starts."""
+        return self.launches if self.back_launches is None else self.back_launches
+
+    def moving(self, times: float) -> "Kernel":
+        """With so many times the bytes, both ways."""
+        back = None if self.back_bytes is None else self.back_bytes * times
+        return replace(self, bytes=self.bytes * times, back_bytes=back)
 
 
 class Played(Struct, frozen=True):

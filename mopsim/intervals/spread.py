@@ -69,8 +69,7 @@ def network(model: ModelSpec) -> str:
 
 def products(precision: Precision) -> str:
     """The dtype or recipe of matrix products: bf16, fp16, fp8, ..."""
-    name = precision.compute if precision.matmul == "compute" else precision.matmul
-    return SHORT.get(name, name)
+    return SHORT.get(precision.products, precision.products)
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,7 @@ def play(
 def _talks(item: Played, context: Context) -> bool:
     """Whether this is a collective of several ranks that moves something this way."""
     kernel = item.kernel
-    back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    moved = back if item.backward else kernel.bytes
+    moved = kernel.back_moved if item.backward else kernel.bytes
     return (
         kernel.kind in COLLECTIVES
         and context.groups.get(kernel.group, CommGroup(1, 1)).size > 1

@@ -170,7 +170,7 @@ def _fills(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     values = kernel.writes if part == "forward" else tuple(v for v in kernel.writes if v.grad)
     sizes = [value.bytes for value in values if value.bytes] if part != "weight_grad" else []
     if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
-        sizes += [int(one.n * one.k * one.count * context.b) for one in kernel.matmuls]
+        sizes += [int(one.elements * context.b) for one in kernel.matmuls]
     return (Work("memory_bound", bytes=float(sum(sizes)), launches=len(sizes)),) if sizes else ()
 
 
@@ -182,15 +182,12 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if part == "weight_grad":
         return ()
     forward = part == "forward"
-    launches = kernel.launches
-    if not forward and kernel.back_launches is not None:
-        launches = kernel.back_launches
+    launches = kernel.launches if forward else kernel.back_starts
     if kernel.kind == "attention":
         # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
         flops, moved = (kernel.flops, kernel.bytes) if forward else (2.5 * kernel.flops, 2 * kernel.bytes)
         precision = context.strategy.precision
-        dtype = precision.matmul if precision.attention == "matmul" else precision.compute
-        dtype = precision.compute if dtype == "compute" else dtype
+        dtype = precision.products if precision.attention == "matmul" else precision.compute
         drops = context.model.dropout > 0 and context.stack.flash
         return (
             Work(
@@ -198,10 +195,8 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
                 drops=drops, launches=launches,
             ),
         )  # fmt: skip
-    size = kernel.bytes
+    size = kernel.bytes if forward else kernel.back_moved
     if kernel.kind in COLLECTIVES:
-        if not forward and kernel.back_bytes is not None:
-            size = kernel.back_bytes
         kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
         group = context.groups.get(kernel.group, CommGroup(1, 1))
         if not size:
@@ -214,8 +209,6 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         hybrid = context.strategy.experts.token_dispatcher == "hybridep"
         mapped = hybrid and forward and kernel.name == "dispatch"
         return (*_map(context, group), work) if mapped else (work,)
-    if not forward:
-        size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = _by_index(kernel, context)
     atomic, ordered = _added(kernel, forward, context, size / 2 / context.b)
     sums = atomic if forward else atomic + kernel.back_sums
@@ -303,7 +296,7 @@ def _casts(
     each = once if alone else once + narrow
     inputs = sum(one.m * one.k * one.count for one in kernel.matmuls) * kernel.casts
     outputs = sum(one.m * one.n * one.count for one in kernel.matmuls) * kernel.back_casts
-    weights = sum(one.n * one.k * one.count for one in kernel.matmuls if one.weight)
+    weights = sum(one.elements for one in kernel.matmuls if one.weight)
     rows, moved = how.cast_scales == "rows", 0.0
     scaled = 2 * DTYPE_BYTES[context.strategy.precision.compute] * rows  # by the factors of rows, in place
     if part == "forward":
@@ -319,9 +312,8 @@ def _casts(
 
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
-    recipe = precision.compute if precision.matmul == "compute" else precision.matmul
     eight_bit = kernel.component == "vocabulary" and precision.vocabulary == "matmul"
-    dtype = precision.compute if kernel.component in EXACT and not eight_bit else recipe
+    dtype = precision.compute if kernel.component in EXACT and not eight_bit else precision.products
     looped = kernel.kind == "grouped_matmul" and context.looped
     found = []
     for place, one in enumerate(kernel.matmuls):
@@ -347,6 +339,6 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     added = added and not context.makes_grads
     if part in ("backward", "weight_grad") and added:
         # each gradient is read, its buffer read and written
-        size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)
+        size = sum(one.elements for one in kernel.matmuls) * (context.b + 2 * context.grad)
         found.append(Work("memory_bound", bytes=size, launches=len(kernel.matmuls)))
     return tuple(found)

@@ -50,7 +50,7 @@ class Footprint:
         self.wide = DTYPE_BYTES[precision.moments]
         self.streamed = self.wide + self.moments
         """Bytes of state that go each way for a parameter whose update is streamed."""
-        self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
+        self.dtype = precision.products
         self.wires = Wires(self.hardware, self.problem.world_size)
         self.tokens = space.tokens().astype(np.float64)
         c = self.c

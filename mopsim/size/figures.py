@@ -241,6 +241,11 @@ def _bought(
     return sum(bought.values()), parts
 
 
+def deviation(low: float, high: float) -> float:
+    """Of a logarithm whose interval with probability LEVEL this is."""
+    return math.log(high / low) / (2 * WIDE)
+
+
 def _spread(
     hardware: HardwareProfile, nodes: int, step: Step, seconds: float, good: Goodput, a: Assumptions
 ) -> tuple[float, float]:
@@ -248,7 +253,7 @@ def _spread(
     of failures, and how well their rate is known; independent, to first order."""
     of_step = a.step_time_spread
     if step.low is not None and step.high is not None:
-        of_step = math.log(step.high / step.low) / (2 * WIDE)
+        of_step = deviation(step.low, step.high)
     of_mean = good.deviation / math.sqrt(seconds)
     rate = 0.0
     if a.utilisation is None and "failure_rate" not in a.given:
@@ -256,6 +261,6 @@ def _spread(
             goodput(hardware, nodes, step.checkpoint, a.with_(failure_rate=one)).share
             for one in (known()["failure_rate"].low, known()["failure_rate"].high)
         ]
-        rate = math.log(ends[0] / ends[1]) / (2 * WIDE)
+        rate = deviation(ends[1], ends[0])
     chance = math.log1p(of_mean**2)  # variance of the logarithm of a log-normal wall clock
     return math.sqrt(of_step**2 + chance + rate**2), of_step

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from scipy.special import ndtri
 
 from mopsim.size.benchmarks import Benchmark, measurements, of_machine, settled_by_plan, tag_of
-from mopsim.size.figures import LEVEL, WIDE, Figures
+from mopsim.size.figures import LEVEL, Figures, deviation
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
 
@@ -34,7 +34,7 @@ def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[
     assert result is not None
     left, most = settled_by_plan(bill), of_machine(bill, result)
     parts = {
-        one.name: (math.log(one.high.days / one.low.days) / (2 * WIDE)) ** 2
+        one.name: deviation(one.low.days, one.high.days) ** 2
         for one in swings
         if any(one.name in benchmark.kinds for benchmark in known_now.benchmarks)
     }

@@ -11,7 +11,7 @@ from mopsim.size.ask import billed
 from mopsim.size.assumptions import known
 from mopsim.size.benchmarks import measurements, of_machine, spreads, tag_of
 from mopsim.size.carry import played
-from mopsim.size.figures import LEVEL, WIDE, Figures
+from mopsim.size.figures import LEVEL, WIDE, Figures, deviation
 from mopsim.size.points import Point, Request
 from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.training import TrainSpec
@@ -162,7 +162,7 @@ def _speeds(request: Request, point: Point) -> list[Swing]:
         return [swing for swing in ends if swing is not None]
 
     whole, most = found(1.0), of_machine(bill, result)
-    moved = sum((math.log(one.high.days / one.low.days) / (2 * WIDE)) ** 2 for one in whole)
+    moved = sum(deviation(one.low.days, one.high.days) ** 2 for one in whole)
     return found(math.sqrt(most / moved)) if moved > most else whole
 
 

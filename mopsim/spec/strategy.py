@@ -212,6 +212,11 @@ class Precision(Spec, frozen=True, kw_only=True):
     vocabulary: Literal["compute", "matmul"] = "compute"
 
     @property
+    def products(self) -> MatmulDType:
+        """The dtype or recipe of matrix products."""
+        return self.compute if self.matmul == "compute" else self.matmul
+
+    @property
     def masters(self) -> str:
         """The dtype that is updated."""
         return self.param if self.master == "param" else self.master

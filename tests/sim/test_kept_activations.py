@@ -123,7 +123,7 @@ def test_rows_that_are_weighed_before_they_are_added(stack: str, kept: int) -> N
         (kernel.name, part): found
         for kernel in tape.kernels
         for part in parts
-        if (found := sum(work.sums for work in works(kernel, part, context)))
+        if (found := sum(work.sums + work.ordered for work in works(kernel, part, context)))
     }
     assert sums == {
         ("accumulate", "forward"): rows + 32 * model.hidden_size // 2, ("permute", "backward"): rows,

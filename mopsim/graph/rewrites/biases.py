@@ -1,7 +1,7 @@
 """Biases of routed experts, which torch adds to their rows beside the products."""
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, traffic
-from mopsim.graph.tape import Kernel, Step
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, scratch, traffic
+from mopsim.graph.tape import Kernel
 
 BIASED = TensorPasses(4, 0, 2)
 """An expert's bias gathered for each row; rows and biases read, their sums written."""
@@ -38,7 +38,7 @@ def biased(kernels: tuple[Kernel, ...], how: str, b: int, compiled: bool) -> tup
                 launches=0 if compiled else BIASED.launches, back_bytes=float(out.bytes),
                 back_launches=5 if how == "indexed" else 2, back_serial=rows.get(how, 0.0),
                 back_sums=out.bytes / b if how == "added" else 0.0,
-                scratch=_one(0 if compiled else out.bytes),
+                scratch=scratch(0 if compiled else out.bytes),
             )
         )  # fmt: skip
     return tuple(found)
@@ -62,11 +62,7 @@ def bias_scaled(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]
                 f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
                 bytes=traffic(there, out.bytes, wide), launches=each[0] * experts + there.launches,
                 back_bytes=traffic(back, out.bytes, wide), back_launches=each[1] * experts + back.launches,
-                scratch=_one(2 * wide), back_scratch=_one(2 * wide),
+                scratch=scratch(2 * wide), back_scratch=scratch(2 * wide),
             )
         )  # fmt: skip
     return tuple(found)
-
-
-def _one(size: float) -> tuple[Step, ...]:
-    return (("activations", int(size)),)

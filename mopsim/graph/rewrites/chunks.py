@@ -72,10 +72,9 @@ def _part(kernel: Kernel, share: float, suffix: str, inner: set[str], region: st
     added = 0 if newest else kernel.weight_grad
     reads = [name for name in kernel.reads if newest or name in inner or kernel.name == _FIRST]
     return replace(
-        kernel, reads=renamed(reads), saves=renamed(kernel.saves), bytes=kernel.bytes * share,
+        kernel.moving(share), reads=renamed(reads), saves=renamed(kernel.saves),
         writes=tuple(replace(v, name=v.name + suffix, bytes=int(v.bytes * share)) for v in kernel.writes),
         matmuls=tuple(replace(one, m=one.m * share) for one in kernel.matmuls),
-        back_bytes=None if kernel.back_bytes is None else kernel.back_bytes * share,
         back_serial=kernel.back_serial * share,
         back_sums=kernel.back_sums * share,
         scratch=scaled(kernel.scratch), weight_grad=kernel.weight_grad - added,

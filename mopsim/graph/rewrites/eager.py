@@ -11,8 +11,8 @@ from functools import partial
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.gates import apart, clamped, clamped_again, gated, shifted
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, instead, traffic
-from mopsim.graph.tape import Kernel, Step, Value
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, instead, scratch, traffic
+from mopsim.graph.tape import Kernel, Value
 
 NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
 """Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
@@ -206,8 +206,8 @@ def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tup
     # and theirs, as summed, packed and received (_templated_ring_attention of torch 2.13 on four CPU ranks).
     core = kernels[place]
     core = replace(
-        core, scratch=(*core.scratch, *_one(int(4 * out * wider))),
-        back_scratch=(*core.back_scratch, *_one(int(out * wider + own * (2 + 3 * wider)))),
+        core, scratch=(*core.scratch, *scratch(int(4 * out * wider))),
+        back_scratch=(*core.back_scratch, *scratch(int(out * wider + own * (2 + 3 * wider)))),
     )  # fmt: skip
     return (*kernels[:place], core, merge, *kernels[place + 1 :])
 
@@ -227,8 +227,8 @@ def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Ke
     saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
     working = int((3.5 if wider > 1 and not rounded else 3) * size) - narrow
     return replace(
-        found, writes=(*kernel.writes, *kept), saves=saves, scratch=_one(size if wider > 1 else 0),
-        back_scratch=_one(working),
+        found, writes=(*kernel.writes, *kept), saves=saves, scratch=scratch(size if wider > 1 else 0),
+        back_scratch=scratch(working),
     )  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def _upcast(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the copy of its input."""
     copy = Value(f"{kernel.name}_wide", int(kernel.writes[0].bytes * wider), grad=False)
     found = instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
-    return replace(found, writes=(*kernel.writes, copy), saves=(copy.name,), back_scratch=_one(copy.bytes))
+    return replace(found, writes=(*kernel.writes, copy), saves=(copy.name,), back_scratch=scratch(copy.bytes))
 
 
 def _upcast_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -244,11 +244,7 @@ def _upcast_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
     size = kernel.writes[0].bytes * wider
     found = instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
     found = beside(found, kernel.writes[0].bytes * (1 + wider), None, UPCAST)
-    return replace(found, scratch=_one(size), back_scratch=_one(2 * size))
-
-
-def _one(size: float) -> tuple[Step, ...]:
-    return (("activations", int(size)),)
+    return replace(found, scratch=scratch(size), back_scratch=scratch(2 * size))
 
 
 def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -263,7 +259,7 @@ def _by_token(kernel: Kernel, wider: float, wings: int) -> Kernel:
 def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
     size = kernel.writes[0].bytes
     found = instead(kernel, wider, HALVES, HALVES_BACKWARD)
-    return replace(found, scratch=_one(size), back_scratch=_one(1.5 * size))
+    return replace(found, scratch=scratch(size), back_scratch=scratch(1.5 * size))
 
 
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:

@@ -63,12 +63,8 @@ def _padded(kernel: Kernel, local: int, share: float, held: float, busy: int) ->
         return replace(kernel, writes=writes, matmuls=(Matmul(most.m, most.n, most.k, local),))
     if kernel.component != "experts" or not kernel.name.startswith("experts_"):
         return kernel
-    back = None if kernel.back_bytes is None else kernel.back_bytes * share
     scratch, back_scratch = steps(kernel.scratch), steps(kernel.back_scratch)
-    return replace(
-        kernel, writes=writes, bytes=kernel.bytes * share, back_bytes=back, scratch=scratch,
-        back_scratch=back_scratch,
-    )  # fmt: skip
+    return replace(kernel.moving(share), writes=writes, scratch=scratch, back_scratch=back_scratch)
 
 
 def _sliced(kernel: Kernel, writes: tuple[Value, ...], share: float, busy: int, local: int) -> Kernel:

@@ -71,9 +71,8 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
             moved = float(sum(one.bytes for one in writes))
             renamed[exchange.name] = replace(sent, writes=writes, bytes=moved)
         elif exchange is not core:
-            back = None if sent.back_bytes is None else sent.back_bytes * times
             writes = tuple(replace(one, bytes=one.bytes * times) for one in sent.writes)
-            renamed[exchange.name] = replace(sent, writes=writes, bytes=sent.bytes * times, back_bytes=back)
+            renamed[exchange.name] = replace(sent.moving(times), writes=writes)
         around |= {name: (kernel,) for name, kernel in renamed.items()}
         around[exchange.name] = (copy, *around[exchange.name])
     out, reader = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
@@ -180,7 +179,7 @@ def rows_exchanged(
         if kernel.group != "tensor" or not kernel.back_kind:
             found.append(kernel)
             continue
-        back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+        back = kernel.back_moved
         exact = kernel.component in EXACT
         less, fewer = (1.0, 1.0) if exact else (rows, grads)
         first, second = (kernel.bytes * less, back) if gathers else (kernel.bytes, back * fewer)

@@ -61,7 +61,7 @@ def weights_cast(kernels: tuple[Kernel, ...], narrow: float) -> tuple[Kernel, ..
     """Products whose cast weights, `narrow` bytes for each, stay from the forward to the backward."""
     found: list[Kernel] = []
     for kernel in kernels:
-        size = int(sum(one.n * one.k * one.count for one in kernel.matmuls if one.weight) * narrow)
+        size = int(sum(one.elements for one in kernel.matmuls if one.weight) * narrow)
         if size and kernel.component not in EXACT:
             copy = Value(f"{kernel.name}_cast", size, "gathered", grad=False)
             kernel = replace(kernel, writes=(*kernel.writes, copy), saves=(*kernel.saves, copy.name))

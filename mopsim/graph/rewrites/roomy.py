@@ -49,7 +49,4 @@ def _roomy(kernel: Kernel, room: float, stash: float, saved: set[str]) -> Kernel
         kernel, writes=tuple(map(value, kernel.writes)), scratch=steps(kernel.scratch),
         back_scratch=steps(kernel.back_scratch),
     )  # fmt: skip
-    if kernel.name != GATE or stash:
-        return found
-    back = None if kernel.back_bytes is None else kernel.back_bytes * room
-    return replace(found, bytes=kernel.bytes * room, back_bytes=back)
+    return found if kernel.name != GATE or stash else found.moving(room)

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, traffic
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, scratch, traffic
 from mopsim.graph.tape import Kernel, Value
 
 BALANCE, BALANCE_BACKWARD = TensorPasses(0, 4, 14), TensorPasses(0, 18, 11)
@@ -59,9 +59,8 @@ def _loss(
     alive: int,
 ) -> Kernel:
     """alive: tensors of the size of what it reads that its backward has at once."""
-    working = ("activations", size)
     return Kernel(
         name, "memory_bound", top_k.component, (read,), (row,), saves=(read, row.name),
         bytes=traffic(there, 0, size), launches=there.launches, back_bytes=traffic(back, 0, size),
-        back_launches=back.launches, scratch=(working,), back_scratch=(working,) * alive,
+        back_launches=back.launches, scratch=scratch(size), back_scratch=alive * scratch(size),
     )  # fmt: skip

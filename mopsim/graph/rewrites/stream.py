@@ -23,8 +23,7 @@ def widened(tape: Tape, times: int) -> Tape:
                 one, writes=writes, saves=(*(name for name in one.saves if name != copy), one.reads[0])
             )
         if one.name.endswith("residual"):
-            back = None if one.back_bytes is None else one.back_bytes * times
-            one = replace(one, bytes=one.bytes * times, back_bytes=back)
+            one = one.moving(times)
         return replace(one, writes=tuple(map(value, one.writes)))
 
     return replace(tape, inputs=tuple(map(value, tape.inputs)), kernels=tuple(map(kernel, tape.kernels)))

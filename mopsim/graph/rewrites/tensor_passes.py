@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from mopsim.graph.tape import Kernel
+from mopsim.graph.tape import Kernel, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,11 @@ def traffic(passes: TensorPasses, narrow: float, wide: float) -> float:
     return passes.narrow * narrow + passes.wide * wide
 
 
+def scratch(size: float) -> tuple[Step, ...]:
+    """Bytes that are there while a kernel runs."""
+    return (("activations", int(size)),)
+
+
 def instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: TensorPasses) -> Kernel:
     size = sum(value.bytes for value in kernel.writes)
     return replace(
@@ -31,11 +36,8 @@ def instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: Tenso
 
 def beside(kernel: Kernel, size: float, forward: TensorPasses | None, backward: TensorPasses) -> Kernel:
     """Beside what the kernel does already."""
-    back = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    launches = kernel.launches if kernel.back_launches is None else kernel.back_launches
-    found = replace(
-        kernel, back_bytes=back + backward.narrow * size, back_launches=launches + backward.launches
-    )
+    back, launches = kernel.back_moved + backward.narrow * size, kernel.back_starts + backward.launches
+    found = replace(kernel, back_bytes=back, back_launches=launches)
     if forward is None:
         return found
     return replace(
