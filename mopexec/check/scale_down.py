@@ -48,6 +48,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
         devices_per_node=ranks,
         memory_limit=1 << 40,
         host_limit=1 << 40,
+        architecture=plan.hardware.architecture,
     )
     return Plan(model=model, hardware=hardware, strategy=strategy, training=training, stack=plan.stack)
 

@@ -44,9 +44,11 @@ def build(
     """This rank's Runner, with `weights`, or drawn from `seed`; torch.distributed must be initialised. Raises
     SpecError.
     """
+    stack = plan.stack
     if not platform.fake:
-        kind = "cuda" if platform.is_cuda else "cpu"
-        plan = msgspec.structs.replace(plan, stack=plan.stack.on_kind(kind))
+        stack = stack.on_kind("cuda" if platform.is_cuda else "cpu")
+    stack = stack.on(plan.hardware.architecture, plan.training.plain_attention(plan.model))
+    plan = msgspec.structs.replace(plan, stack=stack)
     check_supported(plan)
     if platform.is_cuda:
         kernels.prepare(plan.stack.kernels)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec import structs
-
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
@@ -297,10 +295,7 @@ class NoStrategyError(MopError):
 
 def make_plan(inputs: Inputs, result: SimResult) -> Plan:
     """The plan of a simulated strategy, with what it promises."""
-    hardware, stack = inputs.hardware, result.stack
-    if stack.runtime:  # mopexec runs the kernel that its plan names
-        here = stack.on(hardware.device.architecture, inputs.training.plain_attention(inputs.model))
-        stack = structs.replace(stack, kernels=here.kernels)
+    hardware = inputs.hardware
     return Plan(
         model=inputs.model,
         hardware=HardwareRef(
@@ -310,10 +305,11 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             devices_per_node=hardware.devices_per_node,
             memory_limit=hardware.memory_limit(),
             host_limit=result.host_limit,
+            architecture=hardware.device.architecture,
         ),
         strategy=result.strategy,
         training=inputs.training,
-        stack=stack,
+        stack=result.stack,
         prediction=Prediction(
             step_time=result.step_time,
             tokens_per_second=result.tokens_per_second,

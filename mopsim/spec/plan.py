@@ -25,7 +25,8 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
     """Which profile a plan was made for, and the limits that it was held to.
 
     name: the profile's. digest: that of its content. num_nodes, devices_per_node: the cluster. memory_limit:
-    bytes of a device. host_limit: bytes of a rank's share of the host.
+    bytes of a device. host_limit: bytes of a rank's share of the host. architecture: of its devices, by which
+    a stack's attention kernel is chosen; empty in plans of before.
     """
 
     name: str
@@ -34,6 +35,7 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
     devices_per_node: int
     memory_limit: int
     host_limit: int
+    architecture: str = ""
 
     def __post_init__(self) -> None:
         require_name(self.name)

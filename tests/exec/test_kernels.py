@@ -224,6 +224,23 @@ def test_the_stacks_attention_is_played(kernel: str) -> None:
     assert counted.by_op[f"aten::_scaled_dot_product_{word}_attention_backward"] == layers
 
 
+@pytest.mark.parametrize(
+    ("architecture", "mask", "word"),
+    [
+        ("hopper", "causal", "cudnn"),
+        ("hopper", "document", "flash"),
+        ("ampere", "causal", "flash"),
+        ("", "causal", "flash"),
+    ],
+)
+def test_attention_is_chosen_by_architecture_and_mask(architecture: str, mask: str, word: str) -> None:
+    plan = planned()
+    where = msgspec.structs.replace(plan.hardware, architecture=architecture)
+    training = msgspec.structs.replace(plan.training, attention_mask=mask)
+    counted = counted_step(msgspec.structs.replace(plan, hardware=where, training=training))
+    assert counted.by_op[f"aten::_scaled_dot_product_{word}_attention"] == 2 * plan.model.num_hidden_layers
+
+
 def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
     with pytest.raises(SpecError, match=r"stack.kernels.attention: 'flash3' cannot be activated"):
         prepare(msgspec.structs.replace(CUDA, attention={"default": "flash3"}))
