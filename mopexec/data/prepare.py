@@ -270,18 +270,13 @@ def _is_whole(directory: Path) -> bool:
     try:
         meta = read_meta(directory)
         return all(
-            _file_digest(directory / name) == digest
+            io.file_digest(directory / name) == digest
             for part in meta.parts
             for name, digest in {part.tokens: part.digest, **part.others}.items()
             if not Path(name).is_absolute()
         )
     except (MopError, OSError):
         return False
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parts(
@@ -342,7 +337,7 @@ def _tokenise(
     beside = _ends(np.array(ends, dtype=np.int64), directory, number)
     if masked:
         beside["mask"] = mask.name
-        beside["others"][mask.name] = _file_digest(mask)
+        beside["others"][mask.name] = io.file_digest(mask)
     else:
         mask.unlink()
     return TextPart(
@@ -357,7 +352,7 @@ def _ends(ends: npt.NDArray[np.int64] | None, directory: Path, number: int) -> d
         return {}
     file = directory / f"ends{number}.bin"
     ends.tofile(file)
-    return {"ends": file.name, "others": {file.name: _file_digest(file)}}
+    return {"ends": file.name, "others": {file.name: io.file_digest(file)}}
 
 
 def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -11,11 +11,9 @@ import torch
 from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.probe_fit import Shape
 from mopexec.measure.probe_timing import Sample, Stopwatch, measure, summarize
+from mopsim.spec.hardware import ATTENTION_BACKWARD
 
 Call = Callable[[], object]
-BACKWARD_FLOPS = 2.5
-"""FLOP of flash attention's backward over its forward: five matmuls (scores again, dV, dP, dQ, dK) to two."""
-
 DTYPES = {"cpu": ("float32", "bfloat16", "float64"), "cuda": ("bfloat16", "float16", "float32")}
 ATTENTION_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 TOKENS = {"cpu": (16, 64, 256, 1024, 4096), "cuda": (16, 128, 1024, 4096, 16384)}
@@ -100,7 +98,7 @@ def attention(device: torch.device, stopwatch: Stopwatch, budget: float) -> Atte
     flops = {length: 2.0 * heads * length * length * head_dim for length in LENGTHS[device.type]}
     return AttentionProbe(
         {length: (flop, samples["forward", length]) for length, flop in flops.items()},
-        {length: (BACKWARD_FLOPS * flop, samples["backward", length]) for length, flop in flops.items()},
+        {length: (ATTENTION_BACKWARD * flop, samples["backward", length]) for length, flop in flops.items()},
     )
 
 

@@ -24,6 +24,7 @@ from mopexec.measure.tracker import category, host_compute
 from mopexec.operators.adamw import adamw_
 from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
+from mopsim.spec.layout import Slice
 from mopsim.spec.strategy import Optimizer, Precision
 from mopsim.spec.training import TrainSpec
 
@@ -53,9 +54,6 @@ class UnitState:
     def tensors(self) -> list[Tensor]:
         """What travels between the tiers, master first."""
         return [t for t in (self.master, self.exp_avg, self.exp_avg_sq) if t is not None]
-
-
-Slice = tuple[int, int, int]
 
 
 class FlatAdamW(Generic[Unit]):
@@ -109,7 +107,7 @@ class FlatAdamW(Generic[Unit]):
         """Two buckets of gradients and of parameters in the host tier, where the host updates."""
         if self.optimizer.update_on == "device":
             return [], []
-        largest = max(_numel(bucket) for bucket in self.buckets)
+        largest = max(layout.numel(bucket) for bucket in self.buckets)
         param = self.units[0].params.dtype
         return (
             [self.platform.host_empty((largest,), self.update_dtype, "staging") for _ in range(2)],
@@ -169,7 +167,7 @@ class FlatAdamW(Generic[Unit]):
 
     def _make_slots(self) -> list[list[Tensor]]:
         """Staging buffers of the largest bucket's master weights and moments."""
-        largest = max(_numel(bucket) for bucket in self.buckets)
+        largest = max(layout.numel(bucket) for bucket in self.buckets)
         kept = [t.dtype for t in self.states[0].tensors()]
         with category("staging"):
             return [
@@ -309,7 +307,3 @@ class FlatAdamW(Generic[Unit]):
         for kept, value in zip(held, used, strict=True):
             if kept is not value:
                 kept.copy_(value)
-
-
-def _numel(bucket: Sequence[Slice]) -> int:
-    return sum(stop - start for _, start, stop in bucket)

@@ -5,7 +5,6 @@ run.json says what the checkpoint belongs to, and the SHA-256 of every other fil
 when it is read. Tensors do not depend on the runtime or on the number of ranks (`mopexec.run.shards`).
 """
 
-import hashlib
 import json
 import pickle
 import re
@@ -264,7 +263,11 @@ def _rng_key() -> str:
 def _checksums(directory: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
     """SHA-256 by name of every file that the ranks wrote, on every rank; each hashes its share."""
     mine: dict[str, str] = {}
-    problem = _attempt(lambda: mine.update({p.name: _sha256(p) for p in _share(sorted(directory.iterdir()))}))
+
+    def hash_share() -> None:
+        mine.update({one.name: io.file_digest(one) for one in _share(sorted(directory.iterdir()))})
+
+    problem = _attempt(hash_share)
     everyone = of_all((problem, mine), group)
     if problem := next((found for found, _ in everyone if found), ""):
         raise MopError(problem)
@@ -277,18 +280,13 @@ def _check_files(path: Path, files: Iterable[tuple[str, str]]) -> None:
         file = path / name
         if not file.is_file():
             raise MopError(f"{name} is missing")
-        if _sha256(file) != wanted:
+        if io.file_digest(file) != wanted:
             raise MopError(f"{name} is not as it was written (its SHA-256 differs)")
 
 
 def _share(items: list[Any]) -> list[Any]:
     """This rank's part of `items`."""
     return items[dist.get_rank() :: dist.get_world_size()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _complete_directory(aside: Path, final: Path, state: RunState) -> None:

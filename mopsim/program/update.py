@@ -13,7 +13,7 @@ from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
 from mopsim.program.update_host import UpdateHost
 from mopsim.program.workload import Work
-from mopsim.spec.layout import optimizer_buckets
+from mopsim.spec.layout import Bucket, numel, optimizer_buckets
 
 _O = "optimizer"
 FOREACH = 13
@@ -31,7 +31,6 @@ MASK, COUNTING = 2, 4
 """Bytes of the mask of a gradient that is not zero, written and read, and kernels of a tensor: the mask, its
 sum, what is left of the tensor's elements, the sum of all (Megatron-Core, optimizer/clip_grads.py,
 count_zeros_fp32; torch, TensorAdvancedIndexing.cpp, count_nonzero_cuda)."""
-Bucket = list[tuple[int, int, int]]
 
 
 class Update:
@@ -212,11 +211,11 @@ class Update:
 
     def _adam(self, bucket: Bucket) -> list[Work]:
         """One bucket on the device; what comes and goes is spiked."""
-        return [Work("optimizer", params=float(_size(bucket)))]
+        return [Work("optimizer", params=float(numel(bucket)))]
 
     def _streamed(self, last: int) -> int:
         """H2D master, moments and gradients that are on the host | update | D2H, through `slots` slots."""
-        b, sizes = self.b, [_size(bucket) for bucket in self.buckets]
+        b, sizes = self.b, [numel(bucket) for bucket in self.buckets]
         slots, count = min(self.optimizer.slots, len(sizes)), len(sizes)
         each = 2 * self.moment + self.own_master
         up_each = each + (self.c.grad if self.dense.grad_tier == "host" else 0)
@@ -247,7 +246,7 @@ class Update:
         for index, bucket in enumerate(buckets):
             if index + 1 < len(buckets):
                 down.append(self._send(buckets[index + 1], last))
-            size = _size(bucket)
+            size = numel(bucket)
             work = (Work("host_optimizer", params=size, launches=len(bucket)),)
             deps = (down[index], last if last != before else None)
             last = b.add(f"host adamw {index}", "host", _O, _O, work, deps, self._on_host())
@@ -284,9 +283,5 @@ class Update:
         """Gradients of a bucket go down."""
         if self.dense.grad_tier == "host":
             return after
-        work = (Work("d2h", bytes=float(_size(bucket) * self._sent)),)
+        work = (Work("d2h", bytes=float(numel(bucket) * self._sent)),)
         return self.b.add("gradients to host", "d2h", _O, _O, work, (after,))
-
-
-def _size(bucket: Bucket) -> int:
-    return sum(stop - start for _, start, stop in bucket)

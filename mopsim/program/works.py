@@ -29,7 +29,7 @@ from mopsim.graph.rewrites.sinks import sinks_apart
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
 from mopsim.program.workload import CommGroup, Work
-from mopsim.spec.hardware import COLLECTIVES
+from mopsim.spec.hardware import ATTENTION_BACKWARD, COLLECTIVES
 from mopsim.spec.strategy import CAST, MatmulDType
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
@@ -184,8 +184,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     forward = part == "forward"
     launches = kernel.launches if forward else kernel.back_starts
     if kernel.kind == "attention":
-        # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
-        flops, moved = (kernel.flops, kernel.bytes) if forward else (2.5 * kernel.flops, 2 * kernel.bytes)
+        flops, moved = kernel.flops * (1.0 if forward else ATTENTION_BACKWARD), kernel.bytes * (2 - forward)
         precision = context.strategy.precision
         dtype = precision.products if precision.attention == "matmul" else precision.compute
         drops = context.model.dropout > 0 and context.stack.flash

@@ -26,6 +26,9 @@ STEP_KINDS = ("step", *(f"step_{runtime}" for runtime in RUNTIMES))
 NARROW_HEAD, WIDE_HEAD = 64, 128
 """Query-key head dimensions up to which, and above which, attention kernels have rates of their own."""
 
+ATTENTION_BACKWARD = 2.5
+"""FLOP of flash attention's backward over its forward: five products (scores again, dV, dP, dQ, dK) to two
+(FlashAttention-2, arXiv 2307.08691)."""
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
 

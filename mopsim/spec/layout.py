@@ -101,21 +101,31 @@ def check_buckets(params: int, bucket_params: int) -> None:
     require(params <= bucket_params * MOST_BUCKETS, "strategy.optimizer.bucket_params", bucket_params, rule)
 
 
-def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[list[tuple[int, int, int]]]:
-    """Buckets of at most `bucket_params` parameters: (unit, start, stop) slices of the shards, in order.
+Slice = tuple[int, int, int]
+"""(unit, start, stop) of a unit's shard."""
+Bucket = list[Slice]
+
+
+def numel(bucket: Sequence[Slice]) -> int:
+    """Parameters of a bucket."""
+    return sum(stop - start for _, start, stop in bucket)
+
+
+def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[Bucket]:
+    """Buckets of at most `bucket_params` parameters, slices of the shards in order.
 
     Raises SpecError where there would be more than MOST_BUCKETS.
     """
     check_buckets(sum(shard_numels), bucket_params)
-    buckets: list[list[tuple[int, int, int]]] = []
+    buckets: list[Bucket] = []
     room = 0
-    for unit, numel in enumerate(shard_numels):
+    for unit, size in enumerate(shard_numels):
         start = 0
-        while start < numel:
+        while start < size:
             if room == 0:
                 buckets.append([])
                 room = bucket_params
-            stop = min(numel, start + room)
+            stop = min(size, start + room)
             buckets[-1].append((unit, start, stop))
             room -= stop - start
             start = stop

@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside
-from mopsim.graph.tape import Kernel, Matmul, Step, Value
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, scaled
+from mopsim.graph.tape import Kernel, Matmul, Value
 
 COPY = TensorPasses(2, 0, 1)
 
@@ -52,9 +52,6 @@ def weights_stacked(kernels: tuple[Kernel, ...], b: int) -> tuple[Kernel, ...]:
 def _padded(kernel: Kernel, local: int, share: float, held: float, busy: int) -> Kernel:
     """share: of the rows that are computed over those that arrived; held: of those in memory."""
 
-    def steps(given: tuple[Step, ...]) -> tuple[Step, ...]:
-        return tuple((category, round(size * held)) for category, size in given)
-
     writes = tuple(replace(one, bytes=round(one.bytes * held)) for one in kernel.writes)
     if kernel.name in ("sort", "unsort"):
         return _sliced(kernel, writes, share, busy, local)
@@ -63,7 +60,7 @@ def _padded(kernel: Kernel, local: int, share: float, held: float, busy: int) ->
         return replace(kernel, writes=writes, matmuls=(Matmul(most.m, most.n, most.k, local),))
     if kernel.component != "experts" or not kernel.name.startswith("experts_"):
         return kernel
-    scratch, back_scratch = steps(kernel.scratch), steps(kernel.back_scratch)
+    scratch, back_scratch = (scaled(one, held) for one in (kernel.scratch, kernel.back_scratch))
     return replace(kernel.moving(share), writes=writes, scratch=scratch, back_scratch=back_scratch)
 
 

@@ -2,7 +2,8 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.tape import Kernel, Step, Value
+from mopsim.graph.rewrites.tensor_passes import scaled
+from mopsim.graph.tape import Kernel, Value
 
 FIRST, GATE, LAST = "experts_up", "experts_act", "experts_down"
 
@@ -39,14 +40,11 @@ def _of_rows(kernel: Kernel) -> bool:
 
 
 def _roomy(kernel: Kernel, room: float, stash: float, saved: set[str]) -> Kernel:
-    def steps(given: tuple[Step, ...]) -> tuple[Step, ...]:
-        return tuple((category, round(size * room)) for category, size in given)
-
     def value(one: Value) -> Value:
         return replace(one, bytes=round(one.bytes * (stash if one.name in saved else room)))
 
     found = replace(
-        kernel, writes=tuple(map(value, kernel.writes)), scratch=steps(kernel.scratch),
-        back_scratch=steps(kernel.back_scratch),
+        kernel, writes=tuple(map(value, kernel.writes)), scratch=scaled(kernel.scratch, room),
+        back_scratch=scaled(kernel.back_scratch, room),
     )  # fmt: skip
     return found if kernel.name != GATE or stash else found.moving(room)

@@ -26,6 +26,11 @@ def scratch(size: float) -> tuple[Step, ...]:
     return (("activations", int(size)),)
 
 
+def scaled(steps: tuple[Step, ...], times: float) -> tuple[Step, ...]:
+    """Allocations so many times as large."""
+    return tuple((category, round(size * times)) for category, size in steps)
+
+
 def instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: TensorPasses) -> Kernel:
     size = sum(value.bytes for value in kernel.writes)
     return replace(

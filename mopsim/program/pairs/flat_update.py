@@ -8,9 +8,9 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
-from mopsim.program.update import Bucket, Update
+from mopsim.program.update import Update
 from mopsim.program.workload import Work
-from mopsim.spec.layout import optimizer_buckets
+from mopsim.spec.layout import Bucket, numel, optimizer_buckets
 
 _O = "optimizer"
 
@@ -70,8 +70,7 @@ class PairUpdate(Update):
         return self.b.add(f"state {index} up", "h2d", _O, _O, work, deps)
 
     def _state(self, way: str, bucket: Bucket) -> tuple[Work, ...]:
-        size = sum(stop - start for _, start, stop in bucket)
-        return self._copy(way, size * (2 * self.moment + self.own_master), len(bucket))
+        return self._copy(way, numel(bucket) * (2 * self.moment + self.own_master), len(bucket))
 
     def _clipped(self, reductions: Sequence[int]) -> int:
         """Gradient shards over replicas, then the global norm: one number over all ranks."""
