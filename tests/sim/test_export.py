@@ -18,7 +18,6 @@ from mopsim.common.errors import MopError, SpecError
 from mopsim.export import TARGETS, export
 from mopsim.search.problem import Problem
 from mopsim.search.space import Space
-from mopsim.search.staged import candidates
 from mopsim.spec.capability import refusals
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
@@ -27,6 +26,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop, zero_offload
+from tests.sim.spaces import spread
 from tests.sim.toys import machine
 
 replace = msgspec.structs.replace
@@ -365,7 +365,7 @@ READ: dict[str, Callable[[str], Any]] = {"torchtitan": tomllib.loads, "torchtita
 def searched(family: str) -> Space:
     base = plan(mop(32, expert_parallel=8))
     given_problem = Problem(base.model, machine(), 4, base.training, total_params(base.model))
-    return candidates(given_problem, family)[0]
+    return spread(given_problem, family)
 
 
 @settings(deadline=None, max_examples=60)

@@ -29,7 +29,7 @@ from mopsim.spec.observed import Observed
 from mopsim.spec.stacks import load_stack
 
 JOB: dict[str, Any] = {
-    "tokens": "300B", "seq_len": 4096, "families": ["mop", "fsdp2"], "max_nodes": 16, "simulations": 2,
+    "tokens": "300B", "seq_len": 4096, "families": ["mop", "fsdp2"], "max_nodes": 8, "simulations": 2,
     "global_batch_tokens": "1M",
 }  # fmt: skip
 LEAN = JOB | {"families": ["fsdp2"], "max_nodes": 8}
