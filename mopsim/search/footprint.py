@@ -38,7 +38,6 @@ class Footprint:
         self.prefetch = first.dense.prefetch
         self.copied_masters = space.stack.sharding.host_masters == "copied"
         self.fully_shard = space.stack.sharding.fsdp
-        self.frees = space.stack.sharding.zero_grad == "frees"
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""
         self.compute = DTYPE_BYTES[precision.compute]
@@ -138,8 +137,7 @@ class Footprint:
         optimizer = state * self.optimizer_here()
         optimizer = optimizer + c["beside"] * np.minimum(SLOTS * c["bucket"], state) * each
         one = c["pipeline"] == 1
-        early = grads * (self.microbatches > 1) if self.fully_shard or self.frees else grads
-        resident = params + optimizer + early
+        resident = params + optimizer + grads * self.summed
         peak = params + optimizer + grads
         for stage in (0, 1, 2, LAST):
             held = self.of_stage(resident, stage) + self.above(stage)
@@ -153,6 +151,17 @@ class Footprint:
             "logits": np.where(one, self.in_loss(), 0.0),
         }
         return peak, parts
+
+    @cached_property
+    def summed(self) -> NDArray[np.bool_]:
+        """Whether all gradients are there in a backward with as many microbatches under way as in the first:
+        from the start, or those of earlier ones (mopsim.program.stage, frees_gradients). In pipelines twice
+        as many as stages are enough, however they interleave."""
+        sharding, c = self.space.stack.sharding, self.c
+        frees = sharding.zero_grad == "frees" or (self.fully_shard and sharding.zero_grad != "buffers")
+        freed = frees | ((sharding.zero_grad == "copied") & (c["zero"] < 3))
+        enough = np.where(c["pipeline"] == 1, 2, 2 * c["pipeline"])
+        return np.asarray(~freed | (self.microbatches >= enough))
 
     def above(self, stage: int) -> Reals:
         """Bytes of activations that a stage has when its first backward, or the first loss, is at its
@@ -206,8 +215,7 @@ class Footprint:
         c = self.c
         each = self.optimizer_here()
         whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
-        there = (self.microbatches > 1) | (not self.frees)  # before the last microbatch's backward
-        held = self.param + self.grad * there
+        held = self.param + self.grad * self.summed
         return np.asarray(whole * held + (dense + routed) / self.stage * each)
 
     def host_memory(self) -> Reals:

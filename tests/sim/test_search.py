@@ -25,6 +25,7 @@ from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import worst
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
@@ -99,6 +100,18 @@ def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float
             raise
         return
     holds(space, facts, index, found)
+
+
+@pytest.mark.parametrize("stack", ["deepspeed", "universal-llm-trainer"])
+def test_gradients_that_live_from_the_first_backward_are_bounded(stack: str) -> None:
+    """Of pipelines too, in which all are there only when fewer microbatches are under way."""
+    model, machine = load_model("mixtral_8x7b"), load_profile("h100-sxm-80g")
+    training = TrainSpec(seq_len=4096, global_batch=16)
+    asked = Problem(model, machine, 2, training, total_params(model), stack=load_stack(stack))
+    space = spread(asked, "megatron")
+    facts = SpaceFacts.of(space)
+    for index in np.random.default_rng(0).choice(len(space), 12, replace=False):
+        holds(space, facts, index, simulate(model, machine, 2, space.build(index), training, asked.stack))
 
 
 @BOUNDED
