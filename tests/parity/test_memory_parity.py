@@ -222,13 +222,12 @@ def test_every_mechanism_in_small_on_a_gpu(name: str) -> None:
     ],
 )
 def test_the_papers_networks(name: str, world: int, seq_len: int, sequence: int, family: object) -> None:
-    """The larger one under FSDP2 in a sixth of its depth: a layer takes a second of fake tensors there, and
-    layers are alike. The smaller one is whole."""
+    """The larger one in a sixth of its depth: layers are alike. The smaller one is whole."""
     build_strategy = mop if family is mop else fsdp2
     extra = {"vocab_parallel": 8} if family is mop else {}
     strategy = build_strategy(world, context_parallel=sequence, expert_parallel=world, **extra)  # type: ignore[arg-type]
     model = load_model(name)
-    if family is fsdp2 and model.num_hidden_layers > 30:
+    if model.num_hidden_layers > 30:
         model = msgspec.structs.replace(model, num_hidden_layers=10)
     _check(model, strategy, TrainSpec(seq_len=seq_len, global_batch=world // sequence), 0.01)
 

@@ -118,7 +118,7 @@ def test_looser_contenders_contain_stricter_ones() -> None:
 def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     """With all logits and nothing on the host, FSDP2 runs 128K on 16 devices in steps of 128K tokens a
     device; one sequence a step, without accumulated gradients, fits at 256K, too. Then logits stop it."""
-    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 6))
+    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 3))
     assert [(point.fits, point.small) for point in found.points] == [
         (True, False), (True, True), (False, True),
     ]  # fmt: skip
@@ -135,7 +135,7 @@ def test_the_reach_is_not_of_the_size_of_the_step() -> None:
 
 
 def test_a_ratio_compares_whole_steps_only() -> None:
-    whole = curve(Task(("x",), case(), NAMES["fsdp2_node"], (256 * K,), 4))
+    whole = curve(Task(("x",), case(), NAMES["fsdp2_node"], (256 * K,), 3))
     small = curve(Task(("x",), case(), NAMES["fsdp2_device"], (256 * K,), 3))
     assert whole.points[0].throughput
     assert small.points[0].throughput
@@ -146,7 +146,7 @@ def test_a_ratio_compares_whole_steps_only() -> None:
 
 def test_a_curve_takes_what_a_stricter_one_found() -> None:
     lengths = (128 * K,)
-    tasks = [Task((name,), case(), NAMES[name], lengths, 6) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
+    tasks = [Task((name,), case(), NAMES[name], lengths, 3) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
     curves = nested({key[0]: one for key, one in sweep(tasks, 1)})
     rates = [curves[name].points[0].throughput or 0.0 for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
     assert rates == sorted(rates, reverse=True)
@@ -154,10 +154,10 @@ def test_a_curve_takes_what_a_stricter_one_found() -> None:
 
 
 def test_a_step_of_one_sequence_and_one_microbatch() -> None:
-    small = curve(Task(("x",), case(8 * K), OFFLOADED, (128 * K,), 6)).points[0]
+    small = curve(Task(("x",), case(8 * K), OFFLOADED, (128 * K,), 3)).points[0]
     assert small.global_batch == 1
     at_once = curve(
-        Task(("x",), replace(case(), accumulate=False), NAMES["fsdp2_node"], (128 * K,), 4)
+        Task(("x",), replace(case(), accumulate=False), NAMES["fsdp2_node"], (128 * K,), 3)
     ).points[0]
     assert at_once.result is not None
     assert at_once.result.training.num_microbatches(at_once.result.strategy) == 1
