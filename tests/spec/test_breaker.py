@@ -282,19 +282,8 @@ def test_a_plan_of_another_job_is_used_with_a_note(
 def test_a_sizing_without_an_answer_says_so_and_is_no_success(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [
-        "--model",
-        "tiny",
-        "--hardware",
-        "cpu-2core",
-        "--tokens",
-        "100T",
-        "--days",
-        "1",
-        "--max-nodes",
-        "1",
-    ]
-    monkeypatch.setattr(sys, "argv", ["mopsim", "size", *asked])
+    asked = "--model tiny --hardware cpu-2core --tokens 100T --days 1 --max-nodes 1 --family fsdp2"
+    monkeypatch.setattr(sys, "argv", ["mopsim", "size", *asked.split()])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 3
