@@ -36,7 +36,16 @@ from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, fewest, nearest_miss, pareto, recommend, surer
+from mopsim.size.points import (
+    DEFAULT_SIMULATIONS,
+    Miss,
+    fewest,
+    nearest_miss,
+    pareto,
+    recommend,
+    surer,
+    surer_to_fit,
+)
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -78,6 +87,11 @@ class Clusters(Result):
     def surer(self) -> Point | None:
         """A cluster that is little dearer than the recommended one and far surer to be in time, if any."""
         return surer(self.points, self.chosen, self.request.goal)
+
+    @property
+    def fitter(self) -> Point | None:
+        """A cluster that is surer to fit than the recommended one, where that is not sure."""
+        return surer_to_fit(self.points, self.chosen)
 
     @property
     def subject(self) -> Point | None:
@@ -129,6 +143,7 @@ class Clusters(Result):
             settled,
             said,
             self.surer,
+            self.fitter,
         )
         with whole_directory(Path(folder)) as aside:
             write_decision(aside, decision)
@@ -188,6 +203,7 @@ class Clusters(Result):
             "hardware": [sizing_json(sizing, request) for sizing in self.sizings],
             "recommended": point_json(self.chosen, request) if self.chosen else None,
             "surer": brief_json(self.surer, request) if self.surer else None,
+            "surer_to_fit": brief_json(self.fitter, request) if self.fitter else None,
             "fastest": point_json(self.fastest, request) if self.fastest else None,
             "nearest_miss": miss_json(self.miss, request),
             "points": [brief_json(point, request) for point in self.points],

@@ -105,6 +105,8 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "carbon_kg": bill.carbon,
         "site": bill.site,
         "p_deadline": bill.p_within(goal.seconds),
+        "p_fits": result.p_fits,
+        "p_fits_as_described": result.p_as_described,
         "goodput": bill.goodput.share if bill.goodput else None,
         "measured_over_predicted": bill.measured_over_predicted,
         **_keeps(point, request),

@@ -16,6 +16,8 @@ from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count, parse_tokens
 from mopsim.report.sizing import (
     asked_odds,
+    chances,
+    fits_surely,
     format_dollars,
     missed,
     sizing_table,
@@ -70,8 +72,12 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
     kind = f"{least} {asked}, --confidence" if asked else "fastest"
     console.print(f"Recommended ({kind}): {summary(chosen)}")
+    if chosen:
+        console.print(f"Odds: {chances(chosen, request)}")
     if better := surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
+    if better := fits_surely(found.fitter, chosen):
+        console.print(f"Surer to fit: {better}")
     of = "" if request.goal.seconds is None else " of the counts that were asked"
     console.print(f"Fastest{within}{of}: {summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]

@@ -12,7 +12,9 @@ from mopsim.intervals.spread import machines_share, products
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
     CARRIED,
+    chances,
     columns,
+    fits_surely,
     format_carbon,
     format_days,
     format_dollars,
@@ -44,7 +46,8 @@ TOLD = 5e-4
 @dataclass(frozen=True)
 class Decision:
     """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it.
-    surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any."""
+    surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any; fitter:
+    one that is surer to fit."""
 
     request: Request
     sizings: Sequence[Sizing]
@@ -56,6 +59,7 @@ class Decision:
     settled: Sequence[Settled]
     facts: Mapping[str, str] = field(default_factory=dict)
     surer: Point | None = None
+    fitter: Point | None = None
 
     @property
     def subject(self) -> Point | None:
@@ -122,12 +126,13 @@ def answer(d: Decision) -> str:
     )
     if bill.cost is not None:
         text += f", {format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
-    certain = bill.p_within(d.request.goal.seconds)
-    if certain is None:
-        return text + "."
-    text += f"; the deadline is met with probability {odds(certain)} ({d.request.confidence:.0%} asked)."
-    better = surely(d.surer, point, d.request)
-    return f"{text} Surer: {better}." if better else text
+    text += f"; {chances(point, d.request)}."
+    for said, better in (
+        ("Surer", surely(d.surer, point, d.request)),
+        ("Surer to fit", fits_surely(d.fitter, point)),
+    ):
+        text += f" {said}: {better}." if better else ""
+    return text
 
 
 def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
@@ -137,7 +142,7 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
     certain = bill.p_within(d.request.goal.seconds)
     cards = [
         (f"days, {100 * level:g} %", f"{format_days(low)} to {format_days(high)}"),
-        ("probability of the deadline", None if certain is None else odds(certain)),
+        ("probability of the deadline, if the plan fits", None if certain is None else odds(certain)),
         (f"cost, {100 * level:g} %", " to ".join(map(format_dollars, costs)) if costs else None),
         ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
@@ -204,15 +209,16 @@ def _rivals(d: Decision) -> Table:
     best = [one.best for one in d.sizings if one.best]
     shown = {(one.hardware.name, one.num_nodes): one for one in (*best, *d.front, *near) if one.figures}
     rows = [_rival(shown[key], d.request) for key in sorted(shown)]
-    heads = [*columns(d.request)[:-1], "plan", "remark"]
+    heads = [*columns(d.request)[:-1], "P(fits)", "plan", "remark"]
     chosen = _rival(subject, d.request) if subject else ()
     return Table(heads, rows, ("machine", "plan", "remark"), chosen)
 
 
 def _rival(point: Point, request: Request) -> list[str]:
-    plan = describe(step_and_bill(point)[0].strategy)
+    result = step_and_bill(point)[0]
     remarks = [point.why, CARRIED if point.gap is None else ""]
-    return [*row(point, request)[:-1], plan, "; ".join(filter(None, remarks))]
+    cells = [*row(point, request)[:-1], format_probability(result.p_fits), describe(result.strategy)]
+    return [*cells, "; ".join(filter(None, remarks))]
 
 
 def _parts(bill: Figures | None) -> Table:
@@ -258,8 +264,9 @@ def risks(d: Decision) -> list[str]:
     result, bill, here = subject.result, subject.figures, d.request.at(subject.figures)
     terms = here.terms
     lines = [
+        _memory(result),
         f"The step time is predicted, and its error makes most of the interval of days. "
-        f"Its search: {searched(subject)}; no search bounds what another number of nodes would cost."
+        f"Its search: {searched(subject)}; no search bounds what another number of nodes would cost.",
     ]
     lines += filter(None, [unmeasured(result)])
     best = [one.best for one in d.sizings if one.best and one.best.result]
@@ -278,7 +285,6 @@ def risks(d: Decision) -> list[str]:
             f"{format_seconds(good.interval)}. "
             f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
         )
-    lines.append(_memory(result))
     if terms.buy:
         one = terms.capex[subject.hardware.name]
         lines.append(

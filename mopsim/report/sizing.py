@@ -36,11 +36,11 @@ def step_and_bill(point: Point) -> tuple[SimResult, Figures]:
 
 
 def columns(request: Request) -> tuple[str, ...]:
-    """Heads of `row`. days: wall clock, expected; then between which it ends with the probability that is
-    asked for; in time: probability of the deadline. goodput: share of the wall clock that trains. MFU: as
-    simulated."""
+    """Heads of `row`. spare: nodes that are paid for beside those that train. days: wall clock, expected;
+    then between which it ends with the probability that is asked for; in time: probability of the deadline,
+    if the plan fits. goodput: share of the wall clock that trains. MFU: as simulated."""
     within = f"{100 * request.interval:g} %"
-    return ("machine", "nodes", "devices", "days", within, "in time", "cost", "goodput", "MFU")
+    return ("machine", "nodes", "spare", "devices", "days", within, "in time", "cost", "goodput", "MFU")
 
 
 def row(point: Point, request: Request) -> list[str]:
@@ -51,6 +51,7 @@ def row(point: Point, request: Request) -> list[str]:
     return [
         point.hardware.name,
         f"{point.num_nodes:,}",
+        f"{bill.billed_nodes - point.num_nodes:,}",
         f"{point.num_devices:,}",
         format_days(bill.days),
         f"{format_days(low)}-{format_days(high)}",
@@ -103,8 +104,8 @@ def _details(point: Point, level: float) -> str:
     return (
         f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
         f"({tokens:,} tokens) a step, {steps(point)}, "
-        f"{result.tokens_per_second:,.0f} tokens/s in all; {_paid(point, bill)}{_failures(bill)}"
-        f"{bill.device_hours:,.0f} device-hours; free: "
+        f"{result.tokens_per_second:,.0f} tokens/s in all, MFU {result.mfu:.1%}; "
+        f"{_paid(point, bill)}{_failures(bill)}{bill.device_hours:,.0f} device-hours; free: "
         f"device {_headroom(result.memory_limit, result.peak_memory)} beside a peak of "
         f"{format_bytes(result.peak_memory)} ({100 * level:g} %: "
         f"{between(result.peak_memory_interval(level), format_bytes)}); host "
@@ -180,8 +181,9 @@ def _headroom(limit: int, used: int) -> str:
 def sizing_table(
     sizings: Sequence[Sizing], recommended: Point | None, request: Request, assumptions: Sequence[str]
 ) -> Group:
-    """One line a machine: its cluster that does, or why there is none; then each strategy."""
-    names = columns(request)
+    """One line a machine: its cluster that does, or why there is none; then each strategy, and its MFU, for
+    which 80 columns have no room."""
+    names = columns(request)[:-1]
     shown = table(title(request), names[:1], names[1:])
     lines: list[Text] = []
     for sizing in sizings:
@@ -190,7 +192,7 @@ def sizing_table(
             lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
             continue
         chosen = recommended is not None and recommended is sizing.best
-        shown.add_row(*row(sizing.best, request), style="bold green" if chosen else None)
+        shown.add_row(*row(sizing.best, request)[:-1], style="bold green" if chosen else None)
         lines.append(Text(_details(sizing.best, request.interval)))
     if any(sizing.best for sizing in sizings):
         assumptions = [SIMULATED, *assumptions]
@@ -248,6 +250,33 @@ def surely(one: Point | None, chosen: Point | None, request: Request) -> str:
     )
 
 
+def chances(point: Point, request: Request) -> str:
+    """'in time with probability 62% if it fits (50% asked); it fits with probability 0.76 (0.97 if
+    megatron-core keeps the tensors that its description says)': the odds of a cluster that fits."""
+    result, bill = step_and_bill(point)
+    certain = bill.p_within(request.goal.seconds)
+    in_time = f"in time with probability {odds(certain)} if it fits ({request.confidence:.0%} asked); it "
+    fits, described = map(format_probability, (result.p_fits, result.p_as_described))
+    also = f" ({described} if {result.stack.name} keeps the tensors that its description says)"
+    return (
+        f"{'' if certain is None else in_time}fits with probability {fits}{also if described != fits else ''}"
+    )
+
+
+def fits_surely(one: Point | None, chosen: Point | None) -> str:
+    """'3 nodes (24 devices) of h200-sxm-141g would fit with probability 0.95, at 1.29 times the cost: 33.1
+    days, $67 k'. one: `mopsim.size.points.surer_to_fit`; empty where there is none."""
+    if one is None or chosen is None:
+        return ""
+    (result, theirs), mine = step_and_bill(one), step_and_bill(chosen)[1]
+    times = f", at {theirs.cost / mine.cost:.2f} times the cost" if theirs.cost and mine.cost else ""
+    cost = f", {format_dollars(theirs.cost)}" if theirs.cost else ""
+    return (
+        f"{one.hardware.cluster(one.num_nodes)} would fit with probability "
+        f"{format_probability(result.p_fits)}{times}: {format_days(theirs.days)} days{cost}"
+    )
+
+
 def missed(miss: Miss | None, flag: str = "--max-nodes") -> str:
     """What comes nearest, and the smallest change that would do. flag: of more nodes."""
     if miss is None:
@@ -289,7 +318,7 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
     for sizing in sizings:
         here, bill = request.at(sizing.bill), sizing.bill
         watts = bill.network.power if sizing.best and bill and bill.network else 0.0
-        also = f", and {watts / 1e3:g} kW of switches" if watts else ""
+        also = f", and {watts / 1e3:g} kW of the whole cluster's switches" if watts else ""
         where = f" in {here.sites[0].name}" if here.sites[0].name != DEFAULT else ""
         lines.append(
             f"{sizing.hardware.name}{where}: {_price(here, sizing.hardware)}; power "

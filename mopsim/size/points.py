@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mopsim.engine import SimResult
+from mopsim.intervals import spread
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
 from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
@@ -203,6 +204,26 @@ def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | 
         if point.does and (one := point.figures) and one.cost is not None and one.cost <= most
         and (one.p_within(goal.seconds) or 0.0) >= SURE
     ]  # fmt: skip
+    return min(found, key=lambda one: one[:3])[3] if found else None
+
+
+def surer_to_fit(points: Sequence[Point], chosen: Point | None) -> Point | None:
+    """The cheapest point that does and fits as surely as plans are asked to, even if its program keeps more
+    than its stack says; else the surest of those that fit more surely than the chosen one. None where that is
+    as sure itself."""
+    plan = chosen.result if chosen else None
+    if plan is None or plan.p_fits >= spread.SURE:
+        return None
+    found = [
+        (
+            -min(one.p_fits, spread.SURE),
+            math.inf if bill.cost is None else bill.cost,
+            point.num_devices,
+            point,
+        )
+        for point in points
+        if point.does and (one := point.result) and (bill := point.figures) and one.p_fits > plan.p_fits
+    ]
     return min(found, key=lambda one: one[:3])[3] if found else None
 
 

@@ -384,7 +384,7 @@ def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:
     chosen = priced(found.points[0], 100.0, 9.5)
     request = replace(found.request, goal=goal)
     decision = Decision(request, [], [], [], chosen, None, [], [], surer=priced(chosen, 108.0, 7.0))
-    assert "is met with probability 63% (50% asked). Surer: " in answer(decision)
+    assert re.search(r"in time with probability 63% if it fits \(50% asked\); .*\. Surer: ", answer(decision))
     assert chosen.result is not None
     odds = [format_probability(one) for one in (chosen.result.p_as_described, chosen.result.p_fits)]
     said = " ".join(risks(decision))

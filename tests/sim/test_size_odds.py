@@ -1,0 +1,51 @@
+"""What is said of how surely a sized cluster's plan fits, and of nodes that are paid for and do not train."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+import mopsim
+from mopsim.api.size import Clusters
+from mopsim.common.units import format_probability
+from mopsim.report.decision import Decision, answer, risks
+from mopsim.report.sizing import columns, row
+from mopsim.size.points import surer_to_fit
+
+
+@pytest.fixture(scope="module")
+def found() -> Clusters:
+    return mopsim.size(
+        "olmoe_1b_7b", ["h100-sxm-80g"], days=10, tokens="300B", seq_len=4096, families=["fsdp2"],
+        max_nodes=8, simulations=1, global_batch_tokens="1M",
+    )  # fmt: skip
+
+
+def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found: Clusters) -> None:
+    """A cluster was recommended whose plan fitted with 0.76, under the odds of its deadline alone."""
+    point = found.chosen
+    assert point is not None
+    assert point.result is not None
+    tight = replace(point.result, memory_limit=round(1.02 * point.result.peak_memory))
+    chosen, others = replace(point, result=tight), [one for one in found.points if one is not point]
+    fitter = surer_to_fit([chosen, *others], chosen)
+    assert fitter is not None
+    assert fitter.result is not None
+    assert fitter.result.p_fits > tight.p_fits
+    decision = Decision(found.request, [], [], [], chosen, None, [], [], fitter=fitter)
+    said, odds = answer(decision), format_probability(tight.p_fits)
+    assert re.search(
+        rf"in time with probability \S+ if it fits \(50% asked\); it fits with probability {odds}", said
+    )
+    assert f"Surer to fit: {fitter.hardware.cluster(fitter.num_nodes)} would fit" in said
+    assert "the plan fits with probability" in risks(decision)[0]
+    roomy = replace(chosen, result=replace(tight, memory_limit=10 * tight.peak_memory))
+    assert surer_to_fit(others, roomy) is None
+
+
+def test_nodes_that_stand_by_have_a_column(found: Clusters) -> None:
+    point = found.points[-1]
+    assert point.figures is not None
+    spare = replace(point, figures=replace(point.figures, billed_nodes=point.num_nodes + 3))
+    cells = dict(zip(columns(found.request), row(spare, found.request), strict=True))
+    assert (cells["nodes"], cells["spare"]) == (f"{point.num_nodes}", "3")
