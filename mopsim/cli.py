@@ -42,7 +42,7 @@ def simulate(
     trace: o.Trace = None,
     plan: o.PlanOut = None,
     stack: o.StackName = None,
-    seed: o.Seed = 0,
+    seed: o.MaybeSeed = None,
     interval: o.Interval = 0.9,
     seal: o.Seal = None,
     json: o.Json = None,
@@ -115,7 +115,7 @@ def compare(
     routing: o.Routing = "balanced",
     precision: o.FamilyPrecision = None,
     stack: o.StackName = None,
-    seed: o.Seed = 0,
+    seed: o.MaybeSeed = None,
     interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:

@@ -34,6 +34,7 @@ from mopsim.report.sweep import over
 from mopsim.search.result import exhausted
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
+from mopsim.spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -164,9 +165,9 @@ def compare(
     budget: int = 100,
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType | None = None,
-    learning_rate: float = 3e-4,
-    warmup_steps: int = 0,
-    seed: int = 0,
+    learning_rate: float | None = None,
+    warmup_steps: int | None = None,
+    seed: int | None = None,
     stack: AnyStack | None = None,
     interval: float = 0.9,
 ) -> Comparison:
@@ -182,7 +183,7 @@ def compare(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
-        interval=interval,
+        interval=interval, strategies=strategies.values() if isinstance(strategies, Mapping) else strategies,
     )  # fmt: skip
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     if not named:
@@ -208,7 +209,21 @@ def compare(
     points = swept(inputs, list(named), play, sweep, hold) if sweep else None
     on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
     stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
-    return Comparison(inputs, simulations, points, notes(list(named.values()), inputs), refused, stacks)
+    said = [*notes(list(named.values()), inputs), *_trained(simulations)]
+    return Comparison(inputs, simulations, points, said, refused, stacks)
+
+
+def _trained(simulations: Mapping[str, Simulation]) -> list[str]:
+    """What of training is not the same for all: plans of different ones."""
+    found = []
+    for field in TrainSpec.__struct_fields__:
+        labels: dict[Any, list[str]] = {}
+        for label, one in simulations.items():
+            labels.setdefault(getattr(one.inputs.training, field), []).append(label)
+        if len(labels) > 1:
+            each = (f"{value} ({', '.join(names)})" for value, names in labels.items())
+            found.append(f"{field} {', '.join(each)}")
+    return [f"note: the strategies are not compared on one training: {'; '.join(found)}"] if found else []
 
 
 def _labelled(strategies: Sequence[AnyStrategy]) -> dict[str, AnyStrategy]:

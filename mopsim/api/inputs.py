@@ -3,10 +3,12 @@
 What is named may be given as a name, a file or the spec itself, by the API and the command line alike.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec import structs
 
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
@@ -49,6 +51,8 @@ Count = int | str
 """A number of tokens: 32768, "32K" or "1M" (binary)."""
 
 
+OF_JOB = ("seq_len", "global_batch", "routing")
+"""Fields of training that every job says itself; the others are those of a plan where it says nothing."""
 FAMILIES_IN: MatmulDType = "bfloat16"
 """What the matrix products of families compute in where no precision is asked for."""
 
@@ -57,7 +61,7 @@ FAMILIES_IN: MatmulDType = "bfloat16"
 class Inputs:
     """The specs of a job. precision: of the matrix products where it was asked for. stack: the software of
     all strategies, where it is not each one's own. interval: probability that the intervals of its
-    predictions are to have."""
+    predictions are to have. said: fields of training that the job says, whatever a plan does."""
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -66,6 +70,19 @@ class Inputs:
     precision: MatmulDType | None
     stack: Stack | None = None
     interval: float = 0.9
+    said: tuple[str, ...] = OF_JOB
+
+    def trained_as(self, *plans: Plan) -> "Inputs":
+        """The job, with what it does not say of training as the plans for its model agree on."""
+        ours = [plan.training for plan in plans if plan.model == self.model]
+        unsaid = [name for name in TrainSpec.__struct_fields__ if name not in self.said]
+        found = {name: {getattr(one, name) for one in ours} for name in unsaid}
+        agreed = {name: one for name, values in found.items() if len(values) == 1 for one in values}
+        if not agreed:
+            return self
+        training = structs.replace(self.training, **agreed)
+        training.check_model(self.model)
+        return replace(self, training=training)
 
     @property
     def world_size(self) -> int:
@@ -122,25 +139,29 @@ def read_inputs(
     global_batch: int,
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType | None = None,
-    learning_rate: float = 3e-4,
-    warmup_steps: int = 0,
-    seed: int = 0,
+    learning_rate: float | None = None,
+    warmup_steps: int | None = None,
+    seed: int | None = None,
     stack: AnyStack | None = None,
     interval: float = 0.9,
+    strategies: Iterable[AnyStrategy] = (),
 ) -> Inputs:
-    """Load what a job names. Raises MopError."""
+    """Load what a job names. strategies: where there are plans among them, what the job leaves open of
+    training is theirs. Raises MopError."""
     if type(nodes) is not int or not 1 <= nodes <= 2**16:
         raise MopError(f"nodes: {nodes!r} must be an integer between 1 and 65536")
-    fields = {
-        "seq_len": count(seq_len, "seq_len"), "global_batch": global_batch, "routing": read_routing(routing),
-        "seed": seed, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
-    }  # fmt: skip
+    fields: dict[str, Any] = {"seq_len": count(seq_len, "seq_len"), "global_batch": global_batch}
+    fields["routing"] = read_routing(routing)
+    left = {"seed": seed, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
+    fields |= {name: value for name, value in left.items() if value is not None}
     training = io.convert(fields, TrainSpec, "training")
     network = read_model(model)
     training.check_model(network)
     machine = read_hardware(hardware)
     matmul_curve(machine, precision or FAMILIES_IN, field="precision")
-    return Inputs(network, machine, nodes, training, precision, read_stack(stack), check_level(interval))
+    software, level = read_stack(stack), check_level(interval)
+    inputs = Inputs(network, machine, nodes, training, precision, software, level, tuple(fields))
+    return inputs.trained_as(*plans_of(strategies))
 
 
 def count(value: Count, field: str) -> int:
@@ -208,6 +229,12 @@ def read_strategy(ref: str | Path) -> tuple[Strategy, Stack] | Plan:
     return upgrade.read_strategy(data, str(path))
 
 
+def plans_of(given: Iterable[AnyStrategy]) -> list[Plan]:
+    """The plans among strategies."""
+    read = (read_strategy(one) if isinstance(one, str | Path) else one for one in given if not is_family(one))
+    return [io.checked(one, Plan, "plan") for one in read if isinstance(one, Plan)]
+
+
 def is_family(given: AnyStrategy) -> bool:
     """Whether it names a family, whose free degrees are searched."""
     return isinstance(given, str) and given in FAMILIES
@@ -215,28 +242,37 @@ def is_family(given: AnyStrategy) -> bool:
 
 def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
     """What of the model's config was not read, and what of the job the strategies among `given` leave aside:
-    devices; what plans were made for, where it is another job: their strategy alone is taken.
+    devices; what plans were made for, where it is another job, and what of their training is unusual.
     """
     found = unread(inputs.model) + busy(inputs.hardware)
     for one in given:
         read = read_strategy(one) if isinstance(one, str | Path) and not is_family(one) else one
         found += _left_aside(read, inputs)
         if isinstance(read, Plan):
-            here = {
-                "hardware": (read.hardware.name, inputs.hardware.name),
-                "hardware digest": (read.hardware.digest, io.digest(inputs.hardware)),
-                **{
-                    name: (getattr(read.training, name), getattr(inputs.training, name))
-                    for name in ("seq_len", "global_batch", "routing")
-                },
-            }
-            other = [f"{name} {made} (here {now})" for name, (made, now) in here.items() if made != now]
             what = str(one) if isinstance(one, str | Path) else "the plan"
-            if other:
-                found.append(
-                    f"note: of {what} only the strategy is taken; it was made for {', '.join(other)}"
-                )
+            found += _of_plan(read, what, inputs)
     return found
+
+
+def _of_plan(plan: Plan, what: str, inputs: Inputs) -> list[str]:
+    """What a plan was made for, where it is another job, and its training where it is not the usual one."""
+    made, now = plan.training, inputs.trained_as(plan).training
+    here = {
+        "hardware": (plan.hardware.name, inputs.hardware.name),
+        "hardware digest": (plan.hardware.digest, io.digest(inputs.hardware)),
+        **{name: (getattr(made, name), getattr(now, name)) for name in inputs.said},
+    }
+    other = [f"{name} {was} (here {is_})" for name, (was, is_) in here.items() if was != is_]
+    usual = TrainSpec(seq_len=now.seq_len, global_batch=now.global_batch)
+    own = [name for name in TrainSpec.__struct_fields__ if name not in inputs.said]
+    taken = [f"{name} {getattr(now, name)}" for name in own if getattr(now, name) != getattr(usual, name)]
+    return [
+        *(
+            [f"note: of {what} only strategy and training are taken; it was made for {', '.join(other)}"]
+            * bool(other)
+        ),
+        *([f"note: trained as {what} says: {', '.join(taken)}"] * bool(taken)),
+    ]
 
 
 def unread(model: ModelSpec) -> list[str]:

@@ -44,14 +44,14 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
     first, second = leaders(results) or (None, None)
     if first is None or second is None:
         return ""
-    ours, theirs = (_attention(results[label].stack, inputs) for label in (first, second))
+    ours, theirs = (_attention(results[label], inputs) for label in (first, second))
     other = results[second]
     if ours == theirs:
         return ""
     stack = other.stack.on_kind(inputs.hardware.device_kind)
     stack = structs.replace(stack, kernels=structs.replace(stack.kernels, attention={DEFAULT: ours}))
     try:
-        again = inputs.simulate(other.strategy, stack)
+        again = replace(inputs, training=other.training).simulate(other.strategy, stack)
     except MopError:
         return ""
     if abs(again.step_time / other.step_time - 1) <= TIE:
@@ -62,10 +62,10 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
     )
 
 
-def _attention(stack: Stack, inputs: Inputs) -> str:
+def _attention(result: SimResult, inputs: Inputs) -> str:
     machine = inputs.hardware
-    plain = inputs.training.plain_attention(inputs.model)
-    return stack.on_kind(machine.device_kind).on(machine.device.architecture, plain).attention
+    plain = result.training.plain_attention(inputs.model)
+    return result.stack.on_kind(machine.device_kind).on(machine.device.architecture, plain).attention
 
 
 def _kernel(name: str) -> str:

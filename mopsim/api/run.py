@@ -11,6 +11,7 @@ from mopsim.api.inputs import (
     Inputs,
     NoStrategyError,
     notes,
+    plans_of,
     read_families,
     read_inputs,
     strategy_of,
@@ -37,9 +38,9 @@ def simulate(
     nodes: int = 1,
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType | None = None,
-    learning_rate: float = 3e-4,
-    warmup_steps: int = 0,
-    seed: int = 0,
+    learning_rate: float | None = None,
+    warmup_steps: int | None = None,
+    seed: int | None = None,
     stack: AnyStack | None = None,
     interval: float = 0.9,
 ) -> Simulation:
@@ -51,8 +52,9 @@ def simulate(
     a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
     experts (mopsim.spec.routing). precision: of the matrix products where a family is searched;
     default: bfloat16; refused where a strategy computes in another one. learning_rate, warmup_steps, seed:
-    for the plan that comes of it. stack: the software that runs it: a name, a YAML file or a Stack; default:
-    that which the strategy is meant for. interval: probability of the intervals of its time and memory.
+    for the plan that comes of it; default: a given plan's, as is all else of training that a plan says.
+    stack: the software that runs it: a name, a YAML file or a Stack; default: that which the strategy is
+    meant for. interval: probability of the intervals of its time and memory.
 
     A strategy that does not fit is a result (`fits` is False). Raises MopError, one line with field, value
     and rule, for what cannot be: an unknown name, a degree that does not divide, a batch that does not split.
@@ -60,7 +62,7 @@ def simulate(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
-        interval=interval,
+        interval=interval, strategies=[strategy],
     )  # fmt: skip
     return played(strategy, inputs)
 
@@ -71,6 +73,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     none, else MopError."""
     if not (isinstance(given, str) and given in FAMILIES):
         strategy, own = strategy_of(given, inputs)
+        inputs = inputs.trained_as(*plans_of([given]))
         result = inputs.simulate(strategy, inputs.stack or own)
         return Simulation(inputs, result, notes([given], inputs))
     if inputs.of_families in CAST and given not in IN_8_BITS:

@@ -43,6 +43,10 @@ FamilyPrecision = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, help="recorded in the plan; the simulation draws no random numbers")
 ]
+MaybeSeed = Annotated[
+    int | None,
+    typer.Option(min=0, help="recorded in the plan (default: that of a plan that is given, else 0)"),
+]
 StackName = Annotated[
     str | None,
     typer.Option("--stack", help="software: a stack's name or YAML file (default: each strategy's own)"),
