@@ -93,9 +93,9 @@ class Comparison(Result):
         found = lead(self.results)
         if found is None:
             return None
-        over, ratio = found
+        over, times, ratio = found
         low, high = ratio.interval(self.inputs.interval)
-        return {"over": over, "ratio": ratio.predicted, "interval": [low, high], "p_faster": ratio.p_faster}
+        return {"over": over, "ratio": times, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
         said = summary(self.results, self.gaps, self.inputs.interval, self.stacks, self.alike)

@@ -54,11 +54,11 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
         again = replace(inputs, training=other.training).simulate(other.strategy, stack)
     except MopError:
         return ""
-    if abs(again.step_time / other.step_time - 1) <= TIE:
+    if abs(again.ranked_time / other.ranked_time - 1) <= TIE:
         return ""
     return (
         f"with {first}'s attention ({_kernel(ours)} instead of {_kernel(theirs)}) {second} takes "
-        f"{format_seconds(again.step_time)}, and {headline({first: results[first], second: again})}"
+        f"{format_seconds(again.ranked_time)}, and {headline({first: results[first], second: again})}"
     )
 
 

@@ -1,6 +1,6 @@
 """What a played step comes to: seconds, bytes by category, busy and exposed time -> SimResult."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mopsim
@@ -55,7 +55,7 @@ def account(
     time = _time(played, hardware)
     tokens, step_time = training.global_batch * training.seq_len, time["step_time"]
     rate = workload.model_flops / step_time / strategy.world_size
-    return SimResult(
+    result = SimResult(
         tokens_per_second=tokens / step_time,
         tokens_per_second_per_device=tokens / step_time / strategy.world_size,
         model_flops_per_second_per_device=rate,
@@ -80,6 +80,10 @@ def account(
         each=hardware.each,
         num_events=sum(len(one.ops) for one in workload.programs),
     )
+    if result.fits and result.hopeless:
+        most = max(result.memory_by_category, key=result.memory_by_category.__getitem__, default="framework")
+        return replace(result, fits=False, over=most if result.missing_bytes[0] else "host")
+    return result
 
 
 def facts(

@@ -15,6 +15,8 @@ from mopsim.spec.training import TrainSpec
 
 UPPER = 0.95
 """Probability with which the bytes of the `_upper` keys are enough."""
+HOPELESS = 0.01
+"""P(fits) below which the user's own runs say that a step is out of memory: what is printed as <0.01."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class SimResult:
     pipeline that had not come so far.
 
     above_peak, above_host: bytes that may come on top of the peak and of host_memory, by cause
-    (mopsim.engine.upper). fits: whether the points are within the limits; p_fits: the probability that what
+    (mopsim.engine.upper). fits: whether the points are within the limits, and the
+    user's own runs do not say that it is `hopeless`; p_fits: the probability that what
     will be measured is, of errors like those of published runs (mopsim.intervals). facts: what they are
     grouped by. each: what a device is called: a rank where devices are CPUs."""
 
@@ -100,8 +103,18 @@ class SimResult:
 
     @property
     def missing_bytes(self) -> tuple[int, int]:
-        """What tensors of a rank have too little room for, on the device and on the host."""
-        return max(0, self.peak_memory - self.memory_limit), max(0, self.host_memory - self.host_limit)
+        """What tensors of a rank have too little room for, on the device and on the host; where the user's
+        own runs say so, what is as likely needed as not has."""
+        device, host = self.peak_memory, self.host_memory
+        if self.hopeless:
+            device = max(device, round(self.device.quantile(0.5)))
+            host = max(host, round(self.host.quantile(0.5)))
+        return max(0, device - self.memory_limit), max(0, host - self.host_limit)
+
+    @cached_property
+    def hopeless(self) -> bool:
+        """Whether by the user's own runs it hardly fits, whatever is simulated."""
+        return self.corrected_peak_memory is not None and self.p_fits < HOPELESS
 
     @property
     def over_bytes(self) -> int:
@@ -176,6 +189,11 @@ class SimResult:
         it saw none."""
         seen = any(one.step_time is not None for one in self.facts.seen)
         return of_step_time(self.facts).middle(self.step_time) if seen else None
+
+    @property
+    def ranked_time(self) -> float:
+        """Seconds by which plans are told apart: corrected where the profile saw runs, else simulated."""
+        return self.step_time if self.corrected_step_time is None else self.corrected_step_time
 
     @cached_property
     def corrected_peak_memory(self) -> float | None:

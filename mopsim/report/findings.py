@@ -31,13 +31,13 @@ def finding(results: Results, gaps: Gaps | None = None, level: float = 0.9) -> s
 def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:
     """Those that fit."""
     fitting = [(label, one) for label, one in results.items() if one and one.fits]
-    return sorted(fitting, key=lambda one: (one[1].step_time, one[0]))
+    return sorted(fitting, key=lambda one: (one[1].ranked_time, one[0]))
 
 
 def _ranked(results: Results) -> tuple[list[tuple[str, SimResult]], list[tuple[str, SimResult]]]:
     """(the fastest that fits and those that tie with it, the slower ones), fastest first."""
     order = _fastest_first(results)
-    first = [one for one in order if one[1].step_time <= (1 + TIE) * order[0][1].step_time]
+    first = [one for one in order if one[1].ranked_time <= (1 + TIE) * order[0][1].ranked_time]
     return first, order[len(first) :]
 
 
@@ -65,14 +65,19 @@ def headline(results: Results) -> str:
     ahead = ""
     if slower:
         other, second = slower[0]
-        ahead = f", {second.step_time / first[0][1].step_time:.2f}x as fast as {other}"
-    return f"{outcome(results)}{within}{ahead}"
+        ahead = f", {second.ranked_time / first[0][1].ranked_time:.2f}x as fast as {other}"
+    runs = " by your runs" if (within or ahead) and first[0][1].corrected_step_time is not None else ""
+    return f"{outcome(results)}{within}{ahead}{runs}"
 
 
-def lead(results: Results) -> tuple[str, Ratio] | None:
-    """The next best's label and how many times as fast the winner is; None where fewer than two fit."""
+def lead(results: Results) -> tuple[str, float, Ratio] | None:
+    """The next best's label, how many times as fast the winner is, and how surely; None where fewer than two
+    fit."""
     order = _fastest_first(results)
-    return (order[1][0], order[0][1].times_as_fast_as(order[1][1])) if len(order) > 1 else None
+    if len(order) < 2:
+        return None
+    (_, first), (label, second) = order[:2]
+    return label, second.ranked_time / first.ranked_time, first.times_as_fast_as(second)
 
 
 def odds(results: Results) -> str:
@@ -98,10 +103,10 @@ def _how_surely(results: Results, level: float) -> str:
 
 
 def difference(results: Results) -> str:
-    """Where the next that does not tie loses most to the fastest; of the optimizer, that it runs once a
-    step."""
+    """Where the next that does not tie loses most to the fastest, as simulated; of the optimizer, that it
+    runs once a step."""
     first, slower = _ranked(results)
-    if not slower:
+    if not slower or slower[0][1].step_time <= first[0][1].step_time:
         return ""
     best, (name, other) = first[0][1], slower[0]
     before, parts = _parts(best), _parts(other)

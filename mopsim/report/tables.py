@@ -156,17 +156,17 @@ def _also(result: SimResult, free: Freedom) -> str:
 
 def best_of_others(best: Mapping[str, SimResult | None]) -> Text:
     """The best strategy of each family but the fastest one's, and how they compare with it."""
-    fastest = min((one for one in best.values() if one), key=lambda one: one.step_time, default=None)
+    fastest = min((one for one in best.values() if one), key=lambda one: one.ranked_time, default=None)
     lines = []
     for family, one in best.items():
-        if fastest and one and one.step_time == fastest.step_time:
+        if fastest and one and one.ranked_time == fastest.ranked_time:
             continue
         if fastest is None or one is None:
             lines.append(f"best of {family}: none (the counts below say why)")
             continue
-        part = f"{fastest.step_time / one.step_time:.2f} of the fastest, which is faster with probability"
+        part = f"{fastest.ranked_time / one.ranked_time:.2f} of the fastest, which is faster with probability"
         surely = format_probability(fastest.times_as_fast_as(one).p_faster)
-        lines.append(f"best of {family}: {one.speed} ({part} {surely}), {plan_line(one)}")
+        lines.append(f"best of {family}: {one.speed} ({part} {surely}), {plan_line(one)}{corrected(one)}")
     return Text("\n".join(lines))
 
 

@@ -96,6 +96,12 @@ class Hunted:
     reason: str = GAVE_UP
     hunt: Hunt | None = None
 
+    @property
+    def moved(self) -> float:
+        """How many times what is simulated the user's own runs make of a step: as of the best."""
+        best = self.found.best
+        return best.ranked_time / best.step_time if best else 1.0
+
 
 @collected_later()
 def hunted(
@@ -165,11 +171,13 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     tied = sum(len(row.tied) for row in grouped)
     result.rejected[TIED] += tied
     result.rejected[SLOWER] += len(fit) - len(result.top) - tied
-    result.gap = _gap(min(one.least for one in hunted), result.best)
+    result.gap = _gap(min(one.least * one.moved for one in hunted), result.best)
     for one in hunted:
-        vain = int((one.open >= _gains(result.best)).sum())
+        vain = int((one.open * one.moved >= _gains(result.best)).sum())
         result.rejected.update({NO_GAIN: vain, one.reason: len(one.open) - vain})
-    hoped = result.best.step_time / min(one.expected for one in hunted) - 1 if result.best else 0.0
+    hoped = (
+        result.best.ranked_time / min(one.expected * one.moved for one in hunted) - 1 if result.best else 0.0
+    )
     result.expected_gap = hoped if hoped > TIE else 0.0
     result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
     return result
@@ -178,7 +186,7 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
 def _settled(hunt: Hunt) -> Hunted:
     """Count what was not simulated and is, by its bound, slower than the last ranked, or no gain."""
     found, left = hunt.found, hunt.left()
-    slower, may_gain = left >= hunt.last(), left < _gains(found.best)
+    slower, may_gain = left >= hunt.last(), left * Hunted(found).moved < _gains(found.best)
     found.rejected["device memory, bound: of layers and loss"] += sum(
         int(one.over.sum()) for one in hunt.pools
     )
@@ -190,9 +198,9 @@ def _settled(hunt: Hunt) -> Hunted:
 
 def _behind(done: Mapping[str, Hunted], best: SimResult | None) -> dict[str, float]:
     """By family that found a plan of its own: how many times as long as the best any plan of it takes."""
-    found = {family: (one.found.best, one.least) for family, one in done.items()}
+    found = {family: (one.found.best, one.least * one.moved) for family, one in done.items()}
     return {
-        family: min(own.step_time, least) / best.step_time
+        family: min(own.ranked_time, least) / best.ranked_time
         for family, (own, least) in found.items()
         if best and own
     }
@@ -200,14 +208,14 @@ def _behind(done: Mapping[str, Hunted], best: SimResult | None) -> dict[str, flo
 
 def _gains(best: SimResult | None) -> float:
     """Step time, seconds, below which a plan is faster than the best by more than a tie."""
-    return best.step_time / (1 + TIE) if best else math.inf
+    return best.ranked_time / (1 + TIE) if best else math.inf
 
 
 def _gap(least: float, best: SimResult | None) -> float | None:
     """How much faster than the best (as a fraction) any candidate of this lower bound can be at most."""
     if math.isinf(least):
         return 0.0
-    return max(0.0, best.step_time / least - 1) if best else None
+    return max(0.0, best.ranked_time / least - 1) if best else None
 
 
 def _hunt(problem: Problem, family: str, options: Options, result: SearchResult) -> Hunt | None:

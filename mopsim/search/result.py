@@ -26,7 +26,8 @@ class Freedom:
 
 @dataclass
 class SearchResult:
-    """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
+    """What a search did. top: fitting results, fastest first (ties by memory), by the user's own runs where
+    the profile saw any. closest: the one that misses
     by least, where none fits. risky: results that fit, as described, with a
     probability below SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
@@ -126,7 +127,9 @@ class SearchResult:
 
     def exhausted(self) -> str:
         """What is to stand beside a winner: see `promise`."""
-        return promise(self.gap, self.expected_gap if self.best else None)
+        said = promise(self.gap, self.expected_gap if self.best else None)
+        runs = self.best is not None and self.best.corrected_step_time is not None
+        return f"{said} (ranked by your runs; plans were left out by simulated steps)" if runs else said
 
 
 def exhausted(gap: float | None) -> bool:

@@ -14,9 +14,9 @@ def ranked(results: Iterable[SimResult], most: float = math.inf) -> list[SimResu
     """Fastest first; of the fastest and what is within TIE of it what keeps nothing on the host leads, and
     then the smaller peak; likewise of what is left. most: so many, but all that tie with the fastest, which
     must stay for the others to be held against it."""
-    left, groups = sorted(results, key=lambda one: one.step_time), list[list[SimResult]]()
+    left, groups = sorted(results, key=lambda one: one.ranked_time), list[list[SimResult]]()
     while left and sum(map(len, groups)) < most:
-        tied = [one for one in left if one.step_time <= (1 + TIE) * left[0].step_time]
+        tied = [one for one in left if one.ranked_time <= (1 + TIE) * left[0].ranked_time]
         left = left[len(tied) :]
         groups.append(sorted(tied, key=lambda one: (one.host_memory > 0, one.peak_memory)))
     found = [one for group in groups for one in group]

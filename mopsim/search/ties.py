@@ -60,7 +60,7 @@ def rows(ranked: Sequence[SimResult], most: int) -> list[Row]:
 
 
 def _tie(one: SimResult, other: SimResult) -> bool:
-    near = abs(one.step_time - other.step_time) <= TIE * min(one.step_time, other.step_time)
+    near = abs(one.ranked_time - other.ranked_time) <= TIE * min(one.ranked_time, other.ranked_time)
     return near and one.strategy.name == other.strategy.name
 
 

@@ -101,10 +101,10 @@ def _costs(
         if not kept:
             yield f"{name}: no such plan among the {len(fits)} simulated that fit"
             continue
-        fastest = min(kept, key=lambda one: one.step_time)
-        slower = fastest.step_time / best.step_time - 1
+        fastest = min(kept, key=lambda one: one.ranked_time)
+        slower = fastest.ranked_time / best.ranked_time - 1
         cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
-        yield f"{name}: {cost}, {format_seconds(fastest.step_time)}, {describe(fastest.strategy)}"
+        yield f"{name}: {cost}, {format_seconds(fastest.ranked_time)}, {describe(fastest.strategy)}"
 
 
 def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
@@ -112,17 +112,17 @@ def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
     faster = [
         one for one in played
         if one.fits and one.p_as_described < best.p_as_described
-        and one.step_time * (1 + GAIN) < best.step_time
+        and one.ranked_time * (1 + GAIN) < best.ranked_time
     ]  # fmt: skip
     if not faster:
         return None
-    one = max(faster, key=lambda one: (one.p_as_described, -one.step_time))
+    one = max(faster, key=lambda one: (one.p_as_described, -one.ranked_time))
     chance = one.p_as_described
     near = abs(chance - SURE) < 0.005  # which two digits would not tell from what is ranked
     odds = f"{chance:.3f}" if near else format_probability(chance)
     return (
         f"a plan that fits, as described, with probability {odds} (--risk ranks it) is "
-        f"{best.step_time / one.step_time - 1:.0%} faster: {describe(one.strategy)}"
+        f"{best.ranked_time / one.ranked_time - 1:.0%} faster: {describe(one.strategy)}"
     )
 
 
@@ -131,10 +131,10 @@ def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:
     safe = [one for one in played if one.stack == best.stack and one.fits and one.p_fits >= SURE]
     if best.p_fits >= SURE or not safe:
         return None
-    one = min(safe, key=lambda one: one.step_time)
+    one = min(safe, key=lambda one: one.ranked_time)
     return (
         f"a plan that fits with probability {format_probability(one.p_fits)} even if the program keeps other "
-        f"tensors than described is {one.step_time / best.step_time - 1:.0%} slower or less: "
+        f"tensors than described is {one.ranked_time / best.ranked_time - 1:.0%} slower or less: "
         f"{describe(one.strategy)}"
     )
 
@@ -146,13 +146,13 @@ def _memory(best: SimResult, played: Sequence[SimResult], where: str) -> str | N
         limits = {"device": (one.memory_limit, one.peak_memory), "host": (one.host_limit, one.host_memory)}
         limit, used = limits.pop(where)
         ((other, needed),) = limits.values()
-        faster = not one.fits and one.step_time * (1 + GAIN) < best.step_time
+        faster = not one.fits and one.ranked_time * (1 + GAIN) < best.ranked_time
         if faster and 0 < used - limit <= MOST_MORE * limit and needed <= other:
             over.append((used - limit, limit, one))
     if not over:
         return None
     missing, limit, one = min(over, key=lambda each: each[0])
-    gain = best.step_time / one.step_time - 1
+    gain = best.ranked_time / one.ranked_time - 1
     return (
         f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}) "
         f"a plan fits that is {gain:.0%} faster: {describe(one.strategy)}"
@@ -173,7 +173,7 @@ def _links(problem: Problem) -> list[str]:
 def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name: str) -> str | None:
     """What the best of the families do where a link is faster, and the memory behind it where that is in the
     way; None where the profile would be refused or none uses the link."""
-    near = [one for one in others if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
+    near = [one for one in others if one.ranked_time <= NEAR * best.ranked_time][: RIVALS - 1]
     quick = faster(problem.hardware, *LINKS[name], MORE)
     if quick is None:
         return None
@@ -184,7 +184,7 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
     order = _order(again)
     said = f"with {name} {MORE:g} times as fast the step {_takes(best, again[0])}{order}"
     both = faster(quick, *DRAM, MORE) if name == HOST_LINK else None
-    if both and (more := _again(problem, both, plans))[0].step_time * (1 + TIE) < again[0].step_time:
+    if both and (more := _again(problem, both, plans))[0].ranked_time * (1 + TIE) < again[0].ranked_time:
         order += _order(more)
         so = f"with both so fast it {_takes(best, more[0])}{_order(more)}"
         said = f"{said}; the host's DRAM bounds copies then, and {so}"
@@ -217,16 +217,16 @@ def _again(problem: Problem, hardware: HardwareProfile, plans: Sequence[SimResul
 
 
 def _takes(best: SimResult, again: SimResult) -> str:
-    gain = best.step_time / again.step_time - 1
-    return f"takes {format_seconds(again.step_time)} ({gain:.0%} faster)" if gain > TIE else "takes as long"
+    gain = best.ranked_time / again.ranked_time - 1
+    return f"takes {format_seconds(again.ranked_time)} ({gain:.0%} faster)" if gain > TIE else "takes as long"
 
 
 def _order(again: Sequence[SimResult]) -> str:
     """Which family is best now, where the first is not."""
-    first = min(again, key=lambda one: one.step_time)
-    if first.step_time * (1 + TIE) >= again[0].step_time:
+    first = min(again, key=lambda one: one.ranked_time)
+    if first.ranked_time * (1 + TIE) >= again[0].ranked_time:
         return ""
-    return f", and {first.strategy.name} is best: {format_seconds(first.step_time)}"
+    return f", and {first.strategy.name} is best: {format_seconds(first.ranked_time)}"
 
 
 def faster(
@@ -253,13 +253,14 @@ def faster(
 def _others(best: SimResult, found: SearchResult) -> list[SimResult]:
     """The best of the other families, fastest first."""
     others = [one for one in found.best_by_family.values() if one and one.strategy.name != best.strategy.name]
-    return sorted(others, key=lambda one: one.step_time)
+    return sorted(others, key=lambda one: one.ranked_time)
 
 
 def _rivals(best: SimResult, others: Sequence[SimResult]) -> list[str]:
     """How the best of each other family compares, and what its step takes more of."""
     return [
-        f"{one.strategy.name} takes {one.step_time / best.step_time:.2f} times as long{_more_of(one, best)}"
+        f"{one.strategy.name} takes {one.ranked_time / best.ranked_time:.2f} times as long"
+        f"{_more_of(one, best)}"
         for one in others
     ]
 

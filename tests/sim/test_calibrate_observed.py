@@ -15,9 +15,10 @@ from mopsim.commands.calibrate import warnings
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.report.tables import comparison, corrected, plan_line
-from mopsim.spec.hardware import Correction
+from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.observed import Observed
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
 from tests.sim.test_calibrate import MACHINE, PROFILE, TRUE, measured, simulate
 
 
@@ -162,3 +163,71 @@ def test_a_profile_that_is_worse_than_the_old_one_says_so() -> None:
         "worse than old: runs are off by a factor of 4.00 where they are held out, by 2.00"
     )
     assert not warnings(calibrate(PROFILE, [measured(name, MACHINE) for name in "ab"], simulate), "old")
+
+
+TINY = {"model": "tiny", "seq_len": 64, "global_batch": 2}
+
+
+def seen_on_tiny(stacks: dict[str, dict[str, float]]) -> HardwareProfile:
+    """The CPUs of two cores after fifty runs of each stack. stacks: what each was missed by."""
+    bare = mopsim.simulate(hardware="cpu-2core", strategy=Strategy(name="mop", world_size=1), **TINY)
+    network, made = bare.result.facts.network, bare.result.facts.made
+    seen = (
+        Observed(stack=stack, precision="bf16", network=network, runs=50, made=made, **missed)
+        for stack, missed in stacks.items()
+    )
+    return replace(load_profile("cpu-2core"), observed=tuple(seen))
+
+
+def test_who_is_fastest_is_as_the_runs_say() -> None:
+    """One plan is simulated as the faster one; the runs of its program took four times as long."""
+    plans = {
+        "flat": Strategy(name="mop", world_size=1),
+        "fsdp2": Strategy(name="fsdp2", stack="mopexec-fsdp2", world_size=1),
+    }
+    asked = {"strategies": plans, **TINY}
+    bare = mopsim.compare(hardware="cpu-2core", **asked)
+    quick = min(bare.results, key=lambda name: bare.results[name].step_time)
+    (other,) = set(plans) - {quick}
+    missed = {
+        bare.results[quick].stack.name: {"step_time": math.log(4.0)},
+        bare.results[other].stack.name: {"step_time": 0.0},
+    }
+    assert quick in bare.headline().split(",")[0]
+    assert "by your runs" not in bare.headline()
+    found = mopsim.compare(hardware=seen_on_tiny(missed), **asked)
+    assert found.headline().startswith(f"{other} is fastest, ")
+    assert f" as fast as {quick} by your runs" in found.headline()
+    lead = found.to_json()["lead"]
+    assert lead["ratio"] > 1
+    assert lead["p_faster"] > 0.5
+
+
+def test_a_search_ranks_and_plans_by_the_runs() -> None:
+    asked = {"families": ["mop", "fsdp2"], "budget": 4, **TINY}
+    bare = mopsim.search(hardware="cpu-2core", **asked)
+    best, others = bare.found.best, bare.found.best_by_family
+    assert best
+    (other,) = (one for one in others.values() if one and one.strategy.name != best.strategy.name)
+    assert "your runs" not in bare.headline()
+    missed = {best.stack.name: {"step_time": math.log(4.0)}, other.stack.name: {"step_time": 0.0}}
+    found = mopsim.search(hardware=seen_on_tiny(missed), **asked)
+    assert found.best
+    assert found.best.result.strategy.name == other.strategy.name
+    assert found.best.plan().strategy.name == other.strategy.name
+    steps = [one.result.ranked_time for one in found.top]
+    assert steps == sorted(steps)
+    assert "ranked by your runs; plans were left out by simulated steps" in found.headline()
+
+
+def test_a_step_that_the_runs_say_is_out_of_memory_does_not_fit() -> None:
+    plan = Strategy(name="mop", world_size=1)
+    bare = mopsim.simulate(hardware="cpu-2core", strategy=plan, **TINY)
+    assert bare.fits
+    times = 1.5 * bare.result.memory_limit / bare.result.peak_memory
+    profile = seen_on_tiny({bare.result.stack.name: {"peak_memory": math.log(times)}})
+    step = mopsim.simulate(hardware=profile, strategy=plan, **TINY)
+    assert step.p_fits < 0.01
+    assert (step.fits, step.verdict) == (False, "out of memory")
+    assert step.over_bytes == pytest.approx(0.5 * bare.result.memory_limit, rel=0.1)
+    assert step.over in step.memory_by_category_bytes
