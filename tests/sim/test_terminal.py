@@ -61,7 +61,7 @@ def test_a_large_job_stays_in_its_lines() -> None:
 
 def test_a_step_of_hours_stays_in_its_lines() -> None:
     """From 10,000 s on steps and their intervals are in hours, in `search`, `compare` and its sweep."""
-    batch, machine = 12 * 1100, load_profile("h200-sxm-141g")
+    batch, machine = 12 * 1200, load_profile("h200-sxm-141g")
     job = TrainSpec(seq_len=2**20, global_batch=batch)
     result = simulate(load_model("mop_1t"), machine, 12, mop(96, context_parallel=8, expert_parallel=32), job)
     assert result.step_time > 1e6
