@@ -120,14 +120,18 @@ class Inputs:
         return f"{self.model.name} on {cluster}, {training.seq_len} tokens, batch {training.global_batch}"
 
     def where_of(self, results: Sequence[SimResult]) -> str:
-        """The same; where results use fewer of the devices, how many: what is per device is of these."""
+        """The same; where results use fewer of the devices, how many."""
+        return "; ".join(filter(None, (self.where, self.part_of(results))))
+
+    def part_of(self, results: Sequence[SimResult]) -> str:
+        """Where results use fewer of the devices, how many: what is per device is of these."""
         part = [one.strategy.world_size for one in results if one.strategy.world_size < self.world_size]
         if not part:
-            return self.where
+            return ""
         used = " or ".join(map(str, sorted(set(part))))
         some = "" if len(part) == len(results) else f" by {len(part)} of {len(results)} strategies"
         rule = f"numbers per {results[0].each} are of these"
-        return f"{self.where}; {used} of the {self.world_size} devices are used{some}, {rule}"
+        return f"{used} of the {self.world_size} devices are used{some}, {rule}"
 
 
 def read_inputs(

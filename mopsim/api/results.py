@@ -179,11 +179,12 @@ class Simulation(Result):
 
     def headline(self) -> str:
         r = self.result
-        return (
+        said = (
             f"{tables.describe(r.strategy)} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
             f"{r.speed}, {format_bytes(r.peak_memory)} of "
             f"{format_bytes(r.memory_limit)}, {r.odds}"
         )
+        return "; ".join(filter(None, (said, self.inputs.part_of([r]))))
 
     def _results(self) -> Sequence[SimResult]:
         return [self.result]

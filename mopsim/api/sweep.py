@@ -66,7 +66,7 @@ def sweep(
                 refused[label] = str(error)
         results = {label: found[label].result if label in found else None for label in labels}
         of = job.training
-        points.append(SweepPoint(value, name, results, refused, of.global_batch, of.seq_len))
+        points.append(SweepPoint(value, name, results, refused, of.global_batch, of.seq_len, job.world_size))
         simulations.append(found)
     return Swept(setting.replace("_", "-"), points, hold.replace("_", " "), simulations)
 

@@ -62,7 +62,7 @@ def time_figure(
         note = speed if result.fits else remark(result.over, result.over_bytes)
         ends = result.step_time_interval(level) if level else None
         bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
-        waits.append(Bar(label, _ordered(result.exposed), f"{result.exposed_share:.0%} of the step"))
+        waits.append(Bar(label, _ordered(result.waits), f"{result.exposed_share:.0%} of the step"))
     most = max((sum(result.exposed.values()), label) for label, result in results.items())
     together = ", plan and software together" if leaders(results) else ""
     titles = (
@@ -117,7 +117,7 @@ def write_compare(
         sections.append(
             Section(
                 f"Over {sweep.setting}",
-                sweep.held,
+                "; ".join(filter(None, (sweep.held, sweep.part))),
                 table=swept_rows(sweep, level),
                 picture=("sweep.png", f"throughput over {sweep.setting}"),
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TypeVar
 
-from matplotlib.transforms import blended_transform_factory
+from matplotlib.transforms import ScaledTranslation
 from rich.console import Group
 from rich.text import Text
 
@@ -30,7 +30,7 @@ TITLE = 84
 @dataclass(frozen=True)
 class SweepPoint:
     """One value of a setting. name: as it was written. results: by label; refused: why one has none. batch,
-    length: sequences of a step, tokens of a sequence."""
+    length: sequences of a step, tokens of a sequence. devices: of the machines; a plan may use fewer."""
 
     value: int
     name: str
@@ -38,6 +38,13 @@ class SweepPoint:
     refused: Mapping[str, str] = field(default_factory=dict)
     batch: int = 0
     length: int = 0
+    devices: int = 0
+
+    def used(self, label: str) -> str:
+        """'16 of 64': devices that a plan uses, where it is not all."""
+        one = self.results[label]
+        ranks = one.strategy.world_size if one else self.devices
+        return f"{ranks:,} of {self.devices:,}" if ranks < self.devices else ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,22 @@ class Sweep:
         return [one.each for one in self.every]
 
     @property
+    def part(self) -> str:
+        """'meg uses 16 of 32 devices at 2, 16 of 64 devices at 4: numbers per GPU are of these'; empty where
+        all use all."""
+        users: dict[str, list[str]] = {}
+        for label in self.labels:
+            some = [(point.used(label), point.name) for point in self.points]
+            if found := ", ".join(f"{used} devices at {name}" for used, name in some if used):
+                users.setdefault(found, []).append(label)
+        said = [f"{' and '.join(all_)} use{'s' * (len(all_) == 1)} {found}" for found, all_ in users.items()]
+        return (
+            f"{'; '.join(said)}: numbers per {' or '.join(dict.fromkeys(self.each))} are of these"
+            if said
+            else ""
+        )
+
+    @property
     def held(self) -> str:
         """'held constant: tokens per step (1,048,576)', and where that is not exact."""
         if not self.hold:
@@ -99,7 +122,7 @@ def over(sweep: Sweep) -> str:
         name = f"{point.name} ({sure})" if sure else point.name
         places.setdefault(outcome(point.results), []).append(name)
     found = [f"{said} at {', '.join(names)}" for said, names in places.items()]
-    return f"Over {sweep.setting}: {'; '.join(found)}"
+    return "; ".join(filter(None, (f"Over {sweep.setting}: {'; '.join(found)}", sweep.part)))
 
 
 def _title(sweep: Sweep) -> str:
@@ -135,10 +158,10 @@ def _band(result: SimResult | None, level: float) -> tuple[float, float]:
 
 
 def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> None:
-    """Throughput over the setting; where there is none the line ends, and a mark on the floor says why.
+    """Throughput over the setting; where there is none the line ends, and a mark on the axis says why.
     level: of the bands. where: the network and the machine, for the title, which says too what is held
-    constant."""
-    below = "; ".join(filter(None, (where, sweep.held)))
+    constant, and how many devices plans use that do not use all."""
+    below = "; ".join(filter(None, (where, sweep.held, sweep.part)))
     lost = sweep.by_label(_lost)
     marks = {why: mark for why, mark in MARKS.items() if any(why in found for found in lost.values())}
     with figure(path, 10, 5.2) as (axis,):
@@ -149,9 +172,10 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
             axis.fill_between(sweep.values, low, high, color=tint, alpha=0.18, linewidth=0)
             for why, mark in marks.items():
                 at = [x for x, one in zip(sweep.values, lost[label], strict=True) if one == why]
+                aside = ScaledTranslation(0.12 * index, 0, axis.figure.dpi_scale_trans)
                 axis.scatter(
-                    at, [0.03 + 0.05 * index] * len(at), marker=mark, s=70, linewidth=2.5, color=tint,
-                    zorder=5, transform=blended_transform_factory(axis.transData, axis.transAxes),
+                    at, [0] * len(at), marker=mark, s=70, linewidth=2.5, color=tint, zorder=5, clip_on=False,
+                    transform=axis.get_xaxis_transform() + aside,
                 )  # fmt: skip
         if sweep.every:
             axis.fill_between(
@@ -194,7 +218,8 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
                 size(result.peak_memory), format_probability(result.p_fits) if result.fits else "out",
                 style="" if result.fits else "red",
             )  # fmt: skip
-            plans.append(Text(f"{name} {label}: {plan_line(result)}"))
+            used = point.used(label)
+            plans.append(Text(f"{name} {label}{f', {used} devices' if used else ''}: {plan_line(result)}"))
     return Group(shown, *plans)
 
 
@@ -207,5 +232,7 @@ def swept_rows(sweep: Sweep, level: float = 0.9) -> Table:
         for label, result in point.results.items():
             why = f": {point.refused[label]}" if label in point.refused else ""
             none = [f"{NO_STRATEGY}{why}", *[""] * (len(numbers) - 1)]
-            rows.append([point.name, f"{point.batch:,}", label, *(row(result, level) if result else none)])
+            used = point.used(label)
+            named = f"{label} ({used} devices)" if used else label
+            rows.append([point.name, f"{point.batch:,}", named, *(row(result, level) if result else none)])
     return Table(heads, rows)

@@ -104,6 +104,8 @@ def test_the_title_says_how_many_devices_a_plan_uses(
         command(monkeypatch, "simulate", *asked, "--nodes", nodes, "--strategy", str(path))
         title = " ".join(capsys.readouterr().out.split("tokens/s")[0].split())
         assert ("; 2 of the 8 devices are used, numbers per rank are of these" in title) is used
+        step = mopsim.simulate(**job, nodes=int(nodes), strategy=path)
+        assert (" 2 of the 8 devices are used, numbers per rank are of these" in repr(step)) is used
     found = mopsim.compare(**job, nodes=4, strategies={"part": path, "all": TINY})
     found.write(tmp_path / "report")
     said = (tmp_path / "report" / "index.md").read_text().splitlines()[0]

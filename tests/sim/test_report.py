@@ -116,6 +116,23 @@ def test_a_sweep_says_what_it_holds(
     assert title.splitlines()[1:] == ["tiny on 1 node of cpu-2core; held constant: tokens per step (1,536)"]
 
 
+def test_a_sweep_says_how_many_of_the_devices_a_plan_uses(
+    results: list[SimResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A plan of 2 ranks on more nodes was a flat line that was said to be fastest at each."""
+    points = [SweepPoint(n, str(n), {"a": results[0]}, devices=2 * n) for n in (1, 2, 4)]
+    sweep = Sweep("nodes", points)
+    said = "a uses 2 of 4 devices at 2, 2 of 8 devices at 4: numbers per rank are of these"
+    assert sweep.part == said
+    assert said in over(sweep)
+    title = drawn(monkeypatch, tmp_path, sweep).get_title("left")
+    assert said in " ".join(title.split())
+    assert [row[2] for row in swept_rows(sweep).rows] == ["a", "a (2 of 4 devices)", "a (2 of 8 devices)"]
+    two = replace(sweep, points=[replace(one, results=one.results | {"b": results[0]}) for one in points[:2]])
+    assert two.part.startswith("a and b use 2 of 4 devices at 2: ")
+    assert replace(sweep, points=points[:1]).part == ""
+
+
 def test_finding_names_the_winner(results: list[SimResult]) -> None:
     fast = min(results, key=lambda one: one.step_time)
     label = {id(results[0]): "mop", id(results[1]): "fsdp2"}[id(fast)]
@@ -159,7 +176,7 @@ def test_a_hole_in_a_sweep_is_not_memory(
     assert heights[0] == heights[1] == heights[3] == one.tokens_per_second_per_device
     assert axis.get_legend_handles_labels()[1] == ["a", "b", "90% interval", "no legal strategy"]
     scattered = [one for one in axis.collections if isinstance(one, PathCollection)]
-    assert [x for one in scattered for x, _ in one.get_offsets()] == [3]
+    assert [list(place) for one in scattered for place in one.get_offsets()] == [[3, 0]]  # on the axis
 
 
 def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
