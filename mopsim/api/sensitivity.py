@@ -12,8 +12,10 @@ from mopsim.engine import SimResult
 from mopsim.program.workload import FABRICS
 from mopsim.spec.hardware import HardwareProfile
 
-SHARES = ("efficiency", "held", "forward", "backward", "communication_share")
-"""Numbers of a curve that are fractions: they move together, and end at 1."""
+REACHED = ("efficiency", "forward", "backward")
+SHARES = (*REACHED, "held", "communication_share")
+"""Numbers of a curve that are fractions and end at 1. Those that the work reaches move together; `held`, the
+limit that power sets, is of its own."""
 Plain = dict[str, Any]
 
 
@@ -54,7 +56,7 @@ def sensitivity(
     found = []
     for place, (name, paths) in enumerate(assumptions(to_plain(profile)).items()):
         ends = [_played(reference, _scaled(profile, paths, 1 + sign * by)) for sign in (-1, 1)]
-        found.append(Moved(name, _value(to_plain(profile), paths), *ends))
+        found.append(Moved(name, value_of(to_plain(profile), paths), *ends))
         if told:
             told(place + 1, name)
     return sorted(found, key=lambda one: (-one.swing(base), one.name))
@@ -72,7 +74,7 @@ def assumptions(profile: Plain) -> dict[str, list[Path]]:
             if path[:2] == (fabric, "collectives"):
                 name = f"{fabric}.collectives.*.{path[3]}"
         last = str(path[-1])
-        groups.setdefault(name.removesuffix(last) + "efficiency" if last in SHARES[:4] else name, []).append(
+        groups.setdefault(name.removesuffix(last) + "efficiency" if last in REACHED else name, []).append(
             path
         )
     return groups
@@ -125,11 +127,11 @@ def _inner(data: Any, path: Path) -> Any:
     return data
 
 
-def _value(data: Plain, paths: Sequence[Path]) -> str:
+def value_of(data: Plain, paths: Sequence[Path]) -> str:
     """'20 us'; of several that differ, the least and the most."""
     found = [_inner(data, path) for path in paths]
     numbers = [one["value"] if isinstance(one, Mapping) else one for one in found]
-    unit = found[0]["unit"] if isinstance(found[0], Mapping) else ""
+    unit = found[0]["unit"].removesuffix("1") if isinstance(found[0], Mapping) else ""
     low, high = min(numbers), max(numbers)
     return f"{low:.4g}{f' to {high:.4g}' if high > low else ''}{f' {unit}' if unit else ''}"
 

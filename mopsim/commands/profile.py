@@ -200,7 +200,7 @@ def weights(found: list[Moved], base: SimResult, title: str, *, price_assumed: b
             for end, where in ((one.low, "lower"), (one.high, "higher"))
             if end is not None and turns(end, base)
         ]
-        shown.add_row(", ".join([one.name, *turned]), one.value.removesuffix(" 1"), *cells)
+        shown.add_row(", ".join([one.name, *turned]), one.value, *cells)
     quiet = [one.name for one in found if one.swing(base) < QUIET]
     lines = [Text(title, style="dim")]
     if price_assumed:

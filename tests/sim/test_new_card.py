@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.main import get_command
 
 import mopsim
-from mopsim.api.sensitivity import assumptions, sensitivity
+from mopsim.api.sensitivity import assumptions, sensitivity, value_of
 from mopsim.cli import app, main
 from mopsim.commands.profile import filled, taken, weights
 from mopsim.common.io import to_plain
@@ -116,6 +116,16 @@ def test_sensitivity_moves_what_it_says() -> None:
     products = next(one for one in found if one.name == "device.matmul.*.efficiency")
     lower, higher = products.steps(base)
     assert higher < 0 < lower
+
+
+def test_a_range_has_both_ends_and_one_meaning() -> None:
+    """'0.7 to 1' lost its end as a unit; the 1 was the limit that power sets."""
+    card = to_plain(new_card("new", {}, NEAR))
+    ranges = {name: value_of(card, paths) for name, paths in assumptions(card).items()}
+    assert {"device.matmul.*.efficiency", "device.matmul.*.held"} <= set(ranges)
+    assert not ranges["device.matmul.*.efficiency"].endswith(" to 1")
+    assert value_of({"a": 0.7, "b": 1.0}, [("a",), ("b",)]) == "0.7 to 1"
+    assert value_of({"a": {"value": 0.013, "unit": "1"}}, [("a",)]) == "0.013"
 
 
 def test_only_assumptions_are_weighed() -> None:
