@@ -1,11 +1,12 @@
 """How far a context reaches: bisected by dry run; a plan that fits nowhere is a row like another."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mopexec.check import dry_run
-from mopexec.check.reach import Limits, reach
+from mopexec.check.reach import Limits, Reach, ratios, reach
 from mopexec.cli import main
 from mopsim.common import io
 from mopsim.common.errors import SpecError
@@ -28,6 +29,15 @@ def test_a_plan_that_fits_nowhere_does_not_end_the_others(tmp_path):
     assert rows["700KiB"]["peak_memory"] <= 700 * 1024
     assert (rows["8KiB"]["longest"], rows["8KiB"]["first_failing"]) == (0, 64)
     assert rows["8KiB"]["stopped_by"].startswith("device params")
+
+
+def test_a_ratio_of_reaches_is_as_wide_as_the_quantum_leaves_it():
+    one = Reach("a", "m", 2, 1, 22016, 22528, 1, 1, "device", None, None)
+    short = replace(one, strategy="b", longest=512, first_failing=1024)
+    (said,) = ratios([one, short])
+    assert said == "- 2 ranks: a reaches 21.5 to 44.0x as far as b"
+    exact = replace(short, longest=22015, first_failing=22016)
+    assert ratios([one, exact])[0].endswith("reaches 1.0x as far as b")
 
 
 def test_a_length_that_the_plan_refuses_ends_its_reach(monkeypatch):
