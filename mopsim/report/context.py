@@ -1,6 +1,6 @@
 """A sweep of context lengths in words, tables and JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -11,7 +11,7 @@ from mopsim.common.units import format_count
 from mopsim.context.contenders import Contender
 from mopsim.context.sweep import ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
-from mopsim.report.tables import describe
+from mopsim.report.tables import describe, rate
 from mopsim.report.terminal import numbered, table
 from mopsim.search.result import format_gap
 
@@ -33,7 +33,7 @@ def marks(point: ContextPoint) -> str:
 
 
 def cell(point: ContextPoint | None) -> str:
-    """Tokens per second and device, or what stops it."""
+    """Tokens per second and GPU, or what stops it."""
     if point is None:
         return ""
     if point.throughput is None:
@@ -61,6 +61,11 @@ def case_name(case: ContextCase) -> str:
     return f"{size} on {case.world_size} devices"
 
 
+def _rate(curves: Iterable[Curve]) -> str:
+    """'tokens/s per GPU': what the cells are."""
+    return rate(one.result.each for curve in curves for one in curve.points if one.result)
+
+
 def case_table(curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
     """Throughput by contender and length, and the first contender's over each other's."""
     rows = [
@@ -71,14 +76,14 @@ def case_table(curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
         ratios = [times(ratio(first, curve, length)) for length in lengths]
         if any(ratios):
             rows.append([f"{first.contender.label} over {curve.contender.label}", *ratios])
-    return Table(["tokens/s per device at", *(format_count(length) for length in lengths)], rows)
+    return Table([f"{_rate(curves.values())} at", *(format_count(length) for length in lengths)], rows)
 
 
 def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Group:
     """The same on a terminal of 80 columns: contenders are numbers, which stand below with how far they come;
     '1/2' is how many times as fast the first is as the second."""
-    title = f"{case_name(case)} of {case.hardware.name}, tokens/s per device"
-    found = table(title, ("#",), [format_count(length) for length in lengths])
+    title = f"{case_name(case)} of {case.hardware.name}, {_rate(curves.values())}"
+    found = table("", ("#",), [format_count(length) for length in lengths])
     first, *others = curves.values()
     cells = [[cell(curve.at(length)) for length in lengths] for curve in curves.values()]
     for number, row in enumerate(cells, 1):
@@ -97,7 +102,7 @@ def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequenc
     gaps = [f"; gap {format_gap(_gap(curve))}" if _gap(curve) else "" for curve in curves.values()]
     said += ["gap: a plan left out is at most so much faster"] if any(gaps) else []
     lines = [Text(f"{_end(curve)}{gap}") for curve, gap in zip(curves.values(), gaps, strict=True)]
-    return Group(found, numbered(lines), Text("; ".join(said), style="dim"))
+    return Group(Text(title, style="italic"), found, numbered(lines), Text("; ".join(said), style="dim"))
 
 
 def ends(curves: Mapping[str, Curve]) -> str:
