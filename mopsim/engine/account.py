@@ -156,6 +156,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "peak_memory": peak,
         "reserved_memory": peak + idle,
         "memory_limit": limit,
+        "set_aside": int(hardware.device.memory.si) - limit,
         "memory_by_category": categories,
         "peak_by_stage": tuple(round(hardware.framework_memory_scale * one.peak) for one in played.ledgers),
         "highest_by_category": dict(zip(DEVICE, ledger.high, strict=False)),

@@ -9,6 +9,7 @@ from mopsim.common.units import format_bytes, format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
+from mopsim.spec.categories import SHOWN_AS
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -27,7 +28,8 @@ class SimResult:
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its own
     highest, whenever that was; peak_by_phase: the highest at the height or the end of an op of each phase.
     peak_by_stage: peak memory of each pipeline stage's ranks. reserved_memory: what torch's caching allocator
-    has for the peak and for what was cached before it in pools of other streams.
+    has for the peak and for what was cached before it in pools of other streams. set_aside: of the device's
+    memory, beside memory_limit, for the driver and the framework.
 
     exposed: seconds in which compute waits, or which a collective beside it takes from it, by what for: kinds
     of `busy`, none for longer than it is busy; `host`, kernels issued late; `peers`, other stages of a
@@ -75,6 +77,7 @@ class SimResult:
     facts: Facts
     each: Literal["GPU", "rank"] = "GPU"
     num_events: int = 0
+    set_aside: int = 0
     span_stage: int = 0
     memory_stage: int = 0
     spans: list[Span] = field(default_factory=list)
@@ -162,8 +165,13 @@ class SimResult:
         return f"fits with probability {format_probability(self.p_fits)}" if self.fits else self.verdict
 
     @property
+    def waits(self) -> dict[str, float]:
+        """`exposed` under the names that people see."""
+        return {SHOWN_AS.get(kind, kind): part for kind, part in self.exposed.items()}
+
+    @property
     def exposed_share(self) -> float:
-        """Share of the step in which compute waits for communication, copies or the host."""
+        """Share of the step in which compute waits for communication, copies, the host or other stages."""
         return sum(self.exposed.values()) / self.step_time
 
     @property

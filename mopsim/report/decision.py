@@ -160,7 +160,7 @@ def why(d: Decision) -> list[str]:
     if subject is None or subject.result is None or subject.figures is None:
         return [f"{one.hardware.name}: {one.why}" for one in d.sizings]
     result, training = subject.result, subject.training
-    waits = sorted(result.exposed.items(), key=lambda item: -item[1])
+    waits = sorted(result.waits.items(), key=lambda item: -item[1])
     heaviest = [
         f"{name.replace('_', ' ')} {seconds / result.step_time:.0%}"
         for name, seconds in waits[:3]

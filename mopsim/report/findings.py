@@ -6,7 +6,8 @@ from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import Ratio
 from mopsim.search.result import TIE, exhausted, format_gap
-from mopsim.spec.categories import WAITING, WAITS
+from mopsim.spec.categories import WAITING
+from mopsim.spec.line import waits_for
 
 Results = Mapping[str, SimResult | None]
 """Of strategies, by label; None: there is no legal one."""
@@ -121,7 +122,7 @@ def difference(results: Results) -> str:
 def _parts(one: SimResult) -> dict[str, float]:
     """Seconds of each component, and of waiting for what compute waits for."""
     ran = {kind.replace("_", " "): part for kind, part in one.time_by_component.items() if kind != WAITING}
-    return ran | {f"waiting for {WAITS.get(kind, kind)}": part for kind, part in one.exposed.items()}
+    return ran | {f"waiting for {waits_for(kind, one.strategy)}": part for kind, part in one.exposed.items()}
 
 
 def leaders(results: Results) -> tuple[str, str] | None:

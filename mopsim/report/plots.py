@@ -53,7 +53,9 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
             axis.set_xlim(0, largest / scale * 1.36 or 1.0)
             axis.set_title(title)
         above.set_xlabel(f"simulated step by component, and waiting, {unit}")
-        below.set_xlabel(f"exposed: compute waits for communication, copies or the host, {unit}")
+        below.set_xlabel(
+            f"exposed: compute waits for communication, copies, the host or other stages, {unit}"
+        )
         legend_below(above)
         legend_below(below)
 

@@ -56,7 +56,7 @@ COLOURS = {
     "host_optimizer": "#e59866",
     "host_memory": "#d98880",
     "host": "#34495e",
-    "peers": "#922b21",
+    "other stages": "#922b21",
 }
 SERIES = ("#ca6f1e", "#1b4f72", "#117864", "#922b21", "#8e44ad", "#7d6608", "#2e86c1", "#515a5a")
 

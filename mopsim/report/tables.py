@@ -118,20 +118,27 @@ def comparison(
     for number, why in enumerate(refused, len(results) + 1):
         shown.add_row(str(number), *["-"] * 9, style="red")
         lines.append(Text(why, style="red"))
-    limits = {(result.memory_limit, result.host_limit) for result in results}
-    limit = "; ".join(
-        f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits
-    )
+    limit = "; ".join(dict.fromkeys(map(_limits, results)))
     return Group(
         Text(title, style="italic"),
         shown,
         numbered(lines),
         Text(
-            "exposed: share of the step in which compute waits for communication, copies or the host. "
+            "exposed: share of the step in which compute waits for communication, copies, the host or other "
+            "pipeline stages. "
             f"{level:.0%}: where a measured value lies with that probability, in memory the peak of tensors. "
             f"{P_FITS}. Limits of a rank: {limit}",
             style="dim",
         ),
+    )
+
+
+def _limits(result: SimResult) -> str:
+    """'137.90 GiB of device (of its 140.40 GiB 2.50 GiB are for driver and framework), 1.5 TiB of host'."""
+    device, aside = result.memory_limit, result.set_aside
+    whole = f" (of its {format_bytes(device + aside)} {format_bytes(aside)} are for driver and framework)"
+    return (
+        f"{format_bytes(device)} of device{whole if aside else ''}, {format_bytes(result.host_limit)} of host"
     )
 
 
@@ -193,7 +200,7 @@ def breakdown(result: SimResult) -> Group:
     columns = [
         _ranked({name: float(part) for name, part in result.memory_by_category.items()}, size),
         _ranked(result.time_by_component, format_seconds),
-        _ranked(result.exposed, format_seconds),
+        _ranked(result.waits, format_seconds),
     ]
     for index in range(max(len(column) for column in columns)):
         cells: list[str] = []

@@ -13,13 +13,15 @@ from mopsim.search.had import offered
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import RESTRICTIONS
 from mopsim.search.result import TIE, SearchResult
-from mopsim.spec.categories import STEP_PARTS, WAITING, WAITS
+from mopsim.spec.categories import STEP_PARTS, WAITING
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.line import describe
+from mopsim.spec.line import describe, waits_for
 from mopsim.spec.stacks import graphed
 
 SOME, MUCH = 0.02, 0.15
-"""Shares of a step from which waiting for something is told, and is said to bound the step."""
+"""Shares of a step from which waiting is told, and waiting for something is said to bound the step."""
+TOLD = 0.75
+"""Part of what is exposed that is told by what it is for, largest first."""
 MORE = 2.0
 """By what factor a link is made faster, to see whether the answer changes."""
 GAIN = 0.02
@@ -72,17 +74,25 @@ def _bounds(best: SimResult) -> str:
     ran = {name: part for name, part in best.time_by_component.items() if name != WAITING}
     parts = sorted(ran.items(), key=lambda item: -item[1])[:3]
     spent = ", ".join(f"{name} {part / step:.0%}" for name, part in parts)
-    waits = _waits(best)
+    told = waits(best)
     most = max(best.exposed.values(), default=0.0) / step
     what = "waiting bounds it" if most >= MUCH else "compute bounds it"
-    said = ", ".join(f"{share:.0%} for {name}" for name, share in waits) or "next to nothing"
+    parts_of = ", ".join(f"{share:.0%} for {name}" for name, share in told)
+    said = f"{best.exposed_share:.0%} of it, {parts_of}" if told else "next to nothing"
     return f"the step of {format_seconds(step)} goes to {spent}; {what}: compute waits {said}"
 
 
-def _waits(one: SimResult) -> list[tuple[str, float]]:
-    """(What compute waits for, share of the step), most first."""
+def waits(one: SimResult) -> list[tuple[str, float]]:
+    """(What compute waits for, share of the step), most first, until most of what is exposed is told; none
+    where it is next to nothing."""
+    if one.exposed_share < SOME:
+        return []
+    found: list[tuple[str, float]] = []
     shares = sorted(((part / one.step_time, name) for name, part in one.exposed.items()), reverse=True)
-    return [(WAITS.get(name, name.replace("_", " ")), share) for share, name in shares[:3] if share >= SOME]
+    for share, name in shares:
+        if sum(share for _, share in found) < TOLD * one.exposed_share:
+            found.append((waits_for(name, one.strategy), share))
+    return found
 
 
 def _costs(

@@ -37,12 +37,14 @@ WAITING = "waiting"
 """Beside the components: seconds in which the compute stream stands still."""
 WAITS = {
     "all_gather": "all-gathers", "reduce_scatter": "reductions of gradients", "all_reduce": "all-reduces",
-    "all_to_all": "all-to-alls of experts and sequences", "send_recv": "sends between neighbours",
+    "all_to_all": "all-to-alls", "send_recv": "sends between neighbours",
     "h2d": "copies from the host", "d2h": "copies to the host", "peers": "other pipeline stages",
     "host": "the host, which starts kernels late", "host_optimizer": "the optimizer on the host",
     "host_memory": "gradients that the host adds",
 }  # fmt: skip
-"""What compute waits for, by kind of `SimResult.exposed`."""
+"""What compute waits for, by kind of `SimResult.exposed`; mopsim.spec.line says it of one plan."""
+SHOWN_AS = {"peers": "other stages"}
+"""Kinds of `SimResult.exposed` that people see under another name."""
 STEP_PARTS = {
     "matmul": ("matmul",),
     "attention": ("attention",),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from mopsim.common.units import format_bytes
+from mopsim.spec.categories import WAITS
 from mopsim.spec.strategy import Strategy
 
 
@@ -41,6 +42,17 @@ def describe(strategy: Strategy) -> str:
     if s.dense.zero == 3 and not s.dense.reshard_after_forward:
         parts.append("reshard=no")
     return f"{s.name} {' '.join(parts)}"
+
+
+def waits_for(kind: str, s: Strategy) -> str:
+    """What compute waits for, of those kinds of exchanges that the plan has. kind: of `SimResult.exposed`."""
+    said = WAITS.get(kind, kind.replace("_", " "))
+    if kind != "all_to_all":
+        return said
+    by_heads = s.attention.context_parallel > 1 and s.attention.cp_comm_type == "ulysses"
+    has = {"experts": s.experts.expert_parallel > 1, "sequences": by_heads}
+    named = " and ".join(what for what, there in has.items() if there)
+    return f"{said} of {named}" if named else said
 
 
 def _vocabulary(s: Strategy) -> str:

@@ -25,7 +25,7 @@ from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
-from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, why
+from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, waits, why
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -149,6 +149,23 @@ def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, pr
     kept = [line for line in lines if line.startswith("only what mopexec runs")]
     assert len(kept) == (best.strategy.name == "megatron")
     assert lines == why(found, problem)
+
+
+def test_waits_are_told_until_most_is_and_of_the_exchanges_that_the_plan_has(found: SearchResult) -> None:
+    """Of 6 % only the 2 % of the largest were told, of a plan without all-to-alls of sequences as of both."""
+    best = found.best
+    assert best is not None
+    parts = {"all_to_all": 0.020, "peers": 0.015, "all_gather": 0.011, "reduce_scatter": 0.011, "host": 0.001}
+    plan = mop(4, expert_parallel=4, context_parallel=2)
+    one = replace(best, step_time=1.0, exposed=parts, strategy=plan)
+    told = [name for name, _ in waits(one)]
+    assert told[:2] == ["all-to-alls of experts and sequences", "other pipeline stages"]
+    assert 0.75 * sum(parts.values()) <= sum(share for _, share in waits(one)) < sum(parts.values())
+    gathered = msgspec.structs.replace(plan.attention, cp_comm_type="all_gather")
+    one = replace(one, strategy=msgspec.structs.replace(plan, attention=gathered))
+    assert waits(one)[0][0] == "all-to-alls of experts"
+    assert waits(replace(one, exposed={"all_to_all": 0.019})) == []
+    assert one.waits["other stages"] == parts["peers"] == one.exposed["peers"]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def test_a_large_job_stays_in_its_lines() -> None:
     }
     assert [line.split()[0] for line in found[1:13]] == [str(number) for number in range(1, 13)]
     assert not any("…" in line for line in lines)
+    reserve = "137.90 GiB of device (of its 140.40 GiB 2.50 GiB are for driver and framework)"
+    assert reserve in " ".join(" ".join(lines).split())
     lines = shown(breakdown(result))
     assert not any("…" in line for line in lines)
     assert sum("gathered_grads" in line for line in lines) == 1
@@ -109,8 +111,10 @@ def test_a_context_sweep_stays_in_its_lines() -> None:
     labels = [*map(str, range(1, 8)), *(f"1/{number}" for number in range(2, 8))]
     assert [line.split()[0] for line in found[1:14]] == labels
     assert all(len(line.split()) == 10 for line in found[1:8])
-    assert lines[0].startswith("120B on 16 devices of h200-sxm-141g, tokens/s per device")
+    assert lines[0].startswith("120B on 16 devices of h200-sxm-141g, tokens/s per GPU")
     assert f"2 {names[1].label}: 8M†, stopped by activations; gap 10 %" in [line.rstrip() for line in lines]
+    narrow = {name: replace(one, points=one.points[:1]) for name, one in curves.items()}
+    assert shown(shown_table(case, narrow, lengths[:1]))[0].rstrip().endswith(", tokens/s per GPU")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5e-36, "0"), (-5e-36, "0"), (0.0, "0"), (2e-7, "0.2 us")])

@@ -15,6 +15,7 @@ from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
 from mopsim.report.tables import ENOUGH, P_FITS, describe, rate
 from mopsim.search.result import promise
+from mopsim.spec.categories import SHOWN_AS
 from mopsim.spec.strategy import Strategy
 
 Json = Mapping[str, Any]
@@ -267,6 +268,11 @@ def _at(step: ExplorerStep) -> tuple[float, float]:
     return float(step.found["step_time_s"]), float(step.found["peak_memory_bytes"])
 
 
+def _named(parts: Amounts) -> dict[str, float]:
+    """Under the names that people see."""
+    return {SHOWN_AS.get(name, name): part for name, part in parts.items()}
+
+
 MOST_BARS = 12
 
 
@@ -291,7 +297,10 @@ def bars(steps: Sequence[ExplorerStep]) -> list[View]:
         {
             "kind": "bars", "space": space, "title": title, "type": unit, "limit": limit,
             "rows": [
-                {"name": one.label, "parts": one.found[key], "note": one.state if unit == "bytes" else ""}
+                {
+                    "name": one.label, "parts": _named(one.found[key]),
+                    "note": one.state if unit == "bytes" else "",
+                }
                 for one in shown
             ],
         }
