@@ -4,6 +4,8 @@ Plain module state, as `mopexec.measure.scope`: for real tensors and for those w
 plays what the planned device would run. Before any `using`, a CPU's choice holds.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -13,6 +15,10 @@ from mopsim.spec.stack import Kernels
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of the flash kernels for GPUs."""
+
+
+CUDNN = 91501
+"""The first whose attention is right at lengths that are no multiple of 128 (pytorch issue 169849)."""
 
 
 class Choice:
@@ -45,7 +51,13 @@ def on_gpu(x: Tensor) -> bool:
 
 def prepare(kernels: Kernels) -> None:
     """Activate what torch does not run by default. Raises SpecError where this torch or card has it not."""
-    if kernels.attention.get("default") != "flash3":
+    kernel = kernels.attention.get("default")
+    cudnn: Any = torch.backends.cudnn
+    if kernel == "cudnn" and (found := cudnn.version() or 0) < CUDNN:
+        rule = f"needs cuDNN 9.15.1 or newer, found {found}: CUDA 13's wheels of torch have it"
+        ways = "; in the plan {default: flash2} runs FlashAttention-2, slower than planned"
+        raise SpecError("stack.kernels.attention", "cudnn", f"{rule}{ways}")
+    if kernel != "flash3":
         return
     try:
         from torch.nn.attention import activate_flash_attention_impl

@@ -241,6 +241,16 @@ def test_attention_is_chosen_by_architecture_and_mask(architecture: str, mask: s
     assert counted.by_op[f"aten::_scaled_dot_product_{word}_attention"] == 2 * plan.model.num_hidden_layers
 
 
+def test_an_older_cudnn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose attention is wrong at some lengths."""
+    kernels = msgspec.structs.replace(CUDA, attention={"default": "cudnn"})
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
+    with pytest.raises(SpecError, match=r"'cudnn' needs cuDNN 9\.15\.1 or newer, found 91400"):
+        prepare(kernels)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    prepare(kernels)
+
+
 def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
     with pytest.raises(SpecError, match=r"stack.kernels.attention: 'flash3' cannot be activated"):
         prepare(msgspec.structs.replace(CUDA, attention={"default": "flash3"}))
