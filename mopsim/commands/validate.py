@@ -10,7 +10,7 @@ from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
-from mopsim.common.errors import MopError, one_line, told
+from mopsim.common.errors import MistakesError, MopError, one_line, refuse, told
 from mopsim.common.outputs import check_outputs, say, whole_directory
 from mopsim.intervals.spread import check_level
 from mopsim.report.formats import read_formats, saved_as
@@ -49,12 +49,13 @@ def run(
     check_level(interval, "--interval")
     check_outputs({"--json": json}, {"--out": out})
     console, kinds = human(json), read_formats(formats)
-    known, refused = _cases(runs, models, cases or [], stack, console)
+    rows, networks, pieces = _tables(runs, models, components, console)
+    known, refused = _cases(rows, networks, cases or [], stack)
     with progress(console, "simulating", None) as shown:
         validation = validate(
             known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out, refused
         )
-    parts = predict_components(_told(components, COMPONENTS, read_components, console)) if components else []
+    parts = predict_components(pieces)
     grids = tables(validation, parts, interval)
     for grid in grids:
         console.print(table(grid.title, grid.left, grid.right, grid.rows))
@@ -79,7 +80,11 @@ def run(
 def _reasons(refused: Sequence[Refused], parts: Sequence[Predicted]) -> list[str]:
     """A line for all that is wrong of each row, the first with what became of them."""
     lines = [(one.about["run_id"], said) for one in refused for said in one.told]
-    lines += [(one.component.kind, f"{one.field}: {one.reason}") for one in parts]
+    lines += [
+        (one.component.kind, f"{field}: {reason.removeprefix(f'{field}: ')}")
+        for one in parts
+        for field, reason in ((one.field, one.reason), *one.more)
+    ]
     count = len(refused) + len(parts)
     rows = "the only row" if count == 1 else f"all {count:,} rows, the first"
     others = [f"{name}: {said}" if count > 1 else said for name, said in lines[1:]]
@@ -96,8 +101,30 @@ def _told(
     return rows
 
 
+def _tables(
+    runs: str | None, models: str | None, components: str | None, console: Any
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """The rows of each table, none of one that is not given. Raises MopError with what is wrong of any."""
+    wrong: list[str] = []
+
+    def read(path: str | None, columns: Mapping[str, Column], by: Callable[[Path], list[Row]]) -> list[Row]:
+        try:
+            return _told(path, columns, by, console) if path else []
+        except MopError as error:
+            wrong.extend(error.lines if isinstance(error, MistakesError) else [str(error)])
+            return []
+
+    found = (
+        read(runs, RUNS, read_runs),
+        read(models if runs else None, MODELS, lambda path: [*read_rows(path).values()]),
+        read(components, COMPONENTS, read_components),
+    )
+    refuse(wrong)
+    return found
+
+
 def _cases(
-    runs: str | None, models: str | None, files: list[str], stack: str | None, console: Any
+    rows: list[Row], networks: list[Row], files: list[str], stack: str | None
 ) -> tuple[list[Case], list[Refused]]:
     """The cases of the files, and those of the rows; with the rows that are none. stack: of all of them, if
     it is given."""
@@ -105,9 +132,6 @@ def _cases(
     if stack:
         load_stack(stack, "--stack")
         known = [replace(one, strategy=replace(one.strategy, stack=stack), stack_changes={}) for one in known]
-    if not runs:
-        return known, []
-    rows = [{**row, "stack": stack or row.get("stack", "")} for row in _told(runs, RUNS, read_runs, console)]
-    networks = _told(models, MODELS, lambda path: [*read_rows(path).values()], console) if models else []
+    rows = [{**row, "stack": stack or row.get("stack", "")} for row in rows]
     found, refused = cases_of(rows, {one["model"]: one for one in networks})
     return known + found, refused

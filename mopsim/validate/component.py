@@ -15,10 +15,12 @@ from mopsim.validate.tables import (
     UNKNOWN,
     Row,
     UnsupportedError,
+    complaints,
     count,
     number,
     parse_number,
     positive,
+    refuse_row,
     stated,
     whole,
 )
@@ -92,13 +94,18 @@ def parse(row: Row) -> Component:
     """Raises UnsupportedError where params is no JSON object, the value no number, or it and the outcome
     contradict each other."""
     row = _checked(lambda: stated(row, COMPONENTS))
+    refuse_row([*complaints(lambda: _params(row)), *complaints(lambda: _checked(lambda: _value(row)))])
+    return Component(row, _params(row), _value(row))
+
+
+def _params(row: Row) -> dict[str, object]:
     try:
         params = parse_json(row["params"] or "{}", "params")
     except MopError as error:
         raise UnsupportedError("params", str(error)) from None
     if not isinstance(params, dict):
         raise UnsupportedError("params", f"{shown(row['params'])} is not a JSON object")
-    return Component(row, params, _checked(lambda: _value(row)))
+    return params
 
 
 def _value(row: Row) -> float | None:

@@ -1,6 +1,6 @@
 """All components: predicted through the same programs and costs as whole steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.validate import kernels, parts
 from mopsim.validate.case import machine
 from mopsim.validate.component import Component, parse
-from mopsim.validate.tables import Row, UnsupportedError
+from mopsim.validate.tables import Row, UnsupportedError, complaints, refuse_row
 
 Predict = Callable[[Component, HardwareProfile], float]
 
@@ -48,7 +48,8 @@ predictions."""
 
 @dataclass(frozen=True)
 class Predicted:
-    """A component with its prediction in the row's unit, or the field and reason why there is none.
+    """A component with its prediction in the row's unit, or the field and reason why there is none, with
+    those of other cells in `more`.
 
     hardware: the profile it is predicted on.
     """
@@ -57,6 +58,7 @@ class Predicted:
     predicted: float | None
     field: str = ""
     reason: str = ""
+    more: tuple[tuple[str, str], ...] = ()
     hardware: HardwareProfile | None = None
 
     @property
@@ -74,21 +76,25 @@ def predict_components(rows: Sequence[Row]) -> list[Predicted]:
 
 def _of_row(row: Row) -> Predicted:
     try:
+        refuse_row([*complaints(lambda: parse(row)), *_names_wrong(row)])
         return _predict(parse(row))
     except UnsupportedError as error:
-        return Predicted(Component(row, {}, None), None, error.field, error.reason)
+        more = tuple((one.field, one.reason) for one in error.more)
+        return Predicted(Component(row, {}, None), None, error.field, error.reason, more)
+
+
+def _names_wrong(row: Row) -> Iterator[UnsupportedError]:
+    """What is wrong of the cells that name things."""
+    kind, metric = row["component"], row["metric"]
+    if kind not in PREDICTORS:
+        yield UnsupportedError("component", f"{kind!r} has no predictor")
+    elif metric not in PREDICTORS[kind].metrics:
+        yield UnsupportedError("metric", f"{metric!r} {not_one_of(PREDICTORS[kind].metrics)}")
+    yield from complaints(lambda: machine(row["gpu"]), "gpu")
 
 
 def _predict(component: Component) -> Predicted:
-    if component.kind not in PREDICTORS:
-        return Predicted(component, None, "component", f"{component.kind!r} has no predictor")
-    predictor = PREDICTORS[component.kind]
-    if component.metric not in predictor.metrics:
-        return Predicted(component, None, "metric", f"{component.metric!r} {not_one_of(predictor.metrics)}")
-    try:
-        hardware = machine(component.row["gpu"])
-    except MopError as error:
-        return Predicted(component, None, "gpu", str(error))
+    predictor, hardware = PREDICTORS[component.kind], machine(component.row["gpu"])
     try:
         value = predictor.predict(component, hardware)
         return Predicted(component, value, hardware=hardware)

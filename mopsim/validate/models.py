@@ -7,7 +7,16 @@ from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.rules import Rule, applied, load_rules
 from mopsim.spec.model import ModelSpec
 from mopsim.validate.columns import MODELS
-from mopsim.validate.tables import UNKNOWN, Row, count, number, read_known, stated
+from mopsim.validate.tables import (
+    UNKNOWN,
+    Row,
+    UnsupportedError,
+    count,
+    number,
+    read_known,
+    stated,
+    wrong_cells,
+)
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -35,6 +44,32 @@ def from_row(row: Row) -> ModelSpec:
         return _from_row(stated(row, MODELS))
     except SpecError as error:
         raise error.within(f"models.{row['model']}") from None
+
+
+_PUBLISHED = ("total_params_b", "active_params_b")
+_COUNTS: tuple[str, ...] = (
+    "num_layers", "num_dense_layers", "hidden", "dense_ffn_hidden", "num_heads", "num_kv_heads", "head_dim",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_experts",
+    "top_k", "expert_ffn_hidden", "shared_ffn_hidden", "vocab_size", "tied_embeddings", "mtp_layers",
+    "sliding_window",
+)  # fmt: skip
+_DENSE, _ROUTED = ("dense_ffn_hidden",), ("top_k", "expert_ffn_hidden", "num_dense_layers")
+_USED = ("hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+
+
+def complaints_of(row: Row) -> list[UnsupportedError]:
+    """What is wrong of the cells of a row, each by itself, and what it lacks; put down to a run's `model`."""
+    head = f"models.{row['model']}"
+    found = [UnsupportedError("model", str(one.within(head))) for one in wrong_cells(row, MODELS)]
+    filled = applied(model_rules(), row, ("model.",)).row
+    needed = (*_USED, *(_ROUTED if filled.get("num_experts", "") not in (*UNKNOWN, "0") else _DENSE))
+    for read, columns in ((_get, _COUNTS), (_need, needed), (number, _PUBLISHED)):
+        for column in columns:
+            try:
+                read(filled, column)
+            except SpecError as error:
+                found.append(UnsupportedError("model", str(error.within(head))))
+    return found
 
 
 def _from_row(row: Row) -> ModelSpec:

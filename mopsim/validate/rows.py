@@ -2,15 +2,17 @@
 program; what they leave unsaid is data (mopsim.validate.facts)."""
 
 import math
-from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, require, shown
-from mopsim.common.io import to_plain
+from mopsim.common.io import parse_yaml, to_plain
 from mopsim.common.rules import RowFacts
+from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
 from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity
@@ -20,17 +22,19 @@ from mopsim.spec.new_card import check_figures, figures_of
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
-from mopsim.validate.columns import RUNS
+from mopsim.validate.columns import ROOTS, RUNS
 from mopsim.validate.facts import facts, families
-from mopsim.validate.models import from_row
+from mopsim.validate.models import complaints_of, from_row
 from mopsim.validate.natural import natural, repeated
 from mopsim.validate.parallelism import Degrees, family_of, strategy
 from mopsim.validate.tables import (
     UNKNOWN,
     Row,
     UnsupportedError,
+    complaints,
     count,
     number,
     positive,
@@ -42,6 +46,7 @@ from mopsim.validate.tables import (
 P = ParamSpec("P")
 T = TypeVar("T")
 GIB = UNITS["GiB"]
+DEGREES = ("num_gpus", "tp", "pp", "cp", "dp", "ep", "etp", "vp", "micro_batch")
 NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "recompute")
 """Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
 
@@ -51,14 +56,67 @@ def read_case(row: Row, models: dict[str, Row]) -> Case:
 
     Raises UnsupportedError naming the field; of all fields that are missing or wrong by themselves.
     """
-    try:
-        wrong = [UnsupportedError(error.field, str(error)) for error in wrong_cells(row, RUNS)]
-        refuse_row(wrong + [_missing(field) for field in NEEDED if row.get(field, "") in UNKNOWN])
-        return _case(facts(stated(row, RUNS)), models)
-    except SpecError as error:
-        raise UnsupportedError(error.field, str(error)) from error
-    except MopError as error:
-        raise UnsupportedError("row", str(error)) from error
+    found: list[Case] = []
+    wrong = [UnsupportedError(error.field, str(error)) for error in wrong_cells(row, RUNS)]
+    wrong += [_missing(field) for field in NEEDED if row.get(field, "") in UNKNOWN]
+    wrong = wrong or complaints(lambda: found.append(_case(facts(stated(row, RUNS)), models)))
+    if wrong and SURPLUS not in row:
+        told = {one.field for one in wrong}
+        wrong += _names_wrong(row, models, told)
+    refuse_row(wrong)
+    return found[0]
+
+
+def _names_wrong(row: Row, models: dict[str, Row], told: set[str]) -> Iterator[UnsupportedError]:
+    """What is wrong of the cells that name things, each by itself, and of the degrees and what was measured.
+    told: columns that are refused already, whose cells count as empty."""
+    cells = {name: "" if name in told else cell for name, cell in row.items()}
+    gpu, stack, name = (row.get(column, "") for column in ("gpu", "stack", "model"))
+    yield from complaints(lambda: machine(gpu), "gpu") or [
+        *complaints(lambda: _nodes(cells, machine(gpu))),
+        *complaints(lambda: _links(cells, machine(gpu))),
+    ]
+    specs: dict[str, Any] = {"strategy": Strategy(name="row", world_size=1)}
+    yield from complaints(lambda: specs.update(stack=load_stack(stack)), "stack") if stack else ()
+    if name in models:
+        yield from complaints_of(models[name])
+    read = RowFacts(cells, {}, (), ())
+    yield from complaints(lambda: specs.update(model=_network(read, models)))
+    for field, cell in cells.items():
+        if field.startswith(ROOTS) and cell not in UNKNOWN:
+            yield from _setting_wrong(field, cell, specs)
+    if "model" in specs and not told & set(DEGREES):
+        yield from complaints(lambda: _degrees_of(cells, specs["model"]))
+    yield from complaints(lambda: _measured(cells, ()))
+
+
+def _network(known: RowFacts, models: dict[str, Row]) -> ModelSpec:
+    named, changes = _model(known, models)
+    return changed(load_model(named) if isinstance(named, str) else named, changes, "model")
+
+
+_ALONE = re.compile("is an unknown field|is refused: expected|field that is none")
+"""What is refused of a field whatever the others are (mopsim.common.changes, io.convert)."""
+
+
+def _setting_wrong(field: str, cell: str, specs: Mapping[str, Any]) -> list[UnsupportedError]:
+    """What is wrong of a dotted field. Of a strategy's whether there is one, and its type: rules between
+    fields are left to the whole one."""
+    root, _, path = field.partition(".")
+    values: list[Any] = []
+    if wrong := complaints(lambda: values.append(parse_yaml(cell, field)), field):
+        return wrong
+    if root not in specs:
+        return []
+    own = field if root == "strategy" else root
+    found = complaints(lambda: changed(specs[root], {path: values[0]}, root), own)
+    return [one for one in found if root != "strategy" or _ALONE.search(one.reason)]
+
+
+def _degrees_of(row: Row, model: ModelSpec) -> Degrees:
+    degrees = _degrees(row, model)
+    _check_groups(row, degrees, routed=model.num_local_experts > 0)
+    return degrees
 
 
 def _case(known: RowFacts, models: dict[str, Row]) -> Case:

@@ -1,7 +1,7 @@
 """The CSVs of measurements: columns checked, cells held to what their column may say, numbers parsed."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mopsim.common.errors import MopError, SpecError, refuse, require, require_name
@@ -27,11 +27,29 @@ class UnsupportedError(Exception):
         super().__init__(f"{field}: {reason}")
         self.field, self.reason, self.more = field, reason, tuple(more)
 
+    @property
+    def each(self) -> list["UnsupportedError"]:
+        """This one and those beside it, each alone."""
+        return [UnsupportedError(self.field, self.reason), *self.more]
 
-def refuse_row(wrong: Sequence[UnsupportedError]) -> None:
-    """Raise UnsupportedError with all that is wrong of a row, unless nothing is."""
-    if wrong:
-        raise UnsupportedError(wrong[0].field, wrong[0].reason, wrong[1:])
+
+def refuse_row(wrong: Iterable[UnsupportedError]) -> None:
+    """Raise UnsupportedError with all that is wrong of a row, each once, unless nothing is."""
+    if each := list({(one.field, one.reason): one for one in wrong}.values()):
+        raise UnsupportedError(each[0].field, each[0].reason, each[1:])
+
+
+def complaints(make: Callable[[], object], field: str = "") -> list[UnsupportedError]:
+    """What is wrong by what `make` raises. field: to which its refusal is put down, else its own."""
+    try:
+        make()
+    except UnsupportedError as error:
+        return error.each
+    except SpecError as error:
+        return [UnsupportedError(field or error.field, str(error))]
+    except MopError as error:
+        return [UnsupportedError(field or "row", str(error))]
+    return []
 
 
 def read_runs(path: Path) -> list[Row]:

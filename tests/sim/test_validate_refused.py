@@ -349,3 +349,42 @@ def test_a_refusal_names_its_field_once() -> None:
     for one in found["runs"]:
         assert one["reason"].startswith(f"{one['field']}: ")
         assert one["reason"].count(f"{one['field']}:") == 1
+
+
+def test_a_row_says_all_that_is_wrong_of_it_names_and_sizes() -> None:
+    wrong = {
+        "tp": "x", "gpu": "abacus", "stack": "nobody", "model": "nobody", "strategy.dense.fsd": "1",
+        "strategy.micro_batch": "[1", "sharding": "zero9",
+    }  # fmt: skip
+    with pytest.raises(UnsupportedError) as caught:
+        read_case(row(**wrong), MODELS)
+    assert sorted(one.field for one in caught.value.each) == sorted(wrong)
+    with pytest.raises(UnsupportedError) as caught:
+        read_case(
+            row(**{"stack.kernels.norm": "melted", "stack": "torchtitan", "gpus_per_node": "16"}), MODELS
+        )
+    assert [one.field for one in caught.value.each] == ["gpus_per_node", "stack"]
+
+
+def test_rows_of_models_and_components_say_all_that_is_wrong() -> None:
+    name = "mine"
+    sizes = {"model": name, "hidden": "abc", "num_layers": "x", "vocab_size": "", "attention": "zzz"}
+    with pytest.raises(UnsupportedError) as caught:
+        read_case(row(model=name, gpu="abacus"), {name: sizes})
+    text = " ".join(str(one) for one in caught.value.each)
+    assert all(f"{name}.{one}: " in text for one in ("hidden", "num_layers", "vocab_size", "attention"))
+    assert "'abacus'" in text
+    part = {"component": "gemm", "gpu": "abacus", "params": "{", "metric": "speed", "value": "x"}
+    (found,) = predict_components([part])
+    assert {found.field, *(field for field, _ in found.more)} == {"params", "value", "metric", "gpu"}
+
+
+def test_all_tables_that_are_wrong_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("runs", "models", "components")
+    for one in names:
+        (tmp_path / one).write_text(f"{one}\n1\n")
+    given = [text for one in names for text in (f"--{one}", str(tmp_path / one))]
+    with pytest.raises(SystemExit):
+        run_app(app, "mopsim", ["validate", *given])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [*names]
