@@ -15,7 +15,7 @@ from mopsim.common.outputs import check_outputs, say, whole_directory
 from mopsim.intervals.spread import check_level
 from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
-from mopsim.report.validation_tables import tables
+from mopsim.report.validation_tables import FEW, tables
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case, read_cases
@@ -59,7 +59,8 @@ def run(
     grids = tables(validation, parts, interval)
     for grid in grids:
         console.print(table(grid.title, grid.left, grid.right, grid.rows))
-    console.print(LEGEND, style="dim")
+    if len(validation.scored) > FEW:
+        console.print(LEGEND, style="dim")
     written: list[str] = []
     with io.json_beside(json, to_json(validation, parts, interval) if json else None):
         if out:

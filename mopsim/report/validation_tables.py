@@ -1,15 +1,20 @@
 """Tables of a validation: one content, shown on a terminal or written as Markdown."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mopsim.common.units import format_bytes, format_probability, format_seconds
+from mopsim.intervals.errors import Name
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, over_sources, regrets
 from mopsim.validate.uncertain import coverage
 
+FEW = 5
+"""Runs up to which each is shown, in the place of means."""
 LONGEST_REASON = 90
 """Letters of a refusal's reason that a table has room for."""
 
@@ -37,9 +42,11 @@ class Grid:
 
 def tables(validation: Validation, parts: list[Predicted], level: float = LEVEL) -> list[Grid]:
     """What the user sees: accuracy by hold-out, selection and group, intervals, the worst, capacity, what is
-    unsupported, components. level: of the intervals."""
+    unsupported, components; of FEW runs each alone. level: of the intervals."""
     found: list[Grid] = []
-    if validation.scored:
+    if 0 < len(validation.scored) <= FEW:
+        found.append(_each(validation, level))
+    elif validation.scored:
         found += [_selections(validation), _hold_outs(validation), *_intervals(validation, level)]
         groups = [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
         found += [table for table in groups if len(table.rows) > 1]
@@ -49,6 +56,26 @@ def tables(validation: Validation, parts: list[Predicted], level: float = LEVEL)
     if parts:
         found.append(_components(parts))
     return found
+
+
+def _each(validation: Validation, level: float) -> Grid:
+    """A line for each quantity of each run, and whether it fits where nothing of it was measured."""
+    names = ("measured", "predicted", f"{level:.0%}", "error")
+    table = Grid("predicted and measured", ("run", "quantity"), names)
+    shown: tuple[tuple[Name, Callable[[float], str]], ...] = (
+        ("step_time", format_seconds), ("peak_memory", format_bytes),
+    )  # fmt: skip
+    for one in validation.scored:
+        for quantity, show in shown:
+            if measured := getattr(one.case.measured, quantity):
+                predicted, ends = one.predicted(quantity), map(show, one.interval(quantity, level))
+                error = _percent(predicted / measured - 1, True)
+                name = quantity.replace("_", " ")
+                table.add_row(one.case.id, name, show(measured), show(predicted), " to ".join(ends), error)
+        if one.case.measured.fits is not None:
+            said = "ran" if one.case.measured.fits else "ran out"
+            table.add_row(one.case.id, "P(fits)", said, format_probability(one.p_fits), "", "")
+    return table
 
 
 def _percent(value: float | None, signed: bool = False) -> str:
