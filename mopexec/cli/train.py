@@ -277,10 +277,14 @@ def _conclude(options: TrainOptions, plan: Plan, stopped_by: str, json: str | No
         )
         return signal_code(stopped_by)
     say(_summary(outcome), stderr=json == "-")
-    from mopexec.run.balance import starving
+    from mopexec.run.balance import fuller, starving
 
-    if line := starving(Path(options.out), plan, outcome["expert_loads"]):
-        say(line, stderr=json == "-")
+    for line in (
+        fuller(plan, outcome["peak_memory_bytes"], outcome["routing"]),
+        starving(Path(options.out), plan, outcome["expert_loads"]),
+    ):
+        if line:
+            say(line, stderr=json == "-")
     return 0
 
 

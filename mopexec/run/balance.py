@@ -9,11 +9,15 @@ from msgspec.structs import replace
 
 from mopexec.weights.export import check_exportable
 from mopsim.common.errors import MopError
+from mopsim.common.units import format_bytes
 from mopsim.spec.plan import Plan
+from mopsim.spec.routing import RoutingProfile, hot
 
 LEAST = 16.0
 """Routes of an even load from which under 1/8 of it is no chance: of a Poisson count with this mean, 2 in a
 million are below 2."""
+MORE = 0.01
+"""Part by which a peak must pass the predicted one to be told."""
 
 
 def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
@@ -31,6 +35,26 @@ def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
     return (
         f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step"
         f"{'; what evens loads: ' * bool(more)}{'; '.join(more)}"
+    )
+
+
+def fuller(plan: Plan, peak: int, routing: RoutingProfile) -> str:
+    """A line on a peak that passes what was predicted with the plan's routing, where the run's own was more
+    uneven; '' otherwise. peak: bytes; routing: as of the Measurement."""
+    expected = plan.prediction.peak_memory if plan.prediction else 0
+    planned, seen = plan.training.routing, hot(routing)
+    if not expected or peak < (1 + MORE) * expected or seen is None or routing == planned:
+        return ""
+    percent, experts = seen
+    even = 100 * experts / plan.model.num_local_experts
+    if percent <= even:
+        return ""
+    by_plan = planned if isinstance(planned, str) else "measured shares"
+    return (
+        f"peak memory is {peak / expected - 1:.1%} above the {format_bytes(expected)} predicted: that is of "
+        f"the plan's routing, {by_plan}, while this run's router sent {percent} % of the routes to one "
+        f"rank's {experts} experts ({even:.0f} % would be even). "
+        f"--routing {routing} of mopsim simulate or search predicts for that, search --any-routing for any"
     )
 
 

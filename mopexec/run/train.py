@@ -49,7 +49,7 @@ router that learns may need more in a later step, so what is shown says up to wh
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
     """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. others,
-    expert_loads: as of the Measurement."""
+    expert_loads, routing: as of the Measurement."""
 
     run: str
     steps_done: int
@@ -66,6 +66,7 @@ class TrainOutcome(Spec, frozen=True, kw_only=True):
     disturbed_steps: int = 0
     others: float = 0.0
     expert_loads: tuple[int, ...] = ()
+    routing: RoutingProfile = "balanced"
 
 
 def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> TrainOutcome:
@@ -330,6 +331,7 @@ class _Loop:
             disturbed_steps=measured.disturbed,
             others=measured.others,
             expert_loads=measured.expert_loads,
+            routing=measured.routing,
         )
         if self.job.rank == 0:
             io.write_yaml(self.out / "measurement.yaml", measured)

@@ -76,13 +76,14 @@ class Residual:
 class CalibrationResult:
     """The new profile. intervals: by the name of the software that ran, between how many times the predicted
     step time 90 % of further runs lie. runs: digests. weights: of the runs, the part of their steps that
-    nothing disturbed."""
+    nothing disturbed. peaks: bytes that the new profile predicts of the runs, with their own routing."""
 
     profile: HardwareProfile
     residuals: tuple[Residual, ...]
     intervals: dict[str, tuple[float, float]]
     runs: tuple[str, ...]
     weights: tuple[float, ...]
+    peaks: tuple[int, ...] = ()
 
     def step_errors(self, which: str) -> list[float]:
         """Relative errors of the step, one per run: `which` is before, after or held_out."""
@@ -112,6 +113,7 @@ class CalibrationResult:
             "runs": list(self.runs),
             "stacks": list(self.intervals),
             "weights": list(self.weights),
+            "peak_memory_bytes": list(self.peaks),
             "intervals": {stack: list(ends) for stack, ends in self.intervals.items()},
             "step_errors": {which: self.step_errors(which) for which in ("before", "after", "held_out")},
             "corrections": io.to_plain(self.profile.corrections),
@@ -172,7 +174,8 @@ def calibrate(
         residuals += _residuals(run, before, after, unseen)
     new = msgspec.structs.replace(new, observed=observed(seen))
     weights = tuple(measurement.quiet for measurement in measurements)
-    return CalibrationResult(new, tuple(residuals), _intervals(new, seen), tuple(digests), weights)
+    peaks = tuple(round(one.peak_memory) for one in seen)
+    return CalibrationResult(new, tuple(residuals), _intervals(new, seen), tuple(digests), weights, peaks)
 
 
 def _intervals(profile: HardwareProfile, seen: Sequence[Seen]) -> dict[str, tuple[float, float]]:

@@ -1,16 +1,17 @@
 """`mopsim calibrate`: a corrected profile from measured runs."""
 
 from collections.abc import Sequence
+from math import fsum
 from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate.profile import CalibrationResult, calibrate
+from mopsim.calibrate.profile import CalibrationResult, Residual, calibrate
 from mopsim.calibrate.runs import check_output, load_measurement, measured_in, on_stack
 from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
-from mopsim.common.units import format_seconds
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.terminal import table
 from mopsim.spec.plan import LOST, Measurement
 from mopsim.spec.profiles import load_profile
@@ -41,11 +42,25 @@ def run(
         console.print(f"90 % of further runs on {name}: {said} of the prediction")
     for line in warnings(result, known.name):
         console.print(line)
-    for one in given:
+    for one, peak in zip(given, result.peaks, strict=True):
+        if one.routing != one.plan.training.routing:
+            console.print(_routed(one, peak))
         if one.disturbed or one.resumed or one.others > LOST:
             console.print(_apart(one))
     if json:
         io.write_json(json, result.to_json())
+
+
+def _routed(run: Measurement, peak: int) -> str:
+    """Of which routing a run's peak is, where it is not the plan's."""
+    shares = [
+        one if isinstance(one, str) else "measured shares" for one in (run.routing, run.plan.training.routing)
+    ]
+    return (
+        f"run of {run.plan.strategy.name} ({io.digest(run)}): simulated with its own routing, {shares[0]}, "
+        f"not the plan's, {shares[1]}: so its peak is {format_bytes(run.peak_memory)} against "
+        f"{format_bytes(peak)} predicted, and the profile learns from that"
+    )
 
 
 def _apart(run: Measurement) -> str:
@@ -86,9 +101,24 @@ def residuals(result: CalibrationResult) -> Table:
     """Measured and predicted seconds by kind of work and run."""
     names = ("measured", "before", "after", "held out")
     shown = table("seconds of one step, predicted against measured", ("run", "kind"), names)
-    for row in result.residuals:
+    rows = [one for row in result.residuals for one in (*_rest(row, result.residuals), row)]
+    for row in rows:
         held = "" if row.held_out is None else f"{row.error(row.held_out):+.0%}"
         cells = (f"{row.error(row.before):+.0%}", f"{row.error(row.after):+.0%}", held)
         style = "bold" if row.kind == "step" else None
         shown.add_row(row.run, row.kind, format_seconds(row.measured), *cells, style=style)
     return shown
+
+
+def _rest(step: Residual, rows: Sequence[Residual]) -> list[Residual]:
+    """Before a step's row what its kinds leave of it: time in no op, by Python or waits; none where work that
+    runs beside other work adds up to more."""
+    kinds = [row for row in rows if row.run == step.run and row.kind != "step"]
+
+    def left(which: str) -> float:
+        return max(float(getattr(step, which)) - fsum(getattr(row, which) for row in kinds), 0.0)
+
+    if step.kind != "step" or not left("measured"):
+        return []
+    held = None if step.held_out is None else left("held_out")
+    return [Residual(step.run, "in no kind", left("measured"), left("before"), left("after"), held, 0, 0)]

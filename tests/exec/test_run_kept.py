@@ -13,9 +13,9 @@ from mopexec import data
 from mopexec.cli import main
 from mopexec.data.prepare import DataOptions
 from mopexec.data.tokenizer import train_tokenizer
-from mopexec.run.balance import starving
+from mopexec.run.balance import fuller, starving
 from mopsim.common import io
-from mopsim.spec.plan import Plan
+from mopsim.spec.plan import Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
@@ -220,3 +220,20 @@ def test_a_run_says_that_experts_starve(runs: Runs) -> None:
     assert sum(loads) == NETWORK.num_local_experts
     assert loads[0]
     assert f"warning: {loads[0]} of 8 experts had under 1/8 of an even load" in said.splitlines()[-1]
+
+
+def test_a_peak_of_uneven_routing_is_told_with_what_plans_for_it() -> None:
+    """The README's own fsdp2 run passed its interval: a fresh router sent 67 % of the routes to 4 of 8."""
+    flat = planned()
+    expected = Prediction(
+        step_time=1.0, tokens_per_second=1.0, peak_memory=1000, host_memory=0, memory_by_category={},
+        time_by_kind={},
+    )  # fmt: skip
+    plan = replace(flat, prediction=expected)
+    said = fuller(plan, 1032, "67/4")
+    assert "3.2% above" in said
+    assert "--routing 67/4" in said
+    assert "--any-routing" in said
+    for peak, routing in ((1005, "67/4"), (1032, "balanced"), (1032, "1/4")):
+        assert fuller(plan, peak, routing) == ""
+    assert fuller(flat, 1032, "67/4") == ""

@@ -1,5 +1,7 @@
 """Calibration on synthetic machines whose true corrections are known."""
 
+import copy
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -343,3 +345,19 @@ def test_a_disturbed_run_counts_by_its_quiet_steps() -> None:
     said = command._apart(disturbed)
     assert "27 of 36 steps were disturbed by other programs and are left out: it counts as 0.25 runs" in said
     assert "resumed: the steps of all its 2 processes count" in said
+
+
+def test_a_step_is_the_sum_of_its_rows_and_another_routing_is_told() -> None:
+    run = measured("a", MACHINE)
+    rows = calibrate(PROFILE, [run], simulate).residuals
+    kinds, step = [one for one in rows if one.kind != "step"], rows[-1]
+    longer = dataclasses.replace(step, measured=1.0 + sum(one.measured for one in kinds))
+    (rest,) = command._rest(longer, rows)
+    assert rest.kind == "in no kind"
+    assert rest.measured == pytest.approx(1.0)
+    assert command._rest(kinds[0], rows) == []
+    uneven = copy.copy(run)
+    msgspec.structs.force_setattr(uneven, "routing", "67/4")  # the network of these runs is dense
+    said = command._routed(uneven, 10 << 20)
+    assert "simulated with its own routing, 67/4, not the plan's, balanced" in said
+    assert "against 10.00 MiB predicted" in said
