@@ -164,6 +164,8 @@ def read_inputs(
     machine = read_hardware(hardware)
     matmul_curve(machine, precision or FAMILIES_IN, field="precision")
     software, level = read_stack(stack), check_level(interval)
+    if software:
+        software.check_architecture(machine.device.architecture)
     inputs = Inputs(network, machine, nodes, training, precision, software, level, tuple(fields))
     return inputs.trained_as(*plans_of(strategies))
 

@@ -4,8 +4,10 @@ from typing import Literal
 
 import msgspec
 
-from mopsim.common.errors import Rules, require, require_name
+from mopsim.common.errors import Rules, SpecError, require, require_name
+from mopsim.common.explain import not_one_of
 from mopsim.common.io import Spec
+from mopsim.common.nearest import nearest
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import RUNTIMES
 from mopsim.spec.observed import Observed
@@ -29,7 +31,17 @@ NARROW_HEAD, WIDE_HEAD = 64, 128
 ATTENTION_BACKWARD = 2.5
 """FLOP of flash attention's backward over its forward: five products (scores again, dV, dP, dQ, dK) to two
 (FlashAttention-2, arXiv 2307.08691)."""
+ARCHITECTURES = ("ada", "ampere", "blackwell", "cdna3", "cdna4", "hopper")
+"""Architectures of devices that shipped profiles and rates of attention kernels have; a user's own profile
+may have another."""
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
+
+
+def unknown_architecture(field: str, name: str, words: tuple[str, ...] = ()) -> SpecError:
+    """The refusal of a `name` that is no architecture, nor one of `words`."""
+    known = (*words, *ARCHITECTURES)
+    near = nearest(name, known, 1)
+    return SpecError(field, name, f"{not_one_of(known)}{f'; near: {near[0]}' if near else ''}")
 
 
 class MatmulCurve(Spec, frozen=True, kw_only=True):

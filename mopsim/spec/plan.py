@@ -7,7 +7,9 @@ from msgspec.structs import replace
 from mopsim.common.errors import Rules, require, require_at_least, require_name
 from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
+from mopsim.spec.hardware import ARCHITECTURES, unknown_architecture
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -26,7 +28,8 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
 
     name: the profile's. digest: that of its content. num_nodes, devices_per_node: the cluster. memory_limit:
     bytes of a device. host_limit: bytes of a rank's share of the host. architecture: of its devices, by which
-    a stack's attention kernel is chosen; empty in plans of before.
+    a stack's attention kernel is chosen; empty in plans of before; one that is not known is of a profile
+    that is not shipped.
     """
 
     name: str
@@ -41,6 +44,8 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
         require_name(self.name)
         require_at_least(self, 1, "num_nodes", "devices_per_node", "memory_limit")
         require_at_least(self, 0, "host_limit")
+        if self.architecture and self.architecture not in ARCHITECTURES and self.name in list_profiles():
+            raise unknown_architecture("architecture", self.architecture)
 
 
 class Prediction(Spec, frozen=True, kw_only=True):
@@ -94,6 +99,7 @@ class Plan(Spec, frozen=True, kw_only=True):
         where, ranks = self.hardware, self.hardware.num_nodes * self.hardware.devices_per_node
         rule = f"is more than the {ranks} devices of {where.num_nodes} node(s) of {where.name}"
         yield self.strategy.world_size <= ranks, "strategy.world_size", rule
+        self.stack.check_architecture(where.architecture)
         self.strategy.check_model(self.model)
         self.stack.check_strategy(self.strategy)
         rule = f"is not the plan's stack {self.stack.name}"

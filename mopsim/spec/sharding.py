@@ -127,6 +127,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies", "norm_passes")
         require_between(self, 0, MOST_BUCKETS, "buckets", "reduce_buffer", "update_group")
+        whole = self.update_group == int(self.update_group)
+        yield whole, "update_group", "must be 0, or a whole number of at least 1: parameters of one update"
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
         for field in WHOLE:
             without = defaults[field]

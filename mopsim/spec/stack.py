@@ -16,6 +16,7 @@ from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import Runtime
+from mopsim.spec.hardware import ARCHITECTURES, unknown_architecture
 from mopsim.spec.has import require_had
 from mopsim.spec.hides import Hides as Hides
 from mopsim.spec.host import HostCosts as HostCosts
@@ -109,6 +110,19 @@ class Stack(Spec, frozen=True, kw_only=True):
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 
+    def check_architecture(self, architecture: str, prefix: str = "stack") -> None:
+        """Raise SpecError where an entry is of an architecture that neither a shipped profile nor the device
+        has: it would be passed over."""
+        parts: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+            "kernels.attention": (self.kernels.attention, (DEFAULT, BEYOND)),
+            "cpu.attention": (self.cpu.attention if self.cpu else {}, (DEFAULT, BEYOND)),
+            "communication_share": (self.communication_share, (DEFAULT,)),
+        }
+        for field, (entries, words) in parts.items():
+            known = {*words, *ARCHITECTURES, architecture or DEFAULT}
+            for key in (one for one in entries if one not in known):
+                raise unknown_architecture(f"{prefix}.{field}".lstrip("."), key, words)
+
     def on_kind(self, device_kind: str) -> "Stack":
         """The stack on devices of a kind (`HardwareProfile.device_kind`), of which it then says no more."""
         if self.cpu is None:
@@ -117,7 +131,9 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def on(self, architecture: str, plain: bool = True) -> "Stack":
         """The stack on one device architecture: `attention` and `communication_share` have `default` only.
-        plain: whether its attention is (`TrainSpec.plain_attention`)."""
+        plain: whether its attention is (`TrainSpec.plain_attention`). Raises SpecError for an entry of an
+        unknown architecture."""
+        self.check_architecture(architecture)
         kernel, share = self.kernels.attention, self.communication_share
         found = kernel.get(architecture, kernel.get(DEFAULT, "profile"))
         found = found if plain else kernel.get(BEYOND, found)
