@@ -44,12 +44,12 @@ def build(
     """This rank's Runner, with `weights`, or drawn from `seed`; torch.distributed must be initialised. Raises
     SpecError.
     """
+    check_supported(plan)
     stack = plan.stack
     if not platform.fake:
         stack = stack.on_kind("cuda" if platform.is_cuda else "cpu")
     stack = stack.on(plan.hardware.architecture, plan.training.plain_attention(plan.model))
     plan = msgspec.structs.replace(plan, stack=stack)
-    check_supported(plan)
     if platform.is_cuda:
         kernels.prepare(plan.stack.kernels)
     source = weights or Seeded(seed)

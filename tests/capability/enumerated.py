@@ -49,6 +49,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "training.bias_update_rate": (1e-3, 0.0),
     "stack.kernels.attention": ({"default": "profile"}, {"default": "scores"}, {"blackwell": "flash2"}),
     "stack.cpu": (None, stack.Kernels(norm="composed")),
+    "stack.sharding.update_group": (0.0, 2.0),
     "stack.communication_share": ({}, {"blackwell": 0.9}),
     "stack.sources": ({}, {"kernels.norm": "a test"}),
     "stack.recompute.kept": ((), ("attention_core",)),

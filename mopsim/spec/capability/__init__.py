@@ -40,7 +40,8 @@ def job_of(plan: Plan) -> Job:
     """The parts of a plan that the table speaks of; its hardware where that is a shipped profile."""
     known = load_profile(plan.hardware.name) if plan.hardware.name in list_profiles() else None
     same = known is not None and digest(known) == plan.hardware.digest
-    return Job(plan.model, plan.strategy, plan.training, plan.stack, known if same else None)
+    kind = known.device_kind if known else "cuda" if plan.hardware.architecture else ""
+    return Job(plan.model, plan.strategy, plan.training, plan.stack, known if same else None, kind)
 
 
 def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:

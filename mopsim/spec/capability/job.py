@@ -14,13 +14,20 @@ from mopsim.spec.training import TrainSpec
 @dataclass(frozen=True)
 class Job:
     """What is asked of a side. training, hardware: None where they are not known yet; rows and rules that
-    need them then refuse nothing. stack: that which the strategy names, where None."""
+    need them then refuse nothing. stack: that which the strategy names, where None. kind: of the devices,
+    where hardware is not known; empty: not known either."""
 
     model: ModelSpec
     strategy: Strategy
     training: TrainSpec | None = None
     stack: Stack | None = None
     hardware: HardwareProfile | None = None
+    kind: str = ""
+
+    @property
+    def device_kind(self) -> str:
+        """Of the devices (`HardwareProfile.device_kind`); empty where it is not known."""
+        return self.hardware.device_kind if self.hardware else self.kind
 
     @property
     def software(self) -> Stack:

@@ -16,6 +16,7 @@ from mopsim.spec.capability.expressions import SIDES, compiled, holds, read
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
 from mopsim.spec.has import plain
+from mopsim.spec.kernels import BEYOND, DEFAULT
 from mopsim.spec.model import DESCRIPTION
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.stacks import load_stack
@@ -87,10 +88,24 @@ def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
             path, says = f"{section}.{field}", getattr(theirs, field)
             runs = [getattr(getattr(one, section), field) for one in known]
             if field == "attention":
-                runs.extend({key: kernel} for key in says for kernel in SIDES[side]["attention"])
-            if says not in runs and path not in _COUNTED and ROWS[f"stack.{path}"].acts_in(job):
+                yield from _attention(job, side)
+            elif says not in runs and path not in _COUNTED and ROWS[f"stack.{path}"].acts_in(job):
                 rule = " or ".join(repr(one) for one in dict.fromkeys(map(str, runs)))
                 yield SpecError(f"stack.{path}", says, f"is not {SIDES[side]['does']}, only {rule}")
+
+
+def _attention(job: Job, side: str) -> Iterator[SpecError]:
+    """Kernels of attention that the runtime has not on devices of the kind: a GPU's where a key names one."""
+    runs, kind = SIDES[side]["attention"], job.device_kind
+    stack = job.software.on_kind(kind) if kind else job.software
+    for key, kernel in stack.kernels.attention.items():
+        of_gpu = key not in (DEFAULT, BEYOND) or kind not in ("", "cpu")
+        kinds = ["gpu"] if of_gpu else [kind] if kind else list(runs)
+        works = list(dict.fromkeys(word for one in kinds for word in runs[one]))
+        if kernel not in works and ROWS["stack.kernels.attention"].acts_in(job):
+            on = f" on a {kinds[0].upper()}" if len(kinds) == 1 else ""
+            rule = f"is not {SIDES[side]['does']}{on}, only {' or '.join(works)}"
+            yield SpecError("stack.kernels.attention", {key: kernel}, rule)
 
 
 def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
