@@ -12,6 +12,7 @@ from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
 from mopsim.common.errors import MistakesError, MopError, one_line, refuse, told
 from mopsim.common.outputs import check_outputs, say, whole_directory
+from mopsim.common.table import cut
 from mopsim.intervals.spread import check_level
 from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
@@ -98,7 +99,7 @@ def _told(
     """The rows of a table; its columns that are not read are told."""
     rows = read(Path(path))
     if names := unread(next(iter(rows), {}), columns):
-        console.print(f"note: {path}: not read: {', '.join(names)}"[:4000], style="yellow")
+        console.print(cut(f"note: {path}: not read: {', '.join(names)}", 4000), style="yellow")
     return rows
 
 

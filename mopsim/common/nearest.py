@@ -38,13 +38,14 @@ def _nearest(name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(ranked, key=lambda one: (-ranked[one], one)))
 
 
-def misspelt(name: str, known: Iterable[str]) -> str:
+def misspelt(name: str, known: Iterable[str], least: float = _SAME_NAME) -> str:
     """The known name that can only be meant: all but a few letters are the same, or one is how the other
-    begins, for two words at least. '' where there is none: much less is near than for `nearest`."""
+    begins, for two words at least. '' where there is none: much less is near than for `nearest`. least:
+    likeness from which two names are one."""
     for one in known:
         short, long = sorted((_words(name[:200]), _words(one)), key=len)
         begins = len(short) > 1 and long[: len(short)] == short
-        if begins or _alike(name, one) >= _SAME_NAME:
+        if begins or _alike(name, one) >= least:
             return one
     return ""
 

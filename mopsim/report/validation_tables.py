@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mopsim.common.errors import MOST_LINES
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.intervals.errors import Name
 from mopsim.validate.components import Predicted
@@ -15,8 +16,6 @@ from mopsim.validate.uncertain import coverage
 
 FEW = 5
 """Runs up to which each is shown, in the place of means."""
-LONGEST_REASON = 90
-"""Letters of a refusal's reason that a table has room for."""
 
 
 @dataclass
@@ -191,10 +190,13 @@ def _verdicts(validation: Validation) -> Grid:
 
 def _refused(validation: Validation) -> Grid:
     complaints = (said for one in validation.refused for said in one.complaints)
-    counts = Counter((name, reason[:LONGEST_REASON]) for name, reason in complaints)
-    table = Grid(f"{len(validation.refused)} rows unsupported", ("field", "reason"), ("rows",))
-    for (name, reason), count in counts.most_common():
+    counts = Counter((name, reason) for name, reason in complaints)
+    rows = len(validation.refused)
+    table = Grid(f"{rows} row{'s' * (rows > 1)} unsupported", ("field", "reason"), ("rows",))
+    for (name, reason), count in counts.most_common(MOST_LINES):
         table.add_row(name, reason, str(count))
+    if len(counts) > MOST_LINES:
+        table.add_row("", f"and {len(counts) - MOST_LINES:,} more", "")
     return table
 
 

@@ -107,6 +107,9 @@ RUNS: dict[str, Column] = {
     "source_ref": _note("Where in the source."),
 }
 
+NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "recompute")
+"""Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
+
 MODELS: dict[str, Column] = {
     "model": Column(_NEED, "The name that a runs table uses. No other row has it."),
     "num_layers": Column(_MAY, "Decoder layers; needed."),

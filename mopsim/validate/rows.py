@@ -25,7 +25,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
-from mopsim.validate.columns import ROOTS, RUNS
+from mopsim.validate.columns import NEEDED, ROOTS, RUNS
 from mopsim.validate.facts import facts, families
 from mopsim.validate.models import complaints_of, from_row
 from mopsim.validate.natural import natural, repeated
@@ -47,8 +47,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 GIB = UNITS["GiB"]
 DEGREES = ("num_gpus", "tp", "pp", "cp", "dp", "ep", "etp", "vp", "micro_batch")
-NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "recompute")
-"""Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
 
 
 def read_case(row: Row, models: dict[str, Row]) -> Case:

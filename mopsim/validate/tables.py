@@ -8,13 +8,17 @@ from mopsim.common.errors import MopError, SpecError, refuse, require, require_n
 from mopsim.common.explain import not_one_of
 from mopsim.common.nearest import misspelt
 from mopsim.common.rules import UNKNOWN as UNKNOWN
-from mopsim.common.table import SURPLUS, read_table
+from mopsim.common.table import SURPLUS, Line, read_table
 from mopsim.common.table import Row as Row
 from mopsim.common.values import parse_float
-from mopsim.validate.columns import COMPONENTS, NAMES, ROOTS, RUNS, Column, needed
+from mopsim.validate.columns import COMPONENTS, NAMES, NEEDED, ROOTS, RUNS, Column, needed
 
 LEAST, LARGEST = 1e-12, 1e18
 """No measurement and no size is smaller (but 0) or larger, in any of the units of the tables."""
+
+LIKE_NEEDED = 0.7
+"""Likeness from which a column is taken for one that is missing and that all rows need: tpp for tp,
+recomputation for recompute."""
 
 _TOO_MANY = "has more cells than the header"
 
@@ -57,11 +61,13 @@ def read_runs(path: Path) -> list[Row]:
     rows = _some(read_known(path, RUNS, "runs"), f"runs: {path}")
     seen: set[str] = set()
     wrong: list[str] = []
+    unnamed = [row.number for row in rows if isinstance(row, Line) and not row["run_id"]]
+    more = f" (and {len(unnamed) - 1:,} more)" if unnamed[1:] else ""
     for name in (row["run_id"] for row in rows):
         try:
             require_name(name, "run_id")
         except SpecError as error:
-            wrong.append(str(error) if name else "a row has no run_id")
+            wrong.append(str(error) if name else f"line {unnamed[0]}: a row has no run_id{more}")
         if name and name in seen:
             wrong.append(f"run_id {name!r} appears twice")
         seen.add(name)
@@ -78,10 +84,13 @@ def read_known(path: Path, columns: Mapping[str, Column], field: str) -> list[Ro
     """Rows of a CSV of these columns. Raises MopError, a line each, where needed columns are missing, or
     others can only be meant for one that is."""
 
-    def wrong(header: list[str]) -> list[str]:
+    def wrong(header: list[str]) -> dict[str, str]:
         missing = [name for name, one in columns.items() if one.read and name not in header]
-        near = {name: misspelt(name, missing) for name in unread(header, columns) if name not in NAMES}
-        return [f"column {a!r} is unknown, near {b}, which is missing" for a, b in near.items() if b]
+        all_need = [name for name in missing if name in NEEDED and columns is RUNS]
+        own = [name for name in unread(header, columns) if name not in NAMES]
+        near = {name: misspelt(name, missing) or misspelt(name, all_need, LIKE_NEEDED) for name in own}
+        found = {b: f"column {a!r} is unknown, near {b}, which is missing" for a, b in near.items() if b}
+        return found | {one: f"column {one!r} names no field" for one in header if one in ROOTS}
 
     return read_table(path, needed(columns), field, wrong)
 

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 from mopsim.cli import app
 from mopsim.common.command_line import run_app
 from mopsim.common.errors import MistakesError, MopError, SpecError
+from mopsim.report.validation_tables import tables
 from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.rows import read_case
-from mopsim.validate.run import cases_of, validate
+from mopsim.validate.run import Validation, cases_of, validate
 from mopsim.validate.tables import UnsupportedError, count, number, read_components, read_runs
 from tests.sim.test_validate import MODELS, row, validate_runs
 
@@ -136,7 +137,13 @@ def test_a_name_is_read_however_it_is_written() -> None:
 
 @pytest.mark.parametrize(
     ("column", "near"),
-    [("optimiser_offload", "optimizer_offload"), ("step_time_ms", "step_time_s"), ("Fits", "fits")],
+    [
+        ("optimiser_offload", "optimizer_offload"),
+        ("step_time_ms", "step_time_s"),
+        ("Fits", "fits"),
+        ("tpp", "tp"),
+        ("recomputation", "recompute"),
+    ],
 )
 def test_a_misspelt_column_is_refused(column: str, near: str, tmp_path: Path) -> None:
     path, cells = tmp_path / "runs.csv", row("a")
@@ -388,3 +395,36 @@ def test_all_tables_that_are_wrong_are_told(tmp_path: Path, capsys: pytest.Captu
         run_app(app, "mopsim", ["validate", *given])
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines] == [*names]
+
+
+def test_each_misspelt_column_is_told_once_and_cut_lists_end_at_a_name(tmp_path: Path) -> None:
+    path, cells = tmp_path / "runs.csv", row("a")
+    cells = {"seqlen" if name == "seq_len" else name: cell for name, cell in cells.items() if name != "gpu"}
+    cells |= {"strategy.": "1"}
+    path.write_text(f"{','.join(cells)}\n{','.join(cells.values())}\n")
+    with pytest.raises(MistakesError) as caught:
+        read_runs(path)
+    near, bare, missing = caught.value.lines
+    assert near.endswith("column 'seqlen' is unknown, near seq_len, which is missing")
+    assert bare.endswith("column 'strategy.' names no field")
+    assert "has no column 'gpu'; columns found: " in missing
+    assert missing.endswith(", ...")
+    assert missing.removesuffix(", ...").rpartition(", ")[2] in cells
+
+
+def test_rows_without_a_name_are_told_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    lines = [",".join(row(name).values()) for name in ("a", "", "")]
+    path.write_text("\n".join([",".join(row("a")), *lines]))
+    with pytest.raises(MopError, match=r"line 3: a row has no run_id \(and 1 more\)$"):
+        read_runs(path)
+
+
+def test_the_table_of_refusals_is_bounded_and_its_reasons_are_whole() -> None:
+    _, refused = cases_of([row(str(i), gpu=f"{i}{'x' * 100}") for i in range(12)], MODELS)
+    (grid,) = (one for one in tables(Validation([], refused), []) if "unsupported" in one.title)
+    assert grid.title == "12 rows unsupported"
+    assert len(grid.rows) == 11
+    assert grid.rows[-1][1] == "and 2 more"
+    assert "x" * 100 in grid.rows[0][1]
+    assert tables(Validation([], refused[:1]), [])[0].title == "1 row unsupported"
