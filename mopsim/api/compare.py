@@ -180,12 +180,12 @@ def compare(
     mopsim.simulate. A family that has no strategy is in `refused`, unless none is left to compare. Raises
     MopError.
     """
+    named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
-        interval=interval, strategies=strategies.values() if isinstance(strategies, Mapping) else strategies,
+        interval=interval, strategies=named.values(),
     )  # fmt: skip
-    named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     if not named:
         raise MopError("strategies: none is given, nothing to compare")
     for label in named:
