@@ -11,7 +11,7 @@ from mopexec.weights.export import check_exportable
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes
 from mopsim.spec.plan import Plan
-from mopsim.spec.routing import RoutingProfile, hot
+from mopsim.spec.routing import RoutingProfile, hot, in_words
 
 LEAST = 16.0
 """Routes of an even load from which under 1/8 of it is no chance: of a Poisson count with this mean, 2 in a
@@ -49,11 +49,10 @@ def fuller(plan: Plan, peak: int, routing: RoutingProfile) -> str:
     even = 100 * experts / plan.model.num_local_experts
     if percent <= even:
         return ""
-    by_plan = planned if isinstance(planned, str) else "measured shares"
     return (
         f"peak memory is {peak / expected - 1:.1%} above the {format_bytes(expected)} predicted: that is of "
-        f"the plan's routing, {by_plan}, while this run's router sent {percent} % of the routes to one "
-        f"rank's {experts} experts ({even:.0f} % would be even). "
+        f"the plan's routing, {in_words(planned)}, while this run's router sent {percent} % of the routes to "
+        f"one rank's {experts} experts ({even:.0f} % would be even). "
         f"--routing {routing} of mopsim simulate or search predicts for that, search --any-routing for any"
     )
 

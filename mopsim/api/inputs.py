@@ -272,13 +272,14 @@ def _of_plan(plan: Plan, what: str, inputs: Inputs) -> list[str]:
     usual = TrainSpec(seq_len=now.seq_len, global_batch=now.global_batch)
     own = [name for name in TrainSpec.__struct_fields__ if name not in inputs.said]
     taken = [f"{name} {getattr(now, name)}" for name in own if getattr(now, name) != getattr(usual, name)]
-    return [
-        *(
-            [f"note: of {what} only strategy and training are taken; it was made for {', '.join(other)}"]
-            * bool(other)
-        ),
-        *([f"note: trained as {what} says: {', '.join(taken)}"] * bool(taken)),
-    ]
+    said = []
+    if other:
+        said.append(
+            f"note: of {what} only strategy and training are taken; it was made for {', '.join(other)}"
+        )
+    if taken:
+        said.append(f"note: trained as {what} says: {', '.join(taken)}")
+    return said
 
 
 def unread(model: ModelSpec) -> list[str]:

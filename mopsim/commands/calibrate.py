@@ -15,6 +15,7 @@ from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.terminal import table
 from mopsim.spec.plan import LOST, Measurement
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.routing import in_words
 from mopsim.spec.stacks import load_stack
 
 
@@ -53,12 +54,10 @@ def run(
 
 def _routed(run: Measurement, peak: int) -> str:
     """Of which routing a run's peak is, where it is not the plan's."""
-    shares = [
-        one if isinstance(one, str) else "measured shares" for one in (run.routing, run.plan.training.routing)
-    ]
+    own, planned = map(in_words, (run.routing, run.plan.training.routing))
     return (
-        f"run of {run.plan.strategy.name} ({io.digest(run)}): simulated with its own routing, {shares[0]}, "
-        f"not the plan's, {shares[1]}: so its peak is {format_bytes(run.peak_memory)} against "
+        f"run of {run.plan.strategy.name} ({io.digest(run)}): simulated with its own routing, {own}, "
+        f"not the plan's, {planned}: so its peak is {format_bytes(run.peak_memory)} against "
         f"{format_bytes(peak)} predicted, and the profile learns from that"
     )
 

@@ -9,7 +9,7 @@ from mopsim.common.units import format_bytes, format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
-from mopsim.spec.categories import SHOWN_AS
+from mopsim.spec.categories import shown_as
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -167,7 +167,7 @@ class SimResult:
     @property
     def waits(self) -> dict[str, float]:
         """`exposed` under the names that people see."""
-        return {SHOWN_AS.get(kind, kind): part for kind, part in self.exposed.items()}
+        return shown_as(self.exposed)
 
     @property
     def exposed_share(self) -> float:

@@ -13,8 +13,6 @@ from mopsim.spec.strategy import Strategy
 CHECKED = (
     "DeepSpeed 0.19.6 (commit edaa722 of 2026-08-22): docs/_pages/config-json.md, runtime/zero/config.py"
 )
-STACKS = ("deepspeed", "deepspeed-liger")
-"""Those that describe it."""
 
 RECOMPUTED = {
     "device": "The model turns recomputation on, layer by layer (gradient_checkpointing_enable)",
@@ -92,7 +90,7 @@ def _zero(s: Strategy) -> dict[str, Any]:
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The JSON text; remarks under '_about' and '_not_expressed'."""
-    about = header("DeepSpeed", CHECKED, plan, [], STACKS)
+    about = header("DeepSpeed", CHECKED, plan, [], "deepspeed")
     activations = plan.strategy.activations
     if activations.recompute == "full":
         about.append(RECOMPUTED[activations.layer_inputs])

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import simulate
-from mopsim.spec.capability import refusals
+from mopsim.spec.capability import job_of, refusals
 from mopsim.spec.plan import Plan
-from mopsim.spec.profiles import list_profiles, load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 
@@ -32,16 +30,14 @@ def elsewhere(plan: Plan, stacks: Sequence[str]) -> str:
 
 def _predicted(plan: Plan, stack: Stack) -> str:
     """'3.2 s a step, 45.3 GiB a device', or why nothing is predicted."""
-    hardware = plan.hardware
-    profiles = (load_profile(name) for name in list_profiles() if name == hardware.name)
-    profile = next((one for one in profiles if io.digest(one) == hardware.digest), None)
+    profile = job_of(plan).hardware
     if profile is None:
         return "its step is not predicted here, since the plan's profile is no shipped one"
     try:
         strategy = stack.resolve(replace(plan.strategy, stack=stack.name))
         for refused in refusals(replace(plan, strategy=strategy, stack=stack), by="simulator"):
             raise refused
-        found = simulate(plan.model, profile, hardware.num_nodes, strategy, plan.training, stack)
+        found = simulate(plan.model, profile, plan.hardware.num_nodes, strategy, plan.training, stack)
     except MopError as error:
         return f"it does not do this plan ({error})"
     return f"{format_seconds(found.step_time)} a step, {format_bytes(found.peak_memory)} a device"

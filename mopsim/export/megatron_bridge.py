@@ -15,8 +15,6 @@ CHECKED = (
     "Megatron-Bridge 0.7.0 in development (commit 067f987 of 2026-08-22) and its Megatron-LM (d98e8a64): "
     "docs/parallelisms.md, training/config.py, training/comm_overlap.py, training/mixed_precision.py"
 )
-STACKS = ("megatron-bridge", "megatron-bridge-hybridep", "megatron-bridge-graph")
-"""Those that describe it."""
 LOADED = (
     "To load: process_config_with_overrides(config, config_filepath=THIS FILE) in Python, of "
     "megatron.bridge.training.utils.omegaconf_utils; config is a recipe's. Its scripts take no such file"
@@ -265,7 +263,7 @@ def _layout(plan: Plan, parts: int) -> str:
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The YAML text."""
-    lines = header("Megatron-Bridge", CHECKED, plan, left_out, STACKS)
+    lines = header("Megatron-Bridge", CHECKED, plan, left_out, "megatron-bridge")
     found = unsaid(sections(plan), left_out, KEYS)
     lines.append(LOADED)
     lines.append(

@@ -8,7 +8,7 @@ from typing import Any
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_probability
 from mopsim.export.described import elsewhere
-from mopsim.spec.capability import Side
+from mopsim.spec.capability import SIDES, Side
 from mopsim.spec.plan import Plan
 
 
@@ -24,11 +24,9 @@ class Target:
     render: Callable[[Plan, Sequence[SpecError]], str]
 
 
-def header(
-    target: str, checked: str, plan: Plan, gaps: Sequence[SpecError], stacks: Sequence[str]
-) -> list[str]:
+def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError], side: Side) -> list[str]:
     """The lines that begin every file: what it is, what its keys were checked against, what is missing.
-    stacks: those that describe what they were checked against."""
+    side: what the capability table calls the target."""
     hardware, prediction = plan.hardware, plan.prediction
     ranks = f"{plan.strategy.world_size} ranks ({hardware.num_nodes} nodes of {hardware.name})"
     lines = [
@@ -54,7 +52,7 @@ def header(
         promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device ({fits})"
         whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
         lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")
-        lines += filter(None, [elsewhere(plan, stacks)])
+        lines += filter(None, [elsewhere(plan, SIDES[side]["stacks"])])
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]
 
 

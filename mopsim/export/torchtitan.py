@@ -11,8 +11,6 @@ from mopsim.spec.layout import ceil_div
 from mopsim.spec.plan import Plan
 
 CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
-STACKS = ("torchtitan", "torchtitan-compile")
-"""Those that describe it."""
 
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
@@ -104,7 +102,7 @@ def _parallelism(plan: Plan) -> dict[str, Any]:
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The TOML text."""
-    lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out, STACKS)]
+    lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out, "torchtitan")]
     lines.append("# To be set: model.hf_assets_path, training.dataset, training.steps")
     for name, section in unsaid(sections(plan), left_out, KEYS).items():
         lines += ["", f"[{name}]"]  # values of these kinds are written in TOML as in JSON

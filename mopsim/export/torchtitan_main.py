@@ -15,8 +15,6 @@ CHECKED = (
     "torchtitan main (commit b5bcd76c of 2026-08-21): torchtitan/trainer.py, config/configs.py, "
     "config/README.md, components/quantization, distributed/activation_checkpoint.py"
 )
-STACKS = ("torchtitan-2026", "torchtitan-compile-2026")
-"""Those that describe it."""
 NAME = "torchtitan-main"
 PLACES = {
     "components.data": ("ConcatThenSplitPackingConfig", "GrainDataLoader"),
@@ -182,7 +180,7 @@ def _function(plan: Plan, found: dict[str, dict[str, Any]], left_out: Sequence[S
 
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The module's text."""
-    lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out, STACKS)]
+    lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out, NAME)]
     lines.append("# To run: MODULE=<this file's name> CONFIG=plan ./run_train.sh, its folder on PYTHONPATH")
     lines.append("# To be set: hf_assets_path, the data set, training.steps")
     lines.append(

@@ -114,9 +114,7 @@ class Stage:
     def frees_gradients(self) -> bool:
         """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
         strategy, sharding = self.context.strategy, self.context.stack.sharding
-        frees = sharding.zero_grad == "frees" or (sharding.fsdp and sharding.zero_grad != "buffers")
-        frees = frees or (sharding.zero_grad == "copied" and strategy.dense.zero < 3)
-        return frees and strategy.dense.grad_tier == "device"
+        return sharding.frees(strategy.dense.zero) and strategy.dense.grad_tier == "device"
 
     def resident(self) -> tuple[Step, ...]:
         """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases, a

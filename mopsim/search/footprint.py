@@ -155,13 +155,11 @@ class Footprint:
     @cached_property
     def summed(self) -> NDArray[np.bool_]:
         """Whether all gradients are there in a backward with as many microbatches under way as in the first:
-        from the start, or those of earlier ones (mopsim.program.stage, frees_gradients). In pipelines twice
-        as many as stages are enough, however they interleave."""
-        sharding, c = self.space.stack.sharding, self.c
-        frees = sharding.zero_grad == "frees" or (self.fully_shard and sharding.zero_grad != "buffers")
-        freed = frees | ((sharding.zero_grad == "copied") & (c["zero"] < 3))
-        enough = np.where(c["pipeline"] == 1, 2, 2 * c["pipeline"])
-        return np.asarray(~freed | (self.microbatches >= enough))
+        from the start, or those of earlier ones. In pipelines twice as many as stages are enough, however
+        they interleave."""
+        freed = np.array([self.space.stack.sharding.frees(zero) for zero in range(4)])
+        enough = 2 * self.c["pipeline"]
+        return np.asarray(~freed[self.c["zero"].astype(int)] | (self.microbatches >= enough))
 
     def above(self, stage: int) -> Reals:
         """Bytes of activations that a stage has when its first backward, or the first loss, is at its

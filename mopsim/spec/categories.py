@@ -1,5 +1,6 @@
 """Memory categories, components, runtimes, families: one vocabulary for the simulator and the executor."""
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Runtime = Literal["flat_units", "fully_shard", "split_modules"]
@@ -65,3 +66,8 @@ KEPT = (
 )  # fmt: skip
 """Kernels of a layer that a recomputation by operator may leave out (names of the layers' tapes)."""
 PHASES = ("forward", "recompute", "backward", "optimizer")
+
+
+def shown_as(parts: Mapping[str, float]) -> dict[str, float]:
+    """Amounts by kind, under the names that people see."""
+    return {SHOWN_AS.get(kind, kind): part for kind, part in parts.items()}

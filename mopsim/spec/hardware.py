@@ -31,7 +31,7 @@ NARROW_HEAD, WIDE_HEAD = 64, 128
 ATTENTION_BACKWARD = 2.5
 """FLOP of flash attention's backward over its forward: five products (scores again, dV, dP, dQ, dK) to two
 (FlashAttention-2, arXiv 2307.08691)."""
-ARCHITECTURES = ("ada", "ampere", "blackwell", "cdna3", "cdna4", "hopper")
+DEVICE_ARCHITECTURES = ("ada", "ampere", "blackwell", "cdna3", "cdna4", "hopper")
 """Architectures of devices that shipped profiles and rates of attention kernels have; a user's own profile
 may have another."""
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
@@ -39,7 +39,7 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send
 
 def unknown_architecture(field: str, name: str, words: tuple[str, ...] = ()) -> SpecError:
     """The refusal of a `name` that is no architecture, nor one of `words`."""
-    known = (*words, *ARCHITECTURES)
+    known = (*words, *DEVICE_ARCHITECTURES)
     near = nearest(name, known, 1)
     return SpecError(field, name, f"{not_one_of(known)}{f'; near: {near[0]}' if near else ''}")
 

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import Rules, require, require_at_least, require_name
 from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
-from mopsim.spec.hardware import ARCHITECTURES, unknown_architecture
+from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stack import Stack
@@ -44,7 +44,8 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
         require_name(self.name)
         require_at_least(self, 1, "num_nodes", "devices_per_node", "memory_limit")
         require_at_least(self, 0, "host_limit")
-        if self.architecture and self.architecture not in ARCHITECTURES and self.name in list_profiles():
+        known = self.architecture in ("", *DEVICE_ARCHITECTURES)
+        if not known and self.name in list_profiles():
             raise unknown_architecture("architecture", self.architecture)
 
 

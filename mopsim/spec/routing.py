@@ -33,6 +33,11 @@ _NEAREST, _STRIDES = 16, 16
 _SUM_TOLERANCE = 1e-3
 
 
+def in_words(routing: RoutingProfile) -> str:
+    """A profile as it is named to people: the shares of a measurement are not spelled out."""
+    return routing if isinstance(routing, str) else "measured shares"
+
+
 def hot(routing: RoutingProfile) -> tuple[int, int] | None:
     """(r, h) of an `r/h` profile, None of another."""
     if not isinstance(routing, str) or not _SKEW.fullmatch(routing):

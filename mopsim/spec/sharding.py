@@ -113,6 +113,12 @@ class Sharding(Spec, frozen=True, kw_only=True):
         split = self.prefetch == "split" and strategy.experts.expert_parallel > 1
         return split or self.prefetch == "told"
 
+    def frees(self, zero: int) -> bool:
+        """Whether gradients on the device live from the first backward to the end of the step only, under a
+        level of ZeRO (zero_grad to None, or copied before the update)."""
+        sharded = self.fsdp and self.zero_grad != "buffers"
+        return sharded or self.zero_grad == "frees" or (self.zero_grad == "copied" and zero < 3)
+
     def waits(self, strategy: Strategy) -> bool:
         """Whether compute waits for each reduction of a backward (reductions)."""
         return self.reductions == "asked" and not strategy.overlap.grad_reduce

@@ -16,7 +16,7 @@ from mopsim.common.errors import Rules, require, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import Runtime
-from mopsim.spec.hardware import ARCHITECTURES, unknown_architecture
+from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
 from mopsim.spec.has import require_had
 from mopsim.spec.hides import Hides as Hides
 from mopsim.spec.host import HostCosts as HostCosts
@@ -119,7 +119,7 @@ class Stack(Spec, frozen=True, kw_only=True):
             "communication_share": (self.communication_share, (DEFAULT,)),
         }
         for field, (entries, words) in parts.items():
-            known = {*words, *ARCHITECTURES, architecture or DEFAULT}
+            known = {*words, *DEVICE_ARCHITECTURES, architecture or DEFAULT}
             for key in (one for one in entries if one not in known):
                 raise unknown_architecture(f"{prefix}.{field}".lstrip("."), key, words)
 

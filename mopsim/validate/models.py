@@ -46,13 +46,6 @@ def from_row(row: Row) -> ModelSpec:
         raise error.within(f"models.{row['model']}") from None
 
 
-_PUBLISHED = ("total_params_b", "active_params_b")
-_COUNTS: tuple[str, ...] = (
-    "num_layers", "num_dense_layers", "hidden", "dense_ffn_hidden", "num_heads", "num_kv_heads", "head_dim",
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_experts",
-    "top_k", "expert_ffn_hidden", "shared_ffn_hidden", "vocab_size", "tied_embeddings", "mtp_layers",
-    "sliding_window",
-)  # fmt: skip
 _DENSE, _ROUTED = ("dense_ffn_hidden",), ("top_k", "expert_ffn_hidden", "num_dense_layers")
 _USED = ("hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 
@@ -60,16 +53,12 @@ _USED = ("hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab
 def complaints_of(row: Row) -> list[UnsupportedError]:
     """What is wrong of the cells of a row, each by itself, and what it lacks; put down to a run's `model`."""
     head = f"models.{row['model']}"
-    found = [UnsupportedError("model", str(one.within(head))) for one in wrong_cells(row, MODELS)]
+    wrong = [*wrong_cells(row, MODELS)]
     filled = applied(model_rules(), row, ("model.",)).row
     needed = (*_USED, *(_ROUTED if filled.get("num_experts", "") not in (*UNKNOWN, "0") else _DENSE))
-    for read, columns in ((_get, _COUNTS), (_need, needed), (number, _PUBLISHED)):
-        for column in columns:
-            try:
-                read(filled, column)
-            except SpecError as error:
-                found.append(UnsupportedError("model", str(error.within(head))))
-    return found
+    told = {one.field for one in wrong}
+    wrong += [_empty(column) for column in needed if column not in told and filled.get(column, "") in UNKNOWN]
+    return [UnsupportedError("model", str(one.within(head))) for one in wrong]
 
 
 def _from_row(row: Row) -> ModelSpec:
@@ -104,8 +93,12 @@ def _get(row: Row, column: str) -> int:
 
 def _need(row: Row, column: str) -> int:
     if row.get(column, "") in UNKNOWN:
-        raise SpecError(column, "", "is empty, the column is needed")
+        raise _empty(column)
     return _get(row, column)
+
+
+def _empty(column: str) -> SpecError:
+    return SpecError(column, "", "is empty, the column is needed")
 
 
 def _flag(row: Row, column: str) -> bool:

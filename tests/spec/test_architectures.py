@@ -9,7 +9,7 @@ from msgspec.structs import replace
 import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.cost.stack import kernels
-from mopsim.spec.hardware import ARCHITECTURES
+from mopsim.spec.hardware import DEVICE_ARCHITECTURES
 from mopsim.spec.plan import HardwareRef
 from mopsim.spec.profiles import list_profiles, load_profile
 from mopsim.spec.sharding import Sharding
@@ -32,7 +32,7 @@ def attends(**kernels: Any) -> Stack:
 def test_the_known_ones_are_those_of_profiles_and_rates() -> None:
     of_profiles = {load_profile(name).device.architecture for name in list_profiles()}
     of_rates = {key for one in kernels().values() for key in one.shares}
-    assert set(ARCHITECTURES) == (of_profiles | of_rates) - {""}
+    assert set(DEVICE_ARCHITECTURES) == (of_profiles | of_rates) - {""}
     for name in list_stacks():
         load_stack(name).check_architecture("")
 

@@ -15,7 +15,7 @@ from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
 from mopsim.report.tables import ENOUGH, P_FITS, describe, rate
 from mopsim.search.result import promise
-from mopsim.spec.categories import SHOWN_AS
+from mopsim.spec.categories import shown_as
 from mopsim.spec.strategy import Strategy
 
 Json = Mapping[str, Any]
@@ -268,11 +268,6 @@ def _at(step: ExplorerStep) -> tuple[float, float]:
     return float(step.found["step_time_s"]), float(step.found["peak_memory_bytes"])
 
 
-def _named(parts: Amounts) -> dict[str, float]:
-    """Under the names that people see."""
-    return {SHOWN_AS.get(name, name): part for name, part in parts.items()}
-
-
 MOST_BARS = 12
 
 
@@ -298,7 +293,7 @@ def bars(steps: Sequence[ExplorerStep]) -> list[View]:
             "kind": "bars", "space": space, "title": title, "type": unit, "limit": limit,
             "rows": [
                 {
-                    "name": one.label, "parts": _named(one.found[key]),
+                    "name": one.label, "parts": shown_as(one.found[key]),
                     "note": one.state if unit == "bytes" else "",
                 }
                 for one in shown

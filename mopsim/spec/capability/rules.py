@@ -130,7 +130,7 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
     """As of the job's own stack, of the one that describes a target."""
-    yield from what_the_stack_has(replace(job, stack=load_stack(SIDES[side].get("stack", side))), side)
+    yield from what_the_stack_has(replace(job, stack=load_stack(SIDES[side]["stacks"][0])), side)
 
 
 def no_runtime(job: Job) -> SpecError | None:
