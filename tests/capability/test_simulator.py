@@ -201,7 +201,7 @@ def test_a_target_and_its_stack_name_the_same_exchanges() -> None:
     """What a runtime runs or an export writes, and what is simulated of the program that it is."""
     row = ROWS["strategy.attention.cp_comm_type"]
     for side in (*RUNTIMES, *EXPORTS):
-        described = SIDES[side].get("runs") or SIDES[side].get("stack", side)
+        described = SIDES[side].get("runs") or SIDES[side]["stacks"][0]
         ways = exchanges_of(load_stack(described))
         assert set(row.cells[side].values or get_args(Exchange)) == set(ways), side
 

@@ -154,7 +154,7 @@ def test_a_search_prints_and_keeps_what_was_left_out(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("side", TARGETS)
 def test_a_target_takes_no_loss_that_its_stack_lacks(side: str) -> None:
     said = ROWS["strategy.vocabulary.loss"].cells[side].values
-    described = load_stack(SIDES[side].get("stack", side))
+    described = load_stack(SIDES[side]["stacks"][0])
     assert set(said or ()) <= set(described.has["vocabulary.loss"])
 
 
