@@ -67,6 +67,11 @@ def resident_bytes(point: Point) -> int:
     return 8 * _total(params) // (8 * point.nodes)
 
 
+def kept_bytes(point: Point) -> int:
+    """What the stated offload of the 1T baseline leaves on the device, which torch's does not."""
+    return resident_bytes(point) if point.model == "mop_1t" else 0
+
+
 def attention_rate(model_name: str, first: Point, last: Point, passes: float) -> float:
     """FLOP/s that attention needs if it alone makes the later point slower, causal half counted. passes: of
     the forward's FLOP, 4.5 with full recomputation (1 + 1 + 2.5), 3.5 without.
@@ -122,7 +127,7 @@ def _memory_table(rows: Sequence[Row]) -> Iterable[str]:
     for point, one in rows:
         if point.program != "fsdp2":
             continue
-        peak, kept = one.peak_memory_bytes, resident_bytes(point) if point.model == "mop_1t" else 0
+        peak, kept = one.peak_memory_bytes, kept_bytes(point)
         yield (
             f"| {point.source} | {point.model} | {point.seq_len // K}K | {_printed(point)} | "
             f"{peak / 2**30:.1f} GiB | {f'{(peak + kept) / 2**30:.1f} GiB' if kept else ''} | "
@@ -147,6 +152,14 @@ def _ratios(rows: Sequence[Row]) -> list[float]:
     return [one.tokens_per_s_per_device / point.tokens_per_s for point, one in rows if point.tokens_per_s]
 
 
+def _ends(baselines: Sequence[Row]) -> Iterable[str]:
+    """Of each length that is printed to run out, how far the simulated peak lies from the limit."""
+    for point, one in baselines:
+        if not point.tokens_per_s:
+            above = (one.peak_memory_bytes + kept_bytes(point)) / one.memory_limit_bytes - 1
+            yield f"{above:+.1%} ({point.model}, {point.seq_len // K}K)"
+
+
 def page(rows: Sequence[Row]) -> str:
     """index.md."""
     first = [row for row in rows if _of_curve(row) == _of_curve(rows[0])]
@@ -154,6 +167,7 @@ def page(rows: Sequence[Row]) -> str:
     shares = [model_flops(point) / peak_flops() for point in POINTS if point.program == "mop"]
     ratios = _ratios(first)
     later = [row for row in rows if row[0].source != rows[0][0].source and row[0].program == "mop"]
+    baselines = [row for row in rows if row[0].program == "fsdp2"]
     template = (Path(__file__).parent / "page.md").read_text(encoding="utf-8")
     return template.format(
         ratio=f"{statistics.geometric_mean(ratios):.1f}x",
@@ -161,6 +175,8 @@ def page(rows: Sequence[Row]) -> str:
         later=f"{min(_ratios(later)):.1f} to {max(_ratios(later)):.1f}",
         shares=f"{min(shares):.0%} to {max(shares):.0%}",
         worst=f"{worst:.0%}",
+        ends=" and ".join(_ends(baselines)),
+        baselines=f"{min(_ratios(baselines)):.0f} to {max(_ratios(baselines)):.0f}",
         speed="\n".join(_speed_tables(rows)),
         memory="\n".join(_memory_table(rows)),
         attention="\n".join(_attention_table()),
