@@ -4,6 +4,7 @@ stage's ranks for state, experts and vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 
@@ -120,11 +121,19 @@ def _replicas(holders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [list(ranks[first::size]) for ranks in holders for first in range(size)]
 
 
+def process_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """The group of these ranks (None: of all); every rank makes it, those outside keep a handle of no use,
+    which torch's types have told from a group since 2.15.
+    """
+    group = dist.new_group(None if ranks is None else list(ranks), backend=backend)
+    return cast(dist.ProcessGroup, group)
+
+
 def make_group(all_groups: Sequence[Sequence[int]], rank: int, platform: Platform) -> Group:
     """This rank's group of one axis; every rank makes every group, as torch.distributed asks."""
     mine: Group | None = None
     for ranks in all_groups:
-        handle = dist.new_group(list(ranks), backend=platform.backend) if len(ranks) > 1 else None
+        handle = process_group(ranks, platform.backend) if len(ranks) > 1 else None
         if rank in ranks:
             if handle is not None and not platform.fake:
                 dist.barrier(group=handle)  # all pairs connected before the first point-to-point of the ring

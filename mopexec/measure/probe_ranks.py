@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mopexec.distributed.mesh import process_group
 from mopexec.measure import probe_compute
 from mopexec.measure.probe_collectives import collectives, communication_share
 from mopexec.measure.probe_compute import DTYPES, AttentionProbe
@@ -213,12 +214,12 @@ def _measure(rank: int, job: ProbeJob, device: torch.device, messages: Any) -> R
         pin_to(*job.cores)  # as in training: a rank and its communication threads share the cores of all
     for size in _group_sizes(job.ranks):
         begin(f"collectives x{size}")
-        group = dist.new_group(list(range(size)))
+        group = process_group(range(size))
         if rank < size:
             raw.collectives[size] = collectives(group, device, rounds)
     if job.ranks > 1:
         begin("overlap")
-        group = dist.new_group(list(range(job.ranks)))
+        group = process_group(range(job.ranks))
         raw.share = communication_share(group, device, max(rounds // 4, 4))
     return raw
 

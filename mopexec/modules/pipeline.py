@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.collectives import Waitable
+from mopexec.distributed.mesh import process_group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, phase
 from mopsim.spec import layout, pipeline_order
@@ -42,7 +43,7 @@ class Links:
         for way in ("forward", "backward"):
             for first in range(world if ranks < world else 0):
                 second = (first + ranks) % world
-                group = dist.new_group([first, second], backend=platform.backend)
+                group = process_group([first, second], platform.backend)
                 source, target = (first, second) if way == "forward" else (second, first)
                 if me == source:
                     self.found[way, "to"] = Link(target, group)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mopexec.distributed.mesh import process_group
 from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
 from mopexec.run.shards import FlatShards, Piece
@@ -43,7 +43,7 @@ class Saver:
         done: int = 0,
     ) -> None:
         self._root, self._runner, self._platform, self._keep = root, runner, platform, keep
-        self._group = dist.new_group(backend="gloo") if background else None
+        self._group = process_group(backend="gloo") if background else None
         self._copy: _Copy | None = None
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None

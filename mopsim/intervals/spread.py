@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, hypot, log, sqrt
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -330,7 +331,7 @@ class _Told:
 
     cells: tuple[ErrorCell, ...]
     runs: dict[str, float]
-    factor: tuple[Array, bool]
+    factor: tuple[Any, Any]
 
 
 def _told(known: _ByIdentity, seen: tuple[ErrorCell, ...]) -> _Told:

@@ -189,7 +189,7 @@ def _reference(space: Space, codes: Column, *first: Column) -> Space:
         "exchange": np.where(whole & (ULYSSES in ways), ULYSSES, ways[-1]),
         "dispatcher": np.where(rows.columns["experts"] > 1, once, 0),
     }  # fmt: skip
-    columns = {name: np.broadcast_to(np.int64(value), len(rows)) for name, value in usual.items()}
+    columns = {name: np.broadcast_to(np.asarray(value, np.int64), len(rows)) for name, value in usual.items()}
     return Space(space.family, space.problem, rows.columns | columns)
 
 
