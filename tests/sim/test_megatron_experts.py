@@ -130,3 +130,25 @@ def test_rows_are_padded_for_products_in_8_bits(
         assert padded.bytes - plain.bytes == copies * plain.writes[0].bytes
         back = 2 * plain.bytes if plain.back_bytes is None else plain.back_bytes
         assert (padded.back_bytes or 2 * padded.bytes) - back == copies * plain.writes[0].bytes
+
+
+def test_experts_without_a_gate_are_weighed_after_their_activation() -> None:
+    """Without bias_activation_fusion GELU and the weights are kernels of their own: what GELU makes is kept
+    beside what it reads."""
+    model = replace(load_model("olmoe_1b_7b"), ffn_matrices=2)
+    strategy = replace(megatron(8, expert_parallel=8, recompute="none"), stack="megatron-core")
+    core = load_stack("megatron-core")
+    apart = replace(core, kernels=replace(core.kernels, expert_rows="shifted"))
+    fused, weighed = (
+        next(
+            kernel
+            for kernel in passes_of(make_context(model, strategy, JOB, 8, stack)).tape(5).kernels
+            if kernel.name == "experts_act"
+        )
+        for stack in (core, apart)
+    )
+    (more,) = {value.name for value in weighed.writes} - {value.name for value in fused.writes}
+    assert more in weighed.saves and set(fused.saves) < set(weighed.saves)
+    size = fused.writes[0].bytes
+    assert (weighed.bytes, weighed.back_bytes) == (4 * size, 9 * size)
+    assert (weighed.launches, weighed.back_launches) == (2, 4)

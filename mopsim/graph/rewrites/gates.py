@@ -25,7 +25,10 @@ put together."""
 SHIFTED, SHIFTED_BACKWARD = TensorPasses(9, 2, 5), TensorPasses(16, 7, 9)
 """Megatron-Core's experts without bias_activation_fusion: SiLU, a shift of the other half, a product, one by
 weights in fp32, a cast. Back: a cast, two gradients, a cast, a sum, two more, SiLU's, halves put together."""
-
+UNGATED, UNGATED_BACKWARD = TensorPasses(4, 0, 2), TensorPasses(9, 0, 4)
+"""The same without a gate: GELU and a product by weights, which are as narrow as the rows unless the router
+is asked for fp32 (core_v0.14.0, experts.py, TEGroupedMLP, and moe_utils.py). Back: two gradients, of which
+one is summed, and GELU's."""
 APART, APART_BACKWARD = TensorPasses(9, 0, 3), TensorPasses(20, 0, 6)
 """Transformer Engine's basic operation of halves in turns (2.16, ops/basic/swiglu.py, _ScaledGLU with
 glu_interleave_size: what is not in 8 bits): halves apart by a copy, SwiGLU, a product by weights. Back: the
@@ -42,9 +45,12 @@ def gated(kernel: Kernel, wider: float, wings: int, strided: bool = False) -> Ke
 
 
 def shifted(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps the result of SiLU, the other half shifted, if by nothing, and their product."""
+    """Keeps the result of SiLU, the other half shifted, if by nothing, and their product; without a gate
+    what is weighed."""
+    if wings != 2:
+        return _keeping(kernel, instead(kernel, wider, UNGATED, UNGATED_BACKWARD), "act")
     found = instead(kernel, wider, SHIFTED, SHIFTED_BACKWARD)
-    return _keeping(kernel, found, "silu", "shifted", "glu") if wings == 2 else kernel
+    return _keeping(kernel, found, "silu", "shifted", "glu")
 
 
 def apart(kernel: Kernel, wider: float, wings: int) -> Kernel:
