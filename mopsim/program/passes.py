@@ -12,7 +12,7 @@ from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
-from mopsim.graph.rewrites.quantized import quantized
+from mopsim.graph.rewrites.quantized import quantized, weights_narrow
 from mopsim.graph.rewrites.recompute import (
     AROUND,
     gathered_once,
@@ -37,7 +37,7 @@ from mopsim.program.taped import template, weight_grads
 from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
-from mopsim.program.works import implemented
+from mopsim.program.works import implemented, narrow_weight
 from mopsim.spec.model import LayerKind, every_kind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
@@ -92,7 +92,20 @@ class Passes:
         layers = (*(layer for chunk in stage.every for layer in chunk), *stage.extra)
         left = (step for layer in layers for step in self._left(self.tape(layer)))
         logits = (("logits", self.held_logits),) if self.held_logits else ()
-        return (*stage.resident(), *(left if self._router_held else ()), *logits)
+        kept = layers if self._caches_weights else ()
+        cached = (("params", self._narrow_weights(layer)) for layer in kept)
+        return (*stage.resident(), *(left if self._router_held else ()), *logits, *cached)
+
+    @property
+    def _caches_weights(self) -> bool:
+        """Whether weights have casts that stay for good."""
+        cached = self.context.stack.kernels.weight_casts == "cached"
+        return cached and self.context.strategy.precision.matmul in CAST
+
+    def _narrow_weights(self, layer: int) -> int:
+        """Bytes of the casts of a layer's weights."""
+        each = narrow_weight(self.context)
+        return sum(weights_narrow(kernel, each) for kernel in self.tape(layer).kernels)
 
     @cached_property
     def held_logits(self) -> int:

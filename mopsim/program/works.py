@@ -107,8 +107,13 @@ def _cast(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
         return kernels
     narrow = DTYPE_BYTES[recipe]
     kernels = cast_from_kept(kernels, narrow / context.b) if run.casts == "made" else kernels
-    layouts = 1 + (run.casts == "kept")  # Transformer Engine's are by rows and by columns
-    return weights_cast(kernels, narrow * layouts) if run.weight_casts == "kept" else kernels
+    return weights_cast(kernels, narrow_weight(context)) if run.weight_casts == "kept" else kernels
+
+
+def narrow_weight(context: Context) -> float:
+    """Bytes of a weight that is cast: Transformer Engine's are by rows and by columns."""
+    layouts = 1 + (context.stack.kernels.casts == "kept")
+    return DTYPE_BYTES[context.strategy.precision.matmul] * layouts
 
 
 def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

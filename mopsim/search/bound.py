@@ -333,7 +333,7 @@ class Bounder(Footprint):
         and adds them to those of the first microbatch (mopsim.program.shards)."""
         c, sharding = self.c, self.space.stack.sharding
         added = self.scale("host_memory") / self.hardware.host_memory_share
-        each = self.grad * (self.copied("d2h") + 3 * added) * (sharding.copies and sharding.experts)
+        each = self.grad * (self.copied("d2h") + 3 * added) * (sharding.copies and sharding.experts is True)
         often = (
             c["offload"] * (c["pipeline"] == 1) * (self.microbatches - 1) * (sharding.whole_sums != "always")
         )

@@ -103,25 +103,25 @@ class Kernels(Spec, frozen=True, kw_only=True):
     multiplied by the factors of both operands' rows afterwards, in what reads them next where that is
     compiled (`rows`). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
     forward pass (`pass`), or there is a copy, kept for the backward, of each (`kept`; in both layouts where
-    casts are). weight_grads: added to their buffer inside the product, or after it. adamw: in one kernel, or
-    operation by operation over all tensors, with the roots of all second moments beside (`foreach`, torch's
-    default), or over one after the other, with two copies (`looped`); or in one kernel on copies in fp32 of
-    narrower moments, parameter by parameter, beside which a wider master is the bits that the parameter lacks
-    (`widened`, Transformer Engine). loss: cross entropy by several kernels with copies in fp32 (`composed`),
-    by those from whose copy the maximum is subtracted into another (`shifted`, Megatron-LM from 2022 to June
-    2024), one kernel in place of the logits (`fused`), one on a copy of them in fp32 (`upcast`), those that
-    torch compiles (`compiled`), Megatron-Core's compiled ones, whose gradient takes a second copy (`native`),
-    torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole (`gathered`), or on that
-    of a slice of them (`loss_parallel`, torch.distributed.tensor's; whole ones as `composed`). loss_copy:
-    whether torch's works on a copy in fp32, or on the logits in their own dtype. logits_held: who calls a
-    loss that works on a copy of the logits holds them, or that copy (`copy`), or does so in pipelines alone
-    (`pipelines`). logits_until: what is held of them is there until the loss's backward is done, or until the
-    `next` microbatch's are made, as a loop keeps them in a variable (not in pipelines). logit_passes: bytes
-    moved for each logit beside what the loss moves (casts, accuracy, perplexity). loss_chunks: those of a
-    chunked loss, or torch's cross entropy of each chunk on a copy in fp32, its gradients made apart and those
-    of the chunks' inputs put together in fp32 (`autograd`), compiled or not, or all in fp32 under a
-    checkpoint (`wide`). ring_blocks: merging blocks of keys and values where context parallelism gathers
-    them. fills: new tensors of a known value are written first.
+    casts are), or for good (`cached`). weight_grads: added to their buffer inside the product, or after it.
+    adamw: in one kernel, or operation by operation over all tensors, with the roots of all second moments
+    beside (`foreach`, torch's default), or over one after the other, with two copies (`looped`); or in one
+    kernel on copies in fp32 of narrower moments, parameter by parameter, beside which a wider master is the
+    bits that the parameter lacks (`widened`, Transformer Engine). loss: cross entropy by several kernels with
+    copies in fp32 (`composed`), by those from whose copy the maximum is subtracted into another (`shifted`,
+    Megatron-LM from 2022 to June 2024), one kernel in place of the logits (`fused`), one on a copy of them in
+    fp32 (`upcast`), those that torch compiles (`compiled`), Megatron-Core's compiled ones, whose gradient
+    takes a second copy (`native`), torch's on a copy in fp32 of logits that every tensor-parallel rank
+    gathers whole (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's;
+    whole ones as `composed`). loss_copy: whether torch's works on a copy in fp32, or on the logits in their
+    own dtype. logits_held: who calls a loss that works on a copy of the logits holds them, or that copy
+    (`copy`), or does so in pipelines alone (`pipelines`). logits_until: what is held of them is there until
+    the loss's backward is done, or until the `next` microbatch's are made, as a loop keeps them in a variable
+    (not in pipelines). logit_passes: bytes moved for each logit beside what the loss moves (casts, accuracy,
+    perplexity). loss_chunks: those of a chunked loss, or torch's cross entropy of each chunk on a copy in
+    fp32, its gradients made apart and those of the chunks' inputs put together in fp32 (`autograd`), compiled
+    or not, or all in fp32 under a checkpoint (`wide`). ring_blocks: merging blocks of keys and values where
+    context parallelism gathers them. fills: new tensors of a known value are written first.
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -157,7 +157,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     attention_rows: Literal["tokens", "heads"] = "tokens"
     casts: Literal["kept", "again", "made"] = "kept"
     cast_scales: Literal["tensor", "rows"] = "tensor"
-    weight_casts: Literal["step", "pass", "kept"] = "step"
+    weight_casts: Literal["step", "pass", "kept", "cached"] = "step"
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
     ring_blocks: Built = "fused"

@@ -32,26 +32,26 @@ class Sharding(Spec, frozen=True, kw_only=True):
     (gradient_as_bucket_view is false by default): so it is where optional says that it runs. copies: between
     shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters
     are sharded by what shards the others; else those spread over ranks are plain tensors, whole on every
-    replica. whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and
-    reduced with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's
-    do). flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which
-    is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
-    optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
-    the dtype of the products, or as shards are (without MixedPrecision, under autocast); those of layers in
-    the 8 bits that products read (`cast`, torchao and Transformer Engine). sums: under ZeRO-1 and
-    2 gradients are scattered to the ranks that update them (`scattered`), or all ranks sum them whole
-    (`whole`). reductions: under ZeRO-2 and 3 they run beside the backward (`hidden`), or so where the
-    strategy hides them, else what comes after waits for each (`asked`). owners: under ZeRO-1 each tensor's
-    optimizer state is with one rank, whole, and owners broadcast what they have updated one after the other.
-    grad_passes: bytes moved for each gradient of a rank once the backward after which they are reduced has
-    made it: into the buffers of reductions and back, scaled, counted into a norm while they are whole.
-    microbatch_grads: where gradients are summed in a wider dtype than the products' and no rank shards them,
-    each that a backward makes is added and freed at once (`added`); or all are added after the backward, each
-    from a copy in the sums' dtype, and live until the next backward begins, through forwards and update
-    (`kept`). zero_grad: where parameters are whole, gradients are there for good (`fills`), or each from the
-    backward that makes it to the end of the step (`frees`, torch's default); so are shards of gradients,
-    unless they are parts of buffers that are there for good (`buffers`); or so below ZeRO-3 alone, until the
-    update has copies in fp32 (`copied`).
+    replica; or so where each is one rank's own (`shared`: expert_fsdp 1). whole_sums: gradients of a step's
+    microbatches are summed whole, in the reductions' dtype, and reduced with the last one's (FSDP2's
+    set_requires_gradient_sync): `always`, or in `pipelines` (as torch's do). flat: a group's parameters are
+    views of one tensor, whose gradient autograd puts together and which is cast and divided before it is
+    reduced (torch's FullyShardedDataParallel); `original`: what the optimizer has are views of it too, each
+    time it is sharded again (use_orig_params). gathers: of these in the dtype of the products, or as shards
+    are (without MixedPrecision, under autocast); those of layers in the 8 bits that products read (`cast`,
+    torchao and Transformer Engine). sums: under ZeRO-1 and 2 gradients are scattered to the ranks that update
+    them (`scattered`), or all ranks sum them whole (`whole`). reductions: under ZeRO-2 and 3 they run beside
+    the backward (`hidden`), or so where the strategy hides them, else what comes after waits for each
+    (`asked`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
+    broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
+    once the backward after which they are reduced has made it: into the buffers of reductions and back,
+    scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
+    dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
+    (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
+    next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
+    gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
+    (`frees`, torch's default); so are shards of gradients, unless they are parts of buffers that are there
+    for good (`buffers`); or so below ZeRO-3 alone, until the update has copies in fp32 (`copied`).
     update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
     makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
     after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
@@ -61,23 +61,21 @@ class Sharding(Spec, frozen=True, kw_only=True):
     is gathered, and a copy of the buffer that is sent, are in pools of streams of their own. update_group:
     what a rank updates is one flat tensor (0: tensors of their own), under ZeRO-3 several of so many numbers,
     one after the other, each with a copy of its gradient in fp32. norm_passes: bytes moved for each gradient
-    that a rank updates, for the norm of all (0: those of one in the dtype of the update).
-    host_masters: where the host updates part of the optimizer's state, the master weights of that part go
-    there with the moments (`moved`); or stay on the device too, and the host updates a copy: gradients go
-    down and masters come up as wide as these are (`copied`).
-    host_moments: where the host updates part of the optimizer's state, moments are as wide as asked
-    (`asked`); or no narrower than what is updated (`masters`: torch.zeros_like).
-    embedding: tensor-parallel ranks split the token embedding, or each has it whole.
-    prefetch: FSDP2 gathers a layer's parameters in the forward while it runs the one before (`told`), or when
-    the host is there (`reached`, its default), as far ahead as nothing makes it wait for the device; or is
-    told where ranks split the routed experts (`split`).
-    one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
-    replicas and shards); else each is sharded over as many ranks as is asked for.
-    agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
-    parameters that are gathered and reduced together are a layer's, and those of the root, which is gathered
-    once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are
-    groups of their own too (`modules`); or every module is one (`each`), whose parameters are whole one after
-    the other.
+    that a rank updates, for the norm of all (0: those of one in the dtype of the update). host_masters: where
+    the host updates part of the optimizer's state, the master weights of that part go there with the moments
+    (`moved`); or stay on the device too, and the host updates a copy: gradients go down and masters come up
+    as wide as these are (`copied`). host_moments: where the host updates part of the optimizer's state,
+    moments are as wide as asked (`asked`); or no narrower than what is updated (`masters`: torch.zeros_like).
+    embedding: tensor-parallel ranks split the token embedding, or each has it whole. prefetch: FSDP2 gathers
+    a layer's parameters in the forward while it runs the one before (`told`), or when the host is there
+    (`reached`, its default), as far ahead as nothing makes it wait for the device; or is told where ranks
+    split the routed experts (`split`). one_mesh: routed experts have as many copies as the other weights: one
+    degree replicates both (a mesh of replicas and shards); else each is sharded over as many ranks as is
+    asked for. agreements: at the end of a step ranks sum the loss and each router's load, one exchange each.
+    groups: parameters that are gathered and reduced together are a layer's, and those of the root, which is
+    gathered once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed
+    experts are groups of their own too (`modules`); or every module is one (`each`), whose parameters are
+    whole one after the other.
     """
 
     fsdp: bool = False
@@ -101,7 +99,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
     host_moments: Literal["asked", "masters"] = "asked"
-    experts: bool = True
+    experts: bool | Literal["shared"] = True
     embedding: Literal["split", "whole"] = "split"
     prefetch: Literal["told", "reached", "split"] = "told"
     one_mesh: bool = False

@@ -225,7 +225,9 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def plain_experts(self, strategy: Strategy) -> bool:
         """Whether the routed experts are plain tensors, whole on every replica."""
-        return not self.sharding.experts and strategy.experts.expert_parallel > 1
+        experts, whole = strategy.experts, not self.sharding.experts
+        alone = self.sharding.experts == "shared" and experts.expert_fsdp == 1
+        return (whole or alone) and experts.expert_parallel > 1
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the program does not do what a strategy asks."""

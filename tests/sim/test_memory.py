@@ -128,15 +128,18 @@ def test_an_operator_that_is_kept_is_not_run_again() -> None:
     assert left == tape.inputs[0].bytes
 
 
-def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie() -> None:
+@pytest.mark.parametrize("experts", [False, "shared"])
+def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie(experts: bool | str) -> None:
     strategy = fsdp2(8, expert_parallel=4, recompute="full")
     plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, expert_fsdp=1))
-    software = changed("mopexec-fsdp2", sharding={"experts": False})
+    software = changed("mopexec-fsdp2", sharding={"experts": experts})
     model, training = small(num_hidden_layers=4), TrainSpec(seq_len=256, global_batch=8)
     sharded = simulate(model, MACHINE, 1, strategy, training)
     whole = simulate(model, MACHINE, 1, plain, training, software)
-    experts = sum(t.numel for t in tensors(model) if t.routed) // 4
-    assert whole.memory_by_category["optimizer"] >= 2 * 4 * experts
+    if experts:
+        assert simulate(model, MACHINE, 1, strategy, training, software).peak_memory == sharded.peak_memory
+    routed = sum(t.numel for t in tensors(model) if t.routed) // 4
+    assert whole.memory_by_category["optimizer"] >= 2 * 4 * routed
     assert whole.resident_memory > sharded.resident_memory
     ops = lower(model, plain, training, stack=software).programs[0].ops
     assert not [op.name for op in ops if op.name.startswith("gather") and "experts" in op.name]

@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine import SimResult, simulate
+from mopsim.graph import tensors
+from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.program import lower
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
@@ -84,6 +87,18 @@ def test_what_a_compiled_cast_reads_is_made_again_from_what_others_keep(how: str
     assert less.highest_by_category["activations"] < again.highest_by_category["activations"]
     held = less.highest_by_category["gathered"] - again.highest_by_category["gathered"]
     assert (held > 0) == (how == "kept")
+
+
+def test_cast_weights_that_modules_keep_are_there_for_good_in_both_layouts() -> None:
+    plan = fsdp2(world_size=2)
+    plan = replace(plan, precision=replace(plan.precision, matmul="fp8"))
+    once, cached = (
+        played(plan, "nemo-automodel", kernels={"weight_casts": how}) for how in ("step", "cached")
+    )
+    cast = [one for one in tensors(small()) if one.component not in EXACT and len(one.shape) > 1]
+    matrices = sum(one.numel for one in cast if one.layer >= 0)
+    each = 2 * DTYPE_BYTES["fp8"]
+    assert cached.resident_memory - once.resident_memory == pytest.approx(each * matrices, rel=1e-3)
 
 
 def test_weights_of_layers_are_gathered_in_the_8_bits_that_products_read() -> None:

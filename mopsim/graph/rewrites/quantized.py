@@ -61,12 +61,18 @@ def weights_cast(kernels: tuple[Kernel, ...], narrow: float) -> tuple[Kernel, ..
     """Products whose cast weights, `narrow` bytes for each, stay from the forward to the backward."""
     found: list[Kernel] = []
     for kernel in kernels:
-        size = int(sum(one.elements for one in kernel.matmuls if one.weight) * narrow)
-        if size and kernel.component not in EXACT:
+        size = weights_narrow(kernel, narrow)
+        if size:
             copy = Value(f"{kernel.name}_cast", size, "gathered", grad=False)
             kernel = replace(kernel, writes=(*kernel.writes, copy), saves=(*kernel.saves, copy.name))
         found.append(kernel)
     return tuple(found)
+
+
+def weights_narrow(kernel: Kernel, narrow: float) -> int:
+    """Bytes of a product's cast weights, `narrow` bytes for each."""
+    cast = kernel.component not in EXACT
+    return int(sum(one.elements for one in kernel.matmuls if one.weight) * narrow) if cast else 0
 
 
 def _cast(kernel: Kernel, source: Value, share: float) -> Kernel:
