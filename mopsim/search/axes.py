@@ -37,6 +37,9 @@ FLAT = (*MOP, *ZERO)
 ALL = (*FLAT, *FSDP2, *MEGATRON)
 MOST_CONTEXT = 64
 """Ranks of a Megatron context-parallel group at most."""
+FINEST_CHUNK = 8192
+"""Tokens that a rank dispatches at a time at least, where that takes more than eight chunks: what `mop` takes
+unless told."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,7 @@ def _host_states(problem: Problem) -> list[tuple[int, ...]]:
 def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
     """(on the host, parts of them): none or all; parts of them too where even the shortest piece of a
     sequence could fill the host, whose pinned blocks may be twice as large, and which has state to hold."""
-    piece = problem.training.seq_len // max(_sequences(problem))
-    each = piece * problem.model.hidden_size * int(DTYPE_BYTES[problem.compute])
+    each = _shortest(problem) * problem.model.hidden_size * int(DTYPE_BYTES[problem.compute])
     least = problem.model.num_hidden_layers * each
     some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
     return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
@@ -236,8 +238,20 @@ def _rings(problem: Problem) -> list[int]:
     return sorted(d for d in rings if problem.world_size % d == 0 and d <= most)
 
 
+def _shortest(problem: Problem) -> int:
+    """Tokens of a sequence that a rank has where most ranks share it."""
+    return problem.training.seq_len // max(_sequences(problem))
+
+
 def _chunks(problem: Problem) -> list[int]:
-    return [1, 2, 4, 8] if problem.model.num_local_experts else [1]
+    if not problem.model.num_local_experts:
+        return [1]
+    return [2**power for power in range(most_chunks(problem).bit_length())]
+
+
+def most_chunks(problem: Problem) -> int:
+    """Chunks in which a rank's tokens are dispatched at most."""
+    return max(_shortest(problem) // FINEST_CHUNK, 8)
 
 
 def _ffn_slices(problem: Problem) -> list[int]:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from mopsim import strategies
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.search.axes import most_chunks
 from mopsim.search.problem import (
     CHUNKED,
     DEVICE,
@@ -24,7 +25,7 @@ from mopsim.search.problem import (
 from mopsim.search.problem import tokens as tokens_of
 from mopsim.search.stages import IDEAL, layers_of
 from mopsim.spec.layout import ceil_div
-from mopsim.spec.strategy import CAST, Strategy
+from mopsim.spec.strategy import CAST, Experts, Strategy
 from mopsim.strategies import AS_STACK
 
 Row = dict[str, int]
@@ -85,6 +86,7 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "vocab_parallel": _column("vocabulary"),
     "fsdp": _column("dense_shard"),
     "expert_chunk_tokens": lambda problem, row: ceil_div(tokens_of(problem, row), max(row["chunks"], 1)),
+    "max_expert_chunks": lambda problem, row: max(most_chunks(problem), Experts().max_chunks),
     "ffn_chunk_tokens": _slices("ffn_slices"),
     "loss": lambda problem, row: "chunked" if row["loss"] == CHUNKED else "full",
     "loss_chunk_tokens": _slices("loss_slices"),

@@ -19,7 +19,7 @@ def coarse(problem: Problem, axes: Axes) -> Axes:
     ring = {problem.hardware.devices_per_node, problem.world_size}
     keep: dict[Any, Callable[[Any], bool]] = {
         "vocabulary": lambda value: value in ring,
-        "chunks": lambda value: value in (1, 4),
+        "chunks": lambda value: value in (1, 4, 32),
         "ffn_slices": lambda value: value > 1,
         "loss_slices": lambda value: value > 1,
         ("virtual_stages", "layout"): lambda value: value[0] in (1, 2, 4, 8),

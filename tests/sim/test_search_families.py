@@ -283,3 +283,12 @@ def test_a_rise_not_seen_is_as_those_seen_usually_are() -> None:
         one.learn(2, 1.0)
     assert risen.expected().tolist() == [3.0, 3.0, 1.0, 2.0]
     assert least.expected().tolist() == [3.0, 3.0, 1.0, 1.0]
+
+
+def test_experts_of_the_longest_sequences_go_in_chunks_that_fit() -> None:
+    """8M tokens on two nodes: a rank's rows of experts in chunks of 64K leave no room, those of 32K do."""
+    found = mopsim.search(
+        "mop_120b", "h200-sxm-141g", nodes=2, seq_len="8M", global_batch=1, families="mop", budget=12
+    )
+    assert found.best is not None
+    assert found.best.strategy.experts.chunk_tokens <= 32 * 1024
