@@ -165,7 +165,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     d, b = shapes.sequence, shapes.width
     heads = model.num_attention_heads / shapes.tensor
     qk, v_width = attention_widths(model)
-    band = model.window(layer), model.attention_chunk_size > 0
+    band = shapes.band(model, layer)
     pairs = pairs_of_a_slice(shapes.seq_len, d, shapes.in_order, *band) * shapes.attended / shapes.seq_len
     out = Value("o", int(shapes.region_tokens * heads * v_width * b))
     lse = Value("lse", int(shapes.region_tokens * heads * 4), grad=False)
@@ -212,7 +212,7 @@ def _head_sharded(
     heads = model.num_attention_heads / (shapes.tensor * d)
     qk, v_width = attention_widths(model)
     sequences = shapes.attended / shapes.seq_len
-    band = model.window(layer), model.attention_chunk_size > 0
+    band = shapes.band(model, layer)
     pairs = causal_pairs(shapes.seq_len, *band) * sequences
     out = Value("os" if d > 1 else "o", int(shapes.attended * heads * v_width * b))
     inner, kernels = values, []

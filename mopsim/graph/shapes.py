@@ -16,6 +16,7 @@ class Shapes(Struct, frozen=True):
     SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash. in_order: ranks that
     trade keys and values have slices one after the other, of which the last attends to the most.
     whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
+    documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class Shapes(Struct, frozen=True):
     sequence_parallel: bool = True
     in_order: bool = False
     whole_experts: bool = False
+    documents: int = 0
 
     @property
     def region_tokens(self) -> int:
@@ -41,6 +43,14 @@ class Shapes(Struct, frozen=True):
     def attended(self) -> int:
         """Tokens whose attention this rank computes, for its share of the heads."""
         return self.region_tokens * self.sequence
+
+    def band(self, model: ModelSpec, layer: int) -> tuple[int, bool]:
+        """Tokens of what a query of a layer attends to, 0: all before it; whether they are chunks. Documents
+        are chunks of one length; a window that is shorter than they are counts whole."""
+        width = model.window(layer)
+        if self.documents and (width == 0 or self.documents <= width):
+            return self.documents, True
+        return width, model.attention_chunk_size > 0
 
 
 def causal_pairs(seq_len: int, window: int = 0, chunked: bool = False) -> float:

@@ -335,6 +335,7 @@ def make_context(
     shapes = Shapes(
         tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
+        documents=training.document_tokens,
     )  # fmt: skip
     return Context(
         model, strategy, training, stack,

@@ -26,7 +26,9 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     2202.08906), the same mean. mtp_loss_coef: weight of the mean loss of MTP modules; 0.3 is DeepSeek-V3's
     (arXiv 2412.19437, 4.2). attention_mask: "causal": a token attends to all before it in its sequence, of
     whatever document; "document": the documents of a sequence are trained as if each were alone: positions
-    restart, attention does not cross, none predicts the next one's first token.
+    restart, attention does not cross, none predicts the next one's first token. document_tokens: where it is
+    "document", tokens of the document that a token is in, on average over tokens: the documents' lengths
+    squared, summed, over their sum (simulation); 0: not known, each sequence is taken as one document.
     seed: what weights and data are drawn from.
     """
 
@@ -45,6 +47,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     router_z_loss_coef: float = 0.0
     mtp_loss_coef: float = 0.3
     attention_mask: Literal["causal", "document"] = "causal"
+    document_tokens: int = 0
     seed: int = 0
 
     def _rules(self) -> Rules:
@@ -53,12 +56,14 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         profiles.check(self.routing)
         for field in ("seq_len", "global_batch"):
             yield getattr(self, field) <= 2**40, field, "must be at most 2^40"
+        known = self.attention_mask == "document" or self.document_tokens == 0
+        yield known, "document_tokens", "is of attention_mask 'document'"
         for field in ("learning_rate", "eps"):
             yield getattr(self, field) > 0, field, "must be positive"
         for field, most in (
             ("learning_rate", 10), ("eps", 1), ("warmup_steps", 2**40), ("weight_decay", 10),
             ("clip_norm", 1e12), ("bias_update_rate", 1), ("router_aux_loss_coef", 1e3),
-            ("router_z_loss_coef", 1e3), ("mtp_loss_coef", 1e3), ("seed", 2**62),
+            ("router_z_loss_coef", 1e3), ("mtp_loss_coef", 1e3), ("document_tokens", 2**40), ("seed", 2**62),
         ):  # fmt: skip
             yield 0 <= getattr(self, field) <= most, field, f"must lie between 0 and {most:g}"
         for field in ("beta1", "beta2"):

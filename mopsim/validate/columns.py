@@ -98,6 +98,11 @@ RUNS: dict[str, Column] = {
     "sequence_parallel": _one("no: tensor-parallel ranks keep all rows outside of products.", "yes no"),
     "cp_exchange": _one("Of context parallelism. Else the family's.", "ulysses ring all_gather"),
     "filler_tokens": Column(_MAY, "Distinct tokens of a text that repeats them, with natural routing."),
+    "document_tokens": _count(
+        _MAY,
+        "Where attention does not cross the documents of a packed sequence: tokens of the document that a "
+        "token is in, on average over tokens.",
+    ),
     "loads": Column(_MAY, "Measured parts of the routes of each expert, with natural routing; by spaces."),
     "strategy.*, stack.*, model.*": Column(
         _MAY, "Any field of these by its dotted name: wins over columns, notes and recipes."

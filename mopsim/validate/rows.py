@@ -308,7 +308,12 @@ def _training(known: RowFacts, degrees: Degrees, model: ModelSpec) -> tuple[Trai
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
     routing, told = _routing(row, degrees, model)
-    return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing), told
+    documents = count(row, "document_tokens") or 0
+    training = TrainSpec(
+        seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing,
+        attention_mask="document" if documents else "causal", document_tokens=documents,
+    )  # fmt: skip
+    return training, told
 
 
 def _loads(row: Row, experts: int) -> tuple[float, ...]:
