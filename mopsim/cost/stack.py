@@ -135,16 +135,19 @@ def _curve(hardware: HardwareProfile, name: str, head_dim: int) -> AttentionCurv
     kernel = kernels().get(name)
     if kernel is None:
         return own
-    base = kernels()[kernel.like] if kernel.like else kernel
-    shares = base.shares.get(hardware.device.architecture)
+    architecture = hardware.device.architecture
+    apart = not kernel.like or architecture in kernel.shares
+    base = kernel if apart else kernels()[kernel.like]
+    shares = base.shares.get(architecture)
     if shares is None:
         return own
     heads = base.narrow if head_dim <= NARROW_HEAD else base.wide if head_dim > WIDE_HEAD else OtherHeads()
-    slower = kernel.slower * (_peak(hardware) / shares.of if shares.of else 1.0) * _clocked(hardware, shares)
+    slower = 1.0 if apart else kernel.slower
+    slower *= (_peak(hardware) / shares.of if shares.of else 1.0) * _clocked(hardware, shares)
     return AttentionCurve(
         forward=shares.forward * heads.forward / slower, backward=shares.backward * heads.backward / slower,
         seq_half=shares.seq_half, held=own.held, tag="assumed",
-        source=base.source if base is kernel else f"{base.source}; {kernel.source}",
+        source=base.source if apart else f"{base.source}; {kernel.source}",
     )  # fmt: skip
 
 
