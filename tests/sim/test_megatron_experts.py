@@ -148,7 +148,8 @@ def test_experts_without_a_gate_are_weighed_after_their_activation() -> None:
         for stack in (core, apart)
     )
     (more,) = {value.name for value in weighed.writes} - {value.name for value in fused.writes}
-    assert more in weighed.saves and set(fused.saves) < set(weighed.saves)
+    assert more in weighed.saves
+    assert set(fused.saves) < set(weighed.saves)
     size = fused.writes[0].bytes
     assert (weighed.bytes, weighed.back_bytes) == (4 * size, 9 * size)
     assert (weighed.launches, weighed.back_launches) == (2, 4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+import mopsim
 from mopsim.engine import SimResult, simulate
 from mopsim.report.findings import finding
 from mopsim.search import Options, SearchResult, search, staged
