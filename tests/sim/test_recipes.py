@@ -97,6 +97,13 @@ def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
     assert found.program().kernels.loss == "fused"
 
 
+def test_deepseek_v3_chooses_of_half_the_groups_in_programs_that_limit_it() -> None:
+    """Tables of networks have no column for groups."""
+    for stack, groups in (("megatron-bridge-hybridep", (8, 4)), ("torchtitan", (None, None))):
+        found = facts(row(model="deepseek_v3", stack=stack, sharding="zero1")).settings
+        assert (found.get("model.n_group"), found.get("model.topk_group")) == groups
+
+
 def test_rows_of_an_unfused_permutation_are_added_by_atomic_operations() -> None:
     for notes, sums in (
         ("unfused permutation", "atomic"),
