@@ -346,7 +346,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             digest=io.digest(hardware),
             num_nodes=inputs.nodes,
             devices_per_node=hardware.devices_per_node,
-            memory_limit=hardware.memory_limit(),
+            memory_limit=result.memory_limit,
             host_limit=result.host_limit,
             architecture=hardware.device.architecture,
         ),

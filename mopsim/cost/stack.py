@@ -90,7 +90,9 @@ def as_used(
     hardware: HardwareProfile, stack: Stack, model: ModelSpec, training: TrainSpec
 ) -> HardwareProfile:
     """The profile with what the stack makes of it: the curve of its attention kernel at heads of this width,
-    all-reduces without sums in the switch where sums have a fixed order, its SMs beside exchanges."""
+    all-reduces without sums in the switch where sums have a fixed order, its SMs beside exchanges, and what a
+    pool of its own leaves of the memory."""
+    hardware = _pooled(hardware, stack.pool) if stack.pool else hardware
     head_dim, seq_len = model.head_dim, training.seq_len
     hardware = for_heads(hardware, head_dim)
     architecture = hardware.device.architecture
@@ -115,8 +117,19 @@ def as_used(
     return replace(hardware, device=device, communication_share=share)
 
 
+def _pooled(hardware: HardwareProfile, pool: float) -> HardwareProfile:
+    """The profile of which tensors may use a pool alone (Stack.pool)."""
+    source = f"what a pool of {pool:g} of the memory leaves"
+    beside = (1 - pool) * hardware.device.memory.si / 2**30
+    reserved = Quantity(value=beside, unit="GiB", tag="assumed", source=source)
+    return replace(hardware, device=replace(hardware.device, reserved=reserved))
+
+
 def _grouped(hardware: HardwareProfile, stack: Stack) -> tuple[MatmulCurve, ...]:
-    """Curves of experts' products as the stack's kernel runs them: torch's is of 16 bits."""
+    """Curves of experts' products as the stack's kernel runs them: torch's is of 16 bits; a batch of equal
+    ones runs as others do."""
+    if stack.kernels.expert_products == "batched":
+        return hardware.device.matmul
     own = hardware.device.grouped_matmul
     slower = GROUPED_BY_TORCH.get(hardware.device.architecture, 1.0)
     if stack.kernels.expert_products != "torch" or slower == 1.0:

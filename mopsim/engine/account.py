@@ -141,7 +141,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
     nobody have what communicators leave: whole ones are given back before a device runs out of memory, those
     that are used in part are not, so that all may come on top. A CPU has no
     caching allocator, no pools of streams and no communicators, and mopexec holds it to a limit of live
-    tensors."""
+    tensors; a pool of the program's own (Stack.pool) has one for tensors too, and communicators beside it."""
     workload, place = played.workload, played.fullest
     ledger, op = played.ledgers[place], played.ledgers[place].peak_op
     limit, host_limit = hardware.memory_limit(), hardware.host_limit(strategy.world_size)
@@ -151,7 +151,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
     if framework:
         categories["framework"] = categories.get("framework", 0) + framework
     on_host = _on_host(max(played.ledgers, key=lambda one: one.host_peak))
-    cached = hardware.device_kind != "cpu"
+    cached = hardware.device_kind != "cpu" and not workload.stack.pool
     wires = upper.communication((work for work, _ in played.prices.values()), workload.exchange)
     idle = min(_idle(played, strategy), max(0, limit - peak - wires)) if cached else 0
     over = ledger.over or ("framework" if peak > limit else "host" if host > host_limit else None)

@@ -26,13 +26,15 @@ class Value(Struct, frozen=True):
 
 
 class Matmul(Struct, frozen=True):
-    """`count` products C[m,n] = A[m,k] B[k,n]. weight: B is a parameter (its gradient is k x n)."""
+    """`count` products C[m,n] = A[m,k] B[k,n]. weight: B is a parameter (its gradient is k x n). constant: A
+    has no gradient."""
 
     m: float
     n: float
     k: float
     count: float = 1
     weight: bool = True
+    constant: bool = False
 
     @property
     def flops(self) -> float:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import ceil
 from typing import Literal
 
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.rewrites.masked import Rooms
 from mopsim.graph.rewrites.migration import Migration, host_work
 from mopsim.graph.shapes import Shapes
 from mopsim.program.topology import process_groups
@@ -123,13 +125,21 @@ class Context:
 
     @property
     def rows_room(self) -> float:
-        """Of the busiest rank's rows, how many there is room for (Kernels.expert_room); 0: for these."""
-        how = self.strategy.experts
-        room = self.stack.kernels.expert_room * (
-            how.token_dispatcher == "hybridep" and how.expert_parallel > 1
-        )
+        """Of the busiest rank's rows, how many there is room for (Kernels.expert_room and expert_buffers);
+        0: for these."""
+        how, model, run = self.strategy.experts, self.model, self.stack.kernels
+        if how.expert_parallel == 1 or not model.num_local_experts:
+            return 0.0
+        room = run.expert_room * (how.token_dispatcher == "hybridep")
+        if self.moves_room:
+            room = min(how.expert_parallel, model.num_local_experts / model.num_experts_per_tok)
         balanced = self.tokens * self.model.num_experts_per_tok
         return room * balanced / sum(self.routes()) if room else 0.0
+
+    @property
+    def moves_room(self) -> bool:
+        """Whether tensors of rows have room for all that may come, all of which is moved."""
+        return self.stack.kernels.expert_buffers == "worst" and not self.stack.kernels.expert_capacity
 
     @property
     def beside_rows(self) -> tuple[str, ...]:
@@ -224,10 +234,27 @@ class Context:
         """Of the tokens, by chunk."""
         return [self.chunk_tokens(index) / self.tokens for index in range(self.chunks)]
 
+    @property
+    def rooms(self) -> Rooms | None:
+        """Room of experts in each sequence (Kernels.expert_capacity): that of a balanced load is a whole
+        number of rows of each (MaxText, layers/moe.py, generate_masks); None where all rows that come are
+        computed."""
+        capacity, model = self.stack.kernels.expert_capacity, self.model
+        if not capacity or not model.num_local_experts:
+            return None
+        sequences = self.strategy.micro_batch
+        tokens, experts = self.tokens / sequences, model.num_local_experts
+        each = max(1, int(max(1, ceil(tokens * model.num_experts_per_tok / experts)) * capacity))
+        return Rooms(sequences, tokens, each * experts, model.hidden_size)
+
     def routes(self, index: int | None = None) -> tuple[int, ...]:
         """Rows of each expert that the most loaded rank computes, from chunk `index` (or all) of all ranks of
-        its expert group."""
+        its expert group; as many as there is room for, where that is fixed."""
         model, how = self.model, self.strategy.experts
+        if rooms := self.rooms:
+            share = 1.0 if index is None else self.shares[index]
+            each = rooms.rows * share * how.expert_parallel / model.num_local_experts
+            return (round(each),) * self.own_experts
         chunks = 1 if index is None else self.chunks
         return _routes(
             self.training.routing, self.tokens, chunks, index or 0, model.num_local_experts,

@@ -21,13 +21,14 @@ from mopsim.graph.rewrites.recompute import (
     shares,
     without_weight_grads,
 )
-from mopsim.graph.rewrites.roomy import shared_stay, with_room
+from mopsim.graph.rewrites.roomy import shared_stay
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.host_time import maps_routes
+from mopsim.program.looped_shards import LoopedShards
 from mopsim.program.loss import Half, logit_elements, loss_template
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.over_layers import fewer, fullest, held
@@ -37,7 +38,7 @@ from mopsim.program.taped import template, weight_grads
 from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
-from mopsim.program.works import implemented, narrow_weight
+from mopsim.program.works import implemented, roomy, narrow_weight
 from mopsim.spec.model import LayerKind, every_kind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
@@ -73,7 +74,8 @@ class Passes:
 
     def sharding(self, issue: Builder, stage: Stage) -> Shards:
         """What gathers parameters and reduces gradients."""
-        return Shards(self.context, issue, stage)
+        looped = self.context.stack.sharding.loop in ("apart", "together")
+        return (LoopedShards if looped else Shards)(self.context, issue, stage)
 
     def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> OffloadedInputs:
         """What takes inputs of layers to the host."""
@@ -142,6 +144,7 @@ class Passes:
         c, how, loads = self.context, self.context.strategy, self.context.training.routing
         apart = (
             c.stack.runtime
+            or c.rooms
             or c.stack.kernels.expert_padding in ("busiest", "fresh")
             or how.experts.balance != "none"
         )
@@ -171,9 +174,7 @@ class Passes:
         run = {"", *(kernel.name for kernel in kernels)}
         frames = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
         kernels = shared_stay(kernels) if c.weaves or "router" in c.stack.host.graphs else kernels
-        if routes and c.rows_room:
-            stash = c.stack.kernels.expert_stash / c.stack.kernels.expert_room * c.rows_room
-            kernels = with_room(kernels, c.rows_room, stash * (precision.matmul in CAST))
+        kernels = roomy(kernels, c) if routes and c.rows_room else kernels
         tape = replace(tape, kernels=kernels, held=frames)
         tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
         if c.stack.kernels.ring_blocks == "composed":

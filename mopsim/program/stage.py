@@ -128,6 +128,8 @@ class Stage:
             found.append((_at(place.param_tier, "params"), (shard if c.shards_params else full) * c.param))
             buckets = c.stack.sharding.bucketed and unit.copies > 1 and zero < 2
             held = full * buckets + (0 if self.frees_gradients else shard if zero >= 2 else full)
+            if unit.layer >= 0:
+                found.append(("params", int(c.stack.sharding.loop_copies * shard * c.param)))
             found.append((_at(place.grad_tier, "grads"), held * c.grad))
             each = 2 * int(DTYPE_BYTES[precision.moments]) + c.own_master
             away = int(state * each * self.away)

@@ -10,6 +10,7 @@ from mopsim.graph.rewrites.biases import bias_scaled, biased
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.gates import clamps_apart, gated_within
+from mopsim.graph.rewrites.masked import by_masks
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.padded import padded_to_busiest, rows_aligned, weights_stacked
 from mopsim.graph.rewrites.projections import (
@@ -24,6 +25,7 @@ from mopsim.graph.rewrites.projections import (
     summed_apart,
 )
 from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
+from mopsim.graph.rewrites.roomy import all_moved, with_room
 from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
 from mopsim.graph.tape import Kernel
@@ -66,6 +68,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
+    if context.rooms and run.expert_masks and not context.strategy.experts.sends_once:
+        kernels = by_masks(kernels, context.rooms, context.b)
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", run.attention_rows == "heads")
     if run.expert_rows == "interleaved" and context.strategy.precision.matmul == "mxfp8":
         del ways["expert_rows"]
@@ -153,6 +157,14 @@ def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager
     if run.region_rows != "once":
         found = rows_apart(found, counted, run.region_rows == "each")
     return gradients_added(found, counted, eager)
+
+
+def roomy(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """The kernels, of which tensors of routed experts' rows have room for more than come."""
+    run, strategy, room = context.stack.kernels, context.strategy, context.rows_room
+    stash = room * run.expert_stash / run.expert_room if run.expert_stash else 0.0
+    kernels = with_room(kernels, room, stash * (strategy.precision.matmul in CAST))
+    return all_moved(kernels, room, not strategy.experts.sends_once) if context.moves_room else kernels
 
 
 def chunked(kernels: tuple[Kernel, ...], context: Context, again: str) -> tuple[Kernel, ...]:
@@ -327,6 +339,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
             "input_grad": (one.m, one.k, one.n),
             "weight_grad": (one.k, one.n, one.m),
         }
+        if one.constant:
+            del shapes["input_grad"]
         for name, (m, n, k) in shapes.items():
             if part == name or (part == "backward" and name != "forward"):
                 calls = int(one.count) if looped else 0

@@ -236,7 +236,7 @@ def _hunt(problem: Problem, family: str, options: Options, result: SearchResult)
         return None
     bounds = bound(space)
     result.bounded += every
-    keep = fitting(bounds, problem, result)
+    keep = fitting(bounds, space, result)
     if not len(keep):
         _closest(space, bounds, result)
         return None
@@ -246,5 +246,6 @@ def _hunt(problem: Problem, family: str, options: Options, result: SearchResult)
 def _closest(space: Space, bounds: Bounds, result: SearchResult) -> None:
     """Simulate the candidate that misses its limits by least, to say what stops it."""
     hardware = space.problem.hardware
-    miss = np.maximum(bounds.device / hardware.memory_limit(), bounds.host / max(hardware.host_limit(), 1))
+    limit = space.machine.memory_limit()
+    miss = np.maximum(bounds.device / limit, bounds.host / max(hardware.host_limit(), 1))
     keep_closest(run_row(space, int(np.argmin(miss)), result, count=False), result)

@@ -14,7 +14,7 @@ from mopsim.search.bound import Bounds, bound
 from mopsim.search.facts import surely
 from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
-from mopsim.search.problem import Column, Problem
+from mopsim.search.problem import Column
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.simulating import keep_closest, ranked, run_row, same
 from mopsim.search.space import Space
@@ -160,7 +160,7 @@ class Hunt:
         found.candidates += len(space) + space.rejected.total()
         found.bounded += len(space)
         found.rejected.update(space.rejected)
-        keep = fitting(bounds, space.problem, found)
+        keep = fitting(bounds, space, found)
         fast = keep[bounds.time[keep] < below]
         found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
         if len(fast):
@@ -286,7 +286,7 @@ class Hunt:
         if not self.options.risk:
             device = simulated.device.as_described.quantile(SURE)
             memory = (round(device), round(simulated.host.quantile(SURE)))
-        limit = pool.space.problem.hardware.memory_limit()
+        limit = pool.space.machine.memory_limit()
         time, share = pool.expected()[position], pool.room()[1][position]
         self.misses.append((math.log(simulated.step_time / time), math.log(memory[0] / limit / share)))
         pool.learn(position, *memory, simulated.step_time)
@@ -340,10 +340,10 @@ class Hunt:
         return np.concatenate([*pools, self.rest.time])
 
 
-def fitting(bounds: Bounds, problem: Problem, found: SearchResult) -> Column:
+def fitting(bounds: Bounds, space: Space, found: SearchResult) -> Column:
     """Rows that may fit by their bounds; the others are counted by what is the most of their memory."""
-    hardware = problem.hardware
-    over, full = bounds.device > hardware.memory_limit(), bounds.host > hardware.host_limit()
+    over = bounds.device > space.machine.memory_limit()
+    full = bounds.host > space.problem.hardware.host_limit()
     worst = np.argmax(np.stack(list(bounds.parts.values())), axis=0)
     for position, name in enumerate(bounds.parts):
         found.rejected[f"device memory, bound: {name}"] += int((over & (worst == position)).sum())

@@ -128,7 +128,7 @@ class Pool:
 
     def _refined(self, groups: Sequence[tuple[int, Column]], closer: Refined) -> None:
         """Note the bounds of groups, each with the position that was asked for."""
-        limit = self.space.problem.hardware.memory_limit()
+        limit = self.space.machine.memory_limit()
         rows = np.concatenate([mine for _, mine in groups])
         self.time[rows] = np.maximum(self.time[rows], closer.time())
         before = [float(self.memory.bound[position]) for position, _ in groups]
@@ -175,7 +175,7 @@ class Pool:
         """Of each candidate: whether it is expected to fit, with some slack where its bounds are not refined;
         its expected share of what there is."""
         hardware = self.space.problem.hardware
-        limit = hardware.memory_limit()
+        limit = self.space.machine.memory_limit()
         share = self.memory.expected(np.where(self.refined, 1.0, self.rise.expected()))
         share /= limit
         surely = self.host * self.host_rise.expected() / max(hardware.host_limit(), 1)
@@ -215,7 +215,7 @@ class Pool:
         """(Bound, position) of the least of each group whose bounds are not refined, where it is under
         `below` seconds. What surely needs more than the device has, `enough` times its peak, is taken out
         before."""
-        unsure = ~self.taken & (self.memory.bound * enough > self.space.problem.hardware.memory_limit())
+        unsure = ~self.taken & (self.memory.bound * enough > self.space.machine.memory_limit())
         self.over |= unsure
         self.taken |= unsure
         open_ = np.flatnonzero(~self.taken & ~self.refined & (self.time < below))

@@ -147,7 +147,7 @@ def _fastest(first: Space, axes: Axes) -> Space:
 
 def _device(space: Space, given: SpaceFacts) -> Reals:
     """Device memory of each row, at least, as a share of its limit."""
-    return np.asarray(Bounder(space, given).device_memory()[0] / space.problem.hardware.memory_limit())
+    return np.asarray(Bounder(space, given).device_memory()[0] / space.machine.memory_limit())
 
 
 def _values(axis: Axis, axes: Axes) -> Sequence[tuple[int, ...]]:

@@ -50,10 +50,16 @@ class Kernels(Spec, frozen=True, kw_only=True):
     bias_activation_fusion), or halves in turns (`interleaved`): in MXFP8 within the products, else put apart,
     gated and weighed (Transformer Engine's op fuser). expert_products: `grouped` in one kernel, or by torch's
     (`torch`), `looped` expert by expert (Transformer Engine's GroupedLinear), `modules` so too, each a module
-    of its own (transformers 4). expert_outputs: made in one tensor (`whole`), or expert by expert and put
-    together (`pieces`), as are the gradients of their inputs. expert_padding: in 8 and 4 bits every expert's
-    rows are copied to a multiple of theirs and back (`aligned`, Transformer Engine's Fp8Padding, where the
-    host knows their number); or every expert of a rank computes as many rows as the `busiest` of them; under
+    of its own (transformers 4), or of experts with equal rows as one batch at the pace of plain products
+    (`batched`). expert_capacity: experts have room for so many times their share of each sequence's balanced
+    load, compute all of it, whatever is routed to them, and no more (0: what comes). expert_masks: rows go
+    there and back by products with masks of a sequence's tokens and all experts' room (GShard).
+    expert_buffers: without a capacity, tensors of routed experts' rows fit what comes (`fit`), or all that
+    may come to a rank, with passes over all of it (`worst`, jax.jit, whose shapes are known before).
+    expert_outputs: made in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the
+    gradients of their inputs. expert_padding: in 8 and 4 bits every expert's rows are copied to a multiple of
+    theirs and back (`aligned`, Transformer Engine's Fp8Padding, where the host knows their number); or every
+    expert of a rank computes as many rows as the `busiest` of them; under
     a `fresh` router memory holds those of a run's most uneven layer, which gives every token to one expert,
     for each layer that keeps its rows; rows are copied there and back slice by slice. expert_weights: those
     of a grouped product are one tensor, or are copied into one before it, and its gradient back (`stacked`).
@@ -132,7 +138,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"
-    expert_products: Literal["grouped", "torch", "looped", "modules"] = "grouped"
+    expert_products: Literal["grouped", "torch", "looped", "modules", "batched"] = "grouped"
+    expert_capacity: float = 0.0
+    expert_masks: bool = False
+    expert_buffers: Literal["fit", "worst"] = "fit"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_padding: Literal["none", "busiest", "fresh", "aligned"] = "none"
     expert_weights: Literal["whole", "stacked"] = "whole"
@@ -177,7 +186,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "logit_passes")
-        require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash")
+        require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash", "expert_capacity")
+        rule = "are of experts with a fixed room (expert_capacity)"
+        require(bool(self.expert_capacity) or not self.expert_masks, "expert_masks", self.expert_masks, rule)
         room, stash = self.expert_room, self.expert_stash
         require(not room or room >= 1, "expert_room", room, "must be 0, or hold a balanced load: at least 1")
         rule = f"must be 0, or at least 1 and at most expert_room {room:g}"

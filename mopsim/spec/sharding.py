@@ -15,6 +15,8 @@ MOST_BYTES = 1000
 MOST_BUCKETS = 1e12
 """Bytes: more than a device has."""
 
+MOST_COPIES = 8
+
 WHOLE = (
     "sums", "owners", "grad_passes", "microbatch_grads", "update_copies", "buckets", "reduce_copies",
     "reductions", "update_group", "norm_passes",
@@ -69,13 +71,18 @@ class Sharding(Spec, frozen=True, kw_only=True):
     embedding: tensor-parallel ranks split the token embedding, or each has it whole. prefetch: FSDP2 gathers
     a layer's parameters in the forward while it runs the one before (`told`), or when the host is there
     (`reached`, its default), as far ahead as nothing makes it wait for the device; or is told where ranks
-    split the routed experts (`split`). one_mesh: routed experts have as many copies as the other weights: one
-    degree replicates both (a mesh of replicas and shards); else each is sharded over as many ranks as is
-    asked for. agreements: at the end of a step ranks sum the loss and each router's load, one exchange each.
-    groups: parameters that are gathered and reduced together are a layer's, and those of the root, which is
-    gathered once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed
-    experts are groups of their own too (`modules`); or every module is one (`each`), whose parameters are
-    whole one after the other.
+    split the routed experts (`split`). loop: layers are the turns of a loop of the compiled program: what a
+    layer gathers and reduces is beside the layers before and after it (`pipelined`), as without a loop
+    (`none`), or lies within its turn: that of routed experts in collectives of their own, beside the rest of
+    the layer (`apart`), or all in one each, which the layer waits for (`together`; XLA's combiners with
+    thresholds above a layer's size). loop_copies: copies of the shards of all layers' parameters, as wide as
+    these, that are laid out by layer for the loop and live through the step. one_mesh: routed experts have as
+    many copies as the other weights: one degree replicates both (a mesh of replicas and shards); else each is
+    sharded over as many ranks as is asked for. agreements: at the end of a step ranks sum the loss and each
+    router's load, one exchange each. groups: parameters that are gathered and reduced together are a layer's,
+    and those of the root, which is gathered once a microbatch (`layers`); or embedding, head with the final
+    norm, and a layer's routed experts are groups of their own too (`modules`); or every module is one
+    (`each`), whose parameters are whole one after the other.
     """
 
     fsdp: bool = False
@@ -102,9 +109,20 @@ class Sharding(Spec, frozen=True, kw_only=True):
     experts: bool | Literal["shared"] = True
     embedding: Literal["split", "whole"] = "split"
     prefetch: Literal["told", "reached", "split"] = "told"
+    loop: Literal["none", "pipelined", "apart", "together"] = "none"
+    loop_copies: float = 0.0
     one_mesh: bool = False
     agreements: bool = False
     groups: Literal["layers", "modules", "each"] = "layers"
+
+    @property
+    def whole(self) -> "Sharding":
+        """Where a strategy shards no parameters: by torch's DistributedDataParallel, or not at all."""
+        return replace(
+            self, fsdp=False, copies=False, optional=False, whole_sums="never", bucketed=True,
+            loop="none" if self.loop == "none" else "pipelined",
+            zero_grad="fills" if self.zero_grad == "buffers" else self.zero_grad,
+        )  # fmt: skip
 
     def told(self, strategy: Strategy) -> bool:
         """Whether FSDP2 is told what to gather ahead in the forward."""
@@ -130,6 +148,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
     def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies", "norm_passes")
+        require_between(self, 0, MOST_COPIES, "loop_copies")
         require_between(self, 0, MOST_BUCKETS, "buckets", "reduce_buffer", "update_group")
         whole = self.update_group == int(self.update_group)
         yield whole, "update_group", "must be 0, or a whole number of at least 1: parameters of one update"
@@ -148,6 +167,12 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield not self.fsdp or self.zero_grad != "copied", "zero_grad", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
+        rule = "is of torch's FSDP1 (flat)"
+        rule = "are of a program whose layers are turns of a loop (loop)"
+        yield self.loop != "none" or not self.loop_copies, "loop_copies", rule
+        rule = "is of a program that shards parameters (fsdp), without copies of FSDP2 and flat tensors"
+        plain = self.fsdp and not self.copies and not self.flat
+        yield plain or self.loop in ("none", "pipelined"), "loop", rule
         rule = "is of torch's FSDP1 (flat)"
         yield bool(self.flat) or self.gathers != "param", "gathers", rule
         rule = "is of torch's FSDP1 (flat), whose modules may be wrapped one by one"

@@ -74,6 +74,9 @@ class Stack(Spec, frozen=True, kw_only=True):
     sharding: how state is sharded and gathered. recompute: habits of recomputation. host: what its Python
     costs. dtypes: of state, where a strategy does not say. hides: communication that is hidden by default.
     reading: what its memory reading means.
+    pool: part of a device's memory that its allocator takes at the start, in which all tensors have to lie,
+    and beside which the communication library has the rest (XLA's XLA_PYTHON_CLIENT_MEM_FRACTION); 0: it
+    takes what they need, of what the device leaves.
     communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
     architecture, where it is not the profile's. sources: by dotted field, where an entry is written and of
     which version.
@@ -95,6 +98,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     dtypes: StateDTypes = StateDTypes()
     hides: Hides = Hides()
     reading: Reading = Reading()
+    pool: float = 0.0
     communication_share: dict[str, float] = msgspec.field(default_factory=dict)
     sources: dict[str, str] = msgspec.field(default_factory=dict)
 
@@ -107,6 +111,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         yield not self.explicit or grads == "added", "sharding.microbatch_grads", rule
         rule = "must be 'moved' with explicit, which moves all state"
         yield not self.explicit or masters == "moved", "sharding.host_masters", rule
+        require(0 <= self.pool <= 1, "pool", self.pool, "must be a part of the device's memory, 0 to 1")
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 
@@ -157,10 +162,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         """The stack as it shards state at a level of ZeRO."""
         if zero >= 2 or not self.sharding.optional:
             return self
-        without = replace(
-            self.sharding, fsdp=False, copies=False, optional=False, whole_sums="never", bucketed=True
-        )
-        return replace(self, sharding=without)
+        return replace(self, sharding=self.sharding.whole)
 
     def forces_consecutive(self, routing: RoutingProfile) -> bool:
         """Whether a token's experts lie one after the other."""

@@ -283,7 +283,7 @@ def left_to_the_stack() -> dict[str, Job]:
     ranks, and norms, run again; products in 8 bits; narrow moments and parameters on the host; tensor ranks
     that split rows of two sequences or hold all rows, and two readers of each; sends of an interleaved
     pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that HybridEP brings;
-    heads' norms; rotary embeddings by torch.
+    heads' norms; layers that are turns of a loop, and experts of a fixed room; rotary embeddings by torch.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -332,12 +332,20 @@ def left_to_the_stack() -> dict[str, Job]:
             job, strategy=megatron(8, expert_parallel=2, token_dispatcher="hybridep", recompute="none")
         ),
         "norms of heads": replace(job, model=structs.replace(job.model, qk_norm="head")),
+        "looped": replace(
+            whole,
+            stack=structs.replace(
+                whole.software,
+                kernels=Kernels(expert_capacity=1.0),
+                sharding=Sharding(fsdp=True, loop="pipelined"),
+            ),
+        ),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
     }
 
 
-def played(job: Job) -> tuple[float, int, int]:
-    """Seconds and bytes of a step."""
+def played(job: Job) -> tuple[float, int, int, int]:
+    """Seconds and bytes of a step, and those of a device that it may have."""
     assert job.training is not None
     result = simulate(job.model, HARDWARE, 1, job.strategy, job.training, stack=job.stack)
-    return result.step_time, result.peak_memory, result.host_memory
+    return result.step_time, result.peak_memory, result.host_memory, result.memory_limit

@@ -22,7 +22,14 @@ def test_a_shipped_stack_has_its_name_a_version_and_sources(name: str) -> None:
     assert stack.version
     for field, source in stack.sources.items():
         section = field.partition(".")[0]
-        top = ("runtime", "explicit", "communication_share", "stage_outputs", "balanced_routes")
+        top = (
+            "runtime",
+            "explicit",
+            "communication_share",
+            "stage_outputs",
+            "balanced_routes",
+            "pool",
+        )
         assert section in (*SECTIONS, *top)
         assert len(source) > 5
 

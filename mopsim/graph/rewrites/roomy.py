@@ -24,6 +24,20 @@ def with_room(kernels: tuple[Kernel, ...], room: float, stash: float) -> tuple[K
     )
 
 
+def all_moved(kernels: tuple[Kernel, ...], room: float, received: bool) -> tuple[Kernel, ...]:
+    """The permutations of rows in such tensors, of which a compiled program that knows only the tensors' size
+    moves all. received: what an exchange brings is as large too."""
+    found = []
+    for one in kernels:
+        grown = tuple(replace(value, bytes=round(value.bytes * room)) for value in one.writes)
+        if one.name in ("sort", "unsort"):
+            one = replace(one.moving(room), writes=grown if one.name == "unsort" else one.writes)
+        elif one.name == "dispatch" and received:
+            one = replace(one, writes=grown)
+        found.append(one)
+    return tuple(found)
+
+
 def shared_stay(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """The shared experts' output, which is added to the routed ones', stays until the backward."""
     made = {value.name for one in kernels if one.component == "shared_experts" for value in one.writes}
