@@ -38,7 +38,7 @@ from mopsim.program.taped import template, weight_grads
 from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
-from mopsim.program.works import implemented, roomy, narrow_weight
+from mopsim.program.works import implemented, narrow_weight, roomy
 from mopsim.spec.model import LayerKind, every_kind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
