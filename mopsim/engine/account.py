@@ -138,8 +138,7 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
 
 def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
     """Bytes of the fullest rank, on the device and on the host, and whether they fit. Blocks that serve
-    nobody have what communicators leave: whole ones are given back before a device runs out of memory, those
-    that are used in part are not, so that all may come on top. A CPU has no
+    nobody have what communicators leave, and are given back before a device runs out of memory. A CPU has no
     caching allocator, no pools of streams and no communicators, and mopexec holds it to a limit of live
     tensors; a pool of the program's own (Stack.pool) has one for tensors too, and communicators beside it."""
     workload, place = played.workload, played.fullest
@@ -173,7 +172,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "host_memory": host,
         "host_limit": host_limit,
         "host_by_category": on_host,
-        "above_peak": upper.device(peak, idle, wires) if cached else {},
+        "above_peak": upper.device(peak, _copies(played, strategy), wires) if cached else {},
         "above_host": upper.host(on_host, workload.pinned) if cached else {},
         "memory_stage": workload.programs[place].stage,
     }
@@ -195,6 +194,14 @@ def _idle(played: PlayedStep, strategy: Strategy) -> int:
     blocks = workload.programs[played.fullest].blocks
     flat = upper.cached_blocks(blocks, max(passes, default=0), ledger.peak)
     return upper.idle_blocks(sharding, strategy, now, high) + flat + cast
+
+
+def _copies(played: PlayedStep, strategy: Strategy) -> int:
+    """Bytes that tensors which the ledger does not have take on top of its peak: the copy that DeepSpeed
+    sends, and flat tensors of the step's end beside what is resident."""
+    workload, ledger = played.workload, played.ledgers[played.fullest]
+    flat = sum(ledger.resident[:NUM_DEVICE_SLOTS]) + workload.programs[played.fullest].blocks - ledger.peak
+    return upper.sent_copy(workload.stack.under(strategy.dense.zero).sharding, strategy) + max(0, flat)
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:

@@ -30,9 +30,11 @@ PROCESS = 2_056_600 * 1024
 KiB (github.com/pytorch/pytorch issue 113326)."""
 
 
-def device(peak: int, pools: int, wires: int) -> dict[str, int]:
-    """Bytes above a peak of live tensors, by cause. pools: of `idle_blocks`; wires: of `communication`."""
-    causes = {"idle pools": pools, "allocator": round(ALLOCATOR * (peak + pools)), "communication": wires}
+def device(peak: int, copies: int, wires: int) -> dict[str, int]:
+    """Bytes above a peak of live tensors, by cause. copies: of tensors that the ledger does not have; wires:
+    of `communication`. Idle blocks are none: torch frees whole ones of every stream and asks again before it
+    runs out (CUDACachingAllocator.cpp, release_cached_blocks); what is used in part is the allocator's."""
+    causes = {"copies": copies, "allocator": round(ALLOCATOR * (peak + copies)), "communication": wires}
     return {name: size for name, size in causes.items() if size}
 
 
@@ -42,9 +44,15 @@ def idle_blocks(
     """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
     stream, and FSDP gathers parameters and reduces gradients on streams of their own, as does DeepSpeed,
     which sends a copy of its buffer."""
-    copied = sharding.reduce_buffer * (strategy.dense.zero == 3 or strategy.fills_while_reducing)
+    copied = sent_copy(sharding, strategy)
     apart = ("gathered", "grads") if sharding.fsdp else ("gathered",) if copied else ()
-    return int(copied) + sum(highest[name] - at_peak.get(name, 0) for name in apart)
+    return copied + sum(highest[name] - at_peak.get(name, 0) for name in apart)
+
+
+def sent_copy(sharding: Sharding, strategy: Strategy) -> int:
+    """Bytes of the copy of its buffer that DeepSpeed sends."""
+    sent = strategy.dense.zero == 3 or strategy.fills_while_reducing
+    return int(sharding.reduce_buffer * sent)
 
 
 def cached_blocks(blocks: int, before: int, peak: int) -> int:
