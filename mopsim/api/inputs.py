@@ -33,7 +33,6 @@ from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import MatmulDType, Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
@@ -93,12 +92,10 @@ class Inputs:
         """The precision of the matrix products of families."""
         return self.precision or FAMILIES_IN
 
-    @property
-    def problem(self) -> Problem:
-        """What a search is asked about."""
-        total = total_params(self.model)
+    def problem(self, *, runnable: bool = False) -> Problem:
+        """What a search is asked about. runnable: only what mopexec runs."""
         return Problem(
-            self.model, self.hardware, self.nodes, self.training, total, self.of_families, self.stack
+            self.model, self.hardware, self.nodes, self.training, self.of_families, self.stack, runnable
         )
 
     def simulate(self, strategy: Strategy, stack: Stack, *, timeline: bool = False) -> SimResult:

@@ -32,7 +32,7 @@ def for_all(
 def _has(stack: Stack, asked: str | Strategy, inputs: Inputs) -> bool:
     """Whether a stack has something of a family, or a strategy as it is."""
     if isinstance(asked, str):
-        return not had(replace(inputs, stack=stack).problem, asked).refused
+        return not had(replace(inputs, stack=stack).problem(), asked).refused
     machine = inputs.hardware
     job = Job(inputs.model, asked, inputs.training, stack.on_kind(machine.device_kind), machine)
     return not any(not_played(job))

@@ -21,6 +21,7 @@ from mopsim.graph.counts import counts
 from mopsim.report import tables
 from mopsim.search import Options, SearchResult
 from mopsim.search.miss import would_fit
+from mopsim.search.problem import Problem
 from mopsim.search.result import plan_json
 from mopsim.search.why import why
 from mopsim.spec.capability import Job
@@ -253,8 +254,8 @@ class Ranking(Result):
     best_by_family: dict[str, dict[str, Any] | None]
     verdict: str
 
-    def __init__(self, inputs: Inputs, found: SearchResult, options: Options) -> None:
-        self.inputs, self.found, self.options = inputs, found, options
+    def __init__(self, inputs: Inputs, problem: Problem, options: Options, found: SearchResult) -> None:
+        self.inputs, self.problem, self.options, self.found = inputs, problem, options, found
 
     @property
     def top(self) -> list[Simulation]:
@@ -276,8 +277,9 @@ class Ranking(Result):
     def why(self) -> list[str]:
         """What bounds the step, what each restriction costs, what would change the answer, and the rivals;
         where nothing fits, what would. A line each; simulates some plans on other hardware, or searches."""
-        problem = self.inputs.problem
-        return why(self.found, problem) if self.found.best else would_fit(self.found, problem, self.options)
+        if self.found.best:
+            return why(self.found, self.problem)
+        return would_fit(self.found, self.problem, self.options)
 
     def to_json(self) -> dict[str, Any]:
         """`stack`: that of all families by name, null where each has its own."""

@@ -79,15 +79,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     if inputs.of_families in CAST and given not in IN_8_BITS:
         rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
         raise SpecError("precision", inputs.precision, rule)
-    options = Options(
-        (given,),
-        budget=budget,
-        runnable=runnable,
-        precision=inputs.of_families,
-        stack=inputs.stack,
-        prove=True,
-    )
-    found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
+    found = ranked(inputs.problem(runnable=runnable), Options((given,), budget=budget, prove=True))
     best = found.best or found.closest
     if best is None:
         raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
@@ -133,10 +125,6 @@ def search(
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
         interval=interval,
     )  # fmt: skip
-    chosen = read_families(families)
-    options = Options(
-        chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack, jobs=jobs,
-        prove=True,
-    )  # fmt: skip
-    found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
-    return Ranking(inputs, found, options)
+    options = Options(read_families(families), top, budget, at_risk, any_routing, jobs=jobs, prove=True)
+    problem = inputs.problem(runnable=runnable)
+    return Ranking(inputs, problem, options, ranked(problem, options, progress))

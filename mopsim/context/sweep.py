@@ -18,7 +18,6 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import DType, Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 
 INSISTENCE = 2
@@ -50,10 +49,7 @@ class ContextCase:
     def problem(self, contender: Contender, seq_len: int, global_batch: int) -> Problem:
         """What is asked for a contender at one length."""
         training = TrainSpec(seq_len=seq_len, global_batch=global_batch, routing=self.routing)
-        return Problem(
-            self.model, self.hardware, self.nodes, training, total_params(self.model), self.precision,
-            contender.software,
-        )  # fmt: skip
+        return Problem(self.model, self.hardware, self.nodes, training, self.precision, contender.software)
 
 
 @dataclass(frozen=True)
@@ -280,12 +276,9 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
     case = task.case
     once = small or not case.accumulate
     for batch in batches:
-        options = Options(
-            (task.contender.family,), TOP, task.budget, precision=case.precision,
-            axes=task.contender.at_once if once else task.contender.axes, stack=task.contender.software,
-        )  # fmt: skip
-        problem = case.problem(task.contender, seq_len, batch)
-        found = search(case.model, case.hardware, case.nodes, problem.training, options)
+        axes = task.contender.at_once if once else task.contender.axes
+        options = Options((task.contender.family,), TOP, task.budget, axes=axes)
+        found = search(case.problem(task.contender, seq_len, batch), options)
         result = found.best or found.closest
         gap = found.gap if found.best and found.gap else 0.0
         point = ContextPoint(seq_len, batch, result, "" if result else found.verdict(), small, gap)

@@ -27,11 +27,7 @@ from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.spec.capability import runnable
-from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import CAST
-from mopsim.spec.tensors import total_params
-from mopsim.spec.training import TrainSpec
 
 ALL = Options()
 SPENT, GAVE_UP = "not tried: budget of simulations spent", "not tried: those before were no faster"
@@ -42,10 +38,7 @@ NO_GAIN_IN_FAMILY = "no gain, bound: cannot beat the best of their family by mor
 
 @collected_later()
 def search(
-    model: ModelSpec,
-    hardware: HardwareProfile,
-    num_nodes: int,
-    training: TrainSpec,
+    problem: Problem,
     options: Options = ALL,
     progress: Callable[[int, SimResult | None], None] | None = None,
 ) -> SearchResult:
@@ -54,10 +47,6 @@ def search(
     `progress(simulated, best)` is called after each simulation.
     """
     started = time.perf_counter()
-    problem = Problem(
-        model, hardware, num_nodes, training, total_params(model), options.precision, options.stack,
-        options.runnable,
-    )  # fmt: skip
     best: SimResult | None = None
     done: dict[str, Hunted] = {}
 
@@ -75,7 +64,7 @@ def search(
             if best is not None:
                 one.hunt.prove(best, tell)
             done[family] = _settled(one.hunt)
-    result = _merged([done[family] for family in options.families], options, SearchResult(model))
+    result = _merged([done[family] for family in options.families], options, SearchResult(problem.model))
     result.best_by_family = {family: done[family].found.best for family in options.families}
     result.behind = _behind(done, result.best)
     result.seconds = time.perf_counter() - started
@@ -230,7 +219,7 @@ def _hunt(problem: Problem, family: str, options: Options, result: SearchResult)
     if problem.precision in CAST and family not in IN_8_BITS:
         result.rejected[f"{family}: has no products in {problem.precision}"] += every
         return None
-    reason = runnable(space.build(0), problem.model, stack=space.stack) if options.runnable else None
+    reason = runnable(space.build(0), problem.model, stack=space.stack) if problem.runnable else None
     if reason is not None:
         result.rejected[f"{NOT_RUN}: {reason}"] += every
         return None

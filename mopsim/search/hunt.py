@@ -185,7 +185,7 @@ class Hunt:
 
     def not_run(self, space: Space, row: int) -> bool:
         """Whether only what mopexec runs is asked for, and this is not; counted."""
-        if not self.options.runnable:
+        if not space.problem.runnable:
             return False
         reason = runnable(space.build(row), space.problem.model, space.problem.training, space.stack)
         self.found.rejected[f"{NOT_RUN}: {reason}"] += reason is not None

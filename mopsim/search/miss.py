@@ -53,9 +53,7 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
 
 def _fits(problem: Problem, options: Options) -> str | None:
     """A plan that fits, in a line."""
-    p = problem
-    short = replace(options, top=1, budget=TRIES, precision=p.precision, stack=p.stack)
-    best = search(p.model, p.hardware, p.num_nodes, p.training, short).best
+    best = search(problem, replace(options, top=1, budget=TRIES)).best
     return describe(best.strategy) if best else None
 
 

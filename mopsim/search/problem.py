@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -17,6 +17,7 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import CAST, Dispatcher, DType, Exchange, MatmulDType
+from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import STACKS, State
 
@@ -96,18 +97,17 @@ def lowered(asked: bytes) -> dict[Any, Any]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a strategy is looked for: every input of the search but its options. `total_params` is the
-    model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
-    stack: the software, where it is not the family's own. runnable: only what mopexec runs. known: what was
-    worked out, by its name; equal problems share it. made: of layers what those of other sizes share too.
-    pieces: of layers and losses what was priced while this one is searched.
+    """What a strategy is looked for: every input of the search but its options. precision: what products
+    compute in; of 8 and 4 bits, beside bfloat16. stack: the software, where it is not the family's own.
+    runnable: only what mopexec runs. known: what was worked out, by its name; equal problems share it. made:
+    of layers what those of other sizes share too. pieces: of layers and losses what was priced while this one
+    is searched.
     """
 
     model: ModelSpec
     hardware: HardwareProfile
     num_nodes: int
     training: TrainSpec
-    total_params: int
     precision: MatmulDType = "bfloat16"
     stack: Stack | None = None
     runnable: bool = False
@@ -124,6 +124,11 @@ class Problem:
         hardware, training = self.hardware, replace(self.training, global_batch=1)
         layer = (self.model, self.domain, hardware.device_kind, training, self.precision, self.stack)
         object.__setattr__(self, "made", lowered(msgspec.msgpack.encode(layer)))
+
+    @cached_property
+    def total_params(self) -> int:
+        """The model's total."""
+        return total_params(self.model)
 
     @property
     def compute(self) -> DType:

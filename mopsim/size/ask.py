@@ -73,11 +73,8 @@ def answer(request: Request, ask: Ask) -> Answer:
     searched: SimResult | None = None
     behind: tuple[str, ...] = ()
     if ask.simulations:
-        options = Options(
-            ask.families, 1, ask.simulations, request.runnable, precision=request.precision, axes=coarse,
-            rows=ROWS, stack=request.stack,
-        )  # fmt: skip
-        found = search(request.model, ask.hardware, ask.num_nodes, training, options)
+        options = Options(ask.families, 1, ask.simulations, axes=coarse, rows=ROWS)
+        found = search(request.problem(ask.hardware, ask.num_nodes, training), options)
         simulated += found.simulated
         fitting += [one for one in found.best_by_family.values() if one is not None]
         why, gap, searched = _memory_reason(found), found.gap, found.best

@@ -8,13 +8,12 @@ from msgspec.structs import replace
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
 from mopsim.search.least import least_time
-from mopsim.search.problem import Problem, divisors
+from mopsim.search.problem import divisors
 from mopsim.size.points import Request
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Pipeline, Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import STACKS
 
@@ -125,11 +124,8 @@ def slower(
     within: float,
 ) -> bool:
     """Whether a bound says that a step takes longer than `within` seconds."""
-    model, used = request.model, stack.on_kind(hardware.device_kind)
-    problem = Problem(
-        model, hardware, nodes, training, total_params(model), request.precision, request.stack,
-        request.runnable,
-    )  # fmt: skip
+    used = stack.on_kind(hardware.device_kind)
+    problem = request.problem(hardware, nodes, training)
     if strategy.name not in STACKS or problem.software(strategy.name) != used:
         return False
     return least_time(problem, used.resolve(replace(strategy, stack=used.name))) > (1 + EXACT) * within

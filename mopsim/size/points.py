@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from mopsim.engine import SimResult
 from mopsim.intervals import spread
+from mopsim.search.problem import Problem
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
 from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
@@ -84,6 +85,10 @@ class Request:
         """The training at `world_size` ranks: the global batch is fitted to them."""
         batch = global_batch(world_size, self.seq_len, self.batch_tokens)
         return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing)
+
+    def problem(self, hardware: HardwareProfile, num_nodes: int, training: TrainSpec) -> Problem:
+        """What a search is asked about one cluster."""
+        return Problem(self.model, hardware, num_nodes, training, self.precision, self.stack, self.runnable)
 
     def at(self, bill: Figures | None) -> "Request":
         """This request as it was billed: at the site of `bill` alone (without one, at the first), by the

@@ -25,7 +25,6 @@ from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop
 
@@ -109,9 +108,7 @@ def best(work: Callable[[], object]) -> float:
 def bounds() -> list[Figure]:
     """Strategies generated and bounded in a second, by family."""
     model = load_model("mop_667b")
-    problem = Problem(
-        model, load_profile(H200), 8, TrainSpec(seq_len=128 * K, global_batch=64), total_params(model)
-    )
+    problem = Problem(model, load_profile(H200), 8, TrainSpec(seq_len=128 * K, global_batch=64))
     found = []
     for family in FAMILIES:
         count = len(candidates(problem, family)[0])

@@ -21,7 +21,6 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Hides, Kernels, Sharding, Stack, StateDTypes
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
 from mopsim.validate.case import read_cases
@@ -103,7 +102,7 @@ def test_state_on_the_host_is_updated_as_the_program_can(stack: str) -> None:
     with pytest.raises(SpecError, match=says):
         program(streamed)
     assert program(other)
-    problem = Problem(tiny, HARDWARE, 1, training, total_params(tiny), stack=software)
+    problem = Problem(tiny, HARDWARE, 1, training, stack=software)
     space = generate(problem, "mop")
     assert set(space.columns["state"].tolist()) == ({DEVICE, HOST} if stack in STREAMS else {DEVICE})
     assert any(

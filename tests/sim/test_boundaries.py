@@ -17,7 +17,6 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Activations, Overlap, Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.sim.spaces import spread
@@ -244,13 +243,13 @@ def test_layers_on_the_host_are_at_most_those_there_are() -> None:
 def test_the_search_offers_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without in the space; as fast with less memory, without leads: a tie needs no copies."""
     training, model = TrainSpec(seq_len=4096, global_batch=64), load_model("deepseek_v3_l4")
-    space = spread(Problem(model, H100, 4, training, total_params(model)), "megatron")
+    space = spread(Problem(model, H100, 4, training), "megatron")
     assert set(space.columns["boundary_host"].tolist()) == {0, 1}
     grouped = load_model("olmoe_1b_7b")  # whose first norm is in the kernel of a product
-    space = spread(Problem(grouped, H100, 4, training, total_params(grouped)), "megatron")
+    space = spread(Problem(grouped, H100, 4, training), "megatron")
     assert set(space.columns["boundary_host"].tolist()) == {0}
     monkeypatch.setattr(staged, "KNOWN", 100)  # fewer layers tell what promises most
-    best = search(model, H100, 4, training, Options(("megatron",), budget=8, rows=40_000)).best
+    best = search(Problem(model, H100, 4, training), Options(("megatron",), budget=8, rows=40_000)).best
     assert best is not None
     assert best.strategy.activations.layer_inputs == "device"
     activations = msgspec.structs.replace(best.strategy.activations, layer_inputs="host")

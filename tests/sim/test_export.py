@@ -23,7 +23,6 @@ from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop, zero_offload
 from tests.sim.spaces import spread
@@ -364,7 +363,7 @@ READ: dict[str, Callable[[str], Any]] = {"torchtitan": tomllib.loads, "torchtita
 @cache
 def searched(family: str) -> Space:
     base = plan(mop(32, expert_parallel=8))
-    given_problem = Problem(base.model, machine(), 4, base.training, total_params(base.model))
+    given_problem = Problem(base.model, machine(), 4, base.training)
     return spread(given_problem, family)
 
 

@@ -3,6 +3,7 @@ fits."""
 
 import itertools
 import time
+from dataclasses import replace
 from functools import cache
 
 import msgspec
@@ -27,7 +28,6 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import worst
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import MatmulDType
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.spaces import generate, spread
@@ -46,7 +46,7 @@ def problem(case: int) -> Problem:
     model, hardware, nodes, seq_len, batch, precision = CASES[case]
     spec = load_model(model)
     training = TrainSpec(seq_len=seq_len, global_batch=batch)
-    return Problem(spec, load_profile(hardware), nodes, training, total_params(spec), precision)  # type: ignore[arg-type]
+    return Problem(spec, load_profile(hardware), nodes, training, precision)  # type: ignore[arg-type]
 
 
 def with_memory(hardware: HardwareProfile, device: float, host: float | None = None) -> HardwareProfile:
@@ -107,7 +107,7 @@ def test_gradients_that_live_from_the_first_backward_are_bounded(stack: str) -> 
     """Of pipelines too, in which all are there only when fewer microbatches are under way."""
     model, machine = load_model("mixtral_8x7b"), load_profile("h100-sxm-80g")
     training = TrainSpec(seq_len=4096, global_batch=16)
-    asked = Problem(model, machine, 2, training, total_params(model), stack=load_stack(stack))
+    asked = Problem(model, machine, 2, training, stack=load_stack(stack))
     space = spread(asked, "megatron")
     facts = SpaceFacts.of(space)
     for index in np.random.default_rng(0).choice(len(space), 12, replace=False):
@@ -137,7 +137,7 @@ NARROW = (
 def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, SpaceFacts]:
     """A family's space whose products are cast, and what bounds its rows."""
     spec, training = load_model(narrow[2]), TrainSpec(seq_len=4096, global_batch=64)
-    asked = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
+    asked = Problem(spec, load_profile(narrow[0]), 2, training, narrow[1])
     space = spread(asked, family)
     return space, SpaceFacts.of(space)
 
@@ -163,8 +163,8 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
     training = TrainSpec(seq_len=4096, global_batch=64)
 
     def asked(families: tuple[str, ...], precision: MatmulDType) -> SearchResult:
-        options = Options(families, precision=precision, budget=3)
-        return search(model, hardware, 1, training, options)
+        options = Options(families, budget=3)
+        return search(Problem(model, hardware, 1, training, precision), options)
 
     wide, narrow = (asked(("megatron",), precision).best for precision in ("bfloat16", "mxfp8"))
     assert wide is not None
@@ -206,11 +206,9 @@ def test_search_without_a_budget_finds_the_best_of_all() -> None:
     candidate that fits with room to spare."""
     p = problem(0)
     hardware = with_memory(p.hardware, 70e6)
-    found = search(
-        p.model, hardware, 1, p.training, Options(("zero_offload",), budget=10_000, precision="float32")
-    )
+    found = search(replace(p, hardware=hardware), Options(("zero_offload",), budget=10_000))
     assert found.proven
-    space = generate(msgspec_problem(p, hardware), "zero_offload")
+    space = generate(replace(p, hardware=hardware), "zero_offload")
     times = []
     for index in range(len(space)):
         result = simulate(p.model, hardware, 1, space.build(index), p.training)
@@ -220,25 +218,21 @@ def test_search_without_a_budget_finds_the_best_of_all() -> None:
     assert min(times) <= found.best.step_time <= min(times) * (1 + TIE)
 
 
-def msgspec_problem(p: Problem, hardware: HardwareProfile) -> Problem:
-    return Problem(p.model, hardware, p.num_nodes, p.training, p.total_params, p.precision)
-
-
 @pytest.mark.parametrize(
     ("options", "memory"),
     [
-        (Options(("fsdp2",), budget=10, precision="float32"), None),
-        (Options(("fsdp2", "mop", "zero_offload"), budget=20, precision="float32"), 70e6),
-        (Options(("mop", "megatron"), budget=8, precision="float32"), None),
-        (Options(("mop",), budget=15, precision="float32"), 2e6),
-        (Options(("mop",), budget=15, precision="float32", any_routing=True), 30e6),
+        (Options(("fsdp2",), budget=10), None),
+        (Options(("fsdp2", "mop", "zero_offload"), budget=20), 70e6),
+        (Options(("mop", "megatron"), budget=8), None),
+        (Options(("mop",), budget=15), 2e6),
+        (Options(("mop",), budget=15, any_routing=True), 30e6),
     ],
 )
 def test_counts_add_up(options: Options, memory: float | None) -> None:
     """Every candidate is ranked or rejected for one reason."""
     p = problem(0)
     hardware = p.hardware if memory is None else with_memory(p.hardware, memory)
-    found = search(p.model, hardware, 1, p.training, options)
+    found = search(replace(p, hardware=hardware), options)
     assert sum(found.rejected.values()) + len(found.top) == found.candidates
     assert all(count > 0 for count in found.rejected.values())
     assert found.simulated <= options.budget * len(options.families)
@@ -251,7 +245,7 @@ def test_families_side_by_side_find_the_same() -> None:
     p = problem(2)
     hardware = with_memory(p.hardware, 5.6e9)
     one, two = (
-        search(p.model, hardware, 1, p.training, Options(("mop", "megatron"), budget=2, jobs=jobs))
+        search(replace(p, hardware=hardware), Options(("mop", "megatron"), budget=2, jobs=jobs))
         for jobs in (1, 2)
     )
     told = [
@@ -265,7 +259,7 @@ def test_families_side_by_side_find_the_same() -> None:
 def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
     p = problem(0)
     hardware = with_memory(p.hardware, 2e6)
-    found = search(p.model, hardware, 1, p.training, Options(("mop",), budget=30, precision="float32"))
+    found = search(replace(p, hardware=hardware), Options(("mop",), budget=30))
     assert found.best is None
     assert found.closest is not None
     assert found.closest.over is not None
@@ -282,9 +276,9 @@ def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
 def test_a_plan_may_be_asked_to_fit_any_routing() -> None:
     """Each ranked plan fits with every token sent to one rank of its expert-parallel groups."""
     p = problem(0)
-    options = Options(("mop",), budget=60, precision="float32", risk=True, any_routing=True)
+    options = Options(("mop",), budget=60, risk=True, any_routing=True)
     hardware = with_memory(p.hardware, 34e6)
-    found = search(p.model, hardware, 1, p.training, options)
+    found = search(replace(p, hardware=hardware), options)
     for one in found.top:
         routing = worst(p.model, one.strategy.experts.expert_parallel)
         training = msgspec.structs.replace(p.training, routing=routing)
@@ -296,7 +290,7 @@ def test_a_plan_may_be_asked_to_fit_any_routing() -> None:
 def test_host_memory_rules_out_offloading() -> None:
     p = problem(0)
     hardware = with_memory(p.hardware, 1e9, host=2e6)
-    found = search(p.model, hardware, 1, p.training, Options(("zero_offload",), precision="float32"))
+    found = search(replace(p, hardware=hardware), Options(("zero_offload",)))
     assert found.best is None
     assert found.rejected["host memory, bound"] == found.bounded > 0
 
@@ -304,10 +298,10 @@ def test_host_memory_rules_out_offloading() -> None:
 def test_only_what_mopexec_runs_if_asked() -> None:
     model, hardware = load_model("olmoe_1b_7b"), load_profile("h200-sxm-141g")
     training = TrainSpec(seq_len=4096, global_batch=64)
-    found = search(model, hardware, 1, training, Options(("megatron",), budget=3, runnable=True))
+    found = search(Problem(model, hardware, 1, training, runnable=True), Options(("megatron",), budget=3))
     assert found.simulated == 0
     assert "stack.runtime" in found.verdict()
-    anyway = search(model, hardware, 1, training, Options(("megatron",), budget=3))
+    anyway = search(Problem(model, hardware, 1, training), Options(("megatron",), budget=3))
     assert anyway.simulated == 3
 
 
@@ -315,8 +309,8 @@ def test_more_memory_never_makes_the_best_slower() -> None:
     p = problem(0)
     best = []
     for memory in (50e6, 80e6, 1e9):
-        options = Options(("zero_offload",), budget=10_000, precision="float32")
-        found = search(p.model, with_memory(p.hardware, memory), 1, p.training, options)
+        options = Options(("zero_offload",), budget=10_000)
+        found = search(replace(p, hardware=with_memory(p.hardware, memory)), options)
         best.append(found.best.step_time if found.best else float("inf"))
     assert best == sorted(best, reverse=True)
 
@@ -347,7 +341,7 @@ def long_problem(host: float) -> Problem:
     p = problem(0)
     training = TrainSpec(seq_len=8192, global_batch=p.hardware.devices_per_node)
     hardware = with_memory(p.hardware, 1e9, host=host)
-    return Problem(p.model, hardware, 1, training, p.total_params, p.precision)
+    return Problem(p.model, hardware, 1, training, p.precision)
 
 
 def test_a_part_of_the_boundaries_goes_where_all_do_not_fit() -> None:

@@ -25,7 +25,6 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.spaces import generate
@@ -36,8 +35,8 @@ TRAINING = TrainSpec(seq_len=512, global_batch=4)
 
 
 def asked(families: tuple[str, ...], budget: int, memory: float = 70e6) -> SearchResult:
-    options = Options(families, top=2, budget=budget, precision="float32")
-    return search(TINY, with_memory(CPU, memory), 1, TRAINING, options)
+    options = Options(families, top=2, budget=budget)
+    return search(Problem(TINY, with_memory(CPU, memory), 1, TRAINING, "float32"), options)
 
 
 @cache
@@ -96,7 +95,7 @@ def test_what_cannot_gain_is_not_said_to_be_untried() -> None:
 @cache
 def enumerated(family: str) -> list[SimResult]:
     """Every candidate of a family, played."""
-    space = generate(Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32"), family)
+    space = generate(Problem(TINY, CPU, 1, TRAINING, "float32"), family)
     return [simulate(TINY, CPU, 1, space.build(index), TRAINING) for index in range(len(space))]
 
 
@@ -110,7 +109,7 @@ WHOLE = [
 def test_small_spaces_enumerated_whole(family: str, memory: float) -> None:
     """The best of a small budget is the best of all, and the gap that it tells is not exceeded."""
     hardware = with_memory(CPU, memory)
-    problem = Problem(TINY, hardware, 1, TRAINING, total_params(TINY), "float32")
+    problem = Problem(TINY, hardware, 1, TRAINING, "float32")
     assert len(generate(problem, family)) == len(enumerated(family))
     may = [one for one in enumerated(family) if one.peak_memory <= hardware.memory_limit()]
     every = [simulate(TINY, hardware, 1, one.strategy, TRAINING) for one in may]
@@ -165,7 +164,7 @@ def test_times_are_learned_by_column() -> None:
 def test_the_microbatch_may_be_the_whole_local_batch() -> None:
     model, hardware = load_model("olmoe_1b_7b"), load_profile("rtx4090-24g")
     training = TrainSpec(seq_len=4096, global_batch=24 * 8)
-    space = generate(Problem(model, hardware, 1, training, total_params(model)), "fsdp2")
+    space = generate(Problem(model, hardware, 1, training), "fsdp2")
     data_parallel = space.columns["sequence"] == 1
     assert int(space.columns["micro_batch"][data_parallel].max()) == 24
     assert {1, 2, 4, 8, 12, 16, 24} - {12, 16} <= set(space.columns["micro_batch"].tolist())
@@ -187,7 +186,7 @@ def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
 def test_a_large_pool_holds_the_fastest_and_the_leanest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are left out, and count in the gap."""
     monkeypatch.setattr(sys.modules[Pool.__module__], "MOST", 40)
-    problem = Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32")
+    problem = Problem(TINY, CPU, 1, TRAINING, "float32")
     space = generate(problem, "mop")
     bounds = bound(space)
     pool = Pool.of(space, bounds, np.arange(len(space)))
@@ -205,7 +204,7 @@ def test_values_that_mopexec_does_not_run_leave_the_space_and_no_other_row_does(
     """Under the executor's own stack, where only what it runs is asked for: one reason for each value, not
     one candidate at a time."""
     model, hardware, stack = load_model("tiny"), load_profile("h100-sxm-80g"), load_stack("mopexec-split")
-    given = model, hardware, 1, TRAINING, total_params(model), "bfloat16", stack
+    given = model, hardware, 1, TRAINING, "bfloat16", stack
     every, some = generate(Problem(*given), "megatron"), generate(Problem(*given, True), "megatron")
     reasons = [reason for reason in some.rejected if reason.startswith(NOT_RUN)]
     assert any("deepep" in str(one) for one in had(Problem(*given), "megatron").lacks)
@@ -238,7 +237,7 @@ def test_a_sequence_is_traded_in_the_ways_that_the_program_has(
     software = load_stack(stack) if stack else None
     if software and family == "mop":
         software = with_ring(software)
-    problem = Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32", software)
+    problem = Problem(TINY, CPU, 1, TRAINING, "float32", software)
     c = generate(problem, family).columns
     assert {EXCHANGES[code] for code in c["exchange"][c["sequence"] > 1].tolist()} == ways
     assert len(set(c["exchange"][c["sequence"] == 1].tolist())) == 1
@@ -247,7 +246,7 @@ def test_a_sequence_is_traded_in_the_ways_that_the_program_has(
 def test_layer_inputs_stay_where_the_program_keeps_them() -> None:
     def inputs(stack: str) -> tuple[set[int], list[str]]:
         software = with_ring(load_stack(stack))
-        problem = Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32", software)
+        problem = Problem(TINY, CPU, 1, TRAINING, "float32", software)
         kept = generate(problem, "mop").columns["boundary_host"]
         return set(kept.tolist()), [str(one) for one in had(problem, "mop").lacks]
 
@@ -270,7 +269,7 @@ def test_a_plan_is_found_where_little_fits(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(staged, "KNOWN", 100)  # fewer layers tell what promises most
     training = TrainSpec(seq_len=4096, global_batch=1536)
     machine, options = load_profile("h200-sxm-141g"), Options(("megatron",), budget=8, rows=100_000)
-    found = search(load_model("mop_1t"), machine, 12, training, options)
+    found = search(Problem(load_model("mop_1t"), machine, 12, training), options)
     assert found.best is not None
     assert found.best.sure
 

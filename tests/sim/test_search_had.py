@@ -15,7 +15,6 @@ from mopsim.spec.capability import ROWS, SIDES, Job, refusals
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import list_stacks, load_stack
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.spaces import generate
@@ -48,7 +47,7 @@ def problem(stack: str, network: str = "tiny") -> Problem:
         field, _, values = told.partition("=")
         program = replace(program, has={**program.has, field: tuple(values.split(","))})
     machine, model = load_profile("h200-sxm-141g"), NETWORKS[network]
-    return Problem(model, machine, 1, TRAINING, total_params(model), stack=program)
+    return Problem(model, machine, 1, TRAINING, stack=program)
 
 
 def refused(space: Space, index: int) -> bool:
@@ -99,7 +98,7 @@ def test_a_space_has_what_its_stack_has_and_all_of_it(
 
 @pytest.mark.parametrize(("machine", "ways"), [("h100-sxm-80g", [0, 1]), ("l40s-48g", [0])])
 def test_experts_are_reached_as_the_hardware_allows(machine: str, ways: list[int]) -> None:
-    asked = Problem(TINY, load_profile(machine), 1, TRAINING, total_params(TINY))
+    asked = Problem(TINY, load_profile(machine), 1, TRAINING)
     assert had(asked, "megatron").axes["dispatcher"] == ways
     told = [one for one in left_out(asked, "megatron") if "where devices have no nvlink" in one]
     assert bool(told) == (len(ways) == 1)

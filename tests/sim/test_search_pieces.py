@@ -15,7 +15,6 @@ from mopsim.search.space import Space
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from tests.sim.spaces import generate, spread
 
@@ -23,7 +22,7 @@ from tests.sim.spaces import generate, spread
 def asked(model: str, nodes: int, batch: int, seq_len: int = 2048, stack: str | None = None) -> Problem:
     spec = load_model(model)
     training, own = TrainSpec(seq_len=seq_len, global_batch=batch), load_stack(stack) if stack else None
-    return Problem(spec, load_profile("h200-sxm-141g"), nodes, training, total_params(spec), stack=own)
+    return Problem(spec, load_profile("h200-sxm-141g"), nodes, training, stack=own)
 
 
 def bounds(space: Space, *groups: list[int]) -> list[float]:

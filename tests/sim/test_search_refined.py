@@ -29,7 +29,6 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import AttentionKernel, Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.property.drawn import mixed
@@ -60,7 +59,7 @@ def problem(case: int, attention: AttentionKernel | None = None) -> Problem:
     stack = load_stack("mopexec-fsdp2") if attention else None
     if stack and attention:
         stack = replace(stack, kernels=replace(stack.kernels, attention={"default": attention}))
-    return Problem(spec, load_profile(hardware), nodes, training, total_params(spec), stack=stack)
+    return Problem(spec, load_profile(hardware), nodes, training, stack=stack)
 
 
 @cache
@@ -165,7 +164,7 @@ def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: 
     program = with_wide_sums(load_stack(stack))
     if family == "mop":  # a fork with its loss
         program = replace(program, has={**program.has, "vocabulary.loss": ("ring",)})
-    asked = Problem(model, machine, 1, training, total_params(model), stack=program)
+    asked = Problem(model, machine, 1, training, stack=program)
     space = spread(asked, family)
     shared, pieces = SpaceFacts.of(space), Pieces(space)
     for index in np.random.default_rng(0).choice(len(space), 5, replace=False):
@@ -217,7 +216,7 @@ def test_layers_of_other_node_counts_have_groups_of_their_own() -> None:
 
     def layer(nodes: int) -> LayerPiece:
         training = TrainSpec(seq_len=4096, global_batch=320)
-        asked = Problem(model, machine, nodes, training, total_params(model))
+        asked = Problem(model, machine, nodes, training)
         row = {name: np.array([value]) for name, value in (DEFAULTS | {"experts": 16}).items()}
         made = Pieces(Space("megatron", asked, row)).layers(0)
         assert made is not None

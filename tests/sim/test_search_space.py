@@ -27,7 +27,6 @@ from mopsim.search.stages import BALANCED, ENDS, EVEN, FRONT, WEIGHTED, layers_o
 from mopsim.spec.model import ModelSpec, dense_fields
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.spaces import generate
@@ -45,7 +44,7 @@ def problem(recipe: Recipe) -> Problem:
     hardware = load_profile(recipe.hardware)
     training = TrainSpec(seq_len=recipe.seq_len, global_batch=recipe.global_batch)
     nodes = recipe.devices // hardware.devices_per_node
-    return Problem(model, hardware, nodes, training, total_params(model))
+    return Problem(model, hardware, nodes, training)
 
 
 def rows_of(recipe: Recipe, space: Space, free: set[str]) -> np.ndarray:
@@ -107,7 +106,7 @@ def test_the_search_is_no_worse_than_a_published_recipe(model: str) -> None:
     asked = space.problem
     own = simulate(asked.model, asked.hardware, asked.num_nodes, space.build(place), asked.training)
     options = Options(("megatron",), budget=4, risk=True, rows=ROWS)
-    found = search(asked.model, asked.hardware, asked.num_nodes, asked.training, options)
+    found = search(asked, options)
     assert found.best is not None
     assert not own.fits or found.best.step_time <= own.step_time * (1 + TIE)
 
@@ -179,7 +178,7 @@ def balanced_rows(pipeline: int, model: ModelSpec | None = None) -> Space:
     case = ("qwen3_30b_a3b", "l40s-48g", 4, 4096, 512, "megatron")
     given, wanted = asked(case), {"pipeline": pipeline, "tensor": 1, "sequence": 1, "recompute": 1}
     if model:
-        given = replace(given, model=model, total_params=total_params(model))
+        given = replace(given, model=model)
     axes = axes_of(given, "megatron")
     first = trunk(given, "megatron", axes)
     kept = np.logical_and.reduce([first.columns[name] == value for name, value in wanted.items()])
@@ -236,14 +235,14 @@ def asked(case: tuple[str, str, int, int, int, str]) -> Problem:
     name, hardware, nodes, seq_len, batch, _ = case
     model = load_model(name)
     training = TrainSpec(seq_len=seq_len, global_batch=batch)
-    return Problem(model, load_profile(hardware), nodes, training, total_params(model))
+    return Problem(model, load_profile(hardware), nodes, training)
 
 
 @pytest.mark.usefixtures("few_known")
 def test_a_proven_plan_is_not_beaten_by_a_lighter_last_stage() -> None:
     """Of 51.4 s, proven, a plan of the same family with no layer beside the loss took 37.9 s."""
     given = asked(("qwen3_30b_a3b", "l40s-48g", 4, 4096, 512, "megatron"))
-    found = search(given.model, given.hardware, 4, given.training, Options(("megatron",), rows=ROWS))
+    found = search(given, Options(("megatron",), rows=ROWS))
     assert found.proven
     assert found.best is not None
     assert found.best.step_time < 37.9
@@ -326,9 +325,7 @@ def test_no_candidates_is_no_error() -> None:
     for family in FAMILIES:
         space, rest = candidates(odd, family)
         assert len(space) + len(rest.time) == 0 or family == "megatron"
-    found = search(
-        odd.model, odd.hardware, 1, odd.training, Options(("fsdp2",), budget=2, precision="float32")
-    )
+    found = search(odd, Options(("fsdp2",), budget=2))
     assert found.best is None
 
 

@@ -30,20 +30,19 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, megatron, mop
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
 TRAINING = TrainSpec(seq_len=512, global_batch=4)
-OPTIONS = Options(budget=10, precision="float32")
+OPTIONS = Options(budget=10)
 
 
 def given(memory: float = 8e9, options: Options = OPTIONS) -> tuple[SearchResult, Problem]:
     hardware = with_memory(CPU, memory)
-    found = search(TINY, hardware, 1, TRAINING, options)
-    return found, Problem(TINY, hardware, 1, TRAINING, total_params(TINY), "float32")
+    problem = Problem(TINY, hardware, 1, TRAINING, "float32")
+    return search(problem, options), problem
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +230,7 @@ def told_of(hardware: HardwareProfile, nodes: int = 1, family: Callable[..., Str
     plan = family(nodes * hardware.devices_per_node, expert_parallel=4)
     best = simulate(model, hardware, nodes, plan, training)
     found = SearchResult(model, top=[best], best_by_family={plan.name: best}, played=[best])
-    return why(found, Problem(model, hardware, nodes, training, total_params(model), "bfloat16"))
+    return why(found, Problem(model, hardware, nodes, training, "bfloat16"))
 
 
 def link_to_the_host(link: float, dram: float) -> str:
@@ -342,7 +341,7 @@ def test_a_batch_of_too_many_microbatches_is_ruled_out_at_once(family: str) -> N
     """Row by row it took minutes."""
     training = TrainSpec(seq_len=1 << 20, global_batch=10**6)
     hardware = load_profile("h200-sxm-141g")
-    space, _ = candidates(Problem(TINY, hardware, 2, training, total_params(TINY), "bfloat16"), family)
+    space, _ = candidates(Problem(TINY, hardware, 2, training, "bfloat16"), family)
     for index in np.linspace(0, len(space) - 1, 20).astype(int):
         training.check_strategy(space.build(int(index)))
 
