@@ -5,7 +5,6 @@ from math import isfinite
 from typing import Any
 
 from mopsim.common import io
-from mopsim.report.sizing import step_and_bill
 from mopsim.report.tables import describe
 from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES
@@ -56,7 +55,7 @@ def _tried_json(point: Point, request: Request) -> dict[str, Any]:
 
 def point_json(point: Point, request: Request) -> dict[str, Any]:
     """A cluster that fits, with its step."""
-    result, bill = step_and_bill(point)
+    result, bill = point.step_and_bill
     return {
         **brief_json(point, request),
         "devices": point.num_devices,
@@ -87,7 +86,7 @@ def _reliability(good: Goodput | None) -> dict[str, Any] | None:
 
 def brief_json(point: Point, request: Request) -> dict[str, Any]:
     """A cluster that fits, in a line."""
-    (result, bill), goal = step_and_bill(point), request.goal
+    (result, bill), goal = point.step_and_bill, request.goal
     low, high = bill.seconds_interval(request.interval)
     costs = bill.cost_interval(request.interval)
     return {

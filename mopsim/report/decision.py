@@ -24,7 +24,6 @@ from mopsim.report.sizing import (
     published,
     row,
     searched,
-    step_and_bill,
     steps,
     surely,
     title,
@@ -194,7 +193,7 @@ def _node(hardware: HardwareProfile) -> str:
 
 def _against(other: Point, chosen: Point) -> str:
     """'h200-sxm-141g: 200 nodes take 58 days, 1.24 times the cost'."""
-    mine, theirs = (step_and_bill(point)[1] for point in (chosen, other))
+    mine, theirs = (point.step_and_bill[1] for point in (chosen, other))
     text = f"{other.hardware.cluster(other.num_nodes)}: {format_days(theirs.days)} days"
     if mine.cost and theirs.cost:
         text += f", {theirs.cost / mine.cost:.2f} times the cost"
@@ -215,7 +214,7 @@ def _rivals(d: Decision) -> Table:
 
 
 def _rival(point: Point, request: Request) -> list[str]:
-    result = step_and_bill(point)[0]
+    result = point.step_and_bill[0]
     remarks = [point.why, CARRIED if point.gap is None else ""]
     cells = [*row(point, request)[:-1], format_probability(result.p_fits), describe(result.strategy)]
     return [*cells, "; ".join(filter(None, remarks))]

@@ -28,13 +28,6 @@ SIMULATED = (
 )
 
 
-def step_and_bill(point: Point) -> tuple[SimResult, Figures]:
-    """Those of a point that fits."""
-    assert point.result is not None
-    assert point.figures is not None
-    return point.result, point.figures
-
-
 def columns(request: Request) -> tuple[str, ...]:
     """Heads of `row`. spare: nodes that are paid for beside those that train. days: wall clock, expected;
     then between which it ends with the probability that is asked for; in time: probability of the deadline,
@@ -45,7 +38,7 @@ def columns(request: Request) -> tuple[str, ...]:
 
 def row(point: Point, request: Request) -> list[str]:
     """The cells of `columns` for a point that fits; '-' where the profile does not say."""
-    result, bill = step_and_bill(point)
+    result, bill = point.step_and_bill
     low, high = (one / DAY for one in bill.seconds_interval(request.interval))
     certain = bill.p_within(request.goal.seconds)
     return [
@@ -87,7 +80,7 @@ def format_carbon(kilograms: float) -> str:
 def steps(point: Point) -> str:
     """'1,000 steps of 18.4 s as simulated (the days count 1.06 times that, 19.5 s, as measured runs take by
     the median)', the factor where it is more than a hundredth."""
-    result, bill = step_and_bill(point)
+    result, bill = point.step_and_bill
     more = bill.measured_over_predicted
     said = f"{point.num_steps:,.0f} steps of {format_seconds(result.step_time)} as simulated"
     if abs(more - 1) < 0.01:
@@ -99,7 +92,7 @@ def steps(point: Point) -> str:
 def _details(point: Point, level: float) -> str:
     """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host.
     level: of the interval of memory."""
-    (result, bill), training = step_and_bill(point), point.training
+    (result, bill), training = point.step_and_bill, point.training
     tokens = training.global_batch * training.seq_len
     return (
         f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
@@ -253,7 +246,7 @@ def surely(one: Point | None, chosen: Point | None, request: Request) -> str:
 def chances(point: Point, request: Request) -> str:
     """'in time with probability 62% if it fits (50% asked); it fits with probability 0.76 (0.97 if
     megatron-core keeps the tensors that its description says)': the odds of a cluster that fits."""
-    result, bill = step_and_bill(point)
+    result, bill = point.step_and_bill
     certain = bill.p_within(request.goal.seconds)
     in_time = f"in time with probability {odds(certain)} if it fits ({request.confidence:.0%} asked); it "
     fits, described = map(format_probability, (result.p_fits, result.p_as_described))
@@ -268,7 +261,7 @@ def fits_surely(one: Point | None, chosen: Point | None) -> str:
     days, $67 k'. one: `mopsim.size.points.surer_to_fit`; empty where there is none."""
     if one is None or chosen is None:
         return ""
-    (result, theirs), mine = step_and_bill(one), step_and_bill(chosen)[1]
+    (result, theirs), mine = one.step_and_bill, chosen.step_and_bill[1]
     times = f", at {theirs.cost / mine.cost:.2f} times the cost" if theirs.cost and mine.cost else ""
     cost = f", {format_dollars(theirs.cost)}" if theirs.cost else ""
     return (

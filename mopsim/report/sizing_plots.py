@@ -76,8 +76,7 @@ MOST = 14
 
 def tornado(path: Path, swings: Sequence[Swing], point: Point) -> None:
     """What each input does to the cost and to the days, alone, at its low and its high value."""
-    bill = point.figures
-    assert bill is not None
+    _, bill = point.step_and_bill
     shown = list(swings[:MOST])[::-1]
     panels = [("days", bill.days, "days", 1.0)]
     if bill.cost is not None:

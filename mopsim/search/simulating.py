@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from operator import attrgetter
 
 from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
+from mopsim.search.problem import Problem
 from mopsim.search.result import TIE, SearchResult
 from mopsim.search.space import Space
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 
 
@@ -24,23 +27,23 @@ def ranked(results: Iterable[SimResult], most: float = math.inf) -> list[SimResu
 
 
 def same(one: SimResult, other: SimResult) -> bool:
-    return (one.step_time, one.peak_memory, one.host_memory) == (
-        other.step_time,
-        other.peak_memory,
-        other.host_memory,
-    )
+    return _figures(one) == _figures(other)
+
+
+_figures = attrgetter("step_time", "peak_memory", "host_memory")
+
+
+def play(problem: Problem, strategy: Strategy, stack: Stack) -> SimResult:
+    """A step of a strategy. Raises MopError where a rule refuses it."""
+    strategy.check_model(problem.model)
+    problem.training.check_strategy(strategy)
+    return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, problem.training, stack)
 
 
 def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True) -> SimResult | None:
     """Simulate one row; None (and a reason counted, if `count`) where a rule refuses it."""
-    problem = space.problem
     try:
-        strategy: Strategy = space.build(index)
-        strategy.check_model(problem.model)
-        problem.training.check_strategy(strategy)
-        simulated = simulate(
-            problem.model, problem.hardware, problem.num_nodes, strategy, problem.training, space.stack
-        )
+        simulated = play(space.problem, space.build(index), space.stack)
     except SpecError as error:
         found.rejected[f"{error.field} {error.rule}"] += count
         return None

@@ -111,12 +111,11 @@ def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimR
     one another as with fewer microbatches, and do no less: that form is for where nothing else fits."""
     found: list[SimResult] = []
     tried: list[Strategy] = []
-    model, hardware, nodes = request.model, ask.hardware, ask.num_nodes
-    world = nodes * hardware.devices_per_node
+    problem = request.problem(ask.hardware, ask.num_nodes, training)
     for plan in ask.plans:
         best, enough = 0.0, AS_GOOD * plan.tokens_per_second_per_device
         stack = request.stack or load_stack(plan.strategy.stack, "stack")  # of each kind of devices its own
-        forms = list(carried(plan.strategy, world, training.global_batch))
+        forms = list(carried(plan.strategy, problem.world_size, training.global_batch))
         lasts = [
             (ask.first and form > 0) or _stages(one) != _stages(plan.strategy)
             for form, one in enumerate(forms)
@@ -131,9 +130,9 @@ def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimR
                 tried.append(strategy)
                 ends = form + 1 == len(forms) or lasts[form + 1]
                 within = _worth(ask, training, strategy, found, math.inf if ends else enough)
-                if within < math.inf and slower(request, hardware, nodes, strategy, training, stack, within):
+                if within < math.inf and slower(replace(problem), strategy, stack, within):
                     continue
-                one = played(model, hardware, nodes, strategy, training, stack)
+                one = played(problem, strategy, stack)
                 if one is not None:
                     found.append(one)
                     best = max(best, one.tokens_per_second_per_device * one.sure)

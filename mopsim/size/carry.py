@@ -6,15 +6,12 @@ from fractions import Fraction
 from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
-from mopsim.engine import SimResult, simulate
+from mopsim.engine import SimResult
 from mopsim.search.least import least_time
-from mopsim.search.problem import divisors
-from mopsim.size.points import Request
-from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.model import ModelSpec
+from mopsim.search.problem import Problem, divisors
+from mopsim.search.simulating import play
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Pipeline, Strategy
-from mopsim.spec.training import TrainSpec
 from mopsim.strategies import STACKS
 
 EXACT = 1e-6
@@ -97,35 +94,17 @@ def _pipeline(given: Pipeline, stages: int, microbatches: int) -> Pipeline:
     return given if stages == given.pipeline_parallel else replace(given, pipeline_parallel=stages, layers=())
 
 
-def played(
-    model: ModelSpec,
-    hardware: HardwareProfile,
-    nodes: int,
-    strategy: Strategy,
-    training: TrainSpec,
-    stack: Stack,
-) -> SimResult | None:
+def played(problem: Problem, strategy: Strategy, stack: Stack) -> SimResult | None:
     """The simulated step; None where a rule refuses the strategy here."""
     try:
-        strategy.check_model(model)
-        training.check_strategy(strategy)
-        return simulate(model, hardware, nodes, strategy, training, stack)
+        return play(problem, strategy, stack)
     except MopError:
         return None
 
 
-def slower(
-    request: Request,
-    hardware: HardwareProfile,
-    nodes: int,
-    strategy: Strategy,
-    training: TrainSpec,
-    stack: Stack,
-    within: float,
-) -> bool:
+def slower(problem: Problem, strategy: Strategy, stack: Stack, within: float) -> bool:
     """Whether a bound says that a step takes longer than `within` seconds."""
-    used = stack.on_kind(hardware.device_kind)
-    problem = request.problem(hardware, nodes, training)
+    used = stack.on_kind(problem.hardware.device_kind)
     if strategy.name not in STACKS or problem.software(strategy.name) != used:
         return False
     return least_time(problem, used.resolve(replace(strategy, stack=used.name))) > (1 + EXACT) * within

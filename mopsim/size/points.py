@@ -127,6 +127,13 @@ class Point:
         return self.num_nodes * self.hardware.devices_per_node
 
     @property
+    def step_and_bill(self) -> tuple[SimResult, Figures]:
+        """Those of a point that fits."""
+        assert self.result is not None
+        assert self.figures is not None
+        return self.result, self.figures
+
+    @property
     def does(self) -> bool:
         """Whether it is in time and within the budget."""
         return self.figures is not None and self.in_time and self.affordable

@@ -29,9 +29,7 @@ def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[
     A kind's share of the variance of ln(days) is the square of a quarter of its swing's width in
     deviations; together they are at most what machines tell (`of_machine`).
     """
-    bill, result, known_now = point.figures, point.result, measurements()
-    assert bill is not None
-    assert result is not None
+    (result, bill), known_now = point.step_and_bill, measurements()
     left, most = settled_by_plan(bill), of_machine(bill, result)
     parts = {
         one.name: deviation(one.low.days, one.high.days) ** 2

@@ -1,7 +1,7 @@
 """What if: every input moved to its low and its high value, alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from msgspec.structs import replace as altered
@@ -44,10 +44,12 @@ class Swing:
     high: End
     source: str
 
-    def width(self, of: Callable[[End], float | None]) -> float:
-        """Between the ends, of a quantity."""
-        low, high = of(self.low), of(self.high)
-        return abs(high - low) if low is not None and high is not None else 0.0
+    def share(self, bill: Figures) -> float:
+        """The change between the ends, of cost or of days, over that of a bill, whichever is more."""
+        days = abs(self.high.days - self.low.days) / bill.days
+        if not bill.cost or self.low.cost is None or self.high.cost is None:
+            return days
+        return max(days, abs(self.high.cost - self.low.cost) / bill.cost)
 
 
 def what_if(request: Request, point: Point, neighbours: Sequence[Point] = ()) -> list[Swing]:
@@ -63,18 +65,9 @@ def what_if(request: Request, point: Point, neighbours: Sequence[Point] = ()) ->
         *_batches(request, point),
         *_nodes(request, point, neighbours),
     ]
-    shown = [one for one in swings if _matters(one, point)]
-    return sorted(shown, key=lambda one: -max(_share(one, point, "cost"), _share(one, point, "days")))
-
-
-def _share(swing: Swing, point: Point, name: str) -> float:
-    bill = point.figures
-    whole = getattr(bill, name) if bill else None
-    return swing.width(lambda end: getattr(end, name)) / whole if whole else 0.0
-
-
-def _matters(swing: Swing, point: Point) -> bool:
-    return max(_share(swing, point, "cost"), _share(swing, point, "days")) > LEAST
+    _, bill = point.step_and_bill
+    shown = [one for one in swings if one.share(bill) > LEAST]
+    return sorted(shown, key=lambda one: -one.share(bill))
 
 
 def _end(value: float, request: Request, bill: Figures) -> End:
@@ -83,11 +76,8 @@ def _end(value: float, request: Request, bill: Figures) -> End:
 
 def _bill(request: Request, point: Point, result: SimResult | None = None) -> Figures:
     """The bill of another result or with another request."""
-    assert point.result is not None
-    chosen = result or point.result
-    made = billed(request, point.hardware, point.num_nodes, chosen.training, chosen)
-    assert made.figures is not None
-    return made.figures
+    chosen = result or point.step_and_bill[0]
+    return billed(request, point.hardware, point.num_nodes, chosen.training, chosen).step_and_bill[1]
 
 
 def _assumptions(request: Request, point: Point) -> list[Swing]:
@@ -109,9 +99,7 @@ def _with(request: Request, **values: float) -> Request:
 
 def _step_time(request: Request, point: Point) -> list[Swing]:
     """The whole step at the ends of its own interval."""
-    bill, result = point.figures, point.result
-    assert bill is not None
-    assert result is not None
+    result, bill = point.step_and_bill
     ends = []
     for wide in (-WIDE, WIDE):
         factor = math.exp(wide * bill.step_deviation)
@@ -152,9 +140,7 @@ def _speeds(request: Request, point: Point) -> list[Swing]:
     """Each kind of work that takes a share of the step, faster and slower by what is open of it; by less
     where together they would move the days by more than measurements of a machine can settle, as kinds do
     that others wait for."""
-    bill, result = point.figures, point.result
-    assert bill is not None
-    assert result is not None
+    result, bill = point.step_and_bill
     open_ = spreads(point.hardware, point.num_devices, bill, result)
 
     def found(part: float) -> list[Swing]:
@@ -167,8 +153,7 @@ def _speeds(request: Request, point: Point) -> list[Swing]:
 
 
 def _kinds(point: Point) -> list[str]:
-    result = point.result
-    assert result is not None
+    result, _ = point.step_and_bill
     known_kinds = {kind for one in measurements().benchmarks for kind in one.kinds}
     return [
         kind for kind, busy in result.busy.items() if kind in known_kinds and busy > SEEN * result.step_time
@@ -197,10 +182,9 @@ def _slowed(hardware: HardwareProfile, kind: str, factor: float) -> HardwareProf
 def _replayed(
     request: Request, point: Point, hardware: HardwareProfile, training: TrainSpec | None = None
 ) -> SimResult | None:
-    plan = point.result
-    assert plan is not None
-    batch = training or point.training
-    return played(request.model, hardware, point.num_nodes, plan.strategy, batch, plan.stack)
+    plan, _ = point.step_and_bill
+    problem = request.problem(hardware, point.num_nodes, training or point.training)
+    return played(problem, plan.strategy, plan.stack)
 
 
 def _batches(request: Request, point: Point) -> list[Swing]:

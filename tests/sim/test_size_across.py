@@ -42,7 +42,7 @@ def test_no_cluster_is_a_percent_slower_than_the_plan_of_another_there(together:
             if form is None or not near(other.result.strategy, form):
                 continue
             stack = other.result.stack
-            there = played(REQUEST.model, here.hardware, here.num_nodes, form, here.training, stack)
+            there = played(REQUEST.problem(here.hardware, here.num_nodes, here.training), form, stack)
             if there is not None and there.sure:
                 assert here.result.step_time <= there.step_time * 1.01
                 beaten += here.result.step_time < there.step_time
