@@ -52,12 +52,10 @@ def bound(space: Space, given: SpaceFacts | None = None) -> Bounds:
     blocks = [one.all() for one in bounders(space, given)]
     if len(blocks) == 1:
         return blocks[0]
-
-    def joined(name: str) -> Reals:
-        return np.concatenate([getattr(one, name) for one in blocks])
-
+    columns = zip(*((one.time, one.device, one.host, one.gathered) for one in blocks), strict=True)
+    time, device, host, gathered = map(np.concatenate, columns)
     parts = {name: np.concatenate([one.parts[name] for one in blocks]) for name in blocks[0].parts}
-    return Bounds(joined("time"), joined("device"), joined("host"), joined("gathered"), parts)
+    return Bounds(time, device, host, gathered, parts)
 
 
 def bounders(space: Space, given: SpaceFacts | None = None) -> Iterator["Bounder"]:

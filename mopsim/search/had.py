@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mopsim.common.errors import SpecError
 from mopsim.search.axes import every_axis
 from mopsim.search.build import build
-from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values
+from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values, once
 from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import ROWS, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
@@ -67,10 +67,7 @@ def exchanges(problem: Problem, family: str) -> list[int]:
 
 def had(problem: Problem, family: str) -> Had:
     """What the program of a family has of its axes."""
-    key = ("had", family)
-    if key not in problem.known:
-        problem.known[key] = _Trials(problem, family).found()
-    return problem.known[key]  # type: ignore[no-any-return]
+    return once(problem.known, ("had", family), lambda: _Trials(problem, family).found())
 
 
 def refused_beside(
@@ -174,11 +171,12 @@ class _Trials:
 
     def _refused_fields(self, columns: dict[str, int]) -> set[str]:
         """Fields that are refused in a row of defaults and these columns."""
-        asked = tuple(columns.items())
-        if asked not in self.refused:
+
+        def find() -> set[str]:
             job = self._job(columns)
-            self.refused[asked] = {error.field for error in not_played(job)} if job else set()
-        return self.refused[asked]
+            return {error.field for error in not_played(job)} if job else set()
+
+        return once(self.refused, tuple(columns.items()), find)
 
     def _jobs(self, key: Key, value: Value) -> Iterator[tuple[dict[str, int], Job]]:
         for context in self._contexts(key, value):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mopsim.search.had import exchanges, offered, refused_beside
 from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
-from mopsim.search.problem import EXCHANGES, LEANEST, RING, ULYSSES, Column
+from mopsim.search.problem import EXCHANGES, LEANEST, RING, ULYSSES, Column, once
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds
 from mopsim.search.wires import Reals
@@ -209,11 +209,9 @@ def _known(
     row: Space, what: str, find: Callable[[Space], Found], place: int = 0, about: Sequence[str] = LAYER
 ) -> Found:
     """What was found of a row before, on this problem."""
-    known, values = row.problem.known, row.row(place)
+    values = row.row(place)
     key = (what, row.family, *(values[name] for name in about))
-    if key not in known:
-        known[key] = find(row.part(place, place + 1))
-    return known[key]  # type: ignore[no-any-return]
+    return once(row.problem.known, key, lambda: find(row.part(place, place + 1)))
 
 
 def _seconds(rows: Space, place: int) -> tuple[Reals, Reals]:

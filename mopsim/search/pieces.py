@@ -7,7 +7,7 @@ templates of one stand for all of them, at some milliseconds for each kind of la
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from mopsim.common.errors import MopError
 from mopsim.program.context import make_context
@@ -17,7 +17,7 @@ from mopsim.program.passes import Passes
 from mopsim.program.template import Template
 from mopsim.search.build import build
 from mopsim.search.flow import Alone, Flow, Priced, Prices, alone, device_bytes
-from mopsim.search.problem import PARTS, RING, Column
+from mopsim.search.problem import PARTS, RING, Column, Made, once
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
 
@@ -37,7 +37,6 @@ TURNS = 64
 strips. A longer one computes as much in smaller strips, so it takes at least as long; its memory may be less.
 """
 Key = tuple[int, ...]
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Pieces:
 
     @cached_property
     def prices(self) -> Prices:
-        return self._once("prices", lambda: Prices(self.space.machine, self.space.stack))
+        return once(self.made, "prices", lambda: Prices(self.space.machine, self.space.stack))
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
@@ -145,7 +144,7 @@ class Pieces:
             parts = (("back", back), ("ahead", ahead))  # as Builder.weave has them
             return alone(*(self._flow(index, part, way, inputs) for way, part in parts))
 
-        return self._once((self.key(index, LAYER), self.key(index, loss), ahead, back, inputs), make)
+        return once(self.made, (self.key(index, LAYER), self.key(index, loss), ahead, back, inputs), make)
 
     def inputs(self, index: int) -> str:
         """Where layer inputs of a row wait for the backward: `device`, `host`, or `some` there."""
@@ -189,7 +188,7 @@ class Pieces:
             flow = flow.play(getattr(last, way)) if last else flow.free(size)
             return flow.settled()
 
-        return self._once((self.key(index, LAYER), self.key(index, loss), part, way, inputs), make)
+        return once(self.made, (self.key(index, LAYER), self.key(index, loss), part, way, inputs), make)
 
     def embedding(self, index: int) -> LayerPiece | None:
         """Of a row; what its forward leaves is the first layer's input."""
@@ -208,12 +207,7 @@ class Pieces:
         if key in self.made:
             return cast(Made, self.made[key])
         passes = self._passes((self.space.family, *key), self.space.row(index) | changed)
-        return self._once(key, lambda: make(passes)) if passes else None
-
-    def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        if key not in self.made:
-            self.made[key] = make()
-        return cast(Made, self.made[key])
+        return once(self.made, key, lambda: make(passes)) if passes else None
 
     def _passes(self, key: tuple[object, ...], row: dict[str, int]) -> Passes | None:
         problem, stack = self.space.problem, self.space.stack

@@ -1,7 +1,7 @@
 """What a search is asked about, and the codes of a candidate's columns."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
@@ -23,6 +23,7 @@ from mopsim.strategies import STACKS, State
 
 Column = NDArray[np.int64]
 Number = TypeVar("Number", int, Column)
+Made = TypeVar("Made")
 Values = Sequence[int] | Sequence[tuple[int, ...]]
 Axes = dict[str | tuple[str, ...], Values]
 
@@ -146,11 +147,18 @@ class Problem:
 
     def software(self, family: str) -> Stack:
         """The software of a family's candidates, on the problem's kind of device."""
-        key = ("software", family)
-        if key not in self.known:
-            stack = self.stack or load_stack(STACKS[family])
-            self.known[key] = stack.on_kind(self.hardware.device_kind)
-        return cast(Stack, self.known[key])
+
+        def find() -> Stack:
+            return (self.stack or load_stack(STACKS[family])).on_kind(self.hardware.device_kind)
+
+        return once(self.known, ("software", family), find)
+
+
+def once(known: dict[Any, Any], key: Hashable, make: Callable[[], Made]) -> Made:
+    """What is known by this key, made where it is not."""
+    if key not in known:
+        known[key] = make()
+    return cast(Made, known[key])
 
 
 def divisors(value: int) -> list[int]:

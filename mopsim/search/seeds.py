@@ -19,12 +19,14 @@ PIPELINES = (1, 2, 4, 8, 16)
 ALIKE = 2.0
 """A recipe is tried for networks of up to so many times its parameters, or so many times fewer."""
 
+DEGREES = ("micro_batch", "tensor", "pipeline", "virtual_stages", "sequence", "experts", "expert_tensor")
+
 Mask = NDArray[np.bool_]
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
     """A published layout: see recipes.yaml. hardware, devices, seq_len, global_batch: of the run. The others
-    are columns of a space."""
+    are columns of a space, of which DEGREES say what they are themselves."""
 
     model: str
     parameters: float
@@ -47,16 +49,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
     def masks(self, space: Space) -> Iterator[tuple[str, Mask]]:
         """(Column, whether each row has what the recipe says of it)."""
-        degrees = (
-            "micro_batch",
-            "tensor",
-            "pipeline",
-            "virtual_stages",
-            "sequence",
-            "experts",
-            "expert_tensor",
-        )
-        wanted = {name: getattr(self, name) for name in degrees} | {
+        wanted = {name: getattr(self, name) for name in DEGREES} | {
             "layout": LAYOUTS.index(self.layout), "overlap": int(self.overlap),
             "modules": RECOMPUTED.index(self.modules), "recompute": 0, "boundary_host": 0, "state": DEVICE,
         }  # fmt: skip
