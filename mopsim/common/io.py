@@ -181,14 +181,19 @@ def file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write aside in the same directory, then rename: readers never see half a file. Links are followed."""
-    with _aside(path, text):
+    with _aside(path, content):
         pass
 
 
 @contextmanager
-def _aside(path: Path, text: str) -> Iterator[None]:
-    """A file aside with this text, which becomes `path` once the body has ended well. Raises MopError."""
+def _aside(path: Path, content: bytes) -> Iterator[None]:
+    """A file aside with this content, which becomes `path` once the body has ended well. Raises MopError."""
     path = real_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,8 +204,8 @@ def _aside(path: Path, text: str) -> Iterator[None]:
     except OSError as error:
         raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         yield
@@ -233,5 +238,5 @@ def json_beside(path: str | None, value: Any) -> Iterator[None]:
         yield
         print(text, end="", flush=True)
         return
-    with _aside(Path(path), text):
+    with _aside(Path(path), text.encode()):
         yield

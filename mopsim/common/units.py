@@ -6,27 +6,25 @@ from mopsim.common.errors import MopError, shown
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
-#: Factor from a unit as written in a file to the SI unit used inside.
-UNITS: dict[str, float] = {
-    "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
-    "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
-    "s": 1, "ms": 1e-3, "us": 1e-6, "h": 3600,
-    "FLOP/s": 1, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15,
-    "B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GiB/s": GIB, "Gbit/s": 1e9 / 8, "Tbit/s": 1e12 / 8,
-    "W": 1, "kW": 1e3, "USD/h": 1, "USD": 1, "params/s": 1, "Mparams/s": 1e6, "Gparams/s": 1e9, "1": 1,
+#: By dimension (a bandwidth in GB would be off by a factor nobody notices), the factors from units as written
+#: in a file to the SI unit used inside.
+_SCALES: dict[str, dict[str, float]] = {
+    "memory": {
+        "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": KIB, "MiB": MIB, "GiB": GIB,
+        "TiB": 1024**4,
+    },
+    "time": {"s": 1, "ms": 1e-3, "us": 1e-6, "h": 3600},
+    "arithmetic": {"FLOP/s": 1, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15},
+    "bandwidth": {
+        "B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GiB/s": GIB, "Gbit/s": 1e9 / 8, "Tbit/s": 1e12 / 8,
+    },
+    "power": {"W": 1, "kW": 1e3},
+    "price": {"USD/h": 1},
+    "update rate": {"params/s": 1, "Mparams/s": 1e6, "Gparams/s": 1e9},
+    "share": {"1": 1},
 }  # fmt: skip
-
-#: What the units of each dimension are: a bandwidth in GB would be off by a factor nobody notices.
-DIMENSIONS: dict[str, tuple[str, ...]] = {
-    "memory": ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"),
-    "time": ("s", "ms", "us", "h"),
-    "arithmetic": ("FLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s"),
-    "bandwidth": ("B/s", "MB/s", "GB/s", "TB/s", "GiB/s", "Gbit/s", "Tbit/s"),
-    "power": ("W", "kW"),
-    "price": ("USD/h",),
-    "update rate": ("params/s", "Mparams/s", "Gparams/s"),
-    "share": ("1",),
-}
+UNITS = {unit: scale for units in _SCALES.values() for unit, scale in units.items()} | {"USD": 1}
+DIMENSIONS = {dimension: tuple(units) for dimension, units in _SCALES.items()}
 
 #: How data sheets and people write units, and how UNITS does (what stands before is the prefix).
 _SPELLINGS = (

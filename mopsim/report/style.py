@@ -3,6 +3,7 @@ aside."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation
 
-from mopsim.common.errors import MopError
+from mopsim.common.io import write_bytes
 from mopsim.common.units import UNITS
 from mopsim.report.formats import also
 
@@ -130,16 +131,9 @@ def _as_written(fig: Figure) -> None:
 
 
 def _save(fig: Figure, path: Path) -> None:
-    kind = path.suffix[1:]
-    aside = path.with_name(f".{path.stem}.aside{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(aside, format=kind, metadata=_UNDATED.get(kind))
-        aside.replace(path)
-    except OSError as error:
-        if path.parent.is_dir():
-            aside.unlink(missing_ok=True)
-        raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
+    kind, drawn = path.suffix[1:], BytesIO()
+    fig.savefig(drawn, format=kind, metadata=_UNDATED.get(kind))
+    write_bytes(path, drawn.getvalue())
 
 
 def legend_below(axis: Axes, columns: int = 6) -> None:

@@ -322,5 +322,5 @@ def test_html_is_escaped_and_markdown_is_not(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MopError, match="cannot be written"):
+    with pytest.raises(MopError, match="its parent is a file"):
         loss_lines(tmp_path / "file" / "loss.png", {"a": [1.0, 0.5]}, "t")
