@@ -1,14 +1,18 @@
 """The errors of published runs by what they have in common: fitted data, read once (`errors.yaml`)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from math import hypot, sqrt
 from statistics import fmean
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
+import numpy as np
 from msgspec.structs import astuple, replace
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor
 
 from mopsim.common.errors import require, require_at_least
 from mopsim.common.io import Spec, convert
@@ -16,6 +20,7 @@ from mopsim.common.shipped import shipped
 from mopsim.intervals.made import ALWAYS, Made
 from mopsim.spec.categories import STEP_PARTS
 
+Array = NDArray[np.float64]
 LEVELS = (
     "common", "stack", "hardware", "precision", "network", "source", "source_network", "reading",
     "source_reading",
@@ -108,7 +113,7 @@ def cells(runs: Iterable[ErrorCell]) -> tuple[ErrorCell, ...]:
     return tuple(found)
 
 
-class ErrorQuantity(Spec, frozen=True, kw_only=True):
+class ErrorQuantity(Spec, frozen=True, kw_only=True, dict=True):
     """What is known of one quantity's error. parts: how far off each part of what a prediction is made of is,
     and what every prediction has (ALWAYS), over a usual run's error; none where it does not matter. The cells
     are in units of a usual run's. without: the deviations as fitted without a source, by its name."""
@@ -117,6 +122,21 @@ class ErrorQuantity(Spec, frozen=True, kw_only=True):
     parts: dict[str, float] = msgspec.field(default_factory=dict)
     cells: tuple[ErrorCell, ...]
     without: dict[str, Deviations] = msgspec.field(default_factory=dict)
+
+    @cached_property
+    def sources(self) -> frozenset[str]:
+        """Whose programs have been mended by their runs."""
+        return frozenset(one.source for one in self.cells)
+
+    @cached_property
+    def as_described(self) -> "ErrorQuantity":
+        """As if all programs were."""
+        return replace(self, deviations=replace(self.deviations, unseen=0.0))
+
+    @cached_property
+    def told(self) -> "KnownCells":
+        """What its cells tell by themselves."""
+        return known_cells(self)
 
     def leaving_out(self, source: str) -> "ErrorQuantity":
         """As if this source had never been seen."""
@@ -136,6 +156,62 @@ class ErrorQuantity(Spec, frozen=True, kw_only=True):
         """A run, its error in units of a usual run's."""
         by = self.scale(run.made)
         return replace(run, mean=run.mean / by, squares=run.squares / by**2, made=())
+
+
+@dataclass(frozen=True)
+class KnownCells:
+    """Cells, the variance of a run's own part by source, and the factor of the covariance of their means."""
+
+    cells: tuple[ErrorCell, ...]
+    runs: dict[str, float]
+    factor: tuple[Any, Any]
+
+
+def known_cells(quantity: ErrorQuantity, seen: tuple[ErrorCell, ...] = ()) -> KnownCells:
+    """Those of a quantity and those seen beside them."""
+    cells, sd = (*quantity.cells, *seen), quantity.deviations
+    runs = run_variances(cells, sd)
+    own = np.diag([runs[one.source] / one.runs for one in cells])
+    factor = cho_factor(covariance(cells, cells, quantity) + own) if cells else (own, True)
+    return KnownCells(cells, runs, factor)
+
+
+def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], quantity: ErrorQuantity) -> Array:
+    """Of the means of two lists of cells, without what each run has alone."""
+    found, sd = np.zeros((len(some), len(others))), quantity.deviations
+    for level in LEVELS:
+        found += getattr(sd, level) ** 2 * alike(level, some, others)
+    if sd.unseen:
+        new = np.array([one.source not in quantity.sources for one in some])
+        found += sd.unseen**2 * (alike("program", some, others) & new[:, None])
+    return found
+
+
+def alike(level: str, some: Sequence[ErrorCell], others: Sequence[ErrorCell]) -> NDArray[np.bool_]:
+    """Which cells of two lists have a level in common."""
+    numbers: dict[str, int] = {"": 0}
+    left, right = (
+        np.array([numbers.setdefault(cell.level(level), len(numbers)) for cell in cells], dtype=int)
+        for cells in (some, others)
+    )
+    same: NDArray[np.bool_] = (left[:, None] == right[None, :]) & (left != 0)[:, None]
+    return same
+
+
+SHRINK = 8
+"""Degrees of freedom that the deviation of all runs counts for beside the runs of a source: a source's own
+scatter decides where it has more."""
+
+
+def run_variances(cells: Sequence[ErrorCell], sd: Deviations) -> dict[str, float]:
+    """Variance of a run's own part, by source: the scatter within its cells, drawn to that of all runs (the
+    mean of the scaled inverse chi-square)."""
+    found: dict[str, float] = {}
+    for source in {cell.source for cell in cells}:
+        mine = [cell for cell in cells if cell.source == source]
+        free, squares = sum(max(cell.runs - 1, 0) for cell in mine), sum(cell.squares for cell in mine)
+        found[source] = (SHRINK * sd.run**2 + squares) / (SHRINK + free)
+    return found
 
 
 Name = Literal["step_time", "peak_memory"]

@@ -11,24 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, hypot, log, sqrt
-from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_solve
 from scipy.special import expit, ndtr, ndtri
 
 from mopsim.common.changes import sparse
 from mopsim.common.errors import require
 from mopsim.common.io import digest
-from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, Name, known_errors
+from mopsim.intervals.errors import (
+    Array,
+    ErrorCell,
+    ErrorQuantity,
+    Name,
+    covariance,
+    known_cells,
+    known_errors,
+    run_variances,
+)
 from mopsim.intervals.made import Made
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.observed import Observed
 from mopsim.spec.strategy import Precision
 
-Array = NDArray[np.float64]
 ITS_OWN = "(this user's)"
 """The source of the runs in a calibrated profile, and of what is predicted from it."""
 SURE = 0.9
@@ -245,8 +251,8 @@ def spread(
     found = usual.times(quantity.scale(asked.made))
     if sd.unseen_share == 1 or not sd.unseen:
         return found
-    as_said = _as_described(_ByIdentity(quantity))
-    described, share = spread(as_said, asked, seen, missed), sd.unseen_share
+    as_said, share = quantity.as_described, sd.unseen_share
+    described = spread(as_said, asked, seen, missed)
     if seen:  # Bayes: by how likely each of the two makes what was seen
         said, off = (_likelihood(one, seen) for one in (as_said, quantity))
         share = float(expit(log(share / (1 - share)) + off - said))
@@ -288,8 +294,7 @@ def joint(
     the farther from the mean on one: a run that others disturbed tells little of the mean, but its miss was
     seen on the machine that the next run is on."""
     sd = quantity.deviations
-    known = _ByIdentity(quantity)
-    told = _told(known, tuple(map(quantity.usual, seen))) if seen else _told_once(known)
+    told = known_cells(quantity, tuple(map(quantity.usual, seen))) if seen else quantity.told
     means, left = np.zeros(len(asked)), covariance(asked, asked, quantity)
     if told.cells:
         to_asked = covariance(told.cells, asked, quantity)
@@ -303,94 +308,3 @@ def joint(
         half = missed / np.array([quantity.scale(one.made) for one in asked]) + np.abs(means)
         own = np.maximum(own, (half / (sd.widening * float(ndtri((1 + MISSED) / 2)))) ** 2)
     return means, left + np.diag(own)
-
-
-class _ByIdentity:
-    """A model of errors that is equal to itself alone: it is large, and asked again and again."""
-
-    def __init__(self, quantity: ErrorQuantity) -> None:
-        self.quantity = quantity
-
-    def __hash__(self) -> int:
-        return id(self.quantity)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and other.quantity is self.quantity
-
-
-@lru_cache(maxsize=8)
-def _as_described(known: _ByIdentity) -> ErrorQuantity:
-    """As if all programs were."""
-    quantity = known.quantity
-    return replace(quantity, deviations=replace(quantity.deviations, unseen=0.0))
-
-
-@dataclass(frozen=True)
-class _Told:
-    """Cells, the variance of a run's own part by source, and the factor of the covariance of their means."""
-
-    cells: tuple[ErrorCell, ...]
-    runs: dict[str, float]
-    factor: tuple[Any, Any]
-
-
-def _told(known: _ByIdentity, seen: tuple[ErrorCell, ...]) -> _Told:
-    cells, sd = (*known.quantity.cells, *seen), known.quantity.deviations
-    runs = run_variances(cells, sd)
-    own = np.diag([runs[one.source] / one.runs for one in cells])
-    factor = cho_factor(covariance(cells, cells, known.quantity) + own) if cells else (own, True)
-    return _Told(cells, runs, factor)
-
-
-@lru_cache(maxsize=8)
-def _told_once(known: _ByIdentity) -> _Told:
-    return _told(known, ())
-
-
-def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], quantity: ErrorQuantity) -> Array:
-    """Of the means of two lists of cells, without what each run has alone."""
-    found, sd = np.zeros((len(some), len(others))), quantity.deviations
-    for level in LEVELS:
-        found += getattr(sd, level) ** 2 * alike(level, some, others)
-    if sd.unseen:
-        known = known_sources(quantity)
-        new = np.array([one.source not in known for one in some])
-        found += sd.unseen**2 * (alike("program", some, others) & new[:, None])
-    return found
-
-
-def known_sources(quantity: ErrorQuantity) -> frozenset[str]:
-    """Whose programs have been mended by their runs."""
-    return _sources(_ByIdentity(quantity))
-
-
-@lru_cache(maxsize=8)
-def _sources(known: _ByIdentity) -> frozenset[str]:
-    return frozenset(one.source for one in known.quantity.cells)
-
-
-def alike(level: str, some: Sequence[ErrorCell], others: Sequence[ErrorCell]) -> NDArray[np.bool_]:
-    """Which cells of two lists have a level in common."""
-    numbers: dict[str, int] = {"": 0}
-    left, right = (
-        np.array([numbers.setdefault(cell.level(level), len(numbers)) for cell in cells], dtype=int)
-        for cells in (some, others)
-    )
-    same: NDArray[np.bool_] = (left[:, None] == right[None, :]) & (left != 0)[:, None]
-    return same
-
-
-SHRINK = 8
-"""Degrees of freedom that the deviation of all runs counts for beside the runs of a source: a source's own
-scatter decides where it has more."""
-
-
-def run_variances(cells: Sequence[ErrorCell], sd: Deviations) -> dict[str, float]:
-    """Variance of a run's own part, by source: the scatter within its cells, drawn to that of all runs (the
-    mean of the scaled inverse chi-square)."""
-    found: dict[str, float] = {}
-    for source in {cell.source for cell in cells}:
-        mine = [cell for cell in cells if cell.source == source]
-        free, squares = sum(max(cell.runs - 1, 0) for cell in mine), sum(cell.squares for cell in mine)
-        found[source] = (SHRINK * sd.run**2 + squares) / (SHRINK + free)
-    return found

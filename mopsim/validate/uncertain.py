@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopsim.intervals.errors import ErrorCell, Name, cells, known_errors
 from mopsim.intervals.made import Made
-from mopsim.intervals.spread import Spread, known_sources, spread
+from mopsim.intervals.spread import Spread, spread
 from mopsim.validate.case import Case
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def reading(case: Case) -> str:
 
 def is_new(case: Case) -> bool:
     """Whether nothing is known of its source."""
-    return case.source.name not in known_sources(known_errors().of("step_time", case.stack))
+    return case.source.name not in known_errors().of("step_time", case.stack).sources
 
 
 def expected(case: Case, name: Name, own: Iterable[ErrorCell] = (), reading: str = "") -> Spread:

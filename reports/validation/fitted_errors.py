@@ -23,9 +23,9 @@ from scipy.optimize import brentq, minimize
 from scipy.special import expit, ndtri
 
 from mopsim.common.processes import pool, workers
-from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells
+from mopsim.intervals.errors import LEVELS, Array, Deviations, ErrorCell, ErrorQuantity, alike, cells
 from mopsim.intervals.made import ALWAYS
-from mopsim.intervals.spread import Array, alike, joint, spread
+from mopsim.intervals.spread import joint, spread
 from mopsim.spec.categories import STEP_PARTS
 
 NOMINAL = 0.9
