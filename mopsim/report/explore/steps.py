@@ -197,19 +197,19 @@ def step_table(
     return table(title, columns, rows, " ".join(filter(None, (note, *between, NOTE))), marks)
 
 
+OF_A_POINT = (
+    "strategy", "verdict", "step", "step at least", "step at most", rate(()), "MFU", "exposed", "memory",
+    ENOUGH, "P(fits)",
+)  # fmt: skip
+
+
 def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
     """What a point says of itself."""
-    found = step.found
-    low, high = ends(found, "step_time_interval_s")
-    return [
-        ("plan", step.plan, "text"), ("verdict", step.state, "text"),
-        ("step", found["step_time_s"], "seconds"), ("at least", low, "seconds"), ("at most", high, "seconds"),
-        (rate([device(found)]), found["tokens_per_s_per_device"], "number"),
-        ("MFU", found["mfu"], "fraction"),
-        ("exposed", exposed(found), "fraction"), ("memory", found["peak_memory_bytes"], "bytes"),
-        (ENOUGH, found.get("peak_memory_upper_bytes"), "bytes"),
-        ("P(fits)", found.get("p_fits"), "fraction"),
-    ]  # fmt: skip
+    names = {
+        "strategy": "plan", "step at least": "at least", "step at most": "at most",
+        rate(()): rate([device(step.found)]),
+    }  # fmt: skip
+    return [(names.get(name, name), get(step), kind) for name, kind, get in COLUMNS if name in OF_A_POINT]
 
 
 def plot(

@@ -112,10 +112,6 @@ def _subject(result: Json, steps: Sequence[ExplorerStep]) -> str:
     return f"{name}{f' on {where}' if where else ''}: " if name else ""
 
 
-def _of_simulate(result: Json) -> list[ExplorerStep]:
-    return [ExplorerStep(str(result["strategy"].get("name", "strategy")), result)]
-
-
 def _of_search(result: Json) -> list[ExplorerStep]:
     """Those ranked, then the best of families that are not among them."""
     ranked = [
@@ -131,10 +127,6 @@ def _of_search(result: Json) -> list[ExplorerStep]:
     return ranked + rest
 
 
-def _of_compare(result: Json) -> list[ExplorerStep]:
-    return [ExplorerStep(label, one) for label, one in result["strategies"].items()]
-
-
 def _step_views(
     title: str, steps: list[ExplorerStep], note: str = "", refused: Mapping[str, str] | None = None
 ) -> list[View]:
@@ -142,10 +134,6 @@ def _step_views(
         return []
     scatter = [pareto(steps)] if len(steps) > 1 else []
     return [step_table(title, steps, note, refused), *scatter, *bars(steps)]
-
-
-def _simulate(result: Json, steps: list[ExplorerStep]) -> list[View]:
-    return _step_views("The step", steps)
 
 
 def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
@@ -188,23 +176,28 @@ def _recommended(result: Json) -> str:
 def _said(result: Json) -> str:
     one = ExplorerStep("", result)
     speed = f"{result['tokens_per_s_per_device']:,.0f} {rate([device(result)])}"
-    said = f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
-    return "; ".join(filter(None, (said, proof(result))))
+    return f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
 
 
-def _found(result: Json) -> tuple[str, str]:
-    return str(result["finding"]), str(result.get("software") or "")
-
-
-def _verdict(result: Json) -> str:
-    return "; ".join(filter(None, (str(result["verdict"]), proof(result))))
+def _joined(*parts: object, by: str = "; ") -> str:
+    return by.join(str(part) for part in parts if part)
 
 
 KINDS = (
-    Kind("compare", _of_compare, _compare, lambda one: ". ".join(filter(None, _found(one)))),
-    Kind("search", _of_search, _search, _verdict),
+    Kind(
+        "compare",
+        lambda found: [ExplorerStep(label, one) for label, one in found["strategies"].items()],
+        _compare,
+        lambda found: _joined(found["finding"], found.get("software"), by=". "),
+    ),
+    Kind("search", _of_search, _search, lambda found: _joined(found["verdict"], proof(found))),
     Kind("size", _of_size, cluster_views, _recommended),
     Kind("validate", lambda _: [], run_views, _errors),
     Kind("context", lambda _: [], context_views, reach),
-    Kind("simulate", _of_simulate, _simulate, _said),
+    Kind(
+        "simulate",
+        lambda found: [ExplorerStep(str(found["strategy"].get("name", "strategy")), found)],
+        lambda _, steps: _step_views("The step", steps),
+        lambda found: _joined(_said(found), proof(found)),
+    ),
 )
