@@ -14,17 +14,7 @@ from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count, parse_tokens
-from mopsim.report.sizing import (
-    asked_odds,
-    chances,
-    fits_surely,
-    format_dollars,
-    missed,
-    sizing_table,
-    stated,
-    summary,
-    surely,
-)
+from mopsim.report import sizing
 from mopsim.size.assumptions import read_values
 
 
@@ -66,27 +56,27 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
             **keywords(**order),
         )
     request, chosen = found.request, found.chosen
-    console.print(sizing_table(found.sizings, chosen, request, stated(request, found.sizings)))
-    within = "" if order["max_cost"] is None else f" within {format_dollars(order['max_cost'])}"
-    asked = asked_odds(request)
+    console.print(sizing.sizing_table(found.sizings, chosen, request, sizing.stated(request, found.sizings)))
+    within = "" if order["max_cost"] is None else f" within {sizing.format_dollars(order['max_cost'])}"
+    asked = sizing.asked_odds(request)
     least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
     kind = f"{least} {asked}, --confidence" if asked else "fastest"
-    console.print(f"Recommended ({kind}): {summary(chosen)}")
+    console.print(f"Recommended ({kind}): {sizing.summary(chosen)}")
     if chosen:
-        console.print(f"Odds: {chances(chosen, request)}")
-    if better := surely(found.surer, chosen, request):
+        console.print(f"Odds: {sizing.chances(chosen, request)}")
+    if better := sizing.surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
-    if better := fits_surely(found.fitter, chosen):
+    if better := sizing.fits_surely(found.fitter, chosen):
         console.print(f"Surer to fit: {better}")
     of = "" if request.goal.seconds is None else " of the counts that were asked"
-    console.print(f"Fastest{within}{of}: {summary(found.fastest)}")
+    console.print(f"Fastest{within}{of}: {sizing.summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]
     say_notes(console, [*unread(request.model), *probed])
     with io.json_beside(json, found.to_json() if json else None):
         pages = found.write(out, as_typed("mopsim")) if out else []
     say_written(console, json, *map(str, pages))
     if chosen is None:
-        none = f"no cluster of at most {request.limit} will do; {missed(found.miss, request.flag)}"
+        none = f"no cluster of at most {request.limit} will do; {sizing.missed(found.miss, request.flag)}"
         unwritten = f"--plan: {plan} not written: " if plan else ""
         print(f"mopsim: {unwritten}{none}", file=sys.stderr)
         return NOTHING_FITS

@@ -9,26 +9,8 @@ from mopsim.common.units import format_bytes, format_number, format_probability,
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import machines_share, products
+from mopsim.report import sizing
 from mopsim.report.page import Table, templates
-from mopsim.report.sizing import (
-    CARRIED,
-    chances,
-    columns,
-    fits_surely,
-    format_carbon,
-    format_days,
-    format_dollars,
-    format_energy,
-    missed,
-    odds,
-    published,
-    row,
-    searched,
-    steps,
-    surely,
-    title,
-    unmeasured,
-)
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.report.tables import describe
 from mopsim.size.assumptions import DEFAULT, NAMES, known
@@ -88,13 +70,13 @@ def content(d: Decision) -> dict[str, object]:
     bill = subject.figures if subject else None
     return {
         "title": "Which cluster to sign for" if d.chosen else "No cluster will do",
-        "question": title(d.request),
+        "question": sizing.title(d.request),
         "found": d.chosen is not None,
         "answer": answer(d),
         "cards": _cards(d, subject, bill) if subject and bill else [],
         "why": why(d),
         "rivals": _rivals(d),
-        "carried": CARRIED,
+        "carried": sizing.CARRIED,
         "parts": _parts(bill),
         "network": _network(bill),
         "sites": _sites(subject),
@@ -111,7 +93,7 @@ def content(d: Decision) -> dict[str, object]:
 def answer(d: Decision) -> str:
     """The recommendation in a sentence; where there is none, the nearest miss."""
     if d.chosen is None or d.chosen.figures is None:
-        return f"Nothing that was tried will do. {missed(d.miss).capitalize()}."
+        return f"Nothing that was tried will do. {sizing.missed(d.miss).capitalize()}."
     point, bill, terms = d.chosen, d.chosen.figures, d.request.terms
     verb = "Buy" if terms.buy else "Reserve" if terms.reserved else "Rent"
     level = d.request.interval
@@ -120,15 +102,15 @@ def answer(d: Decision) -> str:
     paid = point.hardware.cluster(bill.billed_nodes)
     use = f" and train on {point.num_nodes:,} of them" if bill.billed_nodes > point.num_nodes else ""
     text = (
-        f"{verb} {paid}{where}{use}: {format_days(bill.days)} days "
-        f"({format_days(low)} to {format_days(high)} with {100 * level:g} %)"
+        f"{verb} {paid}{where}{use}: {sizing.format_days(bill.days)} days "
+        f"({sizing.format_days(low)} to {sizing.format_days(high)} with {100 * level:g} %)"
     )
     if bill.cost is not None:
-        text += f", {format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
-    text += f"; {chances(point, d.request)}."
+        text += f", {sizing.format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
+    text += f"; {sizing.chances(point, d.request)}."
     for said, better in (
-        ("Surer", surely(d.surer, point, d.request)),
-        ("Surer to fit", fits_surely(d.fitter, point)),
+        ("Surer", sizing.surely(d.surer, point, d.request)),
+        ("Surer to fit", sizing.fits_surely(d.fitter, point)),
     ):
         text += f" {said}: {better}." if better else ""
     return text
@@ -140,15 +122,15 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
     result, good, costs = point.result, bill.goodput, bill.cost_interval(level)
     certain = bill.p_within(d.request.goal.seconds)
     cards = [
-        (f"days, {100 * level:g} %", f"{format_days(low)} to {format_days(high)}"),
-        ("probability of the deadline, if the plan fits", None if certain is None else odds(certain)),
-        (f"cost, {100 * level:g} %", " to ".join(map(format_dollars, costs)) if costs else None),
-        ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
+        (f"days, {100 * level:g} %", f"{sizing.format_days(low)} to {sizing.format_days(high)}"),
+        ("probability of the deadline, if the plan fits", None if certain is None else sizing.odds(certain)),
+        (f"cost, {100 * level:g} %", " to ".join(map(sizing.format_dollars, costs)) if costs else None),
+        ("to buy it", None if bill.capex is None else sizing.format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
         ("model FLOP utilisation, as simulated", f"{result.mfu:.1%}" if result else None),
         ("probability that the plan fits", format_probability(result.p_fits) if result else None),
-        ("energy", None if bill.energy is None else format_energy(bill.energy)),
-        ("CO2", None if bill.carbon is None else format_carbon(bill.carbon)),
+        ("energy", None if bill.energy is None else sizing.format_energy(bill.energy)),
+        ("CO2", None if bill.carbon is None else sizing.format_carbon(bill.carbon)),
     ]
     return [{"name": name, "value": value} for name, value in cards if value]
 
@@ -167,15 +149,15 @@ def why(d: Decision) -> list[str]:
     ]
     lines = [
         f"Plan: {describe(result.strategy)} on {result.stack.name}; {training.global_batch:,} sequences a "
-        f"step, {steps(subject)}, products in {products(result.strategy.precision)}.",
+        f"step, {sizing.steps(subject)}, products in {products(result.strategy.precision)}.",
         f"A node, as its profile has it: {_node(subject.hardware)}.",
         f"Of a step compute waits for {', '.join(heaviest) or 'next to nothing'}; device memory is filled to "
         f"{result.peak_memory / result.memory_limit:.0%}.",
     ]
-    for sizing in d.sizings:
-        other = sizing.best
+    for one in d.sizings:
+        other = one.best
         if other is None:
-            lines.append(f"{sizing.hardware.name} cannot: {sizing.why}.")
+            lines.append(f"{one.hardware.name} cannot: {one.why}.")
         elif other is not subject and other.figures:
             lines.append(_against(other, subject))
     return lines
@@ -194,7 +176,7 @@ def _node(hardware: HardwareProfile) -> str:
 def _against(other: Point, chosen: Point) -> str:
     """'h200-sxm-141g: 200 nodes take 58 days, 1.24 times the cost'."""
     mine, theirs = (point.step_and_bill[1] for point in (chosen, other))
-    text = f"{other.hardware.cluster(other.num_nodes)}: {format_days(theirs.days)} days"
+    text = f"{other.hardware.cluster(other.num_nodes)}: {sizing.format_days(theirs.days)} days"
     if mine.cost and theirs.cost:
         text += f", {theirs.cost / mine.cost:.2f} times the cost"
     return text + "."
@@ -208,22 +190,22 @@ def _rivals(d: Decision) -> Table:
     best = [one.best for one in d.sizings if one.best]
     shown = {(one.hardware.name, one.num_nodes): one for one in (*best, *d.front, *near) if one.figures}
     rows = [_rival(shown[key], d.request) for key in sorted(shown)]
-    heads = [*columns(d.request)[:-1], "P(fits)", "plan", "remark"]
+    heads = [*sizing.columns(d.request)[:-1], "P(fits)", "plan", "remark"]
     chosen = _rival(subject, d.request) if subject else ()
     return Table(heads, rows, ("machine", "plan", "remark"), chosen)
 
 
 def _rival(point: Point, request: Request) -> list[str]:
     result = point.step_and_bill[0]
-    remarks = [point.why, CARRIED if point.gap is None else ""]
-    cells = [*row(point, request)[:-1], format_probability(result.p_fits), describe(result.strategy)]
+    remarks = [point.why, sizing.CARRIED if point.gap is None else ""]
+    cells = [*sizing.row(point, request)[:-1], format_probability(result.p_fits), describe(result.strategy)]
     return [*cells, "; ".join(filter(None, remarks))]
 
 
 def _parts(bill: Figures | None) -> Table:
     parts = dict(bill.parts) if bill else {}
     whole = sum(parts.values())
-    rows = [[name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
+    rows = [[name, sizing.format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
     return Table(["part", "of this run", "share"], rows)
 
 
@@ -235,7 +217,7 @@ def _network(bill: Figures | None) -> str:
     return (
         f"Network: {wires.ports:,} ports, {wires.tiers} tier{'s' if wires.tiers > 1 else ''}, "
         f"{wires.switches:,} switch{'es' if wires.switches > 1 else ''}, {wires.links:,} links, "
-        f"oversubscribed {wires.oversubscription:g} to 1: {format_dollars(wires.price)}, "
+        f"oversubscribed {wires.oversubscription:g} to 1: {sizing.format_dollars(wires.price)}, "
         f"{wires.price / bill.capex:.0%} of the purchase."
     )
 
@@ -244,14 +226,14 @@ def _sites(point: Point | None) -> Table:
     bills = point.sites if point and len(point.sites) > 1 else ()
     rows = [
         [
-            one.site, "-" if one.cost is None else format_dollars(one.cost),
-            "-" if one.energy is None else format_energy(one.energy),
-            "-" if one.carbon is None else format_carbon(one.carbon),
+            one.site, "-" if one.cost is None else sizing.format_dollars(one.cost),
+            "-" if one.energy is None else sizing.format_energy(one.energy),
+            "-" if one.carbon is None else sizing.format_carbon(one.carbon),
         ]
         for one in bills
     ]  # fmt: skip
     site = point.figures.site if point and point.figures else ""
-    chosen = next((row for row in rows if row[0] == site), ())
+    chosen = next((one for one in rows if one[0] == site), ())
     return Table(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
 
 
@@ -265,12 +247,12 @@ def risks(d: Decision) -> list[str]:
     lines = [
         _memory(result),
         f"The step time is predicted, and its error makes most of the interval of days. "
-        f"Its search: {searched(subject)}; no search bounds what another number of nodes would cost.",
+        f"Its search: {sizing.searched(subject)}; no search bounds what another number of nodes would cost.",
     ]
-    lines += filter(None, [unmeasured(result)])
+    lines += filter(None, [sizing.unmeasured(result)])
     best = [one.best for one in d.sizings if one.best and one.best.result]
-    runs = [published(one.result, one.hardware) for one in best if one.result]
-    runs = runs or [published(result, subject.hardware)]
+    runs = [sizing.published(one.result, one.hardware) for one in best if one.result]
+    runs = runs or [sizing.published(result, subject.hardware)]
     lines.append(
         f"Measured runs behind the intervals of step times: {'; '.join(runs)}. A type with few is given "
         f"the error that machine types had so far."
@@ -287,8 +269,8 @@ def risks(d: Decision) -> list[str]:
     if terms.buy:
         one = terms.capex[subject.hardware.name]
         lines.append(
-            f"The price of a node is {one.tag}, of {one.dated}: between {format_dollars(one.low)} and "
-            f"{format_dollars(one.high)} ({one.source})."
+            f"The price of a node is {one.tag}, of {one.dated}: between {sizing.format_dollars(one.low)} and "
+            f"{sizing.format_dollars(one.high)} ({one.source})."
         )
     elif price := terms.price(subject.hardware, here.sites[0], here.assumptions):
         lines.append(f"The price of a device and hour is {price.dollars:g} USD ({price.source}).")
