@@ -155,11 +155,10 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
     """No option means anything by '': not a path (it would be the working directory), nor a name."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=")
+        name = option if equals else before if before.startswith("--") else "argument"
         if not argument.isprintable() and any(0xD800 <= ord(one) <= 0xDFFF for one in argument):
-            name = option if equals else before if before.startswith("--") else "argument"
             raise MopError(f"{name}: {shown(argument)} is not UTF-8")
         if not argument.strip() or (option.startswith("--") and equals and not value.strip()):
-            name = option if equals else before if before.startswith("--") else "argument"
             raise MopError(f"{name}: '' must not be empty")
 
 

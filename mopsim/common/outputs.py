@@ -116,19 +116,19 @@ def check_outputs(
     directories, which the command fills itself. Makes nothing. Raises MopError.
     """
     taken: dict[str, str] = {}
-    written = {**(files or {}), **(directories or {})}
+    directories = directories or {}
+    written = {**(files or {}), **directories}
     read = {
         os.path.realpath(path): option
         for option, value in [*_READ.get().items(), *(inputs or {}).items()]
         for path in (value if isinstance(value, list | tuple) else [value])
         if option not in written
     }
-    folders = {os.path.realpath(path): option for option, path in (directories or {}).items() if path}
-    wanted = [(option, path, False) for option, path in (files or {}).items()]
-    wanted += [(option, path, True) for option, path in (directories or {}).items()]
-    for option, path, is_directory in wanted:
+    folders = {os.path.realpath(path): option for option, path in directories.items() if path}
+    for option, path in written.items():
         if path is None:
             continue
+        is_directory = option in directories
         if str(path) == STDOUT and not is_directory and option not in stdout:
             raise MopError(f"{option}: '-' is standard output, a file is needed")
         if str(path) == STDOUT and sys.stdout is None:
