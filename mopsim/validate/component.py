@@ -10,20 +10,9 @@ from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.explain import not_one_of
 from mopsim.common.json_text import parse_json
 from mopsim.common.shipped import shipped
+from mopsim.validate import tables
 from mopsim.validate.columns import COMPONENTS
-from mopsim.validate.tables import (
-    UNKNOWN,
-    Row,
-    UnsupportedError,
-    complaints,
-    count,
-    number,
-    parse_number,
-    positive,
-    refuse_row,
-    stated,
-    whole,
-)
+from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError
 
 T = TypeVar("T")
 
@@ -57,7 +46,7 @@ class Component:
     @property
     def gpus(self) -> int:
         """Devices in all; 8 where none are stated. Raises UnsupportedError."""
-        return _checked(lambda: count(self.row, "num_gpus")) or 8
+        return _checked(lambda: tables.count(self.row, "num_gpus")) or 8
 
     def states(self, name: str) -> bool:
         """Whether the source says this parameter."""
@@ -67,12 +56,12 @@ class Component:
         """A parameter as a number. Raises UnsupportedError where it is missing or no size has it."""
         if not self.states(name):
             raise UnsupportedError(name, "not stated by the source")
-        return _checked(lambda: parse_number(str(self.params[name]), name))
+        return _checked(lambda: tables.parse_number(str(self.params[name]), name))
 
     def count(self, name: str) -> int:
         """A parameter that counts something: a positive whole number. Raises as `number` does."""
         value = self.number(name)
-        return _checked(lambda: whole(value, name, self.params[name]))
+        return _checked(lambda: tables.whole(value, name, self.params[name]))
 
     def one_of(self, name: str, *known: str) -> str:
         """A parameter that names something, the first where it is not stated. Raises UnsupportedError."""
@@ -93,8 +82,10 @@ def _systems() -> dict[str, str]:
 def parse(row: Row) -> Component:
     """Raises UnsupportedError where params is no JSON object, the value no number, or it and the outcome
     contradict each other."""
-    row = _checked(lambda: stated(row, COMPONENTS))
-    refuse_row([*complaints(lambda: _params(row)), *complaints(lambda: _checked(lambda: _value(row)))])
+    row = _checked(lambda: tables.stated(row, COMPONENTS))
+    tables.refuse_row(
+        [*tables.complaints(lambda: _params(row)), *tables.complaints(lambda: _checked(lambda: _value(row)))]
+    )
     return Component(row, _params(row), _value(row))
 
 
@@ -109,12 +100,12 @@ def _params(row: Row) -> dict[str, object]:
 
 
 def _value(row: Row) -> float | None:
-    found = number(row, "value")
+    found = tables.number(row, "value")
     require(
         found is None or row.get("outcome") != "oom", "outcome", "oom", "is not of a row that has a value"
     )
     spent = row["metric"] in ("latency_s", "flops_per_s", "peak_memory_gib")
-    return positive(found, "value", row["value"]) if spent else found
+    return tables.positive(found, "value", row["value"]) if spent else found
 
 
 def _checked(read: Callable[[], T]) -> T:

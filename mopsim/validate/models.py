@@ -6,23 +6,15 @@ from pathlib import Path
 from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.rules import Rule, applied, load_rules
 from mopsim.spec.model import ModelSpec
+from mopsim.validate import tables
 from mopsim.validate.columns import MODELS
-from mopsim.validate.tables import (
-    UNKNOWN,
-    Row,
-    UnsupportedError,
-    count,
-    number,
-    read_known,
-    stated,
-    wrong_cells,
-)
+from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError
 
 
 def read_rows(path: Path) -> dict[str, Row]:
     """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
     rows: dict[str, Row] = {}
-    for row in read_known(path, MODELS, "models"):
+    for row in tables.read_known(path, MODELS, "models"):
         if row["model"] in rows:
             raise MopError(f"models: {path}: model {row['model']!r} appears twice")
         rows[row["model"]] = row
@@ -41,7 +33,7 @@ def from_row(row: Row) -> ModelSpec:
     Raises SpecError naming the column that is missing, or the kind of layer that ModelSpec can't express.
     """
     try:
-        return _from_row(stated(row, MODELS))
+        return _from_row(tables.stated(row, MODELS))
     except SpecError as error:
         raise error.within(f"models.{row['model']}") from None
 
@@ -53,7 +45,7 @@ _USED = ("hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab
 def complaints_of(row: Row) -> list[UnsupportedError]:
     """What is wrong of the cells of a row, each by itself, and what it lacks; put down to a run's `model`."""
     head = f"models.{row['model']}"
-    wrong = [*wrong_cells(row, MODELS)]
+    wrong = [*tables.wrong_cells(row, MODELS)]
     filled = applied(model_rules(), row, ("model.",)).row
     needed = (*_USED, *(_ROUTED if filled.get("num_experts", "") not in (*UNKNOWN, "0") else _DENSE))
     told = {one.field for one in wrong}
@@ -88,7 +80,7 @@ def _from_row(row: Row) -> ModelSpec:
 
 
 def _get(row: Row, column: str) -> int:
-    return count(row, column, 0) or 0
+    return tables.count(row, column, 0) or 0
 
 
 def _need(row: Row, column: str) -> int:
@@ -109,7 +101,7 @@ def _flag(row: Row, column: str) -> bool:
 
 def _published(row: Row, column: str) -> float | None:
     """Of 1e9 parameters."""
-    value = number(row, column)
+    value = tables.number(row, column)
     return None if value is None else value * 1e9
 
 

@@ -6,18 +6,10 @@ from statistics import fmean
 from typing import Any
 
 from mopsim.intervals.errors import NAMES, Name
+from mopsim.validate import scoring
 from mopsim.validate.components import IN_SAMPLE, Predicted
 from mopsim.validate.run import Refused, Validation, about
-from mopsim.validate.scoring import (
-    ErrorSummary,
-    Measure,
-    Scored,
-    by_group,
-    capacity,
-    errors,
-    over_sources,
-    regrets,
-)
+from mopsim.validate.scoring import ErrorSummary, Measure, Scored
 from mopsim.validate.uncertain import coverage
 
 UNITS: dict[Name, str] = {"step_time": "step_time_s", "peak_memory": "peak_memory_bytes"}
@@ -55,9 +47,9 @@ def summary(validation: Validation, components: Sequence[Predicted], level: floa
     """Per quantity over all simulated rows, by the selections that are judged, and by group; the headline is
     of the hold-out that was asked for, and `hold_out` has them side by side."""
     scored = validation.scored
-    fits = capacity(scored)
+    fits = scoring.capacity(scored)
     found: dict[str, Any] = {
-        name: _plain(over_sources(scored, measure)) for name, measure in MEASURES.items()
+        name: _plain(scoring.over_sources(scored, measure)) for name, measure in MEASURES.items()
     }
     found["fits"] = {"n": fits.ran + fits.ran_out, "right": fits.right, **vars(fits)}
     found["interval"] = level
@@ -66,14 +58,17 @@ def summary(validation: Validation, components: Sequence[Predicted], level: floa
     found["unsupported"] = len(validation.refused)
     found["unsupported_by_field"] = dict(Counter(one.field for one in validation.refused).most_common())
     found["selections"] = {
-        name: {measure: _plain(over_sources(rows, MEASURES[measure])) for measure in MEASURES}
+        name: {measure: _plain(scoring.over_sources(rows, MEASURES[measure])) for measure in MEASURES}
         for name, rows in selections(scored).items()
     }
     found["by"] = {
-        group: {m: {k: e.to_json() for k, e in by_group(scored, MEASURES[m], key).items()} for m in MEASURES}
+        group: {
+            m: {k: e.to_json() for k, e in scoring.by_group(scored, MEASURES[m], key).items()}
+            for m in MEASURES
+        }
         for group, key in GROUPS.items()
     }
-    jobs = regrets(scored)
+    jobs = scoring.regrets(scored)
     found["regret"] = {
         "n": len(jobs), "mean": fmean(job.slowdown for job in jobs) if jobs else None,
         "max": max((job.slowdown for job in jobs), default=None),
@@ -94,7 +89,7 @@ def coverages(scored: Iterable[Scored], level: float) -> dict[str, Any]:
 def _held(scored: Sequence[Scored], level: float) -> dict[str, Any]:
     """The errors and the coverage under one hold-out."""
     found = {
-        name: {measure: _plain(over_sources(rows, MEASURES[measure])) for measure in UNITS.values()}
+        name: {measure: _plain(scoring.over_sources(rows, MEASURES[measure])) for measure in UNITS.values()}
         for name, rows in {"all": list(scored), **selections(scored)}.items()
     }
     return {**found.pop("all"), "selections": found, "coverage": coverages(scored, level)}
@@ -122,7 +117,7 @@ def component_errors(components: Sequence[Predicted]) -> dict[str, Any]:
         groups[one.component.kind, one.component.metric].append(one)
     found: dict[str, Any] = {}
     for (kind, metric), rows in groups.items():
-        result = errors(one.error for one in rows)
+        result = scoring.errors(one.error for one in rows)
         entry = _plain(result) or {"n": 0}
         entry |= {"rows": len(rows), "in_sample": kind in IN_SAMPLE}
         found.setdefault(kind, {})[metric] = entry
