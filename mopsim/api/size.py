@@ -33,19 +33,10 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import check_level
 from mopsim.report.sizing import columns, row, summary
-from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
+from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, points, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import (
-    DEFAULT_SIMULATIONS,
-    Miss,
-    fewest,
-    nearest_miss,
-    pareto,
-    recommend,
-    surer,
-    surer_to_fit,
-)
+from mopsim.size.points import DEFAULT_SIMULATIONS, Miss
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -73,25 +64,25 @@ class Clusters(Result):
     def __init__(self, request: Request, sizings: Sequence[Sizing], max_cost: float | None) -> None:
         self.request, self.sizings = request, list(sizings)
         self.points = [point for sizing in sizings for point in sizing.tried if point.figures]
-        self.cheapest, self.fastest = recommend(self.points, max_cost)
+        self.cheapest, self.fastest = points.recommend(self.points, max_cost)
         by_time = request.goal.seconds is None
-        self.chosen: Point | None = self.fastest if by_time else self.cheapest or fewest(self.points)
+        self.chosen: Point | None = self.fastest if by_time else self.cheapest or points.fewest(self.points)
 
     @property
     def miss(self) -> Miss | None:
         """The nearest miss, where no cluster will do."""
         goal = self.request.goal
-        return None if self.chosen else nearest_miss(self.points, goal, self.request.confidence)
+        return None if self.chosen else points.nearest_miss(self.points, goal, self.request.confidence)
 
     @property
     def surer(self) -> Point | None:
         """A cluster that is little dearer than the recommended one and far surer to be in time, if any."""
-        return surer(self.points, self.chosen, self.request.goal)
+        return points.surer(self.points, self.chosen, self.request.goal)
 
     @property
     def fitter(self) -> Point | None:
         """A cluster that is surer to fit than the recommended one, where that is not sure."""
-        return surer_to_fit(self.points, self.chosen)
+        return points.surer_to_fit(self.points, self.chosen)
 
     @property
     def subject(self) -> Point | None:
@@ -101,7 +92,7 @@ class Clusters(Result):
     @property
     def front(self) -> list[Point]:
         """The Pareto front of cost and time, cheapest first."""
-        return pareto(self.points)
+        return points.pareto(self.points)
 
     @cached_property
     def best(self) -> Simulation | None:
