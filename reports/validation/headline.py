@@ -8,8 +8,9 @@ from statistics import fmean
 from mopsim.common import io
 from mopsim.intervals.errors import NAMES, Name
 from mopsim.report.validation_tables import Grid
-from mopsim.validate import Predicted, Validation
+from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, MEASURES, UNITS, component_errors, selections, worst
+from mopsim.validate.run import Validation
 from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, errors, over_sources, regrets
 from mopsim.validate.uncertain import coverage
 from reports.validation import regression

@@ -11,18 +11,11 @@ from pathlib import Path
 
 from mopsim.common import io
 from mopsim.report.validation_tables import tables
-from mopsim.validate import (
-    Case,
-    Refused,
-    Validation,
-    cases_of,
-    predict_components,
-    read_cases,
-    write_cases,
-)
+from mopsim.validate.case import Case, read_cases, write_cases
+from mopsim.validate.components import predict_components
 from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
-from mopsim.validate.run import refused_of, scored_by
+from mopsim.validate.run import Refused, Validation, cases_of, refused_of, scored_by
 from mopsim.validate.scoring import Scored, score
 from mopsim.validate.simulated import simulate_all
 from mopsim.validate.tables import read_components, read_runs
