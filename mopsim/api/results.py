@@ -155,11 +155,7 @@ class Simulation(Result):
     peak_at: dict[str, Any]
 
     def __init__(
-        self,
-        inputs: Inputs,
-        result: SimResult,
-        notes: Sequence[str] = (),
-        found: SearchResult | None = None,
+        self, inputs: Inputs, result: SimResult, notes: Sequence[str] = (), found: SearchResult | None = None
     ) -> None:
         """found: the search whose best this is, where a family was named."""
         self.inputs, self.result, self.notes, self.found = inputs, result, list(notes), found

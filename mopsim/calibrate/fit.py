@@ -178,10 +178,7 @@ def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
     most = np.log(SCALES[1]) / FACTOR_PRIOR
     count = len(runtimes)
     x = _solve(
-        residuals,
-        [0.0, 0.1] + [0.1] * count,
-        [-most, 0.0] + [0.0] * count,
-        [most, 100.0] + [30.0] * count,
+        residuals, [0.0, 0.1] + [0.1] * count, [-most, 0.0] + [0.0] * count, [most, 100.0] + [30.0] * count
     )
     factor, per_op, constants = parts(x)
     return StepFit(factor, per_op, dict(zip(runtimes, map(float, constants), strict=True)))

@@ -18,15 +18,7 @@ from typing import Any
 
 import msgspec
 
-from mopsim.calibrate.fit import (
-    SCALES,
-    KindPoint,
-    StepPoint,
-    fit_family,
-    fit_kind,
-    fit_step,
-    scatter,
-)
+from mopsim.calibrate.fit import SCALES, KindPoint, StepPoint, fit_family, fit_kind, fit_step, scatter
 from mopsim.calibrate.observed import Seen, expected, observed
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError

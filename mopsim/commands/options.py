@@ -30,8 +30,7 @@ Routing = Annotated[
 ]
 Products = Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"]
 Precision = Annotated[
-    Products,
-    typer.Option(help="what matmuls compute in (for a family); fp8, mxfp8, nvfp4: beside bfloat16"),
+    Products, typer.Option(help="what matmuls compute in (for a family); fp8, mxfp8, nvfp4: beside bfloat16")
 ]
 FamilyPrecision = Annotated[
     Products | None,

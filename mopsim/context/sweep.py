@@ -186,10 +186,7 @@ def _tried(
     task: Task, seq_len: int, batches: Sequence[int], before: Sequence[SimResult], small: bool = False
 ) -> "list[Found]":
     """All that is searched at one length with steps of these sizes."""
-    found = [
-        *_searches(task, seq_len, batches, small),
-        _moved(task, seq_len, min(batches), before, small),
-    ]
+    found = [*_searches(task, seq_len, batches, small), _moved(task, seq_len, min(batches), before, small)]
     if not any(one.point.fits for one in found):
         found += _searches(replace(task, budget=INSISTENCE * task.budget), seq_len, batches, small)
     return found

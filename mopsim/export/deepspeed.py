@@ -28,12 +28,7 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 def sections(plan: Plan) -> dict[str, Any]:
     """The configuration's keys."""
     s, t = plan.strategy, plan.training
-    adam = {
-        "lr": t.learning_rate,
-        "betas": [t.beta1, t.beta2],
-        "eps": t.eps,
-        "weight_decay": t.weight_decay,
-    }
+    adam = {"lr": t.learning_rate, "betas": [t.beta1, t.beta2], "eps": t.eps, "weight_decay": t.weight_decay}
     found: dict[str, Any] = {
         "train_batch_size": t.global_batch,
         "train_micro_batch_size_per_gpu": s.micro_batch,

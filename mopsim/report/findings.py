@@ -165,9 +165,5 @@ def summary(
     alike: str = "",
 ) -> str:
     """The finding, whether it is of plans alone, and where the difference lies."""
-    found = (
-        finding(results, gaps, level),
-        software(results, stacks, alike),
-        difference(results),
-    )
+    found = (finding(results, gaps, level), software(results, stacks, alike), difference(results))
     return " ".join(f"{one}." for one in found if one)

@@ -38,9 +38,7 @@ NO_GAIN_IN_FAMILY = "no gain, bound: cannot beat the best of their family by mor
 
 @collected_later()
 def search(
-    problem: Problem,
-    options: Options = ALL,
-    progress: Callable[[int, SimResult | None], None] | None = None,
+    problem: Problem, options: Options = ALL, progress: Callable[[int, SimResult | None], None] | None = None
 ) -> SearchResult:
     """The fastest strategies that fit, each family searched by itself with a budget of its own.
 

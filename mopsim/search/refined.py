@@ -231,10 +231,7 @@ class Refined(Bounder):
         return np.maximum(super().above(stage), self._woven(heights))
 
     def _all(
-        self,
-        what: Callable[[LayerPiece], float],
-        factor: Reals | float = 1.0,
-        filled: Reals | float = 1.0,
+        self, what: Callable[[LayerPiece], float], factor: Reals | float = 1.0, filled: Reals | float = 1.0
     ) -> Reals:
         """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds. filled:
         as in `slowest_stage`."""

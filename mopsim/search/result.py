@@ -84,11 +84,7 @@ class SearchResult:
             return plan_json(result, self.model, level) | {"p_best_is_faster": surely}
 
         found = [
-            {
-                **told(result),
-                "as_fast": free.alone,
-                "as_fast_together": free.together,
-            }
+            {**told(result), "as_fast": free.alone, "as_fast_together": free.together}
             for result, free in zip(self.top, self.free, strict=True)
         ]
         return {

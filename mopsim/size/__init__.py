@@ -5,15 +5,4 @@ from mopsim.size.figures import Goal, Step, Terms, figures
 from mopsim.size.points import Point, Request, Sizing
 from mopsim.size.rounds import beside, size_all
 
-__all__ = [
-    "Goal",
-    "Point",
-    "Request",
-    "Sizing",
-    "Step",
-    "Terms",
-    "assume",
-    "beside",
-    "figures",
-    "size_all",
-]
+__all__ = ["Goal", "Point", "Request", "Sizing", "Step", "Terms", "assume", "beside", "figures", "size_all"]

@@ -117,10 +117,7 @@ def _prices(request: Request, point: Point) -> list[Swing]:
         price = terms.capex[name]
         values, unit, source = (price.low, price.high), "USD/node", price.source
         requests = [
-            replace(
-                request,
-                terms=replace(terms, capex={**terms.capex, name: altered(price, value=value)}),
-            )
+            replace(request, terms=replace(terms, capex={**terms.capex, name: altered(price, value=value)}))
             for value in values
         ]
     else:
