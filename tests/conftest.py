@@ -50,9 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: a collection of garbage looks at what tests leave."""
+    """What was imported and collected stays: a collection of garbage looks at what tests leave, and seldom:
+    what a simulation or a search makes has hardly any cycles (mopsim.common.garbage)."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _shared(item: pytest.Function) -> str:

@@ -9,6 +9,8 @@ from mopsim.common.errors import MopError, shown
 MOST_VALUES = 1_000_000
 DEEPEST = 32
 _BITS = 64
+_TEXT, _NUMBERS = {str}, {int, float}
+_SCALARS = {str, bool, int, float, type(None)}
 
 
 def listed(given: str, field: str) -> list[str]:
@@ -47,6 +49,8 @@ def first_unreadable(data: Any, field: str = "") -> tuple[str, str] | None:
     """(field, problem) of the first value that can't be walked, printed or repeated safely: nesting deeper
     than DEEPEST, more than MOST_VALUES values (an alias counts as what it repeats), an integer without end,
     something that is neither a mapping, a list, text, a number, true, false nor null."""
+    if _plain(data):
+        return None
     for count, (path, value, depth) in enumerate(_walk(data, field)):
         if count > MOST_VALUES:
             return path, f"holds more than {MOST_VALUES:,} values, counting aliases as what they repeat"
@@ -65,6 +69,8 @@ def first_unreadable(data: Any, field: str = "") -> tuple[str, str] | None:
 
 def first_unfit(data: Any, field: str = "") -> tuple[str, str] | None:
     """As `first_unreadable`; also NaN, infinity and integers beyond 64 bits."""
+    if _plain(data, fit=True):
+        return None
     found = first_unreadable(data, field)
     if found is not None:
         return found
@@ -73,6 +79,31 @@ def first_unfit(data: Any, field: str = "") -> tuple[str, str] | None:
         if problem:
             return path, problem
     return None
+
+
+def _plain(data: Any, *, fit: bool = False) -> bool:
+    """Whether nothing in plain objects is wrong: told level by level, without the path of each value, which
+    takes several times as long. fit: of numbers too."""
+    level, count = [data], 0
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        count += len(level)
+        for value in level:
+            kind = type(value)
+            if kind is dict:
+                inner += value.values()
+                if not _TEXT.issuperset(map(type, value)):
+                    return False
+            elif kind is list or kind is tuple:
+                inner += value
+            elif kind not in _SCALARS or (fit and kind in _NUMBERS and number_problem(value)):
+                return False
+            if count + len(inner) > MOST_VALUES:
+                return False
+        if not inner:
+            return True
+        level = inner
+    return False
 
 
 def number_problem(value: Any) -> str:

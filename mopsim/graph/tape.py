@@ -135,14 +135,12 @@ class Tape(Struct, frozen=True):
     def __post_init__(self) -> None:
         known = {value.name for value in self.inputs}
         for kernel in self.kernels:
-            missing = (
-                (set(kernel.reads) | set(kernel.saves)) - known - {value.name for value in kernel.writes}
-            )
-            assert not missing, f"{kernel.name} reads {missing} before they are written"
             made = [value.name for value in kernel.writes]
-            again = {name for name in made if name in known or made.count(name) > 1}
-            assert not again, f"{kernel.name} writes {again} once more"
-            known |= set(made)
+            for name in (*kernel.reads, *kernel.saves):
+                assert name in known or name in made, f"{kernel.name} reads {name} before it is written"
+            for name in made:
+                assert name not in known, f"{kernel.name} writes {name} once more"
+                known.add(name)
 
     @property
     def by_name(self) -> dict[str, Kernel]:
@@ -151,8 +149,7 @@ class Tape(Struct, frozen=True):
     @property
     def values(self) -> dict[str, Value]:
         found = {value.name: value for value in self.inputs}
-        for kernel in self.kernels:
-            found |= {value.name: value for value in kernel.writes}
+        found.update((value.name, value) for kernel in self.kernels for value in kernel.writes)
         return found
 
     @property

@@ -29,6 +29,12 @@ def list_models() -> list[str]:
     return sorted({*_texts(), *told} - {TRUTH_MODELS})
 
 
+@cache
+def _plain(name: str) -> Any:
+    """The plain objects of a preset, which nothing changes."""
+    return parse_yaml(_texts()[name], f"preset {name}")
+
+
 @named
 def load_model(ref: str | Path) -> ModelSpec:
     """The model that `ref` names: a preset, a YAML file, a Hugging Face config.json (or its folder).
@@ -38,7 +44,7 @@ def load_model(ref: str | Path) -> ModelSpec:
     """
     name = str(ref)
     if name != TRUTH_MODELS and name in _texts():
-        return convert(parse_yaml(_texts()[name], f"preset {name}"), ModelSpec, "model", f"preset {name}")
+        return convert(_plain(name), ModelSpec, "model", f"preset {name}")
     found = _truth().get(name)
     if isinstance(found, dict):
         return convert(found, ModelSpec, "model", f"preset {name}")

@@ -1,8 +1,9 @@
 """Hardware profiles by name or by YAML file."""
 
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from mopsim.common.arguments import named
 from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_yaml
@@ -29,6 +30,12 @@ def beside_probe(profile: HardwareProfile) -> str:
     return found[0] if found else ""
 
 
+@cache
+def _plain(name: str) -> Any:
+    """The plain objects of a shipped profile, which nothing changes."""
+    return parse_yaml(_texts()[name], f"profile {name}")
+
+
 @named
 def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
     """The machine that `field` names: a shipped profile, or a YAML file (as `mopexec probe` writes).
@@ -37,8 +44,7 @@ def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
     """
     name = str(ref)
     if name in _texts():
-        text = parse_yaml(_texts()[name], f"profile {name}")
-        return convert(text, HardwareProfile, field, f"profile {name}")
+        return convert(_plain(name), HardwareProfile, field, f"profile {name}")
     path = Path(ref)
     if path.suffix not in SUFFIXES and not exists(path):
         raise unknown(field, name, list_profiles(), "profile")
