@@ -104,9 +104,9 @@ def _stack(draw: random.Random, name: str) -> Stack:
     if draw.random() < 0.5:
         return stack
     changed, own = {kernel: pick(built) for kernel in kernels}, stack.sharding
-    sharding: dict[str, Any] = {"experts": pick([True, True, False])}
+    sharding: dict[str, Any] = {"experts": pick([True, "shared", False])}
     if own.fsdp:
-        sharding["copies"] = pick([True, False]) and not own.flat
+        sharding["copies"] = pick([True, False]) and not own.flat and own.loop in ("none", "pipelined")
         sharding["whole_sums"] = own.whole_sums if sharding["copies"] else "never"
     else:
         grads = "added" if stack.explicit else pick(["added", "kept"])
