@@ -105,9 +105,9 @@ class Passes:
         return cached and self.context.strategy.precision.matmul in CAST
 
     def _narrow_weights(self, layer: int) -> int:
-        """Bytes of the casts of a layer's weights."""
+        """Bytes of the casts of a layer's weights, which chunks of its tokens share."""
         each = narrow_weight(self.context)
-        return sum(weights_narrow(kernel, each) for kernel in self.tape(layer).kernels)
+        return sum({one.name: weights_narrow(one, each) for one in self.tape(layer).kernels}.values())
 
     @cached_property
     def held_logits(self) -> int:

@@ -34,26 +34,27 @@ class Sharding(Spec, frozen=True, kw_only=True):
     (gradient_as_bucket_view is false by default): so it is where optional says that it runs. copies: between
     shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters
     are sharded by what shards the others; else those spread over ranks are plain tensors, whole on every
-    replica; or so where each is one rank's own (`shared`: expert_fsdp 1). whole_sums: gradients of a step's
-    microbatches are summed whole, in the reductions' dtype, and reduced with the last one's (FSDP2's
-    set_requires_gradient_sync): `always`, or in `pipelines` (as torch's do). flat: a group's parameters are
-    views of one tensor, whose gradient autograd puts together and which is cast and divided before it is
-    reduced (torch's FullyShardedDataParallel); `original`: what the optimizer has are views of it too, each
-    time it is sharded again (use_orig_params). gathers: of these in the dtype of the products, or as shards
-    are (without MixedPrecision, under autocast); those of layers in the 8 bits that products read (`cast`,
-    torchao and Transformer Engine). sums: under ZeRO-1 and 2 gradients are scattered to the ranks that update
-    them (`scattered`), or all ranks sum them whole (`whole`). reductions: under ZeRO-2 and 3 they run beside
-    the backward (`hidden`), or so where the strategy hides them, else what comes after waits for each
-    (`asked`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
-    broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
-    once the backward after which they are reduced has made it: into the buffers of reductions and back,
-    scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
-    dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
-    (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
-    next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
-    gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
-    (`frees`, torch's default); so are shards of gradients, unless they are parts of buffers that are there
-    for good (`buffers`); or so below ZeRO-3 alone, until the update has copies in fp32 (`copied`).
+    replica; or they are sharded where expert_fsdp is above 1, and such plain tensors where it is 1
+    (`shared`). whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and
+    reduced with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's
+    do). flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which
+    is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
+    optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
+    the dtype of the products, or as shards are (without MixedPrecision, under autocast); those of layers in
+    the 8 bits that products read (`cast`, torchao and Transformer Engine). sums: under ZeRO-1 and 2 gradients
+    are scattered to the ranks that update them (`scattered`), or all ranks sum them whole (`whole`).
+    reductions: under ZeRO-2 and 3 they run beside the backward (`hidden`), or so where the strategy hides
+    them, else what comes after waits for each (`asked`). owners: under ZeRO-1 each tensor's optimizer state
+    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
+    bytes moved for each gradient of a rank once the backward after which they are reduced has made it: into
+    the buffers of reductions and back, scaled, counted into a norm while they are whole. microbatch_grads:
+    where gradients are summed in a wider dtype than the products' and no rank shards them, each that a
+    backward makes is added and freed at once (`added`); or all are added after the backward, each from a copy
+    in the sums' dtype, and live until the next backward begins, through forwards and update (`kept`).
+    zero_grad: where parameters are whole, gradients are there for good (`fills`), or each from the backward
+    that makes it to the end of the step (`frees`, torch's default); so are shards of gradients, unless they
+    are parts of buffers that are there for good (`buffers`); or so below ZeRO-3 alone, until the update has
+    copies in fp32 (`copied`).
     update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
     makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
     after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is

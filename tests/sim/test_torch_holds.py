@@ -89,9 +89,14 @@ def test_what_a_compiled_cast_reads_is_made_again_from_what_others_keep(how: str
     assert (held > 0) == (how == "kept")
 
 
-def test_cast_weights_that_modules_keep_are_there_for_good_in_both_layouts() -> None:
+@pytest.mark.parametrize("chunk_tokens", [0, 16])
+def test_cast_weights_that_modules_keep_are_there_for_good_in_both_layouts(chunk_tokens: int) -> None:
+    """Once, however many chunks of tokens the experts take them for."""
     plan = fsdp2(world_size=2)
-    plan = replace(plan, precision=replace(plan.precision, matmul="fp8"))
+    plan = replace(
+        plan, precision=replace(plan.precision, matmul="fp8"),
+        experts=replace(plan.experts, chunk_tokens=chunk_tokens),
+    )  # fmt: skip
     once, cached = (
         played(plan, "nemo-automodel", kernels={"weight_casts": how}) for how in ("step", "cached")
     )
