@@ -15,7 +15,7 @@ from mopsim.spec.plan import Plan
 
 _FORMAT = 2
 """1: flat tensors of one runtime's own units."""
-_FIXED = ("seq_len", "global_batch", "routing", "seed")
+_FIXED = ("seq_len", "global_batch", "routing", "document_tokens", "seed")
 """Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
 
 

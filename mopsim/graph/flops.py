@@ -10,10 +10,12 @@ from mopsim.spec.model import ModelSpec
 
 
 @lru_cache(maxsize=1024)
-def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple[tuple[str, float], ...]:
+def _layer_flops(
+    model: ModelSpec, seq_len: int, layer: int, moe: bool, documents: int
+) -> tuple[tuple[str, float], ...]:
     """Forward FLOP of one layer over one whole sequence."""
     S, k = seq_len, model.num_experts_per_tok
-    tapes = [attention(model, Shapes(S, S), layer)]
+    tapes = [attention(model, Shapes(S, S, documents=documents), layer)]
     if moe:
         tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2)]
         if model.shared_expert_intermediate_size:
@@ -29,15 +31,15 @@ def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple
 
 
 @lru_cache(maxsize=1024)
-def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
+def _flops(model: ModelSpec, seq_len: int, documents: int) -> tuple[tuple[str, float], ...]:
     found: dict[str, float] = {}
     for kind, layers in model.layer_kinds().items():
-        for name, flops in _layer_flops(model, seq_len, layers[0], kind.routed):
+        for name, flops in _layer_flops(model, seq_len, layers[0], kind.routed, documents):
             found[name] = found.get(name, 0.0) + len(layers) * flops
     head = 2.0 * seq_len * model.hidden_size * model.vocab_size
     for _ in range(model.num_nextn_predict_layers):
         for name, flops in _layer_flops(
-            model, seq_len, model.num_hidden_layers, bool(model.num_local_experts)
+            model, seq_len, model.num_hidden_layers, bool(model.num_local_experts), documents
         ):
             found[name] = found.get(name, 0.0) + flops
         head += 2.0 * seq_len * model.hidden_size * model.vocab_size + 4.0 * seq_len * model.hidden_size**2
@@ -45,10 +47,11 @@ def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
     return tuple((name, flops / seq_len) for name, flops in found.items())
 
 
-def flops_per_token(model: ModelSpec, seq_len: int) -> dict[str, float]:
+def flops_per_token(model: ModelSpec, seq_len: int, documents: int = 0) -> dict[str, float]:
     """Forward FLOP of one token of a sequence of `seq_len`, by component; causal attention counted half.
+    documents: tokens of those that attention does not cross (`TrainSpec.document_tokens`).
 
     `attention` holds the projections, `attention_core` the products with keys and values. A training step
     is 3 times the sum (PaLM, arXiv 2204.02311, appendix B), recomputation not counted.
     """
-    return dict(_flops(model, seq_len))
+    return dict(_flops(model, seq_len, documents))

@@ -17,6 +17,7 @@ class Shapes(Struct, frozen=True):
     trade keys and values have slices one after the other, of which the last attends to the most.
     whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
     documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
+    skips: whether its kernel leaves out what a window or a document hides.
     """
 
     tokens: int
@@ -33,6 +34,7 @@ class Shapes(Struct, frozen=True):
     in_order: bool = False
     whole_experts: bool = False
     documents: int = 0
+    skips: bool = True
 
     @property
     def region_tokens(self) -> int:
@@ -46,7 +48,10 @@ class Shapes(Struct, frozen=True):
 
     def band(self, model: ModelSpec, layer: int) -> tuple[int, bool]:
         """Tokens of what a query of a layer attends to, 0: all before it; whether they are chunks. Documents
-        are chunks of one length; a window that is shorter than they are counts whole."""
+        are chunks of one length; a window that is shorter than they are counts whole. None where the kernel
+        computes what is hidden too."""
+        if not self.skips:
+            return 0, False
         width = model.window(layer)
         if self.documents and (width == 0 or self.documents <= width):
             return self.documents, True
@@ -66,11 +71,15 @@ def causal_pairs(seq_len: int, window: int = 0, chunked: bool = False) -> float:
 def pairs_of_a_slice(
     seq_len: int, ranks: int, in_order: bool, window: int = 0, chunked: bool = False
 ) -> float:
-    """Query-key pairs of the busiest of the ranks that share a causal sequence. in_order: see Shapes."""
-    whole = causal_pairs(seq_len, window, chunked)
+    """Query-key pairs of the busiest of the ranks that share a causal sequence. in_order: see Shapes; that is
+    the last, but with chunks, of which its slice may have the beginning of one."""
     if not in_order:
-        return whole / ranks
-    return whole - causal_pairs(seq_len - seq_len // ranks, window, chunked)
+        return causal_pairs(seq_len, window, chunked) / ranks
+    ends = range(seq_len, 0, -(seq_len // ranks)) if chunked else (seq_len,)
+    return max(
+        causal_pairs(end, window, chunked) - causal_pairs(end - seq_len // ranks, window, chunked)
+        for end in ends
+    )
 
 
 def attended_span(seq_len: int, window: int = 0, chunked: bool = False) -> int:

@@ -64,6 +64,7 @@ class Passes:
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
+            skips=context.stack.skips_hidden(context.training.plain_attention(context.model)),
             in_order=kernels.sequence_slices == "in_order",
             fused=not apart or strategy.dense.tensor_parallel > 1,
             whole_experts="routed" in kernels.exchanged_rows,

@@ -158,6 +158,11 @@ class Stack(Spec, frozen=True, kw_only=True):
         """Whether attention scores are never kept in memory."""
         return self.attention != "scores"
 
+    def skips_hidden(self, plain: bool) -> bool:
+        """Whether attention leaves out the blocks of scores that a window or a document hides, beside the
+        causal half. plain: see `on`."""
+        return self.on("", plain).attention not in ("masked", "scores")
+
     def under(self, zero: int) -> "Stack":
         """The stack as it shards state at a level of ZeRO."""
         if zero >= 2 or not self.sharding.optional:

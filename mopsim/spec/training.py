@@ -57,7 +57,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         for field in ("seq_len", "global_batch"):
             yield getattr(self, field) <= 2**40, field, "must be at most 2^40"
         known = self.attention_mask == "document" or self.document_tokens == 0
-        yield known, "document_tokens", "is of attention_mask 'document'"
+        yield known, "document_tokens", "needs attention_mask 'document'"
         for field in ("learning_rate", "eps"):
             yield getattr(self, field) > 0, field, "must be positive"
         for field, most in (

@@ -5,12 +5,14 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.cost.stack import as_used
-from mopsim.engine import run
-from mopsim.graph.shapes import Shapes, causal_pairs
+from mopsim.engine import run, simulate
+from mopsim.graph.flops import flops_per_token
+from mopsim.graph.shapes import Shapes, causal_pairs, pairs_of_a_slice
 from mopsim.program import lower
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
@@ -52,8 +54,38 @@ def test_shorter_documents_take_less_of_a_step() -> None:
     assert short < longer < one == unknown == step(whole)
 
 
+@pytest.mark.parametrize("kernel", ["masked", "scores"])
+def test_a_kernel_that_computes_what_is_hidden_gains_nothing(kernel: str) -> None:
+    machine, stack = load_profile("h100-sxm-80g"), load_stack("transformers-fsdp1")
+    eager = replace(stack, kernels=replace(stack.kernels, attention={"default": kernel}))
+    apart = TrainSpec(seq_len=2048, global_batch=8, attention_mask="document", mtp_loss_coef=0.0)
+
+    def busy(model: ModelSpec, training: TrainSpec, software: Stack) -> float:
+        return simulate(model, machine, 1, fsdp2(8), training, software).busy["attention"]
+
+    short = replace(apart, document_tokens=256)
+    full = replace(WINDOWED, sliding_window=0, sliding_window_period=1, layer_types=())
+    assert busy(DENSE, short, eager) == busy(DENSE, apart, eager)
+    assert busy(DENSE, short, stack) < busy(DENSE, apart, stack)
+    assert busy(WINDOWED, apart, eager) == pytest.approx(busy(full, apart, eager))
+
+
+def test_the_busiest_of_ranks_in_order_has_no_less_than_its_share() -> None:
+    """Of the last's slice the middle of a document may be missing."""
+    whole = causal_pairs(131072, 54238, chunked=True)
+    busiest = pairs_of_a_slice(131072, 8, True, 54238, chunked=True)
+    assert whole / 8 < busiest <= 16384 * 54238
+    assert pairs_of_a_slice(8192, 4, True) == causal_pairs(8192) - causal_pairs(6144)
+
+
+def test_model_flop_are_of_what_a_token_attends_to() -> None:
+    whole, apart = (flops_per_token(DENSE, 8192, documents) for documents in (0, 1024))
+    assert apart["attention_core"] == pytest.approx(whole["attention_core"] * 1025 / 8193)
+    assert apart["attention"] == whole["attention"]
+
+
 def test_only_documents_that_are_apart_have_a_length() -> None:
-    with pytest.raises(MopError, match="document_tokens: 512 is of attention_mask 'document'"):
+    with pytest.raises(MopError, match="document_tokens: 512 needs attention_mask 'document'"):
         TrainSpec(seq_len=4096, global_batch=8, document_tokens=512)
 
 
