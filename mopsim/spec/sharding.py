@@ -168,7 +168,6 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield not self.fsdp or self.zero_grad != "copied", "zero_grad", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
-        rule = "is of torch's FSDP1 (flat)"
         rule = "are of a program whose layers are turns of a loop (loop)"
         yield self.loop != "none" or not self.loop_copies, "loop_copies", rule
         rule = "is of a program that shards parameters (fsdp), without copies of FSDP2 and flat tensors"
