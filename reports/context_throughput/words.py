@@ -53,8 +53,23 @@ def span(all_curves: Sequence[Mapping[str, Curve]]) -> tuple[float, float]:
 def range_of(study: Study, name: str) -> str:
     """Where a contender ends over all cases: '256K to 1M'; at least that where the sweep ended first."""
     found = [curves[name] for curves in study.curves if name in curves]
-    ends = sorted((curve.longest.seq_len if curve.longest else 0, not curve.end) for curve in found)
-    names = [_so_far(*end) for end in (ends[0], ends[-1])]
+    return _from_to([(curve.longest.seq_len if curve.longest else 0, not curve.end) for curve in found])
+
+
+def surely(study: Study, name: str) -> str:
+    """The same of what fits with a probability of 0.9, in brackets; nothing where that is as far."""
+    found = [curves[name] for curves in study.curves if name in curves]
+    lengths = [max((one.seq_len for one in curve.points if one.sure), default=0) for curve in found]
+    ends = [
+        (length, not curve.end and length == curve.points[-1].seq_len)
+        for curve, length in zip(found, lengths, strict=True)
+    ]
+    told = _from_to(ends)
+    return "" if told == range_of(study, name) else f" ({told} with a probability of 0.9)"
+
+
+def _from_to(ends: Sequence[tuple[int, bool]]) -> str:
+    names = [_so_far(*end) for end in (min(ends), max(ends))]
     return names[0] if names[0] == names[1] else f"{names[0]} to {names[1]}"
 
 
@@ -110,9 +125,9 @@ def summary(study: Study) -> str:
     """The whole in a few sentences."""
     low, high = span(study.curves)
     parts = [
-        f"MoP reaches {range_of(study, 'mop')} tokens. FSDP2 with a chunked loss, any context parallelism "
-        f"and CPU offload reaches {range_of(study, 'fsdp2')}; where both run, MoP has {low:.2f}x to "
-        f"{high:.2f}x its throughput."
+        f"MoP reaches {range_of(study, 'mop')} tokens{surely(study, 'mop')}. FSDP2 with a chunked loss, any "
+        f"context parallelism and CPU offload reaches {range_of(study, 'fsdp2')}{surely(study, 'fsdp2')}; "
+        f"where both run, MoP has {low:.2f}x to {high:.2f}x its throughput."
     ]
     for name, what in (
         ("fsdp2_full", "With all logits of a rank at once FSDP2 ends at {}"),
