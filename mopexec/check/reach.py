@@ -69,8 +69,7 @@ _REFUSED = "the plan: "
 
 def with_seq_len(plan: Plan, seq_len: int) -> Plan:
     """The same plan at another sequence length; its prediction no longer holds and is dropped."""
-    training = msgspec.structs.replace(plan.training, seq_len=seq_len)
-    return msgspec.structs.replace(plan, training=training, prediction=None)
+    return msgspec.structs.replace(plan, training=plan.training.at_length(seq_len), prediction=None)
 
 
 def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) -> Reach:

@@ -31,8 +31,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     virtual = strategy.pipeline.virtual_stages > 1
     microbatches = 2 if virtual else min(plan.training.num_microbatches(plan.strategy), 2)
     training = msgspec.structs.replace(
-        plan.training,
-        seq_len=16 * ranks,
+        plan.training.at_length(16 * ranks),
         routing=_routing(plan),
         clip_norm=_CLIP_NORM,
         warmup_steps=0,

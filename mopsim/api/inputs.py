@@ -73,7 +73,8 @@ class Inputs:
 
     def trained_as(self, *plans: Plan) -> "Inputs":
         """The job, with what it does not say of training as the plans for its model agree on."""
-        ours = [plan.training for plan in plans if plan.model == self.model]
+        length = self.training.seq_len
+        ours = [plan.training.at_length(length) for plan in plans if plan.model == self.model]
         unsaid = [name for name in TrainSpec.__struct_fields__ if name not in self.said]
         found = {name: {getattr(one, name) for one in ours} for name in unsaid}
         agreed = {name: one for name, values in found.items() if len(values) == 1 for one in values}

@@ -98,6 +98,6 @@ def _at(inputs: Inputs, setting: str, value: int, hold: Hold) -> Inputs:
     length = value if setting == "seq_len" else inputs.training.seq_len
     nodes = value if setting == "nodes" else inputs.nodes
     batch = max(1, round(_SEQUENCES[hold](inputs, length, nodes)))
-    training = changed(inputs.training, seq_len=length, global_batch=batch)
+    training = changed(inputs.training.at_length(length), global_batch=batch)
     training.check_model(inputs.model)
     return replace(inputs, nodes=nodes, training=training)

@@ -178,14 +178,26 @@ def _function(plan: Plan, found: dict[str, dict[str, Any]], left_out: Sequence[S
     yield "    )"
 
 
+def _documents(plan: Plan) -> Iterator[str]:
+    """What its mask, which no configuration changes, makes of the plan's: positions of the data say where
+    documents end (components/data/packing.py)."""
+    training = plan.training
+    if training.attention_mask == "causal":
+        yield (
+            "There a token attends to its own document alone, in the plan to all before it "
+            "(training.attention_mask causal): predicted times are upper estimates where there are several"
+        )
+    elif training.document_tokens:
+        length = f"{training.document_tokens} tokens (training.document_tokens)"
+        yield f"Predicted for documents of {length}: those of the data decide"
+
+
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The module's text."""
     lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out, NAME)]
     lines.append("# To run: MODULE=<this file's name> CONFIG=plan ./run_train.sh, its folder on PYTHONPATH")
     lines.append("# To be set: hf_assets_path, the data set, training.steps")
-    lines.append(
-        "# There a token attends to its own document alone; the plan is of sequences of one document"
-    )
+    lines += [f"# {line}" for line in _documents(plan)]
     made = list(_function(plan, unsaid(sections(plan), left_out, KEYS), left_out))
     model = SIDES[NAME]["flavors"].get(plan.model.name, ("YOUR_MODEL",))[0]
     named = set(re.findall(r"\w+", "\n".join(made)))

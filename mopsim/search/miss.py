@@ -68,7 +68,7 @@ def _lengths(problem: Problem) -> Iterator[Change]:
     for halved in range(1, DOUBLINGS + 1):
         length = whole >> halved
         if length >= 512 and whole % (1 << halved) == 0:
-            training = changed(problem.training, seq_len=length)
+            training = problem.training.at_length(length)
             yield f"sequences of {length:,} tokens instead of {whole:,}", replace(problem, training=training)
 
 

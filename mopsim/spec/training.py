@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from msgspec.structs import replace
+
 from mopsim.common.errors import Rules, SpecError, require
 from mopsim.common.io import Spec
 from mopsim.common.working import near_multiples
@@ -28,7 +30,8 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     whatever document; "document": the documents of a sequence are trained as if each were alone: positions
     restart, attention does not cross, none predicts the next one's first token. document_tokens: where it is
     "document", tokens of the document that a token is in, on average over tokens: the documents' lengths
-    squared, summed, over their sum (simulation); 0: not known, each sequence is taken as one document.
+    squared, summed, over their sum (simulation), at most seq_len, since sequences cut documents; 0: not
+    known, each sequence is taken as one document.
     seed: what weights and data are drawn from.
     """
 
@@ -56,6 +59,8 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         profiles.check(self.routing)
         for field in ("seq_len", "global_batch"):
             yield getattr(self, field) <= 2**40, field, "must be at most 2^40"
+        whole = 0 <= self.document_tokens <= self.seq_len
+        yield whole, "document_tokens", f"must lie between 0 and seq_len {self.seq_len}"
         known = self.attention_mask == "document" or self.document_tokens == 0
         yield known, "document_tokens", "needs attention_mask 'document'"
         for field in ("learning_rate", "eps"):
@@ -63,7 +68,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         for field, most in (
             ("learning_rate", 10), ("eps", 1), ("warmup_steps", 2**40), ("weight_decay", 10),
             ("clip_norm", 1e12), ("bias_update_rate", 1), ("router_aux_loss_coef", 1e3),
-            ("router_z_loss_coef", 1e3), ("mtp_loss_coef", 1e3), ("document_tokens", 2**40), ("seed", 2**62),
+            ("router_z_loss_coef", 1e3), ("mtp_loss_coef", 1e3), ("seed", 2**62),
         ):  # fmt: skip
             yield 0 <= getattr(self, field) <= most, field, f"must lie between 0 and {most:g}"
         for field in ("beta1", "beta2"):
@@ -131,6 +136,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
                 f"{ceil_div(tokens, MOST_CHUNKS)} or more will do"
             )
             require(chunks <= MOST_CHUNKS, f"strategy.{field}.chunk_tokens", size, rule)
+
+    def at_length(self, seq_len: int) -> "TrainSpec":
+        """The same with sequences of another length, which cut the documents that are longer."""
+        return replace(self, seq_len=seq_len, document_tokens=min(self.document_tokens, seq_len))
 
     def num_microbatches(self, strategy: Strategy) -> int:
         """Microbatches that one data group works through in a step."""

@@ -12,7 +12,7 @@ class Column(NamedTuple):
 
     values: what a cell may say; words: what it may join by +. Any text where there are neither. read:
     whether a prediction depends on it: then a name that is nearly this one is a mistake. kind: what every
-    cell must be that is not empty or `unknown`, whatever the others say.
+    cell must be that is not empty or `unknown`, whatever the others say. least: of a count.
     """
 
     needed: bool
@@ -21,6 +21,7 @@ class Column(NamedTuple):
     words: tuple[str, ...] = ()
     read: bool = True
     kind: Literal["", "count", "number"] = ""
+    least: int = 1
 
 
 ROOTS = ("strategy.", "model.", "stack.")
@@ -34,6 +35,7 @@ def _one(meaning: str, values: str, words: str = "", *, needed: bool = _MAY) -> 
 
 
 _count, _number = partial(Column, kind="count"), partial(Column, kind="number")
+_count_or_0 = partial(Column, kind="count", least=0)
 
 
 def _note(meaning: str) -> Column:
@@ -118,29 +120,29 @@ NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "r
 MODELS: dict[str, Column] = {
     "model": Column(_NEED, "The name that a runs table uses. No other row has it."),
     "num_layers": _count(_MAY, "Decoder layers; needed."),
-    "num_dense_layers": _count(_MAY, "Leading layers with a dense FFN; needed with experts."),
+    "num_dense_layers": _count_or_0(_MAY, "Leading layers with a dense FFN; needed with experts."),
     "hidden": _count(_MAY, "Width of the residual stream; needed."),
-    "dense_ffn_hidden": _count(_MAY, "Columns of a dense FFN; needed without experts."),
+    "dense_ffn_hidden": _count_or_0(_MAY, "Columns of a dense FFN; needed without experts."),
     "num_heads": _count(_MAY, "Query heads; needed."),
     "num_kv_heads": _count(_MAY, "Key and value heads; needed."),
-    "head_dim": _count(_MAY, "Width of a query or key head; needed."),
+    "head_dim": _count_or_0(_MAY, "Width of a query or key head; needed."),
     "attention": _one(
         "mla: multi-head latent attention. Of the others num_kv_heads counts.", "mha mqa gqa mla"
     ),
-    "q_lora_rank": _count(_MAY, "Rank of MLA's queries."),
-    "kv_lora_rank": _count(_MAY, "Rank of MLA's keys and values."),
-    "qk_nope_head_dim": _count(_MAY, "Part of MLA's heads without positions."),
-    "qk_rope_head_dim": _count(_MAY, "Part of MLA's heads with positions."),
-    "v_head_dim": _count(_MAY, "Width of MLA's value heads."),
-    "num_experts": _count(_MAY, "Routed experts of a layer; 0 or empty for a dense network."),
-    "top_k": _count(_MAY, "Experts that a token chooses; needed with experts."),
-    "expert_ffn_hidden": _count(_MAY, "Columns of one expert; needed with experts."),
+    "q_lora_rank": _count_or_0(_MAY, "Rank of MLA's queries."),
+    "kv_lora_rank": _count_or_0(_MAY, "Rank of MLA's keys and values."),
+    "qk_nope_head_dim": _count_or_0(_MAY, "Part of MLA's heads without positions."),
+    "qk_rope_head_dim": _count_or_0(_MAY, "Part of MLA's heads with positions."),
+    "v_head_dim": _count_or_0(_MAY, "Width of MLA's value heads."),
+    "num_experts": _count_or_0(_MAY, "Routed experts of a layer; 0 or empty for a dense network."),
+    "top_k": _count_or_0(_MAY, "Experts that a token chooses; needed with experts."),
+    "expert_ffn_hidden": _count_or_0(_MAY, "Columns of one expert; needed with experts."),
     "num_shared_experts": _note("For readers: shared_ffn_hidden says what they cost."),
-    "shared_ffn_hidden": _count(_MAY, "Columns of all shared experts together."),
+    "shared_ffn_hidden": _count_or_0(_MAY, "Columns of all shared experts together."),
     "vocab_size": _count(_MAY, "Rows of the embedding; needed."),
-    "tied_embeddings": _count(_MAY, "1 where the output projection is the embedding, else 0."),
-    "mtp_layers": _count(_MAY, "MTP layers."),
-    "sliding_window": _count(_MAY, "Tokens that a windowed layer attends to."),
+    "tied_embeddings": _count_or_0(_MAY, "1 where the output projection is the embedding, else 0."),
+    "mtp_layers": _count_or_0(_MAY, "MTP layers."),
+    "sliding_window": _count_or_0(_MAY, "Tokens that a windowed layer attends to."),
     "total_params_b": _number(_MAY, "Published count, 1e9 parameters; checked against."),
     "active_params_b": _number(_MAY, "Published count of a token's parameters, 1e9; checked against."),
     "notes": _note("What has no column, in words."),

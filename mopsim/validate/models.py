@@ -47,8 +47,9 @@ def complaints_of(row: Row) -> list[UnsupportedError]:
     head = f"models.{row['model']}"
     wrong = [*tables.wrong_cells(row, MODELS)]
     filled = applied(model_rules(), row, ("model.",)).row
-    needed = (*_USED, *(_ROUTED if filled.get("num_experts", "") not in (*UNKNOWN, "0") else _DENSE))
     told = {one.field for one in wrong}
+    ffn = () if "num_experts" in told else _ROUTED if _get(filled, "num_experts") else _DENSE
+    needed = (*_USED, *ffn)
     wrong += [_empty(column) for column in needed if column not in told and filled.get(column, "") in UNKNOWN]
     return [UnsupportedError("model", str(one.within(head))) for one in wrong]
 
@@ -80,7 +81,7 @@ def _from_row(row: Row) -> ModelSpec:
 
 
 def _get(row: Row, column: str) -> int:
-    return tables.count(row, column, 0) or 0
+    return tables.count(row, column, MODELS[column].least) or 0
 
 
 def _need(row: Row, column: str) -> int:

@@ -112,12 +112,13 @@ def wrong_cells(row: Row, columns: Mapping[str, Column]) -> Iterator[SpecError]:
     if SURPLUS in row:
         yield SpecError("row", row[SURPLUS], _TOO_MANY)
         return
-    read = {"count": count, "number": number}
     for name, column in columns.items():
         try:
             _stated(row.get(name, ""), name, column)
-            if column.kind:
-                read[column.kind](row, name)
+            if column.kind == "count":
+                count(row, name, column.least)
+            elif column.kind:
+                number(row, name)
         except SpecError as error:
             yield error
 

@@ -42,6 +42,15 @@ def test_what_the_job_says_is_not_the_plans() -> None:
         assert any(said in one for one in step.notes), said
 
 
+def test_shorter_sequences_cut_the_documents_of_a_plan() -> None:
+    apart = planned(attention_mask="document", document_tokens=200, mtp_loss_coef=0.0)
+    step = mopsim.simulate(**JOB | {"seq_len": 128}, strategy=apart)
+    assert step.plan().training.document_tokens == 128
+    assert any("document_tokens 128" in one for one in step.notes)
+    made = mopsim.compare(**JOB, strategies={"plan": apart}, sweep=("seq_len", [128, 256]))
+    assert [len(point.results) for point in made.sweep.points] == [1, 1]
+
+
 def test_plans_that_agree_train_all_that_are_compared() -> None:
     document = planned(attention_mask="document", mtp_loss_coef=0.0)
     alike = mopsim.compare(**JOB, strategies={"plan": document, "other": TINY})

@@ -56,6 +56,9 @@ def edited(plan, **strategy):
         ("seq_len=8", "'seq_len=8': decides memory and time: search for a plan with it"),
         ("learning_rate=nan", "plan.training.learning_rate: 'nan' must be a finite number"),
         ("clip_norm=-1", "plan.training.clip_norm: -1.0 must lie between 0 and"),
+        ("document_tokens=-1", "document_tokens: -1 must lie between 0 and seq_len 64"),
+        ("document_tokens=65", "document_tokens: 65 must lie between 0 and seq_len 64"),
+        ("document_tokens=8", "document_tokens: 8 needs attention_mask 'document'"),
         ("attention_mask=all", "plan.training.attention_mask: 'all' is not one of causal, document"),
     ],
 )

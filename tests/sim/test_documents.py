@@ -1,5 +1,7 @@
 """Documents of a sequence that attention does not cross: what is computed, and who says how long they are."""
 
+from typing import Literal
+
 import pytest
 from msgspec.structs import replace
 
@@ -87,6 +89,18 @@ def test_model_flop_are_of_what_a_token_attends_to() -> None:
 def test_only_documents_that_are_apart_have_a_length() -> None:
     with pytest.raises(MopError, match="document_tokens: 512 needs attention_mask 'document'"):
         TrainSpec(seq_len=4096, global_batch=8, document_tokens=512)
+
+
+@pytest.mark.parametrize("mask", ["causal", "document"])
+@pytest.mark.parametrize("tokens", [-1, 4097])
+def test_a_document_is_no_longer_than_its_sequence(mask: Literal["causal", "document"], tokens: int) -> None:
+    with pytest.raises(MopError, match=f"^document_tokens: {tokens} must lie between 0 and seq_len 4096$"):
+        TrainSpec(seq_len=4096, global_batch=8, attention_mask=mask, document_tokens=tokens)
+
+
+def test_shorter_sequences_cut_documents() -> None:
+    whole = TrainSpec(seq_len=4096, global_batch=8, attention_mask="document", document_tokens=2000)
+    assert [whole.at_length(n).document_tokens for n in (1024, 2048, 8192)] == [1024, 2000, 2000]
 
 
 def test_a_kernel_has_rates_of_its_own_where_they_are_known() -> None:

@@ -187,6 +187,28 @@ def test_what_it_has_not_is_refused_by_name(strategy: Strategy, model: str, says
         export(plan(strategy, model), "torchtitan-main")
 
 
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({}, "attends to its own document alone, in the plan to all before it"),
+        ({"attention_mask": "document"}, ""),
+        ({"attention_mask": "document", "document_tokens": 500}, "Predicted for documents of 500 tokens"),
+    ],
+)
+def test_documents_are_apart_whatever_the_plan_says(training: Any, says: str, lossy: bool) -> None:
+    given = plan(fsdp2(32, expert_parallel=8))
+    given = replace(given, training=replace(given.training, **training))
+    text, gaps = export(given, "torchtitan-main", lossy=lossy)
+    told = [line for line in text.splitlines() if line.startswith("#") and "document" in line]
+    assert not gaps
+    assert len(told) == bool(says)
+    assert says in "".join(told)
+    if training:
+        with pytest.raises(MopError, match="attention_mask: 'document' is not in TorchTitan, only 'causal'"):
+            export(given, "torchtitan")
+
+
 def test_a_prediction_of_another_version_is_said_with_that_of_this_one() -> None:
     """A plan on the stack of 2024 to 2025 told its 52 s in a file for main, where a step takes 34 s."""
     machine = load_profile("h200-sxm-141g")

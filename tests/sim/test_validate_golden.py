@@ -13,20 +13,22 @@ from typing import Any
 import pytest
 
 from mopsim.validate.models import read_rows
+from mopsim.validate.rows import read_case
 from mopsim.validate.run import cases_of
 from mopsim.validate.scoring import Scored, score
 from mopsim.validate.simulated import simulate_case
-from mopsim.validate.tables import read_runs
+from mopsim.validate.tables import UnsupportedError, read_runs
 
 DATA = Path(__file__).parent / "data"
 ROWS = read_runs(DATA / "golden_runs.csv")
+NETWORKS = read_rows(DATA / "golden_models.csv")
 
 
 @cache
 def scored(name: str) -> Scored:
     """A row by its id, simulated once."""
     (row,) = (row for row in ROWS if row["run_id"] == name)
-    (case,), refused = cases_of([row], read_rows(DATA / "golden_models.csv"))
+    (case,), refused = cases_of([row], NETWORKS)
     assert not refused
     found = simulate_case(case, paced=False)  # nothing is calibrated
     assert not found.error
@@ -93,3 +95,10 @@ def test_published_run(row: dict[str, str]) -> None:
     if row["memory_tolerance"]:
         assert one.memory_error is not None
         assert abs(one.memory_error) <= float(row["memory_tolerance"])
+
+
+def test_one_wrong_cell_is_the_only_complaint() -> None:
+    for row in ROWS:
+        with pytest.raises(UnsupportedError) as told:
+            read_case({**row, "document_tokens": "x"}, NETWORKS)
+        assert [one.reason for one in told.value.each] == ["document_tokens: 'x' is not a number"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.common.errors import MopError, SpecError
-from mopsim.validate.models import Row, from_row, read_rows
+from mopsim.validate.models import Row, complaints_of, from_row, read_rows
 
 ROW: Row = {
     "model": "m",
@@ -56,6 +56,20 @@ def test_an_empty_or_wrong_column_is_named(column: str) -> None:
         from_row(ROW | {column: "many"})
 
 
+@pytest.mark.parametrize(
+    ("cells", "wrong"),
+    [
+        ({"num_experts": "0", "mtp_layers": "0", "sliding_window": "0", "q_lora_rank": "0"}, []),
+        ({"num_experts": "0.0"}, []),
+        ({"num_experts": "many"}, ["num_experts: 'many' is not a number"]),
+        ({"mtp_layers": "0.5"}, ["mtp_layers: '0.5' is not a whole number"]),
+        ({"vocab_size": "0"}, ["vocab_size: '0' is not a positive whole number"]),
+    ],
+)
+def test_cells_are_held_to_what_their_column_may_say(cells: Row, wrong: list[str]) -> None:
+    assert [one.reason for one in complaints_of(ROW | cells)] == [f"models.m.{one}" for one in wrong]
+
+
 def test_a_file_without_the_column_or_with_a_name_twice(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("name,hidden\nx,1\n")
     with pytest.raises(MopError, match="has no column 'model'"):
@@ -77,7 +91,8 @@ def test_attention_is_one_that_is_known() -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "says"),
     [
-        ("hidden", "64.9", "is not a whole number"),
+        ("hidden", "64.9", "is not a positive whole number"),
+        ("hidden", "0", "is not a positive whole number"),
         ("num_layers", "-2", "must be from 0"),
         ("tied_embeddings", "2", "is neither 0 nor 1"),
         ("tied_embeddings", "0.5", "is not a whole number"),
