@@ -8,7 +8,6 @@ from typing import cast
 
 import torch.distributed as dist
 
-from mopexec.distributed.loops import give_way
 from mopexec.distributed.tiers import Platform
 from mopsim.spec import layout
 from mopsim.spec.layout import Place
@@ -139,6 +138,5 @@ def make_group(all_groups: Sequence[Sequence[int]], rank: int, platform: Platfor
             if handle is not None and not platform.fake:
                 dist.barrier(group=handle)  # all pairs connected before the first point-to-point of the ring
             mine = Group(tuple(ranks), list(ranks).index(rank), handle)
-    give_way()
     assert mine is not None, f"rank {rank} is in no group of {all_groups}"
     return mine

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from mopexec.distributed.loops import give_way
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.model.initialize import is_stacked
@@ -59,7 +58,6 @@ def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
     shard = strategy.dense.fsdp
     copies = torch.tensor(layout.split(range(world), shard))
     dense = DeviceMesh(device, copies, mesh_dim_names=("replicate", "shard"))
-    give_way()
     return FsdpGroups(
         world=world,
         dense=dense if shard < world else dense["shard"],

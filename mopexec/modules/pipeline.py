@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.collectives import Waitable
-from mopexec.distributed.loops import give_way
 from mopexec.distributed.mesh import process_group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, phase
@@ -50,7 +49,6 @@ class Links:
                     self.found[way, "to"] = Link(target, group)
                 if me == target:
                     self.found[way, "from"] = Link(source, group)
-        give_way()
 
 
 class StagePipeline:

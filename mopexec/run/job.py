@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from mopexec.distributed.loops import give_way
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.probe_machine import threads_of_rank, usable_cores
 from mopexec.run import attempts
@@ -142,7 +141,6 @@ def begin_group(platform: Platform, store: Store, rank: int, world_size: int) ->
         timeout=TIMEOUT,
         device_id=platform.device if platform.is_cuda else None,
     )
-    give_way()
 
 
 def pin(local_rank: int, local_size: int) -> tuple[int, ...]:
