@@ -60,7 +60,8 @@ def test_attention_in_a_window_is_met_on_a_card_it_was_not_fitted_on(
 def test_torch_is_slower_at_grouped_products_on_blackwell(
     n: int, k: int, experts: int, microseconds: float
 ) -> None:
-    """Forward and backward of 128,000 rows on B200 (torchao/prototype/moe_training/README.md)."""
+    """Forward and backward of 128,000 rows on B200 (torchao/prototype/moe_training/README.md), and of the mean
+    squared error timed with them: five passes over what they make (benchmarks/utils.py)."""
     stack = Stack(name="mine", kernels=Kernels(expert_products="torch"))
     b200, h200 = (
         as_used(load_profile(name), stack, WIDE, LONG) for name in ("b200-sxm-192g", "h200-sxm-141g")
@@ -70,6 +71,7 @@ def test_torch_is_slower_at_grouped_products_on_blackwell(
         seconds(Work("grouped_matmul", m=a, n=b, k=c, count=experts, dtype="bfloat16"), b200)
         for a, b, c in ((m, n, k), (m, k, n), (k, n, m))
     )
+    found += seconds(Work("memory_bound", bytes=5 * 128000 * n * 2), b200)
     assert found == pytest.approx(microseconds / 1e6, rel=0.12)
     assert h200 == load_profile("h200-sxm-141g")
 
