@@ -60,8 +60,8 @@ def test_attention_in_a_window_is_met_on_a_card_it_was_not_fitted_on(
 def test_torch_is_slower_at_grouped_products_on_blackwell(
     n: int, k: int, experts: int, microseconds: float
 ) -> None:
-    """Forward and backward of 128,000 rows on B200 (torchao/prototype/moe_training/README.md), and of the mean
-    squared error timed with them: five passes over what they make (benchmarks/utils.py)."""
+    """Forward and backward of 128,000 rows on B200 (torchao/prototype/moe_training/README.md), and of the
+    mean squared error timed with them: five passes over what they make (benchmarks/utils.py)."""
     stack = Stack(name="mine", kernels=Kernels(expert_products="torch"))
     b200, h200 = (
         as_used(load_profile(name), stack, WIDE, LONG) for name in ("b200-sxm-192g", "h200-sxm-141g")
