@@ -33,6 +33,8 @@ STACKS = {
 }
 """The software that a family's strategies are meant for, where no other is given."""
 
+CHUNK_TOKENS = 8192
+"""Tokens of a rank that MoP dispatches at a time, unless told."""
 AS_STACK = Overlap(grad_reduce=None, param_gather=None, pipeline=None, tensor=None, experts=None)
 """Communication is hidden as the software does it."""
 
@@ -94,7 +96,7 @@ def mop(
     fsdp: int = 0,
     expert_fsdp: int = 0,
     micro_batch: int = 1,
-    expert_chunk_tokens: int = 8192,
+    expert_chunk_tokens: int = CHUNK_TOKENS,
     max_expert_chunks: int = 10,
     ffn_chunk_tokens: int = 0,
     loss_chunk_tokens: int = 0,

@@ -13,6 +13,12 @@ def shipped(package: str, name: str) -> Any:
 
 
 @cache
+def kept(package: str, name: str) -> Any:
+    """As `shipped`, read once: nobody may change these objects."""
+    return shipped(package, name)
+
+
+@cache
 def shipped_texts(package: str, folder: str = "") -> dict[str, str]:
     """The texts of the files of a folder by their names without the ending."""
     found = (one for one in files(package).joinpath(folder).iterdir() if one.name.endswith(".yaml"))

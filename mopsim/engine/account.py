@@ -200,8 +200,9 @@ def _copies(played: PlayedStep, strategy: Strategy) -> int:
     """Bytes that tensors which the ledger does not have take on top of its peak: the copy that DeepSpeed
     sends, and flat tensors of the step's end beside what is resident."""
     workload, ledger = played.workload, played.ledgers[played.fullest]
-    flat = sum(ledger.resident[:NUM_DEVICE_SLOTS]) + workload.programs[played.fullest].blocks - ledger.peak
-    return upper.sent_copy(workload.stack.under(strategy.dense.zero).sharding, strategy) + max(0, flat)
+    resident, blocks = sum(ledger.resident[:NUM_DEVICE_SLOTS]), workload.programs[played.fullest].blocks
+    flat = upper.cached_blocks(blocks, resident, ledger.peak)
+    return upper.sent_copy(workload.stack.under(strategy.dense.zero).sharding, strategy) + flat
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:

@@ -56,8 +56,8 @@ def sent_copy(sharding: Sharding, strategy: Strategy) -> int:
 
 
 def cached_blocks(blocks: int, before: int, peak: int) -> int:
-    """Bytes that flat tensors of the step's end (`blocks`) take on top of the peak: the allocator has cached
-    what the passes before needed (`before`) in smaller blocks."""
+    """Bytes that flat tensors of the step's end (`blocks`) take on top of the peak. before: what is there
+    then, with what the passes needed where the allocator has it cached in smaller blocks."""
     return max(0, before + blocks - peak) if blocks else 0
 
 

@@ -30,16 +30,13 @@ from mopsim.search.stages import IDEAL, RULES, VIRTUAL
 from mopsim.spec.capability.expressions import holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.layout import ceil_div
-from mopsim.strategies import mop
+from mopsim.strategies import CHUNK_TOKENS, mop
 
 MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron",)
 FLAT = (*MOP, *ZERO)
 ALL = (*FLAT, *FSDP2, *MEGATRON)
 MOST_CONTEXT = 64
 """Ranks of a Megatron context-parallel group at most."""
-FINEST_CHUNK = 8192
-"""Tokens that a rank dispatches at a time at least, where that takes more than eight chunks: what `mop` takes
-unless told."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +247,8 @@ def _chunks(problem: Problem) -> list[int]:
 
 
 def most_chunks(problem: Problem) -> int:
-    """Chunks in which a rank's tokens are dispatched at most."""
-    return max(_shortest(problem) // FINEST_CHUNK, 8)
+    """Chunks in which a rank's tokens are dispatched at most: those of what `mop` takes unless told."""
+    return max(_shortest(problem) // CHUNK_TOKENS, 8)
 
 
 def _ffn_slices(problem: Problem) -> list[int]:

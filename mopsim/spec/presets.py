@@ -1,14 +1,14 @@
 """Models by name, by YAML file or by a local Hugging Face config.json."""
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, shown
-from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_yaml
+from mopsim.common.io import SUFFIXES, convert, exists, read_yaml
 from mopsim.common.nearest import unknown
-from mopsim.common.shipped import shipped_texts
+from mopsim.common.shipped import kept, shipped_texts
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
@@ -18,21 +18,14 @@ _texts = partial(shipped_texts, "mopsim", "presets")
 TRUTH_MODELS = "truth_models"
 
 
-@cache
 def _truth() -> dict[str, Any]:
-    return dict(parse_yaml(_texts()[TRUTH_MODELS], f"{TRUTH_MODELS}.yaml"))
+    return kept("mopsim", f"presets/{TRUTH_MODELS}.yaml")  # type: ignore[no-any-return]
 
 
 def list_models() -> list[str]:
     """Names of the shipped networks, sorted."""
     told = (name for name, one in _truth().items() if isinstance(one, dict))
     return sorted({*_texts(), *told} - {TRUTH_MODELS})
-
-
-@cache
-def _plain(name: str) -> Any:
-    """The plain objects of a preset, which nothing changes."""
-    return parse_yaml(_texts()[name], f"preset {name}")
 
 
 @named
@@ -44,7 +37,7 @@ def load_model(ref: str | Path) -> ModelSpec:
     """
     name = str(ref)
     if name != TRUTH_MODELS and name in _texts():
-        return convert(_plain(name), ModelSpec, "model", f"preset {name}")
+        return convert(kept("mopsim", f"presets/{name}.yaml"), ModelSpec, "model", f"preset {name}")
     found = _truth().get(name)
     if isinstance(found, dict):
         return convert(found, ModelSpec, "model", f"preset {name}")

@@ -1,14 +1,13 @@
 """Hardware profiles by name or by YAML file."""
 
 import re
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mopsim.common.arguments import named
-from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_yaml
+from mopsim.common.io import SUFFIXES, convert, exists, read_yaml
 from mopsim.common.nearest import unknown
-from mopsim.common.shipped import shipped_texts
+from mopsim.common.shipped import kept, shipped_texts
 from mopsim.spec import renamed
 from mopsim.spec.hardware import HardwareProfile
 
@@ -30,12 +29,6 @@ def beside_probe(profile: HardwareProfile) -> str:
     return found[0] if found else ""
 
 
-@cache
-def _plain(name: str) -> Any:
-    """The plain objects of a shipped profile, which nothing changes."""
-    return parse_yaml(_texts()[name], f"profile {name}")
-
-
 @named
 def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
     """The machine that `field` names: a shipped profile, or a YAML file (as `mopexec probe` writes).
@@ -44,7 +37,7 @@ def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
     """
     name = str(ref)
     if name in _texts():
-        return convert(_plain(name), HardwareProfile, field, f"profile {name}")
+        return convert(kept("hardware_profiles", f"{name}.yaml"), HardwareProfile, field, f"profile {name}")
     path = Path(ref)
     if path.suffix not in SUFFIXES and not exists(path):
         raise unknown(field, name, list_profiles(), "profile")
