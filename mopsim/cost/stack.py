@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from scipy.special import ndtri
 
 from mopsim.common import io
+from mopsim.common.errors import require
 from mopsim.common.shipped import shipped
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import RATES, for_heads, matmul
@@ -92,7 +93,7 @@ def as_used(
     """The profile with what the stack makes of it: the curve of its attention kernel at heads of this width,
     all-reduces without sums in the switch where sums have a fixed order, its SMs beside exchanges, and what a
     pool of its own leaves of the memory."""
-    hardware = _pooled(hardware, stack.pool) if stack.pool else hardware
+    hardware = _pooled(hardware, stack.pool)
     head_dim, seq_len = model.head_dim, training.seq_len
     hardware = for_heads(hardware, head_dim)
     architecture = hardware.device.architecture
@@ -118,9 +119,15 @@ def as_used(
 
 
 def _pooled(hardware: HardwareProfile, pool: float) -> HardwareProfile:
-    """The profile of which tensors may use a pool alone (Stack.pool)."""
+    """The profile of which tensors may use a pool alone (Stack.pool), where that is less than driver and
+    framework leave. On CPUs nothing is taken at the start."""
+    memory = hardware.device.memory.si
+    if not pool or hardware.device_kind == "cpu" or (1 - pool) * memory <= hardware.device.reserved.si:
+        return hardware
+    rule = f"leaves tensors not a byte of the {memory / 2**30:.2f} GiB of {hardware.name}'s device"
+    require(memory - (1 - pool) * memory >= 1, "stack.pool", pool, rule)
     source = f"what a pool of {pool:g} of the memory leaves"
-    beside = (1 - pool) * hardware.device.memory.si / 2**30
+    beside = (1 - pool) * memory / 2**30
     reserved = Quantity(value=beside, unit="GiB", tag="assumed", source=source)
     return replace(hardware, device=replace(hardware.device, reserved=reserved))
 

@@ -29,7 +29,7 @@ class SimResult:
     highest, whenever that was; peak_by_phase: the highest at the height or the end of an op of each phase.
     peak_by_stage: peak memory of each pipeline stage's ranks. reserved_memory: what torch's caching allocator
     has for the peak and for what was cached before it in pools of other streams. set_aside: of the device's
-    memory, beside memory_limit, for the driver and the framework.
+    memory, beside memory_limit, for the driver and the framework, or beside the stack's pool.
 
     exposed: seconds in which compute waits, or which a collective beside it takes from it, by what for: kinds
     of `busy`, none for longer than it is busy; `host`, kernels issued late; `peers`, other stages of a

@@ -135,8 +135,10 @@ def comparison(
 
 def _limits(result: SimResult) -> str:
     """'137.90 GiB of device (of its 140.40 GiB 2.50 GiB are for driver and framework), 1.5 TiB of host'."""
-    device, aside = result.memory_limit, result.set_aside
-    whole = f" (of its {format_bytes(device + aside)} {format_bytes(aside)} are for driver and framework)"
+    device, aside, pool = result.memory_limit, result.set_aside, result.stack.pool
+    beside = pool > 0 and abs(device - pool * (device + aside)) < 2  # else they leave less than the pool
+    what = f"lie beside the stack's pool of {pool:g}" if beside else "are for driver and framework"
+    whole = f" (of its {format_bytes(device + aside)} {format_bytes(aside)} {what})"
     return (
         f"{format_bytes(device)} of device{whole if aside else ''}, {format_bytes(result.host_limit)} of host"
     )

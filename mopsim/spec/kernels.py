@@ -189,6 +189,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
         require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash", "expert_capacity")
         rule = "are of experts with a fixed room (expert_capacity)"
         require(bool(self.expert_capacity) or not self.expert_masks, "expert_masks", self.expert_masks, rule)
+        fits = not self.expert_capacity or self.expert_buffers == "fit"
+        rule = f"are of experts without a capacity, and expert_capacity is {self.expert_capacity:g}"
+        require(fits, "expert_buffers", self.expert_buffers, rule)
         room, stash = self.expert_room, self.expert_stash
         require(not room or room >= 1, "expert_room", room, "must be 0, or hold a balanced load: at least 1")
         rule = f"must be 0, or at least 1 and at most expert_room {room:g}"

@@ -121,7 +121,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         """Where a strategy shards no parameters: by torch's DistributedDataParallel, or not at all."""
         return replace(
             self, fsdp=False, copies=False, optional=False, whole_sums="never", bucketed=True,
-            loop="none" if self.loop == "none" else "pipelined",
+            loop="pipelined" if self.loop_copies else "none",
             zero_grad="fills" if self.zero_grad == "buffers" else self.zero_grad,
         )  # fmt: skip
 
@@ -171,8 +171,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
         rule = "are of a program whose layers are turns of a loop (loop)"
         yield self.loop != "none" or not self.loop_copies, "loop_copies", rule
         rule = "is of a program that shards parameters (fsdp), without copies of FSDP2 and flat tensors"
-        plain = self.fsdp and not self.copies and not self.flat
-        yield plain or self.loop in ("none", "pipelined"), "loop", rule
+        copied = self.loop == "pipelined" and bool(self.loop_copies)
+        looped = (self.fsdp or copied) and not self.copies and not self.flat
+        yield looped or self.loop == "none", "loop", rule
         rule = "is of torch's FSDP1 (flat)"
         yield bool(self.flat) or self.gathers != "param", "gathers", rule
         rule = "is of torch's FSDP1 (flat), whose modules may be wrapped one by one"

@@ -75,8 +75,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     costs. dtypes: of state, where a strategy does not say. hides: communication that is hidden by default.
     reading: what its memory reading means.
     pool: part of a device's memory that its allocator takes at the start, in which all tensors have to lie,
-    and beside which the communication library has the rest (XLA's XLA_PYTHON_CLIENT_MEM_FRACTION); 0: it
-    takes what they need, of what the device leaves.
+    and beside which the communication library has the rest (XLA's XLA_PYTHON_CLIENT_MEM_FRACTION), of
+    what driver and framework leave, and on devices that are no CPUs; 0: it takes what they need.
     communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
     architecture, where it is not the profile's. sources: by dotted field, where an entry is written and of
     which version.
@@ -111,6 +111,8 @@ class Stack(Spec, frozen=True, kw_only=True):
         yield not self.explicit or grads == "added", "sharding.microbatch_grads", rule
         rule = "must be 'moved' with explicit, which moves all state"
         yield not self.explicit or masters == "moved", "sharding.host_masters", rule
+        rule = "must be 'none' with explicit, whose layers are no turns of a compiled loop"
+        yield not self.explicit or self.sharding.loop == "none", "sharding.loop", rule
         require(0 <= self.pool <= 1, "pool", self.pool, "must be a part of the device's memory, 0 to 1")
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")

@@ -185,6 +185,7 @@ def _flat(data: dict[str, Any], origin: str, field: str) -> dict[str, Any]:
     found: dict[str, Any] = {key: value for key, value in data.items() if key in plain}
     sources: dict[str, str] = {}
     for path, value, source in _entries(data):
+        _check_keys(value, f"{origin}: {field}.{'.'.join(path)}")
         if not isinstance(source, str) or not source.strip():
             raise MopError(
                 f"{origin}: {field}.{'.'.join(path)}: {shown(value)} has no source: write "
@@ -213,6 +214,17 @@ def _entries(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, Any]]
 
 def _split(entry: Any, source: Any) -> tuple[Any, Any]:
     """(value, source) of an entry, which may have a source of its own."""
-    if isinstance(entry, dict) and set(entry) == {"value", "source"}:
-        return entry["value"], entry["source"]
+    if isinstance(entry, dict) and "value" in entry and set(entry) <= {"value", "source"}:
+        return entry["value"], entry.get("source", source)
     return entry, source
+
+
+def _check_keys(entry: Any, path: str) -> None:
+    """Raise MopError where what is left of an entry has keys of {value: ..., source: ...}."""
+    if not isinstance(entry, dict) or not {"value", "source"} & set(entry):
+        return
+    if "value" not in entry:
+        raise MopError(f"{path}: {shown(entry)} has a source and no value: write {{value: ..., source: ...}}")
+    for key in (one for one in entry if one not in ("value", "source")):
+        rule = "is no part of an entry, which has value and source alone"
+        raise MopError(f"{path}.{shown(key).strip(chr(39))}: {shown(entry[key])} {rule}")

@@ -106,7 +106,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
     changed, own = {kernel: pick(built) for kernel in kernels}, stack.sharding
     sharding: dict[str, Any] = {"experts": pick([True, "shared", False])}
     if own.fsdp:
-        sharding["copies"] = pick([True, False]) and not own.flat and own.loop in ("none", "pipelined")
+        sharding["copies"] = pick([True, False]) and not own.flat and own.loop == "none"
         sharding["whole_sums"] = own.whole_sums if sharding["copies"] else "never"
     else:
         grads = "added" if stack.explicit else pick(["added", "kept"])

@@ -1,12 +1,18 @@
 """Layers that are turns of a compiled loop, experts of a fixed room that masks fill, and pools of memory."""
 
+import dataclasses
+
 import pytest
 from msgspec.structs import replace
 
+from mopsim.common.errors import SpecError
+from mopsim.cost.stack import as_used
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.tape import Tape
 from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
+from mopsim.report.tables import _limits
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
@@ -91,3 +97,25 @@ def test_a_pool_is_what_tensors_may_use_and_communicators_are_beside_it() -> Non
     assert _played(stack, memory=enough * 1.001).fits
     assert not _played(stack, memory=enough * 0.999).fits
     assert _played(replace(stack, pool=0.0)).above_peak
+    line = " ".join(_limits(found).split())
+    assert f"lie beside the stack's pool of {stack.pool:g})" in line
+
+
+def test_a_pool_has_no_more_than_driver_and_framework_leave() -> None:
+    stack = load_stack("maxtext-slurm")
+    whole, without = (_played(replace(stack, pool=one)) for one in (1.0, 0.0))
+    assert whole.memory_limit == without.memory_limit
+    other = dataclasses.replace(_played(stack), stack=replace(stack, pool=0.97))
+    assert "are for driver and framework)" in " ".join(_limits(other).split())
+    machine = load_profile("cpu-2core")
+    on_cpu = as_used(machine, replace(stack, pool=0.5), MODEL, JOB)
+    assert on_cpu.memory_limit() == machine.memory_limit(), (
+        "only a GPU's allocator takes its memory at the start"
+    )
+
+
+def test_a_pool_without_room_is_refused_by_its_own_name() -> None:
+    with pytest.raises(
+        SpecError, match=r"stack\.pool: 1e-300 leaves tensors not a byte of the 74\.51 GiB of"
+    ):
+        _played(replace(load_stack("maxtext-slurm"), pool=1e-300))

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import renamed
+from mopsim.spec.sharding import Sharding
+from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import SECTIONS, list_stacks, load_stack
 
 
@@ -222,6 +224,11 @@ def test_entries_that_exclude_each_other_are_refused_in_a_line(entry: str, tmp_p
             "logits_held: .*copy.* which loss_copy false has not",
         ),
         ("reading", "first_stage: true, last_stage: true", "last_stage: .* a peak is of one stage"),
+        (
+            "kernels",
+            "expert_capacity: 1.25, expert_buffers: worst",
+            "expert_buffers: 'worst' are of experts without a capacity, and expert_capacity is 1.25",
+        ),
     ],
 )
 def test_entries_of_which_one_would_be_ignored_are_refused(
@@ -231,6 +238,50 @@ def test_entries_of_which_one_would_be_ignored_are_refused(
     path.write_text(f"name: mine\nversion: a\nextends: torchtitan\n{section}: {{source: here, {entries}}}\n")
     with pytest.raises(MopError, match=rf"mine\.yaml: stack\.{section}\.{rule}"):
         load_stack(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["mopexec-flat", "megatron-core", "deepspeed", "torchtitan", "transformers-fsdp1"]
+)
+def test_a_loop_is_of_a_program_that_has_one(name: str, tmp_path: Path) -> None:
+    path = written(
+        tmp_path, f"name: mine\nversion: a\nextends: {name}\nsharding: {{source: here, loop: pipelined}}\n"
+    )
+    with pytest.raises(MopError, match=r"mine\.yaml: stack\.sharding\.loop: 'pipelined' "):
+        load_stack(path)
+
+
+def test_a_loop_without_shards_copies_them_all_and_is_no_explicit_schedule() -> None:
+    looped = Sharding(loop="pipelined", loop_copies=1.0)
+    assert looped.whole.loop == "pipelined"
+    with pytest.raises(SpecError, match=r"sharding\.loop: 'pipelined' must be 'none' with explicit"):
+        Stack(name="mine", explicit=True, sharding=looped)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (
+            "pool: {value: 0.9, source: x, foo: 1}",
+            "pool.foo: 1 is no part of an entry, which has value and source",
+        ),
+        ("pool: {value: 0.9, sorce: x}", "pool.sorce: 'x' is no part of an entry"),
+        ("pool: {source: x}", "pool: .* has a source and no value"),
+        ("pool: {value: 0.9}", "pool: 0.9 has no source"),
+        (
+            "kernels: {norm: {value: fused, source: x, of: y}}",
+            "kernels.norm.of: 'y' is no part of an entry",
+        ),
+    ],
+)
+def test_an_entry_has_value_and_source_alone(entry: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(MopError, match=rf"mine\.yaml: stack\.{says}"):
+        load_stack(written(tmp_path, f"name: mine\nversion: a\n{entry}\n"))
+
+
+def test_a_value_without_a_source_has_its_sections(tmp_path: Path) -> None:
+    stack = load_stack(written(tmp_path, "name: mine\nversion: a\nsource: here\npool: {value: 0.9}\n"))
+    assert (stack.pool, stack.sources["pool"]) == (0.9, "here")
 
 
 def test_an_unknown_stack_has_a_near_name_and_says_where_the_known_ones_are() -> None:

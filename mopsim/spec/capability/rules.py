@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from mopsim.common.errors import SpecError
-from mopsim.common.io import Spec, convert
+from mopsim.common.io import Spec, convert, leaves
 from mopsim.spec.capability.expressions import SIDES, compiled, holds, read
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
@@ -19,13 +19,12 @@ from mopsim.spec.has import plain
 from mopsim.spec.kernels import BEYOND, DEFAULT
 from mopsim.spec.model import DESCRIPTION
 from mopsim.spec.presets import list_models, load_model
+from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 
 SHIPPED = {side: one["runs"] for side, one in SIDES.items() if "runs" in one}
 """Stacks that describe what mopexec's runtimes really do."""
-_SECTIONS = ("kernels", "sharding", "recompute", "host")
-_COUNTED = ("host.modules", "host.layers", "host.hooks")
-"""Entries that change what is counted of a program, not the program."""
+_STACK = [path for path, _ in leaves(Stack)]
 
 
 class Relation(Spec, frozen=True, kw_only=True, rename={"otherwise": "else"}):
@@ -78,20 +77,32 @@ def _reader(path: str) -> tuple[str, Callable[[Any], Any]]:
 
 
 def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
-    """Every entry of the stack that acts is what the runtime does, on a device of some kind. An old plan has
-    entries from before a runtime's were told apart, of what its network has not."""
+    """Every entry of the stack that acts, and in which the table says a runtime has a part, is what the
+    runtime does, on a device of some kind. An old plan has entries from before a runtime's were told apart,
+    of what its network has not."""
+    own = job.software
+    for stack in [own, own.on_kind("cpu")] if own.cpu and job.device_kind in ("", "cpu") else [own]:
+        for path, read_field, runs in _runs(side):
+            says = read_field(stack)
+            if path == "kernels.attention":
+                yield from _attention(job, side)
+            elif says not in runs and ROWS[f"stack.{path}"].acts_in(job):
+                rule = " or ".join(dict.fromkeys(map(repr, runs)))
+                of_cpu = says != read_field(own)
+                told = path.replace("kernels.", "cpu.") if of_cpu else path
+                yield SpecError(f"stack.{told}", says, f"is not {SIDES[side]['does']}, only {rule}")
+
+
+@cache
+def _runs(side: str) -> list[tuple[str, Callable[[Any], Any], list[Any]]]:
+    """(path, how it is read, what the runtime does) of each entry of a stack that it has a part in."""
     shipped = load_stack(SHIPPED[side])
     known = [shipped.on_kind(kind) for kind in ("cuda", "cpu")]
-    for section in _SECTIONS:
-        theirs = getattr(job.software, section)
-        for field in theirs.__struct_fields__:
-            path, says = f"{section}.{field}", getattr(theirs, field)
-            runs = [getattr(getattr(one, section), field) for one in known]
-            if field == "attention":
-                yield from _attention(job, side)
-            elif says not in runs and path not in _COUNTED and ROWS[f"stack.{path}"].acts_in(job):
-                rule = " or ".join(repr(one) for one in dict.fromkeys(map(str, runs)))
-                yield SpecError(f"stack.{path}", says, f"is not {SIDES[side]['does']}, only {rule}")
+    held = [path for path in _STACK if ROWS[f"stack.{path}"].cells[side].reads]
+    return [
+        (path, get, [get(one) for one in known])
+        for path, get in zip(held, map(attrgetter, held), strict=True)
+    ]
 
 
 def _attention(job: Job, side: str) -> Iterator[SpecError]:
