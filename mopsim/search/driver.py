@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mopsim.common.garbage import collected_later
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult
-from mopsim.search.bound import Bounds, bound
+from mopsim.search.bound import bound
+from mopsim.search.closest import find_closest
 from mopsim.search.had import left_out
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting
 from mopsim.search.options import Options
@@ -22,8 +23,8 @@ from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import keep_closest, ranked, run_row
-from mopsim.search.space import IN_8_BITS, Space
+from mopsim.search.simulating import keep_closest, ranked
+from mopsim.search.space import IN_8_BITS
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.spec.capability import runnable
@@ -102,6 +103,8 @@ def hunted(
         return Hunted(found)
     hunt.run(tell)
     if found.best is None:
+        if not found.played and hunt.pool.taken.all():
+            find_closest(hunt.pool.space, bound(hunt.pool.space), found)
         return Hunted(found, hunt=hunt)
     hunt.prove(found.best, tell)
     if options.prove:
@@ -225,14 +228,6 @@ def _hunt(problem: Problem, family: str, options: Options, result: SearchResult)
     result.bounded += every
     keep = fitting(bounds, space, result)
     if not len(keep):
-        _closest(space, bounds, result)
+        find_closest(space, bounds, result)
         return None
     return Hunt(Pool.of(space, bounds, keep), options, result, rest)
-
-
-def _closest(space: Space, bounds: Bounds, result: SearchResult) -> None:
-    """Simulate the candidate that misses its limits by least, to say what stops it."""
-    hardware = space.problem.hardware
-    limit = space.machine.memory_limit()
-    miss = np.maximum(bounds.device / limit, bounds.host / max(hardware.host_limit(), 1))
-    keep_closest(run_row(space, int(np.argmin(miss)), result, count=False), result)
