@@ -26,10 +26,10 @@ class AttentionFit:
 NARROW_BACKWARD = 433 / 516
 
 
-def under_power(fit: AttentionFit, products: float) -> AttentionFit:
-    """The fit, held by power at the share of the peak at which products are: one sweep of training's kernels
-    on B200 (SimuMax) has long attention at 0.473 forward and 0.479 backward, and long products at 0.486."""
-    return replace(fit, held=products)
+def under_power(fit: AttentionFit, products: float, architecture: str) -> AttentionFit:
+    """The fit, held by power at the share of the peak at which products are, but on Blackwell, where steps of
+    long sequences run at its benchmarks' rates (docs/adr/0075)."""
+    return fit if architecture == "blackwell" else replace(fit, held=products)
 
 
 def _in_class(row: dict[str, str], heads: str) -> bool:
