@@ -84,12 +84,12 @@ class Platform:
                     if tensor.is_cuda:
                         tensor.record_stream(self._stream(stream))
 
-    def store(self, *pairs: tuple[Tensor, Tensor]) -> Any:
+    def store(self, *pairs: tuple[Tensor, Tensor], stream: str = "d2h") -> Any:
         """Copy (host, device) pairs to the host beside what follows; returns the event of their arrival."""
-        self.wait(self.record(), "d2h")
+        self.wait(self.record(), stream)
         for host, tensor in pairs:
-            self.copy(host, tensor, "d2h")
-        return self.record("d2h")
+            self.copy(host, tensor, stream)
+        return self.record(stream)
 
     def keep(self, tensor: Tensor, stream: str) -> None:
         """`tensor` may be dropped before `stream` is done with it."""
@@ -134,8 +134,12 @@ class Platform:
         if event is not None:
             event.synchronize()
 
+    def settle(self) -> None:
+        """Block the host until the current stream is idle; what other streams do beside it goes on."""
+        self.wait_host(self.record())
+
     def synchronize(self) -> None:
-        """Block until the device is idle."""
+        """Block until the device is idle, all of its streams."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 

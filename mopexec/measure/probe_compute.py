@@ -10,6 +10,7 @@ import torch
 
 from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.probe_fit import Shape
+from mopexec.measure.probe_machine import architecture
 from mopexec.measure.probe_timing import Sample, Stopwatch, measure, summarize
 from mopsim.spec.hardware import ATTENTION_BACKWARD
 
@@ -71,10 +72,13 @@ def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Call,
 
 
 def _cuda_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Call, Call]:
+    """By the kernel that plans for this machine name: cuDNN's, or torch's flash kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    kernel = SDPBackend.CUDNN_ATTENTION if architecture(q.device) else SDPBackend.FLASH_ATTENTION
+
     def forward() -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]

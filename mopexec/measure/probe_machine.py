@@ -24,6 +24,9 @@ DENSE_PEAKS: dict[str, dict[str, float]] = {
 }
 """FLOP/s without sparsity, NVIDIA's datasheets; float32 without TF32 (torch's default for matmuls)."""
 
+CUDNN_ATTENTION = 91501
+"""The first cuDNN whose attention is right at lengths that are no multiple of 128 (pytorch issue 169849)."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -42,6 +45,16 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return match.group(1).strip() if match else platform.machine()
+
+
+def architecture(device: torch.device) -> str:
+    """The generation of a card where stacks choose cuDNN's attention for it and this torch has that; else '':
+    then they choose as for a card that is not known, and the profile's own rate of attention counts.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return ""
+    known = {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "")
+    return known if (torch.backends.cudnn.version() or 0) >= CUDNN_ATTENTION else ""  # type: ignore[no-untyped-call]
 
 
 def device_name(device: torch.device) -> str:

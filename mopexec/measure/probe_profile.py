@@ -91,6 +91,7 @@ class _Parts:
         memory, reserved, why = self._memory()
         power = self.gpu.power if self.gpu else None
         return Device(
+            architecture=probe_machine.architecture(torch.device(self.device_type, 0)),
             memory=self.quantity(memory / GIB, "GiB"),
             reserved=self.quantity(reserved / GIB, "GiB", "assumed", why),
             memory_bandwidth=self.quantity(self.memory.bandwidth / 1e9, "GB/s"),

@@ -238,17 +238,35 @@ def op_flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
     each where it is causal (torch's flop counter misses the CPU op and counts causal in full).
     """
     name = func._schema.name.split("::")[1].removesuffix("_")
+    if name.startswith("_flash_attention_"):
+        return _windowed_flops(func, args, kwargs)
     if name == "_grouped_mm":
         a, b = args[0], args[1]
         return 2.0 * float(a.numel() * b.shape[-1])
     if name in ATTENTION or name in ATTENTION_BACKWARD:
         backward = name in ATTENTION_BACKWARD
         query, key = (args[1], args[2]) if backward else (args[0], args[1])
-        causal = any(value is True for value in args[3:]) or kwargs.get("is_causal", False)
+        causal = bool(_given(func, args, kwargs).get("is_causal", False))
         products = (5 if backward else 2) * (0.5 if causal else 1.0)
         return products * 2.0 * float(query.numel() * key.shape[-2])
     formula = flop_registry.get(getattr(torch.ops.aten, name)) if name in MATMULS else None
     return float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What an op is called with, by the names of its schema."""
+    names = (argument.name for argument in func._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _windowed_flops(func: Any, args: Any, kwargs: Any) -> float:
+    """FLOP of the op that takes [.., heads, head_dim]: every query's window counts whole, documents as the
+    longest.
+    """
+    given = _given(func, args, kwargs)
+    left, keys = given.get("window_size_left"), float(given["max_k"])
+    keys = min(left + 1.0, keys) if left is not None else keys / (2 if given["is_causal"] else 1)
+    return (5 if "grad_out" in given else 2) * 2.0 * float(given["query"].numel()) * keys
 
 
 def _finished(result: Any) -> Any:

@@ -273,7 +273,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if core.documents:
         lse, seed, unused, ends = saved
-        longest = cumulative(core.documents, torch.device("cpu"))[1]
+        longest = cumulative(core.documents, q.device)[1]
         flat = (t.flatten(0, 1) for t in (grad, q, k, v, out))
         found = _ATEN._flash_attention_backward(
             *flat, lse, ends, ends, longest, longest, 0.0, True, seed, unused, scale=core.scale,

@@ -65,7 +65,19 @@ def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
     """Whether the stack asks for grouped products and torch has them: bf16, rows of whole 16 bytes."""
     hidden, inner = stacks[f"{prefix}gate_proj"].shape[1:]  # packed rows are wider than they multiply
     whole = rows.shape[0] > 0 and hidden % _BLOCK == 0 and inner % _BLOCK == 0
-    return kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
+    asked = kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
+    return asked and _in_one_kernel(rows.device)
+
+
+@functools.cache
+def _in_one_kernel(device: torch.device) -> bool:
+    """Whether torch's grouped products are one kernel there. On NVIDIA's cards but Hopper and Blackwell's
+    data centre ones they are a loop over experts, for whose counts each product makes the host wait; these it
+    has already (torch 2.10 to 2.13, aten/src/ATen/native/cuda/GroupedBlas.cpp).
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @functools.cache

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mopexec.measure.probe_machine import CUDNN_ATTENTION
 from mopsim.common.errors import SpecError
 from mopsim.spec.stack import Kernels
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of the flash kernels for GPUs."""
-
-
-CUDNN = 91501
-"""The first whose attention is right at lengths that are no multiple of 128 (pytorch issue 169849)."""
 
 
 class Choice:
@@ -53,7 +50,7 @@ def prepare(kernels: Kernels) -> None:
     """Activate what torch does not run by default. Raises SpecError where this torch or card has it not."""
     kernel = kernels.attention.get("default")
     cudnn: Any = torch.backends.cudnn
-    if kernel == "cudnn" and (found := cudnn.version() or 0) < CUDNN:
+    if kernel == "cudnn" and (found := cudnn.version() or 0) < CUDNN_ATTENTION:
         rule = f"needs cuDNN 9.15.1 or newer, found {found}: CUDA 13's wheels of torch have it"
         ways = "; in the plan {default: flash2} runs FlashAttention-2, slower than planned"
         raise SpecError("stack.kernels.attention", "cudnn", f"{rule}{ways}")

@@ -6,8 +6,9 @@ shards, so `bucket_params` is a cap.
 
 With `overlap` the streamed update of a step runs beside the next forward: gradient norm and clip factor are
 final by then, so it is the same update. A unit's gather waits for its own update (`Unit.updated`); the state
-of the first buckets goes up in the tail of the backward. `finish` ends it, for whoever reads parameters or
-state.
+of the first buckets goes up in the tail of the backward. Its copies have streams of their own, or the layer
+inputs of that forward would leave the device after all of its state. `finish` ends it, for whoever reads
+parameters or state.
 """
 
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ class FlatAdamW(Generic[Unit]):
         self._applied = (0, self.learning_rate)
         self._loaded: dict[int, Any] = {}
         self.overlapped = optimizer.overlap == "next_forward"
+        self._up, self._down = ("state_h2d", "state_d2h") if self.overlapped else ("h2d", "d2h")
         self._background = Background(platform, "update")
         self._slots: list[list[Tensor]] = []
         self._scratch: Tensor | None = None
@@ -225,14 +227,14 @@ class FlatAdamW(Generic[Unit]):
 
     def _load(self, bucket: Sequence[Slice], slot: list[Tensor], free: Any) -> Any:
         """Host state of a bucket into a slot, after the slot is free; returns the event of its arrival."""
-        self.platform.wait(free, "h2d")
+        self.platform.wait(free, self._up)
         for host, device in self._pairs(bucket, slot):
-            self.platform.copy(device, host, "h2d")
-        return self.platform.record("h2d")
+            self.platform.copy(device, host, self._up)
+        return self.platform.record(self._up)
 
     def _store(self, bucket: Sequence[Slice], slot: list[Tensor]) -> Any:
         """A slot back to the host; returns the event after which the slot is free."""
-        return self.platform.store(*self._pairs(bucket, slot))
+        return self.platform.store(*self._pairs(bucket, slot), stream=self._down)
 
     def _pairs(self, bucket: Sequence[Slice], slot: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(host slice, slot slice) of everything that a bucket moves."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import uuid
@@ -124,8 +125,11 @@ def _on_gpus() -> bool:
 
 
 def _numa() -> dict[str, Any]:
-    """Ranks run on the cores and the memory of their GPU's NUMA node, where torch finds it."""
+    """Ranks run on the cores and the memory of their GPU's NUMA node, where torch finds it: by numactl."""
     if not _on_gpus():
+        return {}
+    if shutil.which("numactl") is None:
+        say("mopexec: numactl is not installed: ranks are not bound to the cores near their GPU", stderr=True)
         return {}
     from torch.numa.binding import AffinityMode, NumaOptions
 

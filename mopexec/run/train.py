@@ -189,15 +189,15 @@ class _Loop:
 
     def _timed_step(self, step: int) -> tuple[StepResult, dict[str, float]]:
         """One optimizer step on this rank, its seconds and CPU seconds, and whether a checkpoint failed. The
-        batches count as memory of the step.
+        batches count as memory of the step. An update beside the next step goes on.
         """
         with self.tracking.step(step - self.first_step):
             batches = self.feed.batches(step)
-            self.job.platform.synchronize()
+            self.job.platform.settle()
             self.card.begin()
             start, used = time.perf_counter(), time.process_time()
             result = self.runner.step(batches) if batches[0].num_targets else NO_UPDATE
-            self.job.platform.synchronize()
+            self.job.platform.settle()
             seconds, used = time.perf_counter() - start, time.process_time() - used
             said = {"seconds": seconds, "used": used, "failed": float(self.saver.failed)}
             return result, said | {"targets": float(batches[0].num_targets)}

@@ -14,8 +14,8 @@ from torch.nn import functional
 from mopexec.model.attention import causal_attention
 from mopexec.operators import cudnn, fused, grouped
 from mopexec.operators.attention_core import Core
-from mopexec.operators.documents import Documents
-from mopexec.operators.grouped import Groups
+from mopexec.operators.documents import Documents, cumulative, positions
+from mopexec.operators.grouped import Groups, _in_one_kernel
 from mopexec.operators.kernels import using
 from mopsim.spec.stacks import load_stack
 
@@ -79,6 +79,34 @@ def test_experts_without_rows_have_no_gradient(monkeypatch: pytest.MonkeyPatch) 
     for found, wanted in zip((groups.of_weights(rows, grads), groups.of_bias(grads)), expected, strict=True):
         assert torch.equal(found, wanted)
         assert not found[[1, 3]].any()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "grouped"),
+    [((8, 0), None, False), ((8, 9), None, False), ((9, 0), None, True), ((10, 3), None, True),
+     ((12, 0), None, False), ((9, 4), "7.0", True)],
+)  # fmt: skip
+def test_products_are_grouped_where_that_is_one_kernel(
+    capability: tuple[int, int], hip: str | None, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere torch's op waits for the device and loops."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert _in_one_kernel.__wrapped__(torch.device("cuda", 0)) == grouped
+    assert _in_one_kernel(torch.device("cpu"))
+
+
+def test_ends_of_documents_reach_a_card_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all layers, pinned; the positions too."""
+    card, given = torch.device("cuda", 0), list[Any]()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda host: given.append("pinned") or host)
+    monkeypatch.setattr(torch.Tensor, "to", lambda host, *a, **k: given.append((*a, *k.items())) or host)
+    cumulative.cache_clear()
+    ends = [cumulative(((3, 9), (8, 9)), card)[0] for _ in range(3)]
+    assert ends[0].tolist() == [0, 3, 9, 17, 18]
+    cumulative.cache_clear()
+    positions(((3, 9), (8, 9)), 0, 9, card)
+    assert given == ["pinned", (card, ("non_blocking", True))] * 2
 
 
 @pytest.mark.parametrize("documents", [((100, 160), (30, 31, 160)), ((100, 160), (30, 160))])

@@ -55,8 +55,18 @@ def test_ranks_start_with_what_their_devices_need(gpus, monkeypatch):
     launch._set_environment(2)
     assert ("PYTORCH_ALLOC_CONF" in launch.os.environ) == gpus
     assert ("OMP_NUM_THREADS" in launch.os.environ) != gpus
+    monkeypatch.setattr(launch.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert bool(launch._numa()) == gpus
     assert launch.os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+
+
+def test_without_numactl_ranks_are_not_bound_which_is_said(monkeypatch, capsys):
+    """torch's binding would show a traceback for each rank."""
+    monkeypatch.setattr(launch, "_on_gpus", lambda: True)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    assert launch._numa() == {}
+    said = capsys.readouterr().err
+    assert said == "mopexec: numactl is not installed: ranks are not bound to the cores near their GPU\n"
 
 
 @pytest.mark.parametrize(

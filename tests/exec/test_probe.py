@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import write_yaml
 from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 
 CPU = torch.device("cpu")
 
@@ -114,6 +116,39 @@ def test_machine_facts() -> None:
     assert probe_machine.dense_peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert probe_machine.dense_peak("NVIDIA H200 NVL", "bfloat16") == 835e12
     assert probe_machine.dense_peak("Voodoo 2", "bfloat16") is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "name"),
+    [((9, 0), 91501, "hopper"), ((10, 3), 92000, "blackwell"), ((9, 0), 91002, ""), ((8, 0), 92000, ""),
+     ((12, 0), 92000, ""), ((9, 0), None, "")],
+)  # fmt: skip
+def test_cards_whose_attention_is_cudnns(
+    capability: tuple[int, int], cudnn: int | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this torch has it: a plan for the profile runs what the probe has timed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    found = probe_machine.architecture(torch.device("cuda", 0))
+    assert (found, probe_machine.architecture(CPU)) == (name, "")
+    kernel = load_stack("mopexec-flat").on_kind("cuda").on(found).attention
+    assert kernel == ("cudnn" if name else "flash2")
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("hopper", "CUDNN_ATTENTION"), ("", "FLASH_ATTENTION")])
+def test_attention_is_timed_by_the_kernel_that_runs(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(probe_compute, "architecture", lambda device: name)
+    monkeypatch.setattr(
+        torch.nn.attention, "sdpa_kernel", lambda one: asked.append(one.name) or nullcontext()
+    )
+    forward, backward = probe_compute._cuda_flash(*torch.randn(3, 1, 2, 8, 4))
+    forward()
+    backward()
+    assert asked == [kernel] * 2
 
 
 def test_too_many_ranks_are_refused() -> None:

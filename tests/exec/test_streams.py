@@ -1,6 +1,9 @@
 """Every wait for a stream, a collective or the device is needed: without it, something races."""
 
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ import torch
 from mopexec.check.dry_run import _batches, fake_world
 from mopexec.modules.hooks import InputHooks, _again
 from mopexec.run.apply import build
+from mopexec.run.train import _Loop
 from tests.exec.flat_plans import make_plan
+from tests.exec.streams import HOST as HOST_ACTOR
 from tests.exec.streams import Order, Race, Site, watched
 
 EXCHANGES: dict[str, Any] = {
@@ -57,6 +62,28 @@ def test_nothing_races_and_no_wait_can_go(name: str) -> None:
     spared = [site for site in _steps(name) if not _caught(name, site)]
     others = [other for other in CASES if other != name]
     assert not [site for site in spared if not any(_caught(other, site) for other in others)]
+
+
+def test_the_end_of_a_step_does_not_wait_for_the_update_beside_the_next() -> None:
+    """Nor do layer inputs go to the host after all of the state: on a device both end what runs beside."""
+    plan = make_plan(2, CASES["beside"], dtype="float32", training={"global_batch": 2})
+    order = Order()
+    with fake_world(2, 0), watched(order) as platform:
+        batches = [replace(batch, num_targets=1) for batch in _batches(plan, platform)]
+        runner = build(plan, platform, routing="profile")
+        loop = SimpleNamespace(
+            first_step=0, tracking=SimpleNamespace(step=lambda number: nullcontext()), runner=runner,
+            feed=SimpleNamespace(batches=lambda step: batches), job=SimpleNamespace(platform=platform),
+            card=SimpleNamespace(begin=lambda: None), saver=SimpleNamespace(failed=False),
+        )  # fmt: skip
+        _Loop._timed_step(cast(_Loop, loop), 0)
+        host, update = order.clock(HOST_ACTOR), order.clock("update")["update"]
+        assert host["compute"]
+        assert host.get("update", 0) < update
+        before = order.clock("state_d2h")["state_d2h"]
+        with torch.no_grad():
+            runner.model.inputs.put(0, torch.zeros(runner.model.inputs._host[0].shape))
+        assert order.clock("d2h").get("state_d2h", 0) < before
 
 
 def _layers(skip: Site | None = None) -> list[Site]:

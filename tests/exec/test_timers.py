@@ -7,7 +7,7 @@ import torch.distributed as dist
 from mopexec.distributed import collectives
 from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.scope import component, host_compute
-from mopexec.measure.timers import KindTimer
+from mopexec.measure.timers import KindTimer, op_flops
 from mopexec.measure.tracker import mark_host
 from mopsim.spec.hardware import WORK_KINDS
 
@@ -104,6 +104,20 @@ def test_causal_attention_counts_half_and_its_backward_five_products():
     with timer, torch.no_grad():
         FLASH(q, k, v, 0.0, False)
     assert timer.kinds()["attention"].flops == 2 * forward
+
+
+def test_attention_of_a_gpu_counts_by_what_its_op_is_told():
+    """On tensors without data: [B, heads, S, d] of cuDNN's, [B, S, heads, d] of the op that knows windows."""
+    rows = [torch.empty(1, 2, 64, 16, dtype=torch.bfloat16, device="meta") for _ in "qkv"]
+    cudnn, whole = torch.ops.aten._scaled_dot_product_cudnn_attention.default, 2 * 2 * 2 * 64 * 64 * 16
+    assert op_flops(cudnn, (*rows, None, True, 0.0, True, False), {}, None) == whole / 2
+    assert op_flops(cudnn, (*rows, None, True, 0.0, False, False), {"scale": 1.0}, None) == whole
+    flash = torch.ops.aten._flash_attention_forward.default
+    told = (*(one.transpose(1, 2) for one in rows), None, None, 64, 64, 0.0, True, False)
+    assert op_flops(flash, told, {}, None) == whole / 2
+    assert op_flops(flash, told, {"window_size_left": 15, "window_size_right": 0}, None) == whole / 4
+    back = (told[0], *told[:3], *told[:2], *told[3:9], *told[:2])
+    assert op_flops(torch.ops.aten._flash_attention_backward.default, back, {}, None) == 5 * whole / 4
 
 
 def test_copies_between_tiers_and_updates_on_either_side():

@@ -81,12 +81,16 @@ def contenders(size: Size, ranks: int, kind: str) -> dict[str, Plan]:
 
 
 def _plan(size: Size, strategy: Strategy, kind: str) -> Plan:
+    import torch
+
+    from mopexec.measure.probe_machine import architecture
+
     stack = load_stack(strategy.stack).on_kind(kind)
     return Plan(
         model=size.model,
         hardware=HardwareRef(
             name="this machine", digest="0", num_nodes=1, devices_per_node=strategy.world_size,
-            memory_limit=1 << 60, host_limit=1 << 60,
+            memory_limit=1 << 60, host_limit=1 << 60, architecture=architecture(torch.device(kind, 0)),
         ),
         strategy=stack.resolve(strategy),
         stack=stack,
