@@ -156,92 +156,71 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
 def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]) -> list[Kernel]:
     """The exchange over the ranks of a sequence and the attention core. Writes `o`.
 
-    Ulysses: head shards over the whole sequence. all_gather: keys and values of all ranks, own queries.
-    Ring: key-value blocks go round beside the products with the block before. With the causal halves dealt
-    out evenly (zig-zag), every rank computes 1/sequence of the pairs; in order, the last one the most.
+    Ulysses: exchange to head shards, attention over the whole sequence, exchange back. all_gather: keys and
+    values of all ranks, own queries. Ring: key-value blocks go round beside the products with the block
+    before. With the causal halves dealt out evenly (zig-zag), every rank computes 1/sequence of the pairs; in
+    order, the last one the most.
     """
-    if shapes.exchange == "ulysses" or shapes.sequence == 1:
-        return _head_sharded(model, shapes, layer, values)
-    d, b = shapes.sequence, shapes.width
-    heads = model.num_attention_heads / shapes.tensor
+    d, b, band, seq = shapes.sequence, shapes.width, shapes.band(model, layer), shapes.seq_len
+    by_heads, ring = shapes.exchange == "ulysses" or d == 1, shapes.exchange == "ring" and d > 1
+    heads = model.num_attention_heads / (shapes.tensor * d if by_heads else shapes.tensor)
+    rows = (shapes.attended if by_heads else shapes.region_tokens) * heads
     qk, v_width = attention_widths(model)
-    band = shapes.band(model, layer)
-    pairs = pairs_of_a_slice(shapes.seq_len, d, shapes.in_order, *band) * shapes.attended / shapes.seq_len
-    out = Value("o", int(shapes.region_tokens * heads * v_width * b))
-    lse = Value("lse", int(shapes.region_tokens * heads * 4), grad=False)
-    q, k, v = values
-    own = k.bytes + v.bytes
-    inner, kernels = (q.name, k.name, v.name), []
-    if shapes.exchange == "ring":
-        kernels.append(
-            Kernel(
-                "ring", "send_recv", _C, (k.name, v.name), (Value("moving", own, grad=False),),
-                bytes=float(own * (d - 1)), back_bytes=float(2 * own * (d - 1)), launches=d - 1,
-                group="sequence",
-            )
-        )  # fmt: skip
+    before, inner = _traded(model, shapes, values)
+    names = tuple(value.name for value in (inner if by_heads else values))
+    if by_heads:
+        pairs = causal_pairs(seq, *band) * (shapes.attended / seq)
     else:
-        whole = (Value("kg", k.bytes * d), Value("vg", v.bytes * d))
-        kernels.append(
-            Kernel(
-                "gather_kv_blocks", "all_gather", _C, (k.name, v.name), whole, bytes=float(own * d),
-                launches=2, group="sequence", back_kind="reduce_scatter",
-            )
-        )  # fmt: skip
-        inner = (q.name, "kg", "vg")
-    chunk = shapes.seq_len // d if shapes.exchange == "ring" else shapes.seq_len
-    chunk = attended_span(chunk, *band)
-    reads = (*inner, "moving") if shapes.exchange == "ring" else inner
-    kernels.append(
-        Kernel(
-            "attention_core", "attention", _C, reads, (out, lse),
-            saves=(q.name, k.name, v.name, "o", "lse"), flops=2 * pairs * heads * (qk + v_width), seq=chunk,
-            launches=d if shapes.exchange == "ring" else 1,
-            bytes=q.bytes + own * d + out.bytes,
-            back_scratch=(("activations", int(shapes.region_tokens * heads * qk * 4)),),
-        )
-    )  # fmt: skip
-    return kernels
-
-
-def _head_sharded(
-    model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]
-) -> list[Kernel]:
-    """Exchange to head shards, attention over the whole sequence, exchange back."""
-    d, b = shapes.sequence, shapes.width
-    heads = model.num_attention_heads / (shapes.tensor * d)
-    qk, v_width = attention_widths(model)
-    sequences = shapes.attended / shapes.seq_len
-    band = shapes.band(model, layer)
-    pairs = causal_pairs(shapes.seq_len, *band) * sequences
-    out = Value("os" if d > 1 else "o", int(shapes.attended * heads * v_width * b))
-    inner, kernels = values, []
-    if d > 1:
-        inner = tuple(
-            Value(f"{value.name}s", _exchanged(value.bytes, d, model, shapes, i))
-            for i, value in enumerate(values)
-        )  # type: ignore[assignment]
-        reads = tuple(value.name for value in values)
-        kernels.append(_exchange("sequence_to_heads", reads, inner))
-    reads = tuple(value.name for value in inner)
+        pairs = pairs_of_a_slice(seq, d, shapes.in_order, *band) * shapes.attended / seq
+    out = Value("os" if by_heads and d > 1 else "o", int(rows * v_width * b))
+    moved = sum(value.bytes for value in inner) if by_heads else _whole(values, d)
     core = Kernel(
-        "attention_core", "attention", _C, reads, (out,), flops=2 * pairs * heads * (qk + v_width),
-        seq=attended_span(shapes.seq_len, *band),
-        bytes=sum(v.bytes for v in inner) + out.bytes,
+        "attention_core", "attention", _C, tuple(value.name for value in inner), (out,),
+        flops=2 * pairs * heads * (qk + v_width), seq=attended_span(seq // d if ring else seq, *band),
+        bytes=moved + out.bytes, launches=d if ring else 1,
     )  # fmt: skip
-    rows = shapes.attended * heads
-    if shapes.flash:
-        shared = model.attention == "gqa" and inner[1].bytes < inner[0].bytes and not shapes.fused
-        core = _flash(core, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
+    shared = by_heads and model.attention == "gqa" and inner[1].bytes < inner[0].bytes and not shapes.fused
+    if shapes.flash or not by_heads:
+        core = _flash(core, names, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
     else:
-        core = _kept(core, rows * shapes.seq_len, model.dropout > 0, b)
-    kernels.append(core)
-    if d > 1:
-        kernels.append(_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),)))
-    return kernels
+        core = _kept(core, rows * seq, model.dropout > 0, b)
+    home = [_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
+    return [*before, core, *home]
 
 
-def _flash(core: Kernel, working: float, sums: float) -> Kernel:
+def _whole(values: tuple[Value, ...], ranks: int) -> int:
+    """Bytes of own queries, and of keys and values of all ranks."""
+    return values[0].bytes + sum(value.bytes for value in values[1:]) * ranks
+
+
+def _traded(
+    model: ModelSpec, shapes: Shapes, values: tuple[Value, Value, Value]
+) -> tuple[list[Kernel], tuple[Value, ...]]:
+    """What ranks of a sequence send each other before the attention, and what it reads then."""
+    d, (q, k, v) = shapes.sequence, values
+    if d == 1:
+        return [], values
+    if shapes.exchange == "ulysses":
+        sizes = (_exchanged(value.bytes, d, model, shapes, i) for i, value in enumerate(values))
+        inner = tuple(Value(f"{one.name}s", size) for one, size in zip(values, sizes, strict=True))
+        return [_exchange("sequence_to_heads", tuple(one.name for one in values), inner)], inner
+    own = k.bytes + v.bytes
+    if shapes.exchange == "ring":
+        moving, sent = Value("moving", own, grad=False), float(own * (d - 1))
+        ring = Kernel(
+            "ring", "send_recv", _C, (k.name, v.name), (moving,), bytes=sent, back_bytes=2 * sent,
+            launches=d - 1, group="sequence",
+        )  # fmt: skip
+        return [ring], (*values, moving)
+    whole = (Value("kg", k.bytes * d), Value("vg", v.bytes * d))
+    gathered = Kernel(
+        "gather_kv_blocks", "all_gather", _C, (k.name, v.name), whole, bytes=float(own * d), launches=2,
+        group="sequence", back_kind="reduce_scatter",
+    )  # fmt: skip
+    return [gathered], (q, *whole)
+
+
+def _flash(core: Kernel, inputs: tuple[str, ...], working: float, sums: float) -> Kernel:
     """Keeps its inputs, its output and `sums` bytes, an fp32 number for each row and head (arXiv 2205.14135).
 
     working: bytes of its backward, which adds up the queries' gradient in fp32 (arXiv 2307.08691, algorithm
@@ -250,7 +229,7 @@ def _flash(core: Kernel, working: float, sums: float) -> Kernel:
     """
     out, lse = core.writes[0], Value("lse", int(sums), grad=False)
     return replace(
-        core, writes=(out, lse), saves=(*core.reads, out.name, lse.name),
+        core, writes=(out, lse), saves=(*inputs, out.name, lse.name),
         back_scratch=(("activations", int(working)),),
     )  # fmt: skip
 

@@ -229,16 +229,4 @@ def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tupl
 
 def _renamed(tape: Tape, prefix: str, keep: dict[str, str]) -> tuple[Kernel, ...]:
     """The tape's kernels with `prefix` before the names of its values, apart from those in `keep`."""
-
-    def name(old: str) -> str:
-        return keep.get(old, prefix + old)
-
-    return tuple(
-        replace(
-            kernel,
-            reads=tuple(name(value) for value in kernel.reads),
-            writes=tuple(replace(value, name=name(value.name)) for value in kernel.writes),
-            saves=tuple(name(value) for value in kernel.saves),
-        )
-        for kernel in tape.kernels
-    )
+    return tuple(one.renamed(lambda old: keep.get(old, prefix + old)) for one in tape.kernels)

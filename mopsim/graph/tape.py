@@ -5,6 +5,8 @@ From one tape come FLOPs, memory traffic, message sizes, and the memory of its r
 Nothing else in the simulator counts them.
 """
 
+from collections.abc import Callable
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -109,6 +111,22 @@ class Kernel(Struct, frozen=True):
         """With so many times the bytes, both ways."""
         back = None if self.back_bytes is None else self.back_bytes * times
         return replace(self, bytes=self.bytes * times, back_bytes=back)
+
+    def sized(self, size: Callable[[Value], int]) -> "Kernel":
+        """With what it writes as large as `size` says."""
+        return replace(self, writes=tuple(replace(one, bytes=size(one)) for one in self.writes))
+
+    def renamed(self, name: Callable[[str], str]) -> "Kernel":
+        """With other names of values."""
+        return replace(
+            self, reads=tuple(map(name, self.reads)), saves=tuple(map(name, self.saves)),
+            writes=tuple(replace(one, name=name(one.name)) for one in self.writes),
+        )  # fmt: skip
+
+    def keeping(self, *values: Value) -> "Kernel":
+        """Which makes these too, for its backward."""
+        saves = (*self.saves, *(one.name for one in values))
+        return replace(self, writes=(*self.writes, *values), saves=saves)
 
 
 class Played(Struct, frozen=True):

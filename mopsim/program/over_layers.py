@@ -32,15 +32,10 @@ def held(tape: Tape, usual: Tape, chosen: Recomputation) -> Tape:
     of `usual`, the same layer with fewer rows."""
     sizes = {name: value.bytes for name, value in usual.values.items()}
     kept = tape.kept - chosen.dropped
-    kernels = [
-        replace(
-            kernel,
-            writes=tuple(
-                replace(one, bytes=sizes[one.name]) if one.name in kept else one for one in kernel.writes
-            ),
-        )
-        for kernel in tape.kernels
-    ]
+    kernels = (
+        one.sized(lambda value: sizes[value.name] if value.name in kept else value.bytes)
+        for one in tape.kernels
+    )
     return replace(tape, kernels=tuple(kernels))
 
 

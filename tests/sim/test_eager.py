@@ -12,9 +12,10 @@ from mopsim.engine import simulate
 from mopsim.graph.ffn import fused_ffn
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.biases import bias_scaled
-from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks, traffic
-from mopsim.graph.rewrites.gates import STRIDED, STRIDED_BACKWARD
+from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks
+from mopsim.graph.rewrites.gates import STRIDED
 from mopsim.graph.rewrites.projections import gradients_added, split
+from mopsim.graph.rewrites.tensor_passes import traffic
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.context import make_context
@@ -70,7 +71,7 @@ def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_
     assert act.saves[-1] == act.writes[1].name
     assert (act.bytes, act.back_bytes) == (10 * rows, 20 * rows)
     bandwidth, gate = 2.86e12, 4096 * 6144 * 2
-    seconds = [one.narrow * gate / bandwidth for one in (STRIDED, STRIDED_BACKWARD)]
+    seconds = [one.narrow * gate / bandwidth for one in (STRIDED.forward, STRIDED.backward)]
     assert seconds == pytest.approx([157e-6, 314e-6], rel=0.13)
 
 

@@ -1,10 +1,13 @@
 """Biases of routed experts, which torch adds to their rows beside the products."""
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, scratch, traffic
+from msgspec.structs import replace
+
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, charged, each, scratch
 from mopsim.graph.tape import Kernel
 
-BIASED = TensorPasses(4, 0, 2)
+BIASED, NOTHING = TensorPasses(4, 0, 2), TensorPasses(0, 0, 0)
 """An expert's bias gathered for each row; rows and biases read, their sums written."""
+BIASED_BACKWARD, INDEXED_BACKWARD = TensorPasses(1, 0, 2), TensorPasses(1, 0, 5)
 SCALED, SCALED_BACKWARD = TensorPasses(6, 0, 1), TensorPasses(8, 0, 1)
 SCALED_WIDE, SCALED_WIDE_BACKWARD = TensorPasses(2, 6, 2), TensorPasses(4, 8, 2)
 """An expert's bias times its rows' route weights, added to its rows; the experts' put together. Back: a
@@ -23,46 +26,44 @@ def biased(kernels: tuple[Kernel, ...], how: str, b: int, compiled: bool) -> tup
     compiled. Its gradient: one product over the rows' gradients, or, `indexed`, torch's index_put_, which
     adds an expert's rows one after the other, or, `added`, its index_add_, by atomic operations, or, `bulk`,
     by bulk reductions."""
-    found: list[Kernel] = []
-    for kernel in kernels:
-        found.append(kernel)
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
         if not kernel.name.startswith("experts_") or not kernel.matmuls:
-            continue
+            return (kernel,)
         out = kernel.writes[0]
-        most = max((one.m for one in kernel.matmuls), default=0.0)
-        rows = {"indexed": most, "bulk": BULK_ROW * sum(one.m * one.count for one in kernel.matmuls)}
-        found.append(
-            Kernel(
-                f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
-                bytes=0.0 if compiled else float(BIASED.narrow * out.bytes),
-                launches=0 if compiled else BIASED.launches, back_bytes=float(out.bytes),
-                back_launches=5 if how == "indexed" else 2, back_serial=rows.get(how, 0.0),
-                back_sums=out.bytes / b if how == "added" else 0.0,
-                scratch=scratch(0 if compiled else out.bytes),
-            )
+        rows = {
+            "indexed": max(one.m for one in kernel.matmuls),
+            "bulk": BULK_ROW * sum(one.m * one.count for one in kernel.matmuls),
+        }
+        bias = Kernel(
+            f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
+            back_serial=rows.get(how, 0.0), back_sums=out.bytes / b if how == "added" else 0.0,
+            scratch=scratch(0 if compiled else out.bytes),
         )  # fmt: skip
-    return tuple(found)
+        back = INDEXED_BACKWARD if how == "indexed" else BIASED_BACKWARD
+        return kernel, charged(bias, NOTHING if compiled else BIASED, back, float(out.bytes))
+
+    return each(kernels, change)
 
 
 def bias_scaled(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
     """What leaves the experts with their bias added by torch, expert by expert, times the rows' route weights
     (Megatron-Core's TEGroupedMLP). wider: a route weight's bytes by those of the compute dtype."""
-    there, back, each = SCALED, SCALED_BACKWARD, SCALED_EACH
+    there, back, own = SCALED, SCALED_BACKWARD, SCALED_EACH
     if wider > 1:
-        there, back, each = SCALED_WIDE, SCALED_WIDE_BACKWARD, SCALED_WIDE_EACH
-    found: list[Kernel] = []
-    for kernel in kernels:
-        found.append(kernel)
+        there, back, own = SCALED_WIDE, SCALED_WIDE_BACKWARD, SCALED_WIDE_EACH
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
         if kernel.name != "experts_down" or not kernel.matmuls:
-            continue
+            return (kernel,)
         out, experts = kernel.writes[0], sum(int(one.count) for one in kernel.matmuls)
         wide = out.bytes * wider
-        found.append(
-            Kernel(
-                f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
-                bytes=traffic(there, out.bytes, wide), launches=each[0] * experts + there.launches,
-                back_bytes=traffic(back, out.bytes, wide), back_launches=each[1] * experts + back.launches,
-                scratch=scratch(2 * wide), back_scratch=scratch(2 * wide),
-            )
+        bias = Kernel(
+            f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
+            scratch=scratch(2 * wide), back_scratch=scratch(2 * wide),
         )  # fmt: skip
-    return tuple(found)
+        bias = charged(bias, there, back, out.bytes, wide)
+        starts = (bias.launches + own[0] * experts, back.launches + own[1] * experts)
+        return kernel, replace(bias, launches=starts[0], back_launches=starts[1])
+
+    return each(kernels, change)

@@ -63,17 +63,14 @@ def _part(kernel: Kernel, share: float, suffix: str, inner: set[str], region: st
     """A kernel of one chunk. What chunks share beside the layer's rows (weights that moved, the output of
     shared experts) has its gradient made by the newest one, whose backward is the first."""
 
-    def renamed(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name + suffix if name in inner else name for name in names)
-
     def scaled(steps: Sequence[Step]) -> tuple[Step, ...]:
         return tuple((category, int(size * share)) for category, size in steps)
 
     added = 0 if newest else kernel.weight_grad
     reads = [name for name in kernel.reads if newest or name in inner or kernel.name == _FIRST]
+    part = replace(kernel, reads=tuple(reads)).sized(lambda one: int(one.bytes * share)).moving(share)
     return replace(
-        kernel.moving(share), reads=renamed(reads), saves=renamed(kernel.saves),
-        writes=tuple(replace(v, name=v.name + suffix, bytes=int(v.bytes * share)) for v in kernel.writes),
+        part.renamed(lambda name: name + suffix if name in inner else name),
         matmuls=tuple(replace(one, m=one.m * share) for one in kernel.matmuls),
         back_serial=kernel.back_serial * share,
         back_sums=kernel.back_sums * share,

@@ -10,8 +10,18 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.gates import apart, clamped, clamped_again, gated, shifted
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, instead, scratch, traffic
+from mopsim.graph.rewrites.gates import APART, CLAMPED, CLAMPED_AGAIN, GATED, SHIFTED, STRIDED
+from mopsim.graph.rewrites.tensor_passes import (
+    ComposedKernel,
+    TensorPasses,
+    beside,
+    charged,
+    each,
+    instead,
+    made,
+    scratch,
+    traffic,
+)
 from mopsim.graph.tape import Kernel, Value
 
 NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
@@ -20,16 +30,24 @@ ROUNDED, ROUNDED_BACKWARD = TensorPasses(4, 7, 8), TensorPasses(8, 19, 15)
 """transformers' LlamaRMSNorm: cast, square, mean, add, root, product, cast, product of narrow values. Back:
 two gradients of that and a sum; in fp32 a cast, a product's, a sum, the mean's, the square's, both added, a
 cast."""
-UPCAST, UPCAST_BACKWARD = TensorPasses(2, 2, 2), TensorPasses(3, 4, 3)
-"""Cast, and a norm of the copy; the gradients of the copy and of the weight, each of which reads the copy and
-the output's gradient, and a cast back."""
-ROTARY = TensorPasses(2, 4, 3)
-"""Cast, complex product, cast; the backward is the same the other way."""
-BY_TOKEN, BY_TOKEN_BACKWARD = TensorPasses(4, 0, 2), TensorPasses(5, 0, 2)
+UPCAST = ComposedKernel(
+    TensorPasses(2, 2, 2), TensorPasses(3, 4, 3), (("wide", 0.0, 1.0),), whole=False, back_working=(0.0, 1.0)
+)
+"""Cast, and a norm of the copy, which is kept; the gradients of the copy and of the weight, each of which
+reads the copy and the output's gradient, and a cast back."""
+UPCAST_AGAIN = ComposedKernel(
+    UPCAST.forward, TensorPasses(5, 6, 5), working=(0.0, 1.0), back_working=(0.0, 2.0)
+)
+"""Keeps its input as it came, of which copy and norm are made again."""
+ROTARY = ComposedKernel(TensorPasses(2, 4, 6), TensorPasses(2, 4, 6))
+"""Cast, complex product, cast, of queries and of keys; the backward is the same the other way."""
+BY_TOKEN = ComposedKernel(TensorPasses(4, 0, 2), TensorPasses(5, 0, 2))
 """A kernel each for queries and keys, whose two passes take as long as so many streaming ones: 38 and 44 us
 on H100 for 21 MB of both, 4.5 and 5.2 without their starts, more for fewer bytes (BastiaanGroot/
 ML-Infrastructure-Engineer, training/profiles: fused_rope_forward_kernel, fused_rope_backward_kernel)."""
-HALVES, HALVES_BACKWARD = TensorPasses(9, 0, 7), TensorPasses(14, 0, 9)
+HALVES = ComposedKernel(
+    TensorPasses(9, 0, 7), TensorPasses(14, 0, 9), working=(1.0, 0.0), back_working=(1.5, 0.0)
+)
 """Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
@@ -75,7 +93,7 @@ def composed(
 
     found = tuple(one(kernel) for kernel in kernels)
     if ways.get("sequence_exchange") == "composed":
-        found = tuple(part for kernel in found for part in _traded(kernel))
+        found = each(found, _traded)
     if rows in ("composed", "wide", "added"):
         found = _weighted(found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once)
     if rows == "added" and not sent_once:
@@ -89,13 +107,10 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     names |= {name for kernel in kernels if kernel.name == "shared_sum" for name in kernel.reads}
     names |= {name for kernel in kernels if kernel.name == "accumulate" for name in kernel.reads[1:]}
 
-    def one(kernel: Kernel) -> Kernel:
-        if names.isdisjoint(value.name for value in kernel.writes):
-            return kernel
-        writes = tuple(replace(v, grad=False) if v.name in names else v for v in kernel.writes)
-        return replace(kernel, writes=writes)
+    def shared(value: Value) -> Value:
+        return replace(value, grad=False) if value.name in names else value
 
-    return tuple(map(one, kernels))
+    return tuple(replace(one, writes=tuple(map(shared, one.writes))) for one in kernels)
 
 
 def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) -> tuple[Kernel, ...]:
@@ -117,10 +132,7 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) ->
         if kernel.name == "permute" and kernel.writes[0].bytes:
             routes = next(one for one in kernels if one.name == "top_k").writes[0].bytes // 8
             index = Value("route_order", 16 * routes, "dispatch", grad=False)
-            kernel = replace(
-                kernel, writes=(*kernel.writes, index), saves=(*kernel.saves, index.name),
-                scratch=(("dispatch", 8 * routes),),
-            )  # fmt: skip
+            kernel = replace(kernel.keeping(index), scratch=(("dispatch", 8 * routes),))
         if kernel.name == "permute" and travels and last.bytes != 2.0 * out:
             router = next(one for one in kernels if one.name == "router")
             found.append(
@@ -150,32 +162,29 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
     """Rows that are back at home times their route weights, then added to their tokens. For the weights'
     gradient autograd keeps the rows in fp32, a compiler what they are cast from. compiled: with what casts
     and, in the backward, indexes, in one kernel; what adds is torch's own."""
-    found: list[Kernel] = []
-    made = {value.name: value for kernel in kernels for value in kernel.writes}
+    values = made(kernels)
     views = {one.writes[0].name: one.reads[0] for one in kernels if one.kind == "view" and one.reads}
-    for kernel in kernels:
-        if kernel.name == "accumulate":
-            rows = made[views.get(kernel.reads[0], kernel.reads[0])]
-            size, wide = rows.bytes, int(rows.bytes * wider)
-            there, back = (WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD) if compiled else (WEIGHED, WEIGHED_BACKWARD)
-            weighed = replace(rows, name="weighed", grad=not compiled)
-            copy = () if compiled else (replace(rows, name="rows_wide", bytes=wide, grad=False),)
-            spike = (("dispatch", 0 if compiled else wide),)
-            found.append(
-                Kernel(
-                    "weigh", "memory_bound", kernel.component, kernel.reads[:1], (weighed, *copy),
-                    saves=("rows_wide",) if copy else (rows.name,), bytes=traffic(there, size, wide),
-                    launches=there.launches, back_bytes=traffic(back, size, wide),
-                    back_launches=back.launches, scratch=spike, back_scratch=2 * spike,
-                )
-            )  # fmt: skip
-            back_bytes = 0.0 if compiled else 2.0 * size
-            kernel = replace(
-                kernel, reads=("weighed", *kernel.reads[1:]), back_bytes=back_bytes,
-                back_launches=int(not compiled),
-            )  # fmt: skip
-        found.append(kernel)
-    return tuple(found)
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
+        if kernel.name != "accumulate":
+            return (kernel,)
+        rows = values[views.get(kernel.reads[0], kernel.reads[0])]
+        size, wide = rows.bytes, int(rows.bytes * wider)
+        passes = (WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD) if compiled else (WEIGHED, WEIGHED_BACKWARD)
+        weighed = replace(rows, name="weighed", grad=not compiled)
+        spike = (("dispatch", 0 if compiled else wide),)
+        first = Kernel(
+            "weigh", "memory_bound", kernel.component, kernel.reads[:1], (weighed,),
+            saves=(rows.name,) if compiled else (), scratch=spike, back_scratch=2 * spike,
+        )  # fmt: skip
+        copy = () if compiled else (replace(rows, name="rows_wide", bytes=wide, grad=False),)
+        added = replace(
+            kernel, reads=("weighed", *kernel.reads[1:]), back_bytes=0.0 if compiled else 2.0 * size,
+            back_launches=int(not compiled),
+        )  # fmt: skip
+        return charged(first.keeping(*copy), *passes, size, wide), added
+
+    return each(kernels, change)
 
 
 def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tuple[Kernel, ...]:
@@ -221,45 +230,14 @@ def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Ke
     roots = Value(f"{kernel.name}_roots", int(kernel.per_row * wider), grad=False)
     kept = [Value(f"{kernel.name}_normed", narrow if rounded else size, grad=False), roots]
     if wider > 1:
+        kernel = replace(kernel, saves=())
         kept.append(Value(f"{kernel.name}_wide", size, grad=False))
     passes = (ROUNDED, ROUNDED_BACKWARD) if rounded else (NORM, NORM_BACKWARD)
-    found = instead(kernel, wider, *passes)
-    saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
     working = int((3.5 if wider > 1 and not rounded else 3) * size) - narrow
     return replace(
-        found, writes=(*kernel.writes, *kept), saves=saves, scratch=scratch(size if wider > 1 else 0),
+        instead(kernel, wider, *passes).keeping(*kept), scratch=scratch(size if wider > 1 else 0),
         back_scratch=scratch(working),
     )  # fmt: skip
-
-
-def _upcast(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps the copy of its input."""
-    copy = Value(f"{kernel.name}_wide", int(kernel.writes[0].bytes * wider), grad=False)
-    found = instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
-    return replace(found, writes=(*kernel.writes, copy), saves=(copy.name,), back_scratch=scratch(copy.bytes))
-
-
-def _upcast_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps its input as it came, of which copy and norm are made again."""
-    size = kernel.writes[0].bytes * wider
-    found = instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
-    found = beside(found, kernel.writes[0].bytes * (1 + wider), None, UPCAST)
-    return replace(found, scratch=scratch(size), back_scratch=scratch(2 * size))
-
-
-def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    found = instead(kernel, wider, ROTARY, ROTARY)
-    return replace(found, launches=2 * ROTARY.launches, back_launches=2 * ROTARY.launches)
-
-
-def _by_token(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    return instead(kernel, wider, BY_TOKEN, BY_TOKEN_BACKWARD)
-
-
-def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    size = kernel.writes[0].bytes
-    found = instead(kernel, wider, HALVES, HALVES_BACKWARD)
-    return replace(found, scratch=scratch(size), back_scratch=scratch(1.5 * size))
 
 
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -267,8 +245,7 @@ def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
     if wider == 1:
         return kernel
     (_, size), *_ = kernel.scratch
-    wide = Value("router_wide", size, grad=False)
-    return replace(kernel, writes=(*kernel.writes, wide), saves=(wide.name,), scratch=())
+    return replace(kernel, saves=(), scratch=()).keeping(Value("router_wide", size, grad=False))
 
 
 def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -347,20 +324,20 @@ def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
 _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
     ("norm", "composed"): (lambda one: one.name.endswith("norm"), _norm),
     ("norm", "rounded"): (lambda one: one.name.endswith("norm"), partial(_norm, rounded=True)),
-    ("norm", "upcast"): (lambda one: one.name.endswith("norm"), _upcast),
-    ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), _upcast_again),
-    ("rotary", "by_token"): (lambda one: one.name == "rope" and len(one.reads) == 2, _by_token),
-    ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
-    ("rotary", "composed"): (lambda one: one.name == "rope", _rotary),
-    ("activation", "composed"): (lambda one: one.name == "act", gated),
-    ("activation", "strided"): (lambda one: one.name == "act", partial(gated, strided=True)),
+    ("norm", "upcast"): (lambda one: one.name.endswith("norm"), UPCAST.of),
+    ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), UPCAST_AGAIN.of),
+    ("rotary", "by_token"): (lambda one: one.name == "rope" and len(one.reads) == 2, BY_TOKEN.of),
+    ("rotary", "halves"): (lambda one: one.name.startswith("rope"), HALVES.of),
+    ("rotary", "composed"): (lambda one: one.name == "rope", ROTARY.of),
+    ("activation", "composed"): (lambda one: one.name == "act", GATED.of),
+    ("activation", "strided"): (lambda one: one.name == "act", STRIDED.of),
     ("head_norms", "summed"): (lambda one: one.name in ("q_norm", "k_norm"), _head_norm),
     ("residual", "composed"): (lambda one: one.name.endswith("residual"), _summed),
-    ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", clamped),
-    ("clamped_gate", "again"): (lambda one: one.name == "experts_act", clamped_again),
-    ("expert_rows", "composed"): (lambda one: one.name == "experts_act", gated),
-    ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", shifted),
-    ("expert_rows", "interleaved"): (lambda one: one.name == "experts_act", apart),
+    ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", CLAMPED.of),
+    ("clamped_gate", "again"): (lambda one: one.name == "experts_act", CLAMPED_AGAIN.of),
+    ("expert_rows", "composed"): (lambda one: one.name == "experts_act", GATED.of),
+    ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", SHIFTED.of),
+    ("expert_rows", "interleaved"): (lambda one: one.name == "experts_act", APART.of),
     ("router", "composed"): (lambda one: one.name == "router", _router),
     ("expert_outputs", "pieces"): (lambda one: one.name.startswith("experts_"), _one_by_one),
 }

@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, scaled
-from mopsim.graph.tape import Kernel, Matmul, Value
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, each, scaled
+from mopsim.graph.tape import Kernel, Value
 
 COPY = TensorPasses(2, 0, 1)
 
@@ -32,36 +32,35 @@ def rows_aligned(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
 def weights_stacked(kernels: tuple[Kernel, ...], b: int) -> tuple[Kernel, ...]:
     """Weights of experts that are parameters of their own are copied into one tensor before each product,
     which its backward reads again; the gradient of that tensor is copied back, expert by expert."""
-    found: list[Kernel] = []
-    for one in kernels:
-        if one.kind == "grouped_matmul" and one.matmuls:
-            experts = round(sum(each.count for each in one.matmuls))
-            size = round(one.matmuls[0].n * one.matmuls[0].k * experts * b)
-            whole = Value(f"{one.name}_stacked", size)
-            found.append(
-                Kernel(
-                    "stack_weights", "memory_bound", one.component, (), (whole,), bytes=2.0 * size,
-                    back_bytes=2.0 * size, back_launches=experts,
-                )
-            )  # fmt: skip
-            one = replace(one, reads=(*one.reads, whole.name), saves=(*one.saves, whole.name))
-        found.append(one)
-    return tuple(found)
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
+        if kernel.kind != "grouped_matmul" or not kernel.matmuls:
+            return (kernel,)
+        experts = round(sum(one.count for one in kernel.matmuls))
+        size = round(kernel.matmuls[0].n * kernel.matmuls[0].k * experts * b)
+        whole = Value(f"{kernel.name}_stacked", size)
+        copy = Kernel(
+            "stack_weights", "memory_bound", kernel.component, (), (whole,), bytes=2.0 * size,
+            back_bytes=2.0 * size, back_launches=experts,
+        )  # fmt: skip
+        reads, saves = ((*names, whole.name) for names in (kernel.reads, kernel.saves))
+        return copy, replace(kernel, reads=reads, saves=saves)
+
+    return each(kernels, change)
 
 
 def _padded(kernel: Kernel, local: int, share: float, held: float, busy: int) -> Kernel:
     """share: of the rows that are computed over those that arrived; held: of those in memory."""
-
-    writes = tuple(replace(one, bytes=round(one.bytes * held)) for one in kernel.writes)
+    found = kernel.sized(lambda one: round(one.bytes * held))
     if kernel.name in ("sort", "unsort"):
-        return _sliced(kernel, writes, share, busy, local)
+        return _sliced(kernel, found.writes, share, busy, local)
     if kernel.kind == "grouped_matmul":
         most = max(kernel.matmuls, key=lambda one: one.m)
-        return replace(kernel, writes=writes, matmuls=(Matmul(most.m, most.n, most.k, local),))
+        return replace(found, matmuls=(replace(most, count=local),))
     if kernel.component != "experts" or not kernel.name.startswith("experts_"):
         return kernel
     scratch, back_scratch = (scaled(one, held) for one in (kernel.scratch, kernel.back_scratch))
-    return replace(kernel.moving(share), writes=writes, scratch=scratch, back_scratch=back_scratch)
+    return replace(found.moving(share), scratch=scratch, back_scratch=back_scratch)
 
 
 def _sliced(kernel: Kernel, writes: tuple[Value, ...], share: float, busy: int, local: int) -> Kernel:

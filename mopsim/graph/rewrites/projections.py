@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from mopsim.graph.rewrites.eager import SUM
 from mopsim.graph.rewrites.quantized import EXACT
+from mopsim.graph.rewrites.tensor_passes import each, made
 from mopsim.graph.tape import Kernel
 
 
@@ -29,10 +30,9 @@ def split(kernels: tuple[Kernel, ...], copied: bool, whole: bool = False) -> tup
     rest = kernels[place:]
     if whole:
         names = tuple(value.name for value in joint.writes[:3])
-        kept = [(*names, *(name for name in one.saves if name not in names)) for one in rest]
         rest = tuple(
-            replace(one, saves=saves) if v.name in one.saves else one
-            for one, saves in zip(rest, kept, strict=True)
+            replace(one, saves=tuple(dict.fromkeys((*names, *one.saves)))) if v.name in one.saves else one
+            for one in rest
         )
     return (*kernels[:place], parts, *rest)
 
@@ -43,12 +43,11 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
     core = next((kernel for kernel in kernels if kernel.name == "attention_core"), None)
     if core is None:
         return kernels
-    made = {value.name: value for kernel in kernels for value in kernel.writes}
-    q, k, v = (made[name] for name in core.reads[:3])
-    around: dict[str, tuple[Kernel, ...]] = {}
+    values, around = made(kernels), dict[str, tuple[Kernel, ...]]()
+    q, k, v = (values[name] for name in core.reads[:3])
     names = ("gather_kv_blocks", "ring", "sequence_to_heads")
     exchange = next((kernel for kernel in kernels if kernel.name in names), core)
-    k, v = (made[name] for name in exchange.reads[-2:]) if exchange is not core else (k, v)
+    k, v = (values[name] for name in exchange.reads[-2:]) if exchange is not core else (k, v)
     if repeated and k.bytes < q.bytes:
         times = q.bytes // k.bytes
         whole = tuple(replace(one, name=f"{one.name}_all", bytes=one.bytes * times) for one in (k, v))
@@ -57,33 +56,25 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
             "heads_repeated", "memory_bound", core.component, (k.name, v.name), whole, bytes=moved,
             back_bytes=moved, launches=2,
         )  # fmt: skip
-        all_of = {k.name: whole[0].name, v.name: whole[1].name}
-        renamed = {
-            one.name: replace(
-                one, reads=tuple(all_of.get(name, name) for name in one.reads),
-                saves=tuple(all_of.get(name, name) for name in one.saves),
-            )
+        reader, sent = (
+            one.renamed(lambda name: f"{name}_all" if name in (k.name, v.name) else name)
             for one in (core, exchange)
-        }  # fmt: skip
-        sent = renamed[exchange.name]
+        )
         if exchange.name == "sequence_to_heads":  # all heads travel, beside the queries
-            writes = (sent.writes[0], *(replace(one, bytes=k.bytes * times) for one in sent.writes[1:]))
-            moved = float(sum(one.bytes for one in writes))
-            renamed[exchange.name] = replace(sent, writes=writes, bytes=moved)
+            sent = sent.sized(lambda one: one.bytes if one is sent.writes[0] else k.bytes * times)
+            sent = replace(sent, bytes=float(sum(one.bytes for one in sent.writes)))
         elif exchange is not core:
-            writes = tuple(replace(one, bytes=one.bytes * times) for one in sent.writes)
-            renamed[exchange.name] = replace(sent.moving(times), writes=writes)
-        around |= {name: (kernel,) for name, kernel in renamed.items()}
-        around[exchange.name] = (copy, *around[exchange.name])
-    out, reader = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
-    if by_heads and reader and reader.reads == (out.name,):
+            sent = sent.moving(times).sized(lambda one: one.bytes * times)
+        around |= {core.name: (reader,), exchange.name: (copy, sent)}
+    out, product = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
+    if by_heads and product and product.reads == (out.name,):
         laid = replace(out, name=f"{out.name}_laid")
         copy = Kernel(
             "heads_laid", "memory_bound", core.component, (out.name,), (laid,), bytes=2.0 * out.bytes,
             back_bytes=0.0, back_launches=0,
         )  # fmt: skip
-        around[reader.name] = (copy, replace(reader, reads=(laid.name,), saves=(laid.name,)))
-    return tuple(part for kernel in kernels for part in around.get(kernel.name, (kernel,)))
+        around[product.name] = (copy, replace(product, reads=(laid.name,), saves=(laid.name,)))
+    return each(kernels, lambda one: around.get(one.name, (one,)))
 
 
 def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]) -> tuple[Kernel, ...]:
@@ -108,14 +99,8 @@ def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]
 def lengths_read(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Before the attention kernel the host reads the longest of a microbatch's sequences from the device:
     a difference, its maximum and a copy."""
-    found: list[Kernel] = []
-    for kernel in kernels:
-        if kernel.name == "attention_core":
-            found.append(
-                Kernel("lengths read", "memory_bound", kernel.component, (), (), launches=3, back_bytes=0.0)
-            )
-        found.append(kernel)
-    return tuple(found)
+    read = Kernel("lengths read", "memory_bound", "attention", (), (), launches=3, back_bytes=0.0)
+    return each(kernels, lambda one: (read, one) if one.name == "attention_core" else (one,))
 
 
 def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple[Kernel, ...]:
@@ -173,13 +158,11 @@ def rows_exchanged(
     the order of their sequences, and rows to scatter into that of the ranks. rows, grads: bytes of what is
     gathered over those in the compute dtype, of products that take it so.
     """
-    found: list[Kernel] = []
-    for kernel in kernels:
-        gathers = kernel.kind == "all_gather"
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
+        gathers, back = kernel.kind == "all_gather", kernel.back_moved
         if kernel.group != "tensor" or not kernel.back_kind:
-            found.append(kernel)
-            continue
-        back = kernel.back_moved
+            return (kernel,)
         exact = kernel.component in EXACT
         less, fewer = (1.0, 1.0) if exact else (rows, grads)
         first, second = (kernel.bytes * less, back) if gathers else (kernel.bytes, back * fewer)
@@ -191,8 +174,9 @@ def rows_exchanged(
             back_scratch=(("activations", int(second)),),
         )  # fmt: skip
         both = (kernel, copy) if gathers else (copy, kernel)
-        found += both if ordered else (kernel,)
-    return tuple(found)
+        return both if ordered else (kernel,)
+
+    return each(kernels, change)
 
 
 def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
@@ -204,19 +188,19 @@ def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager
     for kernel in kernels if eager else ():
         if kernel.kind in ("matmul", "grouped_matmul") or kernel.name == "permute":
             readers.setdefault(kernel.reads[0], []).append(kernel)
-    sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
-    found: list[Kernel] = []
-    for kernel in kernels:
+    values = made(kernels)
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
         name, own = kernel.reads[0] if kernel.reads else "", parts.get(kernel.name, 1)
         first, *others = readers.get(name, [None])
         sums = own - 1 + len(others) * (kernel is first)
-        if sums and name in sizes:
-            passes, launches = (SUM.narrow * sums, SUM.launches * sums) if eager else (own + 1, 1)
-            found.append(
-                Kernel(
-                    f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
-                    back_bytes=float(passes * sizes[name]), back_launches=launches,
-                )
-            )  # fmt: skip
-        found.append(kernel)
-    return tuple(found)
+        if not sums or name not in values:
+            return (kernel,)
+        passes, launches = (SUM.narrow * sums, SUM.launches * sums) if eager else (own + 1, 1)
+        added = Kernel(
+            f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
+            back_bytes=float(passes * values[name].bytes), back_launches=launches,
+        )  # fmt: skip
+        return added, kernel
+
+    return each(kernels, change)

@@ -21,52 +21,47 @@ def quantized(tape: Tape, share: float, modules: Sequence[str], within: Collecti
     values = tape.values
     places = {i for module in modules if module in DISCARDED for i in members(tape, module, within)}
     again = {value.name for i in places for value in tape.kernels[i].writes}
-    kernels = []
-    for kernel in tape.kernels:
-        saved = kernel.saves[0] if kernel.saves else ""
-        if kernel.matmuls and kernel.component not in EXACT and saved not in again:
-            kernels.append(_cast(kernel, values[saved], share))
-        else:
-            kernels.append(kernel)
-    return replace(tape, kernels=tuple(kernels))
+
+    def change(kernel: Kernel) -> Kernel:
+        if not kernel.matmuls or kernel.component in EXACT or kernel.saves[0] in again:
+            return kernel
+        return _cast(kernel, values[kernel.saves[0]], share)
+
+    return replace(tape, kernels=tuple(map(change, tape.kernels)))
 
 
 def cast_once(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Of products that read one value the first casts it (a compiler makes equal casts once)."""
-    found, seen = [], set[str]()
-    for kernel in kernels:
-        source = kernel.reads[0] if kernel.matmuls else ""
-        found.append(replace(kernel, casts=False) if source in seen else kernel)
-        seen |= {source} - {""}
-    return tuple(found)
+    first = {one.reads[0]: one for one in reversed(kernels) if one.matmuls}
+    return tuple(
+        replace(one, casts=False) if one.matmuls and first[one.reads[0]] is not one else one
+        for one in kernels
+    )
 
 
 def cast_from_kept(kernels: tuple[Kernel, ...], share: float) -> tuple[Kernel, ...]:
     """Products whose weight gradient reads a cast that a compiler makes again from what a norm or a gate has
     kept for its own backward; of what keeps nothing (a copy) the cast is kept, `share` of its bytes."""
     makers = {value.name: kernel for kernel in kernels for value in kernel.writes}
-    found: list[Kernel] = []
-    for kernel in kernels:
+
+    def change(kernel: Kernel) -> Kernel:
         maker = makers.get(kernel.saves[0]) if kernel.matmuls and kernel.saves else None
         if maker is None or kernel.component in EXACT or maker.kind != "memory_bound":
-            found.append(kernel)
-        elif maker.saves:
-            found.append(replace(kernel, saves=(*maker.saves, *kernel.saves[1:])))
-        else:
-            found.append(_cast(kernel, maker.writes[0], share))
-    return tuple(found)
+            return kernel
+        if maker.saves:
+            return replace(kernel, saves=(*maker.saves, *kernel.saves[1:]))
+        return _cast(kernel, maker.writes[0], share)
+
+    return tuple(map(change, kernels))
 
 
 def weights_cast(kernels: tuple[Kernel, ...], narrow: float) -> tuple[Kernel, ...]:
     """Products whose cast weights, `narrow` bytes for each, stay from the forward to the backward."""
-    found: list[Kernel] = []
-    for kernel in kernels:
-        size = weights_narrow(kernel, narrow)
-        if size:
-            copy = Value(f"{kernel.name}_cast", size, "gathered", grad=False)
-            kernel = replace(kernel, writes=(*kernel.writes, copy), saves=(*kernel.saves, copy.name))
-        found.append(kernel)
-    return tuple(found)
+    sizes = ((one, weights_narrow(one, narrow)) for one in kernels)
+    return tuple(
+        one.keeping(Value(f"{one.name}_cast", size, "gathered", grad=False)) if size else one
+        for one, size in sizes
+    )
 
 
 def weights_narrow(kernel: Kernel, narrow: float) -> int:

@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.tensor_passes import scaled
-from mopsim.graph.tape import Kernel, Value
+from mopsim.graph.tape import Kernel
 
 FIRST, GATE, LAST = "experts_up", "experts_act", "experts_down"
 
@@ -27,15 +27,11 @@ def with_room(kernels: tuple[Kernel, ...], room: float, stash: float) -> tuple[K
 def all_moved(kernels: tuple[Kernel, ...], room: float, received: bool) -> tuple[Kernel, ...]:
     """The permutations of rows in such tensors, of which a compiled program that knows only the tensors' size
     moves all. received: what an exchange brings is as large too."""
-    found = []
-    for one in kernels:
-        grown = tuple(replace(value, bytes=round(value.bytes * room)) for value in one.writes)
-        if one.name in ("sort", "unsort"):
-            one = replace(one.moving(room), writes=grown if one.name == "unsort" else one.writes)
-        elif one.name == "dispatch" and received:
-            one = replace(one, writes=grown)
-        found.append(one)
-    return tuple(found)
+    grown = ("unsort", *(("dispatch",) if received else ()))
+    moved = (one.moving(room) if one.name in ("sort", "unsort") else one for one in kernels)
+    return tuple(
+        one.sized(lambda value: round(value.bytes * room)) if one.name in grown else one for one in moved
+    )
 
 
 def shared_stay(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
@@ -54,11 +50,7 @@ def _of_rows(kernel: Kernel) -> bool:
 
 
 def _roomy(kernel: Kernel, room: float, stash: float, saved: set[str]) -> Kernel:
-    def value(one: Value) -> Value:
-        return replace(one, bytes=round(one.bytes * (stash if one.name in saved else room)))
-
-    found = replace(
-        kernel, writes=tuple(map(value, kernel.writes)), scratch=scaled(kernel.scratch, room),
-        back_scratch=scaled(kernel.back_scratch, room),
-    )  # fmt: skip
+    found = kernel.sized(lambda one: round(one.bytes * (stash if one.name in saved else room)))
+    scratch, back_scratch = (scaled(one, room) for one in (kernel.scratch, kernel.back_scratch))
+    found = replace(found, scratch=scratch, back_scratch=back_scratch)
     return found if kernel.name != GATE or stash else found.moving(room)

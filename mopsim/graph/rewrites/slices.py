@@ -20,9 +20,8 @@ def in_slices(kernels: tuple[Kernel, ...], rows: int, largest: int) -> tuple[Ker
         inner = kernel.name != "down_proj"
         back = None if kernel.back_launches is None else kernel.back_launches * count
         return replace(
-            kernel, region="slices" if count > 1 else "", launches=kernel.launches * count,
-            back_launches=back,
-            writes=tuple(replace(v, bytes=ceil_div(v.bytes, count)) if inner else v for v in kernel.writes),
+            kernel.sized(lambda one: ceil_div(one.bytes, count) if inner else one.bytes),
+            region="slices" if count > 1 else "", launches=kernel.launches * count, back_launches=back,
             matmuls=tuple(replace(one, m=one.m / count, count=one.count * count) for one in kernel.matmuls),
         )  # fmt: skip
 

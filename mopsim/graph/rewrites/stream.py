@@ -12,8 +12,8 @@ def widened(tape: Tape, times: int) -> Tape:
     """A layer's tape with that stream `times` as wide. A norm that keeps its input in fp32 keeps the stream
     itself, no copy; sums move as much more as the stream is wider, what norms read more of is left out."""
 
-    def value(one: Value) -> Value:
-        return replace(one, bytes=one.bytes * times) if one.name in STREAM else one
+    def size(one: Value) -> int:
+        return one.bytes * times if one.name in STREAM else one.bytes
 
     def kernel(one: Kernel) -> Kernel:
         copy = f"{one.name}_wide"
@@ -22,8 +22,7 @@ def widened(tape: Tape, times: int) -> Tape:
             one = replace(
                 one, writes=writes, saves=(*(name for name in one.saves if name != copy), one.reads[0])
             )
-        if one.name.endswith("residual"):
-            one = one.moving(times)
-        return replace(one, writes=tuple(map(value, one.writes)))
+        return (one.moving(times) if one.name.endswith("residual") else one).sized(size)
 
-    return replace(tape, inputs=tuple(map(value, tape.inputs)), kernels=tuple(map(kernel, tape.kernels)))
+    inputs = tuple(replace(one, bytes=size(one)) for one in tape.inputs)
+    return replace(tape, inputs=inputs, kernels=tuple(map(kernel, tape.kernels)))
