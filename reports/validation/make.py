@@ -7,7 +7,10 @@ The errors to expect (mopsim/intervals/errors.yaml) are learned from the same si
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+
+from pandas import DataFrame
 
 from mopsim.common import io
 from mopsim.report.validation_tables import tables
@@ -28,6 +31,7 @@ from reports.validation.misses import markdown, missed_json, misses
 
 HERE = Path(__file__).parent
 CASES = HERE / "cases"
+REFUSED = HERE / "refused.csv"
 
 
 def main() -> None:
@@ -76,15 +80,23 @@ def _told(count: int, of: int) -> None:
 
 
 def resolve(runs: Path, models: Path | None) -> list[Refused]:
-    """Write the rows of a table as cases, a file for each source; returns the rows that are none."""
+    """Write the rows of a table as cases, a file for each source, and a list of those that are none, which
+    are returned."""
     cases, refused = cases_of(read_runs(runs), read_rows(models) if models else {})
     sources: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         sources[case.source.name].append(case)
     for source, some in sources.items():
         write_cases(CASES / f"{source}.jsonl", some)
+    list_refused(refused)
     print(f"{len(cases)} cases in {CASES}, {len(refused)} rows refused")
     return refused
+
+
+def list_refused(refused: Sequence[Refused]) -> None:
+    """Write what each row is refused for."""
+    rows = [one.about | {"refused": "; ".join(one.told)} for one in refused]
+    io.write_text(REFUSED, DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
 if __name__ == "__main__":
