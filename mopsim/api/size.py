@@ -76,12 +76,12 @@ class Clusters(Result):
 
     @property
     def surer(self) -> Point | None:
-        """A cluster that is little dearer than the recommended one and far surer to be in time, if any."""
+        """A cluster that is little dearer than the recommended one and far likelier to be in time, if any."""
         return points.surer(self.points, self.chosen, self.request.goal)
 
     @property
     def fitter(self) -> Point | None:
-        """A cluster that is surer to fit than the recommended one, where that is not sure."""
+        """A cluster whose plan is likelier to fit than the recommended one's, where that is not sure."""
         return points.surer_to_fit(self.points, self.chosen)
 
     @property

@@ -35,7 +35,7 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     console.print(ranking.inputs.parameters, style="dim")
     if found.top:
         console.print(comparison(found.top, where, level, found.free))
-        console.print(best_of_others(found.best_by_family))
+        console.print(best_of_others(found.best_by_family, found.best))
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses", level))
     with progress(console, "asking why", None):

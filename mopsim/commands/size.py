@@ -65,9 +65,9 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     if chosen:
         console.print(f"Odds: {sizing.chances(chosen, request)}")
     if better := sizing.surely(found.surer, chosen, request):
-        console.print(f"Surer: {better}")
+        console.print(f"More likely to be in time: {better}")
     if better := sizing.fits_surely(found.fitter, chosen):
-        console.print(f"Surer to fit: {better}")
+        console.print(f"More likely to fit: {better}")
     of = "" if request.goal.seconds is None else " of the counts that were asked"
     console.print(f"Fastest{within}{of}: {sizing.summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]

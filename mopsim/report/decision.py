@@ -109,8 +109,8 @@ def answer(d: Decision) -> str:
         text += f", {sizing.format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
     text += f"; {sizing.chances(point, d.request)}."
     for said, better in (
-        ("Surer", sizing.surely(d.surer, point, d.request)),
-        ("Surer to fit", sizing.fits_surely(d.fitter, point)),
+        ("More likely to be in time", sizing.surely(d.surer, point, d.request)),
+        ("More likely to fit", sizing.fits_surely(d.fitter, point)),
     ):
         text += f" {said}: {better}." if better else ""
     return text

@@ -163,18 +163,17 @@ def _also(result: SimResult, free: Freedom) -> str:
     return f"; as fast: {said}" if said else ""
 
 
-def best_of_others(best: Mapping[str, SimResult | None]) -> Text:
-    """The best strategy of each family but the fastest one's, and how they compare with it."""
-    fastest = min((one for one in best.values() if one), key=lambda one: one.ranked_time, default=None)
+def best_of_others(best: Mapping[str, SimResult | None], first: SimResult | None) -> Text:
+    """The best strategy of each family but that of `first`, and how they compare with it."""
     lines = []
     for family, one in best.items():
-        if fastest and one and one.ranked_time == fastest.ranked_time:
+        if first and one and one.strategy.name == first.strategy.name:
             continue
-        if fastest is None or one is None:
+        if first is None or one is None:
             lines.append(f"best of {family}: none (the counts below say why)")
             continue
-        part = f"{fastest.ranked_time / one.ranked_time:.2f} of the fastest, which is faster with probability"
-        surely = format_probability(fastest.times_as_fast_as(one).p_faster)
+        part = f"{first.ranked_time / one.ranked_time:.2f} of the first, which is faster with probability"
+        surely = format_probability(first.times_as_fast_as(one).p_faster)
         lines.append(f"best of {family}: {one.speed} ({part} {surely}), {plan_line(one)}{corrected(one)}")
     return Text("\n".join(lines))
 

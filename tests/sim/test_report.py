@@ -27,7 +27,7 @@ from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
 from mopsim.report.sweep import Sweep, SweepPoint, over, sweep_figure, swept_rows
-from mopsim.report.tables import columns, comparison, describe, row
+from mopsim.report.tables import best_of_others, columns, comparison, describe, row
 from mopsim.report.timeline import timeline_plot, timeline_title, to_the_end
 from mopsim.report.trace import chrome_trace
 from mopsim.spec.presets import load_model
@@ -231,6 +231,16 @@ def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> 
     for one in results:
         assert f" | {one.stack.name} | " in text
         assert f" on {one.stack.name}" in shown.getvalue()
+
+
+def test_of_families_that_tie_the_ranked_first_has_no_second_best(results: list[SimResult]) -> None:
+    """`search` printed two bests of fsdp2 where mop was faster by less than a tie, and none of mop."""
+    faster, first = results[0], replace(results[1], step_time=1.004 * results[0].step_time)
+    said = best_of_others({"mop": faster, "fsdp2": replace(first, peak_memory=1)}, first).plain
+    assert said.startswith("best of mop: ")
+    assert "fsdp2:" not in said
+    assert "1.00 of the first" in said
+    assert best_of_others({"mop": None}, None).plain.startswith("best of mop: none")
 
 
 def test_difference_names_the_component_that_the_next_best_loses_in(results: list[SimResult]) -> None:

@@ -37,7 +37,10 @@ def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found
     assert re.search(
         rf"in time with probability \S+ if it fits \(50% asked\); it fits with probability {odds}", said
     )
-    assert f"Surer to fit: {fitter.hardware.cluster(fitter.num_nodes)} would fit" in said
+    better = f"{fitter.hardware.cluster(fitter.num_nodes)}, whose plan fits with probability"
+    assert (
+        f"More likely to fit: {better} {format_probability(fitter.result.p_fits)} instead of {odds}" in said
+    )
     assert "the plan fits with probability" in risks(decision)[0]
     roomy = replace(chosen, result=replace(tight, memory_limit=10 * tight.peak_memory))
     assert surer_to_fit(others, roomy) is None
