@@ -79,7 +79,8 @@ def throughput_figure(path: Path, study: Study) -> None:
 
 def ratio_figure(path: Path, study: Study) -> None:
     """MoP's throughput over FSDP2's at each length, a line a network; a mark in a strip of its own, which
-    has no scale, where only MoP runs. No strip where there is no such length."""
+    has no scale, where only MoP runs, hollow where it fits with a probability below 0.9. No strip where there
+    is no such length."""
     low, high = span(study.curves)
     drawn = [
         value
@@ -111,9 +112,11 @@ def ratio_figure(path: Path, study: Study) -> None:
                     marker="o", markersize=5, markerfacecolor=tint if name == "fsdp2" else "white",
                     color=tint, label=label,
                 )  # fmt: skip
-            axis.scatter(
-                lone[index], [top - row * (index + 1)] * len(lone[index]), marker="^", s=70, color=tint
-            )
+            for length, certain in lone[index].items():
+                axis.scatter(
+                    length, top - row * (index + 1), marker="^", s=70, edgecolors=tint,
+                    facecolors=tint if certain else "none",
+                )  # fmt: skip
         axis.plot([], [], color="#515a5a", label="over FSDP2, chunked loss, any CP")
         axis.plot(
             [], [], ":", marker="o", markersize=5, markerfacecolor="white", color="#515a5a",
@@ -126,7 +129,12 @@ def ratio_figure(path: Path, study: Study) -> None:
         axis.set_yticks([tick for tick in axis.get_yticks() if bottom <= tick <= strip])
         if any(lone):
             axis.axhspan(strip, top, color="#f2f3f4", zorder=0)
-            axis.scatter([], [], marker="^", s=70, color="#515a5a", label="only MoP fits")
+            axis.scatter([], [], marker="^", s=70, color="#515a5a", label="only MoP fits (0.9)")
+            if not all(certain for found in lone for certain in found.values()):
+                axis.scatter(
+                    [], [], marker="^", s=70, edgecolors="#515a5a", facecolors="none",
+                    label="likewise, below 0.9",
+                )  # fmt: skip
             axis.text(
                 0.01, top - row, "only MoP fits: no ratio", va="center", fontsize=10, color="#515a5a",
                 transform=axis.get_yaxis_transform(),
@@ -140,11 +148,13 @@ def ratio_figure(path: Path, study: Study) -> None:
         legend_below(axis, 4)
 
 
-def _only_mop(curves: Mapping[str, Curve]) -> list[int]:
-    """Lengths that MoP runs, beyond the last at which both run with the whole step."""
+def _only_mop(curves: Mapping[str, Curve]) -> dict[int, bool]:
+    """Lengths that MoP runs, beyond the last at which both run with the whole step, and whether it fits with
+    a probability of 0.9 there."""
     mop = curves["mop"]
     both = [point.seq_len for point in mop.points if ratio(mop, curves["fsdp2"], point.seq_len)]
-    return [point.seq_len for point in mop.points if point.fits and point.seq_len > max(both, default=0)]
+    last = max(both, default=0)
+    return {point.seq_len: point.sure for point in mop.points if point.fits and point.seq_len > last}
 
 
 def _panel_title(case: ContextCase, curves: Mapping[str, Curve]) -> str:

@@ -119,6 +119,7 @@ def assumptions(cases: Sequence[ContextCase], budget: int) -> list[str]:
     """What the numbers rest on, beside the profile."""
     first = cases[0]
     lines = [
+        "symbols, as in the papers: D ranks share a sequence (CP), H is the hidden size",
         f"{first.tokens_per_device:,} tokens of each device in a step, for all contenders, in as many "
         "microbatches as are fastest; at least one sequence for each group of ranks that shares one; where "
         "that does not fit, one sequence for each group, and as few groups as the rules allow",

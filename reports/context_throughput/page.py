@@ -140,7 +140,8 @@ def write_context(folder: Path, study: Study, facts: dict[str, str], assumptions
             "The same whole steps, in as many microbatches as are fastest for each. A plan that fits goes "
             "before a faster one that may not, so a more restricted row (starred) can be faster: MoP's lead "
             "over it is the smaller one in the tables. Larger steps narrow the lead (see the variants), and "
-            "simulated rates lie above the published ones (see below).",
+            "simulated rates lie above the published ones (see below). A triangle: only MoP fits, hollow "
+            "where that has a probability below 0.9.",
             picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
         ),
         Section(

@@ -74,7 +74,7 @@ VARIANTS = (
         "heads_56",
         "GQA, 56 heads of 128, 8 key-value heads",
         _attention(num_attention_heads=56, num_key_value_heads=8, head_dim=128),
-        "heads x 128 = hidden size; D <= 8",
+        "heads x 128 = hidden size; at most 8 ranks share a sequence",
     ),
     Variant("heads_128", "GQA, 128 heads, 8 key-value heads", _heads(128, 8), "twice the attention work"),
     Variant(
