@@ -15,7 +15,8 @@ NOTHING = "#d5d8dc"
 SURE = 0.9
 CELL = (
     "in a cell: how many times as fast as the next best "
-    f"(hatched, ?: faster with a probability below {SURE:g}); tokens/s per GPU"
+    f"(hatched, ?: faster with a probability below {SURE:g}; only one: of no other family a plan fits with "
+    f"{SURE:g}); tokens/s per GPU"
 )
 
 
