@@ -12,6 +12,7 @@ import yaml
 
 import mopsim
 from mopsim.common import io
+from mopsim.search.result import format_gap
 from mopsim.spec.line import describe
 
 HERE = Path(__file__).parent
@@ -61,8 +62,7 @@ def section(question: dict[str, Any], found: mopsim.Ranking) -> Iterable[str]:
         f"({low:,.0f} to {high:,.0f} with 90 %), {best.model_flops_per_s_per_device / 1e12:,.0f} TFLOP/s, "
         f"fits with probability {best.p_fits:.2f} ({best.p_fits_as_described:.2f} as its stack is "
         f"described); "
-        f"{found.simulated} simulations in {found.seconds:.0f} s, "
-        f"{_left(found)}.\n"
+        f"{found.simulated} simulations, {_left(found)}.\n"
     )
     yield "| family | tokens/s per GPU | runs in mopexec | strategy |"
     yield "|---|---:|---|---|"
@@ -84,7 +84,9 @@ def _rate(question: dict[str, Any], one: mopsim.Simulation, seconds: float) -> f
 def _left(found: mopsim.Ranking) -> str:
     if found.proven:
         return "proven"
-    return f"at most {found.gap:.0%} faster is left" if found.gap is not None else "not exhausted"
+    if found.gap is None:
+        return "not exhausted"
+    return f"a plan left out is at most {format_gap(found.gap)} faster"
 
 
 def _published(question: dict[str, Any]) -> Iterable[str]:
