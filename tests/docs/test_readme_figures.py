@@ -1,7 +1,9 @@
-"""What README says of predictions' errors is what the report says."""
+"""What README says of predictions' errors, and of other reports, is what the reports say."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,54 @@ def test_the_errors_in_readme_are_those_of_the_report(row: str, pattern: str, wo
     assert found
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert words.format(float(found[1])) in said.partition("How far off that is")[2][:1800]
+
+
+def _readme() -> str:
+    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def _json(report: str) -> Any:
+    return json.loads((ROOT / "reports" / report).read_text(encoding="utf-8"))
+
+
+def test_how_far_the_papers_runs_are_off_in_readme_is_what_the_report_says() -> None:
+    found: dict[str, list[float]] = {"mop": [], "fsdp2": []}
+    for one in _json("papers/papers.json")["points"]:
+        if one["printed_tokens_per_s_per_device"] and one["tokens_per_s_per_device"]:
+            rates = one["tokens_per_s_per_device"], one["printed_tokens_per_s_per_device"]
+            found[one["program"]].append(rates[0] / rates[1])
+    (low, high), (less, more) = ((min(one), max(one)) for one in found.values())
+    said = f"{low:.1f} to {high:.1f} times too fast for MoP, and {less:.0f} to {more:.0f} times"
+    assert said in _readme()
+
+
+def test_the_lead_in_readme_is_the_maps() -> None:
+    """Megatron-Core's best plan of the README's job takes four fifths of the time of MoP's."""
+    job = {"model": "qwen3_30b_a3b", "hardware": "h200-sxm-141g", "nodes": 2, "seq_len": 32768}
+    (cell,) = (row for row in _json("map/map.json")["cells"] if job.items() <= row.items())
+    rates = {family: one["tokens_per_s_per_device"] for family, one in cell["families"].items()}
+    assert "takes four fifths of the time" in _readme()
+    assert rates["mop"] / rates["megatron"] == pytest.approx(0.8, abs=0.05)
+
+
+def test_the_readme_counts_the_searches_of_the_benchmark() -> None:
+    lines = (ROOT / "reports/benchmarks/search.md").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("| ") for line in lines) - 1 == 13
+    assert "thirteen searches" in _readme()
+
+
+def test_the_reaches_that_are_told_are_those_of_the_dry_runs() -> None:
+    said = (ROOT / "reports/context_reach/README.md").read_text(encoding="utf-8")
+    reaches = {
+        (one["world_size"], one["strategy"]): one for one in _json("context_reach/reach.json")["reaches"]
+    }
+    for ranks in (2, 4):
+        mop, best = reaches[ranks, "mop"], reaches[ranks, "fsdp2_inputs_on_host"]
+        times = [
+            mop["longest"] / reaches[ranks, name]["longest"]
+            for name in ("fsdp2_inputs_on_host", "fsdp2_chunked_loss", "fsdp2_full_logits")
+        ]
+        first = f"{times[0]:.1f}x ({mop['longest']:,} of {best['longest']:,})"
+        assert f"| {ranks} | {first} | {times[1]:.1f}x | {times[2]:.1f}x |" in said
+        ends = mop["longest"] / best["first_failing"], mop["first_failing"] / best["longest"]
+        assert f"{ends[0]:.1f}x to {ends[1]:.1f}x" in said
