@@ -70,7 +70,7 @@ def plan(name: str, strategy: Strategy) -> Plan:
     """The plan as a CPU runs it; the baselines' experts are grouped products, as a GPU's."""
     stack = load_stack(strategy.stack).on_kind("cpu")
     if strategy.stack != "mopexec-flat":
-        kernels = msgspec.structs.replace(stack.kernels, expert_products="grouped", expert_outputs="whole")
+        kernels = msgspec.structs.replace(stack.kernels, expert_products="torch", expert_outputs="whole")
         stack = msgspec.structs.replace(stack, kernels=kernels)
     hardware = HardwareRef(
         name="enforced-limits", digest="none", num_nodes=1, devices_per_node=strategy.world_size,
