@@ -178,6 +178,7 @@ class Clusters(Result):
 
     def to_json(self) -> dict[str, Any]:
         request, goal = self.request, self.request.goal
+        least = self.chosen.figures.cost if self.chosen and self.chosen.figures else None
         return {
             "model": request.model.name,
             "tokens": goal.tokens,
@@ -191,7 +192,7 @@ class Clusters(Result):
             "families": list(request.families),
             "stack": request.stack.name if request.stack else None,
             "budget": request.simulations,
-            "hardware": [sizing_json(sizing, request) for sizing in self.sizings],
+            "hardware": [sizing_json(sizing, request, least) for sizing in self.sizings],
             "recommended": point_json(self.chosen, request) if self.chosen else None,
             "surer": brief_json(self.surer, request) if self.surer else None,
             "surer_to_fit": brief_json(self.fitter, request) if self.fitter else None,

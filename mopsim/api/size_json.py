@@ -13,8 +13,9 @@ from mopsim.size.goodput import Goodput
 from mopsim.size.points import Miss, Point, Request, Sizing
 
 
-def sizing_json(sizing: Sizing, request: Request) -> dict[str, Any]:
-    """One machine type, by the prices and assumptions that its bill has."""
+def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[str, Any]:
+    """One machine type, by the prices and assumptions that its bill has. least: dollars that the recommended
+    cluster costs."""
     here, hardware = request.at(sizing.bill), sizing.hardware
     price, power = here.terms.price(hardware, here.sites[0], here.assumptions), hardware.device.power
     return {
@@ -23,6 +24,7 @@ def sizing_json(sizing: Sizing, request: Request) -> dict[str, Any]:
         "can": sizing.best is not None,
         "reason": sizing.why or None,
         "price_per_device_hour_usd": price.dollars if price else None,
+        "break_even_price_per_device_hour_usd": _break_even(sizing.best, least),
         "price_source": price.source if price else None,
         "device_power_w": power.si if power else None,
         "node_power_w": rated(hardware, here.assumptions),
@@ -31,6 +33,10 @@ def sizing_json(sizing: Sizing, request: Request) -> dict[str, Any]:
         "best": point_json(sizing.best, request) if sizing.best else None,
         "tried": [_tried_json(point, request) for point in sizing.tried],
     }
+
+
+def _break_even(best: Point | None, least: float | None) -> float | None:
+    return best.figures.price_for(least) if best and best.figures and least else None
 
 
 def _keeps(point: Point, request: Request) -> dict[str, bool | None]:

@@ -68,6 +68,8 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
         console.print(f"More likely to be in time: {better}")
     if better := sizing.fits_surely(found.fitter, chosen):
         console.print(f"More likely to fit: {better}")
+    if prices := sizing.break_even(found.sizings, chosen):
+        console.print(f"Break-even: {prices}")
     of = "" if request.goal.seconds is None else " of the counts that were asked"
     console.print(f"Fastest{within}{of}: {sizing.summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]

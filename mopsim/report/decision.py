@@ -113,6 +113,8 @@ def answer(d: Decision) -> str:
         ("More likely to fit", sizing.fits_surely(d.fitter, point)),
     ):
         text += f" {said}: {better}." if better else ""
+    if prices := sizing.break_even(d.sizings, point):
+        text += f" Break-even: {prices}."
     return text
 
 

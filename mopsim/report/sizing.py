@@ -224,10 +224,10 @@ def searched(point: Point) -> str:
 
 
 def asked_odds(request: Request) -> str:
-    """'in time with probability 50% or more'; empty where no deadline was asked for."""
+    """'in time with probability 50% or more if it fits'; empty where no deadline was asked for."""
     if request.goal.seconds is None:
         return ""
-    return f"in time with probability {request.confidence:.0%} or more"
+    return f"in time with probability {request.confidence:.0%} or more if it fits"
 
 
 def surely(one: Point | None, chosen: Point | None, request: Request) -> str:
@@ -270,6 +270,21 @@ def fits_surely(one: Point | None, chosen: Point | None) -> str:
         f"{one.hardware.cluster(one.num_nodes)}, whose plan fits with probability "
         f"{format_probability(result.p_fits)} instead of {format_probability(tight.p_fits)}{times}: "
         f"{format_days(theirs.days)} days{cost}"
+    )
+
+
+def break_even(sizings: Sequence[Sizing], chosen: Point | None) -> str:
+    """'h200-sxm-141g would cost as much at 2.71 USD/h': of what the other machine types that can are rented
+    for; empty where nothing is."""
+    mine = chosen.figures if chosen else None
+    if mine is None or mine.cost is None or chosen is None:
+        return ""
+    bills = {one.hardware.name: one.best.figures for one in sizings if one.best}
+    prices = {name: bill.price_for(mine.cost) for name, bill in bills.items() if bill}
+    return "; ".join(
+        f"{name} would cost as much at {price:.3g} USD/h"
+        for name, price in prices.items()
+        if price and name != chosen.hardware.name
     )
 
 

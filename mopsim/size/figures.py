@@ -111,6 +111,11 @@ class Figures:
         """Dollars that a budget must cover: the purchase, or the rent of the run."""
         return self.cost if self.capex is None else self.capex
 
+    def price_for(self, cost: float) -> float | None:
+        """Dollars an hour of a device at which the rent of the run comes to this cost; None of a purchase and
+        where no price is known."""
+        return cost / self.device_hours if set(self.parts) == {"rent"} else None
+
     def seconds_interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Seconds of wall clock between which the run ends with probability `level`."""
         wide = math.exp(self.deviation * float(ndtri((1 + level) / 2)))

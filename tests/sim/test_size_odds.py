@@ -3,13 +3,14 @@
 import re
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 import mopsim
 from mopsim.api.size import Clusters
 from mopsim.common.units import format_probability
 from mopsim.report.decision import Decision, answer, risks
-from mopsim.report.sizing import columns, row
+from mopsim.report.sizing import break_even, columns, row
 from mopsim.size.points import surer_to_fit
 
 
@@ -44,6 +45,20 @@ def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found
     assert "the plan fits with probability" in risks(decision)[0]
     roomy = replace(chosen, result=replace(tight, memory_limit=10 * tight.peak_memory))
     assert surer_to_fit(others, roomy) is None
+
+
+def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> None:
+    """By a price list of another day the recommended machine type was another."""
+    chosen = found.chosen
+    assert chosen is not None
+    rival = found["hardware"][0]
+    assert rival["break_even_price_per_device_hour_usd"] == pytest.approx(rival["price_per_device_hour_usd"])
+    assert break_even(found.sizings, chosen) == ""
+    other = replace(chosen, hardware=msgspec.structs.replace(chosen.hardware, name="mine"))
+    assert other.figures is not None
+    cheap = replace(other, figures=replace(other.figures, cost=(other.figures.cost or 0.0) / 2))
+    price = rival["price_per_device_hour_usd"] / 2
+    assert break_even(found.sizings, cheap) == f"h100-sxm-80g would cost as much at {price:.3g} USD/h"
 
 
 def test_nodes_that_stand_by_have_a_column(found: Clusters) -> None:
