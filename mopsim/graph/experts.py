@@ -14,26 +14,14 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
     """h [n,H] -> choices [n,k] and weights [n,k]: logits in at least fp32, scores, biased top-k."""
     H, E, k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
     scores = tokens * E * wide
+    cast = (("activations", tokens * H * wide),) if wide != b else ()
     kernels = (
         Kernel(
-            "router",
-            "matmul",
-            _R,
-            ("h",),
-            (Value("router_logits", scores),),
-            saves=("h",),
-            matmuls=(Matmul(tokens, E, H),),
-            weight_grad=E * H * wide,
-            scratch=((("activations", tokens * H * wide),) if wide != b else ()),
-            back_scratch=((("activations", tokens * H * wide),) if wide != b else ()),
+            "router", "matmul", _R, ("h",), (Value("router_logits", scores),), saves=("h",),
+            matmuls=(Matmul(tokens, E, H),), weight_grad=E * H * wide, scratch=cast, back_scratch=cast,
         ),
         Kernel(
-            "scores",
-            "memory_bound",
-            _R,
-            ("router_logits",),
-            (Value("scores", scores),),
-            saves=("scores",),
+            "scores", "memory_bound", _R, ("router_logits",), (Value("scores", scores),), saves=("scores",),
             bytes=2 * scores,
         ),
         Kernel(

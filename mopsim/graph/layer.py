@@ -84,10 +84,9 @@ def _moe(
         found += _renamed(tape, "shared_", keep) + _shared_gate(model, shapes)
     sent = _renamed(dispatch(model, N, arrived, b, split), "sent_", keep | {"rows": "rows"})
     if split and deduplicated:
-        once = Value(
-            sent[1].writes[0].name, min(arrived, _distinct(model, N, len(routes))) * H * b, "dispatch"
-        )
-        sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
+        once = min(arrived, _distinct(model, N, len(routes))) * H * b
+        copy = replace(sent[0].sized(lambda _: 0), kind="view", bytes=0, launches=0)  # the exchange's own
+        sent = (copy, sent[1].sized(lambda _: once), *sent[2:])
     if split:
         ranks = model.num_local_experts // len(routes) * shapes.expert_tensor
         found += beside_rows(model, max(N * model.num_experts_per_tok, arrived), ranks, beside)
@@ -98,8 +97,7 @@ def _moe(
     found += products
     back = _renamed(combine(model, N, arrived, b, split), "back_", {"out": "out"})
     if split and deduplicated:
-        returned = replace(back[-2], writes=(replace(back[-2].writes[0], bytes=N * H * b),))
-        back = (*back[:-2], returned, replace(back[-1], bytes=2.0 * N * H * b))
+        back = (*back[:-2], back[-2].sized(lambda _: N * H * b), replace(back[-1], bytes=2.0 * N * H * b))
     back = _same_back(back)
     total = Value("f", N * H * b)
     reads = ("returned", _shared(model)) if shared else ("returned",)
@@ -194,12 +192,6 @@ def _distinct(model: ModelSpec, tokens: int, local: int) -> int:
     experts, chosen = model.num_local_experts, model.num_experts_per_tok
     none = comb(experts - local, chosen) / comb(experts, chosen)
     return round(tokens * experts / local * (1 - none))
-
-
-def _without_copy(kernel: Kernel) -> Kernel:
-    """A permutation that the exchange does itself."""
-    writes = tuple(replace(value, bytes=0) for value in kernel.writes)
-    return replace(kernel, kind="view", writes=writes, bytes=0, launches=0)
 
 
 def _same_back(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:

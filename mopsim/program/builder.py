@@ -142,12 +142,14 @@ class Builder:
             after: tuple[int, ...] = ()
             for dep in piece.deps:
                 after += (places[dep],) if dep >= 0 else start if dep == START else self.experts
-            peak, net, index = piece.peak, piece.net, len(ops)
+            peak, net, steps, index = piece.peak, piece.net, template.memory[place], len(ops)
             if piece.stream == "compute":
                 self.last = index
                 if self._pending:
-                    peak, net = deltas((*self._pending, *template.memory[place]))
+                    steps = (*self._pending, *steps)
+                    peak, net = deltas(steps)
                     self._pending.clear()
+            self._moves(steps)
             places.append(index)
             ops.append(
                 Op(
@@ -209,24 +211,6 @@ class Recorder(Builder):
 
     def _moves(self, steps: Memory) -> None:
         self.memory.append(steps)
-
-    def play(
-        self, template: Template, layer: int, deps: Iterable[int | None], hooks: Hooks | None = None
-    ) -> tuple[int, ...]:
-        """A template inside of the one that is recorded."""
-        start = tuple(dep for dep in deps if dep is not None)
-        places: list[int] = []
-        for place, piece in enumerate(template.pieces):
-            self._pending += template.before.get(place, ())
-            after = tuple(one for dep in piece.deps for one in (start if dep == START else (places[dep],)))
-            places.append(
-                self.add(
-                    piece.name, piece.stream, piece.component, piece.phase, piece.work, after,
-                    template.memory[place], layer=layer, awaited=piece.awaited,
-                )
-            )  # fmt: skip
-        self._pending += template.before.get(len(places), ())
-        return tuple(places[end] for end in template.ends)
 
     def cut(self, mark: str) -> None:
         """The player may issue something of its own here."""

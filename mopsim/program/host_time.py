@@ -152,14 +152,18 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
                 groups[key] = [place]
             else:
                 group.append(place)
-    ops, known, more = list(given), _Known(), dict[tuple[object, ...], float]()
+    ops, more = list(given), dict[tuple[object, ...], float]()
+    known: dict[tuple[int, float], tuple[Work, ...]] = {}  # equal work stays one object, priced once
     for (_, _, phase, component), group in groups.items():
         alike = (phase, component, *[id(given[place].work) for place in group])
         if alike not in more:
             more[alike] = _more(phase, component, [given[place] for place in group], stack, around)
         if more[alike] > 0:
             middle = group[len(group) // 2]
-            ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more[alike]))
+            work, same = ops[middle].work, (id(ops[middle].work), more[alike])
+            if same not in known:
+                known[same] = (structs.replace(work[0], host=work[0].host + more[alike]), *work[1:])
+            ops[middle] = structs.replace(ops[middle], work=known[same])
     return tuple(ops)
 
 
@@ -186,16 +190,3 @@ def _costs(ops: Sequence[Op], layers: str) -> Costs:
     """Linears of layers of whose passes these are: more in 8 bits."""
     products = [work for op in ops for work in op.work if work.kind in ("matmul", "grouped_matmul")]
     return LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
-
-
-class _Known:
-    """Equal work stays one object, so that it is counted and priced once."""
-
-    def __init__(self) -> None:
-        self._hosted: dict[tuple[int, float], tuple[Work, ...]] = {}
-
-    def hosted(self, work: tuple[Work, ...], more: float) -> tuple[Work, ...]:
-        key = (id(work), more)
-        if key not in self._hosted:
-            self._hosted[key] = (structs.replace(work[0], host=work[0].host + more), *work[1:])
-        return self._hosted[key]

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from mopsim.graph.attention import norm
 from mopsim.graph.liveness import backward, everything, forward
 from mopsim.graph.region import begin
+from mopsim.graph.rewrites.tensor_passes import TensorPasses, charged
 from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.program.builder import Recorder
 from mopsim.program.context import Context
@@ -20,6 +21,22 @@ from mopsim.program.works import implemented, works
 from mopsim.spec.layout import token_slices
 
 _C = "vocabulary"
+_ONE = TensorPasses(3, 0, 1), TensorPasses(2, 0, 2)  # one pass forward, one backward
+# the cast, maximum, shift, exponential, sum and division of Megatron-LM's vocab_parallel_cross_entropy run
+# apart, in fp32: five read, four write
+_APART = TensorPasses(1, 9, 6), TensorPasses(1, 3, 2)
+_LOSSES: dict[str, tuple[TensorPasses, TensorPasses]] = {
+    "ahead": (TensorPasses(3, 3, 1), TensorPasses(1, 1, 2)),
+    # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with the
+    # picked ones, plus the exponential, times the gradient: three beside the log-probabilities
+    "sliced": (TensorPasses(0, 8, 5), TensorPasses(0, 8, 1)),
+    # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
+    "torch": (TensorPasses(0, 3, 5), TensorPasses(0, 4, 1)),
+    # cast and maximum, shift and exponential, division; back, a copy to add to, its cast
+    "native": (TensorPasses(1, 5, 3), TensorPasses(1, 3, 2)),
+    **dict.fromkeys(("fused", "upcast", "compiled"), _ONE),
+}
+"""Passes of a loss over the logits, forward and backward, where they are not `_APART`."""
 
 
 Half = Literal["", "norm", "terms"]
@@ -100,7 +117,6 @@ def loss_tape(context: Context) -> Tape:
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
     beside = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()
     how = "ahead" if ahead else "sliced" if sliced else "torch" if torch else kernel
-    moved, back = _passes(how, c.b, wide if torch else c.wide)
     if cast:
         kernels.append(
             Kernel(
@@ -108,39 +124,16 @@ def loss_tape(context: Context) -> Tape:
                 bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
             )
         )  # fmt: skip
-    kernels.append(
-        Kernel(
-            "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",),
-            (exact, *beside, Value("loss", 0)), ("logits",) if in_place else ("softmax",),
-            bytes=float(elements * moved),
-            back_bytes=float(elements * back), launches=1 if fused else 3 if native else 6 - torch,
-            back_launches=2 - torch,
-            scratch=(("logits", elements * c.wide),) if ahead else (),
-            back_scratch=(("logits", (1 + sliced) * elements * wide),) if torch or native else (),
-        )
+    entropy = Kernel(
+        "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",),
+        (exact, *beside, Value("loss", 0)), ("logits",) if in_place else ("softmax",),
+        scratch=(("logits", elements * c.wide),) if ahead else (),
+        back_scratch=(("logits", (1 + sliced) * elements * wide),) if torch or native else (),
     )  # fmt: skip
+    size = float(elements * (wide if torch else c.wide))
+    kernels.append(charged(entropy, *_LOSSES.get(how, _APART), float(elements * c.b), size))
     kernels += _beside(c, elements, parts)
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
-
-
-def _passes(how: str, b: int, wide: int) -> tuple[int, int]:
-    """Bytes that a loss moves for each logit, forward and backward."""
-    if how == "ahead":
-        return 3 * b + 3 * wide, b + wide
-    if how == "sliced":
-        # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with
-        # the picked ones, plus the exponential, times the gradient: three beside the log-probabilities.
-        return 8 * wide, 8 * wide
-    if how == "torch":
-        # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
-        return 3 * wide, 4 * wide
-    if how == "native":  # cast and maximum, shift and exponential, division; back, a copy to add to, its cast
-        return b + 5 * wide, b + 3 * wide
-    if how in ("fused", "upcast", "compiled"):  # one pass forward, one backward
-        return 3 * b, 2 * b
-    # the cast, maximum, shift, exponential, sum and division of Megatron-LM's vocab_parallel_cross_entropy
-    # run apart, in fp32: five read, four write
-    return b + 9 * wide, b + 3 * wide
 
 
 def _beside(c: Context, elements: int, parts: bool) -> list[Kernel]:

@@ -34,14 +34,9 @@ class OffloadedInputs:
     """
 
     def __init__(
-        self,
-        context: Context,
-        issue: Builder,
-        stage: Stage,
-        slots: Sequence[Slot],
-        kept: Callable[[int], tuple[Step, ...]],
-        explicit: bool = False,
-    ) -> None:
+        self, context: Context, issue: Builder, stage: Stage, slots: Sequence[Slot],
+        kept: Callable[[int], tuple[Step, ...]], explicit: bool = False,
+    ) -> None:  # fmt: skip
         self.issue, self.size, self.kept, self.explicit = issue, context.hidden, kept, explicit
         full = context.strategy.activations.recompute == "full"
         self.hooked = full and context.stack.recompute.inputs == "asked"

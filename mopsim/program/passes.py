@@ -196,9 +196,8 @@ class Passes:
         return replace(tape, kernels=without_weight_grads(tape.kernels)) if self._in_buffers else tape
 
     def placeholders(self, layers: Iterable[int]) -> int:
-        """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
-        ones are added
-        into resident buffers: one of each shape (`get_dummy_wgrad`)."""
+        """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true ones
+        are added into resident buffers: one of each shape (`get_dummy_wgrad`)."""
         if not self._in_buffers:
             return 0
         kernels = [
@@ -209,15 +208,15 @@ class Passes:
 
     def forward(self, layer: int) -> Template:
         """x -> z, which is new; x stays where the backward wants it."""
-        return self._made(("forward", self.key(layer)), lambda: self._forward(self.tape(layer)))
+        return self._made(("forward", self.key(layer)), lambda: self._forward(layer))
 
     def backward(self, layer: int) -> Template:
         """z's gradient -> x's; x is freed where it stayed. Weight gradients included unless `split`."""
-        return self._made(("backward", self.key(layer)), lambda: self._backward(self.tape(layer)))
+        return self._made(("backward", self.key(layer)), lambda: self._backward(layer))
 
     def weights(self, layer: int) -> Template:
         """Weight gradients that a split backward left."""
-        return self._made(("weights", self.key(layer)), lambda: self._weights(self.tape(layer)))
+        return self._made(("weights", self.key(layer)), lambda: self._weights(layer))
 
     def kept(self, layer: int) -> tuple[Step, ...]:
         """What a layer's forward leaves for its backward beside its input and its output, by category."""
@@ -306,7 +305,8 @@ class Passes:
             self._templates[key] = make()
         return self._templates[key]
 
-    def _forward(self, tape: Tape) -> Template:
+    def _forward(self, layer: int) -> Template:
+        tape = self.tape(layer)
         gone = () if self._wants_input(tape) else self._input
         left = self._left(tape) if self._turns else ()
         last = (*gone, *((category, -size) for category, size in left))
@@ -337,8 +337,8 @@ class Passes:
         again = any("x" in tape.kernels[i].reads for region in self._plan(tape).again for i in region)
         return away or saved or again or self.split
 
-    def _backward(self, tape: Tape) -> Template:
-        chosen = self._plan(tape)
+    def _backward(self, layer: int) -> Template:
+        chosen = self._plan(tape := self.tape(layer))
         held = held_for_weights(tape, chosen) if self.split else frozenset()
         freed = self._input if self._wants_input(tape) else ()
         held |= saved_to_router(tape, chosen) if self._turns else frozenset()
@@ -347,8 +347,8 @@ class Passes:
             played = _holding(played, ("activations", self.context.hidden))
         return template(played, self.context, "backward", freed, self.split)
 
-    def _weights(self, tape: Tape) -> Template:
-        chosen = self._plan(tape)
+    def _weights(self, layer: int) -> Template:
+        chosen = self._plan(tape := self.tape(layer))
         ins = forward(tape, chosen)
         outs = backward(tape, chosen, held_for_weights(tape, chosen))
         return weight_grads(tape, self.context, list(self._net((*ins, *outs)).items()))

@@ -254,59 +254,38 @@ def _splits(first: Played, item: Played, direction: str, context: Context) -> bo
 def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     """Backward of a product that begins a region: gathered rows are gathered again beside the input gradient,
     whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
-    LinearWithGradAccumulationAndAsyncCommunication); or one after the other."""
-    if draft.context.stack.kernels.region_backward == "in_turn" and not draft.split:
-        _column_in_turn(draft, item, gathered)
-        return
-    kernel, again, start = item.kernel, gathered.kernel, draft.ready
-    rows = () if draft.split or _keeps(kernel) else works(again, "forward", draft.context)
-    stream = stream_of(draft.context.groups[again.group])
-    held = [("activations", int(again.bytes))] if rows else []
-    ready: tuple[int, ...] = ()
-    if rows:
-        ready = (draft.add(again.name, stream, kernel.component, "backward", rows, start, held),)
-    made = [step for step in item.memory if draft.split or step[1] > 0]
-    inner = draft.add(
-        kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad", draft.context),
-        start, made,
-    )  # fmt: skip
-    scattered = works(again, "backward", draft.context)
-    down = draft.add(
-        again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
-    )  # fmt: skip
+    LinearWithGradAccumulationAndAsyncCommunication); or in turn: input gradient, its sum, gathered rows,
+    weight gradient."""
+    kernel, again, context, start = item.kernel, gathered.kernel, draft.context, draft.ready
+    stream, component = stream_of(context.groups[again.group]), kernel.component
+    in_turn = context.stack.kernels.region_backward == "in_turn" and not draft.split
+    rows = () if draft.split or (_keeps(kernel) and not in_turn) else works(again, "forward", context)
+    whole = [("activations", int(again.bytes))] if rows else []
+    steps, of_weights = list(item.memory), list[Step]()
+    if in_turn and kernel.weight_grad:
+        of_weights = [("activations", size) for size in (kernel.weight_grad, -kernel.weight_grad)]
+        for step in of_weights:
+            steps.remove(step)
+    made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))
+
+    def gather(deps: tuple[int, ...]) -> tuple[int, ...]:
+        return (draft.add(again.name, stream, component, "backward", rows, deps, whole),) if rows else ()
+
+    def product(part: Part, deps: tuple[int, ...], memory: Sequence[Step]) -> int:
+        work = works(kernel, part, context)
+        return draft.add(kernel.name, "compute", component, "backward", work, deps, memory)
+
+    ready = () if in_turn else gather(start)
+    inner = product("input_grad", start, steps if draft.split else made)
+    scattered = works(again, "backward", context)
+    down = draft.add(again.name, stream, component, "backward", scattered, (inner,), gathered.memory)
     if draft.split:
         draft.ready = (down,)
         return
-    gone = [step for step in item.memory if step[1] < 0] + [(category, -size) for category, size in held]
-    weights = draft.add(
-        kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
-        (*ready, inner), gone,
-    )  # fmt: skip
-    draft.ready = (weights, down)
-
-
-def _column_in_turn(draft: _Draft, item: Played, gathered: Played) -> None:
-    """The same, its parts one after the other: input gradient, its sum, gathered rows, weight gradient."""
-    kernel, again, context = item.kernel, gathered.kernel, draft.context
-    stream, part_of = stream_of(context.groups[again.group]), kernel.component
-    of_weights = [("activations", size) for size in (kernel.weight_grad, -kernel.weight_grad) if size]
-    steps = list(item.memory)
-    for step in of_weights:
-        steps.remove(step)
-    made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))
-    products = [works(kernel, part, context) for part in ("input_grad", "weight_grad")]
-    inner = draft.add(kernel.name, "compute", part_of, "backward", products[0], draft.ready, made)
-    scattered = works(again, "backward", context)
-    ready = draft.add(again.name, stream, part_of, "backward", scattered, (inner,), gathered.memory)
-    rows, size = works(again, "forward", context), int(again.bytes)
-    if rows:
-        held = [("activations", size)]
-        ready = draft.add(again.name, stream, part_of, "backward", rows, (ready,), held)
-        gone.append(("activations", -size))
-    work = products[1]
-    draft.ready = (
-        draft.add(kernel.name, "compute", part_of, "backward", work, (ready,), [*of_weights, *gone]),
-    )
+    ready = (gather((down,)) or (down,)) if in_turn else (*ready, inner)
+    freed = [(category, -size) for category, size in whole]
+    weights = product("weight_grad", ready, [*of_weights, *gone, *freed])
+    draft.ready = (weights,) if in_turn else (weights, down)
 
 
 def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:

@@ -32,10 +32,11 @@ def quantized(tape: Tape, share: float, modules: Sequence[str], within: Collecti
 
 def cast_once(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Of products that read one value the first casts it (a compiler makes equal casts once)."""
-    first = {one.reads[0]: one for one in reversed(kernels) if one.matmuls}
+    places = tuple(enumerate(kernels))
+    first = {one.reads[0]: place for place, one in reversed(places) if one.matmuls}
     return tuple(
-        replace(one, casts=False) if one.matmuls and first[one.reads[0]] is not one else one
-        for one in kernels
+        replace(one, casts=False) if one.matmuls and first[one.reads[0]] < place else one
+        for place, one in places
     )
 
 

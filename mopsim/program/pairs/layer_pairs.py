@@ -65,12 +65,6 @@ class Pairs(Passes):
     def left(self) -> tuple[Step, ...]:
         return self._input
 
-    def forward(self, layer: int) -> Template:
-        return self._made(("forward", self.key(layer)), lambda: self._layer_forward(layer))
-
-    def backward(self, layer: int) -> Template:
-        return self._made(("backward", self.key(layer)), lambda: self._layer_backward(layer))
-
     def loss(self, direction: str, half: Half = "") -> Template:
         """Losses in strips are forward and backward at once, the final norm with them."""
         make = self._loss_forward if direction == "forward" else self._loss_backward
@@ -83,7 +77,7 @@ class Pairs(Passes):
             return super().embedding(direction)
         return self._made(("embedding",), self._embedding)
 
-    def _layer_forward(self, layer: int) -> Template:
+    def _forward(self, layer: int) -> Template:
         c, b = self.context, self.recorder()
         b.adopt("x", c.hidden)
         b.rename("x", "input", "boundaries")
@@ -98,7 +92,7 @@ class Pairs(Passes):
             ffn.forward(c.tokens, "dense_ffn", layer)
         return b.template()
 
-    def _layer_backward(self, layer: int) -> Template:
+    def _backward(self, layer: int) -> Template:
         c, b = self.context, self.recorder()
         attention, ffn = self._attention(b), FfnPair(c, b)
         b.adopt("x", c.hidden, "boundaries")

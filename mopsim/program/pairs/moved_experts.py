@@ -2,7 +2,7 @@
 tensor with the rank's own (mopsim.graph.rewrites.migration), or apart, as
 mopexec.operators.least_loaded has them."""
 
-from mopsim.graph.liveness import backward, everything, forward
+from mopsim.graph.liveness import everything, forward
 from mopsim.graph.rewrites.migration import Migration, migration
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
@@ -54,7 +54,7 @@ class ForeignExperts:
 
 
 class PackedExperts(ForeignExperts):
-    """They come before the rows, into one tensor with the rank's own; their gradients go home."""
+    """They come before the rows, into one tensor with the rank's own (backward: NestedExperts)."""
 
     def __init__(self, context: Context, builder: Builder, moved: Migration) -> None:
         super().__init__(context, builder, moved)
@@ -76,16 +76,6 @@ class PackedExperts(ForeignExperts):
 
     def free(self) -> None:
         self.b.drop("migrated", "packed")
-
-    def open(self) -> None:
-        """The gradient of the packed weights."""
-        self.b.make("packed gradient", self.tape.values["packed"].bytes, "gathered")
-
-    def send_home(self, layer: int, ready: int) -> None:
-        play(self.b, self.c, backward(self.tape, everything(self.tape)), "backward", layer, [ready])
-        for name in ("packed gradient", "migrated"):  # the tape has freed them
-            del self.b.alive[name]
-        self.b.drop("packed")
 
 
 def moved_experts(context: Context, builder: Builder) -> ForeignExperts | None:
