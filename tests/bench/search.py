@@ -38,7 +38,7 @@ ASKED_SECONDS, ASKED_SLOWER = 60, 0.01
 @dataclass(frozen=True)
 class Searched:
     """One search. cells: its row. cpu: seconds. slower: by how much longer the plan found takes than the
-    known one, None where none is named."""
+    known one, None where none is named, or one that may not fit."""
 
     cells: tuple[str, ...]
     cpu: float
@@ -70,18 +70,18 @@ def line(problem: dict[str, Any], jobs: int) -> Searched:
         if found.gap is not None
         else "may fit"
     )
-    told, slower = regret(problem, family, known, found.best_by_family[family]) if known else (" | ", None)
+    told, slower = regret(problem, family, known, found.best_by_family[family]) if known else (("", ""), None)
     cells = (
         problem["model"], f"{problem['nodes']} x {problem['hardware']}",
         f"{problem['seq_len']} x {problem['global_batch']:,}", f"{wall:.0f}", f"{cpu:.0f}",
-        str(found.simulated), said, gap, told,
+        str(found.simulated), said, gap, *told,
     )  # fmt: skip
     return Searched(cells, cpu, found.proven, slower)
 
 
 def regret(
     problem: dict[str, Any], family: str, known: dict[str, Any], best: SimResult | None
-) -> tuple[str, float]:
+) -> tuple[tuple[str, str], float | None]:
     """Two cells, the step time of the fastest known plan of a family and by how much longer the one of that
     family takes that was found, and this number. A plan that may not fit is told; a search finds what fits
     for sure."""
@@ -91,7 +91,7 @@ def regret(
     played = mopsim.simulate(**problem, strategy=strategy).result
     slower = best.step_time / played.step_time - 1 if best else float("inf")
     odds = "" if played.sure else f" (fits with {played.p_fits:.0%})"
-    return f"{format_seconds(played.step_time)}{odds} | {slower:.1%}", slower
+    return (f"{format_seconds(played.step_time)}{odds}", f"{slower:.1%}"), slower if played.sure else None
 
 
 def verdict(found: Sequence[Searched]) -> str:
@@ -99,19 +99,21 @@ def verdict(found: Sequence[Searched]) -> str:
     late = [number for number, one in enumerate(found, 1) if one.cpu > ASKED_SECONDS]
     known = [one.slower for one in found if one.slower is not None]
     far = [number for number, one in enumerate(found, 1) if (one.slower or 0.0) > ASKED_SLOWER]
+    unsure = [number for number, one in enumerate(found, 1) if one.slower is None and one.cells[-1]]
     parts = (
         f"{ASKED_SECONDS} s on two cores, which {len(found) - len(late)} of {len(found)} keep by their CPU "
         f"time{_rows(late)}",
         f"of one not proven a plan at most {ASKED_SLOWER:.0%} slower than the fastest known one: "
-        f"{len(known) - len(far)} of {len(known)}{_rows(far)}",
+        f"{len(known) - len(far)} of {len(known)}{_rows(far)}"
+        f"{_rows(unsure, 'not counted, as the known plan may not fit')}",
         f"a proof or the gap that is left: {sum(one.proven for one in found)} of {len(found)} are proven, "
         "the others print their gap",
     )
     return f"Asked of each: {'; '.join(parts)}."
 
 
-def _rows(numbers: Sequence[int]) -> str:
-    return f" (missed: row {', '.join(map(str, numbers))})" if numbers else ""
+def _rows(numbers: Sequence[int], why: str = "missed") -> str:
+    return f" ({why}: row {', '.join(map(str, numbers))})" if numbers else ""
 
 
 def main(folder: Path, jobs: int) -> None:
