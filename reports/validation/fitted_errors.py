@@ -11,31 +11,31 @@ this errors are divided by what the parts of their steps make them exceed a usua
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations_with_replacement, repeat
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from math import exp, log
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import brentq, minimize
+from scipy.sparse import diags_array
 from scipy.special import expit, ndtri
 
-from mopsim.common.processes import pool, workers
-from mopsim.intervals.errors import LEVELS, Array, Deviations, ErrorCell, ErrorQuantity, alike, cells
+from mopsim.intervals.errors import LEVELS, Array, Deviations, ErrorCell, ErrorQuantity, cells
 from mopsim.intervals.made import ALWAYS
-from mopsim.intervals.spread import joint, spread
+from mopsim.intervals.spread import spread
 from mopsim.spec.categories import STEP_PARTS
+from reports.validation.left_out import FITTED, NOTHING, Expected, Folds, Groups, Scores, inverse_of
 
 NOMINAL = 0.9
 """The level whose coverage sets the widening."""
-FITTED = (*LEVELS, "run")
-"""Parts of an error whose deviations are fitted together."""
 SMALLEST, LARGEST = 1e-3, 1.0
 """A deviation's bounds: a thousandth, and a factor e."""
 MANY = 10
 """Sources from which on no pair of them is most of what is known."""
+SMALL = 0.05
+"""What deviations may move by, in logs, for what they make expected to be told from its slope: the rest is of
+second order, a quarter of a percent."""
 USUAL, NEAR, FREEDOM = 0.14, 0.005, 4
 """What a part is taken to be off by before any run tells (its square near e^-4), the weight
 by which it is drawn there, and the degrees of freedom of the t: errors have far outliers."""
@@ -48,19 +48,9 @@ def fit_errors(
     first: by set, in the order in which they were scored, runs off by what they were before anything was
     learned; some: whether only some of the programs may be off by more than their levels say."""
     known = _Sources(runs)
-    known.fit()
-    sources = sorted(known.all)
-    with pool(workers(0)) as processes:
-        without = dict(
-            zip(
-                sources,
-                processes.map(_widened, repeat(known), (known.all - {one} for one in sources)),
-                strict=True,
-            )
-        )
-    whole = known.told(known.all)
-    deviations = fit_unseen(known, first or {}, _widened(known, known.all), some)
-    return msgspec.structs.replace(whole, deviations=deviations, without=without)
+    without = {one: known.widened(known.all - {one}) for one in sorted(known.all)}
+    deviations = fit_unseen(known, first or {}, known.widened(known.all), some)
+    return msgspec.structs.replace(known.whole, deviations=deviations, without=without)
 
 
 def fit_unseen(
@@ -72,16 +62,16 @@ def fit_unseen(
     """With what a nominal 90 % of the first scores is held beside the deviations that are fitted to the
     sources of earlier sets; the sources weigh alike. 0 where there are none, or nothing is needed. some: the
     likeliest share of the programs has it, and the likeliest size."""
-    scores = _Scores()
+    scores = _FirstScores()
     later = {run.source for scored in first.values() for run in scored}
     for scored in first.values():
         earlier = known.told(known.all - later)
         often = Counter(run.source for run in scored)
         for run in scored:
-            ((cell, alike),) = _alike(earlier, [run]).items()
-            expected = spread(earlier, cell)
-            off = abs(alike.errors[0] - expected.mean)
-            scores.add([off], 1 / often[run.source], expected.as_described.deviation)
+            usual = earlier.usual(run)
+            expected = spread(earlier, usual)
+            off = abs(usual.mean - expected.mean)
+            scores.add(off, 1 / often[run.source], expected.as_described.deviation)
         later -= often.keys()
     unseen, share = scores.beside(deviations.widening), 1.0
     if some and unseen:
@@ -99,45 +89,83 @@ class _Sources:
             self.runs[run.source].append(run)
         self.all = frozenset(self.runs)
         self.parts = fit_parts(runs)
-        self._fitted: dict[frozenset[str], ErrorQuantity] = {}
+        usual = ErrorQuantity(deviations=NOTHING, parts=self.parts, cells=()).usual
+        self.cells = cells(map(usual, runs))
+        self._fitted: dict[frozenset[str], Deviations] = {}
 
-    def fit(self) -> None:
-        """To all sources, and without each one, side by side from what all tell."""
-        start = self.told(self.all).deviations
-        some = [by for source in sorted(self.all) if (by := self.all - {source})]
-        with pool(workers(0)) as processes:
-            found = processes.map(likeliest, map(self.cells, some), repeat(start))
-            for by, deviations in zip(some, found, strict=True):
-                self._fitted[by] = self._of(deviations, self.cells(by))
+    @cached_property
+    def whole(self) -> ErrorQuantity:
+        """By all sources, not widened."""
+        return self.told(self.all)
+
+    @cached_property
+    def _folds(self) -> Folds:
+        return Folds(self.whole, self.runs)
 
     def told(self, by: frozenset[str]) -> ErrorQuantity:
         """By these sources, not widened."""
+        some = tuple(cell for cell in self.cells if cell.source in by)
+        return ErrorQuantity(deviations=self.fitted(by), parts=self.parts, cells=some)
+
+    def fitted(self, by: frozenset[str]) -> Deviations:
+        """To these sources, from what all tell."""
         if by not in self._fitted:
-            some = self.cells(by)
-            self._fitted[by] = self._of(self._without_two(by) or likeliest(some), some)
+            some = tuple(cell for cell in self.cells if cell.source in by)
+            start = self.fitted(self.all) if by != self.all else None
+            self._fitted[by] = likeliest(some, start)
         return self._fitted[by]
 
-    def _without_two(self, by: frozenset[str]) -> Deviations | None:
-        """Where two sources are missing from many: what each of them moves in logs is added, which is right
-        to first order. Fits of all pairs move no widening by more than 2 % (0.1 % of step times), and take
-        ten times as long."""
-        missing = [self._fitted.get(self.all - {source}) for source in self.all - by]
-        if len(missing) != 2 or len(by) < MANY or None in missing:
-            return None
-        whole, one, other = (
-            {name: getattr(known.deviations, name) for name in FITTED}
-            for known in (self._fitted[self.all], *filter(None, missing))
+    def widened(self, by: frozenset[str]) -> Deviations:
+        """Fitted to all sources or all but one, and widened by what leaving out each of them tells."""
+        single, paired = self._folds.scores(self._left_out[self.all - by])
+        return msgspec.structs.replace(
+            self.fitted(by), widening=_widening(single), ratio_widening=_widening(paired)
         )
-        moved = {name: one[name] * other[name] / base for name, base in whole.items() if base}
-        return Deviations(**whole | {name: min(max(x, SMALLEST), LARGEST) for name, x in moved.items()})
 
-    def cells(self, by: frozenset[str]) -> tuple[ErrorCell, ...]:
-        """Of these sources, in units of a usual run's error."""
-        usual = self._of(Deviations(**dict.fromkeys(FITTED, 0.0)), ()).usual
-        return cells(usual(run) for source in sorted(by) for run in self.runs[source])
+    @cached_property
+    def _left_out(self) -> dict[frozenset[str], list[Expected]]:
+        """What others make expected of each source, by which other one is left out too, if any. Of two, the
+        deviations are those without the one that moves them more, moved as the other does."""
+        found: dict[frozenset[str], list[Expected]] = {frozenset(): []}
+        found |= {frozenset({one}): [] for one in self.all}
+        moves = {one: self._moves(one) for one in sorted(self.all)}
+        largest = {one: float(np.max(np.abs(logs))) for one, logs in moves.items()}
+        order, still = sorted(moves, key=lambda one: -largest[one]), np.zeros(len(FITTED))
+        for i, one in enumerate(order):
+            sd, others = self.fitted(self.all - {one}), order[i + 1 :]
+            near = [other for other in others if len(order) > MANY + 1 and largest[other] <= SMALL]
+            far = others[: len(others) - len(near)]
+            both = [((one, other), moves[other]) for other in near]
+            ((alone,), *pairs) = self._folds.expected(sd, [((one,), still), *both])
+            found[frozenset()].append(alone)
+            for other in far:
+                pairs += self._folds.expected(self._without_two(one, other), [((one, other), still)])
+            for other, (mine, its) in zip((*near, *far), pairs, strict=True):
+                found[frozenset({other})].append(mine)
+                found[frozenset({one})].append(its)
+        return found
 
-    def _of(self, deviations: Deviations, some: tuple[ErrorCell, ...]) -> ErrorQuantity:
-        return ErrorQuantity(deviations=deviations, parts=self.parts, cells=some)
+    def _moves(self, source: str) -> Array:
+        """What the deviations move by without a source, in logs."""
+        whole, others = (
+            np.array([max(getattr(sd, name), SMALLEST) for name in FITTED])
+            for sd in (self.fitted(self.all), self.fitted(self.all - {source}))
+        )
+        logs: Array = np.log(others / whole)
+        return logs
+
+    def _without_two(self, one: str, other: str) -> Deviations:
+        """From many sources each of the two takes what it takes from all, which is right to first order: fits
+        of all pairs move no widening by more than 2 % (0.1 % of step times)."""
+        if len(self.all) > MANY + 1:
+            return _moved(self.fitted(self.all - {one}), self._moves(other))
+        return self.fitted(self.all - {one, other})
+
+
+def _moved(sd: Deviations, logs: Array) -> Deviations:
+    """What does not exist stays so."""
+    found = {name: getattr(sd, name) * exp(log) for name, log in zip(FITTED, logs, strict=True)}
+    return Deviations(**{name: one and min(max(one, SMALLEST), LARGEST) for name, one in found.items()})
 
 
 def fit_parts(runs: Sequence[ErrorCell]) -> dict[str, float]:
@@ -169,40 +197,18 @@ def fit_parts(runs: Sequence[ErrorCell]) -> dict[str, float]:
     return dict(zip((ALWAYS, *STEP_PARTS), (round(exp(one / 2) / usual, 3) for one in x), strict=True))
 
 
-def _widened(known: _Sources, by: frozenset[str]) -> Deviations:
-    """Fitted to the runs of these sources, and widened by what leaving out each of them tells."""
-    single, paired = _Scores(), _Scores()
-    for source in sorted(by) if len(by) > 1 else ():
-        others, mine = known.told(by - {source}), known.runs[source]
-        runs = _alike(others, mine)
-        means, covariances = joint(others, (*runs, *runs))
-        for some, mean, variance in zip(runs.values(), means, np.diag(covariances), strict=False):
-            single.add(np.abs(some.errors - mean) / variance**0.5, 1 / len(mine))
-        for group in _pairs(runs, means, covariances):
-            paired.add(group, 1 / len(group))
-    fitted = known.told(by).deviations
-    return msgspec.structs.replace(fitted, widening=single.widening(), ratio_widening=paired.widening())
-
-
-class _Scores:
-    """Errors in deviations of what was expected, and the weight of each; or errors, and the deviations."""
+class _FirstScores:
+    """Runs' distances from what was expected, the weight of each, and the deviation."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
         self.weights: list[float] = []
         self.deviations: list[float] = []
 
-    def add(self, values: Iterable[float], weight: float, deviation: float = 1.0) -> None:
-        self.values += (values := list(map(float, values)))
-        self.weights += [weight] * len(values)
-        self.deviations += [deviation] * len(values)
-
-    def widening(self) -> float:
-        """By what a deviation is multiplied so that a nominal 90 % holds 90 % of the weight."""
-        if not self.values:
-            return 1.0
-        nominal = float(ndtri((1 + NOMINAL) / 2))
-        return round(weighted_quantile(self.values, self.weights, NOMINAL) / nominal, 4)
+    def add(self, value: float, weight: float, deviation: float) -> None:
+        self.values.append(value)
+        self.weights.append(weight)
+        self.deviations.append(deviation)
 
     def beside(self, widening: float) -> float:
         """The deviation that all are to have beside their own, widened alike, so that a nominal 90 % holds 90
@@ -231,45 +237,16 @@ class _Scores:
         return round(exp(found[0]), 4), round(float(expit(found[1])), 4)
 
 
-def _pairs(runs: Mapping[ErrorCell, "_Alike"], means: Array, covariances: Array) -> list[list[float]]:
-    """Scores of the ratios of the runs of one source that train the same network on the same machine type:
-    those of one program, and those of two (another stack or precision). The means and covariances are of a
-    run of each of the cells, and of another one of each."""
-    one_program: list[float] = []
-    two_programs: list[float] = []
-    for (i, (cell, some)), (k, (beside, others)) in combinations_with_replacement(enumerate(runs.items()), 2):
-        if (cell.network, cell.hardware) != (beside.network, beside.hardware):
-            continue
-        differences = np.subtract.outer(
-            others.scales * (others.errors - means[k]), some.scales * (some.errors - means[i])
-        )
-        variances = np.add.outer(others.scales**2 * covariances[k, k], some.scales**2 * covariances[i, i])
-        variances -= 2 * covariances[i, len(runs) + k] * np.outer(others.scales, some.scales)
-        scores = np.abs(differences) / np.sqrt(variances)
-        if cell == beside:
-            scores = scores[np.triu_indices(len(some.errors), 1)]
-        (one_program if cell == beside else two_programs).extend(scores.ravel().tolist())
-    return [group for group in (one_program, two_programs) if group]
+def _widening(scores: Scores) -> float:
+    """By what a deviation is multiplied so that a nominal 90 % holds 90 % of the weight."""
+    if not len(scores.values):
+        return 1.0
+    return round(weighted_quantile(*scores, NOMINAL) / float(ndtri((1 + NOMINAL) / 2)), 4)
 
 
-class _Alike(NamedTuple):
-    """Runs alike in all levels: their errors in units of a usual run's, and by what these exceed it."""
-
-    errors: Array
-    scales: Array
-
-
-def _alike(known: ErrorQuantity, runs: Iterable[ErrorCell]) -> dict[ErrorCell, _Alike]:
-    found: dict[ErrorCell, list[tuple[float, float]]] = defaultdict(list)
-    for run in runs:
-        usual = known.usual(run)
-        found[msgspec.structs.replace(usual, mean=0.0, squares=0.0)].append(
-            (usual.mean, known.scale(run.made))
-        )
-    return {cell: _Alike(*np.array(some).T) for cell, some in found.items()}
-
-
-def weighted_quantile(values: Sequence[float] | Array, weights: Sequence[float], share: float) -> float:
+def weighted_quantile(
+    values: Sequence[float] | Array, weights: Sequence[float] | Array, share: float
+) -> float:
     """The least value that at least this share of the weight does not exceed."""
     order = np.argsort(values)
     reached = np.cumsum(np.array(weights)[order]) / np.sum(weights)
@@ -280,27 +257,27 @@ def likeliest(known: Sequence[ErrorCell], start: Deviations | None = None) -> De
     """The deviations of the highest penalized likelihood of these cells. start: likely ones."""
     means, counts = np.array([cell.mean for cell in known]), np.array([cell.runs for cell in known])
     squares, free = sum(cell.squares for cell in known), int(np.sum(counts - 1))
-    shared = {name: alike(name, known, known).astype(float) for name in LEVELS}
-    shared = {name: same for name, same in shared.items() if same.any()}
-    usual = max(float(np.std(means)) / len(shared) ** 0.5, SMALLEST)
-    parts = np.array([*shared.values(), np.diag(1 / counts)]).reshape(-1, len(means) ** 2)
-    nothing = 1e-9 * np.eye(len(means))
+    groups = Groups(known)
+    members, levels = np.unique(groups.levels, return_inverse=True)
+    usual = max(float(np.std(means)) / len(members) ** 0.5, SMALLEST)
 
     def cost(x: Array) -> tuple[float, Array]:
         """What is made small, and its slope."""
         sd = np.exp(x)
-        root, _ = dpotrf((sd**2 @ parts).reshape(nothing.shape) + nothing, lower=1)
-        below, _ = dpotri(root, lower=1)
-        inverse = np.tril(below, -1) + np.tril(below).T
+        shared = groups.matrix.T @ (diags_array(sd[levels] ** 2) @ groups.matrix)
+        inverse, size = inverse_of(shared.toarray() + np.diag(sd[-1] ** 2 / counts + 1e-9))
         pulled = inverse @ means
-        likelihood = -np.sum(np.log(np.diag(root))) - 0.5 * means @ pulled
+        likelihood = -0.5 * (size + means @ pulled)
         likelihood += -free * x[-1] - 0.5 * squares / sd[-1] ** 2 + np.sum(x[:-1] - sd[:-1] / usual)
-        slope = sd**2 * (parts @ (np.outer(pulled, pulled) - inverse).ravel())
+        within = (groups.matrix @ inverse)[groups.rows, groups.columns]
+        by_group = (groups.matrix @ pulled) ** 2 - np.bincount(groups.rows, within)
+        own = np.sum((pulled**2 - np.diag(inverse)) / counts)
+        slope = sd**2 * np.append(np.bincount(levels, by_group), own)
         slope[:-1] += 1 - sd[:-1] / usual
         slope[-1] += -free + squares / sd[-1] ** 2
         return -float(likelihood), -slope
 
-    names = (*shared, "run")
+    names = (*(LEVELS[level] for level in members), "run")
     bounds = [(log(SMALLEST), log(LARGEST))] * len(names)
     first = [log(getattr(start, name) if start else usual) for name in names]
     found = minimize(cost, np.array(first), jac=True, method="L-BFGS-B", bounds=bounds)

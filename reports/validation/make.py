@@ -2,7 +2,7 @@
 
 The errors to expect (mopsim/intervals/errors.yaml) are learned from the same simulations. With --runs and
 --models (tables of published runs, which are not part of this repository) the cases are resolved first;
---components predicts a table of components too. Half an hour on two cores.
+--components predicts a table of components too. A quarter of an hour on two cores.
 """
 
 import argparse
