@@ -138,11 +138,19 @@ class ErrorQuantity(Spec, frozen=True, kw_only=True, dict=True):
         """What its cells tell by themselves."""
         return known_cells(self)
 
+    @cached_property
+    def _left_out(self) -> dict[str, "ErrorQuantity"]:
+        """The last one of `leaving_out`: runs are scored source by source."""
+        return {}
+
     def leaving_out(self, source: str) -> "ErrorQuantity":
         """As if this source had never been seen."""
-        kept = tuple(cell for cell in self.cells if cell.source != source)
-        sd = self.without.get(source, self.deviations)
-        return ErrorQuantity(deviations=sd, parts=self.parts, cells=kept)
+        if source not in self._left_out:
+            self._left_out.clear()
+            kept = tuple(cell for cell in self.cells if cell.source != source)
+            sd = self.without.get(source, self.deviations)
+            self._left_out[source] = ErrorQuantity(deviations=sd, parts=self.parts, cells=kept)
+        return self._left_out[source]
 
     def scale(self, made: Made) -> float:
         """By how much the error of a prediction that is made of this exceeds a usual one's: parts err each on
