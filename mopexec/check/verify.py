@@ -12,6 +12,7 @@ from torch import Tensor
 from mopexec.data.dataset import IGNORED
 from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
+from mopexec.operators.adamw import groups
 from mopexec.operators.documents import Documents, spans
 from mopexec.run import failures, plans
 from mopexec.run.apply import build
@@ -57,11 +58,10 @@ class Reference:
         self.model.set_auxiliary(Auxiliary.of(training))
         fill(self.model, Seeded(training.seed))
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            groups(self.model.named_parameters(), training.weight_decay),
             lr=training.learning_rate,
             betas=(training.beta1, training.beta2),
             eps=training.eps,
-            weight_decay=training.weight_decay,
         )
         self.gradients: dict[str, Tensor] = {}
 

@@ -16,6 +16,7 @@ from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category
 from mopexec.model.initialize import is_stacked
+from mopexec.operators.adamw import Intervals, decays
 from mopexec.operators.dtypes import of_name
 from mopexec.weights.source import Source
 from mopsim.spec import layout
@@ -126,6 +127,8 @@ class Unit:
         with category("grads"):
             self.grads = torch.zeros(self.shard_numel, dtype=grad, device=platform.device)
         self.updated: Signal | None = None
+        parts = (part for part in self.parts() if not decays(part.name))
+        self.undecayed: Intervals = [(part.place, part.place + part.numel) for part in parts]
         self._stale = False
         self._full: Tensor | None = None
         self._pending: tuple[collectives.Waitable, Tensor] | None = None

@@ -24,6 +24,7 @@ from mopexec.modules.hooks import name_gathers
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.runner import ModuleRunner
 from mopexec.modules.wrap import build_model
+from mopexec.operators.adamw import decays
 from mopexec.run.runner import Batch
 from mopexec.run.shards import FlatShards, of_dtensor
 from mopexec.weights.source import Source
@@ -53,9 +54,12 @@ class FullyShardRunner(ModuleRunner):
         name_gathers(self.model)
         copies = self._groups.world // plan.strategy.dense.fsdp
         shards = [
-            Shard(name, local(p), self._groups.expert_copies if ".experts." in name else copies)
+            Shard(
+                name, local(p), self._groups.expert_copies if ".experts." in name else copies,
+                () if decays(name) else ((0, local(p).numel()),),
+            )
             for name, p in self.model.named_parameters()
-        ]
+        ]  # fmt: skip
         self._optimizer = ShardedAdamW(shards, plan.training, platform, host=self._host)
 
     def _drop_gradients(self) -> None:

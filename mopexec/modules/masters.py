@@ -52,7 +52,7 @@ class Masters:
         """What the optimizer has states of: every buffer, trained or not, as checkpoints and predictions have
         it. One without gradients (`gradients`) it leaves as it is; reduced and gathered it is all the same.
         """
-        return [Shard(b.key, self.values[b.key], b.copies) for b in self._buffers.all]
+        return [Shard(b.key, self.values[b.key], b.copies, b.undecayed) for b in self._buffers.all]
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's parts of the reduced gradients of what is trained, where the optimizer works; on the

@@ -13,17 +13,20 @@ from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_compute
 from mopexec.measure.tracker import mark_host, recategorize
-from mopexec.operators.adamw import adamw_, clip_factor
+from mopexec.operators.adamw import Intervals, adamw_, clip_factor, runs
 from mopsim.spec.training import TrainSpec
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter's local shard. copies: ranks of the world that hold these very elements."""
+    """One parameter's local shard, or that of a flat buffer of several. copies: ranks of the world that hold
+    these very elements. undecayed: what of it, flat, has no weight decay.
+    """
 
     name: str
     value: Tensor
     copies: int
+    undecayed: Intervals = ()
 
 
 class ShardedAdamW:
@@ -38,6 +41,7 @@ class ShardedAdamW:
         self.shards, self.learning_rate = shards, training.learning_rate
         self._device = torch.device("cpu") if host and not platform.fake else platform.device
         self._values = {s.name: s.value.detach() for s in shards if s.value.numel()}
+        self._runs = {s.name: list(runs(0, s.value.numel(), s.undecayed)) for s in shards}
         self.coefficient = torch.ones(())
         """What the last step multiplied the gradients by, where it works."""
         with self._tier():
@@ -60,13 +64,22 @@ class ShardedAdamW:
                 if present:
                     torch._foreach_mul_(present, self.coefficient)
             if present:
-                moments, squares, steps = (
-                    [self._state[kind][name] for name in names] for kind in ("exp_avg", "exp_avg_sq", "step")
-                )
-                torch._foreach_add_(steps, 1)
-                masters = [self._values[name] for name in names]
-                adamw_(masters, present, moments, squares, steps, self.learning_rate, self._training)
+                torch._foreach_add_([self._state["step"][name] for name in names], 1)
+                for decay in (True, False):
+                    self._update(names, grads, decay=decay)
         return norm
+
+    def _update(self, names: list[str], grads: dict[str, Tensor], *, decay: bool) -> None:
+        """The elements that decay, or those that do not, of all shards at once."""
+        some = [(name, low, high) for name in names for low, high, on in self._runs[name] if on == decay]
+        if some:
+            state = self._state
+            masters, present, moments, squares = (
+                [_part(held[name], low, high) for name, low, high in some]
+                for held in (self._values, grads, state["exp_avg"], state["exp_avg_sq"])
+            )
+            steps, rate = [state["step"][name] for name, _, _ in some], self.learning_rate
+            adamw_(masters, present, moments, squares, steps, rate, self._training, decay=decay)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Moments by kind (exp_avg, exp_avg_sq) and parameter name; and `step`, 0-dim."""
@@ -102,6 +115,11 @@ class ShardedAdamW:
 
     def _tier(self) -> Any:
         return host_compute() if self._host else nullcontext()
+
+
+def _part(whole: Tensor, low: int, high: int) -> Tensor:
+    """Elements [low, high) of its flat order, a view."""
+    return whole if high - low == whole.numel() else whole.view(-1)[low:high]
 
 
 def _norm_dtype(tensor: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
 from mopexec.modules.slices import Block, Kind
+from mopexec.operators.adamw import Intervals, decays
 from mopexec.run.shards import FlatShards, Piece, runs_within
 from mopsim.spec import layout
 
@@ -50,6 +51,17 @@ class Buffer:
     def copies(self) -> int:
         """Ranks that hold the very elements of this rank's part."""
         return self.replicas.size * (self.before.size if self.before else 1)
+
+    @property
+    def undecayed(self) -> Intervals:
+        """What of this rank's part has no weight decay."""
+        size = self.values.numel() // self.shard.size
+        first, found = self.shard.place * size, []
+        for name, block in self.blocks.items():
+            low, numel = self.places[name] - first, torch.Size(block.size).numel()
+            if not decays(name) and max(low, 0) < min(low + numel, size):
+                found.append((max(low, 0), min(low + numel, size)))
+        return sorted(found)
 
     def part(self, flat: Tensor) -> Tensor:
         """This rank's part of a flat buffer."""

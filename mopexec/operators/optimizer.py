@@ -22,7 +22,7 @@ from torch import Tensor
 from mopexec.distributed.background import Background, Signal
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category, host_compute
-from mopexec.operators.adamw import adamw_
+from mopexec.operators.adamw import Intervals, adamw_, runs
 from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
 from mopsim.spec.layout import Slice
@@ -32,13 +32,15 @@ from mopsim.spec.training import TrainSpec
 
 class Sharded(Protocol):
     """What is updated: flat shards [shard_numel] of parameters and of their gradients. updated: where the
-    update runs beside the next step, what reads the parameters waits for it.
+    update runs beside the next step, what reads the parameters waits for it. undecayed: what of the shards
+    has no weight decay.
     """
 
     params: Tensor
     grads: Tensor
     shard_numel: int
     updated: Signal | None
+    undecayed: Intervals
 
 
 Unit = TypeVar("Unit", bound=Sharded)
@@ -188,7 +190,7 @@ class FlatAdamW(Generic[Unit]):
             params = unit.params[piece[1] : piece[2]]
             master = params if state.master is None else state.master[piece[1] : piece[2]]
             moments = [t[piece[1] : piece[2]] for t in (state.exp_avg, state.exp_avg_sq)]
-            self._adamw(master, grad, moments)
+            self._adamw(piece, master, grad, moments)
             if state.master is not None:
                 params.copy_(master)
 
@@ -256,7 +258,7 @@ class FlatAdamW(Generic[Unit]):
                 grad = self._clipped(piece, clip)
                 own_master = self.states[unit].master is not None
                 master = here.pop(0) if own_master else params
-                self._adamw(master, grad, here)
+                self._adamw(piece, master, grad, here)
                 if own_master:
                     params.copy_(master)
                 del grad
@@ -269,14 +271,16 @@ class FlatAdamW(Generic[Unit]):
                 events.append(self._send_grads(index + 1, clip))
             self.platform.wait_host(events[index])
             place, offset = index % 2, 0
-            for unit, start, stop in bucket:
+            for piece in bucket:
+                unit, start, stop = piece
                 numel, state = stop - start, self.states[unit]
                 refreshed = self._host_params[place][offset : offset + numel]
                 with host_compute(), category("staging"):
                     grad = self._host_grads[place][offset : offset + numel]
                     assert state.master is not None, "refused by check_supported"
                     master = state.master[start:stop]
-                    self._adamw(master, grad, [state.exp_avg[start:stop], state.exp_avg_sq[start:stop]])
+                    moments = [state.exp_avg[start:stop], state.exp_avg_sq[start:stop]]
+                    self._adamw(piece, master, grad, moments)
                     refreshed.copy_(master)
                 self.platform.copy(self.units[unit].params[start:stop], refreshed)
                 offset += numel
@@ -299,13 +303,22 @@ class FlatAdamW(Generic[Unit]):
             return self._scratch[: stop - start].copy_(grad).mul_(clip)
         return grad.to(self.update_dtype, copy=True).mul_(clip)
 
-    def _adamw(self, master: Tensor, grad: Tensor, moments: list[Tensor]) -> None:
-        """The fused update in place; tensors in another dtype are widened and written back."""
+    def _adamw(self, piece: Slice, master: Tensor, grad: Tensor, moments: list[Tensor]) -> None:
+        """The fused update of a slice, in place; tensors in another dtype are widened and written back."""
         held = [master, *moments]
         used = [t if t.dtype == self.update_dtype else t.to(self.update_dtype) for t in held]
         number, rate = self._applied
         step = torch.full((), float(number), dtype=torch.float32, device=master.device)
-        adamw_([used[0]], [grad], [used[1]], [used[2]], [step], rate, self.training)
+        unit, start, stop = piece
+        found = list(runs(start, stop, self.units[unit].undecayed))
+        for decay in (True, False):
+            some = [slice(low - start, high - start) for low, high, on in found if on == decay]
+            if some:
+                masters, given, averages, squares = (
+                    [whole[at] for at in some] for whole in (used[0], grad, used[1], used[2])
+                )
+                steps = [step] * len(some)
+                adamw_(masters, given, averages, squares, steps, rate, self.training, decay=decay)
         for kept, value in zip(held, used, strict=True):
             if kept is not value:
                 kept.copy_(value)

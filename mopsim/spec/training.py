@@ -21,18 +21,18 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     no router decides (simulation and dry run): "balanced"; "r/h": the first r % of token positions choose
     experts j mod h for j < top_k; "zipf:s"; or the share of all routes that each expert got in a measurement
     (see mopsim.spec.routing). learning_rate: its value after warm-up. warmup_steps: steps over which it
-    rises. beta1, beta2, eps, weight_decay: AdamW's constants. clip_norm: global norm that gradients are
-    clipped to. bias_update_rate: step of the router's balance bias. router_aux_loss_coef: weight of the
-    routers' balance loss of each sequence (arXiv 2412.19437, equation 17), a mean over all tokens, also those
-    that do not count in the loss. router_z_loss_coef: weight of the square of the routers' log-sum-exp (arXiv
-    2202.08906), the same mean. mtp_loss_coef: weight of the mean loss of MTP modules; 0.3 is DeepSeek-V3's
-    (arXiv 2412.19437, 4.2). attention_mask: "causal": a token attends to all before it in its sequence, of
-    whatever document; "document": the documents of a sequence are trained as if each were alone: positions
-    restart, attention does not cross, none predicts the next one's first token. document_tokens: where it is
-    "document", tokens of the document that a token is in, on average over tokens: the documents' lengths
-    squared, summed, over their sum (simulation), at most seq_len, since sequences cut documents; 0: not
-    known, each sequence is taken as one document.
-    seed: what weights and data are drawn from.
+    rises. beta1, beta2, eps: AdamW's constants. weight_decay: AdamW's, of all but norms, biases and sinks.
+    clip_norm: global norm that gradients are clipped to. bias_update_rate: step of the router's balance bias.
+    router_aux_loss_coef: weight of the routers' balance loss of each sequence (arXiv 2412.19437, equation
+    17), a mean over all tokens, also those that do not count in the loss. router_z_loss_coef: weight of the
+    square of the routers' log-sum-exp (arXiv 2202.08906), the same mean. mtp_loss_coef: weight of the mean
+    loss of MTP modules; 0.3 is DeepSeek-V3's (arXiv 2412.19437, 4.2). attention_mask: "causal": a token
+    attends to all before it in its sequence, of whatever document; "document": the documents of a sequence
+    are trained as if each were alone: positions restart, attention does not cross, none predicts the next
+    one's first token. document_tokens: where it is "document", tokens of the document that a token is in, on
+    average over tokens: the documents' lengths squared, summed, over their sum (simulation), at most seq_len,
+    since sequences cut documents; 0: not known, each sequence is taken as one document. seed: what weights
+    and data are drawn from.
     """
 
     seq_len: int

@@ -25,6 +25,13 @@ from mopsim.spec.training import TrainSpec
 STEPS = 2
 
 
+def decay_groups(model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
+    """For torch.optim.AdamW: matrices decay, vectors and experts' biases do not."""
+    named = {name: p for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith("bias")}
+    rest = [p for name, p in model.named_parameters() if name not in named]
+    return [{"params": list(named.values()), "weight_decay": rate}, {"params": rest, "weight_decay": 0.0}]
+
+
 def make_tokens(plan: Plan, step: int) -> Tensor:
     """The global batch of a step: [global_batch, seq_len + 1], the last column a target only."""
     return tokens_of(plan.model, plan.training, step)
@@ -82,8 +89,8 @@ def _trained(
     fill(model, Seeded(7))
     model.set_auxiliary(Auxiliary.of(training))
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, betas=(training.beta1, training.beta2),
-        eps=training.eps, weight_decay=training.weight_decay,
+        decay_groups(model, training.weight_decay), lr=training.learning_rate,
+        betas=(training.beta1, training.beta2), eps=training.eps,
     )  # fmt: skip
     found = []
     for step in range(steps):

@@ -26,6 +26,7 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from tests import plans
+from tests.exec.flat_parity import decay_groups
 from tests.exec.spawn import end_groups
 
 STEPS, SEQ, SEED = 2, 16, 3
@@ -132,9 +133,8 @@ class Reference:
         fill(self.model, Seeded(SEED))
         t = plan.training
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=t.learning_rate, betas=(t.beta1, t.beta2), eps=t.eps,
-            weight_decay=t.weight_decay
-        )  # fmt: skip
+            decay_groups(self.model, t.weight_decay), lr=t.learning_rate, betas=(t.beta1, t.beta2), eps=t.eps
+        )
 
     def step(self, tokens: Tensor) -> tuple[float, float, dict[str, Tensor]]:
         self.optimizer.zero_grad()
