@@ -119,30 +119,25 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     rope, rank = model.qk_rope_head_dim, model.kv_lora_rank
     qk, v = attention_widths(model)
     q_value = Value("q0", int(N * heads * qk * b))
+
+    def entering(gather: str, name: str, source: str, width: int, out: Value, columns: float) -> list[Kernel]:
+        """A product that begins a region."""
+        first, read = begin(gather, source, width, _C, shapes)
+        return [*first, linear(name, read, out, N, columns, width, b, _C, source)]
+
     kernels: list[Kernel] = []
-    if model.q_lora_rank:
-        kernels.append(
-            linear("q_a_proj", "h", Value("qa", M * model.q_lora_rank * b), M, model.q_lora_rank, H, b, _C)
-        )
-        kernels.append(norm("q_a_norm", "qa", "qn", M, model.q_lora_rank, b, _C))
-        first, source = begin("gather_q", "qn", model.q_lora_rank, _C, shapes)
-        kernels += first
-        kernels.append(linear("q_b_proj", source, q_value, N, heads * qk, model.q_lora_rank, b, _C, "qn"))
+    if lora := model.q_lora_rank:
+        kernels.append(linear("q_a_proj", "h", Value("qa", M * lora * b), M, lora, H, b, _C))
+        kernels.append(norm("q_a_norm", "qa", "qn", M, lora, b, _C))
+        kernels += entering("gather_q", "q_b_proj", "qn", lora, q_value, heads * qk)
     else:
-        first, source = begin("gather_h", "h", H, _C, shapes)
-        kernels += first
-        kernels.append(linear("q_proj", source, q_value, N, heads * qk, H, b, _C, "h"))
+        kernels += entering("gather_h", "q_proj", "h", H, q_value, heads * qk)
     kernels.append(linear("kv_a_proj", "h", Value("kva", M * (rank + rope) * b), M, rank + rope, H, b, _C))
     kernels.append(norm("kv_a_norm", "kva", "kvn", M, rank, b, _C))
     up = heads * (model.qk_nope_head_dim + v)
-    first, source = begin("gather_kv", "kvn", rank, _C, shapes)
-    kernels += first
-    kernels.append(linear("kv_b_proj", source, Value("kvb", int(N * up * b)), N, up, rank, b, _C, "kvn"))
-    q, k, value = (
-        Value("qr", int(N * heads * qk * b)),
-        Value("kr", int(N * heads * qk * b)),
-        Value("v0", int(N * heads * v * b)),
-    )
+    kernels += entering("gather_kv", "kv_b_proj", "kvn", rank, Value("kvb", int(N * up * b)), up)
+    size = int(N * heads * qk * b)
+    q, k, value = Value("qr", size), Value("kr", size), Value("v0", int(N * heads * v * b))
     total = q.bytes + k.bytes + value.bytes
     kernels.append(
         Kernel(

@@ -3,6 +3,8 @@
 
 from collections.abc import Collection, Sequence
 
+from msgspec.structs import replace
+
 from mopsim.graph.ffn import activation, fused_activation
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
 from mopsim.spec.model import ModelSpec
@@ -97,31 +99,25 @@ def experts(model: ModelSpec, routes: Sequence[int], b: int, tensor: int = 1, fu
 
     fused: gate and up in one product, and SwiGLU applies the route weights, so that no output is kept.
     """
-    H, inner = model.hidden_size, model.moe_intermediate_size / tensor
-    if fused:
-        return _fused(model, routes, inner, b)
-    total, category = sum(routes), "dispatch"
-    size, wing = total * H * b, total * int(inner * b)
+    H, inner, total = model.hidden_size, model.moe_intermediate_size / tensor, sum(routes)
+    rows, out = Value("rows", total * H * b, "dispatch"), Value("out", total * H * b, "dispatch")
     wings = ("gate", "up") if model.ffn_matrices == 3 else ("up",)
+    if fused:
+        wide, act = fused_activation(model, "experts_act", _C, int(total * inner * b))
+        up = _grouped("experts_up", "rows", wide, routes, len(wings) * inner, H, b)
+        down = _grouped("experts_down", "act", out, routes, H, inner, b)
+        return Tape((rows,), (up, act, down), ("out",), consumes=("rows",))
+    wing = total * int(inner * b)
     kernels = (
         *(_grouped(f"experts_{name}", "rows", Value(name, wing), routes, inner, H, b) for name in wings),
         *activation(model, "experts_", _C, wing),
-        _grouped("experts_down", "act", Value("down", size, category), routes, H, inner, b),
+        _grouped("experts_down", "act", replace(out, name="down"), routes, H, inner, b),
         Kernel(
-            "route_weight", "memory_bound", _C, ("down",), (Value("out", size, category),), saves=("down",),
-            bytes=2.0 * size, back_launches=3,
+            "route_weight", "memory_bound", _C, ("down",), (out,), saves=("down",), bytes=2.0 * out.bytes,
+            back_launches=3,
         ),
     )  # fmt: skip
-    return Tape((Value("rows", size, category),), kernels, ("out",), consumes=("rows",))
-
-
-def _fused(model: ModelSpec, routes: Sequence[int], inner: float, b: int) -> Tape:
-    H, total, wings = model.hidden_size, sum(routes), model.ffn_matrices - 1
-    rows, out = Value("rows", total * H * b, "dispatch"), Value("out", total * H * b, "dispatch")
-    wide, act = fused_activation(model, "experts_act", _C, int(total * inner * b))
-    up = _grouped("experts_up", "rows", wide, routes, wings * inner, H, b)
-    down = _grouped("experts_down", "act", out, routes, H, inner, b)
-    return Tape((rows,), (up, act, down), ("out",), consumes=("rows",))
+    return Tape((rows,), kernels, ("out",), consumes=("rows",))
 
 
 def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:

@@ -10,20 +10,29 @@ from mopsim.spec.model import ModelSpec
 
 
 @lru_cache(maxsize=1024)
-def ffn(model: ModelSpec, tokens: int, width: int, b: int, component: str) -> Tape:
-    """h [n,H] -> f [n,H] through `width` columns, gated where the spec has three matrices."""
-    H, size = model.hidden_size, tokens * width * b
-    h, out = Value("h", tokens * H * b), Value("f", tokens * H * b)
-    gated = ("gate",) if model.ffn_matrices == 3 else ()
-    kernels = (
-        *(
-            linear(f"{name}_proj", "h", Value(name, size), tokens, width, H, b, component)
-            for name in (*gated, "up")
-        ),
-        *activation(model, "", component, size),
-        linear("down_proj", "act", out, tokens, H, width, b, component),
-    )
-    return Tape((h,), kernels, ("f",))
+def ffn(model: ModelSpec, width: int, component: str, shapes: Shapes) -> Tape:
+    """h [N,H] -> f [N,H] through `width` columns, which are split over `tensor`: gate (where the spec has
+    three matrices) and up in one product and their activation in one kernel, or each apart (Shapes.fused)."""
+    H, rows, b, inner = model.hidden_size, shapes.region_tokens, shapes.width, width / shapes.tensor
+    h, out = Value("h", shapes.tokens * H * b), Value("f", shapes.tokens * H * b)
+    size, wings = int(rows * inner * b), ("gate", "up") if model.ffn_matrices == 3 else ("up",)
+    first, source = begin("gather_h", "h", H, component, shapes)
+
+    def product(name: str, wide: Value, columns: float) -> Kernel:
+        return linear(f"{name}_proj", source, wide, rows, columns, H, b, component, "h")
+
+    inside: tuple[Kernel, ...]
+    if shapes.fused:
+        wide, act = fused_activation(model, "act", component, size)
+        inside = (product("up", wide, len(wings) * inner), act)
+    else:
+        products = (product(name, Value(name, size), inner) for name in wings)
+        inside = (*products, *activation(model, "", component, size))
+
+    def down(out: Value) -> Kernel:
+        return linear("down_proj", "act", out, rows, H, inner, b, component)
+
+    return Tape((h,), (*first, *inside, *end("scatter_f", down, out, component, shapes)), ("f",))
 
 
 def activation(model: ModelSpec, prefix: str, component: str, size: int) -> tuple[Kernel, ...]:
@@ -55,23 +64,3 @@ def fused_activation(model: ModelSpec, name: str, component: str, size: int) -> 
         name, "memory_bound", component, ("gate_up",), (Value("act", size),), saves=("gate_up",),
         bytes=(wings + 1) * size, back_bytes=(2 * wings + 1) * size,
     )  # fmt: skip
-
-
-def fused_ffn(model: ModelSpec, width: int, component: str, shapes: Shapes) -> Tape:
-    """h [N,H] -> f [N,H] with gate and up in one product and SwiGLU in one kernel; columns are split over
-    `tensor`."""
-    H, rows, b = model.hidden_size, shapes.region_tokens, shapes.width
-    inner = width / shapes.tensor
-    h, out = Value("h", shapes.tokens * H * b), Value("f", shapes.tokens * H * b)
-    wide, act = fused_activation(model, "act", component, int(rows * inner * b))
-    first, source = begin("gather_h", "h", H, component, shapes)
-    kernels = (
-        *first,
-        linear("up_proj", source, wide, rows, (model.ffn_matrices - 1) * inner, H, b, component, "h"),
-        act,
-    )
-
-    def product(out: Value) -> Kernel:
-        return linear("down_proj", "act", out, rows, H, inner, b, component)
-
-    return Tape((h,), kernels + end("scatter_f", product, out, component, shapes), ("f",))

@@ -15,13 +15,14 @@ def _layer_flops(
 ) -> tuple[tuple[str, float], ...]:
     """Forward FLOP of one layer over one whole sequence."""
     S, k = seq_len, model.num_experts_per_tok
-    tapes = [attention(model, Shapes(S, S, documents=documents), layer)]
+    shapes = Shapes(S, S, documents=documents)
+    tapes = [attention(model, shapes, layer)]
     if moe:
         tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2)]
         if model.shared_expert_intermediate_size:
-            tapes.append(ffn(model, S, model.shared_expert_intermediate_size, 2, "shared_experts"))
+            tapes.append(ffn(model, model.shared_expert_intermediate_size, "shared_experts", shapes))
     else:
-        tapes.append(ffn(model, S, model.intermediate_size, 2, "dense_ffn"))
+        tapes.append(ffn(model, model.intermediate_size, "dense_ffn", shapes))
     found: dict[str, float] = {}
     for tape in tapes:
         for kernel in tape.kernels:

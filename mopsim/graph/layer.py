@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from mopsim.graph.attention import attention, linear, norm, residual
 from mopsim.graph.experts import beside_rows, combine, dispatch, experts, router
-from mopsim.graph.ffn import ffn, fused_ffn
+from mopsim.graph.ffn import ffn
 from mopsim.graph.region import gather, scatter
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Tape, Value
@@ -60,11 +60,7 @@ def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:
 
 
 def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
-    if shapes.fused:
-        tape = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes)
-    else:
-        tape = ffn(model, shapes.tokens, model.intermediate_size, shapes.width, "dense_ffn")
-    return _renamed(tape, "ffn_", {"h": "u", "f": "f"})
+    return _renamed(ffn(model, model.intermediate_size, "dense_ffn", shapes), "ffn_", {"h": "u", "f": "f"})
 
 
 def _moe(
@@ -80,7 +76,7 @@ def _moe(
     found = _renamed(router(model, N, b, wide), "", keep)
     shared = model.shared_expert_intermediate_size if shapes.fused else 0
     if shared:
-        tape = fused_ffn(model, shared, "shared_experts", shapes)
+        tape = ffn(model, shared, "shared_experts", shapes)
         found += _renamed(tape, "shared_", keep) + _shared_gate(model, shapes)
     sent = _renamed(dispatch(model, N, arrived, b, split), "sent_", keep | {"rows": "rows"})
     if split and deduplicated:
@@ -143,7 +139,7 @@ def _shared_after(model: ModelSpec, shapes: Shapes, kernels: tuple[Kernel, ...])
     width, size = model.shared_expert_intermediate_size, shapes.tokens * model.hidden_size * shapes.width
     if not width:
         return kernels
-    tape = ffn(model, shapes.tokens, width, shapes.width, "shared_experts")
+    tape = ffn(model, width, "shared_experts", shapes)
     routed = replace(kernels[-1], writes=(Value("routed", size),))
     add = Kernel(
         "shared_sum", "memory_bound", "shared_experts", ("routed", _shared(model)), (Value("f", size),),

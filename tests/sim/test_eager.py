@@ -9,7 +9,7 @@ import pytest
 
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
-from mopsim.graph.ffn import fused_ffn
+from mopsim.graph.ffn import ffn
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.biases import bias_scaled
 from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks
@@ -64,7 +64,7 @@ def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_
     found = {kernel.name: kernel for kernel in composed(kernels, {"head_norms": "summed"}, 2, 4, 2)}
     assert found["q_norm"].back_serial == found["k_norm"].back_serial == HEAD_NORM_SUM
     assert not found["attention_norm"].back_serial
-    dense = fused_ffn(model, 64, "ffn", Shapes(tokens=16, seq_len=16, fused=True)).kernels
+    dense = ffn(model, 64, "ffn", Shapes(tokens=16, seq_len=16, fused=True)).kernels
     act = next(one for one in composed(dense, {"activation": "strided"}, 2, 4, 2) if one.name == "act")
     rows = act.writes[0].bytes
     assert [value.bytes for value in act.writes] == [rows, rows]

@@ -85,7 +85,8 @@ def test_causal_pairs_count_the_mask(seq: int, window: int) -> None:
 
 def _tapes(model: ModelSpec, tokens: int, degree: int) -> list[Tape]:
     return [
-        attention(model, Shapes(tokens, tokens * degree, degree), 0), ffn(model, tokens, 96, 2, "dense_ffn"),
+        attention(model, Shapes(tokens, tokens * degree, degree), 0),
+        ffn(model, 96, "dense_ffn", Shapes(tokens, tokens)),
         router(model, tokens, 2, 4), experts(model, (tokens, 0, tokens), 2),
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 (mopexec.operators.ffn)."""
 
 from mopsim.graph.ffn import ffn
+from mopsim.graph.shapes import Shapes
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows
@@ -90,7 +91,8 @@ class FfnPair(Rows):
         return self.elementwise(size, 5 if self.gated else passes, 2 if self.gated else 1)
 
     def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:
-        tape = ffn(self.c.model, tokens, self.inner(component), self.c.b, component)
+        shapes = Shapes(tokens, tokens, width=self.c.b)
+        tape = ffn(self.c.model, self.inner(component), component, shapes)
         return self.works(tape, backward, *names)
 
     def _temporary(self, component: str) -> None:
