@@ -68,9 +68,13 @@ class Facts:
 
 
 def network(model: ModelSpec) -> str:
-    """Digest of a network, whatever its name and source; without its MTP layers it is the same. Of the fields
-    that differ from their defaults, so that a field that ModelSpec gains changes none."""
-    bare = replace(model, name="network", source="", assumptions=(), num_nextn_predict_layers=0)
+    """Digest of a network, whatever its name and source; without its MTP layers, or groups of experts that
+    its routes are limited to, it is the same. Of the fields that differ from their defaults, so that a field
+    that ModelSpec gains changes none."""
+    bare = replace(
+        model, name="network", source="", assumptions=(), num_nextn_predict_layers=0,
+        n_group=1, topk_group=1, topk_method="greedy",
+    )  # fmt: skip
     return digest(sparse(bare))
 
 

@@ -3,14 +3,20 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
+from mopsim.intervals.spread import network
+from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.case import read_cases, write_cases
 from mopsim.validate.facts import facts, rules, stack_names
+from mopsim.validate.models import from_row, read_rows
 from mopsim.validate.rows import read_case
 from mopsim.validate.tables import UnsupportedError
 from tests.sim.test_validate import MODELS, row
+
+GOLDEN = Path(__file__).parent / "data" / "golden_models.csv"
 
 
 def bridge(model: str, gpu: str, notes: str, **changes: str) -> dict[str, str]:
@@ -97,11 +103,17 @@ def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
     assert found.program().kernels.loss == "fused"
 
 
-def test_deepseek_v3_chooses_of_half_the_groups_in_programs_that_limit_it() -> None:
+def test_deepseek_v3_has_its_groups_of_experts_but_in_a_program_that_chooses_of_all() -> None:
     """Tables of networks have no column for groups."""
-    for stack, groups in (("megatron-bridge-hybridep", (8, 4)), ("torchtitan", (None, None))):
-        found = facts(row(model="deepseek_v3", stack=stack, sharding="zero1")).settings
-        assert (found.get("model.n_group"), found.get("model.topk_group")) == groups
+    whole = load_model("deepseek_v3")
+    for name in ("deepseek_v3", "deepseek_v3_nomtp"):
+        table = read_rows(GOLDEN)["deepseek_v3"] | {"model": name}
+        for model in (load_model(name), from_row(table)):
+            assert (model.n_group, model.topk_group) == (whole.n_group, whole.topk_group) == (8, 4)
+        for stack, groups in (("megatron-bridge-hybridep", None), ("nemo", None), ("maxtext-turbo", 1)):
+            set_ = facts(row(model=name, stack=stack, sharding="zero3")).settings
+            assert (set_.get("model.n_group"), set_.get("model.topk_group")) == (groups, groups)
+    assert network(replace(whole, n_group=1, topk_group=1, topk_method="greedy")) == network(whole)
 
 
 def test_rows_of_an_unfused_permutation_are_added_by_atomic_operations() -> None:
