@@ -188,7 +188,7 @@ def _documents(plan: Plan) -> Iterator[str]:
             "(training.attention_mask causal): predicted times are upper estimates where there are several"
         )
     elif training.document_tokens:
-        length = f"{training.document_tokens} tokens (training.document_tokens)"
+        length = f"{training.own_document} tokens (training.document_tokens)"
         yield f"Predicted for documents of {length}: those of the data decide"
 
 

@@ -50,7 +50,7 @@ def _flops(model: ModelSpec, seq_len: int, documents: int) -> tuple[tuple[str, f
 
 def flops_per_token(model: ModelSpec, seq_len: int, documents: int = 0) -> dict[str, float]:
     """Forward FLOP of one token of a sequence of `seq_len`, by component; causal attention counted half.
-    documents: tokens of those that attention does not cross (`TrainSpec.document_tokens`).
+    documents: tokens of those that attention does not cross (`TrainSpec.own_document`).
 
     `attention` holds the projections, `attention_core` the products with keys and values. A training step
     is 3 times the sum (PaLM, arXiv 2204.02311, appendix B), recomputation not counted.

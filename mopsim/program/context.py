@@ -362,7 +362,7 @@ def make_context(
     shapes = Shapes(
         tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
-        documents=training.document_tokens,
+        documents=training.own_document,
     )  # fmt: skip
     return Context(
         model, strategy, training, stack,

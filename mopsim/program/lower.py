@@ -59,7 +59,7 @@ def lower(
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
-    flops = 3 * sum(flops_per_token(model, training.seq_len, training.document_tokens).values()) * tokens
+    flops = 3 * sum(flops_per_token(model, training.seq_len, training.own_document).values()) * tokens
     exact = runnable(strategy, model, training, stack) is None
     again = partial(lower, model, strategy, training, domain, stack, expand=expand, rounds=2 * rounds)
     composed = any(program.repeats for program in programs)

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import Rules, SpecError, require
 from mopsim.common.io import Spec
 from mopsim.common.working import near_multiples
+from mopsim.spec import documents
 from mopsim.spec import routing as profiles
 from mopsim.spec.hardware import WIDE_HEAD
 from mopsim.spec.layout import MOST_CHUNKS, MOST_MICROBATCHES, ceil_div, num_chunks
@@ -31,8 +32,9 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     are trained as if each were alone: positions restart, attention does not cross, none predicts the next
     one's first token. document_tokens: where it is "document", tokens of the document that a token is in, on
     average over tokens: the documents' lengths squared, summed, over their sum (simulation), at most seq_len,
-    since sequences cut documents; 0: not known, each sequence is taken as one document. seed: what weights
-    and data are drawn from.
+    since sequences cut documents; or MEAN/SPREAD (485/1) of documents of log-normal lengths, their mean and
+    the deviation of their logarithm, that every sequence length cuts as it does; 0: not known, each sequence
+    is taken as one document. seed: what weights and data are drawn from.
     """
 
     seq_len: int
@@ -50,7 +52,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     router_z_loss_coef: float = 0.0
     mtp_loss_coef: float = 0.3
     attention_mask: Literal["causal", "document"] = "causal"
-    document_tokens: int = 0
+    document_tokens: documents.Documents = 0
     seed: int = 0
 
     def _rules(self) -> Rules:
@@ -59,8 +61,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         profiles.check(self.routing)
         for field in ("seq_len", "global_batch"):
             yield getattr(self, field) <= 2**40, field, "must be at most 2^40"
-        whole = 0 <= self.document_tokens <= self.seq_len
-        yield whole, "document_tokens", f"must lie between 0 and seq_len {self.seq_len}"
+        yield from documents.rules(self.document_tokens, self.seq_len)
         known = self.attention_mask == "document" or self.document_tokens == 0
         yield known, "document_tokens", "needs attention_mask 'document'"
         for field in ("learning_rate", "eps"):
@@ -139,7 +140,15 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
 
     def at_length(self, seq_len: int) -> "TrainSpec":
         """The same with sequences of another length, which cut the documents that are longer."""
-        return replace(self, seq_len=seq_len, document_tokens=min(self.document_tokens, seq_len))
+        return replace(
+            self, seq_len=seq_len, document_tokens=documents.at_length(self.document_tokens, seq_len)
+        )
+
+    @property
+    def own_document(self) -> int:
+        """Tokens of the document that a token is in, on average over tokens, where attention does not cross
+        it; 0: it sees the whole sequence, or that is not known."""
+        return documents.own(self.document_tokens, self.seq_len)
 
     def num_microbatches(self, strategy: Strategy) -> int:
         """Microbatches that one data group works through in a step."""

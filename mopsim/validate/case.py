@@ -179,7 +179,7 @@ def least_time(case: Case) -> float:
     chosen = {precision.compute, precision.matmul} - {"compute"}
     peak = max(matmul_curve(hardware, one).peak.si for one in chosen)
     tokens = training.seq_len * training.global_batch
-    flops = PASSES * sum(flops_per_token(model, training.seq_len, training.document_tokens).values()) * tokens
+    flops = PASSES * sum(flops_per_token(model, training.seq_len, training.own_document).values()) * tokens
     return flops / (peak * case.strategy.world_size)
 
 

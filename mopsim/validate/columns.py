@@ -20,7 +20,7 @@ class Column(NamedTuple):
     values: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     read: bool = True
-    kind: Literal["", "count", "number"] = ""
+    kind: Literal["", "count", "number", "documents"] = ""
     least: int = 1
 
 
@@ -100,10 +100,11 @@ RUNS: dict[str, Column] = {
     "sequence_parallel": _one("no: tensor-parallel ranks keep all rows outside of products.", "yes no"),
     "cp_exchange": _one("Of context parallelism. Else the family's.", "ulysses ring all_gather"),
     "filler_tokens": Column(_MAY, "Distinct tokens of a text that repeats them, with natural routing."),
-    "document_tokens": _count(
+    "document_tokens": Column(
         _MAY,
         "Where attention does not cross the documents of a packed sequence: tokens of the document that a "
-        "token is in, on average over tokens.",
+        "token is in, on average over tokens; or MEAN/SPREAD of log-normal lengths of the data's (485/1).",
+        kind="documents",
     ),
     "loads": Column(_MAY, "Measured parts of the routes of each expert, with natural routing; by spaces."),
     "strategy.*, stack.*, model.*": Column(

@@ -14,6 +14,7 @@ from mopsim.common.io import parse_yaml, to_plain
 from mopsim.common.rules import RowFacts
 from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
+from mopsim.spec.documents import training_fields
 from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
@@ -36,6 +37,7 @@ from mopsim.validate.tables import (
     UnsupportedError,
     complaints,
     count,
+    documents_of,
     number,
     positive,
     refuse_row,
@@ -308,10 +310,9 @@ def _training(known: RowFacts, degrees: Degrees, model: ModelSpec) -> tuple[Trai
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
     routing, told = _routing(row, degrees, model)
-    documents = count(row, "document_tokens") or 0
+    documents = documents_of(row, "document_tokens")
     training = TrainSpec(
-        seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing,
-        attention_mask="document" if documents else "causal", document_tokens=documents,
+        seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing, **training_fields(documents),
     )  # fmt: skip
     return training, told
 

@@ -11,6 +11,7 @@ from mopsim.common.rules import UNKNOWN as UNKNOWN
 from mopsim.common.table import SURPLUS, Line, read_table
 from mopsim.common.table import Row as Row
 from mopsim.common.values import parse_float
+from mopsim.spec import documents
 from mopsim.validate.columns import COMPONENTS, NAMES, NEEDED, ROOTS, RUNS, Column, needed
 
 LEAST, LARGEST = 1e-12, 1e18
@@ -117,6 +118,8 @@ def wrong_cells(row: Row, columns: Mapping[str, Column]) -> Iterator[SpecError]:
             _stated(row.get(name, ""), name, column)
             if column.kind == "count":
                 count(row, name, column.least)
+            elif column.kind == "documents":
+                documents_of(row, name)
             elif column.kind:
                 number(row, name)
         except SpecError as error:
@@ -185,3 +188,14 @@ def count(row: Row, column: str, least: int = 1) -> int | None:
     where it is neither."""
     value = number(row, column)
     return None if value is None else whole(value, column, row[column], least)
+
+
+def documents_of(row: Row, column: str) -> documents.Documents:
+    """The cell as a count or MEAN/SPREAD of documents' lengths, 0 where it is empty or unknown. Raises
+    SpecError where it is neither."""
+    cell = row.get(column, "")
+    if "/" not in cell:
+        return count(row, column) or 0
+    for known, _, rule in documents.rules(cell, 1):
+        require(known, column, cell, rule)
+    return cell

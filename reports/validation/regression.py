@@ -29,7 +29,7 @@ def features(case: Case) -> list[float]:
     passes = {"none": 3.0, "selective": 3.2, "full": 4.0}[recompute]
     flops = (
         passes
-        * sum(flops_per_token(model, training.seq_len, training.document_tokens).values())
+        * sum(flops_per_token(model, training.seq_len, training.own_document).values())
         * training.global_batch
         * training.seq_len
     )

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
+from mopsim.spec.documents import training_fields
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
 from mopsim.spec.model import ModelSpec, dense_fields, window_fields
 from mopsim.spec.plan import LONGEST, SHORTEST, HardwareRef, KindTiming, Measurement, Plan, Prediction
@@ -147,6 +148,7 @@ def trainings(draw: Any, global_batch: int | None = None) -> TrainSpec:
         beta1=draw(st.floats(0, 1, exclude_max=True)),
         beta2=draw(st.floats(0, 1, exclude_max=True)),
         seed=draw(count),
+        **training_fields(draw(st.sampled_from([0, 64, "485/1", "1/0.25"]))),
     )
 
 
