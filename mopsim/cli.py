@@ -38,6 +38,7 @@ def simulate(
     global_batch: o.GlobalBatch,
     nodes: o.Nodes = 1,
     routing: o.Routing = "balanced",
+    document_tokens: o.DocumentTokens = None,
     precision: o.FamilyPrecision = None,
     trace: o.Trace = None,
     plan: o.PlanOut = None,
@@ -79,6 +80,7 @@ def search(
     jobs: o.Jobs = 0,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
+    document_tokens: o.DocumentTokens = None,
     precision: o.Precision = "bfloat16",
     learning_rate: Annotated[float, typer.Option(help="recorded in the plan")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="recorded in the plan")] = 0,
@@ -113,6 +115,7 @@ def compare(
     any_plan: o.AnyPlan = False,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 100,
     routing: o.Routing = "balanced",
+    document_tokens: o.DocumentTokens = None,
     precision: o.FamilyPrecision = None,
     stack: o.StackName = None,
     seed: o.MaybeSeed = None,
@@ -137,6 +140,7 @@ def context(
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
     jobs: o.Jobs = 0,
     routing: o.Routing = "balanced",
+    document_tokens: o.DocumentTokens = None,
     json: o.Json = None,
 ) -> None:
     """Sweep the context length: throughput of MoP, and of FSDP2 under each of some restrictions."""
@@ -195,6 +199,7 @@ def size(
         str | None, typer.Option(help="folder for decision.html: rivals, risks, what-if, what to measure")
     ] = None,
     routing: o.Routing = "balanced",
+    document_tokens: o.DocumentTokens = None,
     precision: o.Precision = "bfloat16",
     stack: o.StackName = None,
     interval: o.Interval = 0.9,

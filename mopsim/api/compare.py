@@ -32,6 +32,7 @@ from mopsim.engine import SimResult
 from mopsim.report.findings import difference, finding, lead, software, summary
 from mopsim.report.sweep import over
 from mopsim.search.result import exhausted
+from mopsim.spec.documents import held
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
@@ -164,6 +165,7 @@ def compare(
     runnable: bool = False,
     budget: int = 100,
     routing: str | Sequence[float] = "balanced",
+    document_tokens: Count | None = None,
     precision: MatmulDType | None = None,
     learning_rate: float | None = None,
     warmup_steps: int | None = None,
@@ -173,18 +175,17 @@ def compare(
 ) -> Comparison:
     """Simulate several strategies side by side.
 
-    strategies: as for mopsim.simulate, in a sequence, or by the label that they are to have. sweep:
-    ("seq_len", ["32K", "64K"]) or ("nodes", [1, 2, 4]), where each strategy is simulated too. hold: what the
-    sweep holds constant; the global batch follows. runnable, budget: for the families among them, whose best
-    strategy is searched at each point: only what mopexec runs; simulations at most. The rest as for
-    mopsim.simulate. A family that has no strategy is in `refused`, unless none is left to compare. Raises
-    MopError.
+    strategies: as for mopsim.simulate, in a sequence, or by label. sweep: ("seq_len", ["32K", "64K"]) or
+    ("nodes", [1, 2, 4]), where each strategy is simulated too. hold: what the sweep holds constant; the
+    global batch follows. runnable, budget: for the families among them, whose best strategy is searched at
+    each point: only what mopexec runs; simulations at most. The rest as for mopsim.simulate. A family that
+    has no strategy is in `refused`, unless none is left to compare. Raises MopError.
     """
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
-        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
-        interval=interval, strategies=named.values(),
+        document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
+        warmup_steps=warmup_steps, seed=seed, stack=stack, interval=interval, strategies=named.values(),
     )  # fmt: skip
     if not named:
         raise MopError("strategies: none is given, nothing to compare")
@@ -209,8 +210,16 @@ def compare(
     points = swept(inputs, list(named), play, sweep, hold) if sweep else None
     on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
     stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
-    said = [*notes(list(named.values()), inputs), *_trained(simulations)]
+    said = [*notes(list(named.values()), inputs), *_trained(simulations), *_held(inputs, points)]
     return Comparison(inputs, simulations, points, said, refused, stacks)
+
+
+def _held(inputs: Inputs, points: Swept | None) -> list[str]:
+    """How long the documents are at each sequence length of a sweep, where they are apart."""
+    documents = inputs.training.document_tokens
+    if not documents or points is None or points.setting == "nodes":
+        return []
+    return [f"note: {held(documents, points.values)}"]
 
 
 def _trained(simulations: Mapping[str, Simulation]) -> list[str]:

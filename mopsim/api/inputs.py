@@ -22,7 +22,7 @@ from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
 from mopsim.intervals.spread import check_level
 from mopsim.search.problem import Problem
-from mopsim.spec import upgrade
+from mopsim.spec import documents, upgrade
 from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -115,7 +115,11 @@ class Inputs:
         """'mop_120b on 2 nodes (16 devices) of h200-sxm-141g, 131072 tokens, batch 8': a title."""
         cluster = self.hardware.cluster(self.nodes)
         training = self.training
-        return f"{self.model.name} on {cluster}, {training.seq_len} tokens, batch {training.global_batch}"
+        own = training.own_document
+        apart = f" in documents of {own}" if own else ""
+        return (
+            f"{self.model.name} on {cluster}, {training.seq_len} tokens{apart}, batch {training.global_batch}"
+        )
 
     def where_of(self, results: Sequence[SimResult]) -> str:
         """The same; where results use fewer of the devices, how many."""
@@ -140,6 +144,7 @@ def read_inputs(
     seq_len: Count,
     global_batch: int,
     routing: str | Sequence[float] = "balanced",
+    document_tokens: Count | None = None,
     precision: MatmulDType | None = None,
     learning_rate: float | None = None,
     warmup_steps: int | None = None,
@@ -154,6 +159,7 @@ def read_inputs(
         raise MopError(f"nodes: {nodes!r} must be an integer between 1 and 65536")
     fields: dict[str, Any] = {"seq_len": count(seq_len, "seq_len"), "global_batch": global_batch}
     fields["routing"] = read_routing(routing)
+    fields |= read_documents(document_tokens)
     left = {"seed": seed, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
     fields |= {name: value for name, value in left.items() if value is not None}
     training = io.convert(fields, TrainSpec, "training")
@@ -205,6 +211,16 @@ def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
     if not isinstance(shares, list) or not all(type(share) in (int, float) for share in shares):
         raise MopError(f"routing: {routing}: must be a list of the experts' shares of all routes")
     return tuple(shares)
+
+
+def read_documents(given: Count | None) -> dict[str, Any]:
+    """What a job says of documents that are packed into its sequences, as fields of training: tokens of a
+    token's document, or MEAN/SPREAD; 0: attention crosses them; nothing where None. Raises MopError."""
+    if given is None:
+        return {}
+    text = str(given).strip()
+    number = 0 if text == "0" or "/" in text else count(text, "document_tokens")
+    return documents.training_fields(text if "/" in text else number)
 
 
 def read_families(given: str | Sequence[str] | None) -> tuple[str, ...]:

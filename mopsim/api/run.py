@@ -37,6 +37,7 @@ def simulate(
     global_batch: int,
     nodes: int = 1,
     routing: str | Sequence[float] = "balanced",
+    document_tokens: Count | None = None,
     precision: MatmulDType | None = None,
     learning_rate: float | None = None,
     warmup_steps: int | None = None,
@@ -50,7 +51,10 @@ def simulate(
     name, a YAML file or a HardwareProfile. nodes: machines of `hardware`. seq_len: tokens of a sequence
     (32768 or "32K"). global_batch: sequences of one step. strategy: mopsim.mop(...) and its like, a Strategy,
     a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
-    experts (mopsim.spec.routing). precision: of the matrix products where a family is searched;
+    experts (mopsim.spec.routing). document_tokens: of documents that are packed into the sequences and that
+    attention does not cross: tokens of the one that a token is in, on average over tokens (1140, "2K"), or
+    "MEAN/SPREAD" of log-normal lengths ("485/1", mopsim.spec.documents); 0: attention crosses them; default:
+    a given plan's, else 0. precision: of the matrix products where a family is searched;
     default: bfloat16; refused where a strategy computes in another one. learning_rate, warmup_steps, seed:
     for the plan that comes of it; default: a given plan's, as is all else of training that a plan says.
     stack: the software that runs it: a name, a YAML file or a Stack; default: that which the strategy is
@@ -61,8 +65,8 @@ def simulate(
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
-        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
-        interval=interval, strategies=[strategy],
+        document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
+        warmup_steps=warmup_steps, seed=seed, stack=stack, interval=interval, strategies=[strategy],
     )  # fmt: skip
     return played(strategy, inputs)
 
@@ -101,6 +105,7 @@ def search(
     at_risk: bool = False,
     any_routing: bool = False,
     routing: str | Sequence[float] = "balanced",
+    document_tokens: Count | None = None,
     precision: MatmulDType = "bfloat16",
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
@@ -122,8 +127,8 @@ def search(
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
-        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
-        interval=interval,
+        document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
+        warmup_steps=warmup_steps, seed=seed, stack=stack, interval=interval,
     )  # fmt: skip
     options = Options(read_families(families), top, budget, at_risk, any_routing, jobs=jobs, prove=True)
     problem = inputs.problem(runnable=runnable)

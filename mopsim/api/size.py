@@ -1,6 +1,6 @@
 """mopsim.size: which machine type, and how many nodes of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from mopsim.api.inputs import (
     Count,
     Inputs,
     count,
+    read_documents,
     read_families,
     read_hardware,
     read_model,
@@ -41,7 +42,6 @@ from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import MatmulDType
-from mopsim.spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -186,6 +186,7 @@ class Clusters(Result):
             "budget_usd": goal.budget,
             "confidence": request.confidence,
             "seq_len": request.seq_len,
+            "document_tokens": request.documents,
             "global_batch_tokens": request.batch_tokens,
             "paid": "bought" if request.terms.buy else "reserved" if request.terms.reserved else "on demand",
             "assumptions": assumptions_json(request.at(self.subject.figures if self.subject else None)),
@@ -229,6 +230,7 @@ def size(
     max_cost: float | None = None,
     simulations: int = DEFAULT_SIMULATIONS,
     routing: str | Sequence[float] = "balanced",
+    document_tokens: Count | None = None,
     precision: MatmulDType = "bfloat16",
     jobs: int = 1,
     stack: AnyStack | None = None,
@@ -237,39 +239,39 @@ def size(
 ) -> Clusters:
     """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and what it costs.
 
-    hardware: one machine type or several, as for mopsim.simulate. tokens: to train on, decimal ("1T").
-    days: wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them
-    at least. With a budget alone the fastest cluster is recommended, else the cheapest. confidence:
-    probability of meeting the deadline that will do. global_batch_tokens: tokens of a step (binary,
-    "4M"), fitted to each cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at
-    most, without both 512 nodes. prices: dollars per device and hour by profile; reserved: the profile's
-    price times `reserved_factor`. buy: as a purchase; capex: dollars of a node by profile. sites: a YAML
-    file of data centres (mopsim/size/sites.yaml is one). assumptions: values in place of
-    mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, in place of
-    what failures leave. max_cost: dollars, for `fastest`. simulations: of a family, where a node count is
-    searched. interval: probability of the intervals of days, cost, step time and memory. jobs: processes.
-    progress(done, known so far, what was asked).
+    hardware: one machine type or several, as for mopsim.simulate. tokens: to train on, decimal ("1T"). days:
+    wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them at least.
+    With a budget alone the fastest cluster is recommended, else the cheapest. confidence: probability of
+    meeting the deadline that will do. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each
+    cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at most, without both 512
+    nodes. prices: dollars per device and hour by profile; reserved: the profile's price times
+    `reserved_factor`. buy: as a purchase; capex: dollars of a node by profile. sites: a YAML file of data
+    centres (mopsim/size/sites.yaml is one). assumptions: values in place of mopsim/size/assumptions.yaml, by
+    name. utilisation: share of the wall clock that trains, in place of what failures leave. max_cost:
+    dollars, for `fastest`. simulations: of a family, where a node count is searched. document_tokens: as for
+    mopsim.simulate. interval: probability of all intervals. jobs: processes. progress(done, known so far,
+    what was asked).
 
     That no cluster will do is a result. Raises MopError.
     """
-    given = [hardware] if isinstance(hardware, str | Path | HardwareProfile) else list(hardware)
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
-    TrainSpec(seq_len=length, global_batch=1, routing=routed).check_model(network)
-    machines = _distinct(map(read_hardware, given))
+    machines = _distinct(hardware)
     request = Request(
         network, goal, length, _batch(global_batch_tokens, length), read_families(families),
         max_nodes, simulations, runnable, assume(assumptions, utilisation),
         _terms(machines, buy, reserved, prices or {}, capex or {}), read_sites(sites),
         _confidence(confidence), precision, routed, read_stack(stack), interval, max_cost, max_devices,
+        read_documents(document_tokens).get("document_tokens", 0),
     )  # fmt: skip
     _check(request, machines)
     return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
 
 
 def _check(request: Request, machines: Sequence[HardwareProfile]) -> None:
-    """Raises MopError for a limit below 1, where a machine has no such products, and where no node of it is
-    allowed."""
+    """Raises MopError for a training that the model cannot have, a limit below 1, where a machine has no such
+    products, and where no node of it is allowed."""
+    request.training(1).check_model(request.model)
     check_level(request.interval)
     for name in ("max_nodes", "max_devices"):
         value = getattr(request, name)
@@ -287,10 +289,12 @@ def _batch(tokens: Count, seq_len: int) -> int:
     return batch
 
 
-def _distinct(given: Iterable[HardwareProfile]) -> list[HardwareProfile]:
-    """Raises MopError for a profile that is given twice, and for two that differ and have one name."""
+def _distinct(given: AnyHardware | Sequence[AnyHardware]) -> list[HardwareProfile]:
+    """The machine types that are given. Raises MopError for a profile that is given twice, and for two that
+    differ and have one name."""
     found: dict[str, HardwareProfile] = {}
-    profiles = list(given)
+    each = [given] if isinstance(given, str | Path | HardwareProfile) else given
+    profiles = [read_hardware(one) for one in each]
     for one in profiles:
         if found.setdefault(one.name, one) != one:
             raise MopError(f"hardware: {one.name!r} is the name of two different profiles: rename one")

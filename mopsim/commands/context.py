@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import mopsim
-from mopsim.api.inputs import Inputs, facts, read_routing
-from mopsim.commands.console import human, say_written
+from mopsim.api.inputs import Inputs, facts, read_documents, read_routing
+from mopsim.commands.console import human, say_notes, say_written
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
@@ -19,6 +19,7 @@ from mopsim.context.contenders import Contender, contenders
 from mopsim.context.sweep import ContextCase, Curve, Task, nested, sweep, totals
 from mopsim.report.context import case_name, case_table, ends, shown_table, to_json
 from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.spec.documents import held
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
@@ -38,7 +39,10 @@ def run(*, out: str, json: str | None, contender: str, budget: int, jobs: int, *
             found[key] = curve
             told(len(found), " ".join(key))
     curves = [nested({one.name: found[case_name(case), one.name] for one in asked}) for case in cases]
-    made = to_json(cases, curves, asked, lengths) | {"facts": stated(cases), "version": mopsim.__version__}
+    made = to_json(cases, curves, asked, lengths) | {
+        "facts": stated(cases, lengths),
+        "version": mopsim.__version__,
+    }
     made["simulated"] = totals(found.values())["simulated"]
     sections = []
     for case, mine in zip(cases, curves, strict=True):
@@ -49,15 +53,17 @@ def run(*, out: str, json: str | None, contender: str, budget: int, jobs: int, *
     sections.append(Section("Rules", "", Table(["contender", "rules"], rules)))
     with io.json_beside(json, made), whole_directory(Path(out)) as aside:
         io.write_json(str(aside / "context.json"), made)
-        write_page(aside, Page("Context length against throughput", "", sections, stated(cases)))
+        write_page(aside, Page("Context length against throughput", "", sections, stated(cases, lengths)))
         written = sorted(path.name for path in aside.iterdir())
+    if cases[0].documents:
+        say_notes(console, [f"note: {held(cases[0].documents, lengths)}"])
     say_written(console, json, *(str(Path(out) / name) for name in written))
     return 0 if any(curve.longest for mine in curves for curve in mine.values()) else NOTHING_FITS
 
 
 def read(
     *, model: Sequence[str], nodes: Sequence[int], hardware: str, seq_len: str, tokens_per_device: str,
-    routing: str,
+    routing: str, document_tokens: str | None,
 ) -> tuple[list[ContextCase], list[int]]:  # fmt: skip
     """(cases, lengths). Raises MopError in one line."""
     if len(model) != len(nodes):
@@ -70,7 +76,8 @@ def read(
             raise MopError(f"--seq-len: {seq_len!r} has {length} twice")
     tokens = parse_count(tokens_per_device, "--tokens-per-device")
     shares = read_routing(routing)
-    training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=shares)
+    packed = read_documents(document_tokens)
+    training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=shares, **packed)
     machine = load_profile(hardware)
     cases = []
     for name, count in zip(model, nodes, strict=True):
@@ -78,7 +85,9 @@ def read(
             raise MopError(f"--nodes: {count} must lie between 1 and 65,536")
         network = load_model(name)
         training.check_model(network)
-        cases.append(ContextCase(network, machine, count, tokens, routing=shares))
+        cases.append(
+            ContextCase(network, machine, count, tokens, routing=shares, documents=training.document_tokens)
+        )
     return cases, lengths
 
 
@@ -92,12 +101,14 @@ def chosen(text: str) -> list[Contender]:
     return [one for one in contenders() if not names or one.always or one.name in names]
 
 
-def stated(cases: Sequence[ContextCase]) -> dict[str, str]:
+def stated(cases: Sequence[ContextCase], lengths: Sequence[int]) -> dict[str, str]:
     """What a report says of its own making."""
     first = cases[0]
     inputs = Inputs(
         first.model, first.hardware, first.nodes, TrainSpec(seq_len=1, global_batch=1), first.precision
     )
     said = facts(inputs, as_typed("mopsim"))
+    if first.documents:
+        said["documents"] = held(first.documents, lengths)
     said["model"] = "; ".join(f"{case.model.name} (digest {io.digest(case.model)})" for case in cases)
     return said

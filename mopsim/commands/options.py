@@ -28,6 +28,13 @@ Routing = Annotated[
         "the experts' shares of all routes"
     ),
 ]
+DocumentTokens = Annotated[
+    str | None,
+    typer.Option(
+        help="of documents that are packed into sequences and that attention does not cross: tokens of a "
+        "token's document, on average, or MEAN/SPREAD of log-normal lengths (485/1); 0: it crosses them"
+    ),
+]
 Products = Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"]
 Precision = Annotated[
     Products, typer.Option(help="what matmuls compute in (for a family); fp8, mxfp8, nvfp4: beside bfloat16")

@@ -14,6 +14,7 @@ from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
 from mopsim.search import Options, search
 from mopsim.search.problem import Problem
+from mopsim.spec.documents import Documents, at_length, training_fields
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
@@ -32,7 +33,8 @@ TOP = 3
 class ContextCase:
     """A network on a cluster. tokens_per_device: of one optimizer step; a step is never less than one
     sequence for every group of ranks that shares one. accumulate: in several microbatches where that is
-    faster; otherwise in one, as large as is best."""
+    faster; otherwise in one, as large as is best. documents: of packed sequences, where attention does not
+    cross them."""
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -41,6 +43,7 @@ class ContextCase:
     accumulate: bool = True
     routing: RoutingProfile = "balanced"
     precision: DType = "bfloat16"
+    documents: Documents = 0
 
     @property
     def world_size(self) -> int:
@@ -48,7 +51,8 @@ class ContextCase:
 
     def problem(self, contender: Contender, seq_len: int, global_batch: int) -> Problem:
         """What is asked for a contender at one length."""
-        training = TrainSpec(seq_len=seq_len, global_batch=global_batch, routing=self.routing)
+        apart = training_fields(at_length(self.documents, seq_len))
+        training = TrainSpec(seq_len=seq_len, global_batch=global_batch, routing=self.routing, **apart)
         return Problem(self.model, self.hardware, self.nodes, training, self.precision, contender.software)
 
 

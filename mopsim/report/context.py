@@ -144,6 +144,7 @@ def to_json(
                 "devices": case.world_size,
                 "each": case.hardware.each,
                 "tokens_per_device": case.tokens_per_device,
+                "document_tokens": case.documents,
                 "curves": curves_json(found),
             }
             for case, found in zip(cases, curves, strict=True)

@@ -15,6 +15,7 @@ from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
 from mopsim.size.figures import DAY, Figures, rated
 from mopsim.size.points import Miss, Point, Request, Sizing
+from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.stacks import variants
 
@@ -197,9 +198,11 @@ def title(request: Request) -> str:
     goal = request.goal
     limits = [] if goal.seconds is None else [f"{goal.seconds / DAY:g} days"]
     limits += [] if goal.budget is None else [format_dollars(goal.budget)]
+    document = own(request.documents, request.seq_len)
+    apart = f" in documents of {document:,}" if document else ""
     return (
         f"{request.model.name}: {goal.tokens:,} tokens within {' and '.join(limits)}, "
-        f"sequences of {request.seq_len:,}, products in {request.precision}"
+        f"sequences of {request.seq_len:,}{apart}, products in {request.precision}"
     )
 
 

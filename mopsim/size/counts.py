@@ -51,9 +51,10 @@ def least_nodes(
     seconds: float,
     share: float = 1.0,
     precision: MatmulDType = "bfloat16",
+    documents: int = 0,
 ) -> int:
     """Nodes below which arithmetic alone takes longer than `share` of `seconds`: three times the forward's
     FLOP at the peak rate of the products."""
-    flops = 3 * sum(flops_per_token(model, seq_len).values()) * tokens
+    flops = 3 * sum(flops_per_token(model, seq_len, documents).values()) * tokens
     rate = matmul_curve(hardware, precision).peak.si * hardware.devices_per_node
     return max(1, int(-(-flops // (rate * seconds * share))))

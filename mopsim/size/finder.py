@@ -15,6 +15,7 @@ from mopsim.size.counts import least_nodes, node_counts
 from mopsim.size.goodput import rack_nodes, whole_racks
 from mopsim.size.known import AROUND, KnownSteps
 from mopsim.size.points import Point, Request, Sizing, nearest_miss
+from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile
 
 EVERY = 2
@@ -81,8 +82,9 @@ def _least(request: Request, hardware: HardwareProfile, share: float) -> int:
     assert goal.seconds is not None
     share *= request.assumptions.utilisation or 1.0
     return least_nodes(
-        request.model, hardware, request.seq_len, goal.tokens, goal.seconds, share, request.precision
-    )
+        request.model, hardware, request.seq_len, goal.tokens, goal.seconds, share, request.precision,
+        own(request.documents, request.seq_len),
+    )  # fmt: skip
 
 
 def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str]:

@@ -10,6 +10,7 @@ from mopsim.search.problem import Problem
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
 from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
+from mopsim.spec.documents import Documents, training_fields
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
@@ -39,7 +40,8 @@ class Request:
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
     interval: that of the intervals of days and cost. max_nodes, max_devices: of a cluster; MOST_NODES
     without both.
-    max_cost: dollars of outlay within which the fastest is wanted too.
+    max_cost: dollars of outlay within which the fastest is wanted too. documents: of packed sequences, where
+    attention does not cross them.
     """
 
     model: ModelSpec
@@ -60,6 +62,7 @@ class Request:
     interval: float = LEVEL
     max_cost: float | None = None
     max_devices: int | None = None
+    documents: Documents = 0
 
     @property
     def limit(self) -> str:
@@ -84,7 +87,8 @@ class Request:
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""
         batch = global_batch(world_size, self.seq_len, self.batch_tokens)
-        return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing)
+        apart = training_fields(self.documents)
+        return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing, **apart)
 
     def problem(self, hardware: HardwareProfile, num_nodes: int, training: TrainSpec) -> Problem:
         """What a search is asked about one cluster."""

@@ -14,6 +14,8 @@ OPTIONS = [
     ("simulate", "--seq-len", ENDLESS), ("simulate", "--seq-len", "1e400"), ("simulate", "--seed", "-1"),
     ("simulate", "--precision", "fp16"), ("simulate", "--routing", f"zipf:{ENDLESS}"),
     ("simulate", "--routing", "a\nb"), ("simulate", "--stack", "\x1b[31m"), ("simulate", "--model", ENDLESS),
+    ("simulate", "--document-tokens", "65"), ("simulate", "--document-tokens", f"485/{ENDLESS}"),
+    ("search", "--document-tokens", "485/1/2"), ("search", "--document-tokens", "nan"),
     ("simulate", "--hardware", "\u202eb200"), ("search", "--top", "0"), ("search", "--budget", "-1"),
     ("search", "--learning-rate", "nan"), ("search", "--learning-rate", "1e400"), ("search", "--family", ","),
 ]  # fmt: skip
