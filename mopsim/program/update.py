@@ -99,10 +99,11 @@ class Update:
             return c.grad, ready
         wide = self._master
         if c.grad < wide:
-            work, memory = (
-                (self._copies(held * (c.grad + wide), self.host.norm),),
-                (("grads", held * wide - self._spared),),
-            )
+            work = (self._copies(held * (c.grad + wide), self.host.norm),)
+            own, flat = self._flat
+            memory = (
+                ("grads", own - self._spared), ("grads", held * wide + flat), ("grads", -own - flat),
+            )  # fmt: skip
             ready = (b.add("main gradients", "compute", _O, _O, work, ready, memory),)
         if c.strategy.precision.compute == "float16":
             work = (self._passes(2 * held * wide),)
@@ -159,6 +160,16 @@ class Update:
             b.drop("moments in fp32")
             return last
         return self._cast(params, last) if self._master else last
+
+    @property
+    def _flat(self) -> tuple[int, int]:
+        """Bytes of narrow gradients that are there while they are copied wide: as they were, where they are
+        gone after; and put together first, one flat tensor at a time (DeepSpeed 0.17.6,
+        runtime/zero/stage_1_and_2.py and stage3.py: flatten(averaged_gradients).to(dtype))."""
+        if self.c.stack.sharding.zero_grad != "copied":
+            return 0, 0
+        held = sum(self.here)
+        return self.c.grad * held * self.stage.frees_gradients, self.c.grad * self._together(held)
 
     @property
     def _spared(self) -> int:

@@ -98,6 +98,21 @@ def test_a_program_may_hide_reductions_of_zero_3_alone() -> None:
 
 
 @pytest.mark.parametrize("zero", [1, 2])
+def test_a_rank_puts_its_gradients_together_before_they_are_cast(zero: int) -> None:
+    """flatten(averaged_gradients).to(float32): its own, one flat tensor, its wide copy; others are gone."""
+    program = _program(_stack(), zero)
+    mine = sum(Stage(make_context(MODEL, _strategy(zero), TRAINING, 8, _stack()), 0).updated)
+    assert _highest(program, "grads", "main gradients") == pytest.approx((2 + 2 + 4) * mine, rel=1e-3)
+
+
+def test_zero_3_puts_the_gradients_of_one_group_together() -> None:
+    context = make_context(MODEL, _strategy(3), TRAINING, 8, _stack())
+    mine, group = sum(Stage(context, 0).updated), 1000
+    program = _program(_stack(update_group=group), 3)
+    assert _highest(program, "grads", "main gradients") == 2 * mine + (2 + 4) * group
+
+
+@pytest.mark.parametrize("zero", [1, 2])
 def test_narrow_gradients_are_gone_when_flat_tensors_are_updated(zero: int) -> None:
     program = _program(_stack("looped"), zero)
     context = make_context(MODEL, _strategy(zero), TRAINING, 8, _stack())
