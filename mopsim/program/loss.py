@@ -115,7 +115,10 @@ def loss_tape(context: Context) -> Tape:
     logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
-    beside = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()
+    second = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()
+    beside = (1 + sliced) * wide if torch or native else 0
+    if kernel == "upcast" and c.stack.kernels.logits_cut:
+        beside = c.wide - c.b  # the gradient in fp32 beside zeros, before it is cast
     how = "ahead" if ahead else "sliced" if sliced else "torch" if torch else kernel
     if cast:
         kernels.append(
@@ -126,9 +129,9 @@ def loss_tape(context: Context) -> Tape:
         )  # fmt: skip
     entropy = Kernel(
         "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",),
-        (exact, *beside, Value("loss", 0)), ("logits",) if in_place else ("softmax",),
+        (exact, *second, Value("loss", 0)), ("logits",) if in_place else ("softmax",),
         scratch=(("logits", elements * c.wide),) if ahead else (),
-        back_scratch=(("logits", (1 + sliced) * elements * wide),) if torch or native else (),
+        back_scratch=(("logits", beside * elements),) if beside else (),
     )  # fmt: skip
     size = float(elements * (wide if torch else c.wide))
     kernels.append(charged(entropy, *_LOSSES.get(how, _APART), float(elements * c.b), size))

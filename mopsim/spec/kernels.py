@@ -123,11 +123,13 @@ class Kernels(Spec, frozen=True, kw_only=True):
     own dtype. logits_held: who calls a loss that works on a copy of the logits holds them, or that copy
     (`copy`), or does so in pipelines alone (`pipelines`). logits_until: what is held of them is there until
     the loss's backward is done, or until the `next` microbatch's are made, as a loop keeps them in a variable
-    (not in pipelines). logit_passes: bytes moved for each logit beside what the loss moves (casts, accuracy,
-    perplexity). loss_chunks: those of a chunked loss, or torch's cross entropy of each chunk on a copy in
-    fp32, its gradients made apart and those of the chunks' inputs put together in fp32 (`autograd`), compiled
-    or not, or all in fp32 under a checkpoint (`wide`). ring_blocks: merging blocks of keys and values where
-    context parallelism gathers them. fills: new tensors of a known value are written first.
+    (not in pipelines). logits_cut: labels are shifted by cutting rows off the copy of a loss in one kernel,
+    whose gradient is then put into zeros of all its rows. logit_passes: bytes moved for each logit beside
+    what the loss moves (casts, accuracy, perplexity). loss_chunks: those of a chunked loss, or torch's cross
+    entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs put
+    together in fp32 (`autograd`), compiled or not, or all in fp32 under a checkpoint (`wide`). ring_blocks:
+    merging blocks of keys and values where context parallelism gathers them. fills: new tensors of a known
+    value are written first.
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
@@ -176,6 +178,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     loss_copy: bool = True
     logits_held: bool | Literal["copy", "pipelines"] = True
     logits_until: Literal["backward", "next"] = "backward"
+    logits_cut: bool = False
     logit_passes: float = 0.0
     loss_chunks: Literal["fused", "composed", "autograd", "compiled", "wide"] = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
