@@ -16,6 +16,8 @@ from mopsim.report.tables import describe
 
 MACHINES = ("a100-sxm-80g", "h100-sxm-80g", "h200-sxm-141g", "b200-sxm-192g", "gb200-186g", "mi300x-192g")
 DEVICES = 4096
+ASKED = 90
+"""Seconds, with a core for each of two processes."""
 QUESTION = {"model": "qwen3_235b_a22b", "tokens": "10T", "days": 60}
 
 
@@ -45,7 +47,8 @@ def main(folder: Path, jobs: int) -> None:
         f"{DEVICES:,} GPUs of each of {len(MACHINES)} machine types.",
         "",
         f"{wall:.0f} s of wall clock in {jobs} processes (load {os.getloadavg()[1]:.1f} on {os.cpu_count()} "
-        f"cores), {cpu:.0f} s of CPU: {cpu / jobs:.0f} s if each process had a core. "
+        f"cores), {cpu:.0f} s of CPU: {cpu / jobs:.0f} s if each process had a core "
+        f"({'missed: ' if cpu / 2 > ASKED else ''}{ASKED} s of two cores are asked). "
         f"{simulated:,} simulations, {sum(len(one.tried) for one in found.sizings)} clusters.",
         "",
         f"Recommended: {summary(found.chosen)}." if found.chosen else f"None; {missed(found.miss)}.",
