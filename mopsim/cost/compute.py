@@ -26,6 +26,10 @@ ATOMIC_SUMS: float = RATES["atomic_sums"]["per_second"]
 """Elements a second that are added atomically."""
 SORTED_SUMS: float = RATES["sorted_sums"]["per_second"]
 """Elements a second that are added to one of as many rows as a block of threads sees, sorted."""
+CHUNK_CAT: dict[float, float] = {
+    float(width): rate for width, rate in RATES["chunk_cat"]["per_second"].items()
+}
+"""Elements a second that torch's _chunk_cat copies, by bytes that are read and written for each."""
 
 
 def matmul_curve(
@@ -99,8 +103,10 @@ def memory_bound(work: Work, profile: HardwareProfile) -> float:
     bandwidth = device.index_bandwidth if work.indexed and device.index_bandwidth else device.memory_bandwidth
     launches = max(work.launches, 1)
     moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
-    added = max(work.sums / ATOMIC_SUMS, work.ordered / SORTED_SUMS)
-    seconds = max(moved / bandwidth.si, added) + work.serial * SERIAL_ROW
+    rate = CHUNK_CAT.get(work.bytes / work.chunked) if work.chunked else None
+    chunked = work.chunked / rate if rate else 0.0
+    apart = max(work.sums / ATOMIC_SUMS, work.ordered / SORTED_SUMS, chunked)
+    seconds = max(moved / bandwidth.si, apart) + work.serial * SERIAL_ROW
     return seconds + launches * device.launch_overhead.si
 
 

@@ -38,8 +38,8 @@ def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
 def reduce_copy(c: Context, unit: ShardedUnit, width: int) -> Work:
     """Full gradients, of elements so wide, cast to the reduce dtype and copied into the buffer that is
     sent."""
-    size = float(unit.padded * bytes_reduced(width, c.reduce))
-    return Work("memory_bound", bytes=size, launches=4, host=_host(unit, REST, 6))
+    size, copied = float(unit.padded * bytes_reduced(width, c.reduce)), float(unit.padded)
+    return Work("memory_bound", bytes=size, chunked=copied, launches=4, host=_host(unit, REST, 6))
 
 
 def summed(c: Context, unit: ShardedUnit, *, first: bool) -> Work:

@@ -54,6 +54,7 @@ class Work(Struct, frozen=True):
     gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
     indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. ordered:
     elements that several rows, sorted, add to one. serial: rows added to one row, one after the other.
+    chunked: elements that torch's _chunk_cat copies.
     duplex: a transfer beside another the other way, with which it shares host DRAM.
     """
 
@@ -76,6 +77,7 @@ class Work(Struct, frozen=True):
     serial: float = 0.0
     sums: float = 0.0
     ordered: float = 0.0
+    chunked: float = 0.0
     duplex: bool = False
     dtype: str = ""
     group: CommGroup = CommGroup(1, 1)

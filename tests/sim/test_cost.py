@@ -146,6 +146,15 @@ def test_corrections_scale_and_add_per_op() -> None:
     assert seconds(work, fixed) == pytest.approx(2 * raw_seconds(work, TOY) + 3e-3)
 
 
+def test_gradients_reach_the_buffer_of_a_reduction_at_its_kernels_rate() -> None:
+    """torch's _chunk_cat, bf16 to fp32 (pytorch pull request 120678), however fast the memory is."""
+    fast = load_profile("b200-sxm-192g")
+    copied = Work("memory_bound", bytes=6e9, chunked=1e9)
+    assert raw_seconds(copied, fast) == pytest.approx(1e9 / 2.78e11, rel=1e-3)
+    assert raw_seconds(copied, fast) > raw_seconds(replace(copied, chunked=0.0), fast)
+    assert raw_seconds(copied, TOY) == raw_seconds(replace(copied, chunked=0.0), TOY)
+
+
 def test_an_oversubscribed_spine_slows_what_crosses_it() -> None:
     """64 ranks in 8 domains, 2 domains a leaf, 4:1: a quarter for 6 of 7 all-to-all bytes."""
     plain = machine()
