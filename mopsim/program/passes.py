@@ -382,9 +382,9 @@ class Passes:
     def _plan(self, tape: Tape) -> Recomputation:
         activations, own = self.context.strategy.activations, self.context.stack.recompute
         how, kept = self._how(tape)
-        # where an exchange is replayed, the checkpoint is not torch's
-        early, apart = own.stops_early and "dispatch" not in kept, () if own.around else AROUND
-        within = self.context.stack.kernels.norm_within
+        # where a strategy has an exchange replayed, the checkpoint is not torch's
+        early = own.stops_early and "dispatch" not in activations.save_ops
+        within, apart = self.context.stack.kernels.norm_within, () if own.around else AROUND
         return plan(tape, how, activations.modules, kept, early, apart, within)
 
 

@@ -99,6 +99,20 @@ def test_a_layer_of_experts_keeps_what_its_program_says_whatever_splits_it(tenso
     assert routed == 32 * 8 * (16 * 2 + 4) < dense
 
 
+@pytest.mark.parametrize("stack", ["torchtitan-compile-2026", "torchtitan-2026"])
+def test_selective_checkpoints_keep_what_exchanges_bring(stack: str) -> None:
+    """torchtitan's SelectiveAC (all_to_all_single is in its list): a recomputation exchanges nothing."""
+    own, training = load_stack(stack), TrainSpec(seq_len=32, global_batch=8, routing="balanced")
+    strategy = replace(fsdp2(8, expert_parallel=8), activations=Activations(recompute="selective"))
+    context = make_context(load_model("qwen3_30b_a3b"), own.resolve(strategy), training, 8, own)
+    tape, kept = Passes(context).tape(1), own.recompute.kept_routed
+    chosen = plan(tape, "full", (), kept, own.recompute.stops_early)
+    again = {tape.kernels[index].name for region in chosen.again for index in region}
+    assert any(name.startswith("experts_") for name in again)
+    assert not again & {"dispatch", "combine"}
+    assert {"sent_arrived", "back_returned"} <= chosen.kept
+
+
 def test_route_weights_on_a_wide_copy_keep_it_and_where_its_rows_go() -> None:
     fused, wide = (_kept("torchtitan-compile", "none", expert_rows=rows) for rows in ("fused", "wide"))
     assert wide[0] == fused[0]
