@@ -185,7 +185,16 @@ def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec, stack: Stack) -> V
         return Vocabulary(vocab_parallel=degrees.tensor, loss="vocab_parallel")
     if kind == "fused":
         return Vocabulary(loss="chunked", chunk_tokens=_linear_cross_entropy(row, degrees, model))
-    return Vocabulary(loss="chunked", chunk_tokens=TILE) if kind == "chunked" else Vocabulary()
+    if kind != "chunked":
+        return Vocabulary()
+    counted = stack.kernels.loss_chunks in ("autograd", "compiled")
+    return Vocabulary(loss="chunked", chunk_tokens=_eighth(row, degrees) if counted else TILE)
+
+
+def _eighth(row: Row, degrees: Degrees) -> int:
+    """Tokens of a chunk where the number of chunks is given (torchtitan b5bcd76c6, components/loss.py,
+    ChunkedLossWrapper.Config: num_chunks 8)."""
+    return max(1, ceil_div(degrees.micro_batch * (count(row, "seq_len") or 1) // degrees.sequence, 8))
 
 
 def _linear_cross_entropy(row: Row, degrees: Degrees, model: ModelSpec) -> int:

@@ -91,6 +91,9 @@ def test_a_compiled_torchtitan_since_july_2026_has_its_loss_in_chunks() -> None:
     assert "k_proj" in program.recompute.kept
     whole = read_case(row(stack="torchtitan-compile-2026", loss="full"), MODELS)
     assert whole.strategy.vocabulary.loss == "full"
+    cells = {"seq_len": "4096", "micro_batch": "4", "global_batch": "32", "loss": "chunked"}
+    for stack, chunk in (("torchtitan-2026", 4 * 4096 // 8), ("trl", 256)):
+        assert read_case(row(stack=stack, **cells), MODELS).strategy.vocabulary.chunk_tokens == chunk
 
 
 def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
