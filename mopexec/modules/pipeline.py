@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.collectives import Waitable
-from mopexec.distributed.mesh import process_group
+from mopexec.distributed.mesh import own_group, rounds
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, phase
 from mopsim.spec import layout, pipeline_order
@@ -39,16 +39,15 @@ class Links:
     def __init__(self, strategy: Strategy, platform: Platform) -> None:
         """Collective over all ranks: every rank makes the same groups in the same order."""
         me, ranks, world = dist.get_rank(), strategy.stage_ranks, strategy.world_size
+        pairs = [(first, (first + ranks) % world) for first in range(world if ranks < world else 0)]
         self.found: dict[tuple[str, str], Link] = {}
         for way in ("forward", "backward"):
-            for first in range(world if ranks < world else 0):
-                second = (first + ranks) % world
-                group = process_group([first, second], platform.backend)
-                source, target = (first, second) if way == "forward" else (second, first)
-                if me == source:
-                    self.found[way, "to"] = Link(target, group)
-                if me == target:
-                    self.found[way, "from"] = Link(source, group)
+            for groups in rounds(pairs, world):
+                group = own_group(groups, me, platform)
+                for first, second in (pair for pair in groups if len(pair) == 2 and me in pair):
+                    source, target = (first, second) if way == "forward" else (second, first)
+                    end, other = ("to", target) if me == source else ("from", source)
+                    self.found[way, end] = Link(other, group)
 
 
 class StagePipeline:

@@ -60,9 +60,11 @@ def end_groups() -> None:
     _clear_sharding_prop_cache()  # keeps meshes, and so groups, of earlier tasks
     gc.collect()
     world = dist.group.WORLD
-    for group in list(dist.distributed_c10d._world.pg_map):
+    state: Any = dist.distributed_c10d._world
+    for group in list(state.pg_map):
         if group is not world:
             dist.destroy_process_group(group)
+            state.pg_names[object()] = ""  # split groups are named by how many there are: no name twice
 
 
 IMPORTED = (
