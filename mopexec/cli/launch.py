@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mopexec.run import plans
-from mopexec.run.environment import GPU_RANK, GPU_RANK_SCRIPT, PORT, TORCHRUN
+from mopexec.run.environment import GPU_RANK_SCRIPT, PORT, TORCHRUN, gpu_rank_defaults
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
@@ -68,7 +68,8 @@ def run(path: Path, kind: Kind, script: str | None, options: Sequence[str], json
         nodes, devices = _nodes(plan)
         found = {"kind": kind, "script": script or STDOUT, "nodes": nodes, "ranks_per_node": devices}
         io.write_json(
-            json, found | {"environment": GPU_RANK | TORCHRUN, "train_options": options, "text": text}
+            json,
+            found | {"environment": gpu_rank_defaults() | TORCHRUN, "train_options": options, "text": text},
         )
 
 

@@ -5,6 +5,7 @@ import re
 import socket
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from mopsim.common.errors import MopError
 
@@ -129,28 +130,50 @@ _PINNED = "pinned_max_cached_size_mb"
 _ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Settings of torch's allocators: it reads the first that is there, and no other (2.13)."""
 
-GPU_RANK = {_ALLOCATORS[-1]: f"{_PINNED}:1"}
-"""What a rank on a GPU starts with: pinned blocks above 1 MiB take what was asked for, and go back to the
-system when they are freed. Torch would round each up to a power of two: 81.8 GiB for 48.7 of a rank of
-Qwen3-30B-A3B on 8. With `pinned_max_round_threshold_mb` alone, a freed block is given to one who asks for
-more, up to the next power of two, and writes beyond it (torch up to 2.13,
-github.com/pytorch/pytorch/pull/192722)."""
+_KNOWN_SINCE = (2, 13)
+"""The first torch whose allocators know it (c10/core/AllocatorConfig.h of the wheels of 2.11, 2.12 and 2.13);
+on a key that they do not know they end the process."""
+
+
+def torch_knows_pinned() -> bool:
+    """Whether the torch that is installed knows the setting; torch itself is not imported."""
+    found = re.match(r"(\d+)\.(\d+)", version("torch"))
+    return found is not None and tuple(map(int, found.groups())) >= _KNOWN_SINCE
+
+
+def gpu_rank_defaults() -> dict[str, str]:
+    """What a rank on a GPU starts with: pinned blocks above 1 MiB take what was asked for, and go back to the
+    system when they are freed. Torch would round each up to a power of two: 81.8 GiB for 48.7 of a rank of
+    Qwen3-30B-A3B on 8; before 2.13 it does. With `pinned_max_round_threshold_mb` alone, a freed block is
+    given to one who asks for more, up to the next power of two, and writes beyond it (torch up to 2.13,
+    github.com/pytorch/pytorch/pull/192722)."""
+    return {_ALLOCATORS[-1]: f"{_PINNED}:1"} if torch_knows_pinned() else {}
+
+
+ROUNDED = "this torch rounds pinned memory up to powers of two: the host may need twice what was planned"
 
 
 def gpu_rank_environment() -> dict[str, str]:
-    """GPU_RANK, added to what the user has set, in the variable that torch reads; nothing where the user has
-    set the same."""
+    """gpu_rank_defaults, added to what the user has set, in the variable that torch reads; nothing where the
+    user has set the same."""
     name = next((name for name in _ALLOCATORS if name in os.environ), _ALLOCATORS[-1])
     given = os.environ.get(name, "")
-    if _PINNED in given:
-        return {}
-    return {name: ",".join(filter(None, (given, GPU_RANK[_ALLOCATORS[-1]])))}
+    added = [] if _PINNED in given else list(gpu_rank_defaults().values())
+    return {name: ",".join(filter(None, (given, *added)))} if added else {}
 
+
+_ASK = "import sys; from mopexec.run.environment import torch_knows_pinned as known; sys.exit(not known())"
 
 GPU_RANK_SCRIPT = f"""allocator={_ALLOCATORS[1]}  # torch reads one of two
 [[ ! -v {_ALLOCATORS[0]} ]] || allocator={_ALLOCATORS[0]}
-[[ ${{!allocator:-}} == *{_PINNED}* ]] || export "$allocator=${{!allocator:+${{!allocator}},}}{_PINNED}:1"
-echo "$allocator=${{!allocator}}" >&2"""
+if [[ ${{!allocator:-}} != *{_PINNED}* ]]; then
+  if python3 -c '{_ASK}'; then
+    export "$allocator=${{!allocator:+${{!allocator}},}}{_PINNED}:1"
+  else
+    echo "{ROUNDED}" >&2
+  fi
+fi
+echo "$allocator=${{!allocator:-}}" >&2"""
 """`gpu_rank_environment` in bash."""
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mopexec.run import failures
-from mopexec.run.environment import CORES, LAUNCHER, TORCHRUN, cpu_rank_environment, gpu_rank_environment
+from mopexec.run.environment import (
+    CORES,
+    LAUNCHER,
+    ROUNDED,
+    TORCHRUN,
+    cpu_rank_environment,
+    gpu_rank_environment,
+    torch_knows_pinned,
+)
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import one_stop
 from mopsim.common import io
@@ -107,6 +115,8 @@ def _set_environment(world_size: int) -> None:
         from mopexec.measure.probe_machine import usable_cores
 
         os.environ[CORES] = str(len(usable_cores()))
+        if not torch_knows_pinned():
+            say(f"mopexec: {ROUNDED}", stderr=True)
         for name, value in gpu_rank_environment().items():
             if os.environ.get(name):
                 say(f"mopexec: ranks start with {name}={value}", stderr=True)

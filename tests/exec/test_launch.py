@@ -1,8 +1,11 @@
 """Scripts for a cluster, and SLURM's variables as a rank's place."""
 
 import json
+import shlex
 import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -96,13 +99,46 @@ def test_the_allocators_settings_join_the_users(given, expected, monkeypatch, ca
     said = capsys.readouterr().err.splitlines()
     changes = [name for name in given if given[name] and found[name] != given[name]]
     assert said == [f"mopexec: ranks start with {name}={found[name]}" for name in changes]
-    script = f"set -euo pipefail\n{environment.GPU_RANK_SCRIPT}\nenv"
-    ran = subprocess.run(["/bin/bash", "-c", script], env=given, capture_output=True, text=True)
+    ran = in_a_script(given)
     assert ran.returncode == 0, ran.stderr
     assert {line for line in ran.stdout.splitlines() if "ALLOC" in line} == {
         f"{name}={value}" for name, value in expected.items()
     }
     assert ran.stderr.count("\n") == 1
+
+
+def in_a_script(given, knows=True):
+    """The script's lines for the allocator, where torch is new enough or is not, and then `env`."""
+    asked = f'python3() {{ {sys.executable} -c {shlex.quote(KNOWS[knows])}"$2"; }}'
+    script = f"set -euo pipefail\n{asked}\n{environment.GPU_RANK_SCRIPT}\nenv"
+    where = {"PYTHONPATH": str(Path(environment.__file__).parents[2])}
+    return subprocess.run(["/bin/bash", "-c", script], env=given | where, capture_output=True, text=True)
+
+
+KNOWS = {
+    known: f"import mopexec.run.environment as e; e.version = lambda name: {release!r}\n"
+    for known, release in ((True, "2.13.0+cu130"), (False, "2.12.1"))
+}
+
+
+@pytest.mark.parametrize(
+    ("release", "known"),
+    [("2.11.0", False), ("2.12.1+cu130", False), ("2.13.0", True), ("2.14.0a0", True), ("3.0.1", True)],
+)
+def test_a_torch_that_does_not_know_the_setting_is_spared_it(release, known, monkeypatch, capsys):
+    """It would end each rank; that more of the host is taken is said."""
+    monkeypatch.setattr(environment, "version", lambda name: release)
+    monkeypatch.setattr(launch.os, "environ", {})
+    monkeypatch.setattr(launch, "_on_gpus", lambda: True)
+    launch._set_environment(2)
+    assert ("PYTORCH_ALLOC_CONF" in launch.os.environ) == known
+    assert capsys.readouterr().err == ("" if known else f"mopexec: {environment.ROUNDED}\n")
+    ran = in_a_script({"PYTORCH_ALLOC_CONF": "a:1"}, known)
+    assert ran.returncode == 0, ran.stderr
+    setting = f"a:1,{PINNED}" if known else "a:1"
+    assert f"PYTORCH_ALLOC_CONF={setting}\n" in ran.stdout
+    said = [] if known else [environment.ROUNDED]
+    assert ran.stderr.splitlines() == [*said, f"PYTORCH_ALLOC_CONF={setting}"]
 
 
 def test_ranks_with_a_gpu_share_the_launchers_cores(monkeypatch):
