@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-NAMES = ("allocated_bytes", "reserved_bytes", "device_used_bytes", "power_w", "energy_j")
+MEMORY = ("allocated_bytes", "reserved_bytes", "device_used_bytes")
+NAMES = (*MEMORY, "power_w", "energy_j")
 """What a card says, by the names of `mopexec.run.metrics.StepMetrics`."""
 
 _MEMORY = "nvmlDeviceGetMemoryInfo"

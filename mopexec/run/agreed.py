@@ -41,6 +41,12 @@ def of_cards(found: dict[str, float]) -> dict[str, float]:
     return said
 
 
+def fullest(before: dict[str, int], found: dict[str, float]) -> dict[str, int]:
+    """What `Measurement` has of cards: the larger of that of the steps before and of a step's (`largest`)."""
+    here = {name: int(found[name]) for name in card.MEMORY if name in found}
+    return {name: max(size, before.get(name, size)) for name, size in (before | here).items()}
+
+
 def peaks(tracker: MemoryTracker, others: float) -> dict[str, Any]:
     """Peaks of the rank with the largest device peak, the largest host peak, and the largest part of its core
     that others had."""

@@ -247,7 +247,7 @@ def measurement(
 ) -> Measurement:
     """The run's Measurement. step_times: every step of each process of the run; of each the first `warmup`
     are left out, of the last while one remains, and of the others those that are not quiet. others,
-    expert_loads: see Measurement.
+    expert_loads: see Measurement. memory: `agreed.peaks`, and `agreed.fullest` on cards.
     """
     *before, last = step_times
     kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]
@@ -277,4 +277,5 @@ def measurement(
         routing=routing,
         others=others,
         expert_loads=expert_loads,
+        **{name: memory[name] for name in card.MEMORY if name in memory},
     )

@@ -135,6 +135,7 @@ class _Loop:
         self.step_times, self.idle_times = list[Timed](), list[Timed]()
         self.busiest: list[float] = []
         self.loads: tuple[int, ...] = ()
+        self.of_cards = dict[str, int]()
         self.first_loss, self.last_loss = 0.0, 0.0
         self.stopped_by = ""
         self.saver = Saver(
@@ -171,6 +172,7 @@ class _Loop:
             self.runner.set_lr(lr)
             result, own = self._timed_step(step)
             slowest = agreed.largest(own, self.tracking.tracker, self.stop, self.card.end(), self.job)
+            self.of_cards = agreed.fullest(self.of_cards, slowest)
             self.busiest.append(result.busiest)
             self.loads = result.expert_loads or self.loads
             line = self._line(step, lr, result, slowest)
@@ -305,7 +307,7 @@ class _Loop:
             warmup=self.options.warmup,
             tokens_per_step=self.tokens_per_step,
             kinds=kinds,
-            memory=seen,
+            memory=seen | self.of_cards,
             first_loss=self.first_loss if earlier is None else earlier,
             last_loss=self.last_loss,
             device=self.job.platform.device,

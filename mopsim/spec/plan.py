@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import msgspec
 from msgspec.structs import replace
 
 from mopsim.common.errors import Rules, require, require_at_least, require_name
@@ -159,8 +160,11 @@ class Measurement(Spec, frozen=True, kw_only=True):
     step_times: seconds of each steady step, slowest rank. step_time_median: seconds of the median step.
     tokens_per_second: what all ranks train together. kinds: timings by kind of work, from profiled steps
     of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that peak.
-    host_memory: bytes of the rank that keeps most there. first_loss, last_loss: loss of the first and the
-    last steady step. environment: card or CPU, versions, threads. mop_version: the version that ran.
+    host_memory: bytes of the rank that keeps most there. allocated_bytes, reserved_bytes: peaks of torch's
+    allocator on the card that has most, in the last process; left out on a CPU. device_used_bytes: used there
+    by all programs at the end of a step, at most; left out where NVML does not tell. first_loss, last_loss:
+    loss of the first and the last steady step. environment: card or CPU, versions, threads. mop_version: the
+    version that ran.
     routing: how uneven the router was in the steady steps, as a profile to simulate the run with: `r/h`,
     r % of a layer's routes to the h experts of the rank that got most, on average. expert_loads: in the last
     step, how many experts of all layers had how much of an even load: below 1/8, from 1/8 on, by doubling,
@@ -187,6 +191,9 @@ class Measurement(Spec, frozen=True, kw_only=True):
     disturbed: int = 0
     others: float = 0.0
     expert_loads: tuple[int, ...] = ()
+    allocated_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    reserved_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    device_used_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
     def _rules(self) -> Rules:
         ranks = self.plan.strategy.world_size
@@ -198,6 +205,9 @@ class Measurement(Spec, frozen=True, kw_only=True):
         yield self.tokens_per_second > 0, "tokens_per_second", "must be positive"
         sizes = {"peak_memory": self.peak_memory, "host_memory": self.host_memory}
         sizes |= {f"memory_by_category.{name}": size for name, size in self.memory_by_category.items()}
+        for field in ("allocated_bytes", "reserved_bytes", "device_used_bytes"):
+            sizes[field] = getattr(self, field) or 0
+            yield sizes[field] >= 0, field, "must not be negative"
         for field, size in sizes.items():
             require(size <= MOST_BYTES, field, size, f"must be the bytes of a rank, at most {MOST_BYTES:g}")
         yield 0 <= self.others <= 1, "others", "must lie between 0 and 1"

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 import mopsim
+from mopexec.measure.card import MEMORY
 from mopexec.measure.probe import noted
 from mopexec.measure.quiet import Watch, loaded, others, quiet
 from mopexec.run import writers
+from mopexec.run.agreed import fullest
 from mopexec.run.metrics import measurement
 from mopexec.run.traces import trace
 from mopsim.api.inputs import busy
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert, dump_yaml, parse_yaml, to_plain
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import Measurement
 from mopsim.spec.profiles import load_profile
 from tests.exec.train_plans import small_plan
 
@@ -90,6 +93,22 @@ def test_a_measurement_says_how_many_steps_it_leaves_out():
     assert (found.steps, found.warmup, found.disturbed, found.resumed) == (12, 2, 2, 1)
     assert found.step_times == tuple(wall for wall, _ in 2 * ALONE)
     assert found.step_time_median == pytest.approx(1.005)
+
+
+def test_a_measurement_has_what_cards_said_and_nothing_of_a_cpu():
+    """The most of any step, as metrics.jsonl names it; NVML may tell less than the allocator."""
+    plain = {"peak_memory": 1, "memory_by_category": {}, "host_memory": 0}
+    first = fullest({}, {"device": 5.0, "allocated_bytes": 6.0, "reserved_bytes": 9.0, "power_w": 350.0})
+    cards = fullest(first, {"device": 5.0, "allocated_bytes": 7.0, "reserved_bytes": 8.0})
+    assert cards == {"allocated_bytes": 7, "reserved_bytes": 9}
+    for memory, expected in ((plain, {}), (plain | cards, cards)):
+        found = measurement(
+            small_plan(), step_times=[ALONE], warmup=1, tokens_per_step=256, kinds={}, memory=memory,
+            first_loss=2.0, last_loss=1.0, device=torch.device("cpu"), routing="balanced",
+        )  # fmt: skip
+        written = to_plain(found)
+        assert {name: written[name] for name in MEMORY if name in written} == expected
+        assert convert(written, Measurement, "measurement") == found
 
 
 def test_writers_that_are_not_there_are_refused(monkeypatch):
