@@ -116,6 +116,15 @@ def test_deepseek_v3_has_its_groups_of_experts_but_in_a_program_that_chooses_of_
         for stack, groups in (("megatron-bridge-hybridep", None), ("nemo", None), ("maxtext-turbo", 1)):
             set_ = facts(row(model=name, stack=stack, sharding="zero3")).settings
             assert (set_.get("model.n_group"), set_.get("model.topk_group")) == (groups, groups)
+        for when, groups in (
+            ("202510", 1),
+            ("2025-11-02", 1),
+            ("20251220", None),
+            ("2026-03", None),
+            ("", None),
+        ):
+            set_ = facts(row(model=name, stack="torchtitan-compile", source_ref=when)).settings
+            assert (set_.get("model.n_group"), set_.get("model.topk_group")) == (groups, groups)
     assert network(replace(whole, n_group=1, topk_group=1, topk_method="greedy")) == network(whole)
 
 
