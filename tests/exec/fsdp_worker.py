@@ -47,6 +47,12 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
     def make(**options: Any) -> Strategy:
         return strategies.fsdp2(world, **{"dtype": "float64", "recompute": "none", **options})
 
+    if world == 8:
+        whole = make(
+            fsdp=4, expert_parallel=4, context_parallel=2, recompute="full", loss="chunked",
+            loss_chunk_tokens=5, offload=True,
+        )  # fmt: skip
+        return {routing: (whole, routing) for routing in ("balanced", "95/4")}
     pair = min(world, 2)
     everything: dict[str, Any] = {
         "expert_parallel": pair, "context_parallel": pair, "recompute": "full", "loss": "chunked",

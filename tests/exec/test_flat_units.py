@@ -72,6 +72,14 @@ ALL_FOUR: dict[str, dict[str, Any]] = {
     "optimizer": {"state_tier": "host", "update_on": "host", "bucket_params": 600},
     "activations": {"layer_inputs": "host", "host_budget": 5000},
 }  # fmt: skip
+ALL_EIGHT: dict[str, dict[str, Any]] = {
+    "dense": {"fsdp": 4, "prefetch": 1, "chunk_tokens": 3},
+    "attention": {"context_parallel": 2},
+    "experts": {"expert_parallel": 4, "expert_fsdp": 2, "chunk_tokens": 4, "rank_placement": "strided"},
+    "vocabulary": {"loss": "ring", "vocab_parallel": 4, "chunk_tokens": 5},
+    "optimizer": {"state_tier": "host", "bucket_params": 600, "overlap": "next_forward"},
+    "activations": {"layer_inputs": "host", "host_budget": 5000},
+}  # fmt: skip
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
@@ -102,6 +110,12 @@ def test_all_mechanisms_on_two_ranks(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_all_mechanisms_on_four_ranks(dtype: str) -> None:
     check(4, ALL_FOUR, dtype=dtype, micro_batch=2)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "95/4"])
+def test_all_mechanisms_on_eight_ranks(profile: str) -> None:
+    """Each axis in several groups of several ranks."""
+    check(8, ALL_EIGHT, routing="profile", training={"routing": profile})
 
 
 @pytest.mark.parametrize("profile", ["balanced", "95/2", "100/1", "50/8", "zipf:1.1"])
