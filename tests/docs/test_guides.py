@@ -91,6 +91,24 @@ def test_the_network_that_readme_trains_is_exported() -> None:
     assert {"mopexec export"} <= set(re.findall(r"mopexec \w+", block))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/fine-tune.md"])
+def test_fine_tuning_goes_on_with_another_plan_and_comes_back(page: str) -> None:
+    """The path of tests/e2e/test_fine_tune.py: MoP, a kill, FSDP2 on other ranks, and back."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    runs = [line for line in text.splitlines() if "mopexec train" in line and "--init-from" in line]
+    first, second = (
+        {one: line.split(one)[1].split()[0] for one in ("--plan ", "--out ", "--init-from ")} for line in runs
+    )
+    assert "--checkpoint-every" in runs[0]
+    assert "--resume" in runs[1]
+    assert first["--out "] == second["--out "]
+    for run, family in ((first, "mop"), (second, "fsdp2")):
+        model = re.escape(first["--init-from "])
+        search = rf"mopsim search +--model {model}\S* .*--family {family} --plan {run['--plan ']}$"
+        assert re.search(search, text, re.M), search
+    assert f"mopexec export --run {first['--out ']} --to hf " in text
+
+
 RECORDS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
 
 
