@@ -69,10 +69,13 @@ def _fitted(runs: Iterable[Run], first: dict[str, dict[str, str]]) -> tuple[Erro
             if scored := row.get(FIRST[name]):
                 one = _cell(case, measured, float(scored), read, made)
                 before[name].setdefault(row["set"], []).append(one)
-    step_time, peak_memory = (
-        fit_errors(known[name], dict(sorted(before[name].items())), name in SOME) for name in NAMES
-    )
+    step_time, peak_memory = (fit_errors(known[name], _by_set(before[name]), name in SOME) for name in NAMES)
     return step_time, peak_memory
+
+
+def _by_set(before: dict[str, list[ErrorCell]]) -> dict[str, list[ErrorCell]]:
+    """In the order in which the sets were scored, which their numbers are."""
+    return dict(sorted(before.items(), key=lambda item: int(item[0])))
 
 
 def _cell(case: Case, measured: float, predicted: float, read: str = "", made: Made = ()) -> ErrorCell:

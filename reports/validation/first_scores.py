@@ -1,8 +1,8 @@
 """Runs as they were predicted before anything was learned from them (first_scores.csv).
 
 python -m reports.validation.first_scores SCORES.json SET COMMIT adds what `mopsim validate --json` says of a
-new set's runs. A run keeps its first score. Runs whose case was mended against its page have none: they say
-how well a page was read.
+new set's runs. A run keeps its first score. Of runs whose case was mended against its page the commit that
+mended it stands beside the score: they say how well a page was read, and nothing is learned from them.
 """
 
 import argparse
@@ -16,28 +16,30 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 
 TABLE = Path(__file__).with_name("first_scores.csv")
-COLUMNS = ("set", "commit", "run_id", "stack", "step_time_s", "peak_memory_bytes")
+COLUMNS = ("set", "commit", "run_id", "stack", "step_time_s", "peak_memory_bytes", "mended")
+SAID = COLUMNS[4:6]
 
 
-def first_scores() -> dict[str, dict[str, str]]:
-    """By run: the stack that it was predicted by, seconds, and bytes as its source reads them; empty where it
-    measured none."""
-    return {row["run_id"]: row for row in csv.DictReader(io.read_text(TABLE).splitlines())}
+def first_scores(*, mended: bool = False) -> dict[str, dict[str, str]]:
+    """By run, set after set: the stack that it was predicted by, seconds, and bytes as its source reads them;
+    empty where it measured none. mended: also of runs whose case was mended since."""
+    rows = sorted(csv.DictReader(io.read_text(TABLE).splitlines()), key=lambda row: int(row["set"]))
+    return {row["run_id"]: row for row in rows if mended or not row["mended"]}
 
 
 def added(runs: Iterable[dict[str, Any]], name: str, commit: str) -> list[dict[str, str]]:
     """What is known of first scores with these, of grade A and B."""
-    known = first_scores() if TABLE.exists() else {}
+    known = first_scores(mended=True) if TABLE.exists() else {}
     for run in runs:
         if run["status"] != "simulated" or run["quality"] not in "AB" or run["run_id"] in known:
             continue
         said = {
             column: f"{run[f'predicted_{column}']:.6g}" if run.get(f"{column}_error") is not None else ""
-            for column in COLUMNS[4:]
+            for column in SAID
         }
         if any(said.values()):
             known[run["run_id"]] = dict(
-                zip(COLUMNS, (name, commit, run["run_id"], run["stack"], *said.values()), strict=True)
+                zip(COLUMNS, (name, commit, run["run_id"], run["stack"], *said.values(), ""), strict=True)
             )
     return [*known.values()]
 
@@ -45,14 +47,14 @@ def added(runs: Iterable[dict[str, Any]], name: str, commit: str) -> list[dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scores", type=Path)
-    parser.add_argument("set")
+    parser.add_argument("set", type=int)
     parser.add_argument("commit")
     options = parser.parse_args()
     try:
         runs = json.loads(io.read_text(options.scores))["runs"]
     except (MopError, ValueError, KeyError) as error:
         parser.error(f"scores: {options.scores}: no result of mopsim validate --json: {error}")
-    rows = added(runs, options.set, options.commit)
+    rows = added(runs, str(options.set), options.commit)
     lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
     io.write_text(TABLE, "\n".join(lines) + "\n")
     print(f"{len(rows)} runs in {TABLE}")
