@@ -5,7 +5,7 @@ import re
 import socket
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from mopsim.common.errors import MopError
 
@@ -136,8 +136,11 @@ on a key that they do not know they end the process."""
 
 
 def torch_knows_pinned() -> bool:
-    """Whether the torch that is installed knows the setting; torch itself is not imported."""
-    found = re.match(r"(\d+)\.(\d+)", version("torch"))
+    """Whether the torch that is installed, if any, knows the setting; torch itself is not imported."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", version("torch"))
+    except PackageNotFoundError:
+        return False
     return found is not None and tuple(map(int, found.groups())) >= _KNOWN_SINCE
 
 

@@ -141,6 +141,16 @@ def test_a_torch_that_does_not_know_the_setting_is_spared_it(release, known, mon
     assert ran.stderr.splitlines() == [*said, f"PYTORCH_ALLOC_CONF={setting}"]
 
 
+def test_a_script_is_written_where_torch_is_not_installed(monkeypatch):
+    """On a login node; the ranks' own torch is asked where they start."""
+
+    def absent(name):
+        raise environment.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "version", absent)
+    assert environment.gpu_rank_defaults() == {}
+
+
 def test_ranks_with_a_gpu_share_the_launchers_cores(monkeypatch):
     """As probe's do, which measures AdamW on the host; torchrun would give each one thread. The device is
     bound, so that NCCL connects at once."""
