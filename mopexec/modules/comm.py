@@ -12,15 +12,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_compute
 from mopexec.measure.tracker import mark_host, recategorize
+from mopexec.modules.fsdp_internals import AllGather, ReduceScatter, copy_to_device_first, shards
 
 
 class _Pending(dist.Work):
@@ -82,28 +80,6 @@ class TrackedReduceScatter(ReduceScatter):
         return _Pending(work) if async_op else None
 
 
-class _CopiedShard(FSDPParam):
-    """An offloaded parameter on a CPU: the host shard is copied to the "device" first, as `.to(device)`
-    does on CUDA."""
-
-    @property
-    def all_gather_inputs(self) -> list[Tensor]:
-        with category("gathered"):
-            on_device = torch.empty_like(self._sharded_param_data)
-            on_device.copy_(self._sharded_param_data)
-            return [on_device if self.param_dtype is None else on_device.to(self.param_dtype)]
-
-
-def param_groups(model: nn.Module) -> list[Any]:
-    """FSDP's parameter groups of a model, in module order, each once."""
-    seen: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                seen.setdefault(id(group), group)
-    return list(seen.values())
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its storage (no DTensor op is dispatched)."""
     return cast(Tensor, cast(Any, tensor)._local_tensor) if isinstance(tensor, DTensor) else tensor
@@ -116,12 +92,10 @@ def place_on_host(model: nn.Module, platform: Platform, grads: dict[str, Tensor]
     On CUDA FSDP itself copies: asynchronously while a gradient is the first of its parameter in a step, else
     it waits for the copy and adds it on the CPU. The tracker knows the tier by the device.
     """
-    for group in param_groups(model):
-        for param in group.fsdp_params:
-            mark_host(param._sharded_param_data, "params")
-            if not platform.is_cuda:
-                param.__class__ = _CopiedShard
+    for shard in shards(model):
+        mark_host(shard, "params")
     if not platform.is_cuda:
+        copy_to_device_first(model)
         for name, parameter in model.named_parameters():
             hook = _GradToHost(name, platform, grads)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

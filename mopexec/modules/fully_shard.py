@@ -19,8 +19,8 @@ from mopexec.measure.scope import category
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
 from mopexec.modules.comm import book_gradients, local, place_on_host
+from mopexec.modules.fsdp_internals import name_gathers
 from mopexec.modules.groups import make_groups
-from mopexec.modules.hooks import name_gathers
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.runner import ModuleRunner
 from mopexec.modules.wrap import build_model

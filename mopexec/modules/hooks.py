@@ -12,10 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.scope import NOW, category
+from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import recategorize
 from mopexec.modules.again import contexts
-from mopexec.modules.comm import param_groups
 from mopexec.operators.dtypes import of_name
 from mopexec.operators.layer_inputs import HostInput, count_on_host
 from mopsim.spec.plan import Plan
@@ -53,45 +52,6 @@ def _name(module: nn.Module, name: str) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
-
-
-def name_gathers(model: nn.Module) -> None:
-    """Book what FSDP allocates around a gather as `gathered`, full gradients and their reduction as
-    `gathered_grads`."""
-    for group in param_groups(model):
-        group.unshard = _within("gathered", group.unshard)
-        group.post_backward = _within("gathered_grads", group.post_backward)
-        group.wait_for_unshard = _and_book_gradients(group, _within("gathered", group.wait_for_unshard))
-
-
-def _within(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with category(name):
-            return method(*args, **kwargs)
-
-    return call
-
-
-def _and_book_gradients(group: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """After the first gather the full parameters exist: book their gradients as soon as autograd
-    accumulates them."""
-    hooked = False
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal hooked
-        result = method(*args, **kwargs)
-        if not hooked and all(hasattr(param, "_unsharded_param") for param in group.fsdp_params):
-            hooked = True
-            for param in group.fsdp_params:
-                param._unsharded_param.register_post_accumulate_grad_hook(_book_full)
-        return result
-
-    return call
-
-
-def _book_full(parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        recategorize(parameter.grad, "gathered_grads")
 
 
 class InputHooks:

@@ -22,6 +22,7 @@ from mopexec.model.moe import Router
 from mopexec.model.transformer import Term
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
 from mopexec.modules.experts import ExpertDispatch
+from mopexec.modules.fsdp_internals import lazy_init, sum_gradients
 from mopexec.modules.groups import FsdpGroups
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, compute_losses, full_loss
@@ -59,7 +60,7 @@ def build_model(
             if plan.model.tie_word_embeddings:
                 model.head.weight = model.embedding.weight
             _fill(model, groups, source)
-        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
+        lazy_init(model)
     reset_routers(model, platform, source)
     _tune(model, strategy)
     return model
@@ -149,13 +150,9 @@ def _tune(model: Any, strategy: Strategy) -> None:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        module.set_force_sum_reduction_for_comms(True)
+        sum_gradients(module, unshard_async=strategy.optimizer.state_tier == "device")
         module.set_custom_all_gather(TrackedAllGather())
         module.set_custom_reduce_scatter(TrackedReduceScatter())
-        module._set_unshard_async_op(strategy.optimizer.state_tier == "device")
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            if group.mesh_info.mesh.size() > 1:
-                group.gradient_divide_factor = 1.0
     if not model.spec.tie_word_embeddings:
         model.embedding.set_unshard_in_backward(False)
     _prefetch(model, strategy.dense.prefetch)

@@ -1,10 +1,12 @@
 """The FSDP2 baseline equals the single-device model: loss, gradients and weights, with clipping active."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import mopexec
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from tests import plans
@@ -96,6 +98,18 @@ def test_what_is_not_run_is_refused_by_name(part: str, fields: dict[str, object]
     plan = fsdp_worker.plan_of(plans.changed(plain, **{part: fields}), "learned")
     with pytest.raises(SpecError, match=rf"^strategy\.{field}: "):
         check_supported(plan)
+
+
+PRIVATE = re.compile(
+    r"_fully_shard\b|_get_fsdp_state|_fsdp_param_groups|fsdp_params|_lazy_init|_set_unshard_async_op"
+    r"|gradient_divide_factor|wait_for_unshard|_sharded_param_data|_unsharded_param"
+)
+
+
+def test_one_file_reaches_into_fsdp() -> None:
+    files = Path(mopexec.__file__).parent.rglob("*.py")
+    found = {path.name for path in files if PRIVATE.search(path.read_text(encoding="utf-8"))}
+    assert found == {"fsdp_internals.py"}
 
 
 @pytest.mark.gpu
