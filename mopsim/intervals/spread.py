@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import exp, hypot, log, sqrt
 
 import numpy as np
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 from scipy.linalg import cho_solve
 from scipy.special import expit, ndtr, ndtri
 
@@ -67,15 +67,20 @@ class Facts:
     seen: tuple[Observed, ...] = ()
 
 
+ALIKE = (
+    "source", "assumptions", "total_params", "active_params", "num_nextn_predict_layers", "n_group",
+    "topk_group", "topk_method", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "rope_theta",
+    "rope_interleave", "rope_scaling",
+)  # fmt: skip
+"""Fields of a network that is the same in another source: where it is from, its MTP layers, the groups of
+experts that routes are limited to, and numbers that no op's size depends on."""
+
+
 def network(model: ModelSpec) -> str:
-    """Digest of a network, whatever its name and source; without its MTP layers, or groups of experts that
-    its routes are limited to, it is the same. Of the fields that differ from their defaults, so that a field
-    that ModelSpec gains changes none."""
-    bare = replace(
-        model, name="network", source="", assumptions=(), num_nextn_predict_layers=0,
-        n_group=1, topk_group=1, topk_method="greedy",
-    )  # fmt: skip
-    return digest(sparse(bare))
+    """Digest of a network, but for what makes it no other (ALIKE). Of the fields that differ from their
+    defaults, so that a field that ModelSpec gains changes none."""
+    usual = {field.name: field.default for field in fields(ModelSpec) if field.name in ALIKE}
+    return digest(sparse(replace(model, name="network", **usual)))
 
 
 def products(precision: Precision) -> str:
