@@ -103,6 +103,7 @@ def _published(question: dict[str, Any]) -> Iterable[str]:
             rate = simulated.tokens_per_s_per_device
             here = f"{rate:,.0f} ({rate / one['tokens_per_s'] - 1:+.0%})"
         yield f"| {one['what']} | {says} | {here} | {one['source']} |"
+    yield from (f"\n{one['note']}" for one in question["published"] if "note" in one)
 
 
 def main() -> None:
