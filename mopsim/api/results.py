@@ -248,6 +248,7 @@ class Ranking(Result):
     proven: bool
     gap: float | None
     best_by_family: dict[str, dict[str, Any] | None]
+    lacking: dict[str, dict[str, Any]]
     verdict: str
 
     def __init__(self, inputs: Inputs, problem: Problem, options: Options, found: SearchResult) -> None:

@@ -35,9 +35,10 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     console.print(ranking.inputs.parameters, style="dim")
     if found.top:
         console.print(comparison(found.top, where, level, found.free))
-        console.print(best_of_others(found.best_by_family, found.best))
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses", level))
+    if found.top or len(found.lacking) > 1:
+        console.print(best_of_others(found.best_by_family, found.best, found.lacking))
     with progress(console, "asking why", None):
         lines = ranking.why
     for line in lines:

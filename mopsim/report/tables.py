@@ -12,7 +12,7 @@ from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import SURE
 from mopsim.report.alternatives import freedom
 from mopsim.report.terminal import duration, numbered, size, table
-from mopsim.search.result import Freedom
+from mopsim.search.result import Freedom, SearchResult
 from mopsim.spec.line import describe as describe
 
 
@@ -163,14 +163,17 @@ def _also(result: SimResult, free: Freedom) -> str:
     return f"; as fast: {said}" if said else ""
 
 
-def best_of_others(best: Mapping[str, SimResult | None], first: SimResult | None) -> Text:
-    """The best strategy of each family but that of `first`, and how they compare with it."""
+def best_of_others(
+    best: Mapping[str, SimResult | None], first: SimResult | None, lacking: Mapping[str, SearchResult]
+) -> Text:
+    """The best strategy of each family but that of `first`, and how they compare with it. lacking:
+    `SearchResult.lacking`."""
     lines = []
     for family, one in best.items():
         if first and one and one.strategy.name == first.strategy.name:
             continue
         if first is None or one is None:
-            lines.append(f"best of {family}: none (the counts below say why)")
+            lines.append(f"best of {family}: {lacking[family].none()}")
             continue
         part = f"{first.ranked_time / one.ranked_time:.2f} of the first, which is faster with probability"
         surely = format_probability(first.times_as_fast_as(one).p_faster)

@@ -65,6 +65,9 @@ def search(
             done[family] = _settled(one.hunt)
     result = _merged([done[family] for family in options.families], options, SearchResult(problem.model))
     result.best_by_family = {family: done[family].found.best for family in options.families}
+    result.lacking = {
+        family: done[family].found for family, best in result.best_by_family.items() if best is None
+    }
     result.behind = _behind(done, result.best)
     result.seconds = time.perf_counter() - started
     return result
@@ -164,12 +167,14 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     result.gap = _gap(min(one.least * one.moved for one in hunted), result.best)
     for one in hunted:
         vain = int((one.open * one.moved >= _gains(result.best)).sum())
-        result.rejected.update({NO_GAIN: vain, one.reason: len(one.open) - vain})
+        for counted in (result, one.found):
+            counted.rejected.update({NO_GAIN: vain, one.reason: len(one.open) - vain})
     hoped = (
         result.best.ranked_time / min(one.expected * one.moved for one in hunted) - 1 if result.best else 0.0
     )
     result.expected_gap = hoped if hoped > TIE else 0.0
-    result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
+    for counted in (result, *every):
+        counted.rejected = Counter({reason: count for reason, count in counted.rejected.items() if count})
     return result
 
 

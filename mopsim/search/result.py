@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
 from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
@@ -31,6 +32,7 @@ class SearchResult:
     by least, where none fits. risky: results that fit, as described, with a
     probability below SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
+    lacking: what each of the latter counted by itself.
 
     left_out: lines that name the values that no candidate has, as the program lacks them.
 
@@ -60,6 +62,7 @@ class SearchResult:
     closest: SimResult | None = None
     risky: list[SimResult] = field(default_factory=list)
     best_by_family: dict[str, SimResult | None] = field(default_factory=dict)
+    lacking: dict[str, "SearchResult"] = field(default_factory=dict)
     behind: dict[str, float] = field(default_factory=dict)
     free: list[Freedom] = field(default_factory=list)
     played: list[SimResult] = field(default_factory=list)
@@ -102,6 +105,15 @@ class SearchResult:
             "best_by_family": {
                 family: told(result) if result else None for family, result in self.best_by_family.items()
             },
+            "lacking": {
+                family: {
+                    "candidates": one.candidates,
+                    "simulated": one.simulated,
+                    "rejected": dict(one.rejected.most_common()),
+                    "verdict": one.none(),
+                }
+                for family, one in self.lacking.items()
+            },
             "top": found,
             "closest": plan_json(self.closest, self.model, level) if self.closest and not found else None,
             "verdict": self.verdict(),
@@ -115,11 +127,23 @@ class SearchResult:
             one, left = self.closest, "" if self.proven else f" ({proof(self.gap)})"
             said = f"nothing fits: the closest ({one.strategy.name}) is {one.missing}"
             return f"{said}, stopped by {one.over}{left}"
+        return f"nothing to run: {self._reasons(3)}"
+
+    def none(self) -> str:
+        """'none: the closest simulated is 4 GiB over on the device, stopped by grads': of one family, why
+        nothing of it fits, by its nearest miss or by what refused most of its candidates."""
+        if self.risky:
+            likely = format_probability(max(one.p_as_described for one in self.risky))
+            return f"none: the likeliest to fit does, as described, with probability {likely}"
+        if self.closest:
+            return f"none: the closest simulated is {self.closest.missing}, stopped by {self.closest.over}"
+        return f"none of {self.candidates:,} candidates: {self._reasons(2)}"
+
+    def _reasons(self, most: int) -> str:
+        """What refused most candidates, and how many."""
         counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
-        reasons = "; ".join(
-            f"{reason} ({count:,} candidate{'s' if count > 1 else ''})" for reason, count in counted[:3]
-        )
-        return f"nothing to run: {reasons or 'no candidates'}"
+        said = [f"{reason} ({count:,} candidate{'s' if count > 1 else ''})" for reason, count in counted]
+        return "; ".join(said[:most]) or "no candidates"
 
     def exhausted(self) -> str:
         """What is to stand beside a winner: see `promise`."""

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -30,6 +31,7 @@ from mopsim.report.sweep import Sweep, SweepPoint, over, sweep_figure, swept_row
 from mopsim.report.tables import best_of_others, columns, comparison, describe, row
 from mopsim.report.timeline import timeline_plot, timeline_title, to_the_end
 from mopsim.report.trace import chrome_trace
+from mopsim.search.result import SearchResult
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
@@ -236,11 +238,27 @@ def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> 
 def test_of_families_that_tie_the_ranked_first_has_no_second_best(results: list[SimResult]) -> None:
     """`search` printed two bests of fsdp2 where mop was faster by less than a tie, and none of mop."""
     faster, first = results[0], replace(results[1], step_time=1.004 * results[0].step_time)
-    said = best_of_others({"mop": faster, "fsdp2": replace(first, peak_memory=1)}, first).plain
+    said = best_of_others({"mop": faster, "fsdp2": replace(first, peak_memory=1)}, first, {}).plain
     assert said.startswith("best of mop: ")
     assert "fsdp2:" not in said
     assert "1.00 of the first" in said
-    assert best_of_others({"mop": None}, None).plain.startswith("best of mop: none")
+
+
+def test_a_family_without_a_plan_says_its_own_reason(results: list[SimResult]) -> None:
+    """`search` said "the counts below say why" of each, which were of all families together."""
+    over = replace(results[0], peak_memory=results[0].memory_limit + 2**30)
+    counted = Counter({"device memory, bound: grads": 9, "bad": 3, "worse": 1})
+    lacking = {
+        "mop": SearchResult(load_model("tiny"), candidates=13, rejected=counted),
+        "fsdp2": SearchResult(load_model("tiny"), candidates=13, rejected=counted, closest=over),
+        "megatron": SearchResult(load_model("tiny"), candidates=13, risky=[results[0]], closest=over),
+    }
+    said = best_of_others(dict.fromkeys(lacking), None, lacking).plain.splitlines()
+    reasons = "device memory, bound: grads (9 candidates); bad (3 candidates)"
+    assert said[0] == f"best of mop: none of 13 candidates: {reasons}"
+    missing = f"1.00 GiB over on the device, stopped by {over.over}"
+    assert said[1] == f"best of fsdp2: none: the closest simulated is {missing}"
+    assert said[2].startswith("best of megatron: none: the likeliest to fit does, as described, with ")
 
 
 def test_difference_names_the_component_that_the_next_best_loses_in(results: list[SimResult]) -> None:

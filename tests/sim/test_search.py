@@ -254,6 +254,13 @@ def test_families_side_by_side_find_the_same() -> None:
     assert told[0] == told[1]
     assert one.best is not None
     assert one.best_by_family["mop"] is None
+    assert one.lacking.keys() == {"mop"}
+    mine = one.lacking["mop"]
+    assert sum(mine.rejected.values()) == mine.candidates < one.candidates
+    assert all(count <= one.rejected[reason] for reason, count in mine.rejected.items())
+    told_of = one.to_json()["lacking"]
+    assert isinstance(told_of, dict)
+    assert told_of["mop"]["rejected"] == mine.rejected
 
 
 def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
