@@ -24,7 +24,7 @@ def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[s
         "can": sizing.best is not None,
         "reason": sizing.why or None,
         "price_per_device_hour_usd": price.dollars if price else None,
-        "break_even_price_per_device_hour_usd": _break_even(sizing.best, least),
+        "break_even_price_per_device_hour_usd": _break_even(sizing.rival, least),
         "price_source": price.source if price else None,
         "device_power_w": power.si if power else None,
         "node_power_w": rated(hardware, here.assumptions),
@@ -35,8 +35,8 @@ def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[s
     }
 
 
-def _break_even(best: Point | None, least: float | None) -> float | None:
-    return best.figures.price_for(least) if best and best.figures and least else None
+def _break_even(rival: Point | None, least: float | None) -> float | None:
+    return rival.figures.price_for(least) if rival and rival.figures and least else None
 
 
 def _keeps(point: Point, request: Request) -> dict[str, bool | None]:
@@ -110,6 +110,7 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "carbon_kg": bill.carbon,
         "site": bill.site,
         "p_deadline": bill.p_within(goal.seconds),
+        "p_budget": bill.p_budget(goal.budget),
         "p_fits": result.p_fits,
         "p_fits_as_described": result.p_as_described,
         "goodput": bill.goodput.share if bill.goodput else None,

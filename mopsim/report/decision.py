@@ -122,10 +122,12 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
     level = d.request.interval
     low, high = (one / DAY for one in bill.seconds_interval(level))
     result, good, costs = point.result, bill.goodput, bill.cost_interval(level)
-    certain = bill.p_within(d.request.goal.seconds)
+    goal = d.request.goal
+    certain, paid = bill.p_within(goal.seconds), bill.p_budget(goal.budget)
     cards = [
         (f"days, {100 * level:g} %", f"{sizing.format_days(low)} to {sizing.format_days(high)}"),
         ("probability of the deadline, if the plan fits", None if certain is None else sizing.odds(certain)),
+        ("probability of the budget, if the plan fits", None if paid is None else sizing.odds(paid)),
         (f"cost, {100 * level:g} %", " to ".join(map(sizing.format_dollars, costs)) if costs else None),
         ("to buy it", None if bill.capex is None else sizing.format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),

@@ -249,16 +249,20 @@ def surely(one: Point | None, chosen: Point | None, request: Request) -> str:
 
 
 def chances(point: Point, request: Request) -> str:
-    """'in time with probability 62% if it fits (50% asked); it fits with probability 0.76 (0.97 if
-    megatron-core keeps the tensors that its description says)': the odds of a cluster that fits."""
+    """'in time with probability 62% if it fits (50% asked), within the budget with probability 53% if it
+    fits; it fits with probability 0.76 (0.97 if megatron-core keeps the tensors that its description
+    says)': the odds of a cluster that fits."""
     result, bill = point.step_and_bill
-    certain = bill.p_within(request.goal.seconds)
-    in_time = f"in time with probability {odds(certain)} if it fits ({request.confidence:.0%} asked); it "
+    certain, paid = bill.p_within(request.goal.seconds), bill.p_budget(request.goal.budget)
+    limits = []
+    if certain is not None:
+        limits.append(f"in time with probability {odds(certain)} if it fits ({request.confidence:.0%} asked)")
+    if paid is not None:
+        limits.append(f"within the budget with probability {odds(paid)} if it fits")
+    kept = f"{', '.join(limits)}; it " if limits else ""
     fits, described = map(format_probability, (result.p_fits, result.p_as_described))
     also = f" ({described} if {result.stack.name} keeps the tensors that its description says)"
-    return (
-        f"{'' if certain is None else in_time}fits with probability {fits}{also if described != fits else ''}"
-    )
+    return f"{kept}fits with probability {fits}{also if described != fits else ''}"
 
 
 def fits_surely(one: Point | None, chosen: Point | None) -> str:
@@ -277,17 +281,17 @@ def fits_surely(one: Point | None, chosen: Point | None) -> str:
 
 
 def break_even(sizings: Sequence[Sizing], chosen: Point | None) -> str:
-    """'h200-sxm-141g would cost as much at 2.71 USD/h': of what the other machine types that can are rented
-    for; empty where nothing is."""
+    """'h200-sxm-141g would cost as much at 2.71 USD/h (3.5 taken)': of what the other machine types are
+    rented for, those too that are beyond the budget; empty where nothing is."""
     mine = chosen.figures if chosen else None
     if mine is None or mine.cost is None or chosen is None:
         return ""
-    bills = {one.hardware.name: one.best.figures for one in sizings if one.best}
-    prices = {name: bill.price_for(mine.cost) for name, bill in bills.items() if bill}
+    others = [one for one in sizings if one.hardware.name != chosen.hardware.name]
+    bills = {one.hardware.name: one.rival.figures for one in others if one.rival}
     return "; ".join(
-        f"{name} would cost as much at {price:.3g} USD/h"
-        for name, price in prices.items()
-        if price and name != chosen.hardware.name
+        f"{name} would cost as much at {price:.3g} USD/h ({bill.price_for(bill.cost):g} taken)"
+        for name, bill in bills.items()
+        if bill and bill.cost and (price := bill.price_for(mine.cost))
     )
 
 

@@ -136,6 +136,13 @@ class Figures:
             return float(seconds >= self.seconds)
         return float(ndtr(math.log(seconds / self.seconds) / self.deviation))
 
+    def p_budget(self, dollars: float | None) -> float | None:
+        """Probability that the rent of the run, which is paid by the hour at the prices as given, stays
+        within `dollars`; None of a purchase, which a longer run makes no dearer, and without a price."""
+        if dollars is None or not self.cost or set(self.parts) != {"rent"}:
+            return None
+        return self.p_within(self.seconds * (dollars / self.cost))
+
 
 def rated(hardware: HardwareProfile, a: Assumptions) -> float | None:
     """Rated watts of a node: the profile's, else its devices' times `Assumptions.node_over_devices`."""

@@ -325,10 +325,10 @@ def sizing(known: KnownSteps) -> Sizing:
     best = _best(known)
     if best is not None:
         return Sizing(known.hardware, best, tried, "", known.simulated)
-    fitting = [point for point in tried if point.figures]
-    worst = (fitting or tried)[-1]
-    cluster = f"{worst.num_nodes:,} node{'s' if worst.num_nodes > 1 else ''}"
-    why = _counts(known.request, known.hardware)[1] or f"{worst.why}, with {cluster}"
+    miss = nearest_miss(tried, known.request.goal, known.request.confidence)
+    nearest = miss.point if miss else tried[-1]
+    cluster = f"{nearest.num_nodes:,} node{'s' if nearest.num_nodes > 1 else ''}"
+    why = _counts(known.request, known.hardware)[1] or f"{nearest.why}, with {cluster}"
     return Sizing(known.hardware, None, tried, why, known.simulated)
 
 

@@ -152,7 +152,8 @@ class Point:
 @dataclass(frozen=True)
 class Sizing:
     """The answer for one machine type. best: the cheapest cluster found that does (of a budget alone, the
-    fastest); tried: every node count asked, ascending; why: the reason where there is none."""
+    fastest); tried: every node count asked, ascending; why: the reason where there is none, of the nearest
+    miss."""
 
     hardware: HardwareProfile
     best: Point | None
@@ -161,9 +162,18 @@ class Sizing:
     simulated: int = 0
 
     @property
+    def rival(self) -> Point | None:
+        """What is compared with other machine types by its cost: the best; where there is none, the cheapest
+        cluster that fits and is in time."""
+        if self.best:
+            return self.best
+        found = [one for point in self.tried if point.in_time and (one := _priced(point))]
+        return min(found, key=lambda one: one[:3])[3] if found else None
+
+    @property
     def bill(self) -> Figures | None:
-        """Of the best; where there is none, of the largest cluster that fits."""
-        points = [self.best] if self.best else self.tried[::-1]
+        """Of the rival; where there is none, of the largest cluster that fits."""
+        points = [self.rival] if self.rival else self.tried[::-1]
         return next((point.figures for point in points if point.figures), None)
 
 

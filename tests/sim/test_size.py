@@ -202,6 +202,23 @@ def test_too_slow_says_so_and_how_long_the_largest_takes() -> None:
     assert sizing.tried[0].figures is not None
 
 
+def test_why_none_will_do_is_said_of_the_cluster_that_comes_nearest() -> None:
+    """Of a budget alone the largest cluster was named, nine times as dear as the cheapest; that one is what
+    other machine types are compared with."""
+    asked = dataclasses.replace(request(DAY, max_nodes=8), goal=Goal(10**12, None, 1.0))
+    sizing = size(asked, priced())
+    assert sizing.best is None
+    bills = {point.num_nodes: point.figures for point in sizing.tried if point.figures}
+    costs = {nodes: bill.cost or 0.0 for nodes, bill in bills.items()}
+    nodes = min(costs, key=lambda one: costs[one])
+    assert nodes < max(costs)
+    assert f"too dear: ${costs[nodes]:,.0f}" in sizing.why
+    assert sizing.why.endswith(f", with {nodes} node{'s' * (nodes > 1)}")
+    assert sizing.rival is not None
+    assert sizing.rival.num_nodes == nodes
+    assert sizing.bill is bills[nodes]
+
+
 def test_what_does_not_fit_names_the_category() -> None:
     tiny = msgspec.structs.replace(
         priced(), device=msgspec.structs.replace(priced().device, memory=quantity(1, "MB"))

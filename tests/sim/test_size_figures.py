@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -187,6 +188,20 @@ def test_chances_of_the_deadline() -> None:
     )
     assert sharp.p_within(sharp.seconds * 0.999) == 0.0
     assert sharp.p_within(sharp.seconds) == 1.0
+
+
+def test_chances_of_the_budget() -> None:
+    """Rent is paid by the hour, and its interval is that of the days; a purchase is paid at once."""
+    bill = figures(H100, 64, Step(1e6), Goal(10**13, DAY), terms=Terms(rent={H100.name: 2.0}))
+    interval = bill.cost_interval()
+    assert bill.cost is not None
+    assert interval is not None
+    assert bill.p_budget(bill.cost) == pytest.approx(0.5)
+    assert bill.p_budget(interval[0]) == pytest.approx(0.05)
+    assert bill.p_budget(interval[1]) == pytest.approx(0.95)
+    assert bill.p_budget(None) is None
+    assert replace(bill, cost=None, parts={}).p_budget(1.0) is None
+    assert replace(bill, capex=1.0, parts={"machines": bill.cost}).p_budget(1.0) is None
 
 
 def test_a_steps_own_interval_moves_the_median() -> None:

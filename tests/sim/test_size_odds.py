@@ -8,9 +8,10 @@ import pytest
 
 import mopsim
 from mopsim.api.size import Clusters
+from mopsim.api.size_json import brief_json
 from mopsim.common.units import format_probability
-from mopsim.report.decision import Decision, answer, risks
-from mopsim.report.sizing import break_even, columns, row
+from mopsim.report.decision import Decision, answer, content, risks
+from mopsim.report.sizing import break_even, chances, columns, row
 from mopsim.size.points import surer_to_fit
 
 
@@ -58,7 +59,37 @@ def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> N
     assert other.figures is not None
     cheap = replace(other, figures=replace(other.figures, cost=(other.figures.cost or 0.0) / 2))
     price = rival["price_per_device_hour_usd"] / 2
-    assert break_even(found.sizings, cheap) == f"h100-sxm-80g would cost as much at {price:.3g} USD/h"
+    said = f"h100-sxm-80g would cost as much at {price:.3g} USD/h ({2 * price:g} taken)"
+    assert break_even(found.sizings, cheap) == said
+    (sizing,) = found.sizings
+    cannot = replace(sizing, best=None, tried=[replace(chosen, affordable=False)])
+    assert break_even([cannot], cheap) == said
+    late = replace(cannot, tried=[replace(chosen, in_time=False)])
+    assert break_even([late], cheap) == ""
+
+
+def test_odds_of_the_budget_are_said(found: Clusters) -> None:
+    """A cluster of $9.92 k was recommended for $10 k, without a word that this is all but even odds."""
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.figures is not None
+    assert chosen.figures.cost is not None
+    days, dollars = chosen.figures.seconds, 1.01 * chosen.figures.cost
+    likely = chosen.figures.p_budget(dollars)
+    assert likely is not None
+    assert 0.5 < likely < 0.6
+    within = f"within the budget with probability {likely:.0%} if it fits; it fits with probability"
+    alone = replace(found.request, goal=replace(found.request.goal, seconds=None, budget=dollars))
+    both = replace(alone, goal=replace(alone.goal, seconds=days))
+    assert chances(chosen, alone).startswith(within)
+    assert f"in time with probability 50% if it fits (50% asked), {within}" in chances(chosen, both)
+    assert "budget" not in chances(chosen, found.request)
+    decision = Decision(alone, [], [], [], chosen, None, [], [])
+    assert within in answer(decision)
+    card = {"name": "probability of the budget, if the plan fits", "value": f"{likely:.0%}"}
+    assert str(card) in str(content(decision)["cards"])
+    assert brief_json(chosen, alone)["p_budget"] == likely
+    assert brief_json(chosen, found.request)["p_budget"] is None
 
 
 def test_nodes_that_stand_by_have_a_column(found: Clusters) -> None:
