@@ -97,14 +97,20 @@ def attention(work: Work, profile: HardwareProfile) -> float:
     return seconds + work.launches * profile.device.launch_overhead.si
 
 
+def chunk_cat(moved: float) -> float:
+    """Seconds of an element that torch's _chunk_cat copies, at least, where so many bytes are read and
+    written for it; 0 where that was not measured."""
+    rate = CHUNK_CAT.get(moved)
+    return 1 / rate if rate else 0.0
+
+
 def memory_bound(work: Work, profile: HardwareProfile) -> float:
     """`launches` kernels that share `bytes` of traffic; the rate falls for small kernels by bytes_half."""
     device = profile.device
     bandwidth = device.index_bandwidth if work.indexed and device.index_bandwidth else device.memory_bandwidth
     launches = max(work.launches, 1)
     moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
-    rate = CHUNK_CAT.get(work.bytes / work.chunked) if work.chunked else None
-    chunked = work.chunked / rate if rate else 0.0
+    chunked = work.chunked * chunk_cat(work.bytes / work.chunked) if work.chunked else 0.0
     apart = max(work.sums / ATOMIC_SUMS, work.ordered / SORTED_SUMS, chunked)
     seconds = max(moved / bandwidth.si, apart) + work.serial * SERIAL_ROW
     return seconds + launches * device.launch_overhead.si

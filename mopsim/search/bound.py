@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from mopsim.cost.communication import host_rate
-from mopsim.cost.compute import matmul_curve
+from mopsim.cost.compute import chunk_cat, matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
 from mopsim.program.fsdp2_copies import bytes_arrived, bytes_reduced, bytes_sent
@@ -250,7 +250,9 @@ class Bounder(Footprint):
                 reduced = bytes_added(self.reduce, self.grad) / shard + self.reduce
             else:
                 gathered = bytes_sent(self.param, self.sent) / shard + bytes_arrived(self.sent)
-                reduced = np.full(len(shard), bytes_reduced(self.compute, self.reduce))
+                moved = bytes_reduced(self.compute, self.reduce)
+                slow = self.scale("memory_bound") * chunk_cat(moved) / self.traffic
+                reduced = np.full(len(shard), max(moved, slow))
             each = (c["reshard"] + 1) * gathered + reduced
             found = found + np.where(shard > 1, params * each, 0.0)
         return np.asarray(found / c["pipeline"] * self.microbatches * self.traffic)

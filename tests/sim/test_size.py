@@ -180,18 +180,18 @@ def test_a_longer_deadline_is_never_dearer_and_what_one_finds_all_find() -> None
         assert best.figures is not None
         found.append((best.figures.cost or 0.0, best.figures.days, best.num_nodes))
     assert found == sorted(found, reverse=True)
-    assert [nodes for _, _, nodes in found] == [160, 80, 12]
+    assert [nodes for _, _, nodes in found] == [160, 80, 7]
 
 
 def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
     """What a run costs hardly changes with its nodes: 5 of them were the answer for 30 days where 32 cost as
-    much for 4.5."""
+    much for 4.5. 40 cost $102,871."""
     machine, model = load_profile("h200-sxm-141g"), load_model("qwen3_30b_a3b")
     goal = Goal(10**12, None, 100_000)
     asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=128, assumptions=AS_SIMULATED)
     best = size(asked, machine).best
     assert best is not None
-    assert best.num_nodes == 48
+    assert best.num_nodes == 32
 
 
 def test_too_slow_says_so_and_how_long_the_largest_takes() -> None:

@@ -20,10 +20,11 @@ RESTRICTED = "--device-limit 1GB --host-limit 1GB"
 WRITTEN = {"--cache", "--json", "--out", "--plan", "--program", "--script", "--seal", "--trace"}
 #: Texts that name no file: sizes, counts, names.
 PLAIN = {
-    "--architecture", "--bf16", "--contender", "--device-limit", "--dtype", "--family", "--format", "--fp8",
-    "--global-batch-tokens", "--host-limit", "--host-link", "--host-memory", "--log-to", "--memory",
-    "--memory-bandwidth", "--name", "--nic", "--node-power", "--power", "--quantum", "--scale-up",
-    "--seq-len", "--set", "--source", "--sweep", "--text-field", "--to", "--tokens", "--tokens-per-device",
+    "--architecture", "--bf16", "--contender", "--device-limit", "--document-tokens", "--dtype",
+    "--family", "--format", "--fp8", "--global-batch-tokens", "--host-limit", "--host-link",
+    "--host-memory", "--log-to", "--memory", "--memory-bandwidth", "--name", "--nic", "--node-power",
+    "--power", "--quantum", "--scale-up", "--seq-len", "--set", "--source", "--sweep", "--text-field",
+    "--to", "--tokens", "--tokens-per-device",
 }  # fmt: skip
 
 
