@@ -219,8 +219,12 @@ def read_documents(given: Count | None) -> dict[str, Any]:
     if given is None:
         return {}
     text = str(given).strip()
-    number = 0 if text == "0" or "/" in text else count(text, "document_tokens")
-    return documents.training_fields(text if "/" in text else number)
+    if text == "0" or "/" in text:
+        return documents.training_fields(text if "/" in text else 0)
+    try:
+        return documents.training_fields(count(text, "document_tokens"))
+    except MopError:
+        raise MopError(f"document_tokens: {text!r} {documents.RULE}") from None
 
 
 def read_families(given: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -26,6 +26,10 @@ Documents = int | str
 _LAW = re.compile(r"([1-9][0-9]{0,12})/([0-9](?:\.[0-9]{1,6})?)")
 LONGEST, WIDEST = 2**40, 3
 """Of a law: the mean, tokens; the deviation of the logarithm."""
+RULE = (
+    f"must be tokens, or MEAN/SPREAD of log-normal lengths (MEAN whole, at most {LONGEST}; SPREAD from 0 to "
+    f"{WIDEST} with at most six decimals), as 485/1.15; 0: attention crosses documents"
+)
 
 
 def law(documents: Documents) -> tuple[int, float] | None:
@@ -42,8 +46,7 @@ def rules(documents: Documents, seq_len: int) -> Rules:
         return
     found = law(documents)
     known = found is not None and found[0] <= LONGEST and found[1] <= WIDEST
-    rule = f"must be tokens, or MEAN/SPREAD of log-normal lengths, tokens and 0 to {WIDEST}, as 485/1"
-    yield known, "document_tokens", rule
+    yield known, "document_tokens", RULE
 
 
 def at_length(documents: Documents, seq_len: int) -> Documents:

@@ -195,7 +195,7 @@ def documents_of(row: Row, column: str) -> documents.Documents:
     SpecError where it is neither."""
     cell = row.get(column, "")
     if "/" not in cell:
-        return count(row, column) or 0
+        return count(row, column, least=0) or 0
     for known, _, rule in documents.rules(cell, 1):
         require(known, column, cell, rule)
     return cell

@@ -46,8 +46,8 @@ def test_a_job_says_other_documents_than_its_plan() -> None:
     [
         (257, "document_tokens: 257 must lie between 0 and seq_len 256"),
         ("1K", "document_tokens: 1024 must lie between 0 and seq_len 256"),
-        ("many", "document_tokens: 'many' is not a positive count"),
-        (-1, "document_tokens: '-1' is not a positive count"),
+        ("many", "document_tokens: 'many' must be tokens, or MEAN/SPREAD"),
+        (-1, "document_tokens: '-1' must be tokens, or MEAN/SPREAD"),
         ("100/9", "document_tokens: '100/9' must be tokens, or MEAN/SPREAD"),
     ],
 )

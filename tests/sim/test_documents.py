@@ -18,6 +18,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
+from mopsim.validate.tables import documents_of
 
 DENSE, WINDOWED = load_model("qwen3_30b_a3b"), load_model("gpt_oss_20b")
 WINDOW = WINDOWED.sliding_window
@@ -114,3 +115,10 @@ def test_a_kernel_has_rates_of_its_own_where_they_are_known() -> None:
         rates[name] = flex.forward / plain.forward
     assert rates["h100-sxm-80g"] == pytest.approx(1 / 1.18)
     assert rates["b200-sxm-192g"] > 1.4
+
+
+def test_a_table_says_that_attention_crosses_documents() -> None:
+    """0 opts out of the documents that notes give a program's rows."""
+    assert documents_of({"document_tokens": "0"}, "document_tokens") == 0
+    with pytest.raises(MopError, match=r"document_tokens: '1\.5' is not a whole number"):
+        documents_of({"document_tokens": "1.5"}, "document_tokens")
