@@ -107,7 +107,7 @@ def framed(rows: Sequence[Any], columns: list[str] | None = None) -> "DataFrame"
 def _numbers(result: SimResult, level: float) -> dict[str, Any]:
     (fast, slow), (least, most) = result.step_time_interval(level), result.peak_memory_interval(level)
     return {
-        "strategy": tables.describe(result.strategy),
+        "strategy": result.line,
         "stack": result.stack.name,
         "step_time_s": result.step_time,
         "step_time_low_s": fast,
@@ -177,7 +177,7 @@ class Simulation(Result):
     def headline(self) -> str:
         r = self.result
         said = (
-            f"{tables.describe(r.strategy)} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
+            f"{r.line} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
             f"{r.speed}, {format_bytes(r.peak_memory)} of "
             f"{format_bytes(r.memory_limit)}, {r.odds}"
         )

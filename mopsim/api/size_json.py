@@ -5,7 +5,6 @@ from math import isfinite
 from typing import Any
 
 from mopsim.common import io
-from mopsim.report.tables import describe
 from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES
 from mopsim.size.figures import DAY, Figures, rated
@@ -118,7 +117,7 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         **_keeps(point, request),
         "reason": point.why or None,
         "strategy": io.to_plain(result.strategy),
-        "strategy_line": describe(result.strategy),
+        "strategy_line": result.line,
         "stack": result.stack.name,
     }
 

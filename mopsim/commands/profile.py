@@ -21,7 +21,6 @@ from mopsim.common.outputs import check_outputs
 from mopsim.common.shipped import shipped
 from mopsim.common.units import format_seconds, parse_count
 from mopsim.engine import SimResult
-from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
@@ -177,7 +176,7 @@ def _weigh(profile: HardwareProfile, job: Mapping[str, Any], console: Any) -> di
             return {"reference": None, "assumptions": []}
         found = sensitivity(best, BY, lambda done, what: shown(done, what))
     price = profile.price_per_device_hour
-    title = f"{ranking.inputs.where}: {describe(best.strategy)}"
+    title = f"{ranking.inputs.where}: {best.line}"
     assumed = price is not None and price.tag == "assumed"
     console.print(weights(found, best.result, title, price_assumed=assumed))
     return {"reference": best.to_json(), "assumptions": [_json(one, best.result) for one in found]}

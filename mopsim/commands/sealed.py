@@ -11,7 +11,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_bytes, format_probability, format_seconds
-from mopsim.report.tables import between, describe
+from mopsim.report.tables import between
 from mopsim.report.terminal import table
 from mopsim.validate.sealed import Outcome, open_sealed, outcomes, score_json
 
@@ -31,7 +31,7 @@ def run(sealed: str, measurements: str | None, json: str | None) -> None:
     console.print(_shown(outcomes(found, measured), found.interval))
     version = found.versions.get("mopsim", "?")
     console.print(
-        f"{describe(found.plan.strategy)}, P(fits) {format_probability(found.p_fits)}: sealed {found.made} "
+        f"{found.plan.line}, P(fits) {format_probability(found.p_fits)}: sealed {found.made} "
         f"by mopsim {version}, unchanged since"
     )
     if measured.routing != found.plan.training.routing:

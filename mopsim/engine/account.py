@@ -79,6 +79,7 @@ def account(
         },
         facts=facts(model, hardware, strategy, workload, made_of(step_time, time["busy"], time["exposed"])),
         each=hardware.each,
+        routed=model.num_local_experts > 0,
         num_events=sum(len(one.ops) for one in workload.programs),
     )
     if result.fits and result.hopeless:

@@ -10,6 +10,7 @@ from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
 from mopsim.spec.categories import shown_as
+from mopsim.spec.line import describe
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -39,7 +40,8 @@ class SimResult:
     (mopsim.engine.upper). fits: whether the points are within the limits, and the
     user's own runs do not say that it is `hopeless`; p_fits: the probability that what
     will be measured is, of errors like those of published runs (mopsim.intervals). facts: what they are
-    grouped by. each: what a device is called: a rank where devices are CPUs."""
+    grouped by. each: what a device is called: a rank where devices are CPUs. routed: whether the network
+    has experts."""
 
     step_time: float
     tokens_per_second: float
@@ -76,6 +78,7 @@ class SimResult:
     provenance: dict[str, str]
     facts: Facts
     each: Literal["GPU", "rank"] = "GPU"
+    routed: bool = True
     num_events: int = 0
     set_aside: int = 0
     span_stage: int = 0
@@ -83,6 +86,11 @@ class SimResult:
     spans: list[Span] = field(default_factory=list)
     memory_curve: list[tuple[float, int]] = field(default_factory=list)
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        """Its strategy in a line."""
+        return describe(self.strategy, self.routed)
 
     @property
     def speed(self) -> str:

@@ -11,7 +11,7 @@ from mopsim.common.units import format_count
 from mopsim.context.contenders import Contender
 from mopsim.context.sweep import ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
-from mopsim.report.tables import describe, rate
+from mopsim.report.tables import rate
 from mopsim.report.terminal import numbered, table
 from mopsim.search.result import format_gap
 
@@ -190,6 +190,6 @@ def _point_json(point: ContextPoint) -> dict[str, Any]:
             "memory_by_category_bytes": result.memory_by_category,
             "host_memory_bytes": result.host_memory,
             "host_limit_bytes": result.host_limit,
-            "strategy": describe(result.strategy),
+            "strategy": result.line,
         }
     return found

@@ -12,7 +12,6 @@ from mopsim.intervals.spread import machines_share, products
 from mopsim.report import sizing
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing_plots import cost_time, tornado
-from mopsim.report.tables import describe
 from mopsim.size.assumptions import DEFAULT, NAMES, known
 from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
@@ -152,7 +151,7 @@ def why(d: Decision) -> list[str]:
         if seconds > 0.005 * result.step_time
     ]
     lines = [
-        f"Plan: {describe(result.strategy)} on {result.stack.name}; {training.global_batch:,} sequences a "
+        f"Plan: {result.line} on {result.stack.name}; {training.global_batch:,} sequences a "
         f"step, {sizing.steps(subject)}, products in {products(result.strategy.precision)}.",
         f"A node, as its profile has it: {_node(subject.hardware)}.",
         f"Of a step compute waits for {', '.join(heaviest) or 'next to nothing'}; device memory is filled to "
@@ -202,7 +201,7 @@ def _rivals(d: Decision) -> Table:
 def _rival(point: Point, request: Request) -> list[str]:
     result = point.step_and_bill[0]
     remarks = [point.why, sizing.CARRIED if point.gap is None else ""]
-    cells = [*sizing.row(point, request)[:-1], format_probability(result.p_fits), describe(result.strategy)]
+    cells = [*sizing.row(point, request)[:-1], format_probability(result.p_fits), result.line]
     return [*cells, "; ".join(filter(None, remarks))]
 
 

@@ -13,7 +13,6 @@ from mopsim.report.compare import memory_figure, time_figure
 from mopsim.report.demo_results import DemoContender, DemoReport
 from mopsim.report.page import Page, Section, Table, templates, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
-from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.report.timeline import timeline_plot
 
@@ -71,7 +70,7 @@ def _texts(report: DemoReport) -> dict[str, str]:
             "limit": format_bytes(report.probed.memory_limit()),
             "disturbed": _disturbed(contenders), "others": report.beside(),
             "plain_need": format_bytes(report.replicated.peak_memory), "plain_fits": report.replicated.fits,
-            "pilots": [describe(run.plan.strategy) for run in report.pilots],
+            "pilots": [run.plan.line for run in report.pilots],
             "first": contenders[0].name, "second": contenders[1].name, "held_out": contenders[-1].name,
             "routing": contenders[0].measured.routing,
             "seen": [one.name for one in contenders if report.piloted_alike(one)],
@@ -108,7 +107,7 @@ def _sections(report: DemoReport) -> list[Section]:
         *(
             Section(
                 f"Timeline of {one.name}",
-                describe(one.plan.strategy),
+                one.plan.line,
                 picture=(f"timeline-{one.name}.png", f"simulated step of {one.name}"),
             )
             for one in contenders
@@ -150,7 +149,7 @@ def _measured(contenders: Sequence[DemoContender]) -> Table:
     return Table.of(
         contenders,
         {
-            "strategy": lambda one: describe(one.plan.strategy),
+            "strategy": lambda one: one.plan.line,
             "step, median (p10 to p90)": _between,
             "tokens/s, all ranks": lambda one: f"{one.measured.tokens_per_second:,.0f}",
             "device memory": lambda one: format_bytes(one.measured.peak_memory),

@@ -9,7 +9,7 @@ from rich.text import Text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.errors import known_errors
-from mopsim.report.tables import between, describe
+from mopsim.report.tables import between
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
@@ -96,7 +96,7 @@ def _details(point: Point, level: float) -> str:
     (result, bill), training = point.step_and_bill, point.training
     tokens = training.global_batch * training.seq_len
     return (
-        f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
+        f"{point.hardware.name}: {result.line}; {training.global_batch:,} sequences "
         f"({tokens:,} tokens) a step, {steps(point)}, "
         f"{result.tokens_per_second:,.0f} tokens/s in all, MFU {result.mfu:.1%}; "
         f"{_paid(point, bill)}{_failures(bill)}{bill.device_hours:,.0f} device-hours; free: "

@@ -28,7 +28,7 @@ def columns(level: float = 0.9, each: Iterable[str] = ()) -> dict[str, Callable[
     communication, copies and the host."""
     within = f"{100 * level:g} %"
     return {
-        "strategy": lambda one: describe(one.strategy),
+        "strategy": lambda one: one.line,
         "stack": lambda one: one.stack.name,
         "step": lambda one: format_seconds(one.step_time),
         f"step, {within}": lambda one: between(one.step_time_interval(level), format_seconds),
@@ -64,7 +64,7 @@ P_FITS = (
 
 def plan_line(result: SimResult) -> str:
     """'fsdp2 DP=16 mbs=1 on mopexec-fsdp2': the strategy and its software."""
-    return f"{describe(result.strategy)} on {result.stack.name}"
+    return f"{result.line} on {result.stack.name}"
 
 
 def between(interval: tuple[float, float], show: Callable[[float], str]) -> str:

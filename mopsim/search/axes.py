@@ -144,8 +144,8 @@ def _of_a_mesh(shards: Callable[[Problem], list[int]]) -> Callable[[Problem], Va
 
 
 def _one_mesh(problem: Problem) -> bool:
-    """Whether one degree replicates experts and the rest."""
-    return bool(problem.stack and problem.stack.sharding.one_mesh and problem.model.num_local_experts)
+    """Whether one degree replicates experts and the rest, or there are none to shard in another way."""
+    return not problem.model.num_local_experts or bool(problem.stack and problem.stack.sharding.one_mesh)
 
 
 def _tensor(problem: Problem) -> list[int]:

@@ -85,7 +85,9 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     ),
     "vocab_parallel": _column("vocabulary"),
     "fsdp": _column("dense_shard"),
-    "expert_chunk_tokens": lambda problem, row: ceil_div(tokens_of(problem, row), max(row["chunks"], 1)),
+    "expert_chunk_tokens": lambda problem, row: (
+        ceil_div(tokens_of(problem, row), max(row["chunks"], 1)) if problem.model.num_local_experts else 0
+    ),
     "max_expert_chunks": lambda problem, row: max(most_chunks(problem), Experts().max_chunks),
     "ffn_chunk_tokens": _slices("ffn_slices"),
     "loss": lambda problem, row: "chunked" if row["loss"] == CHUNKED else "full",

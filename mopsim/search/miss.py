@@ -12,7 +12,6 @@ from mopsim.search.driver import search
 from mopsim.search.options import Options
 from mopsim.search.problem import Problem
 from mopsim.search.result import SearchResult
-from mopsim.spec.line import describe
 from mopsim.spec.strategy import MatmulDType
 
 TRIES = 3
@@ -39,7 +38,7 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
             for size, (where, what, limit) in zip(one.missing_bytes, tiers, strict=True)
             if size
         ]
-        lines.append(f"the nearest miss is {' and '.join(over)}: {describe(one.strategy)}")
+        lines.append(f"the nearest miss is {' and '.join(over)}: {one.line}")
     kinds = (_nodes(problem), _lengths(problem), _bits(problem), _hosts(found, problem))
     for kind in kinds:
         for said, other in kind:
@@ -54,7 +53,7 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
 def _fits(problem: Problem, options: Options) -> str | None:
     """A plan that fits, in a line."""
     best = search(problem, replace(options, top=1, budget=TRIES)).best
-    return describe(best.strategy) if best else None
+    return best.line if best else None
 
 
 def _nodes(problem: Problem) -> Iterator[Change]:

@@ -15,7 +15,7 @@ from mopsim.search.restricted import RESTRICTIONS
 from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.categories import STEP_PARTS, WAITING
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.line import describe, waits_for
+from mopsim.spec.line import waits_for
 from mopsim.spec.stacks import graphed
 
 SOME, MUCH = 0.02, 0.15
@@ -114,7 +114,7 @@ def _costs(
         fastest = min(kept, key=lambda one: one.ranked_time)
         slower = fastest.ranked_time / best.ranked_time - 1
         cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
-        yield f"{name}: {cost}, {format_seconds(fastest.ranked_time)}, {describe(fastest.strategy)}"
+        yield f"{name}: {cost}, {format_seconds(fastest.ranked_time)}, {fastest.line}"
 
 
 def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
@@ -132,7 +132,7 @@ def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
     odds = f"{chance:.3f}" if near else format_probability(chance)
     return (
         f"a plan that fits, as described, with probability {odds} (--risk ranks it) is "
-        f"{best.ranked_time / one.ranked_time - 1:.0%} faster: {describe(one.strategy)}"
+        f"{best.ranked_time / one.ranked_time - 1:.0%} faster: {one.line}"
     )
 
 
@@ -145,7 +145,7 @@ def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:
     return (
         f"a plan that fits with probability {format_probability(one.p_fits)} even if the program keeps other "
         f"tensors than described is {one.ranked_time / best.ranked_time - 1:.0%} slower or less: "
-        f"{describe(one.strategy)}"
+        f"{one.line}"
     )
 
 
@@ -165,7 +165,7 @@ def _memory(best: SimResult, played: Sequence[SimResult], where: str) -> str | N
     gain = best.ranked_time / one.ranked_time - 1
     return (
         f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}) "
-        f"a plan fits that is {gain:.0%} faster: {describe(one.strategy)}"
+        f"a plan fits that is {gain:.0%} faster: {one.line}"
     )
 
 

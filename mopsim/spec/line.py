@@ -8,8 +8,9 @@ from mopsim.spec.categories import WAITS
 from mopsim.spec.strategy import Strategy
 
 
-def describe(strategy: Strategy) -> str:
-    """A strategy in a line, in the field's abbreviations: what equals the plain case is left out."""
+def describe(strategy: Strategy, routed: bool = True) -> str:
+    """A strategy in a line, in the field's abbreviations: what equals the plain case is left out. routed:
+    whether the network has experts; without, nothing is said of them."""
     s = strategy
     fsdp = s.dense.fsdp if s.dense.zero == 3 else 1
     degrees = {
@@ -21,7 +22,7 @@ def describe(strategy: Strategy) -> str:
     if s.dense.zero < 3 and s.dense.fsdp > 1:
         parts.append(f"ZeRO-{s.dense.zero}={s.dense.fsdp}")
     usual = (1, s.expert_replicas) if s.experts.expert_parallel > 1 else (s.dense.fsdp,)
-    if s.experts.expert_fsdp not in usual:
+    if routed and s.experts.expert_fsdp not in usual:
         parts.append(f"expert-FSDP={s.experts.expert_fsdp}")
     if s.dense.tensor_parallel > 1 and not s.dense.sequence_parallel:
         parts.append("sequence-parallel=no")
@@ -32,7 +33,7 @@ def describe(strategy: Strategy) -> str:
     if s.experts.expert_parallel > 1:
         parts += _experts(s)
     parts += [_vocabulary(s), f"mbs={s.micro_batch}"]
-    if s.experts.chunk_tokens:
+    if routed and s.experts.chunk_tokens:
         parts.append(f"expert-chunk={s.experts.chunk_tokens}")
     if s.dense.chunk_tokens:
         parts.append(f"ffn-chunk={s.dense.chunk_tokens}")

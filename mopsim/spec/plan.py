@@ -9,6 +9,7 @@ from mopsim.common.errors import Rules, require, require_at_least, require_name
 from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
 from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
+from mopsim.spec.line import describe
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stack import Stack
@@ -110,6 +111,11 @@ class Plan(Spec, frozen=True, kw_only=True):
             yield False, f"strategy.{part}.{field}", "must be said in a plan, not left to the stack"
         self.training.check_strategy(self.strategy)
         self.training.check_model(self.model)
+
+    @property
+    def line(self) -> str:
+        """Its strategy in a line."""
+        return describe(self.strategy, self.model.num_local_experts > 0)
 
     def routed(self, routing: profiles.RoutingProfile) -> "Plan":
         """The same plan under another routing."""

@@ -292,3 +292,16 @@ def test_experts_of_the_longest_sequences_go_in_chunks_that_fit() -> None:
     )
     assert found.best is not None
     assert found.best.strategy.experts.chunk_tokens <= 32 * 1024
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_without_experts_has_no_choice_of_them(family: str) -> None:
+    """`search` tried degrees of experts' shards of llama2_70b, and printed expert-FSDP and expert-chunk."""
+    dense = load_model("llama2_70b")
+    problem = Problem(dense, load_profile("h100-sxm-80g"), 2, TrainSpec(seq_len=4096, global_batch=16))
+    found = search(problem, Options((family,), top=3, budget=2))
+    assert "expert" not in " ".join(one.line for one in (*found.played, found.closest) if one)
+    space = staged.candidates(problem, family)[0]
+    names = {"experts", "expert_tensor", "expert_shard", "dense_shard", "dispatcher", "overlap", "strided"}
+    choices = zip(*(space.columns[name] for name in sorted(names & space.columns.keys())), strict=True)
+    assert len(set(choices)) == len(set(space.columns["dense_shard"]))
