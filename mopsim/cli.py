@@ -22,6 +22,10 @@ app = App(
     pretty_exceptions_enable=False,
     help="Simulate, compare and choose how to train a mixture-of-experts model on a cluster.",
 )
+CONTENDERS = (
+    "comma-separated: mop, fsdp2, fsdp2_node_chunked, fsdp2_full, fsdp2_node, fsdp2_half_node, fsdp2_device; "
+    "mop and fsdp2 always run; default: all"
+)
 
 
 def run(command: str, given: Mapping[str, Any]) -> None:
@@ -136,7 +140,7 @@ def context(
         str, typer.Option(help="context lengths, comma-separated")
     ] = "64K,128K,256K,512K,1M,2M,4M,8M,16M",
     tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
-    contender: Annotated[str, typer.Option(help="comma-separated; default: all", show_default=False)] = "",
+    contender: Annotated[str, typer.Option(help=CONTENDERS, show_default=False)] = "",
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
     jobs: o.Jobs = 0,
     routing: o.Routing = "balanced",

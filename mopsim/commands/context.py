@@ -48,7 +48,7 @@ def run(*, out: str, json: str | None, contender: str, budget: int, jobs: int, *
     for case, mine in zip(cases, curves, strict=True):
         content = case_table(mine, lengths)
         console.print(shown_table(case, mine, lengths))
-        sections.append(Section(case_name(case), ends(mine), content))
+        sections.append(Section(case_name(case), ends(mine, lengths), content))
     rules = [[one.label, one.rules] for one in asked]
     sections.append(Section("Rules", "", Table(["contender", "rules"], rules)))
     with io.json_beside(json, made), whole_directory(Path(out)) as aside:

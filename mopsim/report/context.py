@@ -92,12 +92,7 @@ def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequenc
         ratios = [times(ratio(first, curve, length)) for length in lengths]
         if any(ratios):
             found.add_row(f"1/{number}", *ratios)
-    told = "".join(one for row in cells for one in row)
-    notes = {
-        "out": "out: does not fit", "not legal": "-: not legal", "*": "*: fits with a probability below 0.9",
-        "\u2020": "\u2020: of the smallest step",
-    }  # fmt: skip
-    said = [text for mark, text in notes.items() if mark in told]
+    said = [*_legend(curves, lengths), "reach: of the lengths asked"]
     said += ["1/2: how many times as fast 1 is as 2"] if others else []
     gaps = [f"; gap {format_gap(_gap(curve))}" if _gap(curve) else "" for curve in curves.values()]
     said += ["gap: a plan left out is at most so much faster"] if any(gaps) else []
@@ -105,13 +100,29 @@ def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequenc
     return Group(Text(title, style="italic"), found, numbered(lines), Text("; ".join(said), style="dim"))
 
 
-def ends(curves: Mapping[str, Curve]) -> str:
-    """Where each contender ends, and what stops it."""
-    return f"Reach: {'; '.join(map(_end, curves.values()))}.{left_out(curves)}"
+MARKS = {
+    "out": "out: does not fit", "not legal": "-: not legal", "*": "*: fits with a probability below 0.9",
+    "\u2020": "\u2020: of the smallest step",
+}  # fmt: skip
+"""Of a cell -> what it says."""
+
+
+def _legend(curves: Mapping[str, Curve], lengths: Sequence[int]) -> list[str]:
+    """What the marks say that the cells have."""
+    told = "".join(cell(curve.at(length)) for curve in curves.values() for length in lengths)
+    return [text for mark, text in MARKS.items() if mark in told]
+
+
+def ends(curves: Mapping[str, Curve], lengths: Sequence[int]) -> str:
+    """Where each contender ends, and what stops it; then what the marks of its table say."""
+    marked = [text for text in _legend(curves, lengths) if text[0] in "*\u2020"]  # the others are spelt out
+    legend = f" {'; '.join(marked)}." if marked else ""
+    found = "; ".join(map(_end, curves.values()))
+    return f"Reach, of the lengths asked: {found}.{left_out(curves)}{legend}"
 
 
 def _end(curve: Curve) -> str:
-    stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
+    stop = f", stopped at {format_count(curve.end.seq_len)} by {curve.end.stopped_by}" if curve.end else ""
     return f"{curve.contender.label}: {reach(curve)}{stop}"
 
 

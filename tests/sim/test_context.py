@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mopsim.cli import main
+from mopsim.cli import CONTENDERS, main
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_count
 from mopsim.context.contenders import Contender, contenders
@@ -209,7 +209,18 @@ def test_the_command_writes_its_curves(
     assert set(curves) == {"mop", "fsdp2", "fsdp2_device"}
     assert curves["fsdp2_device"]["stopped_by"] == "logits"
     assert curves["mop"]["strategy_at_longest"]["world_size"] == 16
-    assert "FSDP2, full logits, no offload" in (out / "index.md").read_text()
+    page = (out / "index.md").read_text()
+    assert "FSDP2, full logits, no offload" in page
+    assert "Reach, of the lengths asked: " in page
+    assert "FSDP2, full logits, no offload: 128K*, stopped at 1M by logits" in page
+    assert "*: fits with a probability below 0.9" in page
+    assert "\n\n\n" not in page
+
+
+def test_the_help_names_the_contenders() -> None:
+    choices, always = CONTENDERS.split("; ")[:2]
+    assert choices.rpartition(": ")[2].split(", ") == list(NAMES)
+    assert always == f"{' and '.join(one.name for one in contenders() if one.always)} always run"
 
 
 def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,9 @@ def test_a_context_sweep_stays_in_its_lines() -> None:
     assert [line.split()[0] for line in found[1:14]] == labels
     assert all(len(line.split()) == 10 for line in found[1:8])
     assert lines[0].startswith("120B on 16 devices of h200-sxm-141g, tokens/s per GPU")
-    assert f"2 {names[1].label}: 8M†, stopped by activations; gap 10 %" in [line.rstrip() for line in lines]
+    assert f"2 {names[1].label}: 8M†, stopped at 16M by activations; gap 10 %" in [
+        line.rstrip() for line in lines
+    ]
     narrow = {name: replace(one, points=one.points[:1]) for name, one in curves.items()}
     assert shown(shown_table(case, narrow, lengths[:1]))[0].rstrip().endswith(", tokens/s per GPU")
 
