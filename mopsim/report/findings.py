@@ -49,7 +49,8 @@ def outcome(results: Results) -> str:
     legal = sum(one is not None for one in results.values())
     if not first:
         return "No strategy fits" if legal or not results else "No strategy is legal"
-    names = [label for label, _ in first]
+    tied = dict(first)
+    names = [label for label in results if label in tied]  # in one order, whoever is ahead by less than a tie
     if len(names) > 1:
         return f"{', '.join(names[:-1])} and {names[-1]} tie"
     if slower:

@@ -19,8 +19,6 @@ from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.stacks import variants
 
-LOOSE = 1.0
-"""From which on a gap (how many times as fast a plan left out may be, less one) tells nothing."""
 CARRIED = "plan carried from another number of nodes or machine"
 """Of a point whose own number of nodes was not searched, or brought nothing faster."""
 SIMULATED = (
@@ -221,8 +219,6 @@ def searched(point: Point) -> str:
     """How far the search of a cluster that fits went: it is of plans on its own number of nodes."""
     if point.gap is None:
         return f"{CARRIED}: a plan left out may be faster"
-    if point.gap > LOOSE:
-        return "of plans on as many nodes few were tried, and the rest is bounded too loosely to say more"
     return f"of plans on as many nodes {proof(point.gap, found=True)}"
 
 

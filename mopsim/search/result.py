@@ -11,6 +11,8 @@ from mopsim.spec.model import ModelSpec
 
 TIE = 0.005
 """Step times that differ by less (relative) are a tie, which memory decides."""
+LOOSE = 1.0
+"""From which on a gap (how many times as fast a plan left out may be, less one) tells nothing."""
 NOT_RUN = "mopexec does not run it"
 """The reason that one option lifts, so it is named first."""
 
@@ -163,6 +165,8 @@ def proof(gap: float | None, found: bool = False) -> str:
         return f"proven: no plan left out is more than {format_gap(TIE)} faster"
     if gap is None:
         return f"not exhausted: a plan left out may {'be faster' if found else 'fit'}"
+    if gap > LOOSE:
+        return "not exhausted: few were tried, and the rest is bounded too loosely to say more"
     return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"
 
 
@@ -171,6 +175,13 @@ def promise(gap: float | None, expected: float | None) -> str:
     `SearchResult.expected_gap`, where it is known."""
     if expected is None or gap is None or exhausted(gap):
         return proof(gap)
+    if gap > LOOSE:
+        hoped = (
+            f"the best left out is expected to be {format_gap(expected)}"
+            if expected
+            else "none is expected to be"
+        )
+        return f"{proof(gap)}; {hoped} faster"
     most = f", and expected to be {format_gap(expected)}" if expected else "; none is expected to be"
     return f"{proof(gap)}{most}"
 

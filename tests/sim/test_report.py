@@ -31,7 +31,7 @@ from mopsim.report.sweep import Sweep, SweepPoint, over, sweep_figure, swept_row
 from mopsim.report.tables import best_of_others, columns, comparison, describe, row
 from mopsim.report.timeline import timeline_plot, timeline_title, to_the_end
 from mopsim.report.trace import chrome_trace
-from mopsim.search.result import SearchResult
+from mopsim.search.result import SearchResult, promise, proof
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
@@ -147,6 +147,7 @@ def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPat
     near, far = (replace(fast, step_time=part * fast.step_time) for part in (1.004, 1.2))
     three = {"a": fast, "b": near, "c": far}
     assert outcome(three) == "a and b tie"
+    assert outcome({"b": near, "a": fast}) == outcome({"b": fast, "a": near}) == "b and a tie"
     assert headline(three) == "a and b tie within 0.5 %, 1.20x as fast as c"
     assert "probability" in finding(three)
     assert "fastest" not in summary({"a": fast, "b": near})
@@ -242,6 +243,17 @@ def test_of_families_that_tie_the_ranked_first_has_no_second_best(results: list[
     assert said.startswith("best of mop: ")
     assert "fsdp2:" not in said
     assert "1.00 of the first" in said
+
+
+def test_a_bound_too_loose_to_tell_anything_is_no_number() -> None:
+    """`search` said "a plan left out is at most 426 % faster", `size` that the bound is too loose."""
+    assert promise(0.99, 0.02) == (
+        "not exhausted: a plan left out is at most 99 % faster, and expected to be 2.0 %"
+    )
+    loose = "not exhausted: few were tried, and the rest is bounded too loosely to say more"
+    assert proof(4.26, found=True) == loose
+    assert promise(4.26, 0.0) == f"{loose}; none is expected to be faster"
+    assert promise(4.26, 0.3) == f"{loose}; the best left out is expected to be 30 % faster"
 
 
 def test_a_family_without_a_plan_says_its_own_reason(results: list[SimResult]) -> None:
