@@ -56,9 +56,12 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
         return ""
     if abs(again.ranked_time / other.ranked_time - 1) <= TIE:
         return ""
+    alike = {
+        label: again if label == second else results[label] for label in results if label in (first, second)
+    }
     return (
         f"with {first}'s attention ({_kernel(ours)} instead of {_kernel(theirs)}) {second} takes "
-        f"{format_seconds(again.ranked_time)}, and {headline({first: results[first], second: again})}"
+        f"{format_seconds(again.ranked_time)}, and {headline(alike)}"
     )
 
 
