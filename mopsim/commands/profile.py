@@ -176,7 +176,7 @@ def _weigh(profile: HardwareProfile, job: Mapping[str, Any], console: Any) -> di
             return {"reference": None, "assumptions": []}
         found = sensitivity(best, BY, lambda done, what: shown(done, what))
     price = profile.price_per_device_hour
-    title = f"{ranking.inputs.where}: {best.line}"
+    title = f"{ranking.inputs.where}: {best.result.line}"
     assumed = price is not None and price.tag == "assumed"
     console.print(weights(found, best.result, title, price_assumed=assumed))
     return {"reference": best.to_json(), "assumptions": [_json(one, best.result) for one in found]}
