@@ -13,7 +13,7 @@ from mopsim.context.sweep import ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
 from mopsim.report.tables import rate
 from mopsim.report.terminal import numbered, table
-from mopsim.search.result import format_gap
+from mopsim.search.result import at_most, format_gap
 
 
 def reach(curve: Curve) -> str:
@@ -133,7 +133,7 @@ def _gap(curve: Curve) -> float:
 def left_out(curves: Mapping[str, Curve]) -> str:
     """That the ratios are of searches that were not exhausted, and by how much each may be short."""
     gaps = {curve.contender.label: _gap(curve) for curve in curves.values()}
-    short_of = [f"{label} by at most {format_gap(gap)}" for label, gap in gaps.items() if gap]
+    short_of = [f"{label} {at_most(gap)}" for label, gap in gaps.items() if gap]
     return f" Not exhausted: plans left out may be faster, {', '.join(short_of)}." if short_of else ""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import Ratio
-from mopsim.search.result import TIE, exhausted, format_gap
+from mopsim.search.result import TIE, at_most, exhausted, format_gap
 from mopsim.spec.categories import WAITING
 from mopsim.spec.line import waits_for
 
@@ -22,7 +22,7 @@ def finding(results: Results, gaps: Gaps | None = None, level: float = 0.9) -> s
     exhausted. level: of the ratio's interval."""
     found = headline(results) + _how_surely(results, level)
     open_gaps = {label: gap for label, gap in (gaps or {}).items() if not exhausted(gap)}
-    faster = ", ".join(f"{label} by at most {format_gap(gap)}" for label, gap in open_gaps.items() if gap)
+    faster = ", ".join(f"{label} {at_most(gap)}" for label, gap in open_gaps.items() if gap)
     fit = ", ".join(label for label, gap in open_gaps.items() if gap is None)
     parts = (faster and f"plans left out may be faster, {faster}", fit and f"plans left out may fit, {fit}")
     left = "; ".join(part for part in parts if part)

@@ -176,14 +176,16 @@ def promise(gap: float | None, expected: float | None) -> str:
     if expected is None or gap is None or exhausted(gap):
         return proof(gap)
     if gap > LOOSE:
-        hoped = (
-            f"the best left out is expected to be {format_gap(expected)}"
-            if expected
-            else "none is expected to be"
-        )
+        best = f"the best left out is expected to be {format_gap(expected)}"
+        hoped = best if expected else "none is expected to be"
         return f"{proof(gap)}; {hoped} faster"
     most = f", and expected to be {format_gap(expected)}" if expected else "; none is expected to be"
     return f"{proof(gap)}{most}"
+
+
+def at_most(gap: float) -> str:
+    """'by at most 47 %'; where it tells nothing, that it does not."""
+    return f"by at most {format_gap(gap)}" if gap <= LOOSE else "bounded too loosely to say by how much"
 
 
 def format_gap(gap: float) -> str:

@@ -28,6 +28,12 @@ def stack_names() -> dict[str, str]:
     return dict(shipped("mopsim.validate", "data/stacks.yaml"))
 
 
+def loss_parts(kind: object) -> int | None:
+    """Chunks that a stack's chunked loss makes of a rank's tokens, where it counts chunks (losses.yaml)."""
+    known = shipped("mopsim.validate", "data/losses.yaml").get(kind)
+    return int(known["chunks"]) if known else None
+
+
 class FamilyHabits(io.Spec, frozen=True, kw_only=True):
     """What a kind of sharding says where a row does not: see data/families.yaml."""
 

@@ -30,7 +30,7 @@ from mopsim.spec.strategy import (
     Strategy,
     Vocabulary,
 )  # fmt: skip
-from mopsim.validate.facts import FamilyHabits, families
+from mopsim.validate.facts import FamilyHabits, families, loss_parts
 from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
@@ -187,21 +187,19 @@ def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec, stack: Stack) -> V
         return Vocabulary(loss="chunked", chunk_tokens=_linear_cross_entropy(row, degrees, model))
     if kind != "chunked":
         return Vocabulary()
-    counted = stack.kernels.loss_chunks in ("autograd", "compiled")
-    return Vocabulary(loss="chunked", chunk_tokens=_eighth(row, degrees) if counted else TILE)
+    parts = loss_parts(stack.kernels.loss_chunks)
+    return Vocabulary(loss="chunked", chunk_tokens=ceil_div(_rows(row, degrees), parts) if parts else TILE)
 
 
-def _eighth(row: Row, degrees: Degrees) -> int:
-    """Tokens of a chunk where the number of chunks is given (torchtitan b5bcd76c6, components/loss.py,
-    ChunkedLossWrapper.Config: num_chunks 8)."""
-    return max(1, ceil_div(degrees.micro_batch * (count(row, "seq_len") or 1) // degrees.sequence, 8))
+def _rows(row: Row, degrees: Degrees) -> int:
+    """Tokens of a microbatch on a rank."""
+    return max(1, degrees.micro_batch * (count(row, "seq_len") or 1) // degrees.sequence)
 
 
 def _linear_cross_entropy(row: Row, degrees: Degrees, model: ModelSpec) -> int:
     """Rows of a chunk of a fused linear cross entropy, whose logits take as much memory as its input
     (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py): the next power of two."""
-    rows = degrees.micro_batch * (count(row, "seq_len") or 1) // degrees.sequence
-    chunk = ceil_div(rows, ceil_div(model.vocab_size, model.hidden_size))
+    chunk = ceil_div(_rows(row, degrees), ceil_div(model.vocab_size, model.hidden_size))
     return int(2 ** (chunk - 1).bit_length())
 
 

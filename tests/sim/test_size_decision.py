@@ -19,7 +19,6 @@ from mopsim.common.units import format_probability
 from mopsim.intervals.errors import known_errors
 from mopsim.report.decision import Decision, answer, content, risks, why
 from mopsim.report.sizing import format_days, missed, stated, summary, surely
-from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point, Sizing
 from mopsim.size.benchmarks import of_machine, spreads
 from mopsim.size.figures import DAY, WIDE
@@ -397,8 +396,3 @@ def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:
     tight = replace(chosen.result, memory_limit=int(chosen.result.peak_memory * 0.99))
     said = " ".join(risks(replace(decision, chosen=replace(chosen, result=tight))))
     assert re.search(r"it needs more than 1\d\d\.\d% of the usable device memory", said)
-
-
-def test_costs_are_drawn_in_a_unit_of_their_size() -> None:
-    units = {2.6e4: "thousand USD", 3e6: "million USD", 12.0: "USD", 0.0: "USD"}
-    assert {most: dollars([0.0, most])[1] for most in units} == units

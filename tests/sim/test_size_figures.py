@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopsim.common.errors import MopError
+from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Step, Terms, assume, figures
 from mopsim.size.assumptions import Site, known, node_prices, read_sites, read_values, with_capex
 from mopsim.size.fabric import network
@@ -228,3 +229,8 @@ def test_a_price_may_be_of_all_machines_that_are_asked_for() -> None:
         read_values(["3.1", "h200-sxm-141g=4"], "--price", machines)
     with pytest.raises(MopError, match=r"--assume: '3.1' is neither NAME=VALUE nor a YAML file"):
         read_values(["3.1"], "--assume")
+
+
+def test_costs_are_drawn_in_a_unit_of_their_size() -> None:
+    units = {2.6e4: "thousand USD", 3e6: "million USD", 12.0: "USD", 0.0: "USD"}
+    assert {most: dollars([0.0, most])[1] for most in units} == units

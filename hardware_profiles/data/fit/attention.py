@@ -26,12 +26,6 @@ class AttentionFit:
 NARROW_BACKWARD = 433 / 516
 
 
-def under_power(fit: AttentionFit, products: float, architecture: str) -> AttentionFit:
-    """The fit, held by power at the share of the peak at which products are, but on Blackwell, where steps of
-    long sequences run at its benchmarks' rates (docs/adr/0075)."""
-    return fit if architecture == "blackwell" else replace(fit, held=products)
-
-
 def _in_class(row: dict[str, str], heads: str) -> bool:
     """Whether a row is of heads up to 64 (narrow), above 128 (wide), or between."""
     width = int(params(row)["qk_head_dim"])

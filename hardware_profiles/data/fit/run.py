@@ -85,7 +85,8 @@ class Fitter:
         fit, tag, source = self._dense(card, machine)
         bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
         grouped = self._grouped(curves["grouped"], card) if "grouped" in curves else None
-        shapes, shape_tag = self._attention(card, curves["gemm"], fit.held, machine["architecture"])
+        held = curves.get("attention_held", fit.held)
+        shapes, shape_tag = self._attention(card, curves["gemm"], held)
         node, node_tag, node_source = self._collectives(name, machine)
         ratios = self._fp8(curves["gemm"])
         ratios |= {dtype: (ratio, why) for dtype, (ratio, why) in machine.get("ratios", {}).items()}
@@ -242,11 +243,10 @@ class Fitter:
         self.report |= {f"attention {name}": str(fit.residuals) for name, fit in fits.items()}
         return fits
 
-    def _attention(
-        self, name: str, gpu: str, products: float, architecture: str
-    ) -> tuple[dict[str, AttentionFit], Tag]:
+    def _attention(self, name: str, gpu: str, held: float) -> tuple[dict[str, AttentionFit], Tag]:
         """The curves of a machine by class of heads: its own, or those of the card of its architecture that
-        was measured, as far as power lets them. products: share of the peak at which it holds products."""
+        was measured, as far as power lets them. held: share of the peak at which it does, that of products
+        unless machines.yaml has another."""
         fits = self._attention_fits
         owner = name if name in fits else ATTENTION_OF.get(gpu, "")
         if not owner:
@@ -254,7 +254,7 @@ class Fitter:
             return {"": ASSUMED_ATTENTION[family]}, "assumed"
         keys = {heads: f"{owner}_{heads}" if heads else owner for heads in ("", "narrow", "wide")}
         found = {heads: fits[key] for heads, key in keys.items() if key in fits}
-        found = {heads: attention.under_power(fit, products, architecture) for heads, fit in found.items()}
+        found = {heads: replace(fit, held=held) for heads, fit in found.items()}
         return found, "measured" if owner == name else "assumed"
 
     def node(self, gpu: str) -> dict[str, CollectiveFit]:
