@@ -65,11 +65,6 @@ def layers_of(r: ConfigReader) -> range:
     return range(min(r.integer("num_hidden_layers"), MOST_LAYERS))
 
 
-def one_window(r: ConfigReader) -> Fields:
-    """A sliding window over every layer. 0 and a null are none."""
-    return {"sliding_window": r.integer("sliding_window", 0)}
-
-
 def windows(r: ConfigReader, usual: Callable[[int], bool], field: str = "sliding_window") -> Fields:
     """Windows of the layers in `layer_types`; usual: whether a layer has one in a config without. field: that
     says how wide."""
@@ -131,10 +126,6 @@ def period_of(r: ConfigReader, key: str) -> int:
     if found < 1:
         raise MopError(f"{r.origin}: {key}: {found} must be at least 1")
     return found
-
-
-def attention_bias(r: ConfigReader) -> Fields:
-    return {"attention_bias": "qkvo" if r.flag("attention_bias") else "none"}
 
 
 def routed_layers(r: ConfigReader, first: int) -> Callable[[int], bool]:

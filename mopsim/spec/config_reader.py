@@ -1,7 +1,7 @@
 """The keys of a Hugging Face config, typed; what becomes of those that no reader asks for.
 
-Of these, what says that the network is another is refused, what may is named in the model's `assumptions`,
-what says how a network is stored, trained or generated from is left.
+Of these (unread_keys.yaml) what says that the network is another is refused, what may is named in the
+model's `assumptions`, what says how a network is stored, trained or generated from is left.
 """
 
 import re
@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any
 
 from mopsim.common.errors import MopError, shown
+from mopsim.common.shipped import shipped
 from mopsim.common.values import number_problem
 
 Config = dict[str, Any]
@@ -16,44 +17,8 @@ UNREAD = "not read: "
 """How an assumption about keys that may or may not change a network begins."""
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
 """What an unread key may be and change nothing: there is no such mechanism."""
-_FACTORS = r"(embedding|residual|attention|logits?|lm_head)_(multiplier|scaling|scale)|partial_rotary_factor"
-"""Keys that are neutral at 1 too."""
-_MECHANISMS: tuple[tuple[str, str], ...] = (
-    (r"is_encoder_decoder|add_cross_attention|cross_attention_\w+", "only decoders can be expressed"),
-    (r"index_\w+|\w*(sparse_attn|sparse_attention|moba|nsa)\w*", "sparse attention cannot be expressed"),
-    (
-        r"(linear|mamba|ssm|kda|rwkv|conv)_\w+|full_attention_interval|\w*hybrid\w*(pattern|layer)\w*",
-        "layers without softmax attention cannot be expressed",
-    ),
-    (
-        r"sliding_window\w*|attention_chunk_size|no_rope_\w+|nope_\w*|layer_types_\w+",
-        "layers that attend to a part of the sequence only cannot be expressed here",
-    ),
-    (r"\w*(softcap|logit_cap)\w*", "capped logits cannot be expressed"),
-    (r"(q|kv)_lora_rank|qk_(nope|rope)_head_dim|v_head_dim", "its attention is not latent"),
-    (
-        r"(n_|num_)(routed_|local_|shared_)?experts(_per_tok(en)?)?|moe_intermediate_size|first_k_dense_replace"
-        r"|shared_expert\w*",
-        "it has no such experts",
-    ),
-    (r"num_(nextn_predict|mtp)_layers", "it has no MTP layers"),
-    (r"(add_|use_|enable_)\w*bias|qkv_bias|mlp_bias|attention_bias", "it has no such biases"),
-    (_FACTORS, "such a factor cannot be expressed"),
-    (r"swiglu_\w+|clip_qkv|qk_layernorm|use_qk_norm", "it has no such operation"),
-)
-"""(names of keys, why an architecture that does not read them cannot have them)."""
-_BESIDE = re.compile(
-    r"_.*|.*_token_id|.*_token_index|.*version.*|torch_dtype|dtype|use_cache|output_.*|return_dict.*"
-    r"|architectures|model_type|auto_map|transformers\S*|unsloth\S*|quantization_config|compression_config"
-    r"|initializer_range|pretraining_tp|gradient_checkpointing|attn_implementation"
-    r"|(router|aux)_\w*loss\w*|seq_aux|ep_size|max_window_layers"
-    r"|max_position_embeddings|initial_context_length|qk_head_dim|use_mrope|id2label|label2id|problem_type"
-    r"|chunk_size_feed_forward|task_specific_params|finetuning_task|tokenizer_class|prefix|is_decoder"
-    r"|tie_encoder_decoder|pruned_heads|torchscript|tf_legacy_loss|use_bfloat16|layer_types|summary_\w+"
-    r"|for_llm_compressor|bad_words_ids|.*beam.*|do_sample|early_stopping|.*(length|penalty|ngram_size|top_k|top_p|typical_p)"
-    r"|temperature|remove_invalid_values|num_return_sequences|suppress_tokens"
-)
-"""Keys of how a network is stored, made, trained or generated from."""
+_KEYS = shipped("mopsim.spec", "unread_keys.yaml")
+_BESIDE = re.compile("|".join(_KEYS["beside"]))
 _MOST = 10
 
 
@@ -136,9 +101,10 @@ class ConfigReader:
         """What a model assumes of the keys that nothing asked for. Raises MopError for one that says that the
         network is another."""
         left = {k: v for k, v in self.config.items() if k not in self.read and v not in _NEUTRAL}
-        left = {k: v for k, v in left.items() if v != 1 or not re.fullmatch(_FACTORS, k)}
+        left = {k: v for k, v in left.items() if v != 1 or not re.fullmatch(_KEYS["factors"], k)}
         for key, value in left.items():
-            rule = next((why for names, why in _MECHANISMS if re.fullmatch(names, key)), "")
+            refused = (one["refused"] for one in _KEYS["mechanisms"] if re.fullmatch(one["keys"], key))
+            rule = next(refused, "")
             if rule and key not in self.passed:
                 raise MopError(f"{self.origin}: {key}: {shown(value)} is refused for {architecture}: {rule}")
         names = [shown(key) for key in left if not _BESIDE.fullmatch(key)]

@@ -7,9 +7,8 @@ import msgspec
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
-from mopsim.common.shipped import shipped
 from mopsim.common.values import first_unreadable
-from mopsim.spec.architectures import ARCHITECTURES, MODEL_TYPES, TEXT_OF
+from mopsim.spec.architectures import ARCHITECTURES, EVERY, MODEL_TYPES, TEXT_OF
 from mopsim.spec.config_parts import common
 from mopsim.spec.config_reader import Config, ConfigReader
 from mopsim.spec.model import ModelSpec
@@ -25,9 +24,9 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "partial_rotary_factor" in nested:
         config = {"partial_rotary_factor": nested["partial_rotary_factor"], **config}
-    absent = _ABSENT["every"] | _ABSENT[architecture]
+    absent = EVERY | ARCHITECTURES[architecture].absent
     reader = ConfigReader(config, origin, absent)
-    fields = common(reader) | ARCHITECTURES[architecture](reader)
+    fields = common(reader) | ARCHITECTURES[architecture].fields(reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
     fields["assumptions"] = (*told, *fields.get("assumptions", ()), *reader.unread(architecture))
@@ -105,7 +104,6 @@ def _name(config: Config, origin: str, architecture: str) -> str:
     return path.parent.name if path.name == "config.json" and path.parent.name else path.stem or architecture
 
 
-_ABSENT: dict[str, Config] = shipped("mopsim", "spec/absent_keys.yaml")
 _NEEDED = tuple(field.name for field in msgspec.structs.fields(ModelSpec) if field.required)
 #: Fields of ModelSpec and the keys of configs that they are read from under another name.
 _OTHER_NAMES = {
