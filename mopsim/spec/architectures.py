@@ -1,5 +1,5 @@
-"""What a Hugging Face config of each known architecture says, as transformers reads it: architectures.yaml, and
-functions for what is more than a key."""
+"""What a Hugging Face config of each known architecture says, as transformers reads it: architectures.yaml,
+with functions for what is more than a key."""
 
 from collections.abc import Callable
 from math import prod
@@ -168,7 +168,7 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
 _READ = shipped("mopsim.spec", "architectures.yaml")
 EVERY: Config = _READ["every"]
 """What keys are that a config of any architecture does not have, where its own entry does not say."""
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Architecture] = {
     name: convert(one, Architecture, name) for name, one in _READ.items() if name not in ("every", "sets")
 }
 TEXT_OF = {whole: name for name, one in ARCHITECTURES.items() for whole in one.text_of}
