@@ -166,10 +166,12 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
 }  # fmt: skip
 
 _READ = shipped("mopsim.spec", "architectures.yaml")
-EVERY: Config = _READ["every"]
+EVERY: Config = _READ.pop("every")
 """What keys are that a config of any architecture does not have, where its own entry does not say."""
+OTHER_NAMES: dict[str, list[str]] = _READ.pop("other_names")
+del _READ["sets"]
 ARCHITECTURES: dict[str, Architecture] = {
-    name: convert(one, Architecture, name) for name, one in _READ.items() if name not in ("every", "sets")
+    name: convert(one, Architecture, name) for name, one in _READ.items()
 }
 TEXT_OF = {whole: name for name, one in ARCHITECTURES.items() for whole in one.text_of}
 """Of architectures of several networks, that of their text."""

@@ -8,7 +8,7 @@ import msgspec
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
 from mopsim.common.values import first_unreadable
-from mopsim.spec.architectures import ARCHITECTURES, EVERY, MODEL_TYPES, TEXT_OF
+from mopsim.spec.architectures import ARCHITECTURES, EVERY, MODEL_TYPES, OTHER_NAMES, TEXT_OF
 from mopsim.spec.config_parts import common
 from mopsim.spec.config_reader import Config, ConfigReader
 from mopsim.spec.model import ModelSpec
@@ -66,7 +66,7 @@ def _read_from(message: str, config: Config, absent: Config) -> str:
     field = re.search(r"model\.(\w+)", message)
     if not field:
         return ""
-    keys = [key for key in _OTHER_NAMES.get(field[1], ()) if key in config]
+    keys = [key for key in OTHER_NAMES.get(field[1], ()) if key in config]
     usual = field[1] in absent and field[1] not in config
     return f" (from {', '.join(keys)})" if keys else " (absent: what transformers takes)" * usual
 
@@ -105,15 +105,3 @@ def _name(config: Config, origin: str, architecture: str) -> str:
 
 
 _NEEDED = tuple(field.name for field in msgspec.structs.fields(ModelSpec) if field.required)
-#: Fields of ModelSpec and the keys of configs that they are read from under another name.
-_OTHER_NAMES = {
-    "num_local_experts": ("num_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("moe_k",),
-    "moe_intermediate_size": ("intermediate_size",),
-    "shared_expert_intermediate_size": ("n_shared_experts", "moe_num_shared_experts"),
-    "shared_expert_gate": ("shared_expert_intermediate_size",),
-    "first_k_dense_replace": ("mlp_only_layers",),
-    "intermediate_size": ("mlp_only_layers", "decoder_sparse_step", "moe_layer_freq"),
-    "head_dim": ("hidden_size", "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"),
-    "qk_rope_head_dim": ("qk_nope_head_dim",),
-}

@@ -1,21 +1,23 @@
-"""Files of before the stacks: what a strategy said of its program becomes a stack.
+"""Files of before the stacks: what a strategy said of its program becomes a stack (upgrade.yaml).
 
 Until version 0.1 a strategy had `runtime`, `unfused`, `graphs`, `attention.flash`, `experts.plain`, `looped`,
 `mapped` and `checkpoint`, `vocabulary.fused` and `upcast`. Plans, measurements and strategies with them still
 load.
 """
 
+from collections import ChainMap
 from pathlib import Path
 from typing import Any, Literal
 
 from msgspec.structs import replace
 
+from mopsim.common.changes import changed
 from mopsim.common.io import Spec, convert, read_yaml, to_plain
+from mopsim.common.shipped import shipped
 from mopsim.spec import renamed
 from mopsim.spec.categories import Runtime
-from mopsim.spec.kernels import AttentionKernel, Built
 from mopsim.spec.plan import Measurement, Plan
-from mopsim.spec.stack import HostCosts, Kernels, Recompute, Sharding, Stack
+from mopsim.spec.stack import HostCosts, Stack
 from mopsim.spec.stacks import completed, load_stack
 from mopsim.spec.strategy import DEFAULT_STACK, Strategy
 
@@ -25,6 +27,9 @@ Unfused = Literal[
 ]  # fmt: skip
 EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies", "modules")
 """What mopexec's fully_shard runtime composed; where its modules count for nothing, without the last."""
+
+_ENTRIES = shipped("mopsim.spec", "upgrade.yaml")
+_SOURCE = "the fields of a strategy of mop 0.1.0"
 
 
 class _Attention(Spec, frozen=True, kw_only=True):
@@ -123,69 +128,26 @@ def split(data: dict[str, Any], field: str) -> tuple[dict[str, Any], Stack | Non
 
 def _stack(old: _Old) -> Stack:
     """The stack that the old fields say; a shipped one where it is the same."""
-
-    def built(word: str, composed: bool = False) -> Built:
-        return "composed" if composed or word in old.unfused else "fused"
-
     eager = set(old.unfused) in (set(EAGER), set(EAGER[:-1]))
-    vocabulary, experts = old.vocabulary, old.experts
-    copies = "copies" in old.unfused
+    explicit, fused = old.runtime == "flat_units" and not old.unfused, old.vocabulary.fused
+    said: dict[str, Any] = {
+        "kernels.expert_products": "looped" if old.experts.looped or explicit else "torch",
+        "sharding.experts": not old.experts.plain, "recompute.chunk_inputs": old.experts.checkpoint,
+        "host.modules": "modules" in old.unfused, "host.graphs": HostCosts(graphs=old.graphs).graphs,
+    }  # fmt: skip
+    if not old.attention.flash:
+        said["kernels.attention"] = {"default": "scores"}
     if eager and old.runtime == "fully_shard":
-        return _eager(old)
-    explicit = old.runtime == "flat_units" and not old.unfused
-    found = Stack(
-        name="upgraded",
-        version="strategy of mop 0.1.0",
-        runtime=old.runtime,
-        explicit=explicit,
-        kernels=Kernels(
-            norm=built("norms", explicit),
-            rotary=built("rotary", explicit),
-            activation=built("activation", explicit),
-            residual=built("residual"),
-            expert_rows=built("experts", explicit),
-            router=built("router", explicit),
-            expert_products="looped" if experts.looped or explicit else "torch",
-            weight_grads=built("accumulation"),
-            ring_blocks=built("blocks"),
-            loss="upcast" if vocabulary.upcast else "fused" if vocabulary.fused else "composed",
-            logits_held=not eager,
-            loss_chunks="composed" if eager else "fused",
-            gate_up="separate" if explicit else "joined",
-            attention=_attention(old, explicit=explicit),
-            fills="fills" in old.unfused,
-        ),
-        sharding=Sharding(fsdp=old.runtime == "fully_shard", copies=copies, experts=not experts.plain),
-        recompute=Recompute(stops_early=copies, chunk_inputs=experts.checkpoint),
-        host=HostCosts(modules="modules" in old.unfused, graphs=old.graphs),
-        sources={"kernels": "the fields of a strategy of mop 0.1.0"},
-    )
-    shipped = load_stack("mopexec-flat")  # an old strategy says nothing of what the program can
-    same = replace(found, has=shipped.has)
-    return shipped if shipped.on_kind("cpu").behaviour == same.behaviour else found
-
-
-def _attention(old: _Old, *, explicit: bool) -> dict[str, AttentionKernel]:
-    if not old.attention.flash:
-        return {"default": "scores"}
-    return {"default": "cpu" if explicit else "profile"}
-
-
-def _eager(old: _Old) -> Stack:
-    """What mopexec's fully_shard runtime did, with what else the old fields say: torch composed norm,
-    rotation and gate on every device."""
-    base, vocabulary, experts = load_stack("mopexec-fsdp2"), old.vocabulary, old.experts
-    rows: dict[str, Any] = {"norm": "composed", "rotary": "halves", "activation": "composed"}
-    changes: dict[str, dict[str, Any]] = {
-        "kernels": {**rows, "expert_products": "looped" if experts.looped else "torch"},
-        "sharding": {"experts": not experts.plain},
-        "recompute": {"chunk_inputs": experts.checkpoint},
-        "host": {"modules": "modules" in old.unfused, "graphs": old.graphs},
-    }
-    if vocabulary.fused:
-        changes["kernels"]["loss"] = "upcast" if vocabulary.upcast else "fused"
-    if not old.attention.flash:
-        changes["kernels"]["attention"] = {"default": "scores"}
-    parts: dict[str, Any] = {name: replace(getattr(base, name), **new) for name, new in changes.items()}
-    said = {f"kernels.{name}": "the fields of a strategy of mop 0.1.0" for name in rows}
-    return replace(base, name="upgraded", sources=base.sources | said, **parts)
+        base, rows = load_stack("mopexec-fsdp2"), _ENTRIES["eager"]
+        loss = {"kernels.loss": "upcast" if old.vocabulary.upcast else "fused"} if fused else {}
+        sources = base.sources | dict.fromkeys(rows, _SOURCE)
+        return replace(changed(base, rows | said | loss, "stack"), name="upgraded", sources=sources)
+    entries = [_ENTRIES["unfused"][word] for word in old.unfused]
+    entries += [_ENTRIES["composed"]] * eager + [_ENTRIES["explicit"]] * explicit
+    said |= {"runtime": old.runtime, "sharding.fsdp": old.runtime == "fully_shard"}
+    said["kernels.loss"] = "upcast" if old.vocabulary.upcast else "fused" if fused else "composed"
+    plain = Stack(name="upgraded", version="strategy of mop 0.1.0", sources={"kernels": _SOURCE})
+    found = changed(plain, dict(ChainMap(said, *entries)), "stack")
+    flat = load_stack("mopexec-flat")  # an old strategy says nothing of what the program can
+    same = replace(found, has=flat.has)
+    return flat if flat.on_kind("cpu").behaviour == same.behaviour else found
