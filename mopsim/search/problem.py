@@ -49,37 +49,14 @@ LEANEST = len(RECOMPUTED)
 """Code of no set: of what keeps least whatever is recomputed, where it is not chosen yet."""
 
 DEFAULTS = {
-    "micro_batch": 1,
-    "tensor": 1,
-    "pipeline": 1,
-    "virtual_stages": 1,
-    "layout": 0,
-    "sequence": 1,
-    "exchange": ULYSSES,
-    "experts": 1,
-    "expert_tensor": 1,
-    "expert_shard": 1,
-    "strided": 0,
-    "dispatcher": 0,
-    "vocabulary": 1,
-    "dense_shard": 1,
-    "chunks": 0,
-    "ffn_slices": 1,
-    "loss": FULL,
-    "loss_slices": 1,
-    "state": DEVICE,
-    "state_parts": PARTS,
-    "bucket": 100_000_000,
-    "beside": 0,
-    "boundary_host": 0,
-    "boundary_parts": PARTS,
-    "recompute": 1,
-    "modules": 0,
-    "reshard": 1,
-    "offload": 0,
-    "zero": 3,
+    "micro_batch": 1, "tensor": 1, "pipeline": 1, "virtual_stages": 1, "layout": 0, "sequence": 1,
+    "exchange": ULYSSES, "experts": 1, "expert_tensor": 1, "expert_shard": 1, "strided": 0, "dispatcher": 0,
+    "vocabulary": 1, "dense_shard": 1, "chunks": 0, "ffn_slices": 1, "loss": FULL, "loss_slices": 1,
+    "state": DEVICE, "state_parts": PARTS, "bucket": 100_000_000, "beside": 0, "boundary_host": 0,
+    "boundary_parts": PARTS, "recompute": 1, "modules": 0, "reshard": 1, "offload": 0, "zero": 3,
     "overlap": 0,
-}
+}  # fmt: skip
+"""Columns of a space, and what each is where no axis sets it."""
 
 
 @lru_cache(maxsize=64)

@@ -24,16 +24,9 @@ CATEGORIES = (
 )
 
 COMPONENTS = (
-    "embedding",
-    "attention",
-    "dense_ffn",
-    "router",
-    "experts",
-    "shared_experts",
-    "vocabulary",
-    "optimizer",
+    "embedding", "attention", "dense_ffn", "router", "experts", "shared_experts", "vocabulary", "optimizer",
     "other",
-)
+)  # fmt: skip
 WAITING = "waiting"
 """Beside the components: seconds in which the compute stream stands still."""
 WAITS = {
