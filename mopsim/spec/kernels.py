@@ -12,8 +12,9 @@ from mopsim.spec.sharding import MOST_BYTES
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
 AttentionKernel = Literal[
-    "profile", "cpu", "flash2", "flash3", "flash4", "cudnn", "ck", "flex", "triton", "masked", "scores"
-]
+    "profile", "cpu", "flash1", "flash2", "flash3", "flash4", "cudnn", "ck", "flex", "triton", "masked",
+    "scores",
+]  # fmt: skip
 """profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
 query heads of a KV head one after another. masked: torch's under a mask, of the whole square. scores: kept in
 memory, no flash kernel."""
