@@ -15,30 +15,41 @@ UNKNOWN = ("", "unknown")
 """Cells that say nothing."""
 
 
-class Rule(Spec, frozen=True, kw_only=True):
+class Condition(Spec, frozen=True, kw_only=True):
     """when: column -> regular expression searched in the cell in lower case, all must be found; unless: none
-    may be. set: column, or dotted field, -> value; `column+` adds to a list of words joined by +. source:
-    where it is written. told: an assumption to tell where it changed something. refuse: why a row cannot be
-    expressed.
-    """
+    may be. since, until: months (`2025-10`) between which the cell `date` must lie, the second left out; one
+    that is empty is before every month."""
 
-    id: str
     when: dict[str, str]
-    source: str
-    set: dict[str, Any] = msgspec.field(default_factory=dict)
     unless: dict[str, str] = msgspec.field(default_factory=dict)
-    told: str = ""
-    refuse: str = ""
+    since: str = ""
+    until: str = ""
 
     def fits(self, row: Row) -> bool:
-        """Whether the rule is of this row."""
+        """Whether it is true of this row."""
 
         def found(column: str, pattern: str) -> bool:
             return re.search(pattern, row.get(column, "").lower()) is not None
 
-        return all(found(*each) for each in self.when.items()) and not any(
-            found(*each) for each in self.unless.items()
+        date = row.get("date", "")
+        return (
+            self.since <= date
+            and (not self.until or date < self.until)
+            and all(found(*each) for each in self.when.items())
+            and not any(found(*each) for each in self.unless.items())
         )
+
+
+class Rule(Condition, frozen=True, kw_only=True):
+    """set: column, or dotted field, -> value; `column+` adds to a list of words joined by +. source: where it
+    is written. told: an assumption to tell where it changed something. refuse: why a row cannot be expressed.
+    """
+
+    id: str
+    source: str
+    set: dict[str, Any] = msgspec.field(default_factory=dict)
+    told: str = ""
+    refuse: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """What a row of a runs table leaves unsaid: its notes in a standard form, and what recipes set. All is data.
 
-data/stacks.yaml names the stack of a source, data/notes.yaml what notes mean, data/recipes.yaml what programs
-set for one network, machine or release, data/families.yaml what follows from how state is sharded.
+data/stacks.yaml names the stack of a source, data/programs.yaml that of the program that a row's words name,
+data/dates.yaml the first month of a card and a network, data/notes.yaml what notes mean, data/recipes.yaml
+what programs set for one network, machine or release, data/families.yaml what follows from how state is
+sharded.
 """
 
+import re
 from dataclasses import replace
 from functools import cache
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.rules import UNKNOWN, RowFacts, Rule, applied, load_rules
+from mopsim.common.rules import UNKNOWN, Condition, RowFacts, Rule, applied, load_rules
 from mopsim.common.shipped import shipped
 from mopsim.spec.strategy import Exchange, Tier
 from mopsim.validate.columns import ROOTS
@@ -26,6 +29,33 @@ def rules() -> tuple[Rule, ...]:
 def stack_names() -> dict[str, str]:
     """Source -> stack."""
     return dict(shipped("mopsim.validate", "data/stacks.yaml"))
+
+
+class NamedStack(Condition, frozen=True, kw_only=True):
+    """The stack of rows of which the condition is true: see data/programs.yaml."""
+
+    stack: str
+
+
+class FirstMonth(Condition, frozen=True, kw_only=True):
+    """The month before which no row is of which the condition is true: see data/dates.yaml."""
+
+    month: str
+    source: str
+
+
+@cache
+def programs() -> tuple[NamedStack, ...]:
+    """The programs, in the order in which they are tried."""
+    plain = shipped("mopsim.validate", "data/programs.yaml")
+    return tuple(io.convert(one, NamedStack, "program", "data/programs.yaml") for one in plain)
+
+
+@cache
+def first_months() -> tuple[FirstMonth, ...]:
+    """From when cards and networks were there."""
+    plain = shipped("mopsim.validate", "data/dates.yaml")
+    return tuple(io.convert(one, FirstMonth, "month", "data/dates.yaml") for one in plain)
 
 
 def loss_parts(kind: object) -> int | None:
@@ -60,10 +90,11 @@ def general_stacks() -> frozenset[str]:
 def facts(row: Row) -> RowFacts:
     """All that is known of a row. `stack` is looked up from `source` where it is missing; `stages` is pp x
     vp; `graphs` are the components that CUDA graphs replay, joined by +, or `step`."""
-    stack = row.get("stack", "")
-    named = stack_names().get(row["source"], "") if stack in UNKNOWN else stack
     names = " ".join(row.get(column, "") for column in ("source", "source_ref", "notes"))
-    more = {"stack": named, "stages": _stages(row), "names": names}
+    more = {"stack": row.get("stack", ""), "stages": _stages(row), "names": names}
+    more["date"], more["dated"] = _month(row, names.lower())
+    if more["stack"] in UNKNOWN:
+        more["stack"] = stack_names().get(row["source"]) or _named({**row, **more})
     known = applied(rules(), row, ROOTS, more)
     settings, graphs = dict(known.settings), known.row.get("graphs", "")
     if graphs not in (*UNKNOWN, "none"):
@@ -75,6 +106,25 @@ def facts(row: Row) -> RowFacts:
             except MopError as error:
                 raise UnsupportedError(name, str(error)) from None
     return replace(known, settings=settings)
+
+
+_MONTH = re.compile(r"(?<!\d)(20[12]\d)(?:-(0[1-9]|1[0-2])(?!\d)|(0[1-9]|1[0-2])(?:[0-3]\d)?(?!\d))")
+_RELEASE = re.compile(r"\b(?:nemo|ngc|pytorch|container|image|jax|release)[ :-]?(2[3-9])\.(0[1-9]|1[0-2])\b")
+"""Months as dates have them, and as NVIDIA's containers and NeMo are numbered."""
+
+
+def _month(row: Row, names: str) -> tuple[str, str]:
+    """The latest month that the row's words name and `yes`; else the first in which its card and its network
+    were there and ''."""
+    said = {f"{year}-{one or other}" for year, one, other in _MONTH.findall(names)}
+    said |= {f"20{year}-{month}" for year, month in _RELEASE.findall(names)}
+    bounds = (one.month for one in first_months() if one.fits(row))
+    return (max(said), "yes") if said else (max(bounds, default=""), "")
+
+
+def _named(row: Row) -> str:
+    """The stack of the program that the row's words name."""
+    return next((one.stack for one in programs() if one.fits(row)), "")
 
 
 def _stages(row: Row) -> str:

@@ -10,6 +10,7 @@ from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.explain import not_one_of
 from mopsim.common.rules import RowFacts
+from mopsim.spec.capability import Job, values_had
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div, full_parts
 from mopsim.spec.model import ModelSpec
@@ -121,7 +122,7 @@ def strategy(
         overlap=_overlap(row),
         precision=_precision(row),
     )
-    return _settled(found, known, stack, approximations)
+    return _settled(_exchanged(found, row, model, stack), known, stack, approximations)
 
 
 def edges_counted(layers: int, parts: int) -> tuple[int, ...]:
@@ -168,6 +169,14 @@ def _exchange(row: Row, family: FamilyHabits, stack: Stack) -> Exchange:
         return _lookup(named, row, "cp_exchange")
     usual, had = family.context_exchange, stack.has.get("attention.cp_comm_type", ())
     return usual if usual in had or not had else had[0]
+
+
+def _exchanged(found: Strategy, row: Row, model: ModelSpec, stack: Stack) -> Strategy:
+    """With an exchange that the program has on this network, where the row does not say which."""
+    works = values_had(Job(model, found, stack=stack), "attention.cp_comm_type")
+    if row.get("cp_exchange") or not works or found.attention.cp_comm_type in works:
+        return found
+    return changed(found, {"attention.cp_comm_type": works[0]}, "strategy")
 
 
 def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec, stack: Stack) -> Vocabulary:

@@ -10,7 +10,7 @@ from mopsim.intervals.spread import network
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.case import read_cases, write_cases
-from mopsim.validate.facts import facts, rules, stack_names
+from mopsim.validate.facts import facts, programs, rules, stack_names
 from mopsim.validate.models import from_row, read_rows
 from mopsim.validate.rows import read_case
 from mopsim.validate.tables import UnsupportedError
@@ -31,6 +31,7 @@ def bridge(model: str, gpu: str, notes: str, **changes: str) -> dict[str, str]:
 
 def test_every_stack_that_is_named_exists() -> None:
     named = {*stack_names().values(), *(rule.set["stack"] for rule in rules() if "stack" in rule.set)}
+    named |= {one.stack for one in programs() if one.stack}
     for name in named:
         assert load_stack(name).name == name
 
@@ -38,9 +39,24 @@ def test_every_stack_that_is_named_exists() -> None:
 @pytest.mark.parametrize(
     ("source", "notes", "sharding", "stack"),
     [
-        ("new", "NeMo AutoModel 25.11, FSDP2", "zero3", "nemo-automodel"),
+        ("new", "NeMo AutoModel 25.11, FSDP2", "zero3", "nemo-automodel-hf"),
         ("torchtitan-2026", "", "zero3", "torchtitan"),
-        ("new", "Megatron-LM core_r0.15", "zero1", "megatron-core"),
+        ("new", "Megatron-LM core_r0.15", "zero1", "megatron-lm"),
+        ("new", "Megatron-Core, permute fusion", "zero1", "megatron-core"),
+        ("new", "Megatron-Bridge, FSDP", "zero3", "megatron-fsdp"),
+        ("new", "NeMo 25.09 performance script, 2026-04", "zero1", "nemo"),
+        ("new", "NeMo 26.04", "zero1", "megatron-bridge"),
+        ("new", "TorchTitan, torch.compile off", "zero3", "torchtitan"),
+        ("new", "torchtitan, compiled blocks and loss", "zero3", "torchtitan-compile"),
+        ("new", "torchtitan 2026-06, eager", "zero3", "torchtitan-2026"),
+        ("new", "LLaMA-Factory, DeepSpeed ZeRO-3", "zero3", "deepspeed"),
+        ("new", "Axolotl, DeepSpeed ZeRO-3, Liger", "zero3", "deepspeed-liger"),
+        ("new", "TRL SFTTrainer with FSDP1", "zero3", "transformers-fsdp1"),
+        ("new", "TRL SFTTrainer, FSDP2", "zero3", "trl"),
+        ("new", "Megatron-SWIFT", "zero1", "megatron-core"),
+        ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
+        ("new", "KempnerForge, eager", "zero3", "kempnerforge"),
+        ("new", "prime-rl SFT", "zero3", "prime-rl"),
         ("new", "DeepSpeed ZeRO-3", "zero3", "deepspeed"),
         ("new", "Megatron-DeepSpeed", "zero1", "megatron-deepspeed"),
         ("dgxc-nemo-2505", "", "zero1", "nemo"),
@@ -76,10 +92,10 @@ def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
             assert on == kernels
 
 
-def test_a_compiled_torchtitan_since_july_2026_has_its_loss_in_chunks() -> None:
+def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
     for when, stack, loss in (
-        ("20260630", "torchtitan-compile", "full"),
-        ("20260712", "torchtitan-compile-2026", "chunked"),
+        ("20260430", "torchtitan-compile", "full"),
+        ("20260512", "torchtitan-compile-2026", "chunked"),
         ("20270101", "torchtitan-compile-2026", "chunked"),
     ):
         found = read_case(
@@ -97,13 +113,30 @@ def test_a_compiled_torchtitan_since_july_2026_has_its_loss_in_chunks() -> None:
 
 
 def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
-    for when, stack, routes in (
-        ("20260716", "megatron-core", "independent"),
-        ("20261010", "primus-2026", "consecutive"),
-    ):
-        found = read_case(row(source="amd", notes="Primus", source_ref=when, sharding="zero1"), MODELS)
-        assert (found.stack, found.program().balanced_routes) == (stack, routes)
+    cells = {"source": "amd", "notes": "Primus", "gpu": "mi355x-288g", "sharding": "zero1"}
+    for when, routes in (("20260716", "independent"), ("20261010", "consecutive"), ("", "consecutive")):
+        found = read_case(row(source_ref=when, **cells), MODELS)
+        assert (found.stack, found.program().balanced_routes) == ("primus-2026", routes)
     assert found.program().kernels.loss == "fused"
+    assert read_case(row(**cells | {"gpu": "h100-sxm-80g"}), MODELS).stack == "megatron-core"
+
+
+def test_the_month_of_a_row_is_the_latest_that_it_names_else_the_first_of_its_card_and_network() -> None:
+    for cells, month in (
+        ({"source_ref": "benchmarks/llama3_h100_202412_x.md"}, ("2024-12", "yes")),
+        ({"notes": "2025-11-02, NeMo 26.04"}, ("2026-04", "yes")),
+        ({"notes": "20480 tokens, issue 2025123456", "gpu": "b200-sxm-192g"}, ("2024-11", "")),
+        ({"gpu": "b200-sxm-192g", "model": "gpt_oss_20b"}, ("2025-08", "")),
+        ({"gpu": "a100-sxm-80g", "model": "gpt"}, ("", "")),
+    ):
+        found = facts(row(**cells)).row
+        assert (found["date"], found["dated"]) == month, cells
+
+
+def test_an_exchange_that_no_row_states_is_one_that_the_program_has_on_the_network() -> None:
+    for model, exchange in (("mixtral_8x7b", "ring"), ("gpt_oss_20b", "ulysses"), ("deepseek_v2", "ring")):
+        asked = row(model=model, stack="megatron-core", sharding="zero1", cp="2", dp="4")
+        assert read_case(asked, MODELS).strategy.attention.cp_comm_type == exchange
 
 
 def test_deepseek_v3_has_its_groups_of_experts_but_in_a_program_that_chooses_of_all() -> None:
@@ -235,7 +268,8 @@ def test_the_last_release_replays_the_whole_step() -> None:
     assert (found.strategy.precision.attention, found.strategy.precision.vocabulary) == ("matmul", "matmul")
     assert "late-mxfp8-of-deepseek-v3" in found.assumptions
     assert read_case({**said, "gpu": "gb200-186g"}, MODELS).strategy.precision.attention == "compute"
-    for other in ({"notes": "NeMo 26.04"}, {"source": "mine"}, {"stack": "megatron-core"}):
+    assert read_case({**said, "source": "mine"}, MODELS).program().host.graphs == ("step",)
+    for other in ({"notes": "NeMo 26.04"}, {"stack": "megatron-core"}):
         plain = read_case({**said, **other}, MODELS)
         assert plain.program().host.graphs == ()
         assert not plain.strategy.overlap.experts

@@ -10,7 +10,7 @@ from mopsim.common.errors import SpecError
 from mopsim.common.io import digest
 from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
-from mopsim.spec.capability.rules import RULES, no_runtime, value_at
+from mopsim.spec.capability.rules import RULES, no_runtime, value_at, values_had
 from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, Side
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
@@ -33,6 +33,7 @@ __all__ = [
     "not_run",
     "refusals",
     "runnable",
+    "values_had",
 ]
 
 

@@ -1,7 +1,7 @@
 """Relations between fields that a side needs beyond what each field's row says: those of rules.yaml, and
 those that walk through whole specs, as whether its program is the one that a stack describes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -119,22 +119,37 @@ def _attention(job: Job, side: str) -> Iterator[SpecError]:
             yield SpecError("stack.kernels.attention", {key: kernel}, rule)
 
 
-def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
-    """Every field that acts has a value that the program can have (`Stack.has`), under all conditions that
-    hold."""
-    stack = job.software
+def _had(job: Job) -> dict[str, dict[str, tuple[Any, ...]]]:
+    """The values that the program has of each field that acts, by the condition under which it has no others
+    (empty: always), of all conditions that hold."""
     entries: dict[str, dict[str, tuple[Any, ...]]] = {}
-    for key, values in stack.has.items():
+    for key, values in job.software.has.items():
         path, _, where = key.partition(" where ")
         if ROWS[f"strategy.{path}"].acts_in(job) and (not where or holds(where)(job)):
             entries.setdefault(path, {})[where] = tuple(map(plain, values))
-    for path, had in entries.items():
+    return entries
+
+
+def _works(had: Mapping[str, tuple[Any, ...]]) -> list[Any]:
+    return [one for one in next(iter(had.values())) if all(one in values for values in had.values())]
+
+
+def values_had(job: Job, path: str) -> list[Any] | None:
+    """Values of a strategy's field that the job's program has for it; None where it has any."""
+    had = _had(job).get(path)
+    return None if had is None else _works(had)
+
+
+def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
+    """Every field that acts has a value that the program can have (`Stack.has`), under all conditions that
+    hold."""
+    for path, had in _had(job).items():
         value = attrgetter(path)(job.strategy)
         if all(value in values for values in had.values()):
             continue
-        works = [one for one in next(iter(had.values())) if all(one in values for values in had.values())]
+        works = _works(had)
         told = [where for where, values in had.items() if where and (value not in values or not works)]
-        on = f"the stack {stack.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
+        on = f"the stack {job.software.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
         only = f"only {' or '.join(map(repr, works))}" if works else "nor is any other value"
         yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
 
