@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
-from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import machines_share, products
 from mopsim.report import sizing
@@ -17,7 +16,6 @@ from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.size.settle import Settled
 from mopsim.size.whatif import Swing
-from mopsim.spec.hardware import HardwareProfile
 
 TOLD = 5e-4
 """Half-width of the interval of days that a measurement must take away to be told."""
@@ -65,21 +63,21 @@ def write_decision(folder: Path, decision: Decision) -> None:
 
 def content(d: Decision) -> dict[str, object]:
     """What the template shows, but for its figures."""
-    subject = d.subject
+    subject, said = d.subject, texts(d)
     bill = subject.figures if subject else None
     return {
         "title": "Which cluster to sign for" if d.chosen else "No cluster will do",
         "question": sizing.title(d.request),
         "found": d.chosen is not None,
-        "answer": answer(d),
+        "answer": " ".join(said["answer"]),
         "cards": _cards(d, subject, bill) if subject and bill else [],
-        "why": why(d),
+        "why": said["why"],
         "rivals": _rivals(d),
         "carried": sizing.CARRIED,
         "parts": _parts(bill),
-        "network": _network(bill),
+        "network": " ".join(said["network"]),
         "sites": _sites(subject),
-        "risks": risks(d),
+        "risks": said["risks"],
         "measures": _measures(d.settled),
         "level": f"{100 * d.request.interval:g} %",
         "now": f"{d.settled[0].before:.1%}" if d.settled else "",
@@ -89,32 +87,36 @@ def content(d: Decision) -> dict[str, object]:
     }
 
 
-def answer(d: Decision) -> str:
-    """The recommendation in a sentence; where there is none, the nearest miss."""
-    if d.chosen is None or d.chosen.figures is None:
-        return f"Nothing that was tried will do. {sizing.missed(d.miss).capitalize()}."
-    point, bill, terms = d.chosen, d.chosen.figures, d.request.terms
-    verb = "Buy" if terms.buy else "Reserve" if terms.reserved else "Rent"
-    level = d.request.interval
-    low, high = (one / DAY for one in bill.seconds_interval(level))
-    where = "" if bill.site == DEFAULT else f" in {bill.site}"
-    paid = point.hardware.cluster(bill.billed_nodes)
-    use = f" and train on {point.num_nodes:,} of them" if bill.billed_nodes > point.num_nodes else ""
-    text = (
-        f"{verb} {paid}{where}{use}: {sizing.format_days(bill.days)} days "
-        f"({sizing.format_days(low)} to {sizing.format_days(high)} with {100 * level:g} %)"
-    )
-    if bill.cost is not None:
-        text += f", {sizing.format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
-    text += f"; {sizing.chances(point, d.request)}."
-    for said, better in (
-        ("More likely to be in time", sizing.surely(d.surer, point, d.request)),
-        ("More likely to fit", sizing.fits_surely(d.fitter, point)),
-    ):
-        text += f" {said}: {better}." if better else ""
-    if prices := sizing.break_even(d.sizings, point):
-        text += f" Break-even: {prices}."
-    return text
+def texts(d: Decision) -> dict[str, list[str]]:
+    """The sentences of each part of the page, by block of templates/decision.j2."""
+    point = d.subject
+    result, bill = (point.result, point.figures) if point else (None, None)
+    here, whole = d.request.at(bill), bool(result and bill)
+    found = [one.best for one in d.sizings if one.best and one.best.result] or [
+        one for one in (point,) if one
+    ]
+    waits = sorted(result.waits.items(), key=lambda item: -item[1]) if result else []
+    lost = bill.goodput.lost if bill and bill.goodput else {}
+    template = templates().get_template("decision.j2")
+    facts = template.new_context(
+        {
+            "d": d, "point": point, "result": result, "bill": bill, "whole": whole, "here": here,
+            "terms": here.terms, "machine": point and point.hardware,
+            "wires": point and point.hardware.scale_out, "level": f"{100 * d.request.interval:g} %",
+            "heaviest": [
+                f"{name.replace('_', ' ')} {part / result.step_time:.0%}"
+                for name, part in waits[:3]
+                if result and part > 0.005 * result.step_time
+            ],
+            "runs": [sizing.published(one.result, one.hardware) for one in found if one.result],
+            "lost": [f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4],
+            "sizing": sizing, "days": sizing.format_days, "dollars": sizing.format_dollars,
+            "bytes": format_bytes, "seconds": format_seconds, "number": format_number,
+            "odds": format_probability, "products": products, "upper": UPPER, "day": DAY, "default": DEFAULT,
+        }
+    )  # fmt: skip
+    said = {name: "".join(block(facts)).splitlines() for name, block in template.blocks.items()}
+    return {name: [line for line in lines if line] for name, lines in said.items()}
 
 
 def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
@@ -136,53 +138,6 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
         ("CO2", None if bill.carbon is None else sizing.format_carbon(bill.carbon)),
     ]
     return [{"name": name, "value": value} for name, value in cards if value]
-
-
-def why(d: Decision) -> list[str]:
-    """What makes the cluster the answer: its plan, what bounds the step, how far the others are."""
-    subject = d.subject
-    if subject is None or subject.result is None or subject.figures is None:
-        return [f"{one.hardware.name}: {one.why}" for one in d.sizings]
-    result, training = subject.result, subject.training
-    waits = sorted(result.waits.items(), key=lambda item: -item[1])
-    heaviest = [
-        f"{name.replace('_', ' ')} {seconds / result.step_time:.0%}"
-        for name, seconds in waits[:3]
-        if seconds > 0.005 * result.step_time
-    ]
-    lines = [
-        f"Plan: {result.line} on {result.stack.name}; {training.global_batch:,} sequences a "
-        f"step, {sizing.steps(subject)}, products in {products(result.strategy.precision)}.",
-        f"A node, as its profile has it: {_node(subject.hardware)}.",
-        f"Of a step compute waits for {', '.join(heaviest) or 'next to nothing'}; device memory is filled to "
-        f"{result.peak_memory / result.memory_limit:.0%}.",
-    ]
-    for one in d.sizings:
-        other = one.best
-        if other is None:
-            lines.append(f"{one.hardware.name} cannot: {one.why}.")
-        elif other is not subject and other.figures:
-            lines.append(_against(other, subject))
-    return lines
-
-
-def _node(hardware: HardwareProfile) -> str:
-    """'8 devices of 141 GiB and 400 Gbit/s of network a device'."""
-    network = hardware.scale_out
-    spine = f", {network.oversubscription:g} to 1 oversubscribed" if network.oversubscription != 1 else ""
-    return (
-        f"{hardware.devices_per_node} devices of {format_bytes(hardware.device.memory.si)} and "
-        f"{network.peak.si * 8 / 1e9:,.0f} Gbit/s of network a device{spine}"
-    )
-
-
-def _against(other: Point, chosen: Point) -> str:
-    """'h200-sxm-141g: 200 nodes take 58 days, 1.24 times the cost'."""
-    mine, theirs = (point.step_and_bill[1] for point in (chosen, other))
-    text = f"{other.hardware.cluster(other.num_nodes)}: {sizing.format_days(theirs.days)} days"
-    if mine.cost and theirs.cost:
-        text += f", {theirs.cost / mine.cost:.2f} times the cost"
-    return text + "."
 
 
 def _rivals(d: Decision) -> Table:
@@ -212,19 +167,6 @@ def _parts(bill: Figures | None) -> Table:
     return Table(["part", "of this run", "share"], rows)
 
 
-def _network(bill: Figures | None) -> str:
-    """What a purchase's network is; a rent has it in its price."""
-    if bill is None or not bill.capex or bill.network is None or not bill.network.switches:
-        return ""
-    wires = bill.network
-    return (
-        f"Network: {wires.ports:,} ports, {wires.tiers} tier{'s' if wires.tiers > 1 else ''}, "
-        f"{wires.switches:,} switch{'es' if wires.switches > 1 else ''}, {wires.links:,} links, "
-        f"oversubscribed {wires.oversubscription:g} to 1: {sizing.format_dollars(wires.price)}, "
-        f"{wires.price / bill.capex:.0%} of the purchase."
-    )
-
-
 def _sites(point: Point | None) -> Table:
     bills = point.sites if point and len(point.sites) > 1 else ()
     rows = [
@@ -238,66 +180,6 @@ def _sites(point: Point | None) -> Table:
     site = point.figures.site if point and point.figures else ""
     chosen = next((one for one in rows if one[0] == site), ())
     return Table(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
-
-
-def risks(d: Decision) -> list[str]:
-    """What may go otherwise."""
-    subject = d.subject
-    if subject is None or subject.result is None or subject.figures is None:
-        return ["No number of nodes that was tried has a plan: why, by machine type, is said above."]
-    result, bill, here = subject.result, subject.figures, d.request.at(subject.figures)
-    terms = here.terms
-    lines = [
-        _memory(result),
-        f"The step time is predicted, and its error makes most of the interval of days. "
-        f"Its search: {sizing.searched(subject)}; no search bounds what another number of nodes would cost.",
-    ]
-    lines += filter(None, [sizing.unmeasured(result)])
-    best = [one.best for one in d.sizings if one.best and one.best.result]
-    runs = [sizing.published(one.result, one.hardware) for one in best if one.result]
-    runs = runs or [sizing.published(result, subject.hardware)]
-    lines.append(
-        f"Measured runs behind the intervals of step times: {'; '.join(runs)}. A type with few is given "
-        f"the error that machine types had so far."
-    )
-    if bill.goodput:
-        good, lost = bill.goodput, bill.goodput.lost
-        worst = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4)
-        lines.append(
-            f"A failure every {format_number(good.mtbf / 3600)} hours, {bill.seconds / good.mtbf:,.2g} in "
-            f"the run; a checkpoint of {format_bytes(good.checkpoint_bytes)} every "
-            f"{format_seconds(good.interval)}. "
-            f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
-        )
-    if terms.buy:
-        one = terms.capex[subject.hardware.name]
-        lines.append(
-            f"The price of a node is {one.tag}, of {one.dated}: between {sizing.format_dollars(one.low)} and "
-            f"{sizing.format_dollars(one.high)} ({one.source})."
-        )
-    elif price := terms.price(subject.hardware, here.sites[0], here.assumptions):
-        lines.append(f"The price of a device and hour is {price.dollars:g} USD ({price.source}).")
-    if d.swings:
-        names = ", ".join(one.name.replace("_", " ") for one in d.swings[:3])
-        lines.append(f"What moves the answer most: {names}.")
-    return lines
-
-
-def _memory(result: SimResult) -> str:
-    """How surely the plan fits, and how much of the device memory it needs at UPPER."""
-    described, error = result.device.as_described, result.device.error
-    most, chance = described.quantile(UPPER) / result.memory_limit, format_probability(result.p_as_described)
-    text = (
-        f"If {result.stack.name} keeps the tensors that its description says, the plan fits with probability "
-        f"{chance}, and with a probability of {1 - UPPER:.0%} it needs more than {most:.1%} of the usable "
-        f"device memory. That is evenly routed as planned; a router that learns is uneven."
-    )
-    if error.off is None:
-        return text
-    return text + (
-        f" Of programs that nobody had compared {error.share:.0%} kept others; with these the probability is "
-        f"{format_probability(result.p_fits)}. One measured step of the plan settles it."
-    )
 
 
 def _measures(settled: Sequence[Settled]) -> Table:

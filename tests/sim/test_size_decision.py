@@ -17,7 +17,7 @@ from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
 from mopsim.intervals.errors import known_errors
-from mopsim.report.decision import Decision, answer, content, risks, why
+from mopsim.report.decision import Decision, content, texts
 from mopsim.report.sizing import format_days, missed, stated, summary, surely
 from mopsim.size import Goal, Point, Sizing
 from mopsim.size.benchmarks import of_machine, spreads
@@ -137,7 +137,7 @@ def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
         result = replace(chosen.result, stack=software, facts=replace(chosen.result.facts, seen=seen))
         point = replace(chosen, result=result)
         decision = Decision(found.request, [], [], [], point, None, [], [])
-        lines = (risks(decision), stated(found.request, [Sizing(point.hardware, point, [point])]))
+        lines = (texts(decision)["risks"], stated(found.request, [Sizing(point.hardware, point, [point])]))
         return [line for one in lines for line in one if line.startswith(f"No measured run of {stack} is")]
 
     assert re.search(r"\(of its variants .*megatron-bridge, megatron-", said("megatron-core-graphs")[0])
@@ -160,7 +160,7 @@ def test_the_days_are_those_of_the_arithmetic(found: Clusters) -> None:
     decision = Decision(found.request, [], [], [], replace(point, figures=wide), None, [], [])
     found_numbers = re.search(
         r"([\d,]+) steps of (\S+) (\w+) as simulated \(the days count 1.06 times that, (\S+) \3",
-        why(decision)[0],
+        texts(decision)["why"][0],
     )
     assert found_numbers is not None
     steps, alone, unit, counted = found_numbers.groups()
@@ -321,7 +321,7 @@ def test_the_price_stated_is_the_one_billed(tmp_path: Path) -> None:
     assert (machine["price_per_device_hour_usd"], machine["price_source"]) == (1.1, "site beta")
     assert "in beta: price 1.1 USD/h (site beta)" in " ".join(stated(rented.request, rented.sizings))
     decision = Decision(rented.request, rented.sizings, [], [], chosen, None, [], [])
-    assert "1.1 USD (site beta)" in " ".join(risks(decision))
+    assert "1.1 USD (site beta)" in " ".join(texts(decision)["risks"])
     assert "price" not in {one.name for one in rented.what_if()}
 
 
@@ -386,13 +386,13 @@ def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:
     decision = Decision(request, [], [], [], chosen, None, [], [], surer=priced(chosen, 108.0, 7.0))
     assert re.search(
         r"in time with probability 63% if it fits \(50% asked\); .*\. More likely to be in time: ",
-        answer(decision),
+        texts(decision)["answer"][0],
     )
     assert chosen.result is not None
     odds = [format_probability(one) for one in (chosen.result.p_as_described, chosen.result.p_fits)]
-    said = " ".join(risks(decision))
+    said = " ".join(texts(decision)["risks"])
     assert f"fits with probability {odds[0]}, and with a probability of 5% it needs" in said
     assert (chosen.result.device.error.off is None) == (f"the probability is {odds[1]}" not in said)
     tight = replace(chosen.result, memory_limit=int(chosen.result.peak_memory * 0.99))
-    said = " ".join(risks(replace(decision, chosen=replace(chosen, result=tight))))
+    said = " ".join(texts(replace(decision, chosen=replace(chosen, result=tight)))["risks"])
     assert re.search(r"it needs more than 1\d\d\.\d% of the usable device memory", said)

@@ -10,7 +10,7 @@ import mopsim
 from mopsim.api.size import Clusters
 from mopsim.api.size_json import brief_json
 from mopsim.common.units import format_probability
-from mopsim.report.decision import Decision, answer, content, risks
+from mopsim.report.decision import Decision, content, texts
 from mopsim.report.sizing import break_even, chances, columns, row
 from mopsim.size.points import surer_to_fit
 
@@ -35,7 +35,7 @@ def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found
     assert fitter.result is not None
     assert fitter.result.p_fits > tight.p_fits
     decision = Decision(found.request, [], [], [], chosen, None, [], [], fitter=fitter)
-    said, odds = answer(decision), format_probability(tight.p_fits)
+    said, odds = texts(decision)["answer"][0], format_probability(tight.p_fits)
     assert re.search(
         rf"in time with probability \S+ if it fits \(50% asked\); it fits with probability {odds}", said
     )
@@ -43,7 +43,7 @@ def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found
     assert (
         f"More likely to fit: {better} {format_probability(fitter.result.p_fits)} instead of {odds}" in said
     )
-    assert "the plan fits with probability" in risks(decision)[0]
+    assert "the plan fits with probability" in texts(decision)["risks"][0]
     roomy = replace(chosen, result=replace(tight, memory_limit=10 * tight.peak_memory))
     assert surer_to_fit(others, roomy) is None
 
@@ -85,7 +85,7 @@ def test_odds_of_the_budget_are_said(found: Clusters) -> None:
     assert f"in time with probability 50% if it fits (50% asked), {within}" in chances(chosen, both)
     assert "budget" not in chances(chosen, found.request)
     decision = Decision(alone, [], [], [], chosen, None, [], [])
-    assert within in answer(decision)
+    assert within in texts(decision)["answer"][0]
     card = {"name": "probability of the budget, if the plan fits", "value": f"{likely:.0%}"}
     assert str(card) in str(content(decision)["cards"])
     assert brief_json(chosen, alone)["p_budget"] == likely
