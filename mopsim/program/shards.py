@@ -301,10 +301,9 @@ class Shards:
         """Full parameters are freed, where they are."""
         root = unit.layer < 0 and self.c.stack.sharding.fsdp
         root = root and not (unit.name == "embedding" and self._modules) and not self.c.one_by_one
-        if phase == "forward" and (root or not self.c.reshards):
+        kept = root or not self.c.reshards if phase == "forward" else self.sums.stays
+        if kept or self._there.pop(unit.name, None) is None:
             return  # FSDP's root is gathered once a microbatch
-        if self._there.pop(unit.name, None) is None:
-            return
         name, memory = f"release {unit.name}", (("gathered", -self.c.whole(unit)),)
         self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
 

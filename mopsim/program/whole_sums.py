@@ -1,11 +1,12 @@
-"""Gradients of a step's microbatches, summed whole and reduced with the last one's: torch's FSDP2 without
-gradient synchronization (Sharding.whole_sums)."""
+"""Gradients of a step's microbatches, summed whole and reduced with the last one's, and parameters that stay
+whole until then: torch's FSDP2 without gradient synchronization (Sharding.whole_sums, stays)."""
 
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.fsdp2_copies import summed
 from mopsim.program.template import Ops
 from mopsim.program.units import ShardedUnit
+from mopsim.spec.sharding import during
 
 
 class WholeSums:
@@ -13,14 +14,21 @@ class WholeSums:
 
     def __init__(self, context: Context, issue: Builder) -> None:
         self.c, self.issue, self.last = context, issue, True
-        when, stages = context.stack.sharding.whole_sums, context.strategy.pipeline.pipeline_parallel
-        self._kept = when == "always" or (when == "pipelines" and stages > 1)
+        sharding, pipeline = context.stack.sharding, context.strategy.pipeline
+        self._kept, self._stays = (
+            during(when, pipeline.pipeline_parallel) for when in (sharding.whole_sums, sharding.stays)
+        )
         self._there: set[str] = set()
 
     @property
     def wait(self) -> bool:
         """Whether nothing is reduced yet."""
         return self._kept and not self.last
+
+    @property
+    def stays(self) -> bool:
+        """Whether what was gathered for this backward is there for the passes after it."""
+        return self._stays and not self.last
 
     def add(self, unit: ShardedUnit, ready: Ops, rest: int) -> tuple[Ops, int, int]:
         """The full gradient of a microbatch, of which `rest` bytes are still to be made, becomes the sum, or

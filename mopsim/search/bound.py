@@ -23,6 +23,7 @@ from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, laid, load, parts_of
 from mopsim.search.wires import Message, Reals
 from mopsim.spec.categories import RUNTIMES
+from mopsim.spec.sharding import during
 
 ROUTED = 2
 """Exchanges of experts in a pass, there and back; recomputation repeats one at least, in the backward."""
@@ -220,13 +221,12 @@ class Bounder(Footprint):
             return []
         layers = float(m.num_hidden_layers)
         dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers / c["tensor"]
-        gathers = c["reshard"] + 1
+        gathers = self.gathers()
         unit = self.sizes.largest_expert_unit / c["experts"]
         times, experts = layers * self.microbatches, self.sizes.moe_layers * self.microbatches
         shard, copies = c["dense_shard"], c["expert_shard"]
         apart = np.where(c["strided"] == 1, 1, c["experts"] * c["expert_tensor"])
-        when = self.space.stack.sharding.whole_sums
-        once = (when == "always") | ((when == "pipelines") & (c["pipeline"] > 1))
+        once = during(self.space.stack.sharding.whole_sums, c["pipeline"])
         sums = np.where(once, 1 / self.microbatches, 1.0)  # reductions of a microbatch
         return [
             Message("all_gather", dense * self.sent, shard, times * gathers, c["tensor"]),
@@ -234,6 +234,13 @@ class Bounder(Footprint):
             Message("all_gather", unit * self.sent, copies, experts * gathers, apart),
             Message("reduce_scatter", unit * self.reduce, copies, experts * sums, apart),
         ]
+
+    def gathers(self) -> Reals:
+        """How often a layer's weights are gathered for a microbatch: for its forward and, freed after that,
+        its backward, if no pass before has left them there."""
+        reshard, many = self.c["reshard"], self.microbatches
+        stays = during(self.space.stack.sharding.stays, self.c["pipeline"])
+        return np.asarray(np.where(stays, reshard + 1 / many, reshard + 1))
 
     def copies(self) -> Reals:
         """Seconds in which torch's FSDP2, or flat units, cast, zero, copy and add on the compute stream what
@@ -253,7 +260,7 @@ class Bounder(Footprint):
                 moved = bytes_reduced(self.compute, self.reduce)
                 slow = self.scale("memory_bound") * chunk_cat(moved) / self.traffic
                 reduced = np.full(len(shard), max(moved, slow))
-            each = (c["reshard"] + 1) * gathered + reduced
+            each = self.gathers() * gathered + reduced
             found = found + np.where(shard > 1, params * each, 0.0)
         return np.asarray(found / c["pipeline"] * self.microbatches * self.traffic)
 

@@ -14,8 +14,8 @@ MOST_READS, MOST_DOCUMENTS = 1000, 1e6
 class HostCosts(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. layers:
     whose modules they are, for what they take. tensor: what splits their products over tensor-parallel ranks,
-    for what it takes (`dtensor`: torch's parallelize_module; `plain`: not known). hooks: around each of them,
-    its parameters are gathered and freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose
+    for what it takes (`dtensor`: torch's parallelize_module; `plain`: nothing, or not known). hooks: around
+    each, parameters are gathered and freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose
     kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a layer's Python
     frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the host waits for
     every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer

@@ -1,6 +1,6 @@
 """Sharding: how a program shards, gathers and sums its state, beside what a strategy decides."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec.structs import replace
 
@@ -16,12 +16,19 @@ MOST_BUCKETS = 1e12
 """Bytes: more than a device has."""
 
 MOST_COPIES = 8
+Deferred = Literal["never", "pipelines", "always"]
+"""When something waits for the last microbatch's backward."""
 
 WHOLE = (
     "sums", "owners", "grad_passes", "microbatch_grads", "update_copies", "buckets", "reduce_copies",
     "reductions", "update_group", "norm_passes",
 )  # fmt: skip
 """Entries of gradients that a rank sums or updates without sharding parameters."""
+
+
+def during(when: Deferred, stages: Any) -> Any:
+    """Whether it waits, in pipelines of so many stages."""
+    return (when == "always") | ((when == "pipelines") & (stages > 1))
 
 
 class Sharding(Spec, frozen=True, kw_only=True):
@@ -37,24 +44,25 @@ class Sharding(Spec, frozen=True, kw_only=True):
     replica; or they are sharded where expert_fsdp is above 1, and such plain tensors where it is 1
     (`shared`). whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and
     reduced with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's
-    do). flat: a group's parameters are views of one tensor, whose gradient autograd puts together and which
-    is cast and divided before it is reduced (torch's FullyShardedDataParallel); `original`: what the
-    optimizer has are views of it too, each time it is sharded again (use_orig_params). gathers: of these in
-    the dtype of the products, or as shards are (without MixedPrecision, under autocast); those of layers in
-    the 8 bits that products read (`cast`, torchao and Transformer Engine). sums: under ZeRO-1 and 2 gradients
-    are scattered to the ranks that update them (`scattered`), or all ranks sum them whole (`whole`).
-    reductions: under ZeRO-2 and 3 they run beside the backward (`hidden`), or so where the strategy hides
-    them, else what comes after waits for each (`asked`). owners: under ZeRO-1 each tensor's optimizer state
-    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
-    bytes moved for each gradient of a rank once the backward after which they are reduced has made it: into
-    the buffers of reductions and back, scaled, counted into a norm while they are whole. microbatch_grads:
-    where gradients are summed in a wider dtype than the products' and no rank shards them, each that a
-    backward makes is added and freed at once (`added`); or all are added after the backward, each from a copy
-    in the sums' dtype, and live until the next backward begins, through forwards and update (`kept`).
-    zero_grad: where parameters are whole, gradients are there for good (`fills`), or each from the backward
-    that makes it to the end of the step (`frees`, torch's default); so are shards of gradients, unless they
-    are parts of buffers that are there for good (`buffers`); or so below ZeRO-3 alone, until the update has
-    copies in fp32 (`copied`).
+    do). stays: what is gathered for a backward is there until the next pass frees it, or the last backward
+    (set_reshard_after_backward): `always`, or in `pipelines` (as torch's do). flat: a group's parameters are
+    views of one tensor, whose gradient autograd puts together and which is cast and divided before it is
+    reduced (torch's FullyShardedDataParallel); `original`: what the optimizer has are views of it too, each
+    time it is sharded again (use_orig_params). gathers: of these in the dtype of the products, or as shards
+    are (without MixedPrecision, under autocast); those of layers in the 8 bits that products read (`cast`,
+    torchao and Transformer Engine). sums: under ZeRO-1 and 2 gradients are scattered to the ranks that update
+    them (`scattered`), or all ranks sum them whole (`whole`). reductions: under ZeRO-2 and 3 they run beside
+    the backward (`hidden`), or so where the strategy hides them, else what comes after waits for each
+    (`asked`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
+    broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
+    once the backward after which they are reduced has made it: into the buffers of reductions and back,
+    scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
+    dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
+    (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
+    next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
+    gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
+    (`frees`, torch's default); so are shards of gradients, unless they are parts of buffers that are there
+    for good (`buffers`); or so below ZeRO-3 alone, until the update has copies in fp32 (`copied`).
     update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
     makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
     after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
@@ -90,7 +98,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     optional: bool = False
     bucketed: bool = False
     copies: bool = False
-    whole_sums: Literal["never", "pipelines", "always"] = "never"
+    whole_sums: Deferred = "never"
+    stays: Deferred = "never"
     flat: bool | Literal["original"] = False
     gathers: Literal["compute", "param", "cast"] = "compute"
     sums: Literal["scattered", "whole"] = "scattered"
@@ -120,7 +129,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     def whole(self) -> "Sharding":
         """Where a strategy shards no parameters: by torch's DistributedDataParallel, or not at all."""
         return replace(
-            self, fsdp=False, copies=False, optional=False, whole_sums="never", bucketed=True,
+            self, fsdp=False, copies=False, optional=False, whole_sums="never", stays="never", bucketed=True,
             loop="pipelined" if self.loop_copies else "none",
             zero_grad="fills" if self.zero_grad == "buffers" else self.zero_grad,
         )  # fmt: skip
@@ -168,6 +177,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield not self.fsdp or self.zero_grad != "copied", "zero_grad", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.whole_sums == "never", "whole_sums", rule
+        yield self.copies or self.stays == "never", "stays", rule
         rule = "are of a program whose layers are turns of a loop (loop)"
         yield self.loop != "none" or not self.loop_copies, "loop_copies", rule
         rule = "is of a program that shards parameters (fsdp), without copies of FSDP2 and flat tensors"

@@ -108,6 +108,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
     if own.fsdp:
         sharding["copies"] = pick([True, False]) and not own.flat and own.loop == "none"
         sharding["whole_sums"] = own.whole_sums if sharding["copies"] else "never"
+        sharding["stays"] = own.stays if sharding["copies"] else "never"
     else:
         grads = "added" if stack.explicit else pick(["added", "kept"])
         sharding |= {

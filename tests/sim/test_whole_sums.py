@@ -34,6 +34,29 @@ def test_only_the_last_microbatch_reduces() -> None:
     assert {op.microbatch for op in ops if op.name.startswith("sum ")} == set(range(last + 1))
 
 
+@pytest.mark.parametrize("reshards", [False, True])
+@pytest.mark.parametrize("when", ["never", "always"])
+def test_parameters_stay_from_a_backward_to_the_next_pass(when: str, reshards: bool) -> None:
+    """They are gathered once a step, or, freed after each forward, for the first one and each backward."""
+    stack = changed("torchtitan", sharding={"whole_sums": "always", "stays": when})
+    strategy = fsdp2(8, reshard_after_forward=reshards)
+    ops = lower(small(), strategy, training(4), 8, stack=stack).programs[0].ops
+    many = 1 + max(op.microbatch for op in ops)
+    gathers = [op for op in ops if op.name == "gather layers.1.dense"]
+    stayed = many + 1 if reshards else 1
+    assert len(gathers) == (stayed if when == "always" else many * (1 + reshards))
+
+
+def test_what_stays_is_freed_by_the_last_backward() -> None:
+    stack = changed("torchtitan", sharding={"whole_sums": "always", "stays": "always"})
+    results = [
+        simulate(small(), machine(), 1, fsdp2(8, reshard_after_forward=False), training(many), stack)
+        for many in (1, 2, 5)
+    ]
+    once, *more = (found.highest_by_category["gathered"] for found in results)
+    assert set(more) == {once}
+
+
 def test_the_first_sum_in_the_products_dtype_copies_nothing() -> None:
     """Its hooks take the host what a later one's do, which adds each gradient in a kernel of its own."""
     found = {}
