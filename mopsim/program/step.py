@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from mopsim.program import outputs
+from mopsim.program import outputs, scales
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, grad_passes, reduction
@@ -44,8 +44,7 @@ class StageStep:
 
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
-        p = self.c.strategy.pipeline
-        pairs = self.c.weaves
+        p, pairs = self.c.strategy.pipeline, self.c.weaves
         turns = pipeline_order.turns(
             p.schedule, p.pipeline_parallel, p.virtual_stages, microbatches, self.stage.index, int(pairs)
         )
@@ -75,8 +74,8 @@ class StageStep:
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )  # fmt: skip
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
-        ops, blocks = tuple(self.issue.ops), self.stage.flat_bytes
-        return Program(ops, self.stage.index, resident, repeats=tuple(self.repeats), blocks=blocks)
+        ops, repeats, blocks = tuple(self.issue.ops), tuple(self.repeats), self.stage.flat_bytes
+        return Program(ops, self.stage.index, resident, repeats=repeats, blocks=blocks)
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot
@@ -147,6 +146,7 @@ class StageStep:
             self.boundaries.after(microbatch, layer, ready)
             self.shards.after(layer, "forward")
             self._gap("forward", layer)
+        ready = scales.agreed(c, issue, "forward", len(self.stage.every[chunk]), ready)
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, part + 1, ready)
             return
@@ -198,6 +198,7 @@ class StageStep:
             self._visit("backward", layer)
             ready = self._layer_backward(microbatch, layer, ready, order, final)
             self._gap("backward", layer)
+        ready = scales.agreed(self.c, issue, "backward", len(self.stage.every[chunk]), ready)
         if part < self.stage.parts - 1:
             issue.hold((("activations", -self.c.held_output),))
         if part > 0:
@@ -373,9 +374,8 @@ class StageStep:
         self._reduce(rest, self.issue.tail())
         if self.stage.shares_embedding and (self.stage.is_first or self.stage.is_last):
             unit = self.c.edges["embedding"]
-            work = (
-                Work("all_reduce", bytes=float(unit.padded * self.c.reduce), group=self.c.groups["stage"]),
-            )
+            size = float(unit.padded * self.c.reduce)
+            work = (Work("all_reduce", bytes=size, group=self.c.groups["stage"]),)
             self.reductions.append(
                 self.issue.add(
                     "shared embedding", "scale_out", "embedding", "backward", work,

@@ -30,6 +30,7 @@ from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
+from mopsim.program.scales import updated
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import ATTENTION_BACKWARD, COLLECTIVES
 from mopsim.spec.strategy import CAST, MatmulDType
@@ -85,7 +86,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied", how == "kept")
-    found = _cast(found, context)
+    found = updated(_cast(found, context), context)
     found = _biased(found, context) if model.expert_bias else found
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding

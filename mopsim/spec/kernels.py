@@ -110,7 +110,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     multiplied by the factors of both operands' rows afterwards, in what reads them next where that is
     compiled (`rows`). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
     forward pass (`pass`), or there is a copy, kept for the backward, of each (`kept`; in both layouts where
-    casts are), or for good (`cached`). weight_grads: added to their buffer inside the product, or after it.
+    casts are), or for good (`cached`). scale_updates: kernels by which scales are updated in each pass of a
+    layer whose products are in FP8 with delayed scales (Transformer Engine until v1.5). scale_sums: after
+    each pass of a model chunk their largest values are reduced over tensor-parallel ranks (`tensor`) or those
+    of the stage (`world`), while what follows waits. weight_grads: added to their buffer inside the product,
+    or after it.
     adamw: in one kernel, or operation by operation over all tensors, with the roots of all second moments
     beside (`foreach`, torch's default), or over one after the other, with two copies (`looped`); or in one
     kernel on copies in fp32 of narrower moments, parameter by parameter, beside which a wider master is the
@@ -169,6 +173,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     attention_rows: Literal["tokens", "heads"] = "tokens"
     casts: Literal["kept", "again", "made"] = "kept"
     cast_scales: Literal["tensor", "rows"] = "tensor"
+    scale_updates: int = 0
+    scale_sums: Literal["none", "tensor", "world"] = "none"
     weight_casts: Literal["step", "pass", "kept", "cached"] = "step"
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
@@ -190,7 +196,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "logit_passes")
-        require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash", "expert_capacity")
+        require_between(self, 0, MOST_ROOM, "expert_room", "expert_stash", "expert_capacity", "scale_updates")
         rule = "are of experts with a fixed room (expert_capacity)"
         require(bool(self.expert_capacity) or not self.expert_masks, "expert_masks", self.expert_masks, rule)
         fits = not self.expert_capacity or self.expert_buffers == "fit"
