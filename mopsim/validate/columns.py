@@ -20,6 +20,9 @@ class Column(Spec, frozen=True, kw_only=True):
     read: bool = True
     kind: Literal["", "count", "number", "documents"] = ""
     least: int = 1
+    field: str = ""
+    of: Literal["all", "experts", "mla"] = "all"
+    must: Literal["", "all", "experts", "dense"] = ""
 
 
 def _read(plain: dict[str, object], name: str) -> Column:

@@ -38,19 +38,15 @@ def from_row(row: Row) -> ModelSpec:
         raise error.within(f"models.{row['model']}") from None
 
 
-_DENSE, _ROUTED = ("dense_ffn_hidden",), ("top_k", "expert_ffn_hidden", "num_dense_layers")
-_USED = ("hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-
-
 def complaints_of(row: Row) -> list[UnsupportedError]:
     """What is wrong of the cells of a row, each by itself, and what it lacks; put down to a run's `model`."""
     head = f"models.{row['model']}"
     wrong = [*tables.wrong_cells(row, MODELS)]
     filled = applied(model_rules(), row, ("model.",)).row
     told = {one.field for one in wrong}
-    ffn = () if "num_experts" in told else _ROUTED if _get(filled, "num_experts") else _DENSE
-    needed = (*_USED, *ffn)
-    wrong += [_empty(column) for column in needed if column not in told and filled.get(column, "") in UNKNOWN]
+    kinds = {"all"} if "num_experts" in told else _kinds(filled)
+    needed = [name for name, one in MODELS.items() if one.must in kinds and name not in told]
+    wrong += [_empty(column) for column in needed if filled.get(column, "") in UNKNOWN]
     return [UnsupportedError("model", str(one.within(head))) for one in wrong]
 
 
@@ -60,24 +56,30 @@ def _from_row(row: Row) -> ModelSpec:
         if rule.refuse:
             raise SpecError("", rule.id, f"{rule.refuse}, which ModelSpec cannot express")
     filled = known.row
+    kinds = _kinds(filled)
     fields: dict[str, object] = {
+        column.field: (_need if column.must in kinds else _get)(filled, name)
+        for name, column in MODELS.items()
+        if column.field and column.of in kinds
+    }
+    if "mla" in kinds:
+        width = _get(filled, "qk_nope_head_dim") + _get(filled, "qk_rope_head_dim")
+        fields |= {"attention": "mla", "head_dim": width}
+    fields |= {
         "name": row["model"],
-        "hidden_size": _need(filled, "hidden"),
-        "num_hidden_layers": _need(filled, "num_layers"),
-        "num_attention_heads": _need(filled, "num_heads"),
-        "num_key_value_heads": _need(filled, "num_kv_heads"),
-        "head_dim": _need(filled, "head_dim"),
-        "vocab_size": _need(filled, "vocab_size"),
         "tie_word_embeddings": _flag(filled, "tied_embeddings"),
-        "num_nextn_predict_layers": _get(filled, "mtp_layers"),
-        "sliding_window": _get(filled, "sliding_window"),
         "total_params": _published(row, "total_params_b"),
         "active_params": _published(row, "active_params_b"),
         "source": row.get("source", ""),
         "assumptions": known.told,
     }
-    fields |= _latent(filled) | _ffn(filled) | known.of("model")
-    return ModelSpec(**fields)  # type: ignore[arg-type]
+    return ModelSpec(**fields | known.of("model"))  # type: ignore[arg-type]
+
+
+def _kinds(row: Row) -> set[str]:
+    """Kinds of network that a row's is, of which columns are."""
+    latent = {"mla"} if row.get("attention") == "mla" else set()
+    return {"all", "experts" if _get(row, "num_experts") else "dense", *latent}
 
 
 def _get(row: Row, column: str) -> int:
@@ -104,27 +106,3 @@ def _published(row: Row, column: str) -> float | None:
     """Of 1e9 parameters."""
     value = tables.number(row, column)
     return None if value is None else value * 1e9
-
-
-def _latent(row: Row) -> dict[str, object]:
-    """The sizes of MLA."""
-    if row.get("attention") != "mla":
-        return {}
-    columns = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    sizes: dict[str, object] = {column: _get(row, column) for column in columns}
-    width = _get(row, "qk_nope_head_dim") + _get(row, "qk_rope_head_dim")
-    return {"attention": "mla", "head_dim": width, **sizes}
-
-
-def _ffn(row: Row) -> dict[str, object]:
-    experts = _get(row, "num_experts")
-    if not experts:
-        return {"intermediate_size": _need(row, "dense_ffn_hidden")}
-    return {
-        "num_local_experts": experts,
-        "num_experts_per_tok": _need(row, "top_k"),
-        "moe_intermediate_size": _need(row, "expert_ffn_hidden"),
-        "shared_expert_intermediate_size": _get(row, "shared_ffn_hidden"),
-        "first_k_dense_replace": _need(row, "num_dense_layers"),
-        "intermediate_size": _get(row, "dense_ffn_hidden"),
-    }
