@@ -18,13 +18,17 @@ from mopsim.report.explore.steps import (
 )
 from mopsim.size.figures import DAY
 
-_CLUSTER = [
-    ("hardware", "text"), ("nodes", "number"), ("GPUs", "number"), ("in time", "text"),
-    ("within budget", "text"), ("days", "number"),
-    ("days at least", "number"), ("days at most", "number"), ("P(deadline)", "fraction"), ("cost", "dollars"),
-    ("cost at least", "dollars"), ("cost at most", "dollars"), ("goodput", "fraction"), ("plan", "text"),
-    ("purchase", "dollars"), ("energy", "joules"), ("CO2, t", "number"), ("site", "text"), ("reason", "text"),
-]  # fmt: skip
+_CLUSTER = (
+    ("hardware", "text", "hardware"), ("nodes", "number", "nodes"), ("GPUs", "number", "gpus"),
+    ("in time", "text", "in_time"), ("within budget", "text", "within_budget"), ("days", "number", "days"),
+    ("days at least", "number", "days least"), ("days at most", "number", "days most"),
+    ("P(deadline)", "fraction", "p_deadline"), ("cost", "dollars", "cost_usd"),
+    ("cost at least", "dollars", "cost least"), ("cost at most", "dollars", "cost most"),
+    ("goodput", "fraction", "goodput"), ("plan", "text", "plan"), ("purchase", "dollars", "capex_usd"),
+    ("energy", "joules", "energy_j"), ("CO2, t", "number", "carbon_t"), ("site", "text", "site"),
+    ("reason", "text", "reason"),
+)  # fmt: skip
+"""Name, type, and key of a cluster."""
 
 
 def _clusters(result: Json) -> list[dict[str, Any]]:
@@ -49,16 +53,9 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
         else ""
         for one in rows
     ]
-    costed = [one for one in rows if one["days"] is not None and one["cost"] is not None]
-    views = [
-        keyed(
-            "Clusters that were tried",
-            [(name, kind, name) for name, kind in _CLUSTER],
-            rows,
-            "Green: recommended. Grey: will not do.",
-            marks,
-        )
-    ]
+    costed = [one for one in rows if one["days"] is not None and one.get("cost_usd") is not None]
+    note = "Green: recommended. Grey: will not do."
+    views = [keyed("Clusters that were tried", _CLUSTER, rows, note, marks)]
     if costed:
         views.append(_scatter("Cost against time", costed, result))
     timed = [one for one in rows if one["days"] is not None]
@@ -81,7 +78,7 @@ _UNFIT = "out of memory"
 
 
 def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return row["in time"], row["within budget"]
+    return row["in_time"], row["within_budget"]
 
 
 def _said(value: bool | None) -> str:
@@ -89,32 +86,30 @@ def _said(value: bool | None) -> str:
 
 
 def _cluster(one: Json) -> dict[str, Any]:
-    """A row of _CLUSTER, from either way in which `size` says it."""
-    seconds = one.get("duration_s")
-    days, cost = ends(one, "days_interval"), ends(one, "cost_interval")
+    """A cluster by the keys of _CLUSTER, from either way in which `size` says it."""
+    seconds, carbon = one.get("duration_s"), one.get("carbon_kg")
+    found: dict[str, Any] = {name: _said(one.get(name)) for name in ("in_time", "within_budget")}
+    for name in ("days", "cost"):
+        found |= zip((f"{name} least", f"{name} most"), ends(one, f"{name}_interval"), strict=True)
     return {
-        "hardware": one["hardware"], "nodes": one["nodes"], "GPUs": one.get("gpus") or one.get("devices"),
-        "in time": _said(one.get("in_time")), "within budget": _said(one.get("within_budget")),
+        **one, **found, "gpus": one.get("gpus") or one.get("devices"),
         "days": one.get("days") or (seconds / DAY if seconds else None),
-        "days at least": days[0], "days at most": days[1], "P(deadline)": one.get("p_deadline"),
-        "cost": one.get("cost_usd"), "cost at least": cost[0], "cost at most": cost[1],
-        "goodput": one.get("goodput"), "plan": plan_of(one["strategy"]) if one.get("strategy") else None,
-        "reason": one.get("reason"), "purchase": one.get("capex_usd"), "energy": one.get("energy_j"),
-        "CO2, t": one["carbon_kg"] / 1e3 if one.get("carbon_kg") else None, "site": one.get("site"),
+        "plan": plan_of(one["strategy"]) if one.get("strategy") else None,
+        "carbon_t": carbon / 1e3 if carbon else None,
     }  # fmt: skip
 
 
 def _cluster_rows(one: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    return [(name, one[name], kind) for name, kind in _CLUSTER if name != "hardware"]
+    return [(name, one.get(key), kind) for name, kind, key in _CLUSTER if key != "hardware"]
 
 
 def _pair(one: dict[str, Any], name: str) -> list[float] | None:
-    low, high = one[f"{name} at least"], one[f"{name} at most"]
+    low, high = one[f"{name} least"], one[f"{name} most"]
     return None if low is None or high is None else [low, high]
 
 
 def _scatter(title: str, rows: Sequence[dict[str, Any]], result: Json) -> View:
-    best = front([(one["days"], one["cost"]) for one in rows])
+    best = front([(one["days"], one["cost_usd"]) for one in rows])
     deadline = result.get("deadline_s")
     return plot(
         title,
@@ -122,7 +117,7 @@ def _scatter(title: str, rows: Sequence[dict[str, Any]], result: Json) -> View:
         {"name": "cost", "type": "dollars"},
         [
             (one["hardware"], {
-                "x": one["days"], "y": one["cost"], "xr": _pair(one, "days"), "yr": _pair(one, "cost"),
+                "x": one["days"], "y": one["cost_usd"], "xr": _pair(one, "days"), "yr": _pair(one, "cost"),
                 "name": f"{one['nodes']} nodes", "mark": "", "front": ahead, "rows": _cluster_rows(one),
             })
             for one, ahead in zip(rows, best, strict=True)
