@@ -30,6 +30,8 @@ CHUNK_CAT: dict[float, float] = {
     float(width): rate for width, rate in RATES["chunk_cat"]["per_second"].items()
 }
 """Elements a second that torch's _chunk_cat copies, by bytes that are read and written for each."""
+STRIDED: dict[str, float] = RATES["strided"]["per_second"]
+"""Elements a second that torch's elementwise kernels follow by strides, by architecture."""
 
 
 def matmul_curve(
@@ -113,6 +115,9 @@ def memory_bound(work: Work, profile: HardwareProfile) -> float:
     chunked = work.chunked * chunk_cat(work.bytes / work.chunked) if work.chunked else 0.0
     apart = max(work.sums / ATOMIC_SUMS, work.ordered / SORTED_SUMS, chunked)
     seconds = max(moved / bandwidth.si, apart) + work.serial * SERIAL_ROW
+    if work.strided and device.architecture in STRIDED:
+        pace = STRIDED[device.architecture]
+        seconds += max(0.0, work.strided / pace - work.strided_bytes / bandwidth.si)
     return seconds + launches * device.launch_overhead.si
 
 

@@ -48,6 +48,17 @@ class Matmul(Struct, frozen=True):
         return self.n * self.k * self.count
 
 
+class Strided(Struct, frozen=True):
+    """What torch's elementwise kernels follow by strides, element by element: `size` bytes of elements in the
+    compute dtype, and the bytes that these kernels move, among the kernel's."""
+
+    size: float = 0.0
+    bytes: float = 0.0
+
+    def times(self, times: float) -> "Strided":
+        return Strided(self.size * times, self.bytes * times) if self.size else self
+
+
 class Kernel(Struct, frozen=True):
     """One kernel (or a few small ones launched together).
 
@@ -60,6 +71,7 @@ class Kernel(Struct, frozen=True):
     buffer. per_row: bytes of one number for each of the rows that a norm makes. casts, back_casts: whether it
     casts its input and its output's gradient, where products are in 8 or 4 bits. back_serial: rows that its
     backward adds to one row, one after the other. back_sums: elements that it adds by atomic operations.
+    strided, back_strided: see Strided.
     group: whose ranks a collective joins. region: of kernels that run again for their own backward, whatever
     else is recomputed. beside: a collective beside which what follows runs, up to the first kernel that needs
     what it brings.
@@ -87,6 +99,8 @@ class Kernel(Struct, frozen=True):
     indexed: bool = False
     back_serial: float = 0.0
     back_sums: float = 0.0
+    strided: Strided = Strided()
+    back_strided: Strided = Strided()
     group: str = ""
     back_kind: str = ""
     region: str = ""
@@ -110,7 +124,10 @@ class Kernel(Struct, frozen=True):
     def moving(self, times: float) -> "Kernel":
         """With so many times the bytes, both ways."""
         back = None if self.back_bytes is None else self.back_bytes * times
-        return replace(self, bytes=self.bytes * times, back_bytes=back)
+        return replace(
+            self, bytes=self.bytes * times, back_bytes=back, strided=self.strided.times(times),
+            back_strided=self.back_strided.times(times),
+        )  # fmt: skip
 
     def sized(self, size: Callable[[Value], int]) -> "Kernel":
         """With what it writes as large as `size` says."""

@@ -232,11 +232,12 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not size and not launches:
         return ()
     serial = 0.0 if forward else kernel.back_serial
+    strided = kernel.strided if forward else kernel.back_strided
     cut = _cut(kernel, forward, context)
     return (
         Work(
             "memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, ordered=ordered,
-            serial=serial, host=cut,
+            serial=serial, host=cut, strided=strided.size / context.b, strided_bytes=strided.bytes,
         ),
     )  # fmt: skip
 

@@ -8,11 +8,14 @@ from mopsim.graph.tape import Kernel
 BIASED, NOTHING = TensorPasses(4, 0, 2), TensorPasses(0, 0, 0)
 """An expert's bias gathered for each row; rows and biases read, their sums written."""
 BIASED_BACKWARD, INDEXED_BACKWARD = TensorPasses(1, 0, 2), TensorPasses(1, 0, 5)
-SCALED, SCALED_BACKWARD = TensorPasses(6, 0, 1), TensorPasses(8, 0, 1)
-SCALED_WIDE, SCALED_WIDE_BACKWARD = TensorPasses(2, 6, 2), TensorPasses(4, 8, 2)
+SCALED = TensorPasses(6, 0, 1, strided=1, along=1)
+SCALED_BACKWARD = TensorPasses(8, 0, 1, strided=2, along=4)
+SCALED_WIDE = TensorPasses(2, 6, 2, strided=1, along_wide=1)
+SCALED_WIDE_BACKWARD = TensorPasses(4, 8, 2, strided=2, along_wide=4)
 """An expert's bias times its rows' route weights, added to its rows; the experts' put together. Back: a
 product and a sum for either of bias and weights; the rows' of all experts put together. Wide, weights are in
-fp32: what is put together is cast, as are all gradients. Kernels beside those of each expert."""
+fp32: what is put together is cast, as are all gradients. Products of rows and a number of each, or of rows
+and one, follow strides. Kernels beside those of each expert."""
 SCALED_EACH, SCALED_WIDE_EACH = (2, 4), (2, 6)
 """Kernels of each expert in that, forward and backward."""
 BULK_ROW = 0.0089

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from mopsim.graph.rewrites.gates import APART, CLAMPED, CLAMPED_AGAIN, GATED, SHIFTED, STRIDED
 from mopsim.graph.rewrites.tensor_passes import (
+    JOINED,
     ComposedKernel,
     TensorPasses,
     beside,
@@ -24,9 +25,12 @@ from mopsim.graph.rewrites.tensor_passes import (
 )
 from mopsim.graph.tape import Kernel, Value
 
-NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
-"""Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
-ROUNDED, ROUNDED_BACKWARD = TensorPasses(4, 7, 8), TensorPasses(8, 19, 15)
+NORM = TensorPasses(2, 8, 7, strided=2, along_wide=4)
+NORM_BACKWARD = TensorPasses(2, 24, 16, strided=4, along_wide=7)
+"""Cast, square, mean, add, root, product, cast, product; its backward by autograd. What has a number of each
+row or column is not contiguous: both products; back, their gradients, the mean's and the square's."""
+ROUNDED = TensorPasses(4, 7, 8, strided=2, along=2, along_wide=2)
+ROUNDED_BACKWARD = TensorPasses(8, 19, 15, strided=4, along=2, along_wide=5)
 """transformers' LlamaRMSNorm: cast, square, mean, add, root, product, cast, product of narrow values. Back:
 two gradients of that and a sum; in fp32 a cast, a product's, a sum, the mean's, the square's, both added, a
 cast."""
@@ -46,19 +50,32 @@ BY_TOKEN = ComposedKernel(TensorPasses(4, 0, 2), TensorPasses(5, 0, 2))
 on H100 for 21 MB of both, 4.5 and 5.2 without their starts, more for fewer bytes (BastiaanGroot/
 ML-Infrastructure-Engineer, training/profiles: fused_rope_forward_kernel, fused_rope_backward_kernel)."""
 HALVES = ComposedKernel(
-    TensorPasses(9, 0, 7), TensorPasses(14, 0, 9), working=(1.0, 0.0), back_working=(1.5, 0.0)
-)
-"""Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
+    TensorPasses(9, 0, 7, strided=2 + JOINED, along=6), TensorPasses(14, 0, 9, strided=3, along=6),
+    working=(1.0, 0.0), back_working=(1.5, 0.0),
+)  # fmt: skip
+"""Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd, in which
+slices are written into zeros."""
+LATENT_HALVES = ComposedKernel(
+    TensorPasses(3.6, 0, 17, strided=1.6, along=3.2), TensorPasses(4, 0, 27, strided=1.4, along=3.4),
+    working=(0.4, 0.0), back_working=(0.6, 0.0),
+)  # fmt: skip
+"""The same of latent attention, over queries, keys and values, by heads of 128 + 64 and 128 (Megatron-Core,
+multi_latent_attention.py): pairs put apart, two products, half of one negated, a sum and two more
+concatenations of the queries' 64 alone, as of the keys' that all heads share; then queries and keys put
+together, values made contiguous. Back: products, a difference and slices of these 64; gradients of both
+projections put together. Little of it is contiguous."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
-WEIGHTED, WEIGHTED_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(5, 0, 3)
+WEIGHTED = TensorPasses(2, 0, 1, strided=1, along=2)
+WEIGHTED_BACKWARD = TensorPasses(5, 0, 3, strided=1, along=2)
 """Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
 HEAD_NORM_SUM = 70.0
 """One block of Transformer Engine's backward of a norm over a head adds up what some 2,000 blocks found
 for its weight (rmsnorm_bwd_finalize_general_kernel): 61 and 80 us on H100, 74 and 75 on an earlier
 machine, whatever the rows (BastiaanGroot/ML-Infrastructure-Engineer, training/profiles). In rows of
 index_put_, of 1.04 us each (cost/ rates.yaml)."""
-WEIGHED, WEIGHED_BACKWARD = TensorPasses(2, 4, 3), TensorPasses(2, 8, 5)
+WEIGHED = TensorPasses(2, 4, 3, strided=1, along_wide=2)
+WEIGHED_BACKWARD = TensorPasses(2, 8, 5, strided=1, along_wide=2)
 WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(3, 0, 1)
 """The same of rows cast to fp32 and back. Back: a cast, two products, a sum, a cast. Once: by one compiled
 kernel, which in the backward reads the gradients of tokens by index."""
@@ -317,6 +334,11 @@ def _head_norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(kernel, back_serial=HEAD_NORM_SUM)
 
 
+def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Of latents, all three are written."""
+    return (LATENT_HALVES if len(kernel.writes) == 3 else HALVES).of(kernel, wider, wings)
+
+
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return beside(kernel, kernel.writes[0].bytes, None, SUM)
 
@@ -327,7 +349,7 @@ _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, 
     ("norm", "upcast"): (lambda one: one.name.endswith("norm"), UPCAST.of),
     ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), UPCAST_AGAIN.of),
     ("rotary", "by_token"): (lambda one: one.name == "rope" and len(one.reads) == 2, BY_TOKEN.of),
-    ("rotary", "halves"): (lambda one: one.name.startswith("rope"), HALVES.of),
+    ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
     ("rotary", "composed"): (lambda one: one.name == "rope", ROTARY.of),
     ("activation", "composed"): (lambda one: one.name == "act", GATED.of),
     ("activation", "strided"): (lambda one: one.name == "act", STRIDED.of),

@@ -6,7 +6,8 @@ from mopsim.graph.rewrites.tensor_passes import TensorPasses, charged
 from mopsim.graph.tape import Kernel
 
 SCALED, SCALED_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(3, 0, 1)
-SCALED_EACH, SCALED_EACH_BACKWARD = TensorPasses(2, 0, 4), TensorPasses(6, 0, 4)
+SCALED_EACH = TensorPasses(2, 0, 4, strided=1, along=2)
+SCALED_EACH_BACKWARD = TensorPasses(6, 0, 4, strided=1, along=2)
 """The output times a number of each row and head. Back, in one kernel: the gradient of the output, and of
 these numbers from both; or as a product, another, its sum."""
 

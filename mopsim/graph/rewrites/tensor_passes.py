@@ -5,16 +5,31 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from mopsim.graph.tape import Kernel, Step, Value
+from mopsim.graph.tape import Kernel, Step, Strided, Value
+
+JOINED = 0.58
+"""Time of an element of halves that torch.cat puts together, over one that is followed by strides (cost/
+rates.yaml)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPasses:
-    """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them."""
+    """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them.
 
-    narrow: int
-    wide: int
+    strided: elements that these follow by strides, over the tensor's; along, along_wide: the passes of such
+    kernels, among the others (see Strided).
+    """
+
+    narrow: float
+    wide: float
     launches: int
+    strided: float = 0.0
+    along: float = 0.0
+    along_wide: float = 0.0
+
+    def by_strides(self, narrow: float, wide: float) -> Strided:
+        """Of a tensor of these bytes in the compute dtype and in fp32."""
+        return Strided(self.strided * narrow, self.along * narrow + self.along_wide * wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,7 @@ def charged(
     return replace(
         kernel, bytes=traffic(forward, narrow, wide), launches=forward.launches,
         back_bytes=traffic(backward, narrow, wide), back_launches=backward.launches,
+        strided=forward.by_strides(narrow, wide), back_strided=backward.by_strides(narrow, wide),
     )  # fmt: skip
 
 
