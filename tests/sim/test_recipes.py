@@ -105,6 +105,9 @@ def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
     program = found.program()
     assert (program.kernels.loss_chunks, program.reading.memory) == ("autograd", "reserved")
     assert "k_proj" in program.recompute.kept
+    for notes, stack in (("torch.compile", "torchtitan-compile-2026"), ("", "torchtitan-2026")):
+        undated = row(source="torchtitan", notes=notes, loss="chunked")
+        assert read_case(undated, MODELS).stack == stack
     whole = read_case(row(stack="torchtitan-compile-2026", loss="full"), MODELS)
     assert whole.strategy.vocabulary.loss == "full"
     cells = {"seq_len": "4096", "micro_batch": "4", "global_batch": "32", "loss": "chunked"}
