@@ -193,7 +193,7 @@ class RunGroup:
 
     def _peak(self, place: int) -> float:
         case, result = self.runs[place]
-        return as_read(result, case.program().reading.memory, case.profile())
+        return as_read(result, case.program().reading, case.profile())
 
 
 def _point(case: Case, result: Simulated) -> PacedRun | None:

@@ -57,7 +57,7 @@ def _fitted(runs: Iterable[Run], first: dict[str, dict[str, str]]) -> tuple[Erro
     for case, result in runs:
         if not trusted(case) or result.error:
             continue
-        peak = as_read(result, case.program().reading.memory, case.profile())
+        peak = as_read(result, case.program().reading, case.profile())
         said: tuple[tuple[Name, float, str, Made], ...] = (
             ("step_time", result.step_time, "", result.made), ("peak_memory", peak, reading(case), ()),
         )  # fmt: skip

@@ -8,11 +8,13 @@ from msgspec.structs import replace
 from mopsim.common.errors import MopError
 from mopsim.intervals.spread import network
 from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.case import read_cases, write_cases
 from mopsim.validate.facts import facts, programs, rules, stack_names
 from mopsim.validate.models import from_row, read_rows
 from mopsim.validate.rows import read_case
+from mopsim.validate.simulated import Simulated, as_read
 from mopsim.validate.tables import UnsupportedError
 from tests.sim.test_validate import MODELS, row
 
@@ -356,3 +358,20 @@ def test_a_wrong_entry_of_a_case_is_one_line(change: tuple[str, str], says: str,
         read_cases(path)
     assert str(refused.value).startswith(f"cases: {path}: {says}")
     assert "\n" not in str(refused.value)
+
+
+def test_blocks_that_are_read_are_by_the_programs_segments() -> None:
+    """torch's default, what a launcher sets, and what notes say."""
+    read = Simulated(peak_memory=100 * 2**30, limit=160 * 2**30)
+    profile = load_profile("h200-sxm-141g")
+    for stack, notes, ratio in (
+        ("torchtitan", "", 1.05),
+        ("torchtitan-compile-2026", "", 1.05),
+        ("megatron-lm", "", 1.10),
+        ("megatron-lm", "memory = max reserved; expandable segments", 1.05),
+    ):
+        program = read_case(row(stack=stack, notes=notes), MODELS).program()
+        found = replace(program.reading, memory="reserved")
+        assert as_read(read, found, profile) == pytest.approx(ratio * read.peak_memory)
+        allocated = replace(found, memory="allocated")
+        assert as_read(read, allocated, profile) == read.peak_memory
