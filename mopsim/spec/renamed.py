@@ -1,50 +1,26 @@
-"""Names that fields had until version 0.1: files with them still load."""
+"""Names that fields had until version 0.1 (renamed.yaml): files with them still load."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.spec.strategy import Exchange, Tier
 
-STRATEGY: dict[str, dict[str, str]] = {
-    "pipeline": {"degree": "pipeline_parallel"},
-    "dense": {"tensor": "tensor_parallel", "shard": "fsdp"},
-    "attention": {"sequence": "context_parallel", "exchange": "cp_comm_type", "order": "rank_placement"},
-    "experts": {
-        "degree": "expert_parallel", "tensor": "expert_tensor_parallel", "shard": "expert_fsdp",
-        "order": "rank_placement", "dispatch": "token_dispatcher",
-    },
-    "vocabulary": {"degree": "vocab_parallel", "order": "rank_placement"},
-    "activations": {
-        "kept": "save_ops", "boundary_tier": "layer_inputs", "layers_on_host": "cpu_offload_layers",
-    },
-}  # fmt: skip
-HARDWARE: dict[str, dict[str, str]] = {"host": {"issue": "cpu_launch_time"}}
-SHARDS = ("dense.param", "dense.grad", "experts.param", "experts.grad")
-STACK = {
-    "context_exchanges": "attention.cp_comm_type: {value: [ring], source: ...}",
-    "offload": "optimizer.update_on: {value: [host], source: ...}",
-}
+_NAMES = shipped("mopsim.spec", "renamed.yaml")
+STACK: dict[str, str] = _NAMES["stack"]
 """Entries that a stack's file had, and what of `has` says such a thing."""
-_MODULES = {"expert_products": {"grouped": "torch"}, "clamped_gate": {"fused": "again"}}
-KERNELS = {
-    "flat_units": {"expert_products": _MODULES["expert_products"]},
-    "fully_shard": _MODULES,
-    "split_modules": _MODULES,
-}
-"""By runtime of mopexec, a word of Kernels that plans have for what it runs, which its stacks call otherwise:
-products since 2026-11-29, clamped gates since 2026-11-26."""
-DISPATCHERS = {"all_to_all": "alltoall", "deduplicated": "deepep"}
+SHARDS = ("dense.param", "dense.grad", "experts.param", "experts.grad")
 
 
 def strategy(data: Any) -> Any:
     """A strategy of plain objects under the present names."""
-    found = _renamed(data, STRATEGY)
+    found = _renamed(data, _NAMES["strategy"])
     experts = found.get("experts") if isinstance(found, dict) else None
     if isinstance(experts, dict) and isinstance(experts.get("token_dispatcher"), str):
         given = experts["token_dispatcher"]
-        known = "hybridep" if experts.get("mapped") is True else DISPATCHERS.get(given, given)
+        known = "hybridep" if experts.get("mapped") is True else _NAMES["dispatchers"].get(given, given)
         found["experts"] = {**experts, "token_dispatcher": known}
     return found
 
@@ -90,7 +66,7 @@ def _kernels(data: Any) -> Any:
     """A stack whose kernels are what the runtime runs, and which says whether a compiler makes them."""
     if not isinstance(data, dict):
         return data
-    names = KERNELS.get(str(data.get("runtime")), {})
+    names = _NAMES["kernels"].get(str(data.get("runtime")), {})
     found = dict(data)
     for section in ("kernels", "cpu"):
         given = data.get(section)
@@ -115,7 +91,7 @@ def refuse_old(data: dict[str, Any], field: str) -> None:
 
 def hardware(data: Any) -> Any:
     """A hardware profile of plain objects under the present names."""
-    return _renamed(data, HARDWARE)
+    return _renamed(data, _NAMES["hardware"])
 
 
 def _renamed(data: Any, sections: Mapping[str, Mapping[str, str]]) -> Any:
