@@ -62,7 +62,8 @@ def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_
     eager.HEAD_NORM_SUM)."""
     model = msgspec.structs.replace(small(), qk_norm="head")
     assert load_stack("megatron-core").kernels.head_norms == "summed"
-    assert load_stack("megatron-bridge").kernels.head_norms == "fused"
+    assert load_stack("megatron-bridge").kernels.head_norms == "summed"
+    assert load_stack("megatron-core-local").kernels.head_norms == "fused"
     kernels = decoder_layer(model, Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
     found = {kernel.name: kernel for kernel in composed(kernels, {"head_norms": "summed"}, 2, 4, 2)}
     assert found["q_norm"].back_serial == found["k_norm"].back_serial == HEAD_NORM_SUM
