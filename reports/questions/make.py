@@ -57,12 +57,12 @@ def section(question: dict[str, Any], found: mopsim.Ranking) -> Iterable[str]:
         yield f"Nothing fits. {found.verdict}"
         return
     low, high = (_rate(question, best, seconds) for seconds in reversed(best.step_time_interval_s))
+    yield f"**{best.tokens_per_s_per_device:,.0f} tokens/s per GPU** with `{describe(best.strategy)}`.\n"
+    yield "| tokens/s, 90 % interval | TFLOP/s | P(fits) | P(fits) as described | simulations | proof |"
+    yield "|---|---:|---:|---:|---:|---|"
     yield (
-        f"`{describe(best.strategy)}`: **{best.tokens_per_s_per_device:,.0f} tokens/s per GPU** "
-        f"({low:,.0f} to {high:,.0f} with 90 %), {best.model_flops_per_s_per_device / 1e12:,.0f} TFLOP/s, "
-        f"fits with probability {best.p_fits:.2f} ({best.p_fits_as_described:.2f} as its stack is "
-        f"described); "
-        f"{found.simulated} simulations, {_left(found)}.\n"
+        f"| {low:,.0f} to {high:,.0f} | {best.model_flops_per_s_per_device / 1e12:,.0f} "
+        f"| {best.p_fits:.2f} | {best.p_fits_as_described:.2f} | {found.simulated} | {_left(found)} |\n"
     )
     yield "| family | tokens/s per GPU | runs in mopexec | strategy |"
     yield "|---|---:|---|---|"
@@ -91,7 +91,7 @@ def _left(found: mopsim.Ranking) -> str:
 
 def _published(question: dict[str, Any]) -> Iterable[str]:
     if not question["published"]:
-        yield "\nNo training speed of this network on such a cluster is published that we found.\n"
+        yield "\nWe found no published training speed of this network on such a cluster.\n"
         return
     yield "\n| published | says | the same plan here | source |"
     yield "|---|---:|---:|---|"
