@@ -108,18 +108,20 @@ def findings(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
         won = Counter(next(iter(row["families"])) for row in here if row["families"])
         certain = Counter(next(iter(row["families"])) for row in here if row["families"] and sure(row))
         told = ", ".join(
-            f"{family} {count} ({certain[family]} surely)" for family, count in won.most_common()
+            f"{family} wins {count} ({certain[family]} with p of {SURE:g} or more)"
+            for family, count in won.most_common()
         )
         none = sum(not row["families"] for row in here)
-        yield f"- **{context(seq_len)}**: {told or 'nobody'}" + (f"; nothing fits in {none}" if none else "")
+        nothing = f"; nothing fits in {none} cells" if none else ""
+        yield f"- **{context(seq_len)}**: {told or 'no family wins'}{nothing}"
     gains = [gain for row in rows if (gain := gain_over_rule(row))]
     lost = sum(bool(row["families"].get("mop")) and gain_over_rule(row) is None for row in rows)
     if gains:
         yield (
             "- **Degrees chosen by the search against the papers' rule**: "
             f"{min(gains):.2f}x to {max(gains):.2f}x as fast, {median(gains):.2f}x in the median of "
-            f"{len(gains)} cells; in {lost} "
-            "more the rule's plan is refused or does not fit and the search's does."
+            f"{len(gains)} cells. In {lost} more cells the search's plan fits, and the rule's plan is "
+            "refused or does not fit."
         )
 
 
