@@ -21,7 +21,6 @@ RECOMPUTED = {
     "gradient_checkpointing_enable calls torch's, which leaves the layers' inputs on the device",
 }
 """Who recomputes layers, by where their inputs wait."""
-KEYS = {"strategy.experts.expert_parallel": ["expert_parallel"]}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -96,7 +95,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     remarks: dict[str, Any] = {"_about": about}
     if left_out:
         remarks["_not_expressed"] = [str(gap) for gap in left_out]
-    return as_json(remarks | unsaid(sections(plan), left_out, KEYS), indent=2) + "\n"
+    return as_json(remarks | unsaid(sections(plan), left_out, "deepspeed"), indent=2) + "\n"
 
 
 DEEPSPEED = Target("deepspeed", CHECKED, render)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mopsim.common import io
 from mopsim.common.errors import SpecError
-from mopsim.export.target import Target, header, unsaid
+from mopsim.export.target import Target, header, keys_of, unsaid
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import even_parts
 from mopsim.spec.model import ModelSpec
@@ -24,57 +24,7 @@ EXCHANGE = {"ulysses": "a2a", "ring": "p2p", "all_gather": "all_gather"}
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
 MADE = "megatron.bridge.training"
 """A section with a class is made anew, whatever the recipe has there: a name, an object or nothing."""
-DTYPE = {"_target_": "torch.bfloat16", "_call_": False}
-BF16 = {
-    "fp32": False,
-    "fp16": False,
-    "bf16": True,
-    "params_dtype": DTYPE,
-    "pipeline_dtype": DTYPE,
-    "autocast_enabled": False,
-    "fp8": None,
-    "fp8_recipe": "tensorwise",
-    "fp8_param_gather": False,
-    "first_last_layers_bf16": False,
-    "num_layers_at_start_in_bf16": 0,
-    "num_layers_at_end_in_bf16": 0,
-    "fp8_dot_product_attention": False,
-    "fp8_multi_head_attention": False,
-    "fp4": None,
-    "fp4_param_gather": False,
-    "reuse_grad_buf_for_mxfp8_param_ag": False,
-}
-"""Fields of MixedPrecisionConfig without a recipe of products."""
-MIXED: dict[str, dict[str, Any]] = {
-    "fp8": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param_gather": True},
-    "mxfp8": {
-        "fp8": "e4m3",
-        "fp8_recipe": "mxfp8",
-        "fp8_param_gather": True,
-        "reuse_grad_buf_for_mxfp8_param_ag": True,
-    },
-    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param_gather": True},
-}
-"""Those of the Bridge's recipes, by `precision.matmul`; every layer has it, as in a simulation."""
-KEYS = {
-    "strategy.activations.layer_inputs": [
-        "model.fine_grained_activation_offloading",
-        "model.offload_modules",
-    ],
-    "strategy.overlap.pipeline": ["comm_overlap.overlap_p2p_comm", "comm_overlap.batch_p2p_comm"],
-    "strategy.dense.sequence_parallel": ["model.sequence_parallel"],
-    "strategy.attention.cp_comm_type": ["model.cp_comm_type"],
-    "strategy.experts.token_dispatcher": [
-        "model.moe_token_dispatcher_type",
-        "model.moe_flex_dispatcher_backend",
-    ],
-    "strategy.overlap.experts": [
-        "comm_overlap.overlap_moe_expert_parallel_comm",
-        "comm_overlap.delay_wgrad_compute",
-        "model.moe_shared_expert_overlap",
-    ],
-}
-"""By field, what its recipe has the say of where the field is not expressed."""
+KEYS = keys_of("megatron-bridge")
 
 
 def sections(plan: Plan) -> dict[str, Any]:
@@ -101,8 +51,8 @@ def sections(plan: Plan) -> dict[str, Any]:
         "rerun_state_machine": {"check_for_nan_in_loss": plan.stack.host.loss_read},
         "mixed_precision": {
             "_target_": f"{MADE}.mixed_precision.MixedPrecisionConfig",
-            **BF16,
-            **MIXED.get(s.precision.matmul, {}),
+            **KEYS["bf16"],
+            **KEYS["mixed"].get(s.precision.matmul, {}),
             "grad_reduce_in_fp32": ddp["grad_reduce_in_fp32"],
         },
         "comm_overlap": _comm_overlap(plan, ddp),
@@ -264,7 +214,7 @@ def _layout(plan: Plan, parts: int) -> str:
 def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The YAML text."""
     lines = header("Megatron-Bridge", CHECKED, plan, left_out, "megatron-bridge")
-    found = unsaid(sections(plan), left_out, KEYS)
+    found = unsaid(sections(plan), left_out, "megatron-bridge")
     lines.append(LOADED)
     lines.append(
         "To be set: the network (a recipe, or AutoBridge of its Hugging Face config), data, train_iters"

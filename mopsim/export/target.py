@@ -1,11 +1,12 @@
 """A configuration language, and the header of every file in one. What a language cannot say of a plan is in
 `mopsim.spec.capability`: each gap is the SpecError that names the field of the plan, its value, and why."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mopsim.common.errors import SpecError
+from mopsim.common.shipped import kept
 from mopsim.common.units import format_probability
 from mopsim.export.described import elsewhere
 from mopsim.spec.capability import SIDES, Side
@@ -56,13 +57,17 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError], sid
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]
 
 
-def unsaid(
-    found: dict[str, Any], gaps: Sequence[SpecError], keys: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
+def keys_of(side: Side) -> dict[str, Any]:
+    """What a target's configuration is made of (keys.yaml)."""
+    return kept("mopsim.export", "keys.yaml")[side]  # type: ignore[no-any-return]
+
+
+def unsaid(found: dict[str, Any], gaps: Sequence[SpecError], side: Side) -> dict[str, Any]:
     """Sections without the keys ("section.key") or whole sections of fields that are not expressed: no file
     asks for what its first lines say it does not. Degrees whose ranks the others share stay.
     """
-    gone = {key for gap in gaps for key in keys.get(gap.field, ())}
+    left = keys_of(side)["left"]
+    gone = {key for gap in gaps for key in left.get(gap.field, ())}
     return {
         name: {key: value for key, value in section.items() if f"{name}.{key}" not in gone}
         if isinstance(section, dict)

@@ -15,8 +15,6 @@ CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
 BACKENDS = {"deepep": "deepep"}
-KEYS = {"strategy.experts.token_dispatcher": ["parallelism.expert_parallel_comm_backend"]}
-"""By field, what has TorchTitan's default (`standard`) where the field is not expressed."""
 NEVER = 1e12
 """A norm to clip to that no gradient has: TorchTitan always clips, and to 0 it would train nothing."""
 MATMUL = {"fp8": "float8", "mxfp8": "mx"}
@@ -104,7 +102,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The TOML text."""
     lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out, "torchtitan")]
     lines.append("# To be set: model.hf_assets_path, training.dataset, training.steps")
-    for name, section in unsaid(sections(plan), left_out, KEYS).items():
+    for name, section in unsaid(sections(plan), left_out, "torchtitan").items():
         lines += ["", f"[{name}]"]  # values of these kinds are written in TOML as in JSON
         lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in section.items()]
     return "\n".join(lines) + "\n"

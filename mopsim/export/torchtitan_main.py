@@ -7,7 +7,7 @@ from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.export import torchtitan
-from mopsim.export.target import Target, header, unsaid
+from mopsim.export.target import Target, header, keys_of, unsaid
 from mopsim.spec.capability import SIDES
 from mopsim.spec.plan import Plan
 
@@ -16,62 +16,7 @@ CHECKED = (
     "config/README.md, components/quantization, distributed/activation_checkpoint.py"
 )
 NAME = "torchtitan-main"
-PLACES = {
-    "components.data": ("ConcatThenSplitPackingConfig", "GrainDataLoader"),
-    "components.loss": ("ChunkedLossWrapper", "CrossEntropyLoss"),
-    "components.optimizer": ("LRSchedulersContainer", "default_adamw"),
-    "components.quantization": (
-        "Float8GroupedExpertsConverter",
-        "Float8LinearConverter",
-        "MXFP8GroupedExpertsConverter",
-        "MXFP8LinearConverter",
-    ),
-    "config.configs": ("CompileConfig", "DebugConfig", "ParallelismConfig", "TrainingConfig"),
-    "distributed.activation_checkpoint": ("FullAC",),
-    "hf_datasets.text_datasets": ("DATASETS",),
-    "models.common.config_utils": ("decoder_vocab_size",),
-    "models.deepseek_v3.mtp": ("MTPLoss",),
-    "trainer": ("Trainer",),
-}
-"""Modules of the package torchtitan, and what is used of them."""
-LIKE_V0_2_2 = {
-    "training": (
-        "max_norm",
-        "enable_cpu_offload",
-        "dtype",
-        "mixed_precision_param",
-        "mixed_precision_reduce",
-    ),
-    "parallelism": (
-        "data_parallel_replicate_degree",
-        "data_parallel_shard_degree",
-        "fsdp_reshard_after_forward",
-        "tensor_parallel_degree",
-        "context_parallel_degree",
-        "expert_parallel_degree",
-        "pipeline_parallel_degree",
-        "pipeline_parallel_schedule",
-        "pipeline_parallel_first_stage_less_layers",
-        "pipeline_parallel_last_stage_less_layers",
-        "pipeline_parallel_layers_per_stage",
-    ),
-    "lr_scheduler": ("warmup_steps",),
-    "compile": ("enable",),
-    "debug": ("seed",),
-}
-"""Keys that mean what they meant in v0.2.2."""
-KEYS = {"strategy.experts.token_dispatcher": ["model_spec.moe_comm_backend"]}
-"""By field, what has TorchTitan's default where the field is not expressed."""
-MADE = {
-    "model_spec": "model_registry",
-    "training": "TrainingConfig",
-    "parallelism": "ParallelismConfig",
-    "lr_scheduler": "LRSchedulersContainer.Config",
-    "compile": "CompileConfig",
-    "debug": "DebugConfig",
-    "optimizer": "default_adamw",
-}
-"""Sections, and what makes them."""
+KEYS = keys_of(NAME)
 
 
 class Code(str):
@@ -80,17 +25,6 @@ class Code(str):
     __slots__ = ()
 
 
-CONVERTERS: dict[str, dict[str, dict[str, Any]]] = {
-    "fp8": {
-        "Float8LinearConverter": {"filter_fqns": ["lm_head", "router.gate"]},
-        "Float8GroupedExpertsConverter": {},
-    },
-    "mxfp8": {
-        "MXFP8LinearConverter": {"fqns": ["attention", "shared_experts", "feed_forward"]},
-        "MXFP8GroupedExpertsConverter": {"pad_multiple": 128},
-    },
-}
-"""By `precision.matmul`, as its own recipes of DeepSeek-V3 have them; the rest is not quantised."""
 DATA = 'GrainDataLoader.Config(dataset=ConcatThenSplitPackingConfig(dataset=DATASETS["c4"]))'
 
 
@@ -100,7 +34,7 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
     s, t = plan.strategy, plan.training
     before = torchtitan.sections(plan)
     found: dict[str, dict[str, Any]] = {"model_spec": _model(plan)}
-    for name, keys in LIKE_V0_2_2.items():
+    for name, keys in KEYS["like_v0_2_2"].items():
         found[name] = {key: before[name][key] for key in keys if key in before[name]}
     found["training"] |= {
         "num_tokens_per_microbatch_per_dp_rank": s.micro_batch * t.seq_len,
@@ -129,7 +63,7 @@ def _model(plan: Plan) -> dict[str, Any]:
     if plan.model.num_nextn_predict_layers:
         found["num_mtp_layers"] = plan.model.num_nextn_predict_layers
     compiled = {"model_compile_enabled": torchtitan.compiled(plan)}
-    if converters := CONVERTERS.get(s.precision.matmul):
+    if converters := KEYS["converters"].get(s.precision.matmul):
         found["converters"] = [
             _made(f"{name}.Config", given | compiled) for name, given in converters.items()
         ]
@@ -172,7 +106,7 @@ def _function(plan: Plan, found: dict[str, dict[str, Any]], left_out: Sequence[S
     yield f"        dataloader={DATA},"
     yield f"        activation_checkpoint={recomputed},"
     for name, lines in made.items():
-        yield f"        {name}={MADE[name]}("
+        yield f"        {name}={KEYS['made'][name]}("
         yield from (f"            {line}" for line in lines)
         yield "        ),"
     yield "    )"
@@ -198,10 +132,10 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     lines.append("# To run: MODULE=<this file's name> CONFIG=plan ./run_train.sh, its folder on PYTHONPATH")
     lines.append("# To be set: hf_assets_path, the data set, training.steps")
     lines += [f"# {line}" for line in _documents(plan)]
-    made = list(_function(plan, unsaid(sections(plan), left_out, KEYS), left_out))
+    made = list(_function(plan, unsaid(sections(plan), left_out, NAME), left_out))
     model = SIDES[NAME]["flavors"].get(plan.model.name, ("YOUR_MODEL",))[0]
     named = set(re.findall(r"\w+", "\n".join(made)))
-    used = {place: [name for name in names if name in named] for place, names in PLACES.items()}
+    used = {place: [name for name in names if name in named] for place, names in KEYS["places"].items()}
     used |= {f"models.{model}": ["model_registry"]}
     lines.append("")
     lines += [
