@@ -3,6 +3,7 @@ generator itself. A SimPy Process is entered through three calls, a Timeout has 
 every event would be another object: here one that waits has one Event, which is scheduled again and again.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator
 from heapq import heappop, heappush
 from typing import Any, cast
@@ -10,9 +11,9 @@ from typing import Any, cast
 import simpy
 from simpy.events import NORMAL
 
-Process = Generator[None, Any, None]
-"""Yields to wait until it is woken; the first time it is sent what wakes it, and begins. Then it is sent the
-time."""
+Process = Generator[Any, Any, None]
+"""Yields, whatever it is, to wait until it is woken; the first time it is sent what wakes it, and begins.
+Then it is sent the time."""
 
 
 class Wake(simpy.Event):
@@ -25,17 +26,35 @@ class Wake(simpy.Event):
 
 
 class Clock(simpy.Environment):
-    """Wakes who waits when the time has come, of equal times in the order in which it was asked to."""
+    """Wakes who waits when the time has come, of equal times in the order in which it was asked to.
+
+    Whoever asks to be woken later than all others that wait need not be: it lets the time pass itself
+    (`passes`). Those to be woken at the present time (`soon`) are in order as they come.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.overtaken: set[int] = set()
+        self.soon: deque[tuple[float, int, int, Wake]] = deque()
+        self.queue = cast(list[tuple[float, int, int, Wake]], self._queue)
 
-    def after(self, seconds: float, wake: Wake) -> int:
-        """Wake in so many seconds; returns the number of the event."""
+    def at(self, time: float, wake: Wake) -> int:
+        """Wake at that time; returns the number of the event."""
         number = next(self._eid)
-        heappush(self._queue, (self._now + seconds, NORMAL, number, wake))
+        heappush(self.queue, (time, NORMAL, number, wake))
         return number
+
+    def wake(self, wake: Wake) -> None:
+        """Wake now, after those that were to be woken before."""
+        self.soon.append((self._now, NORMAL, next(self._eid), wake))
+
+    def passes(self, time: float) -> bool:
+        """Let time pass until then, if nobody is to be woken by then: an event of its own."""
+        if self.soon or (self.queue and self.queue[0][0] <= time):
+            return False
+        self._now = time
+        next(self._eid)
+        return True
 
     def overtake(self, number: int) -> None:
         """Wake nobody at that event."""
@@ -45,15 +64,18 @@ class Clock(simpy.Environment):
         """Let a process begin at the present time."""
         next(process)
         wake = Wake(process.send)
-        self.after(0.0, Wake(lambda now: process.send(wake)))
+        self.wake(Wake(lambda now: process.send(wake)))
 
     def play(self) -> int:
         """Let time pass until nobody waits for it; returns how many events there were."""
-        queue, overtaken = cast(list[tuple[float, int, int, Wake]], self._queue), self.overtaken
-        while queue:
-            self._now, _, number, wake = heappop(queue)
-            if number in overtaken:
-                continue
+        queue, soon, overtaken = self.queue, self.soon, self.overtaken
+        while queue or soon:
+            if soon and not (queue and queue[0] < soon[0]):
+                wake = soon.popleft()[3]
+            else:
+                self._now, _, number, wake = heappop(queue)
+                if number in overtaken:
+                    continue
             try:
                 wake.call(self._now)
             except StopIteration:  # a process has ended

@@ -56,7 +56,7 @@ class HostThread:
         assert len(self.bases) == place + 1, "an awaited op ended before one that is awaited earlier"
         self.bases.append(max(self.bases[place], self.clock.now - self.last[index]))
         for wake in self.waiting.pop(place + 1, ()):
-            self.clock.after(0.0, wake)
+            self.clock.wake(wake)
 
     def leap(self, first: int, after: int, times: int, period: float) -> float:
         """Ops [first, after) are taken as repeated `times` times, each `period` seconds long for the device:

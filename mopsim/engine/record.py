@@ -30,8 +30,10 @@ def turns(program: Program) -> list[int]:
     """
     latest, found = 0, []
     for op in program.ops:
-        latest = max(latest, op.microbatch)
-        found.append(latest if op.microbatch >= 0 else -1)
+        microbatch = op.microbatch
+        if microbatch > latest:
+            latest = microbatch
+        found.append(latest if microbatch >= 0 else -1)
     return found
 
 
@@ -66,6 +68,14 @@ class Record:
         self.tallies: dict[int, Tally] = defaultdict(Tally)
         self.spans: list[Span] | None = [] if keep_spans else None
         self.end = 0.0
+
+    def began(self, turn: int, ready: float, start: float) -> dict[str, float]:
+        """The compute stream has run an op of a turn, its first unless it had one before: its seconds by
+        component."""
+        tally = self.tallies[turn]
+        if tally.start < 0.0:
+            tally.ready, tally.start = ready, start
+        return tally.component
 
     def waited(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op`; `blame` says for what."""

@@ -25,7 +25,7 @@ class Meeting:
         self.waiting.append(wake)
         if len(self.waiting) == self.expected:
             for one in self.waiting:
-                self.clock.after(0.0, one)
+                self.clock.wake(one)
 
 
 class Rank:
@@ -70,15 +70,16 @@ class Rank:
             clock.start(self.run(name, ops))
 
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
-        """Issue the stream's ops one after the other. Time passes at yields only."""
+        """Issue the stream's ops one after the other. Time passes at yields, and where nobody else is to be
+        woken meanwhile."""
         wake = yield
-        record, host, after, moves = self.record, self.host, self.clock.after, self.moves
+        record, host, moves, talking = self.record, self.host, self.moves, self.talking
         starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
-        compute, durations, now = stream == "compute", self.durations, self.clock.now
-        turn_of, tallies = record.turns, record.tallies
+        compute, durations, clock, now = stream == "compute", self.durations, self.clock, self.clock.now
+        at, passes, turn_of, turn = clock.at, clock.passes, record.turns, None
         begin, end = self.way(stream)
         if host is not None:
-            stretch, bases, awaited = host.stretch, host.bases, host.awaited
+            stretch, bases, awaited, repeats = host.stretch, host.bases, host.awaited, self.repeats
             first, inside, apart, blocked = host.first, host.inside, host.apart, host.blocked
         for op in ops:
             index, ready = op.index, now
@@ -95,40 +96,38 @@ class Rank:
                     now = yield
                 issued = record.issued[index] = bases[stretch[index]] + first[index]
                 if issued > now:
-                    after(issued - now, wake)
-                    now = yield
+                    now = until if passes(until := now + (issued - now)) else (yield at(until, wake))
                 if compute and now > before:
                     record.idle(op, now - before)
             if op.rendezvous:
                 now = yield from self.meet(op, wake, now)
             start = starts[index] = now
-            if host is not None and index in self.repeats:
-                self.leap(self.repeats[index], host)
+            if host is not None and index in repeats:
+                self.leap(repeats[index], host)
             if op.peak:
                 moves.append(index)
-            duration = durations[index]
-            if duration > 0.0:
-                begin(op, duration, wake)
-                now = yield
-                if end is not None:
+            if (duration := durations[index]) > 0.0:
+                if not (talking if compute else self.wake) and passes(until := now + duration):
+                    now = until
+                else:
+                    now = yield begin(op, duration, wake)
                     end(op)
             if host is not None:
                 late = (start if blocked else bases[stretch[index]]) + inside[index] + apart[index] - now
                 if late > 0.0:
-                    after(late, wake)
-                    now = yield
+                    now = until if passes(until := now + late) else (yield at(until, wake))
                     record.held(op, late, compute)
                 if awaited[index]:
                     host.resume(index)
             moves.append(~index)
-            tally = tallies[turn_of[index]]
             if compute:
-                if tally.start < 0.0:
-                    tally.ready, tally.start = ready, start
-                tally.component[op.component] += op.times * (now - start)
+                if turn_of[index] != turn:
+                    turn = turn_of[index]
+                    component = record.began(turn, ready, start)
+                component[op.component] += op.times * (now - start)
             done[index], ends[index] = True, now
             for other in waiting.pop(index, ()):
-                after(0.0, other)
+                clock.wake(other)
 
     def meet(self, op: Op, wake: Wake, before: float) -> Generator[None, float, float]:
         """Wait for the op's counterparts of other programs; returns the time."""
@@ -167,14 +166,14 @@ class Rank:
             record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
 
-    def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object] | None]:
+    def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object]]:
         """How ops of a stream begin and end."""
         if self.share > 0.0 and stream == "compute":
             return self.compute, self.computed
         if self.share > 0.0 and stream in FABRICS:
             return self.talk, self.talked
-        after = self.clock.after
-        return lambda op, duration, wake: after(duration, wake), None
+        clock = self.clock
+        return lambda op, duration, wake: clock.at(clock.now + duration, wake), lambda op: None
 
     def compute(self, op: Op, duration: float, wake: Wake) -> None:
         """Wake when `duration` seconds of undisturbed compute are done."""
@@ -192,7 +191,7 @@ class Rank:
         self._pause()
         self.talking.append(op)
         self._wake()
-        self.clock.after(duration, wake)
+        self.clock.at(self.clock.now + duration, wake)
 
     def talked(self, op: Op) -> None:
         """It has ended."""
@@ -223,11 +222,11 @@ class Rank:
         wake = self.wake
         if wake is None:
             return
-        left = max(0.0, self.remaining)
+        left = self.remaining if self.remaining > 0.0 else 0.0
         if not self.talking:
-            self.timer = self.clock.after(left, wake)
+            self.timer = self.clock.at(self.clock.now + left, wake)
         elif self.share < 1.0:
-            self.timer = self.clock.after(left / (1.0 - self.share), wake)
+            self.timer = self.clock.at(self.clock.now + left / (1.0 - self.share), wake)
 
 
 def play(
