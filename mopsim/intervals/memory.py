@@ -2,6 +2,8 @@
 which only bounds are published."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 
 import numpy as np
 
@@ -39,6 +41,12 @@ class PeakSpread:
         return high
 
 
+def on_top(probability: float) -> float:
+    """Share of what may come on top that is enough with this probability."""
+    return float(SHARES[ceil(probability * len(SHARES)) - 1])
+
+
+@lru_cache(maxsize=4096)
 def least_share(facts: Facts, above: float) -> float:
     """How many times its peak of tensors a device needs to hold a program that is as described as good as
     surely (SURE). above: the part of the peak that comes on top, at most."""

@@ -182,8 +182,10 @@ def _settled(hunt: Hunt) -> Hunted:
     """Count what was not simulated and is, by its bound, slower than the last ranked, or no gain."""
     found, left = hunt.found, hunt.left()
     slower, may_gain = left >= hunt.last(), left * Hunted(found).moved < _gains(found.best)
-    found.rejected["device memory, bound: of layers and loss"] += sum(
-        int(one.over.sum()) for one in hunt.pools
+    short = sum(int((one.over & one.short).sum()) for one in hunt.pools)
+    found.rejected["host memory, bound: with pinned blocks and the process"] += short
+    found.rejected["device memory, bound: of layers and loss"] += (
+        sum(int(one.over.sum()) for one in hunt.pools) - short
     )
     found.rejected[SLOWER_BOUND] += int(slower.sum())
     found.rejected[NO_GAIN_IN_FAMILY] += int((~slower & ~may_gain).sum())

@@ -47,15 +47,17 @@ class Sizes:
         return Sizes(dense, experts, head, max(routed.values(), default=0), len(routed), embedding, layers)
 
 
-def surely(space: Space) -> float:
-    """How many times the peak of a candidate a device must hold, at least, to fit as good as surely."""
+def surely(space: Space, on_top: float = 0.0) -> float:
+    """How many times the peak of a candidate a device must hold, at least, to fit as good as surely. on_top:
+    part of the peak that communicators take beside it."""
     problem, stack = space.problem, space.stack
     hardware, precision = problem.hardware, products(space.build(0).precision)
     about = Facts(
         stack.name, hardware.name, precision, network(problem.model), bool(stack.runtime),
         seen=hardware.runs_seen,
     )  # fmt: skip
-    return least_share(about, 0.0 if hardware.device_kind == "cpu" else ALLOCATOR)
+    apart = hardware.device_kind == "cpu" or stack.pool  # no caching allocator (mopsim.engine.account)
+    return least_share(about, 0.0 if apart else ALLOCATOR + on_top)
 
 
 @dataclass(frozen=True)

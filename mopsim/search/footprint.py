@@ -219,15 +219,16 @@ class Footprint:
     def host_memory(self) -> Reals:
         """What lives there, and what an update on the host has there of what lives on the device: gradients,
         and parameters of the experts or the others at a time (mopsim.program.update)."""
-        c, (weights, state), states = self.c, self.held(), self.states()
-        each = self.master() + self.moments
-        if not self.flat:
-            visits = state * self.grad + np.maximum(*states) * self.param * (not self.copied_masters)
-            updated = (c["state"] == HOST) & (c["offload"] == 0)
-            each = each + np.where(updated, visits / state, 0.0)
-        off = self.state_away * state * each
-        off = off + np.where(c["offload"] == 1, weights * (self.param + self.grad), 0)
-        return off + self.moved()
+        c, (_, state), states = self.c, self.held(), self.states()
+        visits = state * self.grad + np.maximum(*states) * self.param * (not self.copied_masters)
+        updated = (c["state"] == HOST) & (c["offload"] == 0) & (not self.flat)
+        return np.asarray(sum(self.on_host()) + np.where(updated, self.state_away * visits, 0.0))
+
+    def on_host(self) -> tuple[Reals, Reals, Reals]:
+        """What lives there: (optimizer state, weights and gradients, layer inputs)."""
+        weights, state = self.held()
+        off = self.state_away * state * (self.master() + self.moments)
+        return off, np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0.0), self.moved()
 
     def gathered(self) -> Reals:
         """Bytes of weights gathered for a layer and the next, or of all that stay until the backward."""

@@ -10,10 +10,13 @@ from functools import cached_property
 from typing import Any, cast
 
 from mopsim.common.errors import MopError
-from mopsim.program.context import make_context
+from mopsim.engine.upper import communication
+from mopsim.program.context import Context, make_context
+from mopsim.program.dispatcher import buffers
 from mopsim.program.host_time import Around
 from mopsim.program.lower import passes_of
 from mopsim.program.passes import Passes
+from mopsim.program.pinned import rounding
 from mopsim.program.template import Template
 from mopsim.search.build import build
 from mopsim.search.flow import Alone, Flow, Priced, Prices, alone, device_bytes
@@ -30,6 +33,11 @@ LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices"
 """Those of the loss."""
 EMBEDDING = ("micro_batch", "tensor", "sequence")
 """Those of the embedding."""
+BLOCKS = (
+    "micro_batch", "tensor", "pipeline", "sequence", "experts", "expert_tensor", "expert_shard", "strided",
+    "vocabulary", "loss", "dense_shard", "zero",
+)  # fmt: skip
+"""Those of the blocks that are pinned on the host."""
 MARKS = ("recomputed", "experts")
 """Marks of flat units' backward: where gradients of its weights are opened, where its experts are over."""
 TURNS = 64
@@ -44,7 +52,8 @@ class LayerPiece:
     """A forward and a backward of one microbatch.
 
     left: device bytes that the forward adds; starts: places where the parts of the backward begin, of the
-    loss the forward's (`_starts`); heights: the most that each has above the start of the pass.
+    loss the forward's (`_starts`); heights: the most that each has above the start of the pass. wires: bytes
+    of the communicators of all layers' exchanges.
     """
 
     ahead: Priced
@@ -52,6 +61,7 @@ class LayerPiece:
     left: int
     starts: tuple[int, ...]
     heights: tuple[int, ...]
+    wires: int = 0
 
     @property
     def height(self) -> int:
@@ -198,6 +208,16 @@ class Pieces:
 
         return self._known(EMBEDDING, index, make)
 
+    def pinned(self, index: int) -> dict[str, float]:
+        """Pinned bytes of a row on the host over those of its tensors (mopsim.program.pinned); nothing where
+        a rule refuses it."""
+
+        def make() -> dict[str, float]:
+            context = self._context(self.space.row(index))
+            return rounding(context) if context else {}
+
+        return once(self.made, ("pinned", *self.key(index, BLOCKS)), make)
+
     def _known(
         self, names: Sequence[str], index: int, make: Callable[[Passes], Made], **changed: int
     ) -> Made | None:
@@ -210,30 +230,31 @@ class Pieces:
         return once(self.made, key, lambda: make(passes)) if passes else None
 
     def _passes(self, key: tuple[object, ...], row: dict[str, int]) -> Passes | None:
-        problem, stack = self.space.problem, self.space.stack
-        if key in problem.made:
-            return cast(Passes, problem.made[key])
+        made = self.space.problem.made
+        if key in made:
+            return cast(Passes, made[key])
+        context = self._context(row)
+        return cast(Passes, made.setdefault(key, passes_of(context))) if context else None
+
+    def _context(self, row: dict[str, int]) -> Context | None:
+        """None where a rule refuses the row."""
+        problem = self.space.problem
+        domain = problem.hardware.scale_up_size
         try:
-            context = make_context(
-                problem.model,
-                build(self.space.family, problem, row),
-                problem.training,
-                problem.hardware.scale_up_size,
-                stack,
-            )
+            strategy = build(self.space.family, problem, row)
+            return make_context(problem.model, strategy, problem.training, domain, self.space.stack)
         except MopError:
             return None
-        return cast(Passes, problem.made.setdefault(key, passes_of(context)))
 
     def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
         model = self.space.problem.model
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         kinds = {passes.key(layer): layer for layer in reversed(range(count))}
         around = Around.of(passes.context, passes.again(), woven=passes.context.weaves)
-        return {
-            kind: self._piece(passes.forward(layer), passes.backward(layer), around=around)
-            for kind, layer in kinds.items()
-        }
+        made = {kind: (passes.forward(layer), passes.backward(layer)) for kind, layer in kinds.items()}
+        works = (work for both in made.values() for one in both for op in one.pieces for work in op.work)
+        wires = communication(works, buffers(passes.context))
+        return {kind: replace(self._piece(*both, around=around), wires=wires) for kind, both in made.items()}
 
     def _piece(
         self, forward: Template, backward: Template, *, first: bool = False, around: Around | None = None

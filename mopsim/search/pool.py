@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopsim.search.bound import Bounds
-from mopsim.search.facts import SpaceFacts
+from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
+from mopsim.search.hosts import surely_on_host
 from mopsim.search.learn import Memory, Rise, Times, codes
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Column
@@ -45,6 +46,8 @@ TOGETHER = 64
 """Groups of candidates whose bounds are refined together: what is common to all is done once."""
 SAMPLE = 4_000
 """Values that a sample of many has."""
+STEP = 1 / 256
+"""Part of a peak of which so many whole ones are counted where communicators come on top of it."""
 ROUGH = 0.15
 """Part of the memory by which what is expected without refined bounds may be wrong."""
 HOPE, KNOWN_HOPE = 0.03, 0.003
@@ -58,7 +61,9 @@ class Pool:
     row of the space. seeds: positions of textbook layouts, tried first; published: those of recipes,
     whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
     alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
-    over: whether they say that it does not fit; enough: times its peak that a device must have at least.
+    over: whether they say that it does not fit; enough: times its peak that a device must have at least;
+    wires: times its peak for communicators, of those refined; sure_host: bytes that the host must have at
+    least, where they were asked for.
     rise, slower: what refinements teach of the memory and of the time of others; host_rise: what simulations
     teach of memory on the host; turns: of refinements."""
 
@@ -81,6 +86,8 @@ class Pool:
     alike: list[Column]
     refined: NDArray[np.bool_]
     over: NDArray[np.bool_]
+    sure_host: Reals
+    wires: Reals
     enough: float = 1.0
     turns: int = 0
 
@@ -106,7 +113,7 @@ class Pool:
         return Pool(
             space, rows, time, host, memory, Rise(kinds), Rise(waiting), times, seeds, taken,
             Rise(shards, min), beyond, recipes, Pieces(space), SpaceFacts.of(kept), *alike(kept),
-            np.zeros_like(taken), np.zeros_like(taken),
+            np.zeros_like(taken), np.zeros_like(taken), np.full(len(rows), np.nan), np.zeros(len(rows)),
         )  # fmt: skip
 
     def refine(self, *positions: int) -> int:
@@ -139,6 +146,11 @@ class Pool:
         for (position, _), times, rose in zip(groups, slower, before, strict=True):
             self.slower.learn(position, float(np.median(times)))
             self.rise.learn(position, float(self.memory.bound[position] / max(rose, 1.0)))
+        if self.enough > 1:
+            shares = np.floor(closer.communicators() / np.maximum(self.memory.bound[rows], 1.0) / STEP)
+            every, place = np.unique(shares, return_inverse=True)
+            more = [surely(self.space, STEP * float(share)) - self.enough for share in every]
+            self.wires[rows] = np.array(more)[place.reshape(-1)]
         self.over[rows] |= ~self.taken[rows] & (self.memory.bound[rows] > limit)
         self.taken[rows] |= self.over[rows]
 
@@ -178,10 +190,10 @@ class Pool:
         limit = self.space.machine.memory_limit()
         share = self.memory.expected(np.where(self.refined, 1.0, self.rise.expected()))
         share /= limit
-        surely = self.host * self.host_rise.expected() / max(hardware.host_limit(), 1)
-        np.maximum(surely, self.memory.bound * (self.enough / limit), out=surely)
+        needed = self.host * self.host_rise.expected() / max(hardware.host_limit(), 1)
+        np.maximum(needed, self.memory.bound * (self.enough + self.wires) / limit, out=needed)
         rough = share * np.where(self.refined, 1.0, 1 / (1 + ROUGH))
-        return np.maximum(surely, rough, out=rough) <= 1, np.maximum(surely, share, out=share)
+        return np.maximum(needed, rough, out=rough) <= 1, np.maximum(needed, share, out=share)
 
     def hoped(self, may: NDArray[np.bool_]) -> Reals:
         """Expected seconds of the candidates that `may` and are expected to fit, infinite of others."""
@@ -214,14 +226,25 @@ class Pool:
     def rough(self, below: float, enough: float) -> list[tuple[float, int]]:
         """(Bound, position) of the least of each group whose bounds are not refined, where it is under
         `below` seconds. What surely needs more than the device has, `enough` times its peak, is taken out
-        before."""
-        unsure = ~self.taken & (self.memory.bound * enough > self.space.machine.memory_limit())
+        before, and, where it is more than its peak, what surely needs more of the host."""
+        limit, more = self.space.machine.memory_limit(), self.wires if enough > 1 else 0.0
+        unsure = self.memory.bound * (enough + more) > limit
+        if enough > 1:
+            asked = np.flatnonzero(~unsure & ~self.taken & (self.time < below) & np.isnan(self.sure_host))
+            self.sure_host[asked] = surely_on_host(self.pieces, self.given, self.rows[asked])
+            unsure |= self.short
+        unsure &= ~self.taken
         self.over |= unsure
         self.taken |= unsure
         open_ = np.flatnonzero(~self.taken & ~self.refined & (self.time < below))
         open_ = open_[np.argsort(self.time[open_], kind="stable")]
         first = open_[np.unique(self.group[open_], return_index=True)[1]]
         return list(zip(self.time[first].tolist(), first.tolist(), strict=True))
+
+    @property
+    def short(self) -> NDArray[np.bool_]:
+        """Which surely need more of the host than there is, of those of which it was asked."""
+        return np.asarray(self.sure_host > self.space.problem.hardware.host_limit())
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`."""
