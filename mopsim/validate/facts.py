@@ -108,7 +108,7 @@ def facts(row: Row) -> RowFacts:
     return replace(known, settings=settings)
 
 
-_MONTH = re.compile(r"(?<!\d)(20[12]\d)(?:-(0[1-9]|1[0-2])(?!\d)|(0[1-9]|1[0-2])(?:[0-3]\d)?(?!\d))")
+_MONTH = re.compile(r"(?<!\d)(20(?:1[7-9]|2\d))(?:-(0[1-9]|1[0-2])(?!\d)|(0[1-9]|1[0-2])(?:[0-3]\d)?(?!\d))")
 _RELEASE = re.compile(r"\b(?:nemo|ngc|pytorch|container|image|jax|release)[ :-]?(2[3-9])\.(0[1-9]|1[0-2])\b")
 """Months as dates have them, and as NVIDIA's containers and NeMo are numbered."""
 

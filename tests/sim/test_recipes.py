@@ -49,7 +49,14 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "NeMo 25.09 performance script, 2026-04", "zero1", "nemo"),
         ("new", "NeMo 26.04", "zero1", "megatron-bridge"),
         ("new", "TorchTitan, torch.compile off", "zero3", "torchtitan"),
+        ("new", "torchtitan, compile.enable: false", "zero3", "torchtitan"),
+        ("new", "torchtitan, compile disabled", "zero3", "torchtitan"),
         ("new", "torchtitan, compiled blocks and loss", "zero3", "torchtitan-compile"),
+        ("new", "Primus, torchtitan backend, no compile", "zero3", "torchtitan"),
+        ("new", "Primus, torchtitan backend, compiled", "zero3", "torchtitan-compile"),
+        ("new", "NeMo 24.09, accelerated, weights of Hugging Face", "zero1", "nemo"),
+        ("new", "verl, megatron backend", "zero1", "megatron-core"),
+        ("new", "verl, FSDP backend", "zero3", "generic-eager"),
         ("new", "torchtitan 2026-06, eager", "zero3", "torchtitan-2026"),
         ("new", "LLaMA-Factory, DeepSpeed ZeRO-3", "zero3", "deepspeed"),
         ("new", "Axolotl, DeepSpeed ZeRO-3, Liger", "zero3", "deepspeed-liger"),
@@ -130,7 +137,10 @@ def test_the_month_of_a_row_is_the_latest_that_it_names_else_the_first_of_its_ca
     for cells, month in (
         ({"source_ref": "benchmarks/llama3_h100_202412_x.md"}, ("2024-12", "yes")),
         ({"notes": "2025-11-02, NeMo 26.04"}, ("2026-04", "yes")),
-        ({"notes": "20480 tokens, issue 2025123456", "gpu": "b200-sxm-192g"}, ("2024-11", "")),
+        (
+            {"notes": "20480 tokens, 201012 samples, issue 2025123456", "gpu": "b200-sxm-192g"},
+            ("2024-11", ""),
+        ),
         ({"gpu": "b200-sxm-192g", "model": "gpt_oss_20b"}, ("2025-08", "")),
         ({"gpu": "a100-sxm-80g", "model": "gpt"}, ("", "")),
     ):
@@ -375,3 +385,14 @@ def test_blocks_that_are_read_are_by_the_programs_segments() -> None:
         assert as_read(read, found, profile) == pytest.approx(ratio * read.peak_memory)
         allocated = replace(found, memory="allocated")
         assert as_read(read, allocated, profile) == read.peak_memory
+
+
+def test_layers_of_stages_are_nvidias_recipes_in_programs_on_megatron_core_alone() -> None:
+    for stack, told in (
+        ("megatron-bridge", True),
+        ("nemo", True),
+        ("nemo-automodel", False),
+        ("torchtitan", False),
+    ):
+        found = facts(row(model="deepseek_v3", num_layers="61", stack=stack, pp="8", vp="1"))
+        assert ("strategy.pipeline.layers" in found.settings) == told, stack
