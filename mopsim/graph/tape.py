@@ -55,6 +55,9 @@ class Strided(Struct, frozen=True):
     size: float = 0.0
     bytes: float = 0.0
 
+    def __add__(self, other: "Strided") -> "Strided":
+        return Strided(self.size + other.size, self.bytes + other.bytes)
+
     def times(self, times: float) -> "Strided":
         return Strided(self.size * times, self.bytes * times) if self.size else self
 

@@ -13,10 +13,18 @@ from mopsim.engine import simulate
 from mopsim.graph.ffn import ffn
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.biases import bias_scaled
-from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, NORM, NORM_BACKWARD, composed, in_blocks
+from mopsim.graph.rewrites.eager import (
+    HEAD_NORM_SUM,
+    NORM,
+    NORM_BACKWARD,
+    WEIGHTED,
+    WEIGHTED_BACKWARD,
+    composed,
+    in_blocks,
+)
 from mopsim.graph.rewrites.gates import STRIDED
 from mopsim.graph.rewrites.projections import gradients_added, split
-from mopsim.graph.rewrites.tensor_passes import traffic
+from mopsim.graph.rewrites.tensor_passes import beside, traffic
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Strided
 from mopsim.program import lower
@@ -88,6 +96,15 @@ def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_
             for one in (STRIDED.forward, STRIDED.backward)
         ]  # fmt: skip
         assert took == pytest.approx(seconds, rel=0.13), name
+
+
+def test_route_weights_beside_the_rows_own_kernel_follow_strides() -> None:
+    kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 0, ROUTES).kernels
+    one = next(kernel for kernel in kernels if len(kernel.writes) == 1 and kernel.writes[0].bytes)
+    size = one.writes[0].bytes
+    found = beside(one, size, WEIGHTED, WEIGHTED_BACKWARD)
+    assert (found.bytes - one.bytes, found.strided) == (2 * size, Strided(size, 2 * size))
+    assert beside(found, size, None, WEIGHTED_BACKWARD).back_strided == Strided(2 * size, 4 * size)
 
 
 def test_parts_of_one_projection_are_copied_and_their_gradients_put_together() -> None:

@@ -111,12 +111,14 @@ def instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: Tenso
 def beside(kernel: Kernel, size: float, forward: TensorPasses | None, backward: TensorPasses) -> Kernel:
     """Beside what the kernel does already."""
     back, launches = kernel.back_moved + backward.narrow * size, kernel.back_starts + backward.launches
-    found = replace(kernel, back_bytes=back, back_launches=launches)
+    strided = kernel.back_strided + backward.by_strides(size, 0)
+    found = replace(kernel, back_bytes=back, back_launches=launches, back_strided=strided)
     if forward is None:
         return found
     return replace(
-        found, bytes=kernel.bytes + forward.narrow * size, launches=kernel.launches + forward.launches
-    )
+        found, bytes=kernel.bytes + forward.narrow * size, launches=kernel.launches + forward.launches,
+        strided=kernel.strided + forward.by_strides(size, 0),
+    )  # fmt: skip
 
 
 def each(kernels: Sequence[Kernel], change: Callable[[Kernel], Iterable[Kernel]]) -> tuple[Kernel, ...]:
