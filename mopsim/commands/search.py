@@ -46,8 +46,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     refused = [one for one in ranking.top if not one.runnable]
     if refused:
         console.print(
-            f"{len(refused)} of {len(ranking.top)} are planned only: mopexec does not run them (--runnable "
-            f"leaves them out); {exported(refused)}"
+            f"{len(refused)} of {len(ranking.top)} plans are planned only: mopexec does not run them "
+            f"(--runnable leaves them out); {exported(refused)}"
         )
     rate = found.bounded / max(found.bound_seconds, 1e-9)
     said = found.exhausted() if found.top else found.verdict()

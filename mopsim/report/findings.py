@@ -24,7 +24,7 @@ def finding(results: Results, gaps: Gaps | None = None, level: float = 0.9) -> s
     open_gaps = {label: gap for label, gap in (gaps or {}).items() if not exhausted(gap)}
     faster = ", ".join(f"{label} {at_most(gap)}" for label, gap in open_gaps.items() if gap)
     fit = ", ".join(label for label, gap in open_gaps.items() if gap is None)
-    parts = (faster and f"plans left out may be faster, {faster}", fit and f"plans left out may fit, {fit}")
+    parts = (faster and f"plans left out may be faster: {faster}", fit and f"plans left out may fit: {fit}")
     left = "; ".join(part for part in parts if part)
     return f"{found} (not exhausted: {left})" if left else found
 
@@ -101,7 +101,7 @@ def _how_surely(results: Results, level: float) -> str:
     sure = format_probability(ratio.p_faster)
     if not slower:
         return f" ({name} {low:.2f}x to {high:.2f}x as fast with {level:.0%})"
-    return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; the faster one with probability {sure})"
+    return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; it is the faster one with probability {sure})"
 
 
 def difference(results: Results) -> str:
@@ -116,8 +116,9 @@ def difference(results: Results) -> str:
     kind = max(more, key=more.__getitem__)
     if more[kind] <= 0.0:
         return ""
-    note = ", once a step however many its tokens: a larger batch narrows it" if "optimizer" in kind else ""
-    return f"{name} loses most in {kind}, {format_seconds(more[kind])}{note}"
+    once = " (once a step, whatever its tokens: a larger batch narrows the difference)"
+    note = once if "optimizer" in kind else ""
+    return f"{name} loses most time in {kind}: {format_seconds(more[kind])}{note}"
 
 
 def _parts(one: SimResult) -> dict[str, float]:
@@ -143,19 +144,20 @@ def software(results: Results, stacks: Sequence[str] | None = None, alike: str =
         return ""
     named = ", ".join(f"{label} on {one.stack.name}" for label, one in _fastest_first(results)[:2])
     what = "ratio" if len(_ranked(results)[0]) < 2 else "tie"
-    found = [f"The {what} is of plan and software together ({named})", alike, _on_one(stacks)]
+    found = [f"The {what} holds for plan and software together ({named})", alike, _on_one(stacks)]
     return ": ".join(filter(None, (found[0], "; ".join(filter(None, found[1:])))))
 
 
 def _on_one(stacks: Sequence[str] | None) -> str:
     """How all are simulated on one stack."""
     if stacks is None:
-        return "--stack NAME simulates all on one"
+        return "--stack NAME simulates all plans on one stack"
     if not stacks:
         return "no shipped stack runs a plan of each"
     more = f" and {len(stacks) - SHOWN} others run" if len(stacks) > SHOWN else " run"
     runs = more if len(stacks) > 1 else " runs"
-    return f"--stack NAME simulates all on one ({', '.join(stacks[:SHOWN])}{runs} a plan of each)"
+    named = f"{', '.join(stacks[:SHOWN])}{runs}"
+    return f"--stack NAME simulates all plans on one stack ({named} a plan of each)"
 
 
 def summary(

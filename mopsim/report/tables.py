@@ -56,8 +56,8 @@ ENOUGH = f"memory enough with {UPPER:.0%}"
 """What `peak_memory_upper_bytes` and `host_memory_upper_bytes` are called: more than the upper end of an
 interval of memory, which is of tensors alone."""
 P_FITS = (
-    "P(fits): that device and host have enough for tensors and for what the allocator and communicators "
-    "may add, of a program that may keep other tensors than its stack says"
+    "P(fits): the probability that device and host have room for the tensors and for what the allocator and "
+    "the communicators may add. It allows for a program that keeps other tensors than its stack says"
 )
 """What stands by every table of steps."""
 
@@ -118,29 +118,31 @@ def comparison(
     for number, why in enumerate(refused, len(results) + 1):
         shown.add_row(str(number), *["-"] * 9, style="red")
         lines.append(Text(why, style="red"))
-    limit = "; ".join(dict.fromkeys(map(_limits, results)))
+    limits = " ".join(f"{one}." for one in dict.fromkeys(map(_limits, results)))
     return Group(
         Text(title, style="italic"),
         shown,
         numbered(lines),
         Text(
-            "exposed: share of the step in which compute waits for communication, copies, the host or other "
-            "pipeline stages. "
-            f"{level:.0%}: where a measured value lies with that probability, in memory the peak of tensors. "
-            f"{P_FITS}. Limits of a rank: {limit}",
+            "exposed: the share of the step in which compute waits for communication, copies, the host or "
+            "other pipeline stages.\n"
+            f"{level:.0%}: the measured value lies in this interval with that probability. "
+            f"memory: the peak of tensors.\n{P_FITS}.\n{limits}",
             style="dim",
         ),
     )
 
 
 def _limits(result: SimResult) -> str:
-    """'137.90 GiB of device (of its 140.40 GiB 2.50 GiB are for driver and framework), 1.5 TiB of host'."""
+    """'A rank has 137.90 GiB of device memory (of the device's 140.40 GiB, 2.50 GiB are for driver and
+    framework) and 1.5 TiB of host memory'."""
     device, aside, pool = result.memory_limit, result.set_aside, result.stack.pool
     beside = pool > 0 and abs(device - pool * (device + aside)) < 2  # else they leave less than the pool
     what = f"lie beside the stack's pool of {pool:g}" if beside else "are for driver and framework"
-    whole = f" (of its {format_bytes(device + aside)} {format_bytes(aside)} {what})"
+    whole = f" (of the device's {format_bytes(device + aside)}, {format_bytes(aside)} {what})"
     return (
-        f"{format_bytes(device)} of device{whole if aside else ''}, {format_bytes(result.host_limit)} of host"
+        f"A rank has {format_bytes(device)} of device memory{whole if aside else ''} and "
+        f"{format_bytes(result.host_limit)} of host memory"
     )
 
 
@@ -175,9 +177,12 @@ def best_of_others(
         if first is None or one is None:
             lines.append(f"best of {family}: {lacking[family].none()}")
             continue
-        part = f"{first.ranked_time / one.ranked_time:.2f} of the first, which is faster with probability"
+        part = f"{first.ranked_time / one.ranked_time:.2f} times as fast as the first plan"
         surely = format_probability(first.times_as_fast_as(one).p_faster)
-        lines.append(f"best of {family}: {one.speed} ({part} {surely}), {plan_line(one)}{corrected(one)}")
+        lines.append(
+            f"best of {family}: {one.speed}, {part} (which is faster with probability {surely}), "
+            f"{plan_line(one)}{corrected(one)}"
+        )
     return Text("\n".join(lines))
 
 

@@ -184,7 +184,7 @@ def _settled(hunt: Hunt) -> Hunted:
     slower, may_gain = left >= hunt.last(), left * Hunted(found).moved < _gains(found.best)
     short = sum(int((one.over & one.short).sum()) for one in hunt.pools)
     found.rejected["host memory, bound: with pinned blocks and the process"] += short
-    found.rejected["device memory, bound: of layers and loss"] += (
+    found.rejected["device memory, bound: layers and loss"] += (
         sum(int(one.over.sum()) for one in hunt.pools) - short
     )
     found.rejected[SLOWER_BOUND] += int(slower.sum())

@@ -49,8 +49,8 @@ simulation is long; turns before a hunt ends."""
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
-SLOWER_BOUND = "slower, bound: cannot beat those ranked"
-SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
+SLOWER_BOUND = "slower, bound: cannot beat the ranked plans"
+SLOWER = "slower, simulated: ranked plans are faster, or as fast with less memory"
 
 Progress = Callable[[SearchResult], None]
 
@@ -311,7 +311,7 @@ class Hunt:
         if options.any_routing and not self._fits_any_routing(simulated.strategy):
             return "does not fit where the router sends all tokens to one rank"
         if any(same(simulated, one) for one in found.top):
-            return "equal in time and memory to one ranked"
+            return "equal in time and memory to a ranked plan"
         if not simulated.sure and not options.risk:
             found.risky = ranked([*found.risky, simulated], options.top)
             return RISK

@@ -46,7 +46,7 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
                 lines.append(f"{said} would fit: {plan}")
                 break
     if len(lines) == (found.closest is not None):
-        lines.append("no change of nodes, sequence, bits or host memory alone was found that would fit")
+        lines.append("we found no single change of nodes, sequence, bits or host memory that would fit")
     return lines
 
 

@@ -27,7 +27,7 @@ class Restriction:
 
 
 RESTRICTIONS = {
-    "only what mopexec runs": Restriction(
+    "only plans that mopexec runs": Restriction(
         lambda one, model: runnable(one.strategy, model, one.training, one.stack) is None
     ),
     "nothing on the host": Restriction(

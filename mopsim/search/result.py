@@ -136,7 +136,7 @@ class SearchResult:
         nothing of it fits, by its nearest miss or by what refused most of its candidates."""
         if self.risky:
             likely = format_probability(max(one.p_as_described for one in self.risky))
-            return f"none: the likeliest to fit does, as described, with probability {likely}"
+            return f"none: the likeliest plan fits, as described, with probability {likely}"
         if self.closest:
             return f"none: the closest simulated is {self.closest.missing}, stopped by {self.closest.over}"
         return f"none of {self.candidates:,} candidates: {self._reasons(2)}"
@@ -166,7 +166,7 @@ def proof(gap: float | None, found: bool = False) -> str:
     if gap is None:
         return f"not exhausted: a plan left out may {'be faster' if found else 'fit'}"
     if gap > LOOSE:
-        return "not exhausted: few were tried, and the rest is bounded too loosely to say more"
+        return "not exhausted: few plans were tried, and the bounds of the others are too loose to say more"
     return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"
 
 
@@ -175,17 +175,16 @@ def promise(gap: float | None, expected: float | None) -> str:
     `SearchResult.expected_gap`, where it is known."""
     if expected is None or gap is None or exhausted(gap):
         return proof(gap)
+    if not expected:
+        return f"{proof(gap)}; none is expected to be faster"
     if gap > LOOSE:
-        best = f"the best left out is expected to be {format_gap(expected)}"
-        hoped = best if expected else "none is expected to be"
-        return f"{proof(gap)}; {hoped} faster"
-    most = f", and expected to be {format_gap(expected)}" if expected else "; none is expected to be"
-    return f"{proof(gap)}{most}"
+        return f"{proof(gap)}; the best plan left out is expected to be {format_gap(expected)} faster"
+    return f"{proof(gap)}; {format_gap(expected)} is expected"
 
 
 def at_most(gap: float) -> str:
     """'by at most 47 %'; where it tells nothing, that it does not."""
-    return f"by at most {format_gap(gap)}" if gap <= LOOSE else "bounded too loosely to say by how much"
+    return f"by at most {format_gap(gap)}" if gap <= LOOSE else "(bounds are too loose to say by how much)"
 
 
 def format_gap(gap: float) -> str:

@@ -8,7 +8,7 @@ from mopsim.common.io import to_plain
 from mopsim.engine import SimResult
 from mopsim.search.result import TIE, Freedom
 
-TIED = "as fast as one ranked, in its row"
+TIED = "as fast as a ranked plan, in its row"
 
 
 @dataclass

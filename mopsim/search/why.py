@@ -78,8 +78,8 @@ def _bounds(best: SimResult) -> str:
     most = max(best.exposed.values(), default=0.0) / step
     what = "waiting bounds it" if most >= MUCH else "compute bounds it"
     parts_of = ", ".join(f"{share:.0%} for {name}" for name, share in told)
-    said = f"{best.exposed_share:.0%} of it, {parts_of}" if told else "next to nothing"
-    return f"the step of {format_seconds(step)} goes to {spent}; {what}: compute waits {said}"
+    waited = f"in {best.exposed_share:.0%} of the step ({parts_of})" if told else "for almost nothing"
+    return f"the step of {format_seconds(step)}: {spent}; {what}: compute waits {waited}"
 
 
 def waits(one: SimResult) -> list[tuple[str, float]]:
@@ -109,12 +109,12 @@ def _costs(
             continue
         kept = [one for one in fits if rule.kept(one, found.model)]
         if not kept:
-            yield f"{name}: no such plan among the {len(fits)} simulated that fit"
+            yield f"{name}: none of the {len(fits)} simulated plans that fit keeps to this"
             continue
         fastest = min(kept, key=lambda one: one.ranked_time)
         slower = fastest.ranked_time / best.ranked_time - 1
-        cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
-        yield f"{name}: {cost}, {format_seconds(fastest.ranked_time)}, {fastest.line}"
+        cost = "no slower" if slower <= TIE else f"at most {slower:.0%} slower"
+        yield f"{name}: {cost}, {format_seconds(fastest.ranked_time)} a step: {fastest.line}"
 
 
 def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
@@ -131,8 +131,8 @@ def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:
     near = abs(chance - SURE) < 0.005  # which two digits would not tell from what is ranked
     odds = f"{chance:.3f}" if near else format_probability(chance)
     return (
-        f"a plan that fits, as described, with probability {odds} (--risk ranks it) is "
-        f"{best.ranked_time / one.ranked_time - 1:.0%} faster: {one.line}"
+        f"a plan that is {best.ranked_time / one.ranked_time - 1:.0%} faster fits, as described, with "
+        f"probability {odds} (--risk ranks it): {one.line}"
     )
 
 
@@ -143,8 +143,8 @@ def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:
         return None
     one = min(safe, key=lambda one: one.ranked_time)
     return (
-        f"a plan that fits with probability {format_probability(one.p_fits)} even if the program keeps other "
-        f"tensors than described is {one.ranked_time / best.ranked_time - 1:.0%} slower or less: "
+        f"a plan that is at most {one.ranked_time / best.ranked_time - 1:.0%} slower fits with probability "
+        f"{format_probability(one.p_fits)}, even if the program keeps other tensors than described: "
         f"{one.line}"
     )
 
@@ -164,7 +164,7 @@ def _memory(best: SimResult, played: Sequence[SimResult], where: str) -> str | N
     missing, limit, one = min(over, key=lambda each: each[0])
     gain = best.ranked_time / one.ranked_time - 1
     return (
-        f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}) "
+        f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}), "
         f"a plan fits that is {gain:.0%} faster: {one.line}"
     )
 
@@ -192,13 +192,13 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
     plans = [best, *near]
     again = _again(problem, quick, plans)
     order = _order(again)
-    said = f"with {name} {MORE:g} times as fast the step {_takes(best, again[0])}{order}"
+    said = f"with {name} {MORE:g} times as fast, the step {_takes(best, again[0])}{order}"
     both = faster(quick, *DRAM, MORE) if name == HOST_LINK else None
     if both and (more := _again(problem, both, plans))[0].ranked_time * (1 + TIE) < again[0].ranked_time:
         order += _order(more)
-        so = f"with both so fast it {_takes(best, more[0])}{_order(more)}"
+        so = f"with both {MORE:g} times as fast it {_takes(best, more[0])}{_order(more)}"
         said = f"{said}; the host's DRAM bounds copies then, and {so}"
-    return said if order else f"{said}; the order stays"
+    return said if order else f"{said}; the order of the families stays"
 
 
 def _graphs(best: SimResult, problem: Problem) -> Iterator[str]:
@@ -283,6 +283,6 @@ def _more_of(one: SimResult, best: SimResult) -> str:
     most = sorted(
         ((seconds, part) for part, seconds in more.items() if seconds > MUCH * longer), reverse=True
     )
-    told = " and ".join(f"{format_seconds(seconds)} more of {NAMES[part]}" for seconds, part in most[:2])
+    told = " and ".join(f"{format_seconds(seconds)} more in {NAMES[part]}" for seconds, part in most[:2])
     on = f" on the stack {one.stack.name}" if one.stack.name != best.stack.name else ""
     return f"{on}: {told}" if longer > 0 and told else on

@@ -89,7 +89,7 @@ def summary(data: dict[str, Any]) -> str:
 def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]]) -> None:
     """The sentence of the terminal and of `Ranking.headline`; of a comparison, for each search."""
     data = {**made["search"], "gap": 0.47, "expected_gap": 0.02}
-    left = "not exhausted: a plan left out is at most 47 % faster, and expected to be 2.0 %"
+    left = "not exhausted: a plan left out is at most 47 % faster; 2.0 % is expected"
     proven = "proven: no plan left out is more than 0.5 % faster"
     assert summary(data) == f"{data['verdict']}; {left}"
     assert summary({**data, "gap": 0.003}) == f"{data['verdict']}; {proven}"
@@ -134,12 +134,12 @@ def test_what_is_enough_is_told_apart_from_the_interval_of_memory(
     step = mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32"))
     shown = Console(width=1000, record=True, file=StringIO())
     shown.print(comparison([step.result], "tiny"))
-    assert f"in memory the peak of tensors. {P_FITS}" in shown.export_text()
+    assert f"memory: the peak of tensors.\n{P_FITS}" in shown.export_text()
     table, plot = (
         views(made["compare"])[0],
         next(one for one in views(made["compare"]) if one["title"] == "Step time against memory"),
     )
-    assert f"{ENOUGH}: for them and for what the allocator" in table["note"]
+    assert f"{ENOUGH}: this much is enough, with that probability, for tensors" in table["note"]
     assert P_FITS in table["note"]
     assert ENOUGH in {column["name"] for column in table["columns"]}
     assert ENOUGH in {name for name, *_ in plot["series"][0]["points"][0]["rows"]}

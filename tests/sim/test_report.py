@@ -154,7 +154,7 @@ def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPat
     assert "loses" not in summary({"a": fast, "b": near})
     assert outcome({"a": fast, "b": replace(fast, step_time=1.006 * fast.step_time)}) == "a is fastest"
     elsewhere = replace(near, stack=structs.replace(near.stack, name="other"))
-    assert software({"a": fast, "b": elsewhere}).startswith("The tie is of")
+    assert software({"a": fast, "b": elsewhere}).startswith("The tie holds for")
     sweep = swept("nodes", {1: {"a": fast, "b": far}, 2: {"a": fast, "b": near}, 4: {"a": fast, "b": None}})
     sure = format_probability(fast.times_as_fast_as(far).p_faster)
     ahead = f"Over nodes: a is fastest at 1 (probability {sure}); a and b tie at 2"
@@ -185,7 +185,7 @@ def test_a_hole_in_a_sweep_is_not_memory(
 def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
     both = dict(zip("ab", results, strict=True))
     said = software(both, ["one", "two"])
-    assert said.endswith("--stack NAME simulates all on one (one, two run a plan of each)")
+    assert said.endswith("--stack NAME simulates all plans on one stack (one, two run a plan of each)")
     assert software(both, list("abcdef")).endswith("(a, b, c, d and 2 others run a plan of each)")
     assert software(both, []).endswith("no shipped stack runs a plan of each")
     assert software(both, [], "alike").endswith("): alike; no shipped stack runs a plan of each")
@@ -242,18 +242,16 @@ def test_of_families_that_tie_the_ranked_first_has_no_second_best(results: list[
     said = best_of_others({"mop": faster, "fsdp2": replace(first, peak_memory=1)}, first, {}).plain
     assert said.startswith("best of mop: ")
     assert "fsdp2:" not in said
-    assert "1.00 of the first" in said
+    assert "1.00 times as fast as the first plan" in said
 
 
 def test_a_bound_too_loose_to_tell_anything_is_no_number() -> None:
     """`search` said "a plan left out is at most 426 % faster", `size` that the bound is too loose."""
-    assert promise(0.99, 0.02) == (
-        "not exhausted: a plan left out is at most 99 % faster, and expected to be 2.0 %"
-    )
-    loose = "not exhausted: few were tried, and the rest is bounded too loosely to say more"
+    assert promise(0.99, 0.02) == ("not exhausted: a plan left out is at most 99 % faster; 2.0 % is expected")
+    loose = "not exhausted: few plans were tried, and the bounds of the others are too loose to say more"
     assert proof(4.26, found=True) == loose
     assert promise(4.26, 0.0) == f"{loose}; none is expected to be faster"
-    assert promise(4.26, 0.3) == f"{loose}; the best left out is expected to be 30 % faster"
+    assert promise(4.26, 0.3) == f"{loose}; the best plan left out is expected to be 30 % faster"
 
 
 def test_a_family_without_a_plan_says_its_own_reason(results: list[SimResult]) -> None:
@@ -270,7 +268,7 @@ def test_a_family_without_a_plan_says_its_own_reason(results: list[SimResult]) -
     assert said[0] == f"best of mop: none of 13 candidates: {reasons}"
     missing = f"1.00 GiB over on the device, stopped by {over.over}"
     assert said[1] == f"best of fsdp2: none: the closest simulated is {missing}"
-    assert said[2].startswith("best of megatron: none: the likeliest to fit does, as described, with ")
+    assert said[2].startswith("best of megatron: none: the likeliest plan fits, as described, with ")
 
 
 def test_difference_names_the_component_that_the_next_best_loses_in(results: list[SimResult]) -> None:
@@ -278,7 +276,7 @@ def test_difference_names_the_component_that_the_next_best_loses_in(results: lis
     parts = {**fast.time_by_component, "optimizer": fast.time_by_component.get("optimizer", 0.0) + 2.0}
     slower = replace(slow, step_time=fast.step_time + 2.0, time_by_component=parts)
     said = difference({"a": fast, "b": slower})
-    assert said.startswith("b loses most in optimizer, 2 s, once a step")
+    assert said.startswith("b loses most time in optimizer: 2 s (once a step, ")
     assert difference({"a": fast}) == difference({"a": fast, "b": replace(slower, fits=False)}) == ""
 
 

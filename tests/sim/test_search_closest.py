@@ -32,7 +32,7 @@ def test_what_refined_bounds_rule_out_has_a_nearest_miss() -> None:
     """Closed forms let some through, bounds of layers and loss none: nothing is left to simulate."""
     least = float(small(1e9)[2].device.min())
     found = search(small(least * 1.0001)[0], Options(("mop",), budget=2))
-    assert found.rejected["device memory, bound: of layers and loss"] > 0
+    assert found.rejected["device memory, bound: layers and loss"] > 0
     assert found.best is None
     assert found.closest is not None
     assert found.verdict().startswith("nothing fits: the closest (mop) is ")

@@ -72,7 +72,7 @@ def test_best_of_each_family_and_what_runs_are_in_the_json() -> None:
     assert written["gap"] == found.gap
     assert not found.proven
     assert "not exhausted" in found.exhausted()
-    assert "expected to be" in found.exhausted()
+    assert "expected" in found.exhausted()
     assert found.gap is not None
     assert written["expected_gap"] == found.expected_gap <= found.gap
 
@@ -180,7 +180,7 @@ def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
     for proven in (0.0, TIE):
         assert "not exhausted" not in finding(found.best_by_family, {"fsdp2": proven})
     text = finding({}, {"megatron": None, "fsdp2": 0.0})
-    assert text == "No strategy fits (not exhausted: plans left out may fit, megatron)"
+    assert text == "No strategy fits (not exhausted: plans left out may fit: megatron)"
 
 
 def test_a_large_pool_holds_the_fastest_and_the_leanest(monkeypatch: pytest.MonkeyPatch) -> None:

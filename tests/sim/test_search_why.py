@@ -145,7 +145,7 @@ def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, pr
     others = {one.strategy.name for one in found.best_by_family.values() if one} - {best.strategy.name}
     for family in others:
         assert any(line.startswith(f"{family} takes ") for line in lines)
-    kept = [line for line in lines if line.startswith("only what mopexec runs")]
+    kept = [line for line in lines if line.startswith("only plans that mopexec runs")]
     assert len(kept) == (best.strategy.name == "megatron")
     assert lines == why(found, problem)
 
@@ -243,11 +243,11 @@ def link_to_the_host(link: float, dram: float) -> str:
 
 
 def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
-    gains = r"takes \S+ \w+ \(\d+% faster\); the order stays$"
+    gains = r"takes \S+ \w+ \(\d+% faster\); the order of the families stays$"
     bound_by_dram, bound_by_link = link_to_the_host(1.0, 1 / 8), link_to_the_host(1 / 2, 4.0)
-    assert "2 times as fast the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
-    assert re.search(f"with both so fast it {gains}", bound_by_dram)
-    assert re.search(f"2 times as fast the step {gains}", bound_by_link)
+    assert "2 times as fast, the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
+    assert re.search(f"with both 2 times as fast it {gains}", bound_by_dram)
+    assert re.search(f"2 times as fast, the step {gains}", bound_by_link)
     assert "DRAM" not in bound_by_link
 
 

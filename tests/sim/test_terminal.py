@@ -54,7 +54,7 @@ def test_a_large_job_stays_in_its_lines() -> None:
     }
     assert [line.split()[0] for line in found[1:13]] == [str(number) for number in range(1, 13)]
     assert not any("…" in line for line in lines)
-    reserve = "137.90 GiB of device (of its 140.40 GiB 2.50 GiB are for driver and framework)"
+    reserve = "137.90 GiB of device memory (of the device's 140.40 GiB, 2.50 GiB are for driver and "
     assert reserve in " ".join(" ".join(lines).split())
     lines = shown(breakdown(result))
     assert not any("…" in line for line in lines)

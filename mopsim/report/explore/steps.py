@@ -174,8 +174,8 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
 
 
 NOTE = (
-    f"memory: the peak of tensors. {ENOUGH}: for them and for what the allocator and communicators may add, "
-    f"with that probability. {P_FITS}."
+    f"memory: the peak of tensors. {ENOUGH}: this much is enough, with that probability, for tensors and for "
+    f"what the allocator and the communicators may add. {P_FITS}."
 )
 
 
