@@ -78,7 +78,8 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
         pages = found.write(out, as_typed("mopsim")) if out else []
     say_written(console, json, *map(str, pages))
     if chosen is None:
-        none = f"no cluster of at most {request.limit} will do; {sizing.missed(found.miss, request.flag)}"
+        miss = sizing.missed(found.miss, request.flag)
+        none = f"no cluster of at most {request.limit} meets the limits; {miss}"
         unwritten = f"--plan: {plan} not written: " if plan else ""
         print(f"mopsim: {unwritten}{none}", file=sys.stderr)
         return NOTHING_FITS

@@ -66,7 +66,7 @@ def content(d: Decision) -> dict[str, object]:
     subject, said = d.subject, texts(d)
     bill = subject.figures if subject else None
     return {
-        "title": "Which cluster to sign for" if d.chosen else "No cluster will do",
+        "title": "Which cluster to sign for" if d.chosen else "No cluster meets the limits",
         "question": sizing.title(d.request),
         "found": d.chosen is not None,
         "answer": " ".join(said["answer"]),

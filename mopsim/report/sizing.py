@@ -22,8 +22,8 @@ from mopsim.spec.stacks import variants
 CARRIED = "plan carried from another number of nodes or machine"
 """Of a point whose own number of nodes was not searched, or brought nothing faster."""
 SIMULATED = (
-    "MFU and tokens/s are as simulated; days and cost count a step longer or shorter, by what measured runs "
-    "take over predicted ones by the median."
+    "MFU and tokens/s are as simulated. Days and cost count a longer or shorter step: the simulated one "
+    "times the median of measured over predicted step times of published runs."
 )
 
 
@@ -77,32 +77,33 @@ def format_carbon(kilograms: float) -> str:
 
 
 def steps(point: Point) -> str:
-    """'1,000 steps of 18.4 s as simulated (the days count 1.06 times that, 19.5 s, as measured runs take by
-    the median)', the factor where it is more than a hundredth."""
+    """'1,000 steps of 18.4 s as simulated (the days count 1.06 times that, 19.5 s: the median of measured
+    over predicted steps)', the factor where it is more than a hundredth."""
     result, bill = point.step_and_bill
     more = bill.measured_over_predicted
     said = f"{point.num_steps:,.0f} steps of {format_seconds(result.step_time)} as simulated"
     if abs(more - 1) < 0.01:
         return said
     counted = f"{more:.2f} times that, {format_seconds(more * result.step_time)}"
-    return f"{said} (the days count {counted}, as measured runs take by the median)"
+    return f"{said} (the days count {counted}: the median of measured over predicted steps)"
 
 
 def _details(point: Point, level: float) -> str:
-    """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host.
+    """What the columns have no room for, in four lines. Free: below the limit of a device, of a rank's share
+    of the host.
     level: of the interval of memory."""
     (result, bill), training = point.step_and_bill, point.training
     tokens = training.global_batch * training.seq_len
     return (
-        f"{point.hardware.name}: {result.line}; {training.global_batch:,} sequences "
-        f"({tokens:,} tokens) a step, {steps(point)}, "
-        f"{result.tokens_per_second:,.0f} tokens/s in all, MFU {result.mfu:.1%}; "
-        f"{_paid(point, bill)}{_failures(bill)}{bill.device_hours:,.0f} device-hours; free: "
-        f"device {_headroom(result.memory_limit, result.peak_memory)} beside a peak of "
+        f"{point.hardware.name}: {result.line}\n"
+        f"  {training.global_batch:,} sequences ({tokens:,} tokens) a step, {steps(point)}, "
+        f"{result.tokens_per_second:,.0f} tokens/s in all, MFU {result.mfu:.1%}\n"
+        f"  {_paid(point, bill)}{_failures(bill)}{bill.device_hours:,.0f} device-hours\n"
+        f"  fits with probability {format_probability(result.p_fits)}; "
+        f"free device memory {_headroom(result.memory_limit, result.peak_memory)} beside a peak of "
         f"{format_bytes(result.peak_memory)} ({100 * level:g} %: "
-        f"{between(result.peak_memory_interval(level), format_bytes)}); host "
-        f"{_headroom(result.host_limit, result.host_memory)}; fits with probability "
-        f"{format_probability(result.p_fits)}"
+        f"{between(result.peak_memory_interval(level), format_bytes)}); "
+        f"free host memory {_headroom(result.host_limit, result.host_memory)}"
     )
 
 
@@ -127,11 +128,11 @@ def unmeasured(result: SimResult) -> str:
         return ""
     runs = sum(one.runs for one in known.cells)
     apart, near = math.expm1(known.deviations.stack), variants(result.stack, sorted(others))
-    kin = f" (of its variants {', '.join(near)} there are)" if near else ", nor of a variant"
+    kin = f" (only of its variants {', '.join(near)})" if near else ", nor of a variant"
     return (
-        f"No measured run of {stack} is known{kin}: the interval of days, the odds of the deadline and "
-        f"the median factor rest on {runs:,.0f} runs of {len(others)} other programs, whose errors lie "
-        f"{apart:.0%} apart (standard deviation between programs)."
+        f"No measured run of {stack} is known{kin}. The interval of days, the odds of the deadline and "
+        f"the median factor rest on {runs:,.0f} runs of {len(others)} other programs. The errors of programs "
+        f"differ by {apart:.0%} (standard deviation)."
     )
 
 
@@ -219,7 +220,7 @@ def searched(point: Point) -> str:
     """How far the search of a cluster that fits went: it is of plans on its own number of nodes."""
     if point.gap is None:
         return f"{CARRIED}: a plan left out may be faster"
-    return f"of plans on as many nodes {proof(point.gap, found=True)}"
+    return f"on this number of nodes {proof(point.gap, found=True)}"
 
 
 def asked_odds(request: Request) -> str:
@@ -277,7 +278,7 @@ def fits_surely(one: Point | None, chosen: Point | None) -> str:
 
 
 def break_even(sizings: Sequence[Sizing], chosen: Point | None) -> str:
-    """'h200-sxm-141g would cost as much at 2.71 USD/h (3.5 taken)': of what the other machine types are
+    """'h200-sxm-141g would cost as much at 2.71 USD/h (billed at 3.5)': of what the other machine types are
     rented for, those too that are beyond the budget; empty where nothing is."""
     mine = chosen.figures if chosen else None
     if mine is None or mine.cost is None or chosen is None:
@@ -285,14 +286,14 @@ def break_even(sizings: Sequence[Sizing], chosen: Point | None) -> str:
     others = [one for one in sizings if one.hardware.name != chosen.hardware.name]
     bills = {one.hardware.name: one.rival.figures for one in others if one.rival}
     return "; ".join(
-        f"{name} would cost as much at {price:.3g} USD/h ({bill.price_for(bill.cost):g} taken)"
+        f"{name} would cost as much at {price:.3g} USD/h (billed at {bill.price_for(bill.cost):g})"
         for name, bill in bills.items()
         if bill and bill.cost and (price := bill.price_for(mine.cost))
     )
 
 
 def missed(miss: Miss | None, flag: str = "--max-nodes") -> str:
-    """What comes nearest, and the smallest change that would do. flag: of more nodes."""
+    """The nearest miss, and the smallest change that would meet the limits. flag: of more nodes."""
     if miss is None:
         return "no number of nodes that was tried has a plan"
     point, changes = miss.point, []
@@ -302,15 +303,16 @@ def missed(miss: Miss | None, flag: str = "--max-nodes") -> str:
         changes.append(f"--budget {math.ceil(miss.dollars)}")
     elif not point.affordable:
         changes.append("a price (--price, --capex)")
-    return f"nearest: {summary(point)}; it would do with {' and '.join(changes)}{_more_nodes(miss, flag)}"
+    would = f"it would meet the limits with {' and '.join(changes)}"
+    return f"nearest: {summary(point)}; {would}{_more_nodes(miss, flag)}"
 
 
 def _more_nodes(miss: Miss, flag: str) -> str:
     """Whether more nodes would do where the nearest is late, and how many."""
     if miss.thin is not None:
         return (
-            "; more nodes need a larger batch too (--global-batch-tokens): as many as would be in time, if "
-            f"each added as much, have {miss.thin:,.0f} tokens a device and step"
+            "; more nodes also need a larger batch (--global-batch-tokens): with as many nodes as would be "
+            f"in time, if each added as much, a device has {miss.thin:,.0f} tokens a step"
         )
     if miss.nodes is not None:
         return f", or about {miss.nodes:,} nodes ({flag})"
@@ -325,9 +327,10 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
         trains = f"{a.utilisation:.0%} of the wall clock trains (--utilisation)"
     lines = [
         f"Assumed: {trains}; about {request.batch_tokens:,} tokens a step (--global-batch-tokens).",
-        f"Searched: {', '.join(request.families)}, at most {request.simulations} simulations of each where a "
-        f"node count is searched ({sum(one.simulated for one in sizings):,} in all); other counts, most of "
-        f"the Pareto front among them, have a {CARRIED}. More may find a cheaper cluster (--simulations).",
+        f"Searched: {', '.join(request.families)}, at most {request.simulations} simulations of each at a "
+        f"node count that is searched ({sum(one.simulated for one in sizings):,} in all). Other counts, and "
+        f"most of the Pareto front, have a {CARRIED}. More simulations may find a cheaper cluster "
+        "(--simulations).",
     ]
     for sizing in sizings:
         here, bill = request.at(sizing.bill), sizing.bill

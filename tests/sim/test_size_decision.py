@@ -140,7 +140,7 @@ def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
         lines = (texts(decision)["risks"], stated(found.request, [Sizing(point.hardware, point, [point])]))
         return [line for one in lines for line in one if line.startswith(f"No measured run of {stack} is")]
 
-    assert re.search(r"\(of its variants .*megatron-bridge, megatron-", said("megatron-core-graphs")[0])
+    assert re.search(r"\(only of its variants .*megatron-bridge, megatron-", said("megatron-core-graphs")[0])
     risk, text = said("mopexec-flat")
     assert risk == text
     assert "nor of a variant" in risk
@@ -174,7 +174,7 @@ def test_carried_plans_are_named_and_a_proof_is_of_one_number_of_nodes(found: Cl
     chosen = found.chosen
     assert chosen is not None
     searched, carried = replace(chosen, gap=0.001), replace(chosen, gap=None)
-    assert "of plans on as many nodes proven" in summary(searched)
+    assert "on this number of nodes proven" in summary(searched)
     assert "plan carried from another number of nodes" in summary(carried)
     decision = Decision(found.request, [], [searched], [searched], searched, None, [], [])
     page = content(decision)
@@ -233,7 +233,7 @@ def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> 
     again = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **LEAN)
     assert again.chosen is not None
     none.write(tmp_path / "none")
-    assert "No cluster will do" in (tmp_path / "none" / "decision.html").read_text("utf-8")
+    assert "No cluster meets the limits" in (tmp_path / "none" / "decision.html").read_text("utf-8")
 
 
 def test_more_nodes_are_advised_only_where_they_would_help(found: Clusters) -> None:
@@ -252,7 +252,7 @@ def test_more_nodes_are_advised_only_where_they_would_help(found: Clusters) -> N
     assert far.endswith("or with more nodes (--max-nodes)")
     assert "--global-batch-tokens" not in far
     assert "about" not in thin
-    assert "a larger batch too (--global-batch-tokens)" in thin
+    assert "also need a larger batch (--global-batch-tokens)" in thin
     assert "have 1,1" in thin
 
 
@@ -275,9 +275,9 @@ def test_a_miss_without_a_price_asks_for_one(found: Clusters) -> None:
     miss = nearest_miss([unknown], Goal(1, None, 1.0), 0.5)
     assert miss is not None
     assert miss.dollars is None
-    assert missed(miss).endswith("it would do with a price (--price, --capex)")
+    assert missed(miss).endswith("it would meet the limits with a price (--price, --capex)")
     late = missed(nearest_miss([replace(unknown, in_time=False)], Goal(1, 1.0, 1.0), 0.5))
-    assert re.search(r"it would do with --days \S+ and a price \(--price, --capex\)$", late)
+    assert re.search(r"it would meet the limits with --days \S+ and a price \(--price, --capex\)$", late)
 
 
 def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:

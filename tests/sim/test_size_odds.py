@@ -59,7 +59,7 @@ def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> N
     assert other.figures is not None
     cheap = replace(other, figures=replace(other.figures, cost=(other.figures.cost or 0.0) / 2))
     price = rival["price_per_device_hour_usd"] / 2
-    said = f"h100-sxm-80g would cost as much at {price:.3g} USD/h ({2 * price:g} taken)"
+    said = f"h100-sxm-80g would cost as much at {price:.3g} USD/h (billed at {2 * price:g})"
     assert break_even(found.sizings, cheap) == said
     (sizing,) = found.sizings
     cannot = replace(sizing, best=None, tried=[replace(chosen, affordable=False)])

@@ -288,8 +288,8 @@ def test_a_sizing_without_an_answer_says_so_and_is_no_success(
         main()
     assert end.value.code == 3
     said = capsys.readouterr().err
-    assert "no cluster of at most 1 node will do; nearest: 1 node" in said
-    assert "it would do with --days" in said
+    assert "no cluster of at most 1 node meets the limits; nearest: 1 node" in said
+    assert "it would meet the limits with --days" in said
 
 
 def test_a_sweep_that_repeats_itself_is_refused(

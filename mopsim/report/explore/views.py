@@ -170,7 +170,9 @@ def _errors(result: Json) -> str:
 
 def _recommended(result: Json) -> str:
     best = result.get("recommended")
-    return f"Recommended: {best['nodes']} nodes of {best['hardware']}" if best else "No cluster will do"
+    if not best:
+        return "No cluster meets the limits"
+    return f"Recommended: {best['nodes']} nodes of {best['hardware']}"
 
 
 def _said(result: Json) -> str:
