@@ -17,7 +17,10 @@ import mopsim
 from mopsim.cli import main
 from mopsim.common import io
 from mopsim.spec.plan import Plan
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
+from mopsim.strategies import fsdp2
 
 JOB: dict[str, Any] = {"model": "tiny", "hardware": "cpu-2core", "seq_len": 256, "global_batch": 4}
 TINY = mopsim.mop(dtype="float32")
@@ -359,3 +362,23 @@ def test_two_profiles_of_one_name_are_not_taken_for_one() -> None:
     other = replace(one, devices_per_node=one.devices_per_node * 2)
     with pytest.raises(mopsim.MopError, match="is the name of two different profiles"):
         mopsim.size("tiny", [one, other], tokens="1M", days=1)
+
+
+def test_routes_that_a_benchmark_forces_are_told() -> None:
+    """Where exchanges send a row once to a rank, whose share of the step they decide."""
+    job: dict[str, Any] = {"seq_len": 1024, "global_batch": 8}
+
+    def said(stack: Stack, dispatcher: str, routing: str = "balanced") -> list[str]:
+        base = fsdp2(8, expert_parallel=8)
+        made = replace(base, experts=replace(base.experts, token_dispatcher=dispatcher))
+        found = mopsim.simulate(
+            "qwen3_30b_a3b", "h100-sxm-80g", strategy=made, stack=stack, routing=routing, **job
+        )
+        return [one for one in found.notes if "forces for benchmarks" in one]
+
+    titan = load_stack("torchtitan")
+    [told] = said(titan, "deepep")
+    assert "that torchtitan forces" in told
+    assert not said(titan, "alltoall")
+    assert not said(titan, "deepep", "zipf:1")
+    assert not said(replace(titan, balanced_routes="independent"), "deepep")
