@@ -253,7 +253,7 @@ def test_more_nodes_are_advised_only_where_they_would_help(found: Clusters) -> N
     assert "--global-batch-tokens" not in far
     assert "about" not in thin
     assert "also need a larger batch (--global-batch-tokens)" in thin
-    assert "have 1,1" in thin
+    assert "a device has 1,1" in thin
 
 
 def test_a_miss_of_two_limits_names_both(found: Clusters) -> None:
