@@ -25,9 +25,9 @@ SAME = 1e-3
 """Relative difference between these two below which the host does not matter, and by which a step may be
 wrong between others."""
 RESERVED = {"fixed": 1.10, "expandable": 1.05}
-"""Blocks of the caching allocator over live tensors, by its segments: the medians of 13 and 18 sources of
-published runs that read blocks or the whole device (1.097 and 1.047, reports/validation; half of them lie
-within 1.09 to 1.16 and 1.03 to 1.07)."""
+"""Blocks of the caching allocator over live tensors and idle blocks, by its segments: the medians of 13 and
+18 sources of published runs that read blocks or the whole device (1.097 and 1.047, reports/validation; half
+of them lie within 1.09 to 1.16 and 1.03 to 1.07)."""
 
 COMMUNICATORS = 2 * 411 * 10**6
 """Bytes of communicators that a profile's `reserved` has already: two groups, as those of A100, H100 and H200
