@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.errors import MopError
 from mopsim.graph.tape import Step
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Op
 
 GATHERED, GRADS = SLOT["gathered"], SLOT["grads"]
 Counts = NDArray[np.int64]
+MOST = 2**57
+"""Bytes of a category, so that 64 bits hold the sum of all."""
 
 
 class Ledger:
@@ -50,6 +53,8 @@ class Ledger:
         kinds, changes, touched = _changes(ops)
         used = np.flatnonzero(changes.any(axis=0))
         rows = np.where(begins, 2 * kinds[places], 2 * kinds[places] + 1)
+        if int(np.abs(changes).max(initial=0)) * len(rows) > MOST:
+            _require_counted(np.abs(np.cumsum(changes[rows], axis=0, dtype=np.float64)).max())
         now = np.array(self.now)[used] + np.cumsum(changes[:, used][rows], axis=0)
         held = _Held(used, self.now, now)
         high = np.asarray(touched.any(axis=1))[rows]
@@ -132,6 +137,13 @@ class _Held:
         return found
 
 
+def _require_counted(size: float) -> None:
+    """Raise MopError where a rank would hold more than can be counted."""
+    if size > MOST:
+        rule = "has a rank hold more than 2^57 bytes of one category: fewer tokens are simulated"
+        raise MopError(f"training.seq_len: {rule}")
+
+
 def _changes(ops: Sequence[Op]) -> tuple[Counts, Counts, NDArray[np.bool_]]:
     """(The kind of change of each op; bytes by slot of each kind, as an op starts and, in the next row, as it
     ends; which slots change at these starts). Equal changes are one object."""
@@ -145,6 +157,7 @@ def _changes(ops: Sequence[Op]) -> tuple[Counts, Counts, NDArray[np.bool_]]:
             kind = known[key] = len(firsts)
             firsts.append(op)
         kinds.append(kind)
+    _require_counted(max((abs(size) for op in firsts for _, size in (*op.peak, *op.net)), default=0))
     changes = np.zeros((2 * len(firsts), len(SLOTS)), dtype=np.int64)
     touched = np.zeros(changes.shape, dtype=np.bool_)
     for kind, op in enumerate(firsts):
