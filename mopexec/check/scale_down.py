@@ -93,6 +93,7 @@ def mechanisms(plan: Plan) -> list[str]:
         f"expert dispatch in chunks of {s.experts.chunk_tokens} tokens": s.experts.chunk_tokens > 0,
         f"vocabulary ring over {s.vocabulary.vocab_parallel}": s.vocabulary.loss == "ring",
         f"loss in chunks of {s.vocabulary.chunk_tokens} tokens": s.vocabulary.chunk_tokens > 0,
+        "decoder layers compiled": s.compile == "block",
         f"recompute {s.activations.recompute}": s.activations.recompute != "none",
         "boundaries on the host": s.activations.layer_inputs == "host",
         f"optimizer state on the host, updated on the {s.optimizer.update_on}": s.optimizer.state_tier

@@ -52,6 +52,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
         with attempts.no_mistake_again():
             return _as_rank(options, json, max_restarts)
     plan = plans.read_supported(Path(options.plan), options.settings)
+    plans.check_compiler(plan)
     _check_directory(options, plan)
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))

@@ -26,6 +26,7 @@ def run(path: Path, steps: int, max_ranks: int | None, json: str | None) -> int:
     plans.check_supported(plan)
     small = scale_down(plan, max_ranks or 4)
     plans.check_supported(small)
+    plans.check_compiler(small)
     from mopexec.run.launch import RankError, signal_code
 
     _hide_devices(small.strategy.world_size)

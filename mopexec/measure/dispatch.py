@@ -1,7 +1,7 @@
 """What the dispatch modes share: telling plain tensors from wrappers, walking arguments, reading schemas."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,19 @@ _PLAIN: dict[type, bool] = {}
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode under which nothing is compiled, by torch's own switch: without it each dispatch goes
-    through a wrapper, and the first one imports torch's compiler, which takes a second and more."""
+    through a wrapper, and the first one imports torch's compiler, which takes a second and more. entered: how
+    many are on."""
+
+    entered = 0
+
+    def __enter__(self) -> Self:
+        EagerMode.entered += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        EagerMode.entered -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -39,6 +39,10 @@ class Router(nn.Module):
         experts: the choice, where a routing profile makes it instead of the router. batch: sequences that the
         tokens are of.
         """
+        return self.judged(*self.scored(x, experts), batch)
+
+    def scored(self, x: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(experts, weights) before any loss of the router's; logits and scores [N, E]."""
         accurate = wide(x.dtype)
         bias = None if self.bias is None else self.bias.to(accurate)
         logits = F.linear(x.to(accurate), self.weight.to(accurate), bias)
@@ -47,11 +51,20 @@ class Router(nn.Module):
             with torch.no_grad():
                 experts = choose_experts(scores, self.balance_bias, self.spec)
                 count_routes(self.load, experts)
-        weights = route_weights(scores, experts, self.spec)
-        if self.auxiliary.balance or self.auxiliary.z:
-            loss = router_loss(logits, scores, experts, batch, self.auxiliary)
-            weights = attach(weights, loss)
+        return experts, route_weights(scores, experts, self.spec), logits, scores
+
+    def judged(
+        self, experts: Tensor, weights: Tensor, logits: Tensor, scores: Tensor, batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """(experts, weights) with the router's losses in the gradient of the weights."""
+        if self.has_losses:
+            weights = attach(weights, router_loss(logits, scores, experts, batch, self.auxiliary))
         return experts, weights
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether losses of the router join the objective."""
+        return bool(self.auxiliary.balance or self.auxiliary.z)
 
 
 class RoutedExperts(nn.Module):

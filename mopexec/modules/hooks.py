@@ -96,7 +96,7 @@ def recompute_layers(model: Any, boundaries: InputHooks) -> None:
     for index, layer in enumerate(model.blocks()):
         layer.forward = _Checkpointed(index, layer.forward, boundaries)
     for module in model.mtp:
-        module.join = partial(_again, module.join)
+        module.join = partial(again, module.join)
 
 
 def recompute_modules(model: Any, names: Collection[str]) -> None:
@@ -105,13 +105,14 @@ def recompute_modules(model: Any, names: Collection[str]) -> None:
     """
     for layer in model.blocks():
         if "core_attn" in names:
-            layer.attention.core = partial(_again, layer.attention.core)
+            layer.attention.core = partial(again, layer.attention.core)
         inner = layer.moe if layer.is_moe else layer.ffn
         if ("moe" if layer.is_moe else "mlp") in names:
-            inner.forward = partial(_again, inner.forward)
+            inner.forward = partial(again, inner.forward)
 
 
-def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The function under a non-reentrant checkpoint."""
     result: Tensor = checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
@@ -124,4 +125,4 @@ class _Checkpointed:
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         with self._boundaries.keep(self._index, x):
-            return _again(self._forward, x, *args)
+            return again(self._forward, x, *args)

@@ -15,6 +15,7 @@ from mopexec.measure.scope import category, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
 from mopexec.model.transformer import Given, Term
+from mopexec.modules.compiled import compile_blocks
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
@@ -148,10 +149,12 @@ class SplitModel:
             embedding.forward = SplitEmbedding(embedding, first_row, tensor)
         network.given = self._given
         self._attach_loss(first_row)
+        again = strategy.activations.modules if strategy.activations.recompute == "selective" else ()
+        if strategy.compile == "block":
+            compile_blocks(network, again)
         if strategy.activations.recompute == "full":
             recompute_layers(network, InputHooks.of(plan, self._platform))
-        if strategy.activations.recompute == "selective":
-            recompute_modules(network, strategy.activations.modules)
+        recompute_modules(network, again)
         name_components(network)
 
     def _exchange(self) -> AttentionCore:

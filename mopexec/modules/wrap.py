@@ -21,6 +21,7 @@ from mopexec.model import Routing, Transformer
 from mopexec.model.moe import Router
 from mopexec.model.transformer import Term
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
+from mopexec.modules.compiled import compile_blocks
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.fsdp_internals import lazy_init, sum_gradients
 from mopexec.modules.groups import FsdpGroups
@@ -48,6 +49,8 @@ def build_model(
     if groups.sequence.size > 1:
         for layer in model.blocks():
             layer.attention.core = UlyssesAttention(groups.sequence)
+    if strategy.compile == "block":
+        compile_blocks(model)
     if strategy.activations.recompute == "full":
         recompute_layers(model, InputHooks.of(plan, platform))
     _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)

@@ -4,14 +4,13 @@ On a CPU the same function runs as eager torch composes it; tensors without data
 dispatch mode sees on a machine without a GPU what a GPU would launch.
 """
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mopexec.operators import compiler
 from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
 
@@ -31,28 +30,8 @@ def _define(
     _LIBRARY.impl(name, meta, "Meta")
     if cuda is None:
         LEAVES[name] = compiled or leaf
-        cuda = _compiled(LEAVES[name])
+        cuda = compiler.compiled(LEAVES[name], dynamic=True)
     _LIBRARY.impl(name, cuda, "CUDA")
-
-
-_VARIANTS = 64
-"""Of one function (dtypes, strides, flags) that may be compiled: torch raises an error above its own 8."""
-
-
-def _compiled(leaf: Leaf) -> Leaf:
-    @functools.cache
-    def made() -> Leaf:
-        whole = functools.partial(torch.compile, leaf, dynamic=True, fullgraph=True)
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            return whole(recompile_limit=_VARIANTS)
-        # older torch: a setting of a thread, and autograd calls from threads of its own
-        patched: Leaf = torch._dynamo.config.patch(recompile_limit=_VARIANTS)(whole())
-        return patched
-
-    def run(*args: Any) -> Any:
-        return made()(*args)
-
-    return run
 
 
 def _nothing(*_: Any) -> None:

@@ -80,3 +80,19 @@ class using:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         for name, value in zip(Choice.__slots__, self._outer, strict=True):
             setattr(NOW, name, value)
+
+
+class composed:  # noqa: N801
+    """`with composed():` row operations run as torch composes them, for its compiler to fuse."""
+
+    __slots__ = ("_outer",)
+    _ROWS = ("norm", "rotary", "activation")
+
+    def __enter__(self) -> None:
+        self._outer = [getattr(NOW, name) for name in self._ROWS]
+        for name in self._ROWS:
+            setattr(NOW, name, False)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in zip(self._ROWS, self._outer, strict=True):
+            setattr(NOW, name, value)

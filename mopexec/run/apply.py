@@ -15,7 +15,7 @@ from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category
 from mopexec.model.routing import profile_experts
-from mopexec.operators import kernels
+from mopexec.operators import compiler, kernels
 from mopexec.operators.attention import AttentionBlock
 from mopexec.operators.experts import MoEBlock
 from mopexec.operators.ffn import DenseBlock
@@ -49,7 +49,9 @@ def build(
     if not platform.fake:
         stack = stack.on_kind("cuda" if platform.is_cuda else "cpu")
     stack = stack.on(plan.hardware.architecture, plan.training.plain_attention(plan.model))
-    plan = msgspec.structs.replace(plan, stack=stack)
+    plan = msgspec.structs.replace(plan, stack=stack.compiling(plan.strategy.compile))
+    if plan.strategy.compile != "none" and not platform.fake:
+        compiler.check_compiler("plan.strategy.compile", cuda=platform.is_cuda)
     if platform.is_cuda:
         kernels.prepare(plan.stack.kernels)
     source = weights or Seeded(seed)

@@ -68,6 +68,17 @@ def check_supported(plan: Plan) -> None:
         raise refusal.within("plan") from None
 
 
+def check_compiler(plan: Plan) -> None:
+    """Refuse to compile where this machine lacks what that needs. Raises SpecError."""
+    if plan.strategy.compile == "none":
+        return
+    import torch
+
+    from mopexec.operators import compiler
+
+    compiler.check_compiler("plan.strategy.compile", cuda=torch.cuda.is_available())
+
+
 def check_world(plan: Plan, world_size: int) -> None:
     """Refuse a launch of another number of ranks than the plan is for. Raises SpecError."""
     wanted = plan.strategy.world_size

@@ -83,7 +83,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     if options.resume or job.again:
         resumed = checkpoint.check_resumable(Path(options.out), wanted, options.steps)
     torch.manual_seed(seed)
-    tracking = _Tracking(options)
+    tracking = _Tracking(options, compiled=plan.strategy.compile != "none")
+    options = msgspec.structs.replace(options, warmup=max(options.warmup, tracking.slow))
     with tracking.tracker:
         begin = _weights(options, plan, resumed)
         runner = build(plan, job.platform, routing=options.routing, seed=seed, **begin)
@@ -100,6 +101,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
             loop.display.say(f"warning: the steps from here on are made with {other}")
     if options.resume and not resumed:
         loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
+    if tracking.slow:
+        loop.display.say(f"memory is watched until step {done + tracking.slow - 1}, uncompiled")
     loop.say_data()
     with at_work(), closing(loop):
         loop.run()
@@ -371,14 +374,16 @@ def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[st
 
 class _Tracking:
     """The tracker counts while the runner is built and in its first steps; in all, where it has a limit to
-    enforce and options.tracked_steps does not say in how many.
+    enforce, options.tracked_steps does not say in how many, and nothing is compiled, which it would keep from
+    running. slow: steps up to the one that compiles.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
+    def __init__(self, options: TrainOptions, *, compiled: bool) -> None:
         self.tracker = MemoryTracker(options.device_limit, options.host_limit)
         limited = options.device_limit is not None or options.host_limit is not None
-        self._always = limited and not options.tracked_steps
+        self._always = limited and not options.tracked_steps and not compiled
         self._first = options.tracked_steps or TRACKED_STEPS
+        self.slow = self._first + 1 if compiled else 0
 
     def last(self, step: int, first: int) -> int:
         """The last step (from 0) that was watched up to `step`, in a process that began with `first`."""

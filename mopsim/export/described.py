@@ -20,7 +20,8 @@ def elsewhere(plan: Plan, stacks: Sequence[str]) -> str:
     if name in stacks or name not in list_stacks():
         return ""
     known = [load_stack(one) for one in stacks]
-    alike = (one for one in known if one.kernels.compiled == plan.stack.kernels.compiled)
+    compiled = plan.stack.kernels.compiled or plan.strategy.compile == "block"
+    alike = (one for one in known if one.kernels.compiled == compiled)
     there = next(alike, known[0])
     return (
         f"That is of another version: {there.name} ({there.version}) describes this one: "

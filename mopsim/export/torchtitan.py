@@ -66,7 +66,10 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def compiled(plan: Plan) -> bool:
-    """Whether the plan is of TorchTitan's compiled layers: kernels fused, and no module's Python called."""
+    """Whether the plan asks for compiled layers, or is of TorchTitan's: kernels fused, and no module's Python
+    called."""
+    if plan.strategy.compile == "block":
+        return True
     return plan.stack.kernels.norm == "fused" and not plan.stack.host.modules
 
 

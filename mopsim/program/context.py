@@ -365,7 +365,7 @@ def make_context(
         documents=training.own_document,
     )  # fmt: skip
     return Context(
-        model, strategy, training, stack,
+        model, strategy, training, stack.compiling(strategy.compile),
         _groups(model, strategy, domain, stack.forces_consecutive(training.routing)), shapes,
         edge_units(model, strategy, whole=stack.sharding.embedding == "whole"),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,

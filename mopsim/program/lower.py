@@ -53,7 +53,7 @@ def lower(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
         for stage in stages
     )
-    if stack.host.modules:
+    if context.stack.host.modules:
         around = Around.of(context, passes.again(), woven=context.weaves)
         programs = tuple(by_modules(program, context.stack, around) for program in programs)
     if stack.host.graphs:

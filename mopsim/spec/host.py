@@ -13,9 +13,10 @@ MOST_READS, MOST_DOCUMENTS = 1000, 1e6
 
 class HostCosts(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. layers:
-    whose modules they are, for what they take. tensor: what splits their products over tensor-parallel ranks,
-    for what it takes (`dtensor`: torch's parallelize_module; `plain`: nothing, or not known). hooks: around
-    each, parameters are gathered and freed (DeepSpeed's ZeRO-3), not around groups. graphs: components whose
+    whose modules they are, for what they take (`compiled`: mopexec's, between graphs of TorchInductor).
+    tensor: what splits their products over tensor-parallel ranks, for what it takes (`dtensor`: torch's
+    parallelize_module; `plain`: nothing, or not known). hooks: around each, parameters are gathered and freed
+    (DeepSpeed's ZeRO-3), not around groups. graphs: components whose
     kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a layer's Python
     frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the host waits for
     every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer
@@ -36,7 +37,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     alone: how many gradients are zero (`zeros`), the norm of the parameters (`params_norm`)."""
 
     modules: bool = False
-    layers: Literal["transformers", "transformer_engine"] = "transformers"
+    layers: Literal["transformers", "transformer_engine", "compiled"] = "transformers"
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False

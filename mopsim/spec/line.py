@@ -42,6 +42,8 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
         parts.append(f"offload={','.join(away)}")
     if s.dense.zero == 3 and not s.dense.reshard_after_forward:
         parts.append("reshard=no")
+    if s.compile != "none":
+        parts.append(f"compile={s.compile}")
     return f"{s.name} {' '.join(parts)}"
 
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from mopsim.common.errors import Rules, require, require_name
-from mopsim.common.io import Spec
+from mopsim.common.io import Spec, convert, to_plain
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import Runtime
 from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
@@ -70,7 +70,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     balanced_routes: a token's experts where it makes `balanced` routing itself, for benchmarks: drawn
     independently (random logits), or `consecutive` ones (round robin), which lie on fewer ranks.
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
-    a file: the entries that are others).
+    a file: the entries that are others). compiled: the entries (`kernels.norm`), on devices of every kind,
+    that are others where a strategy has its blocks compiled; empty: the program leaves that to nobody.
     sharding: how state is sharded and gathered. recompute: habits of recomputation. host: what its Python
     costs. dtypes: of state, where a strategy does not say. hides: communication that is hidden by default.
     reading: what its memory reading means.
@@ -92,6 +93,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     balanced_routes: Literal["independent", "consecutive"] = "independent"
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None
+    compiled: dict[str, Any] = msgspec.field(default_factory=dict)
     sharding: Sharding = Sharding()
     recompute: Recompute = Recompute()
     host: HostCosts = HostCosts()
@@ -106,6 +108,12 @@ class Stack(Spec, frozen=True, kw_only=True):
         require_name(self.name)
         for key, values in self.has.items():
             require_had(key, values)
+        for path in self.compiled:
+            section, _, entry = path.partition(".")
+            fields = {"kernels": Kernels, "host": HostCosts}.get(section, Kernels).__struct_fields__
+            rule = "is not an entry of kernels or host, which a compiler of blocks changes"
+            require(section in ("kernels", "host") and entry in fields, "compiled", path, rule)
+        self._compiled()
         grads, masters = self.sharding.microbatch_grads, self.sharding.host_masters
         rule = "must be 'added' with explicit, whose schedule has gradients of its own"
         yield not self.explicit or grads == "added", "sharding.microbatch_grads", rule
@@ -164,6 +172,21 @@ class Stack(Spec, frozen=True, kw_only=True):
         """Whether attention leaves out the blocks of scores that a window or a document hides, beside the
         causal half. plain: see `on`."""
         return self.on("", plain).attention not in ("masked", "scores")
+
+    def compiling(self, how: str) -> "Stack":
+        """The stack where a strategy has compiled what it says (`Strategy.compile`)."""
+        return replace(self, **self._compiled(), compiled={}) if how != "none" else self
+
+    def _compiled(self) -> dict[str, Any]:
+        """The sections that compiled blocks change. Raises MopError for a value that an entry cannot have."""
+        found: dict[str, Any] = {}
+        for name, start in (("kernels", "kernels."), ("cpu", "kernels."), ("host", "host.")):
+            own: Any = getattr(self, name)
+            mine = (path for path in self.compiled if path.startswith(start))
+            more = {path.removeprefix(start): self.compiled[path] for path in mine}
+            if more and own is not None:
+                found[name] = convert(to_plain(own) | more, type(own), f"compiled.{start[:-1]}")
+        return found
 
     def under(self, zero: int) -> "Stack":
         """The stack as it shards state at a level of ZeRO."""

@@ -28,10 +28,11 @@ from mopsim.spec import renamed
 from mopsim.spec.stack import Stack
 
 _texts = partial(shipped_texts, "mopsim", "stacks")
-SECTIONS = ("kernels", "cpu", "has", "sharding", "recompute", "host", "dtypes", "hides", "reading")
-_PARTS = tuple(key for key in (*SECTIONS, "sources") if key not in ("cpu", "has"))
+_FEW = ("cpu", "compiled", "has")
+SECTIONS = ("kernels", *_FEW, "sharding", "recompute", "host", "dtypes", "hides", "reading")
+_PARTS = tuple(key for key in (*SECTIONS, "sources") if key not in _FEW)
 """Sections that hold every entry of theirs wherever a stack is written out."""
-_OPEN = ("has", "communication_share", "sources")
+_OPEN = ("has", "compiled", "communication_share", "sources")
 """Mappings, in which a key that is not there says something too (`has`: the field may have any value)."""
 _NAMES = ("name", "version", "extends", "source")
 _ENTRIES = tuple(sorted({*Stack.__struct_fields__, "source"} - {"sources"}))

@@ -234,7 +234,8 @@ class Strategy(Spec, frozen=True, kw_only=True):
     group. stack: the software that it is meant for, where no other is given: a stack's name, or a YAML file.
     pipeline: of the whole network. dense, attention, experts, vocabulary: each component's own parallelism
     and state. optimizer: where it lives and runs. activations: what is kept, recomputed or offloaded.
-    overlap: communication beside compute. precision: dtypes.
+    overlap: communication beside compute. precision: dtypes. compile: `block` compiles each decoder layer
+    (torch.compile); `none` adds nothing to what the stack's program compiles anyway.
     """
 
     name: str
@@ -250,6 +251,7 @@ class Strategy(Spec, frozen=True, kw_only=True):
     activations: Activations = Activations()
     overlap: Overlap = Overlap()
     precision: Precision = Precision()
+    compile: Literal["none", "block"] = "none"
 
     def _rules(self) -> Rules:
         require_name(self.name)

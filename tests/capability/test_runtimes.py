@@ -49,6 +49,7 @@ OUTSIDE = {
     "training.warmup_steps": "the training loop sets the learning rate",
     "training.seed": "values of the weights, which a dry run has not",
     "training.bias_update_rate": "routers that learn; a dry run routes by profile",
+    "strategy.compile": "graphs, in whose place a dry run plays the layers as they are",
 }
 """Fields that mopexec reads outside of what a dry run plays."""
 

@@ -140,6 +140,7 @@ def test_chunks_and_compiled_layers_are_those_of_the_stack() -> None:
     assert found.compile.enable
     for eager in ("torchtitan", "mopexec-fsdp2"):
         assert not configured(replace(made, stack=eager)).compile.enable
+    assert configured(replace(made, stack="mopexec-fsdp2", compile="block")).compile.enable
 
 
 @pytest.mark.usefixtures("main")

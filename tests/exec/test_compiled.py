@@ -1,0 +1,164 @@
+"""Decoder layers compiled (`compile: block`): exact, few graphs, the parameters' own names, and refusals."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from mopexec.check.scale_down import mechanisms, scale_down
+from mopexec.cli import main
+from mopexec.operators import compiler
+from mopexec.run.supported import check_supported
+from mopsim.common import io
+from mopsim.common.errors import SpecError
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Strategy
+from mopsim.strategies import fsdp2, mop
+from tests.exec.spawn import pool
+from tests.exec.split_plans import BIASED, DENSE, LATENT, MODEL, plan_of
+from tests.parity.test_memory_parity import LATENT as LATENT_LAYERS
+from tests.parity.test_memory_parity import SMALL
+from tests.plans import split
+
+WORKER = "tests.exec.compiled_worker"
+GRAPHS = 20
+"""At most, of training and evaluation: five parts of a layer, and what they are specialised on."""
+LOSSES = {"router_aux_loss_coef": 1e-2, "router_z_loss_coef": 1e-3}
+EVERYTHING: dict[str, Any] = {
+    "expert_parallel": 2, "context_parallel": 2, "recompute": "full", "loss": "chunked",
+    "loss_chunk_tokens": 5, "offload": True,
+}  # fmt: skip
+PARTS = ("core_attn", "mlp", "moe")
+
+
+def compiled(strategy: Strategy, model: ModelSpec = MODEL, **training: Any) -> Plan:
+    return plan_of(replace(strategy, compile="block"), model, **training)
+
+
+def shard(**options: Any) -> Strategy:
+    return fsdp2(2, **{"dtype": "float64", **options})
+
+
+def parts(**options: Any) -> Strategy:
+    return split(2, dtype="float64", **options)
+
+
+CASES: dict[str, tuple[Plan, str]] = {
+    "grouped, kept": (compiled(shard(recompute="none")), "learned"),
+    "grouped, everything": (compiled(shard(**EVERYTHING)), "learned"),
+    "latent, recomputed": (compiled(shard(expert_parallel=2), LATENT, **LOSSES), "learned"),
+    "latent, kept, skewed": (
+        compiled(shard(expert_parallel=2, recompute="none"), LATENT, routing="95/4"),
+        "profile",
+    ),
+    "biases and sinks": (compiled(shard(expert_parallel=2), BIASED), "learned"),
+    "dense": (compiled(shard(recompute="none"), DENSE), "learned"),
+    "split": (compiled(parts(expert_parallel=2, recompute="full", micro_batch=2)), "learned"),
+    "split, some modules again": (
+        compiled(parts(expert_parallel=2, recompute="selective", recompute_modules=PARTS)),
+        "learned",
+    ),
+    "split, ring": (compiled(parts(context_parallel=2)), "learned"),
+    "split, stages": (compiled(parts(pipeline_parallel=2)), "learned"),
+}
+
+
+def check(found: dict[str, float], tolerance: float) -> None:
+    assert 0 < found["graphs"] <= GRAPHS
+    assert (found["later"], found["breaks"]) == (0, 0), found
+    worst = max(found[name] for name in ("loss", "norm", "evaluation", "gradients", "weights"))
+    assert worst <= tolerance, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_run_equals_the_single_device_model(name: str) -> None:
+    """Rows of experts change with every step, and no graph is made after the first."""
+    plan, routing = CASES[name]
+    check_supported(plan)
+    for found in pool(2).run(WORKER, "compare", plan, routing):
+        check(found, 1e-9)
+
+
+def test_in_float32_too() -> None:
+    plan = compiled(fsdp2(2, expert_parallel=2, dtype="float32"))
+    check(pool(2).run(WORKER, "compare", plan, "learned")[0], 1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
+def test_by_torchinductor() -> None:
+    plan = compiled(shard(recompute="none"), DENSE)
+    check(pool(2).run(WORKER, "compare", plan, "learned", "inductor")[0], 1e-9)
+
+
+@pytest.mark.parametrize("model", [SMALL, LATENT_LAYERS], ids=["grouped", "latent"])
+def test_graphs_keep_what_is_predicted_of_them(model: ModelSpec) -> None:
+    """The same bytes as layers by the operators that the compiled stack names, in which memory is watched."""
+    for plain, graphs in pool(2).run(WORKER, "kept", model)[0].values():
+        assert graphs == pytest.approx(plain, rel=0.005)
+
+
+def test_verify_is_of_the_compiled_plan() -> None:
+    small = scale_down(compiled(shard(expert_parallel=2)), 2)
+    assert "decoder layers compiled" in mechanisms(small)
+    found = pool(2).run(WORKER, "verified", small)[0]
+    assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
+    assert found["graphs"] > 0
+
+
+def test_a_watched_step_compiles_nothing() -> None:
+    before, after = pool(2).run(WORKER, "watched", compiled(shard(expert_parallel=2)))[0]
+    assert before == 0
+    assert after > 0
+
+
+@pytest.mark.parametrize(("first", "then"), [("none", "block"), ("block", "none")])
+@pytest.mark.parametrize("strategy", [shard(expert_parallel=2), parts(expert_parallel=2)])
+def test_a_run_goes_on_compiled_or_not(tmp_path: Path, strategy: Strategy, first: str, then: str) -> None:
+    found = pool(2).run(WORKER, "resumed", plan_of(strategy), tmp_path, first, then)
+    assert max(found) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [
+        (mop(2), "strategy.compile: 'block' is not run by flat_units, only 'none'"),
+        (
+            parts(tensor_parallel=2),
+            "strategy.compile: 'block' is not run by split_modules where dense.tensor_parallel is above 1, "
+            "only 'none'",
+        ),
+    ],
+    ids=["flat_units", "tensors"],
+)
+def test_what_is_not_compiled_is_refused_by_name(strategy: Strategy, says: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        check_supported(compiled(strategy))
+    assert str(refused.value).startswith(says)
+
+
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_a_machine_without_a_compiler_says_so_before_any_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    io.write_yaml(tmp_path / "plan.yaml", compiled(shard()))
+    out = ["--data", "python", "--steps", "1", "--out", str(tmp_path / "run")] if command == "train" else []
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--plan", str(tmp_path / "plan.yaml"), *out])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip()
+    assert told == (
+        "mopexec: plan.strategy.compile: 'block' needs no-such-compiler, which is not found: install g++ or "
+        "set CXX; 'none' runs without"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_headers_of_python_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(SpecError, match=r"needs Python's headers, and .*Python.h is not found"):
+        compiler.check_compiler("strategy.compile", cuda=False)
