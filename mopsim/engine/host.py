@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mopsim.engine.clock import Clock, Wake
 from mopsim.program.workload import Program, on_host
+
+Amounts = NDArray[np.float64]
 
 
 class HostThread:
@@ -29,7 +32,7 @@ class HostThread:
         self.awaited = self.waits(program)
         self.stretch = [0, *accumulate(self.awaited)]
         """Waits of the thread before each op."""
-        issued = np.cumsum(np.add(kernels, beside))
+        issued = np.cumsum(kernels + beside)
         self.first: list[float] = ((np.append(0.0, issued[:-1]) + np.minimum(1.0, kernels)) * cost).tolist()
         """Seconds until the first kernel of each op is issued, without waits."""
         self.last: list[float] = (issued * cost).tolist()
@@ -87,14 +90,13 @@ class BlockedThread(HostThread):
         return [op.awaited or not op.rendezvous for op in program.ops]
 
 
-def _kernels(program: Program) -> tuple[list[float], list[float]]:
+def _kernels(program: Program) -> tuple[Amounts, Amounts]:
     """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'
     worth. Equal work is shared, so it is counted once."""
     graphs, ops = program.graphs, program.ops
     keys = [(id(op.work), op.component in graphs) for op in ops] if graphs else [id(op.work) for op in ops]
-    known: dict[object, tuple[float, float]] = {}
-    for key, op in zip(keys, ops, strict=True):
-        if key not in known:
-            known[key] = on_host(op.work, op.component in graphs)
-    found = [known[key] for key in keys]
-    return [one[0] for one in found], [one[1] for one in found]
+    firsts = dict(zip(reversed(keys), reversed(ops), strict=True))
+    places = {key: place for place, key in enumerate(firsts)}
+    costs = np.array([on_host(op.work, op.component in graphs) for op in firsts.values()]).reshape(-1, 2)
+    found = costs[[places[key] for key in keys]]
+    return found[:, 0], found[:, 1]

@@ -61,10 +61,13 @@ class Rank:
         self.timer = -1
         """The event at which it is woken."""
         streams: dict[str, list[Op]] = {}
+        before = self.before
         for op in program.ops:
-            earlier = streams.setdefault(op.stream, [])
-            if earlier:
-                self.before[op.index] = earlier[-1].index
+            earlier = streams.get(op.stream)
+            if earlier is None:
+                streams[op.stream] = [op]
+                continue
+            before[op.index] = earlier[-1].index
             earlier.append(op)
         for name, ops in streams.items():
             clock.start(self.run(name, ops))
@@ -77,7 +80,7 @@ class Rank:
         starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
         compute, durations, clock, now = stream == "compute", self.durations, self.clock, self.clock.now
         at, passes, turn_of, turn = clock.at, clock.passes, record.turns, None
-        begin, end = self.way(stream)
+        (begin, end), issued_at = self.way(stream), record.issued
         if host is not None:
             stretch, bases, awaited, repeats = host.stretch, host.bases, host.awaited, self.repeats
             first, inside, apart, blocked = host.first, host.inside, host.apart, host.blocked
@@ -94,7 +97,7 @@ class Rank:
                 if stretch[index] >= len(bases):
                     host.wait(index, wake)
                     now = yield
-                issued = record.issued[index] = bases[stretch[index]] + first[index]
+                issued = issued_at[index] = bases[stretch[index]] + first[index]
                 if issued > now:
                     now = until if passes(until := now + (issued - now)) else (yield at(until, wake))
                 if compute and now > before:
@@ -126,8 +129,9 @@ class Rank:
                     component = record.began(turn, ready, start)
                 component[op.component] += op.times * (now - start)
             done[index], ends[index] = True, now
-            for other in waiting.pop(index, ()):
-                clock.wake(other)
+            if index in waiting:
+                for other in waiting.pop(index):
+                    clock.wake(other)
 
     def meet(self, op: Op, wake: Wake, before: float) -> Generator[None, float, float]:
         """Wait for the op's counterparts of other programs; returns the time."""
@@ -259,8 +263,8 @@ def play(
         for program, times, record, thread in zip(programs, durations, records, threads, strict=True)
     ]
     clock.play()
-    rest = ((rank, op) for rank in ranks for op in rank.program.ops if not rank.done[op.index])
-    left = [f"{rank.program.stage}:{op.name}" for rank, op in rest]
+    late = ((one, op) for one in ranks if not all(one.done) for op in one.program.ops)
+    left = [f"{one.program.stage}:{op.name}" for one, op in late if not one.done[op.index]]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"
     for rank, ledger in zip(ranks, ledgers, strict=True):
         ledger.play(rank.program.ops, rank.moves, rank.starts, rank.ends)

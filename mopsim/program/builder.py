@@ -18,6 +18,9 @@ class Builder:
     groups: ranks of the collectives named in the tapes.
     """
 
+    records = False
+    """Whether what each op moves of memory is kept."""
+
     def __init__(self, groups: Mapping[str, CommGroup]) -> None:
         self.ops: list[Op] = []
         self.groups = groups
@@ -131,14 +134,16 @@ class Builder:
         self, template: Template, layer: int, deps: Iterable[int], hooks: Hooks | None = None
     ) -> tuple[int, ...]:
         """Append a template; returns the ops that what follows has to wait for."""
-        ops, microbatch, beside = self.ops, self.microbatch, hooks or {}
-        start = tuple(dict.fromkeys(deps))
+        ops, microbatch, times, beside = self.ops, self.microbatch, self.times, hooks or {}
+        start, before = tuple(dict.fromkeys(deps)), template.before
         places: list[int] = []
         self.experts = ()
         for place, piece in enumerate(template.pieces):
-            self._pending += template.before.get(place, ())
-            for hook in beside.get(place, ()):
-                hook(places[-1] if places else START)
+            if place in before:
+                self._pending += before[place]
+            if place in beside:
+                for hook in beside[place]:
+                    hook(places[-1] if places else START)
             after: tuple[int, ...] = ()
             for dep in piece.deps:
                 after += (places[dep],) if dep >= 0 else start if dep == START else self.experts
@@ -149,12 +154,13 @@ class Builder:
                     steps = (*self._pending, *steps)
                     peak, net = deltas(steps)
                     self._pending.clear()
-            self._moves(steps)
+            if self.records:
+                self._moves(steps)
             places.append(index)
             ops.append(
                 Op(
                     index, piece.name, piece.stream, piece.component, piece.phase, layer, piece.work, after,
-                    peak, net, "", microbatch, piece.awaited, self.times,
+                    peak, net, "", microbatch, piece.awaited, times,
                 )
             )  # fmt: skip
         self._pending += template.before.get(len(places), ())
@@ -199,6 +205,8 @@ class Builder:
 
 class Recorder(Builder):
     """Records a template: its first ops wait for START."""
+
+    records = True
 
     def __init__(self, groups: Mapping[str, CommGroup]) -> None:
         super().__init__(groups)

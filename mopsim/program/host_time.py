@@ -142,19 +142,23 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     It lies on one op of each component, in the middle of those on the compute stream.
     """
     layers = LAYER.keys() | around.kinds.keys()
-    groups: dict[tuple[int, int, str, str], list[int]] = {}
+    passes: dict[tuple[int, int, str], dict[str, list[int]]] = {}
+    groups, last = dict[str, list[int]](), (-1, -1, "")
     for place in places:
         op = given[place]
         if op.stream == "compute" and op.component in layers and op.work:
-            key = (op.microbatch, op.layer, op.phase, op.component)
-            group = groups.get(key)
+            if op.layer != last[1] or op.phase != last[2] or op.microbatch != last[0]:
+                last = op.microbatch, op.layer, op.phase
+                groups = passes.setdefault(last, {})
+            group = groups.get(op.component)
             if group is None:
-                groups[key] = [place]
+                groups[op.component] = [place]
             else:
                 group.append(place)
     ops, more = list(given), dict[tuple[object, ...], float]()
     known: dict[tuple[int, float], tuple[Work, ...]] = {}  # equal work stays one object, priced once
-    for (_, _, phase, component), group in groups.items():
+    every = ((key[2], *one) for key, groups in passes.items() for one in groups.items())
+    for phase, component, group in every:
         alike = (phase, component, *[id(given[place].work) for place in group])
         if alike not in more:
             more[alike] = _more(phase, component, [given[place] for place in group], stack, around)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mopsim.search.problem import Column
 from mopsim.search.wires import Reals
@@ -131,11 +132,12 @@ class Times:
     """Step times: the guess, times a factor for each value of each column (ridge regression of the
     logarithm), optimistic where a value was seldom simulated.
 
-    codes: of each column the place of each candidate's value among that column's values.
+    codes: of each column the place of each candidate's value among that column's values, in as few bytes as
+    hold it: a column has hundreds of thousands.
     """
 
     guess: Reals
-    codes: list[Column]
+    codes: list[NDArray[np.unsignedinteger]]
     sizes: list[int]
     seen: list[tuple[int, float]] = field(default_factory=list)
     _known: dict[float, Reals] = field(default_factory=dict)
@@ -143,11 +145,11 @@ class Times:
     @staticmethod
     def of(guess: Reals, columns: list[Column]) -> "Times":
         """Columns of one value say nothing and are left out."""
-        codes, sizes = [], []
+        codes, sizes = list[NDArray[np.unsignedinteger]](), list[int]()
         for column in columns:
             values, places = coded(column)
             if len(values) > 1:
-                codes.append(places)
+                codes.append(places.astype(np.min_scalar_type(len(values))))
                 sizes.append(len(values))
         return Times(guess, codes, sizes)
 
