@@ -27,10 +27,10 @@ CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
 class Pipeline(Spec, frozen=True, kw_only=True):
     """Pipeline parallelism: the only degree that factors the world.
 
-    pipeline_parallel: stages. virtual_stages: parts that each stage holds (interleaved schedule). layers:
-    decoder layers of each of the pipeline_parallel x virtual_stages parts, in the network's order; empty =
-    as even as can be. Embedding, MTP layers and loss lie in the first and the last part. schedule: order of
-    forwards and backwards; `interleaved` goes with virtual_stages above 1, `zero_bubble` splits the
+    pipeline_parallel: number of stages. virtual_stages: parts that each stage holds (interleaved schedule).
+    layers: decoder layers of each of the pipeline_parallel x virtual_stages parts, in the network's order;
+    empty: as evenly as possible. Embedding, MTP layers and loss lie in the first and the last part. schedule:
+    order of forwards and backwards. `interleaved` needs virtual_stages above 1; `zero_bubble` splits the
     backward.
     """
 
@@ -43,14 +43,15 @@ class Pipeline(Spec, frozen=True, kw_only=True):
 class Dense(Spec, frozen=True, kw_only=True):
     """Attention projections, norms, router, dense FFN, shared experts and embedding.
 
-    tensor_parallel: tensor-parallel ranks. sequence_parallel: outside the products that these split, they
-    split the rows (arXiv 2205.05198); otherwise each holds all of them and sums travel by all-reduce (arXiv
-    1909.08053). fsdp: ranks that share one copy of the state (fully sharded data parallel; below the stage's
-    ranks the copies are replicated, HSDP). zero: what is sharded: 0 nothing, 1 optimizer state, 2 and
-    gradients, 3 and parameters. reshard_after_forward: parameters are freed after the forward and gathered
-    again for the backward. prefetch: layers whose parameters are gathered ahead of use. param_tier,
-    grad_tier: where the shards lie. chunk_tokens: tokens per slice of dense FFN and shared experts,
-    recomputed slice by slice; 0 = one slice.
+    tensor_parallel: number of tensor-parallel ranks. sequence_parallel: true: outside the split products, the
+    tensor-parallel ranks split the rows (arXiv 2205.05198). false: each rank holds all rows, and sums travel
+    by all-reduce (arXiv 1909.08053). fsdp: ranks that share one copy of the state (fully sharded data
+    parallelism). If there are fewer of them than ranks of the stage, the copies are replicated (HSDP). zero:
+    what is sharded. 0: nothing; 1: optimizer state; 2: gradients too; 3: parameters too.
+    reshard_after_forward: parameters are freed after the forward and gathered again for the backward.
+    prefetch: number of layers whose parameters are gathered ahead of use. param_tier: where the parameter
+    shards lie. grad_tier: where the gradient shards lie. chunk_tokens: tokens of a slice of dense FFN and
+    shared experts, which are recomputed slice by slice; 0: one slice.
     """
 
     tensor_parallel: int = 1
@@ -67,9 +68,10 @@ class Dense(Spec, frozen=True, kw_only=True):
 class Attention(Spec, frozen=True, kw_only=True):
     """The attention core.
 
-    context_parallel: context-parallel ranks, which share one sequence. cp_comm_type: how they trade it:
-    heads for positions (Ulysses), blocks of keys and values in a ring, or all of them at once.
-    rank_placement: whether neighbouring ranks or every n-th form a group.
+    context_parallel: number of context-parallel ranks, which share one sequence. cp_comm_type: how these
+    ranks exchange the sequence. `ulysses`: heads for positions; `ring`: blocks of keys and values travel in a
+    ring; `all_gather`: all keys and values at once. rank_placement: a group is made of neighbouring ranks
+    (`contiguous`) or of every n-th rank (`strided`).
     """
 
     context_parallel: int = 1
@@ -80,17 +82,19 @@ class Attention(Spec, frozen=True, kw_only=True):
 class Experts(Spec, frozen=True, kw_only=True):
     """Routed experts.
 
-    expert_parallel: expert-parallel ranks, which whole experts are spread over. expert_tensor_parallel:
-    ranks that split an expert. expert_fsdp: ranks among the replicas of one expert that share one copy of
-    its state. chunk_tokens: local tokens per dispatch chunk (strided positions); 0 = one chunk. max_chunks:
-    chunks at most: there are min(ceil(tokens / chunk_tokens), max_chunks). balance: `least_loaded` moves
-    routed work, and the weights it needs, off overloaded ranks (LLEP, arXiv 2601.17111). capacity: of LLEP,
-    the load above which a rank is overloaded, in means (alpha). min_rows: of LLEP, the least piece that is
-    moved (m). threshold: of LLEP, the load of the most loaded rank from which it acts, in means (lambda).
-    token_dispatcher: `alltoall` sends a token once for each expert; `deepep` and `hybridep` once to a rank
-    and once to another scale-up domain, however many of its experts are there; before a `hybridep` dispatch
-    every rank gets which experts each row of the group has chosen. rank_placement: whether neighbouring
-    ranks or every n-th form a group. param_tier, grad_tier: where the shards lie.
+    expert_parallel: number of expert-parallel ranks, over which whole experts are spread.
+    expert_tensor_parallel: number of ranks that split an expert. expert_fsdp: ranks that share one copy of an
+    expert's state, among the replicas of the expert. chunk_tokens: local tokens of a dispatch chunk (strided
+    positions); 0: one chunk. max_chunks: largest number of chunks. There are min(ceil(tokens / chunk_tokens),
+    max_chunks). balance: `least_loaded` moves routed work, and the weights that the work needs, away from
+    overloaded ranks (LLEP, arXiv 2601.17111). capacity: LLEP's alpha: a rank is overloaded above this load,
+    in multiples of the mean. min_rows: LLEP's m: the smallest number of rows that is moved. threshold: LLEP's
+    lambda: it acts if the most loaded rank has at least this load, in multiples of the mean.
+    token_dispatcher: `alltoall` sends a token once for each of its experts. `deepep` and `hybridep` send it
+    once to a rank and once to another scale-up domain, however many of its experts are there. Before a
+    `hybridep` dispatch every rank receives the chosen experts of each row of the group. rank_placement: a
+    group is made of neighbouring ranks (`contiguous`) or of every n-th rank (`strided`). param_tier: where
+    the parameter shards lie. grad_tier: where the gradient shards lie.
     """
 
     expert_parallel: int = 1
@@ -116,11 +120,11 @@ class Experts(Spec, frozen=True, kw_only=True):
 class Vocabulary(Spec, frozen=True, kw_only=True):
     """Output projection and loss.
 
-    vocab_parallel: vocabulary-parallel ranks. loss: `full` keeps N x V logits; `chunked` forms them
-    chunk_tokens rows at a time; `ring` (Ring-DTP) shards the vocabulary over these ranks with distinct
-    tokens; `vocab_parallel` splits it over the tensor group (Megatron). chunk_tokens: rows of logits formed
-    at a time, in a round of the ring or in `chunked`; 0 = all. rank_placement: whether neighbouring ranks or
-    every n-th form a group.
+    vocab_parallel: number of vocabulary-parallel ranks. loss: `full` keeps N x V logits. `chunked` computes
+    them chunk_tokens rows at a time. `ring` (Ring-DTP) shards the vocabulary over the vocabulary-parallel
+    ranks, which have distinct tokens. `vocab_parallel` splits it over the tensor group (Megatron).
+    chunk_tokens: rows of logits that are computed at a time, in a round of the ring or in `chunked`; 0: all.
+    rank_placement: a group is made of neighbouring ranks (`contiguous`) or of every n-th rank (`strided`).
     """
 
     vocab_parallel: int = 1
@@ -132,11 +136,12 @@ class Vocabulary(Spec, frozen=True, kw_only=True):
 class Optimizer(Spec, frozen=True, kw_only=True):
     """AdamW.
 
-    state_tier: where master weights and moments live. update_on: which side computes the update; state on the
-    host and updates on the device are streamed. bucket_params: parameters of a streamed bucket. slots:
-    staging buffers of a bucket each. host_fraction: part of the state that is on the host where state_tier is
-    host (1 = all). overlap: `next_forward` runs the streamed update of a step beside the forward of the next,
-    each gather after the update of what it gathers; the same update, as the gradients are clipped by then.
+    state_tier: where master weights and moments live. update_on: which side computes the update. If the state
+    is on the host and the update on the device, the state is streamed. bucket_params: parameters of a
+    streamed bucket. slots: number of staging buffers, each of one bucket. host_fraction: share of the state
+    that is on the host if state_tier is host; 1: all. overlap: `next_forward` runs the streamed update of a
+    step beside the forward of the next step. The gather of a parameter waits for its update. The update is
+    the same, since the gradients are clipped before.
     """
 
     state_tier: Tier = "device"
@@ -150,15 +155,15 @@ class Optimizer(Spec, frozen=True, kw_only=True):
 class Activations(Spec, frozen=True, kw_only=True):
     """What is kept from the forward to the backward, and where.
 
-    recompute: none, selective (the modules named), or full (each layer from its input). modules: what
-    selective recomputation runs again; empty = the program's own choice. save_ops: kernels of a
-    layer (categories.KEPT) whose outputs a full recomputation keeps and which it does not run again: torch's
-    selective activation checkpointing by operator. layer_inputs: where the inputs of decoder layers wait,
-    also where no recomputation starts from them (offload_modules layer_input and attn_norm of Megatron-Core).
-    host_budget: bytes of them per rank that go to pinned memory, the first ones; 0 = no cap.
-    cpu_offload_layers:
-    the first so many decoder layers of a stage keep all that their backward needs in pinned memory
-    (cpu_offloading_num_layers of Megatron-Core and Transformer Engine).
+    recompute: `none`, `selective` (the modules below), or `full` (each layer from its input). modules:
+    modules that selective recomputation runs again; empty: the program's own choice. save_ops: kernels of a
+    layer (categories.KEPT) that a full recomputation does not run again, since it keeps their outputs:
+    torch's selective activation checkpointing by operator. layer_inputs: where the inputs of decoder layers
+    wait, even if no recomputation starts from them (offload_modules layer_input and attn_norm of
+    Megatron-Core). host_budget: bytes of layer inputs for each rank that go to pinned memory, the first
+    inputs first; 0: no cap. cpu_offload_layers: this number of decoder layers, the first of a stage, keep
+    everything that their backward needs in pinned memory (cpu_offloading_num_layers of Megatron-Core and
+    Transformer Engine).
     """
 
     recompute: Literal["none", "selective", "full"] = "full"
@@ -175,13 +180,14 @@ class Activations(Spec, frozen=True, kw_only=True):
 
 
 class Overlap(Spec, frozen=True, kw_only=True):
-    """Communication that runs beside compute where parameters are not gathered layer by layer (ZeRO below 3).
+    """Communication that runs beside compute if parameters are not gathered layer by layer (ZeRO below 3).
     Null: as the stack does it.
 
-    grad_reduce: gradients of a layer while the last microbatch's backward goes on. param_gather: updated
-    parameters while the next forward begins. pipeline: sends between stages. tensor: gathers and scatters of
-    tensor-parallel regions beside their products. experts: dispatch and combine of one microbatch's forward
-    beside the backward of another, layer by layer, and the other way round.
+    grad_reduce: gradients of a layer are reduced while the last microbatch's backward goes on. param_gather:
+    updated parameters are gathered while the next forward begins. pipeline: sends between stages run beside
+    compute. tensor: gathers and scatters of tensor-parallel regions run beside the regions' products.
+    experts: dispatch and combine of one microbatch's forward run beside the backward of another, layer by
+    layer, and the other way round.
     """
 
     grad_reduce: bool | None = False
@@ -192,13 +198,14 @@ class Overlap(Spec, frozen=True, kw_only=True):
 
 
 class Precision(Spec, frozen=True, kw_only=True):
-    """Dtypes; "stack" where the stack's dtype counts.
+    """Dtypes. "stack": the stack's dtype.
 
-    compute: of matmul inputs, activations and gathered parameters. param: of resident parameter shards.
-    reduce: of gradient communication. grad: of gradient shards. moments: of the optimizer's moments. master:
-    of master weights; "param": the parameter shard is the master. matmul: the recipe of matrix products;
-    "compute": none. attention: of the operands of the attention core; "matmul": those of the recipe.
-    vocabulary: of the operands of the output projection; "matmul": those of the recipe.
+    compute: dtype of matmul inputs, activations and gathered parameters. param: dtype of resident parameter
+    shards. reduce: dtype of gradient communication. grad: dtype of gradient shards. moments: dtype of the
+    optimizer's moments. master: dtype of master weights; "param": the parameter shard is the master. matmul:
+    recipe of matrix products; "compute": no recipe. attention: dtype of the operands of the attention core;
+    "matmul": the recipe's. vocabulary: dtype of the operands of the output projection; "matmul": the
+    recipe's.
     """
 
     compute: DType = "bfloat16"
@@ -230,12 +237,14 @@ class Precision(Spec, frozen=True, kw_only=True):
 class Strategy(Spec, frozen=True, kw_only=True):
     """How one model is trained.
 
-    name: one line of text, for tables. world_size: ranks. micro_batch: sequences of a microbatch of one data
-    group. stack: the software that it is meant for, where no other is given: a stack's name, or a YAML file.
-    pipeline: of the whole network. dense, attention, experts, vocabulary: each component's own parallelism
-    and state. optimizer: where it lives and runs. activations: what is kept, recomputed or offloaded.
-    overlap: communication beside compute. precision: dtypes. compile: `block` compiles each decoder layer
-    (torch.compile); `none` adds nothing to what the stack's program compiles anyway.
+    name: one line of text, for tables. world_size: number of ranks. micro_batch: sequences of a microbatch of
+    one data group. stack: the software that runs the strategy if no other is given: a stack's name, or a YAML
+    file. pipeline: parallelism of the whole network. dense: parallelism and state of the dense modules.
+    attention: parallelism of the attention core. experts: parallelism and state of routed experts.
+    vocabulary: parallelism of output projection and loss. optimizer: where its state lives and its update
+    runs. activations: what is kept, recomputed or offloaded. overlap: communication beside compute.
+    precision: dtypes. compile: `block` compiles each decoder layer (torch.compile). `none` adds nothing to
+    what the stack's program compiles anyway.
     """
 
     name: str
