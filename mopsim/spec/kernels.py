@@ -30,111 +30,152 @@ BEYOND = "beyond"
 class Kernels(Spec, frozen=True, kw_only=True):
     """Which implementation runs each operation.
 
-    norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm whose values are
-    rounded before the product with the weight (`rounded`, transformers), or on a copy of its input in fp32,
-    both made again in the backward, of which a checkpoint keeps the input alone (`upcast`); rotary embedding
-    by products of complex numbers (`composed`) or of halves (`halves`), or in a kernel with a block for each
-    token (`by_token`, Transformer Engine). stream: of the residual stream, as the products' or in fp32, as
-    autocast leaves it where weights are. norm_within: products (of the layers' tapes) whose kernel has the
-    norm before them in it: its output is kept for their weight gradient, and is neither recomputed nor
-    offloaded alone. head_norms: the gradient of the weight of a norm of each head is summed in its kernel, or
-    by one block (`summed`, Transformer Engine). activation: or as torch composes it on halves of one tensor
-    (`strided`). router: its product's input is cast to fp32 and kept (`composed`), or cast inside it.
-    attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others, `beyond` for all
-    where it is not plain (TrainSpec.plain_attention). sinks: those of attention are applied in its kernel, or
-    to its output, of which a copy is kept. deterministic: sums in a fixed order. compiled: torch.compile
-    makes one kernel of what lies between products and operators that it leaves alone: of the weights of
-    `added` rows, which it reads by index, of `composed` sinks, of a gathered bias with what follows it, and
-    of scales of rows with what they scale. expert_rows: gated activation and route weights of routed experts,
-    or weights alone, on a kept copy in fp32 (`wide`), so before what adds a token's rows (`added`, of which a
-    compiler keeps the rows alone), or gate and weight, half of it shifted (`shifted`, no
-    bias_activation_fusion), or halves in turns (`interleaved`): in MXFP8 within the products, else put apart,
-    gated and weighed (Transformer Engine's op fuser). expert_products: `grouped` in one kernel, or by torch's
-    (`torch`), `looped` expert by expert (Transformer Engine's GroupedLinear), `modules` so too, each a module
-    of its own (transformers 4), or of experts with equal rows as one batch at the pace of plain products
-    (`batched`). expert_capacity: experts have room for so many times their share of each sequence's balanced
-    load, compute all of it, whatever is routed to them, and no more (0: what comes). expert_masks: rows go
-    there and back by products with masks of a sequence's tokens and all experts' room (GShard).
-    expert_buffers: without a capacity, tensors of routed experts' rows fit what comes (`fit`), or all that
-    may come to a rank, with passes over all of it (`worst`, jax.jit, whose shapes are known before).
-    expert_outputs: made in one tensor (`whole`), or expert by expert and put together (`pieces`), as are the
-    gradients of their inputs. expert_padding: in 8 and 4 bits every expert's rows are copied to a multiple of
-    theirs and back (`aligned`, Transformer Engine's Fp8Padding, where the host knows their number); or every
-    expert of a rank computes as many rows as the `busiest` of them; under
-    a `fresh` router memory holds those of a run's most uneven layer, which gives every token to one expert,
-    for each layer that keeps its rows; rows are copied there and back slice by slice. expert_weights: those
-    of a grouped product are one tensor, or are copied into one before it, and its gradient back (`stacked`).
-    expert_room: tensors of routed experts' rows that HybridEP brings have room for so many times those of a
-    balanced load (0: for as many as come), so that no host need know how many these are. expert_stash: of
-    these, in 8 and 4 bits, what the backward wants of the first product's input and output is copied to a
-    stash, which has so many times a balanced load's (0: there is none; Megatron-Core's paged stash).
-    expert_bias: added inside the product (`fused`), or gathered row by row and added; then its gradient is a
-    product (`gathered`), or torch adds it up row after row (`indexed`), by atomic operations (`added`) or by
-    bulk reductions (`bulk`); or that of the last product times the route weights, which the activation has
-    applied, by torch for each expert (`scaled`). clamped_gate: that of experts with clamps around SwiGLU
-    (gpt-oss) in one kernel, or as torch composes it, or so with a backward that starts from gate and up
-    (`again`), or torch clamps before one kernel and the host waits (`apart`). row_sums: rows of a token, and
-    of its gradient, are gathered and added, or added by atomic operations on bf16 (`atomic`, torch's
-    index_add_; under Transformer Engine's layers the host then cuts rows into those of each expert), or that
-    only where a token chooses fewer experts than the expert-parallel degree (`atomic_if_sparse`), or one
-    after the other once sorted (`sorted`, torch's index_put_; those sent once to a rank and gradients of
-    compiled experts as `atomic`). routes_map: what DeepEP sent becomes a map of experts in a kernel, or by
-    torch's ops, for whose masks' sizes the host waits. beside_rows: what an all-to-all sends beside rows:
-    each rank's `counts`, gathered by all but where the host never reads them, and `weights` of routes, twice.
-    gathered_rows: those that a region of split products gathers under sequence parallelism are gathered
-    `again` for the weight gradients (Megatron-Core's autograd function), or `kept` (plain autograd).
-    region_backward: what begins a region gathers its rows again and scatters their input's gradient beside
-    the products, or one after the other. region_sums: without sequence parallelism the input's gradient of a
-    region is summed `once`, or that of each product that gate_up says is one of its own (`each`).
-    region_rows: under sequence parallelism such products share what is gathered and scatter the sum of their
-    inputs' gradients (`once`), or scatter each its own (`scattered`), or gather too (`each`). exchanged_rows:
-    what is done to those beside: put in order by a copy where a microbatch has several sequences (`ordered`,
-    torch's functional collectives; not in tensor overlap), or gathered in 8 bits (`cast`, torchao) or as the
-    recipe has them (`quantized`, Transformer Engine); of split experts tokens, with all routes (`routed`).
-    sequence_slices: where ranks gather or send on keys and values, each has an early and a late part of a
-    sequence (`paired`), or they lie one after the other, so that the last attends to the most (`in_order`).
-    sequence_exchange: Ulysses' tensors in one exchange, or one by one with copies on both sides (`composed`).
-    gate_up: one product for both, and one for queries, keys and values, or one each, shared experts after the
-    routed ones; or one each that are counted as one whose input's gradients are added (`added`), gate and up
-    only in `ffn_added`. qkv_split: parts of the one for queries, keys and values are read where they lie, and
-    their gradients written so; or torch splits them and puts their gradients together (`views`), and
-    attention keeps values as they lie, with all of the projection (`kept`), or what it wants contiguous is
-    copied too (`copied`). grouped_heads: keys and values that query heads share are read by all of them, or
-    repeated for each before the attention (`repeated`). attention_rows: queries reach the attention laid out
-    by `tokens`, or by `heads`, whose output is then copied to lie by tokens. casts: the copy in 8 or 4 bits
-    of a product's input is kept for its weight gradient (`kept`, Transformer Engine), or the input is, and
-    cast again, each copy laid out again for the product that reads it the other way (`again`, torchao), from
-    what a norm or a gate keeps anyway, and of a plain copy the cast is kept (`made`, torchao compiled).
-    cast_scales: of casts that are not kept, one a tensor, or one for each of the rows that a product sums
-    over, so that weights are cast in every pass, gradients of outputs for each product, and gradients
-    multiplied by the factors of both operands' rows afterwards, in what reads them next where that is
-    compiled (`rows`). weight_casts: weights are cast once a step, which is not counted (`step`), or in every
-    forward pass (`pass`), or there is a copy, kept for the backward, of each (`kept`; in both layouts where
-    casts are), or for good (`cached`). scale_updates: kernels by which scales are updated in each pass of a
-    layer whose products are in FP8 with delayed scales (Transformer Engine until v1.5). scale_sums: after
-    each pass of a model chunk their largest values are reduced over tensor-parallel ranks (`tensor`) or those
-    of the stage (`world`), while what follows waits. weight_grads: added to their buffer inside the product,
-    or after it.
-    adamw: in one kernel, or operation by operation over all tensors, with the roots of all second moments
-    beside (`foreach`, torch's default), or over one after the other, with two copies (`looped`); or in one
-    kernel on copies in fp32 of narrower moments, parameter by parameter, beside which a wider master is the
-    bits that the parameter lacks (`widened`, Transformer Engine). loss: cross entropy by several kernels with
-    copies in fp32 (`composed`), by those from whose copy the maximum is subtracted into another (`shifted`,
-    Megatron-LM from 2022 to June 2024), one kernel in place of the logits (`fused`), one on a copy of them in
-    fp32 (`upcast`), those that torch compiles (`compiled`), Megatron-Core's compiled ones, whose gradient
-    takes a second copy (`native`), torch's on a copy in fp32 of logits that every tensor-parallel rank
-    gathers whole (`gathered`), or on that of a slice of them (`loss_parallel`, torch.distributed.tensor's;
-    whole ones as `composed`). loss_copy: whether torch's works on a copy in fp32, or on the logits in their
-    own dtype. logits_held: who calls a loss that works on a copy of the logits holds them, or that copy
-    (`copy`), or does so in pipelines alone (`pipelines`). logits_until: what is held of them is there until
-    the loss's backward is done, or until the `next` microbatch's are made, as a loop keeps them in a variable
-    (not in pipelines). logits_cut: labels are shifted by cutting rows off the copy of a loss in one kernel,
-    whose gradient is then put into zeros of all its rows. logit_passes: bytes moved for each logit beside
-    what the loss moves (casts, accuracy, perplexity). loss_chunks: those of a chunked loss, or torch's cross
-    entropy of each chunk on a copy in fp32, its gradients made apart and those of the chunks' inputs put
-    together in fp32 (`autograd`), compiled or not, or all in fp32 under a checkpoint (`wide`). ring_blocks:
-    merging blocks of keys and values where context parallelism gathers them. fills: new tensors of a known
-    value are written first.
+    norm: `fused`: one kernel. `composed`: kernels as eager torch composes them. `rounded`: composed, and
+    values are rounded before the product with the weight (transformers). `upcast`: on a copy of the input
+    in fp32; copy and norm are computed again in the backward, and a checkpoint keeps the input alone.
+    norm_within: products (of the layers' tapes) whose kernel includes the norm before them. The norm's
+    output is kept for their weight gradient, and is neither recomputed nor offloaded alone.
+    head_norms: where the gradient of the weight of a norm of each head is summed. `fused`: in its kernel.
+    `summed`: by one block (Transformer Engine).
+    rotary: rotary embedding. `fused`: one kernel. `by_token`: a kernel with a block for each token
+    (Transformer Engine). `composed`: products of complex numbers in eager torch. `halves`: products of
+    halves in eager torch.
+    activation: `fused`: one kernel. `composed`: kernels as eager torch composes them. `strided`: as torch
+    composes it on halves of one tensor.
+    residual: `fused`: one kernel. `composed`: kernels as eager torch composes them.
+    stream: dtype of the residual stream. `compute`: that of the products. `float32`: fp32, which autocast
+    leaves if weights are fp32.
+    expert_rows: gated activation and route weights of routed experts. `fused`: one kernel. `composed`: as
+    eager torch composes both. `wide`: route weights as eager torch composes them, on a kept copy in fp32;
+    the activation as the field `activation` says. `added`: as `wide`, before the kernel that adds a token's
+    rows; a compiler keeps the rows alone. `shifted`: gate and weight, half of it shifted (no
+    bias_activation_fusion). `interleaved`: gate and up are halves in turns; in MXFP8 the activation is
+    within the products, else rows are separated, gated and weighed (Transformer Engine's op fuser).
+    expert_products: `grouped`: one kernel. `torch`: torch's grouped kernel. `looped`: expert by expert
+    (Transformer Engine's GroupedLinear). `modules`: expert by expert, each expert a module of its own
+    (transformers 4). `batched`: experts with equal rows as one batch, at the pace of plain products.
+    expert_capacity: experts have room for this many times their share of each sequence's balanced load.
+    They compute all of this room, whatever is routed to them, and no more. 0: no capacity, experts compute
+    the rows that arrive.
+    expert_masks: rows travel there and back by products with masks of a sequence's tokens and all experts'
+    room (GShard).
+    expert_buffers: without a capacity, the size of tensors of routed experts' rows. `fit`: the rows that
+    arrive. `worst`: all rows that may arrive at a rank, with passes over all of them (jax.jit, whose shapes
+    are known before).
+    expert_outputs: `whole`: outputs are made in one tensor. `pieces`: they are made expert by expert and
+    concatenated. The gradients of their inputs are made in the same way.
+    expert_padding: `none`: rows are not padded. `aligned`: in 8 and 4 bits every expert's rows are copied
+    to a multiple and back (Transformer Engine's Fp8Padding; the host must know their number). `busiest`:
+    every expert of a rank computes as many rows as the busiest of them; rows are copied there and back
+    slice by slice. `fresh`: as `busiest`; under a fresh router memory holds the rows of a run's most uneven
+    layer, which gives every token to one expert, for each layer that keeps its rows.
+    expert_weights: `whole`: weights of a grouped product are one tensor. `stacked`: they are copied into
+    one before it, and its gradient is copied back.
+    expert_room: tensors of routed experts' rows that HybridEP brings have room for this many times the rows
+    of a balanced load, so the host need not know the number of rows. 0: room for the rows that arrive.
+    expert_stash: in 8 and 4 bits, the input and output of the first product that the backward needs are
+    copied to a stash. The stash has this many times a balanced load's rows (Megatron-Core's paged stash).
+    0: no stash.
+    expert_bias: `fused`: added inside the product. The others gather biases row by row and add them.
+    `gathered`: their gradient is a product. `indexed`: torch adds up the gradient row after row. `added`:
+    by atomic operations. `bulk`: by bulk reductions. `scaled`: the bias of the last product times the route
+    weights, which the activation has applied, by torch for each expert.
+    clamped_gate: the gate of experts with clamps around SwiGLU (gpt-oss). `fused`: one kernel. `composed`:
+    as torch composes it. `again`: composed, with a backward that starts from gate and up. `apart`: torch
+    clamps before one kernel, and the host waits.
+    row_sums: how the rows of a token, and of its gradient, are summed. `gathered`: they are gathered and
+    added. `atomic`: by atomic operations on bf16 (torch's index_add_; under Transformer Engine's layers the
+    host then cuts rows into those of each expert). `atomic_if_sparse`: atomic only if a token chooses fewer
+    experts than the expert-parallel degree. `sorted`: sorted, then added one after the other (torch's
+    index_put_; rows that are sent once to a rank, and gradients of compiled experts, as `atomic`).
+    routes_map: how the routes that DeepEP sent become a map of experts. `fused`: in a kernel. `composed`:
+    by torch's ops; the host waits for the sizes of their masks.
+    beside_rows: tensors that an all-to-all sends beside rows. `counts`: each rank's counts, gathered by all
+    ranks unless the host never reads them. `weights`: weights of routes, twice.
+    router: `fused`: the input of the router's product is cast to fp32 inside the product. `composed`: it is
+    cast before, and kept.
+    sequence_slices: if ranks gather or send on keys and values. `paired`: each rank has an early and a late
+    part of a sequence. `in_order`: the parts lie one after the other, so the last rank attends to the most
+    keys.
+    sequence_exchange: `fused`: Ulysses' tensors travel in one exchange. `composed`: one by one, with copies
+    on both sides.
+    gathered_rows: rows that a region of split products gathers under sequence parallelism. `again`: they
+    are gathered again for the weight gradients (Megatron-Core's autograd function). `kept`: they are kept
+    (plain autograd).
+    region_backward: in the backward a region gathers its rows again and scatters the gradient of their
+    input. `beside`: beside the products. `in_turn`: one after the other.
+    region_sums: without sequence parallelism, the sum of the gradient of a region's input. `once`: one sum.
+    `each`: one for each product that gate_up makes separate.
+    region_rows: under sequence parallelism, such separate products. `once`: they share the gathered rows
+    and scatter the sum of their inputs' gradients. `scattered`: each scatters its own gradient. `each`:
+    each gathers too.
+    exchanged_rows: additional treatment of rows that tensor-parallel ranks exchange. `ordered`: a copy puts
+    them in order if a microbatch has several sequences (torch's functional collectives; not in tensor
+    overlap). `cast`: they are gathered in 8 bits (torchao). `quantized`: they are gathered in the recipe's
+    dtype (Transformer Engine). `routed`: split experts exchange tokens, with all routes.
+    gate_up: `joined`: one product for gate and up, and one for queries, keys and values. `separate`: one
+    product each, shared experts after the routed experts. `added`: one product each, counted as one whose
+    input's gradients are added. `ffn_added`: as `added`, for gate and up only.
+    qkv_split: the parts of the joined product for queries, keys and values. `fused`: they are read in
+    place, and their gradients are written in place. `views`: torch splits them and concatenates their
+    gradients. `kept`: as `views`, and attention keeps values in place, with all of the projection.
+    `copied`: as `views`, and tensors that attention needs contiguous are copied too.
+    grouped_heads: `shared`: keys and values that query heads share are read by all of them. `repeated`:
+    they are repeated for each before the attention.
+    attention_rows: `tokens`: queries reach the attention laid out by tokens. `heads`: by heads; the output
+    is then copied to lie by tokens.
+    casts: the operand that the weight gradient of a product in 8 or 4 bits uses. `kept`: the cast copy of
+    the input is kept (Transformer Engine). `again`: the input is kept and cast again, and each copy is laid
+    out again for the product that reads it the other way (torchao). `made`: as `again`, cast from a tensor
+    that a norm or a gate keeps anyway; of a plain copy the cast is kept (torchao compiled).
+    cast_scales: scales of casts that are not kept. `tensor`: one for a tensor. `rows`: one for each row
+    that a product sums over. Weights are then cast in every pass and gradients of outputs for each product.
+    Gradients are multiplied by the factors of both operands' rows afterwards, in the kernel that reads them
+    next if that is compiled.
+    scale_updates: kernels that update scales in each pass of a layer whose products are in FP8 with delayed
+    scales (Transformer Engine until v1.5).
+    scale_sums: after each pass of a model chunk the largest values of delayed scales are reduced, and
+    compute waits. `tensor`: over tensor-parallel ranks. `world`: over the ranks of the stage. `none`:
+    never.
+    weight_casts: `step`: weights are cast once a step, which is not counted. `pass`: in every forward pass.
+    `kept`: there is a cast copy of each weight, kept for the backward (in both layouts if casts are kept).
+    `cached`: there is a cast copy for good.
+    weight_grads: `fused`: gradients are added to their buffer inside the product. `composed`: after it.
+    adamw: `fused`: one kernel. `foreach`: operation by operation over all tensors, with the roots of all
+    second moments beside (torch's default). `looped`: over one tensor after the other, with two copies.
+    `widened`: in one kernel on fp32 copies of narrower moments, parameter by parameter; a wider master is
+    then stored as the bits that the parameter lacks (Transformer Engine).
+    ring_blocks: how blocks of keys and values are merged under context parallelism. `fused`: one kernel.
+    `composed`: kernels as eager torch composes them.
+    loss: cross entropy. `composed`: several kernels with copies in fp32. `shifted`: as `composed`, and the
+    maximum is subtracted from the copy into another one (Megatron-LM from 2022 to June 2024). `fused`: one
+    kernel that overwrites the logits. `upcast`: one kernel on a copy of the logits in fp32. `compiled`:
+    kernels that torch compiles. `native`: Megatron-Core's compiled kernels, whose gradient takes a second
+    copy. `gathered`: torch's, on a copy in fp32 of logits that every tensor-parallel rank gathers whole.
+    `loss_parallel`: torch's, on a copy in fp32 of a rank's slice of the logits (torch.distributed.tensor;
+    whole logits as `composed`).
+    loss_copy: torch's cross entropy works on a copy in fp32; false: on the logits in their own dtype.
+    logits_held: what the caller of a loss that works on a copy of the logits holds. true: the logits.
+    `copy`: that copy. `pipelines`: the logits, in pipelines alone. false: neither.
+    logits_until: how long held logits stay. `backward`: until the loss's backward is done. `next`: until
+    the next microbatch's logits are made, since a loop keeps them in a variable (not in pipelines).
+    logits_cut: labels are shifted by cutting rows off the copy of a loss in one kernel. Its gradient is
+    then written into zeros of all the copy's rows.
+    logit_passes: bytes moved for each logit in addition to those that the loss moves (casts, accuracy,
+    perplexity).
+    loss_chunks: a chunked loss. `fused`: its own kernels. `composed`: torch's cross entropy of each chunk
+    on a copy in fp32. `autograd`: as `composed`, with gradients made separately, and those of the chunks'
+    inputs concatenated in fp32. `compiled`: as `autograd`, compiled. `wide`: all in fp32 under a
+    checkpoint.
+    attention: the attention kernel, by device architecture (`ampere`, `hopper`, ...). `default`: all other
+    architectures. `beyond`: all architectures if attention is not plain (TrainSpec.plain_attention).
+    sinks: attention sinks. `fused`: applied in the attention kernel. `composed`: applied to its output, of
+    which a copy is kept.
+    deterministic: sums run in a fixed order.
+    compiled: torch.compile makes one kernel of the operations between products and operators that it leaves
+    alone. This includes the weights of `added` rows (read by index), `composed` sinks, a gathered bias with
+    the operations after it, and scales of rows with the rows.
+    fills: new tensors of a known value are written first.
     """
 
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
