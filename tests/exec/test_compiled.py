@@ -15,6 +15,7 @@ from mopsim.common import io
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
+from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Strategy
 from mopsim.strategies import fsdp2, mop
 from tests.exec.spawn import pool
@@ -104,6 +105,15 @@ def test_verify_is_of_the_compiled_plan() -> None:
     small = scale_down(compiled(shard(expert_parallel=2)), 2)
     assert "decoder layers compiled" in mechanisms(small)
     found = pool(2).run(WORKER, "verified", small)[0]
+    assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
+    assert found["graphs"] > 0
+
+
+def test_packed_documents_are_trained_apart() -> None:
+    """Rotary tables are of each sequence; with windows, sinks and biases."""
+    strategy = replace(shard(expert_parallel=2, context_parallel=2), micro_batch=2)
+    plan = compiled(strategy, load_model("gpt_oss_20b"), attention_mask="document", seq_len=32)
+    found = pool(2).run(WORKER, "verified", scale_down(plan, 2))[0]
     assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
     assert found["graphs"] > 0
 
