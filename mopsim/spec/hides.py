@@ -11,9 +11,12 @@ from mopsim.spec.strategy import Strategy
 class Hides(Spec, frozen=True, kw_only=True):
     """Communication that the program hides by default, where a strategy does not say: see Overlap.
 
-    grad_reduce: reductions of gradients, or those of ZeRO-3 alone. param_gather: gathers of updated
-    parameters. pipeline: sends between stages, or those of interleaved stages alone. tensor: exchanges of
-    tensor-parallel regions. experts: dispatch and combine."""
+    grad_reduce: reductions of gradients. `zero3`: those of ZeRO-3 alone.
+    param_gather: gathers of updated parameters.
+    pipeline: sends between stages. `interleaved`: those of interleaved stages alone.
+    tensor: exchanges of tensor-parallel regions.
+    experts: dispatch and combine of experts.
+    """
 
     grad_reduce: bool | Literal["zero3"] = False
     param_gather: bool = False

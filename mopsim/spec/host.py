@@ -12,29 +12,39 @@ MOST_READS, MOST_DOCUMENTS = 1000, 1e6
 
 
 class HostCosts(Spec, frozen=True, kw_only=True):
-    """modules: layers are Python modules under autograd, whose host does more than to start kernels. layers:
-    whose modules they are, for what they take (`compiled`: mopexec's, between graphs of TorchInductor).
-    tensor: what splits their products over tensor-parallel ranks, for what it takes (`dtensor`: torch's
-    parallelize_module; `plain`: nothing, or not known). hooks: around each, parameters are gathered and freed
-    (DeepSpeed's ZeRO-3), not around groups. graphs: components whose
-    kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a layer's Python
-    frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the host waits for
-    every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the forward of a layer
-    it reads from the device how long sequences are, for the attention kernel, in every one or where a
-    microbatch is one sequence (`single`). documents: of a packed row, which a rotary embedding that no kernel
-    fuses turns one after the other; 1: a row is turned at once. counts_read: in the forward of routed experts
-    it waits for how many rows each gets, where they are exchanged, for the messages' sizes; `always`, as it
-    gives their products these sizes too; or `never`: every expert gets as many, padded, or the device alone
-    knows. loss_read: it reads the loss of every microbatch, to stop where that is no number. grads_read: the
-    norm of each bucket of gradients, before they are reduced. message_reads: values that it reads from the
-    device before a message between pipeline stages can come, whose shape two messages before it say.
-    permutes: what launches the kernels of a permutation of experts' rows that is fused.
-    collections: steps from one collection of all of Python's garbage (gc.collect) to the next, which a mean
-    step has its part of; 0: none. delayed_grads: where exchanges of experts hide behind another microbatch,
-    weight gradients are made apart from those of inputs (Megatron-Core's delay_wgrad_compute). woven_grads:
-    there, what the parts of a layer hand each other (inputs, gradients) is freed with the layer's backward,
-    or with its model chunk's (`chunk`). logs: what it counts and reads at the end of a step for its log
-    alone: how many gradients are zero (`zeros`), the norm of the parameters (`params_norm`)."""
+    """What a program's Python costs the host.
+
+    modules: layers are Python modules under autograd, so the host does more than start kernels.
+    layers: whose modules the layers are, which decides their host time. `compiled`: mopexec's, between
+    graphs of TorchInductor.
+    tensor: what splits the layers' products over tensor-parallel ranks, which decides its host time.
+    `dtensor`: torch's parallelize_module. `plain`: nothing, or not known.
+    hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
+    blocking: the host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1).
+    reads_lengths: in the forward of a layer the host reads the lengths of sequences from the device, for
+    the attention kernel. `every`: in every layer. `single`: if a microbatch is one sequence.
+    documents: documents of a packed row. A rotary embedding that no kernel fuses turns them one after the
+    other. 1: a row is turned at once.
+    counts_read: in the forward of routed experts the host waits for the number of rows of each expert.
+    `exchanged`: if rows are exchanged, for the messages' sizes. `always`: the products need these sizes
+    too. `never`: every expert gets as many rows, padded, or only the device knows the number.
+    loss_read: the host reads the loss of every microbatch, to stop if it is not a number.
+    grads_read: the host reads the norm of each bucket of gradients before they are reduced.
+    message_reads: values that the host reads from the device before a message between pipeline stages can
+    come. Two messages before it give its shape.
+    permutes: what launches the kernels of a fused permutation of experts' rows.
+    collections: steps from one collection of all of Python's garbage (gc.collect) to the next. A mean step
+    has its part of the time. 0: none.
+    delayed_grads: if exchanges of experts hide behind another microbatch, weight gradients are computed
+    separately from those of inputs (Megatron-Core's delay_wgrad_compute).
+    woven_grads: when the tensors that the parts of such a layer hand each other (inputs, gradients) are
+    freed. `layer`: with the layer's backward. `chunk`: with the model chunk's.
+    logs: values that the program counts and reads at the end of a step for its log alone. `zeros`: the
+    number of gradients that are zero. `params_norm`: the norm of the parameters.
+    frames: variables of a layer's Python frame (residual stream, norm's output, sum of routes) live until
+    the layer has run.
+    graphs: components whose kernels CUDA graphs replay. `step`: one graph of the whole step.
+    """
 
     modules: bool = False
     layers: Literal["transformers", "transformer_engine", "compiled"] = "transformers"

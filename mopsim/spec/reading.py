@@ -7,13 +7,17 @@ from mopsim.common.io import Spec
 
 
 class Reading(Spec, frozen=True, kw_only=True):
-    """What its reported peak memory is.
+    """What the program's reported peak memory is.
 
-    memory: live tensors (`allocated`), the caching allocator's blocks (`reserved`), or the whole device as
-    NVML has it (`device`). segments: what these blocks are parts of, segments of one size each, as torch has
-    them by default (`fixed`), or such as grow (`expandable`: PYTORCH_CUDA_ALLOC_CONF). first_stage,
-    last_stage: it is of that pipeline stage only. first_step: of a first step, whose forward and backward are
-    before the update that makes Adam's moments."""
+    memory: what the reported peak counts. `allocated`: live tensors. `reserved`: the caching allocator's
+    blocks. `device`: the whole device as NVML has it.
+    segments: segments that the allocator's blocks are parts of. `fixed`: one size each (torch's default).
+    `expandable`: they grow (PYTORCH_CUDA_ALLOC_CONF).
+    first_stage: the peak is of the first pipeline stage only.
+    last_stage: the peak is of the last pipeline stage only.
+    first_step: the peak is of a first step, whose forward and backward run before the update that makes
+    Adam's moments.
+    """
 
     memory: Literal["allocated", "reserved", "device"] = "allocated"
     segments: Literal["fixed", "expandable"] = "fixed"

@@ -14,20 +14,27 @@ def require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) ->
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
-    """Habits of recomputation. stops_early: once the last value that the backward wants is there.
-    holds_output: what a layer's recomputation puts out and its gradient live until its backward is over (a
-    reentrant torch.utils.checkpoint). selective: modules that `selective` without a list of them runs
-    again. kept: kernels (categories.KEPT) that it keeps instead, running all others again (needs
-    dense.tensor_parallel 1, else `selective` counts). kept_routed: instead of those, where any are
-    named, in layers with routed experts, whatever splits them. chunk_inputs: whether what the backward of
-    chunked experts reads is sent again (`redispatch`) or kept by the layer's recompute (`nested`, arXiv
-    2609.14306). inputs: those that are on the host come up one layer ahead, the last stays (`ahead`,
-    Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors).
+    """Habits of recomputation.
+
+    stops_early: recomputation stops once the last value that the backward needs is there.
+    holds_output: the output of a layer's recomputation and its gradient live until the layer's backward is
+    over (a reentrant torch.utils.checkpoint).
+    kept: kernels (categories.KEPT) whose outputs `selective` without a list of modules keeps, running all
+    others again (needs dense.tensor_parallel 1, else the field `selective` counts).
+    kept_routed: the same for layers with routed experts, whatever splits them; empty: the kernels of
+    `kept`.
+    selective: modules that `selective` without a list of modules runs again.
+    chunk_inputs: the tensors that the backward of chunked experts reads. `redispatch`: they are sent again.
+    `nested`: the layer's recomputation keeps them (arXiv 2609.14306).
+    inputs: when layer inputs on the host are copied up. `ahead`: one layer ahead, and the last one stays
+    (Megatron-Core). `asked`: when their backward asks for them (autograd's hooks on saved tensors).
     gathers_again: rows that expert-tensor ranks gather in a recomputation are gathered once more for the
-    products' own backward. around: the norm before an FFN or its experts, and the sum after,
-    run again with them. router_graph: of a recomputation is gone once its backward is over (`freed`), or the
-    router has stored the loss that balances it, and with it all that is saved on the way to it, until the
-    layer's next forward (`held`)."""
+    products' own backward.
+    around: the norm before an FFN or its experts, and the sum after, run again with them.
+    router_graph: the graph of a recomputed router. `freed`: it is gone once its backward is over. `held`:
+    the router stores its balancing loss, and with it all tensors that were saved on the way, until the
+    layer's next forward.
+    """
 
     stops_early: bool = False
     holds_output: bool = False

@@ -34,64 +34,81 @@ def during(when: Deferred, stages: Any) -> Any:
 class Sharding(Spec, frozen=True, kw_only=True):
     """How state is sharded and gathered.
 
-    fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
-    step (torch's FSDP, Megatron-FSDP). optional: that, and copies, are of ZeRO-2 and 3 alone; below them
-    parameters and gradients are whole on every rank (torch's DistributedDataParallel). bucketed: that has
-    buckets as large as the gradients that several ranks sum, for good, into which they are copied and back
-    (gradient_as_bucket_view is false by default): so it is where optional says that it runs. copies: between
-    shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts' parameters
-    are sharded by what shards the others; else those spread over ranks are plain tensors, whole on every
-    replica; or they are sharded where expert_fsdp is above 1, and such plain tensors where it is 1
-    (`shared`). whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and
-    reduced with the last one's (FSDP2's set_requires_gradient_sync): `always`, or in `pipelines` (as torch's
-    do). stays: what is gathered for a backward is there until the next pass frees it, or the last backward
-    (set_reshard_after_backward): `always`, or in `pipelines` (as torch's do). flat: a group's parameters are
-    views of one tensor, whose gradient autograd puts together and which is cast and divided before it is
-    reduced (torch's FullyShardedDataParallel); `original`: what the optimizer has are views of it too, each
-    time it is sharded again (use_orig_params). gathers: of these in the dtype of the products, or as shards
-    are (without MixedPrecision, under autocast); those of layers in the 8 bits that products read (`cast`,
-    torchao and Transformer Engine). sums: under ZeRO-1 and 2 gradients are scattered to the ranks that update
-    them (`scattered`), or all ranks sum them whole (`whole`). reductions: under ZeRO-2 and 3 they run beside
-    the backward (`hidden`), or so where the strategy hides them, else what comes after waits for each
-    (`asked`). owners: under ZeRO-1 each tensor's optimizer state is with one rank, whole, and owners
-    broadcast what they have updated one after the other. grad_passes: bytes moved for each gradient of a rank
-    once the backward after which they are reduced has made it: into the buffers of reductions and back,
-    scaled, counted into a norm while they are whole. microbatch_grads: where gradients are summed in a wider
-    dtype than the products' and no rank shards them, each that a backward makes is added and freed at once
-    (`added`); or all are added after the backward, each from a copy in the sums' dtype, and live until the
-    next backward begins, through forwards and update (`kept`). zero_grad: where parameters are whole,
-    gradients are there for good (`fills`), or each from the backward that makes it to the end of the step
-    (`frees`, torch's default); so are shards of gradients, unless they are parts of buffers that are there
-    for good (`buffers`); or so below ZeRO-3 alone, until the update has copies in fp32 (`copied`).
-    update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
-    makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
-    after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
-    reduced then. Where none of a backward's tensors is as large, torch's caching allocator has blocks for
-    them beside. reduce_buffer: under ZeRO-2 and 3, bytes of one through which gradients are reduced, which
-    lives through the step; ZeRO-2 has a second one where reductions are hidden. Then, and under ZeRO-3, what
-    is gathered, and a copy of the buffer that is sent, are in pools of streams of their own. update_group:
-    what a rank updates is one flat tensor (0: tensors of their own), under ZeRO-3 several of so many numbers,
-    one after the other, each with a copy of its gradient in fp32. norm_passes: bytes moved for each gradient
-    that a rank updates, for the norm of all (0: those of one in the dtype of the update). host_masters: where
-    the host updates part of the optimizer's state, the master weights of that part go there with the moments
-    (`moved`); or stay on the device too, and the host updates a copy: gradients go down and masters come up
-    as wide as these are (`copied`). host_moments: where the host updates part of the optimizer's state,
-    moments are as wide as asked (`asked`); or no narrower than what is updated (`masters`: torch.zeros_like).
-    embedding: tensor-parallel ranks split the token embedding, or each has it whole. prefetch: FSDP2 gathers
-    a layer's parameters in the forward while it runs the one before (`told`), or when the host is there
-    (`reached`, its default), as far ahead as nothing makes it wait for the device; or is told where ranks
-    split the routed experts (`split`). loop: layers are the turns of a loop of the compiled program: what a
-    layer gathers and reduces is beside the layers before and after it (`pipelined`), as without a loop
-    (`none`), or lies within its turn: that of routed experts in collectives of their own, beside the rest of
-    the layer (`apart`), or all in one each, which the layer waits for (`together`; XLA's combiners with
-    thresholds above a layer's size). loop_copies: copies of the shards of all layers' parameters, as wide as
-    these, that are laid out by layer for the loop and live through the step. one_mesh: routed experts have as
-    many copies as the other weights: one degree replicates both (a mesh of replicas and shards); else each is
-    sharded over as many ranks as is asked for. agreements: at the end of a step ranks sum the loss and each
-    router's load, one exchange each. groups: parameters that are gathered and reduced together are a layer's,
-    and those of the root, which is gathered once a microbatch (`layers`); or embedding, head with the final
-    norm, and a layer's routed experts are groups of their own too (`modules`); or every module is one
-    (`each`), whose parameters are whole one after the other.
+    fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within
+    a step (torch's FSDP, Megatron-FSDP).
+    optional: fsdp and copies apply to ZeRO-2 and 3 alone. Below them parameters and gradients are whole on
+    every rank (torch's DistributedDataParallel).
+    bucketed: DistributedDataParallel has buckets for good, as large as the gradients that several ranks
+    sum. Gradients are copied into them and back (gradient_as_bucket_view is false by default). This is so
+    wherever optional makes that program run.
+    copies: there are copies between shards or gradients and the buffers of collectives (torch's FSDP2).
+    whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and reduced
+    with the last microbatch's (FSDP2's set_requires_gradient_sync): `always`, in `pipelines` (as torch's
+    do), or `never`.
+    stays: parameters that are gathered for a backward stay until the next pass, or the last backward, frees
+    them (set_reshard_after_backward): `always`, in `pipelines` (as torch's do), or `never`.
+    flat: the parameters of a group are views of one tensor. Autograd concatenates its gradient, which is
+    cast and divided before it is reduced (torch's FullyShardedDataParallel). `original`: the optimizer's
+    parameters are views of it too, made each time it is sharded again (use_orig_params).
+    gathers: dtype of gathered parameters. `compute`: that of the products. `param`: that of the shards
+    (flat tensors without MixedPrecision, under autocast). `cast`: those of layers in the 8 bits that
+    products read (torchao and Transformer Engine).
+    sums: under ZeRO-1 and 2. `scattered`: gradients are scattered to the ranks that update them. `whole`:
+    all ranks sum them whole.
+    reductions: under ZeRO-2 and 3. `hidden`: reductions run beside the backward. `asked`: they do so if the
+    strategy hides them, else compute waits for each.
+    owners: under ZeRO-1 each tensor's optimizer state is whole on one rank, its owner. Owners broadcast the
+    updated tensors one after the other.
+    grad_passes: bytes moved for each gradient of a rank after the backward that precedes its reduction: it
+    is copied into the buffers of reductions and back, scaled, and counted into a norm while it is whole.
+    microbatch_grads: if gradients are summed in a wider dtype than the products' and no rank shards them.
+    `added`: each gradient of a backward is added and freed at once. `kept`: all are added after the
+    backward, each from a copy in the sums' dtype. They live until the next backward begins, through
+    forwards and update.
+    zero_grad: how long gradients live. `fills`: whole gradients are there for good. `frees`: each lives
+    from the backward that makes it to the end of the step (torch's default); shards of gradients do so too.
+    `buffers`: shards of gradients are parts of buffers that are there for good. `copied`: as `frees`, below
+    ZeRO-3 alone, until the update has copies in fp32.
+    update_copies: under ZeRO-1, the update makes flat tensors of gradients narrower than fp32: bytes for
+    each parameter that a rank updates. If no tensor of a backward is as large, torch's caching allocator
+    has separate blocks for them.
+    buckets: bytes of the buffers through which such gradients are reduced after the last backward. If no
+    tensor of a backward is as large, torch's caching allocator has separate blocks for them.
+    reduce_copies: one whole copy of a rank's gradients is reduced after the last backward: bytes for each
+    gradient. If no tensor of a backward is as large, torch's caching allocator has separate blocks for it.
+    update_group: a rank updates one flat tensor. Under ZeRO-3 it updates several flat tensors of this many
+    parameters, one after the other, each with a copy of its gradient in fp32. 0: separate tensors.
+    norm_passes: bytes moved for the global norm, for each gradient that a rank updates. 0: those of one
+    gradient in the dtype of the update.
+    reduce_buffer: under ZeRO-2 and 3, bytes of a buffer through which gradients are reduced. It lives
+    through the step. ZeRO-2 has a second one if reductions are hidden. Then, and under ZeRO-3, gathered
+    parameters, and a copy of the buffer that is sent, are in the pools of their own streams.
+    host_masters: if the host updates part of the optimizer's state. `moved`: that part's master weights are
+    on the host with the moments. `copied`: they stay on the device too, and the host updates a copy.
+    Gradients go down and masters come up, as wide as the masters.
+    host_moments: if the host updates part of the optimizer's state. `asked`: moments are as wide as the
+    strategy asks. `masters`: they are no narrower than the updated weights (torch.zeros_like).
+    experts: true: routed experts' parameters are sharded by the same mechanism as the others. false:
+    experts that are spread over ranks are plain tensors, whole on every replica. `shared`: sharded if
+    expert_fsdp is above 1, plain tensors if it is 1.
+    embedding: `split`: tensor-parallel ranks split the token embedding. `whole`: each has it whole.
+    prefetch: when FSDP2 gathers a layer's parameters in the forward. `told`: while it runs the layer
+    before. `reached`: when the host is there (FSDP2's default), as far ahead as the host runs without
+    waiting for the device. `split`: as `told` if ranks split the routed experts, else as `reached`.
+    loop: layers may be the turns of a loop of the compiled program. `none`: there is no loop. `pipelined`:
+    gathers and reductions of a layer run beside the layers before and after it, as without a loop. `apart`:
+    they lie within the layer's turn, and those of routed experts run in their own collectives beside the
+    rest of the layer. `together`: they lie within the turn, all in one collective each, which the layer
+    waits for (XLA's combiners with thresholds above a layer's size).
+    loop_copies: copies of the shards of all layers' parameters, as wide as the shards, that are laid out by
+    layer for the loop and live through the step.
+    one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
+    replicas and shards). false: each is sharded over as many ranks as the strategy asks.
+    agreements: at the end of a step ranks sum the loss and each router's load, in one exchange each.
+    groups: parameters that are gathered and reduced together. `layers`: those of a layer, and those of the
+    root, which is gathered once a microbatch. `modules`: as `layers`, and the embedding, the head with the
+    final norm, and a layer's routed experts are separate groups too. `each`: every module is a group, and
+    groups are whole one after the other.
     """
 
     fsdp: bool = False

@@ -43,10 +43,15 @@ def _filled(given: T, stack: Spec, blank: object) -> T:
 
 
 class StateDTypes(Spec, frozen=True, kw_only=True):
-    """Dtypes that a program gives its state where a strategy does not say; `compute` is that of the products.
+    """Dtypes that a program gives its state where a strategy does not say. `compute`: the dtype of the
+    products.
 
-    param: of resident parameter shards. reduce: of gradient communication. grad: of gradient shards. moments:
-    of the optimizer's moments. master: of master weights; "param": the parameter shard is the master."""
+    param: dtype of resident parameter shards.
+    reduce: dtype of gradient communication.
+    grad: dtype of gradient shards.
+    moments: dtype of the optimizer's moments.
+    master: dtype of master weights. "param": the parameter shard is the master.
+    """
 
     param: StateDType = "compute"
     reduce: StateDType = "compute"
@@ -58,29 +63,40 @@ class StateDTypes(Spec, frozen=True, kw_only=True):
 class Stack(Spec, frozen=True, kw_only=True):
     """One program.
 
-    name: one line of text. version: of the program. extends: the stack whose entries it has where it names
-    none. runtime: the runtime of mopexec that runs it, empty where none does; never inherited. explicit: the
-    program is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
-    has: what it can do of what a strategy asks, a field -> its values (`vocabulary.loss: [full]`); a field
-    that is not there may have any. A key `field where condition` speaks only of what the condition
-    (conditions.yaml of the capability table) holds for.
-    stage_outputs: what a pipeline stage makes is freed once it is sent, the last one's logits with their
-    backward (`freed`), or, put together, with the step (`returned`); or lies in buffers until its own
-    backward is over, whole, and logits until the next ones' is (`held`), or a part on each rank (`parts`).
-    balanced_routes: a token's experts where it makes `balanced` routing itself, for benchmarks: drawn
-    independently (random logits), or `consecutive` ones (round robin), which lie on fewer ranks.
-    kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
-    a file: the entries that are others). compiled: the entries (`kernels.norm`), on devices of every kind,
-    that are others where a strategy has its blocks compiled; empty: the program leaves that to nobody.
-    sharding: how state is sharded and gathered. recompute: habits of recomputation. host: what its Python
-    costs. dtypes: of state, where a strategy does not say. hides: communication that is hidden by default.
-    reading: what its memory reading means.
-    pool: part of a device's memory that its allocator takes at the start, in which all tensors have to lie,
-    and beside which the communication library has the rest (XLA's XLA_PYTHON_CLIENT_MEM_FRACTION), of
-    what driver and framework leave, and on devices that are no CPUs; 0: it takes what they need.
-    communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
-    architecture, where it is not the profile's. sources: by dotted field, where an entry is written and of
-    which version.
+    name: one line of text.
+    version: version of the program.
+    extends: the parent: a shipped stack whose entries count for the fields that this one leaves out.
+    runtime: the runtime of mopexec that runs the stack; empty: none does. It is never inherited.
+    explicit: the program is a schedule of forward and backward pairs without an autograd graph (mopexec's
+    flat_units).
+    has: the values of a strategy's fields that the program can run: a field -> its values
+    (`vocabulary.loss: [full]`). A field without an entry may have any value. A key `field where condition`
+    counts only where the condition (conditions.yaml of the capability table) holds.
+    stage_outputs: how long the output of a pipeline stage lives. `freed`: until it is sent; the last
+    stage's logits until their backward. `returned`: as `freed`, but the last stage's logits of all
+    microbatches live until the end of the step, where they are concatenated. `held`: in buffers until its
+    own backward is over, whole; logits until the next microbatch's backward. `parts`: as `held`, a part on
+    each rank.
+    balanced_routes: how the program makes `balanced` routing itself, for benchmarks. `independent`: a
+    token's experts are drawn independently (random logits). `consecutive`: they lie one after the other
+    (round robin), on fewer ranks.
+    kernels: the implementation of each operation.
+    cpu: the implementations on devices that are CPUs, if they differ (in a file: the entries that differ).
+    compiled: the entries (`kernels.norm`), on devices of every kind, that differ if a strategy has its
+    blocks compiled. Empty: the program does not leave that to a strategy.
+    sharding: how state is sharded and gathered.
+    recompute: habits of recomputation.
+    host: the time that the program's Python takes on the host.
+    dtypes: dtypes of state if a strategy does not state them.
+    hides: communication that is hidden by default.
+    reading: what the program's reported memory counts.
+    pool: part of a device's memory that the program's allocator takes at the start (XLA's
+    XLA_PYTHON_CLIENT_MEM_FRACTION), of the memory that driver and framework leave. All tensors must lie in
+    it, and the communication library has the rest. It applies to devices that are not CPUs. 0: the
+    allocator takes the memory that tensors need.
+    communication_share: part of the SMs that the experts' exchanges take from kernels beside them, by
+    architecture, if it is not the profile's.
+    sources: by dotted field, where an entry is written and of which version.
     """
 
     name: str
