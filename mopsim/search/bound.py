@@ -226,8 +226,7 @@ class Bounder(Footprint):
         times, experts = layers * self.microbatches, self.sizes.moe_layers * self.microbatches
         shard, copies = c["dense_shard"], c["expert_shard"]
         apart = np.where(c["strided"] == 1, 1, c["experts"] * c["expert_tensor"])
-        once = during(self.space.stack.sharding.whole_sums, c["pipeline"])
-        sums = np.where(once, 1 / self.microbatches, 1.0)  # reductions of a microbatch
+        sums = self.reductions()
         return [
             Message("all_gather", dense * self.sent, shard, times * gathers, c["tensor"]),
             Message("reduce_scatter", dense * self.reduce, shard, times * sums, c["tensor"]),
@@ -241,6 +240,25 @@ class Bounder(Footprint):
         reshard, many = self.c["reshard"], self.microbatches
         stays = during(self.space.stack.sharding.stays, self.c["pipeline"])
         return np.asarray(np.where(stays, reshard + 1 / many, reshard + 1))
+
+    def reductions(self) -> Reals:
+        """How often a layer's gradients are reduced for a microbatch."""
+        once = during(self.space.stack.sharding.whole_sums, self.c["pipeline"])
+        return np.asarray(np.where(once, 1 / self.microbatches, 1.0))
+
+    def _reduced(self) -> Reals:
+        """Bytes moved for each gradient of a microbatch that torch's FSDP2 copies to be reduced, or adds to
+        the sum of those before, which is copied once."""
+
+        def copied(width: float) -> float:
+            moved = bytes_reduced(width, self.reduce)
+            return max(moved, self.scale("memory_bound") * chunk_cat(moved) / self.traffic)
+
+        many, wider = self.microbatches, self.compute != self.reduce
+        sums = (self.compute + self.reduce) * wider + (many - 1) * (self.compute + 2 * self.reduce)
+        once = (sums + copied(self.reduce)) / many
+        apart = (self.reductions() == 1) | (many == 1)
+        return np.asarray(np.where(apart, copied(self.compute), once))
 
     def copies(self) -> Reals:
         """Seconds in which torch's FSDP2, or flat units, cast, zero, copy and add on the compute stream what
@@ -257,9 +275,7 @@ class Bounder(Footprint):
                 reduced = bytes_added(self.reduce, self.grad) / shard + self.reduce
             else:
                 gathered = bytes_sent(self.param, self.sent) / shard + bytes_arrived(self.sent)
-                moved = bytes_reduced(self.compute, self.reduce)
-                slow = self.scale("memory_bound") * chunk_cat(moved) / self.traffic
-                reduced = np.full(len(shard), max(moved, slow))
+                reduced = self._reduced()
             each = self.gathers() * gathered + reduced
             found = found + np.where(shard > 1, params * each, 0.0)
         return np.asarray(found / c["pipeline"] * self.microbatches * self.traffic)
@@ -330,9 +346,11 @@ class Bounder(Footprint):
         use and their gradients down; the state of an update beside the next forward both ways."""
         c, each, (weights, state) = self.c, self.copied, self.held()
         moved, offload = self.moved() * self.microbatches, c["offload"] * weights * self.microbatches
-        uses, beside = c["reshard"] + 1, c["beside"] * state * self.streamed
+        uses, beside = self.gathers(), c["beside"] * state * self.streamed
         up = (moved + offload * uses * self.param) * each("h2d") + beside * each("h2d", duplex=True)
-        down = (moved + offload * self.grad) * each("d2h") + beside * each("d2h", duplex=True)
+        down = (moved + offload * self.reductions() * self.grad) * each("d2h") + beside * each(
+            "d2h", duplex=True
+        )
         return np.asarray(np.maximum(up, down))
 
     def awaited(self) -> Reals:

@@ -149,11 +149,14 @@ class Refined(Bounder):
             return np.zeros(len(self.space))
         flat, prefetch = self.flat, self.prefetch
         inside, last = max(0.0, 1 - (0 if flat else prefetch + 1) / layers), 1 - 1 / layers
-        gathers = [one * inside / (c["reshard"] + 1) for one in self.busy(weights[::2])]
+        gathers = [one * inside / self.gathers() for one in self.busy(weights[::2])]
+        first = self.gathers() - c["reshard"]
         reduced = [one * last for one in self.busy(weights[1::2])]
         ahead = self._sum(lambda piece: [piece.forward])
         back = self._sum(lambda piece: [piece.backward])
-        forward = np.maximum.reduce([ahead[0], *map(np.add, ahead[1:], gathers)])
+        forward = np.maximum.reduce(
+            [ahead[0], *(way + first * one for way, one in zip(ahead[1:], gathers, strict=True))]
+        )
         busy = [
             way + c["reshard"] * one + other
             for way, one, other in zip(back[1:], gathers, reduced, strict=True)
