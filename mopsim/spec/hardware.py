@@ -45,15 +45,15 @@ def unknown_architecture(field: str, name: str, words: tuple[str, ...] = ()) -> 
 
 
 class MatmulCurve(Spec, frozen=True, kw_only=True):
-    """Seconds of C[m,n] = A[m,k] B[k,n] for one dtype:
+    """Seconds of C[m,n] = A[m,k] B[k,n] for one type of operands.
 
-    time = max(2mnk / (P e f), moved / B) + launch, where P is the peak, e the efficiency, B the bandwidth of
+    They are max(2mnk / (P e f), moved / B) + launch. P is the peak, e the efficiency, B the bandwidth of
     memory and f = m / (m + m_half) x n / (n + n_half) x k / (k + k_half).
 
-    dtype: the operands' type. peak: the data sheet's rate without sparsity. efficiency: at most 1, the
-    fraction of the peak at large sizes. m_half, n_half, k_half: sizes at which a dimension reaches half of
-    it. held: upper limit on e f, which power sets for products that follow each other in a step. tag: as a
-    Quantity's. source: as a Quantity's.
+    dtype: type of the operands. peak: the data sheet's rate without sparsity. efficiency: share of the peak
+    at large sizes, at most 1. m_half: m at which half of that share is reached. n_half: the same for n.
+    k_half: the same for k. held: upper limit on e f, set by power for products that follow each other in a
+    step. tag: as a Quantity's. source: as a Quantity's.
     """
 
     dtype: str
@@ -74,11 +74,14 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 
 
 class AttentionCurve(Spec, frozen=True, kw_only=True):
-    """Fraction of the dtype's matmul peak that attention reaches: at s tokens forward x s / (s + seq_half).
+    """Share of the dtype's matmul peak that attention reaches. With s tokens it is forward x s / (s +
+    seq_half).
 
-    forward, backward: at long sequences, at most 1. seq_half: tokens at which half of it is reached; s is
-    twice the keys that a query sees, in a window too. held: upper limit, as of a product. eight_bit_forward,
-    eight_bit_backward: times as fast with 8-bit operands. tag, source: as a Quantity's.
+    forward: share at long sequences in the forward, at most 1. backward: share at long sequences in the
+    backward, at most 1. seq_half: tokens at which half of the share is reached; s is twice the keys that a
+    query sees, in a window too. held: upper limit on the share, as for a product. eight_bit_forward: factor
+    of the forward's speed with 8-bit operands. eight_bit_backward: factor of the backward's speed with 8-bit
+    operands. tag: as a Quantity's. source: as a Quantity's.
     """
 
     forward: float
@@ -100,12 +103,13 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
     """Seconds of a collective: latency + ranks x latency_per_rank + b / (bandwidth x e(b)), e(b) = 1 / (1 +
     (bytes_half / b)^ramp).
 
-    b is the wire bytes of a rank: of n ranks, all_gather, reduce_scatter and all_to_all send (n-1)/n of the
+    b is the wire bytes of a rank. Of n ranks, all_gather, reduce_scatter and all_to_all send (n-1)/n of the
     full buffer, all_reduce twice that, send_recv the message.
 
-    latency: time of a call without data. latency_per_rank: what each rank of the group adds. bandwidth: what
-    a rank reaches in one direction at large sizes. bytes_half: size at which it reaches half of that. ramp: 1
-    is b / (b + bytes_half), 1/2 the slower rise that NCCL shows from 1 MB to 1 GB.
+    latency: time of a call without data. latency_per_rank: time that each rank of the group adds. bandwidth:
+    rate of a rank in one direction at large sizes. bytes_half: size at which a rank reaches half of that
+    rate. ramp: form of the rise. 1: b / (b + bytes_half); 1/2: the slower rise that NCCL shows from 1 MB to 1
+    GB.
     """
 
     latency: Quantity
@@ -126,10 +130,11 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
 
 
 class Bridges(Spec, frozen=True, kw_only=True):
-    """Host bridges (sockets, PCIe root complexes) that a domain's devices lie under.
+    """Host bridges (sockets, PCIe root complexes) that connect a domain's devices.
 
-    devices: under one bridge. faster: by collective, times the domain's bandwidth for a group under one
-    bridge. link: bandwidth between bridges, each way, which groups that cross it at once share.
+    devices: devices under one bridge. faster: by collective, the bandwidth of a group under one bridge over
+    the domain's bandwidth. link: bandwidth between bridges, each way; groups that cross it at the same time
+    share it.
     """
 
     devices: int
@@ -147,14 +152,15 @@ class Bridges(Spec, frozen=True, kw_only=True):
 class Fabric(Spec, frozen=True, kw_only=True):
     """A network: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes).
 
-    peak: bandwidth of one rank, one direction. topology: `switch`, where a rank sends all of its bandwidth to
-    any peer; `mesh`, where it has a link to each peer of its domain, and peak and curves are those of all its
-    links together (HardwareProfile.peer_share). oversubscription: of scale_out, the bandwidth of the NICs
-    under a leaf switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf:
-    scale-up domains that reach each other through one leaf: few where a leaf takes all NICs of a node, as
-    many as it has ports where it takes one of each (rail-optimised; what is for another rail moves inside the
-    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: of all_gather,
-    reduce_scatter, all_reduce, all_to_all, send_recv; of scale_out also dispatch (rows sent once).
+    peak: bandwidth of one rank in one direction. topology: `switch`: a rank sends all of its bandwidth to any
+    peer. `mesh`: it has a link to each peer of its domain; peak and curves are those of all its links
+    together (HardwareProfile.peer_share). oversubscription: of scale_out: bandwidth of the NICs under a leaf
+    switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf: scale-up
+    domains that reach each other through one leaf. They are few if a leaf takes all NICs of a node, and as
+    many as its ports if it takes one NIC of each (rail-optimised; data for another rail moves inside the
+    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: a curve for each of
+    all_gather, reduce_scatter, all_reduce, all_to_all, send_recv; for scale_out also dispatch (rows sent
+    once).
     """
 
     peak: Quantity
@@ -182,16 +188,17 @@ class Fabric(Spec, frozen=True, kw_only=True):
 class Device(Spec, frozen=True, kw_only=True):
     """One accelerator, or one rank's share of a CPU.
 
-    architecture: the generation (`hopper`, `blackwell`, ...) by which stacks choose kernels; empty if none.
-    memory: what the device has. reserved: memory that the framework and drivers take. memory_bandwidth: what
-    kernels reach at large sizes. memory_bytes_half: bytes of a kernel that reaches half of that.
-    index_bandwidth: what copies of rows by index reach in an eager framework, bytes read and written; without
-    it, memory_bandwidth. launch_overhead: least time of a kernel on the device. matmul: a curve for each
-    dtype. grouped_matmul: curves of expert products, m being the tokens of one expert; a dtype without one
-    uses `matmul`. attention: the curve of heads up to 128 wide. attention_narrow, attention_wide: those of
-    query-key heads up to 64 and above 128 (MLA), where they differ. adam_rate: parameters/s that a fused
-    AdamW updates. power: rated power of one device. speed_spread: standard deviation of the speeds of devices
-    of this type, over their mean; a step waits for the slowest of them; without it they are alike.
+    architecture: the generation (`hopper`, `blackwell`, ...), by which stacks choose kernels; empty if none.
+    memory: memory of the device. reserved: memory that the framework and drivers take. memory_bandwidth:
+    bandwidth that kernels reach at large sizes. memory_bytes_half: bytes of a kernel that reaches half of
+    that bandwidth. index_bandwidth: bandwidth of copies of rows by index in an eager framework, bytes read
+    and written; null: memory_bandwidth. launch_overhead: least time of a kernel on the device. matmul: a
+    curve for each dtype. grouped_matmul: curves of expert products, where m is the tokens of one expert; a
+    dtype without one uses `matmul`. attention: curve of heads up to 128 wide. attention_narrow: curve of
+    query-key heads up to 64 wide, if it differs. attention_wide: curve of query-key heads above 128 wide
+    (MLA), if it differs. adam_rate: parameters/s that a fused AdamW updates. power: rated power of one
+    device. speed_spread: standard deviation of the speeds of devices of this type, over their mean. A step
+    waits for the slowest device; null: all are alike.
     """
 
     architecture: str = ""
@@ -234,12 +241,12 @@ class Device(Spec, frozen=True, kw_only=True):
 class Host(Spec, frozen=True, kw_only=True):
     """A node's host: DRAM shared by its devices, and the link of each device to it.
 
-    memory: DRAM of the node. memory_bandwidth: what all devices of the node share. link_h2d, link_d2h:
-    bandwidth of a device's link, each way. link_latency: time of a copy without data. link_sharing: devices
-    that share one link. adam_rate: parameters/s that a rank's share of the host updates. cores: CPU cores of
-    the node. cpu_launch_time: time of a rank's host thread for each kernel, copy or collective that an eager
-    framework starts; without it kernels never wait for the host (replayed graphs; a CPU that runs them
-    itself).
+    memory: DRAM of the node. memory_bandwidth: DRAM bandwidth that all devices of the node share. link_h2d:
+    bandwidth of a device's link from the host. link_d2h: bandwidth of a device's link to the host.
+    link_latency: time of a copy without data. link_sharing: devices that share one link. adam_rate:
+    parameters/s that a rank's share of the host updates. cores: CPU cores of the node. cpu_launch_time: time
+    of a rank's host thread for each kernel, copy or collective that an eager framework starts; null: kernels
+    never wait for the host (replayed graphs; a CPU that runs them itself).
     """
 
     memory: Quantity
@@ -264,8 +271,8 @@ class Host(Spec, frozen=True, kw_only=True):
 class Correction(Spec, frozen=True, kw_only=True):
     """Calibration of one kind of work: seconds = scale x curve + overhead for each op.
 
-    scale: factor of the curve's seconds. overhead: seconds that each op takes more. tag: as a Quantity's.
-    source: the runs it is from.
+    scale: factor of the curve's seconds. overhead: seconds added to each op. tag: as a Quantity's. source:
+    the runs that the correction is fitted to.
     """
 
     scale: float = 1.0
@@ -281,17 +288,17 @@ class Correction(Spec, frozen=True, kw_only=True):
 class HardwareProfile(Spec, frozen=True, kw_only=True):
     """One machine type.
 
-    name: one line of text. device_kind: which platform its devices are programmed with. devices_per_node: how
-    many a node has. scale_up_size: devices of one scale-up domain. device: each of its devices. host: what
-    the devices of a node share. scale_up, scale_out: the networks inside a domain and between domains.
-    node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
-    communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
-    cores; 1: the two cannot overlap at all). price_per_device_hour: what `mopsim size` charges for one
-    device. corrections: calibration by kind of work; under `step`, and `step_` with a runtime or a stack, of
-    the constant that each step takes. framework_memory_scale: what a framework keeps, over what is counted.
-    calibrated_from: digest of the uncorrected profile that the corrections were fitted on. observed: what was
-    left of the runs of the calibration, which decides the intervals of predictions. notes: what a reader
-    should know.
+    name: one line of text. device_kind: platform that programs its devices. devices_per_node: devices of a
+    node. scale_up_size: devices of one scale-up domain. device: each of its devices. host: the node's memory
+    and links, which its devices share. scale_up: the network inside a domain. scale_out: the network between
+    domains. communication_share: fraction of compute throughput lost while a collective runs beside it (SMs,
+    or CPU cores); 1: the two cannot overlap at all. price_per_device_hour: price of one device that `mopsim
+    size` charges. node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
+    corrections: calibration by kind of work. `step`, and `step_` with a runtime or a stack, are the constant
+    that each step takes. framework_memory_scale: factor of the counted memory for what a framework keeps.
+    calibrated_from: digest of the uncorrected profile that the corrections were fitted on. observed:
+    remaining errors of the calibration's runs, which decide the intervals of predictions. notes: notes for a
+    reader.
     """
 
     name: str

@@ -14,14 +14,16 @@ FEWEST_RUNS, MOST_RUNS = 1e-3, 1e6
 
 
 class Observed(Spec, frozen=True, kw_only=True):
-    """Of runs of one network, stack and precision that a calibration saw, how far off the profile still is.
-    stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
-    disturbed one for the part of it that was quiet. step_time, peak_memory: mean ln(measured / predicted) by
-    the profile itself, null where it was not read. step_time_squares: sum of the squares of what profiles
-    that had not seen these runs missed of their step times; peak_memory_squares: of the departures of peaks
-    from their mean. step_time_missed: the |ln(measured / predicted)| that 90 % of these misses keep to. made:
-    mean shares of the predicted steps: products, attention, products of experts, memory, waits for host,
-    network, copies. source: digests of the runs.
+    """How far off the profile still is for runs of one network, stack and precision that a calibration saw.
+
+    stack: name of the software. precision: precision of the products. network: digest of the model. runs:
+    number of runs; a disturbed run counts for its quiet part. step_time: mean ln(measured / predicted) of
+    step times by the profile itself, null if they were not read. peak_memory: the same of peaks.
+    step_time_squares: sum of squares of the errors of step times, by profiles that had not seen these runs.
+    peak_memory_squares: sum of squares of the departures of peaks from their mean. step_time_missed: the
+    |ln(measured / predicted)| that 90 % of these errors keep to. made: mean shares of the predicted steps:
+    products, attention, products of experts, memory, waits for host, network, copies. source: digests of the
+    runs.
     """
 
     stack: str
