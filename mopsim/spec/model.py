@@ -16,14 +16,15 @@ class RopeScaling(Spec, frozen=True, kw_only=True):
     """Scaling of rotary frequencies, in the keys of Hugging Face's `rope_scaling`. They change numbers, no
     shapes.
 
-    rope_type: none; YaRN (arXiv 2309.00071), which interpolates low frequencies and keeps high ones; or
-    Llama 3.1's, the same with other bounds. factor: how much longer sequences may be than
-    original_max_position_embeddings. original_max_position_embeddings: tokens of a sequence in the first
-    training. beta_fast, beta_slow: of YaRN, turns within that length above which a frequency is kept, and
-    below which it is interpolated. truncate: of YaRN, these bounds are rounded to whole pairs of elements.
-    mscale, mscale_all_dim: of YaRN in DeepSeek's configs, weights of the length in the size of the rotated
-    vectors and in the scale of the softmax; 0 leaves both to YaRN's own rule. low_freq_factor,
-    high_freq_factor: of Llama 3.1, turns below which a frequency is interpolated, and above which it is kept.
+    rope_type: `default`: no scaling. `yarn`: YaRN (arXiv 2309.00071), which interpolates low frequencies and
+    keeps high ones. `llama3`: Llama 3.1's, the same with other bounds. factor: how much longer sequences may
+    be than original_max_position_embeddings. original_max_position_embeddings: tokens of a sequence in the
+    first training. beta_fast: YaRN keeps a frequency that makes more turns than this within that length.
+    beta_slow: YaRN interpolates a frequency that makes fewer turns. truncate: YaRN's bounds are rounded to
+    whole pairs of elements. mscale: weight of the length in the size of the rotated vectors (YaRN in
+    DeepSeek's configs); 0: YaRN's own rule. mscale_all_dim: the same in the scale of the softmax.
+    low_freq_factor: Llama 3.1 interpolates a frequency that makes fewer turns. high_freq_factor: Llama 3.1
+    keeps a frequency that makes more turns.
     """
 
     rope_type: Literal["default", "yarn", "llama3"] = "default"
@@ -71,35 +72,37 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
 
     name: one line of text, as it appears in tables. hidden_size: width of the residual stream.
     num_hidden_layers: decoder layers, MTP layers not counted. num_attention_heads: query heads.
-    num_key_value_heads: key and value heads (GQA). head_dim: of queries and keys; of MLA, its two parts
-    together. vocab_size: rows of the embedding. intermediate_size: columns of a dense FFN.
-    first_k_dense_replace: leading layers that are dense. mlp_only_layers: layers after those that are dense
-    too, counted from 0; the others route to experts. num_local_experts: routed experts of a layer.
-    num_experts_per_tok: of them, how many a token chooses. moe_intermediate_size: columns of one expert.
+    num_key_value_heads: key and value heads (GQA). head_dim: width of a head of queries and keys; for MLA, of
+    its two parts together. vocab_size: rows of the embedding. intermediate_size: columns of a dense FFN.
+    first_k_dense_replace: leading layers that are dense. mlp_only_layers: later layers that are dense too,
+    counted from 0; the others route to experts. num_local_experts: routed experts of a layer.
+    num_experts_per_tok: routed experts that a token chooses. moe_intermediate_size: columns of one expert.
     shared_expert_intermediate_size: columns of all shared experts together. shared_expert_gate: a sigmoid
-    gate scales their output. tie_word_embeddings: the output projection is the embedding. attention:
-    grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank, qk_nope_head_dim,
-    qk_rope_head_dim, v_head_dim: the sizes of MLA, as in DeepSeek's configs. attention_bias: which
-    projections have a bias. attention_sinks: each head has a learned logit that takes attention away.
-    qk_norm: queries and keys are normalised in each head, or over the full projection. sliding_window: tokens
-    that a windowed layer attends to. attention_chunk_size: instead of a window, tokens of the chunks within
-    which they attend. sliding_window_period: every so many layers one is windowed, from the first.
-    layer_types: which layers are windowed, where no such period says it. learned_positions: rows of a learned
-    table of positions; without it, rotary. expert_bias, router_bias, ffn_bias: whether these products have a
-    bias. ffn_matrices: 3 with a gate, 2 without. norm: the kind of norm in the layers.
-    num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: what turns the router's logits into
-    weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: what
-    these weights are multiplied by. topk_method: experts are chosen among all, or of some groups only: those
-    with the best expert (group_limited_greedy, DeepSeek-V2), or with the best two together (noaux_tc,
-    DeepSeek-V3). n_group: groups of experts. topk_group: groups that a token is limited to. swiglu_limit:
-    what the gate and up products of experts are clamped to, with up + 1, as in GPT-OSS; 0 is plain SwiGLU.
-    swiglu_alpha: what the gate is multiplied by in its sigmoid, where there is a limit. rms_norm_eps: what a
-    norm adds to the mean of squares. rope_theta: base of rotary angles. rope_interleave: rotary positions
-    turn neighbouring elements, not those half a head apart. partial_rotary_factor: part of a head that they
-    turn, without MLA. rope_scaling: of rotary frequencies, for longer sequences than first trained on.
-    dropout: rate for the outputs of attention and FFN, and for the attention weights where they are kept.
-    total_params, active_params: the published counts, which are checked against and never used in a
-    calculation. source: where the numbers are from. assumptions: what the source does not say.
+    gate scales the shared experts' output. tie_word_embeddings: the output projection is the embedding.
+    attention: grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank, qk_nope_head_dim,
+    qk_rope_head_dim, v_head_dim: a size of MLA, as in DeepSeek's configs. attention_bias: which projections
+    have a bias. attention_sinks: each head has a learned logit that takes a part of the attention. qk_norm:
+    queries and keys are normalised in each head, or over the full projection. sliding_window: tokens that a
+    windowed layer attends to. attention_chunk_size: tokens of the chunks that these layers attend within,
+    instead of a window. sliding_window_period: one layer in this many is windowed, from the first.
+    layer_types: the kind of each layer, if no period describes it. learned_positions: rows of a learned table
+    of positions; 0: rotary positions. expert_bias: the experts' products have a bias. router_bias: the
+    router's product has a bias. ffn_bias: the products of dense FFNs and shared experts have a bias.
+    ffn_matrices: matrices of an FFN: 3 with a gate, 2 without. norm: the kind of norm in the layers.
+    num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: function from the router's logits to
+    weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: factor
+    of these weights. topk_method: `greedy`: experts are chosen among all. `group_limited_greedy`: in the
+    groups with the best expert (DeepSeek-V2). `noaux_tc`: in the groups with the best two experts together
+    (DeepSeek-V3). n_group: groups of experts. topk_group: groups that a token is limited to. swiglu_limit:
+    limit that clamps the gate and up products of experts, with up + 1, as in GPT-OSS; 0: plain SwiGLU.
+    swiglu_alpha: factor of the gate in its sigmoid, if there is a limit. rms_norm_eps: term that a norm adds
+    to the mean of squares. rope_theta: base of rotary angles. rope_interleave: rotary positions turn
+    neighbouring elements, not elements half a head apart. partial_rotary_factor: part of a head that is
+    turned, without MLA. rope_scaling: scaling of rotary frequencies, for longer sequences than in the first
+    training. dropout: rate for the outputs of attention and FFN, and for the attention weights where they are
+    kept. total_params: the published count, which is compared and never used in a calculation. active_params:
+    the same of active parameters. source: where the numbers are from. assumptions: facts that the source does
+    not state.
     """
 
     name: str
