@@ -87,7 +87,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     instead of a window. sliding_window_period: one layer in this many is windowed, from the first.
     layer_types: the kind of each layer, if no period describes it. learned_positions: rows of a learned table
     of positions; 0: rotary positions. expert_bias: the experts' products have a bias. router_bias: the
-    router's product has a bias. ffn_bias: the products of dense FFNs and shared experts have a bias.
+    router's product has a bias. ffn_bias: the products of dense FFNs have a bias.
     ffn_matrices: matrices of an FFN: 3 with a gate, 2 without. norm: the kind of norm in the layers.
     num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: function from the router's logits to
     weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: factor

@@ -102,11 +102,11 @@ def small_step(study: Study) -> str:
         f"The most tokens of one forward and backward on 16 devices are printed too: "
         f"{LARGEST_STEP['mop'] / 1e6:g}M for MoP, {LARGEST_STEP['fsdp2_full'] / 1e3:g}K for FSDP2, one "
         f"sequence. With one sequence a step, FSDP2 with full logits and CPU offload is simulated at "
-        f"{cell(theirs)} tokens/s per device (the host's update is paid by that one sequence), with nothing "
-        f"on the host at {cell(resident)}; MoP with as small a step at {cell(alike)}, "
-        f"{alike.throughput / theirs.throughput:.1f}x over CPU offload, and with its whole step at "
-        f"{cell(ours)}, {ours.throughput / theirs.throughput:.1f}x, where 7.6x is printed. So the printed "
-        "ratio is within reach of the simulation only where the baseline offloads everything and does not "
+        f"{cell(theirs)} tokens/s per device, since that one sequence pays for the host's update. With "
+        f"nothing on the host it is simulated at {cell(resident)}. MoP with as small a step is simulated at "
+        f"{cell(alike)}, {alike.throughput / theirs.throughput:.1f}x over CPU offload, and with its whole "
+        f"step at {cell(ours)}, {ours.throughput / theirs.throughput:.1f}x; 7.6x is printed. So the "
+        "simulation reaches the printed ratio only if the baseline offloads everything and does not "
         f"accumulate gradients. {_simulated_over_printed(study)}"
     )
 
@@ -131,23 +131,24 @@ def write_context(folder: Path, study: Study, facts: dict[str, str], assumptions
     sections = [
         Section(
             "Throughput over context length",
-            "Both axes are logarithmic. A cross marks the last length that fits before memory ends, a ring "
-            "what fits with the smallest step only.",
+            "Both axes are logarithmic. A cross marks the last length that fits before memory ends. A ring "
+            "marks lengths that fit with the smallest step only.",
             picture=("throughput.png", "tokens/s per device over context length, a panel a network"),
         ),
         Section(
             "MoP over FSDP2",
-            "The same whole steps, in as many microbatches as are fastest for each. A plan that fits goes "
-            "before a faster one that may not, so a more restricted row (starred) can be faster: MoP's lead "
-            "over it is the smaller one in the tables. Larger steps narrow the lead (see the variants), and "
-            "simulated rates lie above the published ones (see below). A triangle: only MoP fits, hollow "
-            "where that has a probability below 0.9.",
+            "Both run the same whole steps, each with the number of microbatches that is fastest for it. A "
+            "plan that fits goes before a faster one that may not fit. A more restricted row (starred) can "
+            "therefore be faster; MoP's lead over it is the smaller one in the tables. Larger steps narrow "
+            "the lead (see the variants). Simulated rates lie above the published ones (see below). A "
+            "triangle: only MoP fits. It is hollow if MoP fits with a probability below 0.9.",
             picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
         ),
         Section(
             "How far, and what stops it",
-            "The longest context, of lengths that double; in brackets the category that crosses the limit in "
-            "the strategy that misses by least. A star: it fits with a probability below 0.9. "
+            "The table has the longest context, of lengths that double. In brackets is the category that "
+            "crosses the limit in the strategy that misses by least. A star: the length fits with a "
+            "probability below 0.9. "
             f"{smaller(study)} " + as_printed(study),
             rules_table(study),
             ("reach.png", "the longest context of each contender, by network"),
@@ -163,8 +164,8 @@ def write_context(folder: Path, study: Study, facts: dict[str, str], assumptions
         sections.append(
             Section(
                 f"What is not stated, over its plausible choices ({case_name(study.cases[0])})",
-                "One assumption changed at a time; FSDP2 is the unrestricted one. Blank: as in the first "
-                "line, since the reach is that of the smallest step and so not of the whole step's size.",
+                "Each line changes one assumption. FSDP2 is the unrestricted contender. Blank: as in the "
+                "first line, since the reach is that of the smallest step, whatever the whole step's size.",
                 variants_table(study),
             )
         )

@@ -108,9 +108,9 @@ def smaller(study: Study) -> str:
     if not parts:
         return "No contender reaches further with a smaller step."
     return (
-        "A dagger: the whole step does not fit (from its second microbatch on accumulated gradients lie "
-        "beside the activations); the smallest legal step does, one sequence for each group of ranks that "
-        f"shares one, and the throughput is of that step. {'; '.join(parts)}."
+        "A dagger: the whole step does not fit, since from its second microbatch on accumulated gradients "
+        "lie beside the activations. The smallest legal step fits: one sequence for each group of ranks "
+        f"that shares one. The throughput is that of this step. {'; '.join(parts)}."
     )
 
 
@@ -126,13 +126,13 @@ def summary(study: Study) -> str:
     low, high = span(study.curves)
     parts = [
         f"MoP reaches {range_of(study, 'mop')} tokens{surely(study, 'mop')}. FSDP2 with a chunked loss, any "
-        f"context parallelism and CPU offload reaches {range_of(study, 'fsdp2')}{surely(study, 'fsdp2')}; "
-        f"where both run, MoP has {low:.2f}x to {high:.2f}x its throughput."
+        f"context parallelism and CPU offload reaches {range_of(study, 'fsdp2')}{surely(study, 'fsdp2')}. "
+        f"Where both run, MoP has {low:.2f}x to {high:.2f}x its throughput."
     ]
     for name, what in (
         ("fsdp2_full", "With all logits of a rank at once FSDP2 ends at {}"),
-        ("fsdp2_node", "with a sequence that stays in a node besides, at {}"),
-        ("fsdp2_half_node", "in half a node, at {}"),
+        ("fsdp2_node", "if a sequence also stays in a node, at {}"),
+        ("fsdp2_half_node", "if it stays in half a node, at {}"),
         ("fsdp2_device", "with all logits and nothing on the host, at {}"),
     ):
         if all(name in curves for curves in study.curves):
@@ -140,7 +140,9 @@ def summary(study: Study) -> str:
     ends = f" {'; '.join(parts[1:])}." if parts[1:] else ""
     small = [curve for curves in study.curves for curve in curves.values() if _further(curve)]
     names = list(dict.fromkeys(curve.contender.label for curve in small))
-    steps = f" In some cases only the smallest legal step fits so far: {'; '.join(names)}." if names else ""
+    steps = (
+        f" In some cases only the smallest legal step fits at the end: {'; '.join(names)}." if names else ""
+    )
     return parts[0] + ends + steps
 
 
