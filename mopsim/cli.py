@@ -70,7 +70,7 @@ def search(
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
     at_risk: Annotated[
-        bool, typer.Option("--risk", help="rank plans that fit with a probability below 0.9 too")
+        bool, typer.Option("--risk", help="also rank plans that fit with a probability below 0.9")
     ] = False,
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
@@ -78,7 +78,7 @@ def search(
     budget: Annotated[
         int,
         typer.Option(
-            min=1, max=10**6, help="simulations at most of each family, 4 x as many to prove the best"
+            min=1, max=10**6, help="most simulations of each family; 4 times as many to prove the best"
         ),
     ] = 100,
     jobs: o.Jobs = 0,
@@ -133,7 +133,7 @@ def compare(
 @app.command()
 def context(
     out: o.OutDirectory,
-    model: Annotated[list[str], typer.Option(help="as --model elsewhere; give several")],
+    model: Annotated[list[str], typer.Option(help="a network, as --model of other commands; give several")],
     nodes: Annotated[list[int], typer.Option(min=1, help="nodes, one for each --model")],
     hardware: o.Hardware = "h200-sxm-141g",
     seq_len: Annotated[
@@ -156,9 +156,9 @@ def size(
     model: o.Model,
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
     hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],
-    days: Annotated[float | None, typer.Option(help="wall-clock days that it may take")] = None,
+    days: Annotated[float | None, typer.Option(help="deadline: wall-clock days of the training")] = None,
     budget: Annotated[
-        float | None, typer.Option(help="dollars that it may cost (with --buy: to buy it)")
+        float | None, typer.Option(help="budget in dollars (with --buy: of the purchase)")
     ] = None,
     seq_len: o.SeqLen = "4096",
     global_batch_tokens: Annotated[
@@ -166,18 +166,18 @@ def size(
     ] = "4M",
     families: o.Family = None,
     max_nodes: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="nodes at most; without --max-devices 512")
+        int | None, typer.Option(min=1, max=65536, help="largest number of nodes; 512 without --max-devices")
     ] = None,
     max_devices: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="devices at most, whatever a node has")
+        int | None, typer.Option(min=1, max=2**20, help="largest number of devices, whatever a node has")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
+    confidence: Annotated[float, typer.Option(help="probability of the deadline that is asked for")] = 0.5,
     prices: Annotated[
         list[str] | None,
         typer.Option("--price", help="[NAME=]DOLLARS per device and hour, instead of the profile's"),
     ] = None,
     reserved: Annotated[bool, typer.Option("--reserved", help="rent at reserved prices")] = False,
-    buy: Annotated[bool, typer.Option("--buy", help="as a purchase, not as rent")] = False,
+    buy: Annotated[bool, typer.Option("--buy", help="buy the cluster instead of renting it")] = False,
     capex: Annotated[list[str] | None, typer.Option(help="[NAME=]DOLLARS of a node, for --buy")] = None,
     years: Annotated[float | None, typer.Option(help="years over which a purchase is written off")] = None,
     sites: Annotated[
@@ -188,14 +188,16 @@ def size(
         typer.Option("--assume", help="NAME=VALUE, or a YAML file, instead of a shipped assumption"),
     ] = None,
     utilisation: Annotated[
-        float | None, typer.Option(help="share of the wall clock that trains, instead of reckoned goodput")
+        float | None,
+        typer.Option(help="share of the wall clock that trains, instead of the computed goodput"),
     ] = None,
     pue: Annotated[
         float | None, typer.Option(help="power of the building over power of its machines")
     ] = None,
     max_cost: Annotated[float | None, typer.Option(help="dollars that the fastest cluster may cost")] = None,
     simulations: Annotated[
-        int, typer.Option(min=1, max=10**6, help="of each family, where a node count is searched")
+        int,
+        typer.Option(min=1, max=10**6, help="simulations of each family at a node count that is searched"),
     ] = 3,
     runnable: o.Runnable = False,
     plan: o.PlanOut = None,
@@ -216,10 +218,11 @@ def size(
 @app.command()
 def export(
     plan: Annotated[str, typer.Option(help="a plan (YAML), as mopsim search writes it")],
-    to: Annotated[str, typer.Option(help="whose configuration; one that is not known lists those that are")],
+    to: Annotated[str, typer.Option(help="target format; an unknown name lists the known ones")],
     out: Annotated[str, typer.Option(help="where to write it (- for standard output)")],
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="write it even so, listing what the target cannot express")
+        bool,
+        typer.Option("--lossy", help="write it even so, and list the fields that the target cannot express"),
     ] = False,
     json: o.Json = None,
 ) -> None:
@@ -229,7 +232,7 @@ def export(
 
 @app.command("list")
 def listing(
-    kind: Annotated[Literal["models", "hardware", "stacks"], typer.Argument(help="whose names")],
+    kind: Annotated[Literal["models", "hardware", "stacks"], typer.Argument(help="what to list")],
     json: o.Json = None,
 ) -> None:
     """The networks, machine types or software stacks that are known by name, a line each."""
@@ -269,7 +272,7 @@ def validate(
     jobs: o.Jobs = 0,
     hold_out: Annotated[
         Literal["source", "model", "none"],
-        typer.Option(help="what a prediction has not learned from: its source, its network, or nothing"),
+        typer.Option(help="runs that calibrate nothing of a prediction: its source, its network, or none"),
     ] = "source",
     interval: o.Interval = 0.9,
     sealed: Annotated[str | None, typer.Option(help="a prediction that --seal wrote before its run")] = None,
@@ -287,7 +290,7 @@ app.add_typer(profiles, name="profile")
 @profiles.command("new", cls=pairs.PROFILE_NEW)
 def profile_new(
     out: Annotated[str, typer.Option(help="where to write the profile (YAML)")],
-    name: Annotated[str | None, typer.Option(help="of the machine type, as h20-sxm-96g")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the machine type, such as h20-sxm-96g")] = None,
     memory: Annotated[str | None, o.FIGURE["memory"]] = None,
     memory_bandwidth: Annotated[str | None, o.FIGURE["memory-bandwidth"]] = None,
     bf16: Annotated[str | None, o.FIGURE["bf16"]] = None,
@@ -306,22 +309,22 @@ def profile_new(
     near: Annotated[
         str | None, typer.Option(help="the known card that fills the rest; default: nearest")
     ] = None,
-    architecture: Annotated[
-        str, typer.Option(help="look for the nearest card of this one: hopper, ...")
-    ] = "",
+    architecture: Annotated[str, typer.Option(help="architecture of the nearest card: hopper, ...")] = "",
     source: Annotated[
         str | None, typer.Option(help="where the figures come from: a data sheet, a page")
     ] = None,
     tag: Annotated[
-        Literal["datasheet", "measured", "assumed"], typer.Option(help="of the figures")
+        Literal["datasheet", "measured", "assumed"], typer.Option(help="tag of the figures")
     ] = "datasheet",
-    ask: Annotated[bool, typer.Option("--ask", help="ask for what is not given")] = False,
-    model: Annotated[str | None, typer.Option(help="of the reference job, as elsewhere")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, max=65536, help="of the reference job")] = None,
-    seq_len: Annotated[str | None, typer.Option(help="of the reference job")] = None,
-    global_batch: Annotated[int | None, typer.Option(min=1, help="of the reference job")] = None,
+    ask: Annotated[bool, typer.Option("--ask", help="ask for figures that are not given")] = False,
+    model: Annotated[str | None, typer.Option(help="network of the reference job")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, max=65536, help="nodes of the reference job")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="sequence length of the reference job")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, help="sequences per step of the reference job")
+    ] = None,
     families: Annotated[
-        str | None, typer.Option("--family", help="families searched for its strategy")
+        str | None, typer.Option("--family", help="families that are searched for the job's strategy")
     ] = None,
     budget: Annotated[int | None, typer.Option(min=1, max=10**6, help="simulations of each family")] = None,
     json: o.Json = None,
@@ -339,13 +342,13 @@ def explore(
     ],
     out: Annotated[str, typer.Option(help="the page (HTML)")],
     timelines: Annotated[
-        int, typer.Option(min=0, max=100, help="simulate so many steps once more, for their timelines")
+        int, typer.Option(min=0, max=100, help="number of steps that are simulated again for their timelines")
     ] = 3,
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="the result's model, where it is no preset")
+        list[str] | None, typer.Option("--model", help="the result's model, if it is not a preset")
     ] = None,
     hardware: Annotated[
-        list[str] | None, typer.Option(help="the result's hardware, where it is no shipped profile")
+        list[str] | None, typer.Option(help="the result's hardware, if it is not a shipped profile")
     ] = None,
     json: o.Json = None,
 ) -> None:

@@ -31,7 +31,7 @@ Limit = Annotated[str | None, typer.Option(help="bytes of one rank that may be u
 TrackedSteps = Annotated[
     int,
     typer.Option(
-        min=0, max=10**9, help="first steps whose memory is watched; 0 = all under a limit, else two"
+        min=0, max=10**9, help="number of first steps whose memory is tracked; 0: all under a limit, else two"
     ),
 ]
 Routing = Annotated[
@@ -48,7 +48,9 @@ LogTo = Annotated[
 Restarts = Annotated[
     int, typer.Option(min=0, max=10**9, help="restart failed ranks from the last checkpoint")
 ]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**62, help="of weights and data; default: the plan's")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**62, help="seed of weights and data; default: the plan's")
+]
 
 Data = Annotated[
     str | None,
@@ -60,7 +62,7 @@ Data = Annotated[
 Tokenizer = Annotated[
     str | None,
     typer.Option(
-        help="tokenizer.json or its directory; default: that of the weights, else trained on the text"
+        help="tokenizer.json or its directory; default: the weights' own, else one trained on the text"
     ),
 ]
 LossMask = Annotated[
@@ -88,10 +90,12 @@ InitFrom = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="FIELD=VALUE", help="of plan.training, as bias_update_rate=0; may be repeated"
+        "--set",
+        metavar="FIELD=VALUE",
+        help="a field of plan.training, such as bias_update_rate=0; may be repeated",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint")]
 Async = Annotated[
     bool,
     typer.Option(
@@ -134,7 +138,7 @@ def train(
     warmup_steps_excluded: Excluded = 3,
     checkpoint_every: Every = 0,
     checkpoint_async: Async = False,
-    final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
+    final_checkpoint: Annotated[bool, typer.Option(help="write a checkpoint after the last step")] = True,
     keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
     profile_steps: ProfileSteps = 1,
     trace_steps: TraceSteps = 0,
@@ -170,7 +174,8 @@ def probe(
 def launch(
     plan: PlanPath,
     options: Annotated[
-        list[str] | None, typer.Argument(help="of `mopexec train`, after --: --data, --steps, --out, ...")
+        list[str] | None,
+        typer.Argument(help="options of `mopexec train`, after --: --data, --steps, --out, ..."),
     ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="a script for sbatch")] = False,
     torchrun: Annotated[bool, typer.Option("--torchrun", help="a script to run on each node")] = False,
@@ -188,7 +193,7 @@ def launch(
 @app.command("dry-run")
 def dry_run(
     plan: PlanPath,
-    rank: Annotated[int, typer.Option(min=0, max=10**9, help="the rank to be")] = 0,
+    rank: Annotated[int, typer.Option(min=0, max=10**9, help="the rank that is played")] = 0,
     device_limit: Limit = None,
     host_limit: Limit = None,
     program: Annotated[
@@ -207,7 +212,7 @@ def verify(
     plan: PlanPath,
     steps: Annotated[int, typer.Option(min=1, max=10**9, help="optimizer steps to compare")] = 2,
     ranks: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="at most; default: what shows every mechanism")
+        int | None, typer.Option(min=1, max=10**9, help="most ranks; default: enough to show every mechanism")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -223,7 +228,8 @@ def export(
     out: Annotated[Path, typer.Option(help="the new directory to write")],
     to: Annotated[Literal["hf"], typer.Option(help="format: hf is Hugging Face's")] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="of the tensors; default: as the run began, else as it computes")
+        str | None,
+        typer.Option(help="dtype of the tensors; default: the initial weights', else the computation's"),
     ] = None,
     json: Json = None,
 ) -> None:

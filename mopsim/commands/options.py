@@ -31,19 +31,21 @@ Routing = Annotated[
 DocumentTokens = Annotated[
     str | None,
     typer.Option(
-        help="of documents that are packed into sequences and that attention does not cross: tokens of a "
-        "token's document, on average, or MEAN/SPREAD of log-normal lengths (485/1); 0: it crosses them"
+        help="length of packed documents that attention does not cross: the mean length of a token's "
+        "document, or MEAN/SPREAD of log-normal lengths (485/1); 0: attention crosses documents"
     ),
 ]
 Products = Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"]
 Precision = Annotated[
-    Products, typer.Option(help="what matmuls compute in (for a family); fp8, mxfp8, nvfp4: beside bfloat16")
+    Products,
+    typer.Option(help="precision of matrix products (for a family); fp8, mxfp8, nvfp4 run beside bfloat16"),
 ]
 FamilyPrecision = Annotated[
     Products | None,
     typer.Option(
         "--precision",
-        help="what matmuls compute in (for a family; default: bfloat16); fp8, mxfp8, nvfp4: beside bfloat16",
+        help="precision of matrix products (for a family; default: bfloat16); fp8, mxfp8, nvfp4 run beside "
+        "bfloat16",
     ),
 ]
 Seed = Annotated[
@@ -51,7 +53,7 @@ Seed = Annotated[
 ]
 MaybeSeed = Annotated[
     int | None,
-    typer.Option(min=0, help="recorded in the plan (default: that of a plan that is given, else 0)"),
+    typer.Option(min=0, help="recorded in the plan (default: the given plan's, else 0)"),
 ]
 StackName = Annotated[
     str | None,
@@ -67,13 +69,12 @@ AnyPlan = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        "--format", help="of the figures: png, svg, pdf, comma-separated; PNGs always, for the page"
+        "--format",
+        help="formats of the figures: png, svg, pdf, comma-separated; PNGs are always written, for the page",
     ),
 ]
 Jobs = Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")]
-Interval = Annotated[
-    float, typer.Option(help="probability that what is measured lies in the intervals of time and memory")
-]
+Interval = Annotated[float, typer.Option(help="probability of the intervals of time and memory")]
 FIGURE = {one.name: typer.Option(help=f"{one.meaning}, {one.unit}") for one in FIGURES}
 Seal = Annotated[
     str | None,

@@ -134,7 +134,7 @@ def left_out(curves: Mapping[str, Curve]) -> str:
     """That the ratios are of searches that were not exhausted, and by how much each may be short."""
     gaps = {curve.contender.label: _gap(curve) for curve in curves.values()}
     short_of = [f"{label} {at_most(gap)}" for label, gap in gaps.items() if gap]
-    return f" Not exhausted: plans left out may be faster, {', '.join(short_of)}." if short_of else ""
+    return f" Not exhausted: plans left out may be faster: {', '.join(short_of)}." if short_of else ""
 
 
 def to_json(
