@@ -83,10 +83,13 @@ class Layer:
 
     @cached_property
     def routed(self) -> Least:
-        """Of a token's experts: of most tokens on one rank, or on the fewest that exchange them."""
+        """Of a token's experts: of most tokens on one rank, on the fewest that exchange them, or on the most,
+        where each of a rank's experts adds a gradient of all rows (expert_padding)."""
         codes, experts = _expert_shapes(self.space), self.space.columns["experts"]
         split = self.space.columns["expert_tensor"]
-        most = [(one << 40) - _tokens(self.space) for one in (experts, _apart(experts))]
+        alone = self.space.stack.kernels.expert_padding in ("busiest", "fresh")
+        ranks = (experts, _apart(experts), *[MOST - experts] * alone)
+        most = [(one << 40) - _tokens(self.space) for one in ranks]
         return Least.of(codes, *(_reference(self.space, codes, split, one) for one in most), part=1)
 
     @cached_property

@@ -31,7 +31,6 @@ from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.spaces import generate, spread
-from tests.software import changed
 
 CASES = (
     ("tiny", "cpu-2core", 1, 512, 4, "float32"),
@@ -113,25 +112,6 @@ def test_gradients_that_live_from_the_first_backward_are_bounded(stack: str) -> 
     facts = SpaceFacts.of(space)
     for index in np.random.default_rng(0).choice(len(space), 12, replace=False):
         holds(space, facts, index, simulate(model, machine, 2, space.build(index), training, asked.stack))
-
-
-@pytest.mark.parametrize(
-    ("name", "entries"),
-    [
-        ("llama3_8b", {"whole_sums": "always", "stays": "always"}),
-        ("qwen3_30b_a3b", {"whole_sums": "always"}),
-    ],
-)
-def test_what_waits_for_the_last_microbatch_is_bounded_once(name: str, entries: dict[str, str]) -> None:
-    """Gathers, copies, and gradients and weights on the host link, on a card whose memory is fast."""
-    model, machine = load_model(name), load_profile("b200-sxm-192g")
-    training = TrainSpec(seq_len=1024, global_batch=64)
-    asked = Problem(model, machine, 1, training, stack=changed("torchtitan", sharding=entries))
-    space = spread(asked, "fsdp2")
-    facts, c = SpaceFacts.of(space), space.columns
-    rows = np.flatnonzero((c["micro_batch"] <= 2) & (c["recompute"] == 0) & (c["experts"] == 1))
-    for index in rows[:: max(1, len(rows) // 8)]:
-        holds(space, facts, index, simulate(model, machine, 1, space.build(index), training, asked.stack))
 
 
 @BOUNDED
