@@ -3,7 +3,9 @@
 Every stream, every collective (gloo's do not run in order) and the host are actors with a vector clock; waits
 join clocks. Two accesses to the same bytes, one of them a write, by actors of which neither waited for the
 other, are a race: they may run in either order, so this is stricter than to run side streams as late (or as
-early) as the waits allow. A new tensor counts as written by who allocates it, as its memory was another's.
+early) as the waits allow. A new tensor counts as written by who allocates it, as its memory was another's;
+what is freed is its stream's to use again, so that this must have waited for all others, but for those that
+the allocator was told of (`record_stream`: copies, `Platform.keep`, collectives).
 """
 
 import itertools
@@ -40,6 +42,8 @@ class Order(EagerMode):
         self.actor, self.skip, self.collective = MAIN, skip, "collective 0"
         self.sites: dict[Site, None] = {}
         self._used: dict[int, tuple[Any, dict[tuple[int, int, str, bool], int]]] = {}
+        self._told: dict[int, set[str]] = {}
+        self._freed: list[str] = []
 
     def clock(self, actor: str) -> Clock:
         return self.clocks.setdefault(actor, {})
@@ -70,6 +74,8 @@ class Order(EagerMode):
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if not plain_types(types):
             return NotImplemented
+        if self._freed:
+            raise Race(self._freed.pop())
         kwargs = kwargs or {}
         actor = HOST if NOW.host_compute else self.actor
         if func.namespace == "c10d":
@@ -94,7 +100,12 @@ class Order(EagerMode):
             return
         key = storage._cdata
         if key not in self._used or self._used[key][0]() is not storage:
-            self._used[key] = (weakref.ref(storage), {})
+            accesses: dict[tuple[int, int, str, bool], int] = {}
+            told, shape = self._told.setdefault(key, set()), tuple(tensor.shape)
+            told.clear()
+            self._used[key] = (
+                weakref.ref(storage, lambda _: self._free(actor, accesses, told, shape)), accesses
+            )  # fmt: skip
         size, low = tensor.element_size(), tensor.storage_offset()
         last = low + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         low, high = low * size, (last + 1) * size
@@ -105,6 +116,17 @@ class Order(EagerMode):
                 kind = "writes" if write else "reads"
                 raise Race(f"{what} on {actor} {kind} what {other} uses ({tuple(tensor.shape)})")
         known[low, high, actor, write] = clock[actor]
+
+    def told(self, tensor: Tensor, actor: str) -> None:
+        """The allocator is told that `actor` uses the tensor."""
+        self._told.setdefault(tensor.untyped_storage()._cdata, set()).add(actor)
+
+    def _free(self, owner: str, accesses: Any, told: set[str], shape: tuple[int, ...]) -> None:
+        """Memory goes back to `owner`."""
+        for (_, _, other, _), time in accesses.items():
+            apart = other not in (owner, HOST, *told) and not other.startswith("collective")
+            if apart and self.clock(owner).get(other, 0) < time:
+                self._freed.append(f"{owner} frees what {other} uses {shape}")
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
@@ -137,6 +159,12 @@ class OrderedPlatform(Platform):
     def copy(self, dst: Tensor, src: Tensor, stream: str | None = None) -> None:
         with self.stream(stream or self.order.actor):
             dst.copy_(src)
+        if stream:
+            for tensor in (dst, src):
+                self.order.told(tensor, stream)
+
+    def keep(self, tensor: Tensor, stream: str) -> None:
+        self.order.told(tensor, stream)
 
     def record(self, stream: str | None = None) -> Any:
         self.order.join(stream or self.order.actor, self.order.clock(HOST))
