@@ -22,6 +22,7 @@ from mopsim.spec.strategy import (
     Precision,
     Strategy,
     Tier,
+    UpdateOverlap,
     Vocabulary,
 )
 
@@ -65,8 +66,9 @@ def _low_precision(precision: DType, grads: DType | None, *, keep_master: bool) 
 
 def _state(
     state: State, bucket_params: int = 100_000_000, slots: int = 2, host_fraction: float = 1.0, *,
-    overlap: bool = False,
+    overlap: UpdateOverlap | bool = "none",
 ) -> Optimizer:  # fmt: skip
+    """overlap: true is `next_forward`."""
     side: Tier = "host" if state == "host" else "device"
     return Optimizer(
         state_tier=_tier(state != "device"),
@@ -74,7 +76,7 @@ def _state(
         bucket_params=bucket_params,
         slots=slots,
         host_fraction=host_fraction if state != "device" else 1.0,
-        overlap="next_forward" if overlap else "none",
+        overlap=overlap if isinstance(overlap, str) else "next_forward" if overlap else "none",
     )
 
 
@@ -103,7 +105,7 @@ def mop(
     optimizer: State = "host_streamed",
     optimizer_bucket_params: int = 100_000_000,
     optimizer_slots: int = 2,
-    optimizer_overlap: bool = False,
+    optimizer_overlap: UpdateOverlap | bool = False,
     offload_inputs: bool = True,
     offload_inputs_bytes: int = 0,
     prefetch: int = 1,
@@ -119,7 +121,8 @@ def mop(
     ffn_chunk_tokens, loss_chunk_tokens: tokens of a slice of the dense FFN and of the loss; 0 = all at once.
     optimizer: where AdamW's fp32 state lives: `device`; `host_streamed`, moved through the device in buckets
     of optimizer_bucket_params parameters (beta) and optimizer_slots buffers; `host`, which updates it too.
-    optimizer_overlap: the streamed update runs beside the next forward (the same update).
+    optimizer_overlap: what the update runs beside: the next forward (`next_forward`, or true; of a streamed
+    one) or, where nothing is clipped, the `backward`; the same update.
     offload_inputs: layer inputs wait for their backward in pinned host memory, offload_inputs_bytes of it at
     most per rank (0 = no cap). prefetch: layers whose parameters are gathered ahead of use. rank_placement:
     of the expert groups. grad_dtype: of the sums of gradients over chunks, ranks and microbatches; None: as

@@ -23,8 +23,8 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     all.
 
     Where the ranks allow it, degrees in between stay in between. Chunks, buckets, microbatches, tiers,
-    recompute,
-    ring direction, the model's switches and its kinds of layer are kept; clipping is made active.
+    recompute, ring direction, the model's switches and its kinds of layer are kept; clipping, where there is
+    any, is made active.
     """
     ranks = _ranks(plan.strategy, max_ranks)
     strategy = _degrees(plan.strategy, ranks)
@@ -33,7 +33,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     training = msgspec.structs.replace(
         plan.training.at_length(16 * ranks),
         routing=_routing(plan),
-        clip_norm=_CLIP_NORM,
+        clip_norm=_CLIP_NORM if plan.training.clip_norm else 0.0,
         warmup_steps=0,
         global_batch=strategy.micro_batch * strategy.data_groups * microbatches,
     )
@@ -99,7 +99,8 @@ def mechanisms(plan: Plan) -> list[str]:
         f"optimizer state on the host, updated on the {s.optimizer.update_on}": s.optimizer.state_tier
         == "host",
         f"{t.num_microbatches(s)} microbatches": t.num_microbatches(s) > 1,
-        "gradient clipping": True,
+        f"update beside the {s.optimizer.overlap.replace('_', ' ')}": s.optimizer.overlap != "none",
+        "gradient clipping": t.clip_norm > 0,
     }
     return [name for name, at_work in found.items() if at_work]
 

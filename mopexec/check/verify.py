@@ -1,6 +1,7 @@
 """The parallel step against the single-device step, on this machine's ranks: losses, gradients, updated
 weights."""
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -81,7 +82,8 @@ class Reference:
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in self.model.named_parameters()
         }
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        most = self.training.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
         self.optimizer.step()
         self.model.update_balance(self.training.bias_update_rate)
         return loss, norm.item()
@@ -103,6 +105,7 @@ def compare(plan: Plan, job: RankJob, steps: int, targets_of: Targets = targets_
     """Train `plan` and, on the first rank, the single-device model on the same random tokens; None on other
     ranks."""
     runner = build(plan, job.platform, routing="learned", seed=plan.training.seed)
+    runner.keep_gradients()
     reference = Reference(plan) if job.rank == 0 else None
     found = {"loss": 0.0, "grad_norm": 0.0}
     worst = {"gradients": (0.0, ""), "weights": (0.0, "")}

@@ -20,6 +20,7 @@ from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.routing import balance_step, balance_told
 from mopexec.operators.adamw import clip_factor
+from mopexec.operators.early_optimizer import EarlyAdamW
 from mopexec.operators.kernels import using
 from mopexec.operators.layer_inputs import LayerInputs
 from mopexec.operators.loss import Ring, chunked_loss
@@ -53,6 +54,13 @@ class FlatModel:
         self.units = [self.embedding, *inner, self.final, self.head]
         self.positions = self.layers[0].attention.positions
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """Places of units whose gradients are summed together, in the order of the backward."""
+        backward = ([self.head, self.final], *(layer.units for layer in self.layers[::-1]), [self.embedding])
+        places = {id(unit): place for place, unit in enumerate(self.units)}
+        return [[places[id(unit)] for unit in units] for units in backward]
+
 
 class FlatRunner:
     """Runner of the flat_units runtime."""
@@ -62,7 +70,11 @@ class FlatRunner:
     ) -> None:
         self.plan, self.mesh, self.platform, self.model, self.learned = plan, mesh, platform, model, learned
         strategy, training = plan.strategy, plan.training
-        self.optimizer = FlatAdamW(model.units, strategy.optimizer, strategy.precision, training, platform)
+        given = (strategy.optimizer, strategy.precision, training, platform)
+        early = strategy.optimizer.overlap == "backward"
+        self.optimizer = (
+            EarlyAdamW(model.units, model.groups, *given) if early else FlatAdamW(model.units, *given)
+        )
         self.prefetch, self.loss_chunk = strategy.dense.prefetch, strategy.vocabulary.chunk_tokens
         self.num_tokens = self._counted = training.global_batch * training.seq_len
         self._reducing: list[Unit] = []
@@ -101,6 +113,8 @@ class FlatRunner:
         for batch in batches:
             loss, _ = self._loss(self._forward(batch), batch.targets.flatten())
             self._finish_reducing()
+            for unit in (self.model.final, self.model.head):
+                unit.forget_grads()
             self.model.inputs.forget()
             for layer in self.model.layers:
                 layer.forget()
@@ -124,8 +138,14 @@ class FlatRunner:
         self.optimizer.finish()
         return self._whole([unit.params for unit in self.model.units])
 
+    def keep_gradients(self) -> None:
+        if isinstance(self.optimizer, EarlyAdamW):
+            self.optimizer.keeps = True
+
     def full_gradients(self) -> dict[str, Tensor]:
-        return self._whole([unit.grads for unit in self.model.units])
+        units, optimizer = self.model.units, self.optimizer
+        kept = optimizer.given if isinstance(optimizer, EarlyAdamW) else {}
+        return self._whole([kept[place] if kept else unit.grads for place, unit in enumerate(units)])
 
     def _whole(self, flat: list[Tensor]) -> dict[str, Tensor]:
         units = zip(self.model.units, flat, strict=True)
@@ -134,6 +154,8 @@ class FlatRunner:
     def _microbatch(self, batch: Batch, *, last: bool) -> Tensor:
         """Forward, loss, backward; returns the sum of this rank's token losses. last: of the step."""
         x = self._forward(batch)
+        if last:
+            self.optimizer.begin_backward()
         loss, grad = self._loss(x, batch.targets.flatten())
         del x
         self._backward(grad)
@@ -203,28 +225,27 @@ class FlatRunner:
                 table.index_put_((tokens[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
             del table
             embedding.reduce()
-            embedding.finish_reduce()
+        self._reducing = [embedding]
+        self._finish_reducing()
 
     def _finish_reducing(self) -> None:
         """Wait for the gradients on their way, so that no more than one layer's full gradients are alive."""
+        if not self._reducing:
+            return
         with phase("backward"):
-            for unit in self._reducing:
+            self.optimizer.room()
+            units, self._reducing = self._reducing, []
+            for unit in units:
                 unit.finish_reduce()
-            self._reducing = []
+            self.optimizer.summed(units)
 
     def _finish_gradients(self, loss: Tensor) -> Tensor:
         """Sum gradient shards over replicas and the loss over ranks; returns the global gradient norm
         (0-dim).
         """
-        units, world = self.model.units, self.mesh.world
-        for unit in units:
-            unit.replicate()
-        for unit in units:
-            unit.finish_replicate()
-        square = torch.zeros_like(loss)
-        for unit in units:
-            norm = torch.linalg.vector_norm(unit.grads, dtype=square.dtype)
-            square.add_(norm.square_().div_(unit.replicas.size))
+        world, square = self.mesh.world, torch.zeros_like(loss)
+        for part in self.optimizer.squares():
+            square.add_(part)
         if world.size > 1:
             both = torch.stack((square, loss))
             collectives.all_reduce(both, world.handle)

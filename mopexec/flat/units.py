@@ -14,7 +14,7 @@ from mopexec.distributed import collectives
 from mopexec.distributed.background import Signal
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.tracker import category
+from mopexec.measure.tracker import category, recategorize
 from mopexec.model.initialize import is_stacked
 from mopexec.operators.adamw import Intervals, decays
 from mopexec.operators.dtypes import of_name
@@ -112,20 +112,22 @@ class Unit:
 
     gather / wait / release make the full parameters come and go (`gathered`); open_grads, reduce and
     finish_reduce those of the gradients (`gathered_grads`). With one rank to a shard nothing is copied where
-    dtypes agree. updated: where the optimizer runs beside the step, what a gather waits for.
+    dtypes agree. updated: where the optimizer runs beside the step, what a gather waits for. transient: the
+    gradient shard is there from the first reduction of a step until it is taken.
     """
 
     def __init__(
-        self, contents: Contents, shard: Group, replicas: Group, precision: Precision, platform: Platform
-    ) -> None:
+        self, contents: Contents, shard: Group, replicas: Group, precision: Precision, platform: Platform, *,
+        transient: bool = False,
+    ) -> None:  # fmt: skip
         self.contents, self.shard, self.replicas, self.platform = contents, shard, replicas, platform
         param, grad = of_name(precision.param), of_name(precision.grad)
         self.compute, self.reduce_dtype = of_name(precision.compute), of_name(precision.reduce)
         self.shard_numel = layout.shard_numel(contents.numel, shard.size)
         with category("params"):
             self.params = torch.empty(self.shard_numel, dtype=param, device=platform.device)
-        with category("grads"):
-            self.grads = torch.zeros(self.shard_numel, dtype=grad, device=platform.device)
+        self.grad_dtype, self.transient = grad, transient
+        self._grads: Tensor | None = None if transient else self._zero_grads()
         self.updated: Signal | None = None
         parts = (part for part in self.parts() if not decays(part.name))
         self.undecayed: Intervals = [(part.place, part.place + part.numel) for part in parts]
@@ -135,6 +137,32 @@ class Unit:
         self._full_grads: Tensor | None = None
         self._reducing: tuple[collectives.Waitable, Tensor, Tensor] | None = None
         self._replicating: collectives.Waitable | None = None
+
+    def _zero_grads(self) -> Tensor:
+        with category("grads"):
+            return torch.zeros(self.shard_numel, dtype=self.grad_dtype, device=self.platform.device)
+
+    @property
+    def grads(self) -> Tensor:
+        """The gradient shard."""
+        assert self._grads is not None, f"{self.contents.key} has no gradients"
+        return self._grads
+
+    def take_grads(self) -> Tensor:
+        """The gradient shard, from now on the caller's."""
+        taken, self._grads = self.grads, None
+        return taken
+
+    def forget_grads(self) -> None:
+        """What a loss without a step has left of gradients is in nobody's way."""
+        if self.transient:
+            self._grads = None
+
+    def square(self, dtype: torch.dtype) -> Tensor:
+        """This rank's part of the squared norm of the gradients of all ranks (0-dim)."""
+        norm: Tensor = torch.linalg.vector_norm(self.grads, dtype=dtype)
+        norm.square_().div_(self.replicas.size)
+        return norm
 
     @property
     def start(self) -> int:
@@ -226,10 +254,12 @@ class Unit:
         the full one.
         """
         assert self._full_grads is None, f"{self.contents.key} has open gradients"
-        if self.shard.size == 1 and self.grads.dtype == self.reduce_dtype:
-            self._full_grads = self.grads
+        if self.shard.size == 1 and self.grad_dtype == self.reduce_dtype:
+            if self._grads is None:
+                self._grads, self._stale = self._zero_grads(), False
+            self._full_grads = self._grads
             if self._stale:
-                self.grads.zero_()
+                self._grads.zero_()
                 self._stale = False
         else:
             with category("gathered_grads"):
@@ -242,7 +272,7 @@ class Unit:
         """Start summing the full gradients over the shard's ranks."""
         full, self._full_grads = self._full_grads, None
         assert full is not None
-        if full is self.grads:
+        if full is self._grads:
             return
         if self.shard.size == 1:
             self._accumulate(full)
@@ -261,16 +291,22 @@ class Unit:
             self._accumulate(part)
 
     def _accumulate(self, part: Tensor) -> None:
-        if self._stale:
+        if self._grads is None:
+            with category("grads"):
+                self._grads = recategorize(part.to(self.grad_dtype), "grads")
+            self._stale = False
+        elif self._stale:
             self.grads.copy_(part)
             self._stale = False
         else:
             self.grads.add_(part)
 
-    def replicate(self) -> None:
-        """Start summing the gradient shard over its replicas (once a step, after the last microbatch)."""
+    def replicate(self) -> bool:
+        """Start summing the gradient shard over its replicas (once a step, after the last microbatch);
+        whether there are any."""
         if self.replicas.size > 1:
             self._replicating = collectives.all_reduce(self.grads, self.replicas.handle, async_op=True)
+        return self.replicas.size > 1
 
     def finish_replicate(self) -> None:
         """Wait for `replicate`."""

@@ -89,6 +89,9 @@ class ModuleRunner(ABC):
         """Every parameter by its single-device name, whole, on every rank."""
         return whole(self._pieces(self._parameters()))
 
+    def keep_gradients(self) -> None:  # noqa: B027
+        """They do."""
+
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient of the last step before clipping, by its single-device name, whole, on every
         rank."""

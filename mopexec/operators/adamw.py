@@ -65,6 +65,39 @@ def adamw_(
     )
 
 
+LANES = 64
+"""Elements of a multiple of every CPU's vector."""
+
+
+def sliced_adamw_(
+    masters: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], step: Tensor, rate: float, training: TrainSpec, room: Tensor, *,
+    decay: bool,
+) -> None:  # fmt: skip
+    """`adamw_` of slices [numel] of parameters: what becomes of an element is the same in every slice.
+
+    On a CPU torch's kernel rounds otherwise where elements of a slice do not fill a vector (float32, by one
+    unit of the last place): those are updated in room [4, LANES].
+    """
+    kinds = (masters, grads, exp_avgs, exp_avg_sqs)
+    rest = [tensor.numel() % LANES if room.device.type == "cpu" else 0 for tensor in masters]
+    held, given, first, second = (
+        [t[: t.numel() - n] for t, n in zip(kind, rest, strict=True) if t.numel() > n] for kind in kinds
+    )
+    if held:
+        adamw_(held, given, first, second, [step] * len(held), rate, training, decay=decay)
+    for place, count in enumerate(rest):
+        if count:
+            ends = [kind[place][-count:] for kind in kinds]
+            filled = list(room.zero_())
+            for own, end in zip(filled, ends, strict=True):
+                own[:count].copy_(end)
+            held, given, first, second = ([own] for own in filled)
+            adamw_(held, given, first, second, [step], rate, training, decay=decay)
+            for own, end in zip(filled, ends, strict=True):
+                end.copy_(own[:count])
+
+
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     """What gradients of global norm `norm` (0-dim) are multiplied by, as torch.nn.utils.clip_grad_norm_ does
     it; clip_norm 0: 1.

@@ -8,7 +8,7 @@ With `overlap` the streamed update of a step runs beside the next forward: gradi
 final by then, so it is the same update. A unit's gather waits for its own update (`Unit.updated`); the state
 of the first buckets goes up in the tail of the backward. Its copies have streams of their own, or the layer
 inputs of that forward would leave the device after all of its state. `finish` ends it, for whoever reads
-parameters or state.
+parameters or state. What updates under the backward is in `mopexec.operators.early_optimizer`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from mopexec.distributed.background import Background, Signal
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category, host_compute
-from mopexec.operators.adamw import Intervals, adamw_, runs
+from mopexec.operators.adamw import LANES, Intervals, runs, sliced_adamw_
 from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
 from mopsim.spec.layout import Slice
@@ -37,10 +37,28 @@ class Sharded(Protocol):
     """
 
     params: Tensor
-    grads: Tensor
     shard_numel: int
     updated: Signal | None
     undecayed: Intervals
+
+    @property
+    def grads(self) -> Tensor: ...
+
+    def take_grads(self) -> Tensor:
+        """The gradients, from now on the caller's."""
+        ...
+
+    def square(self, dtype: torch.dtype) -> Tensor:
+        """This rank's part of the squared norm of the gradients of all ranks (0-dim)."""
+        ...
+
+    def replicate(self) -> bool:
+        """Start summing the gradients over replicas; whether there are any."""
+        ...
+
+    def finish_replicate(self) -> None:
+        """Wait for `replicate`."""
+        ...
 
 
 Unit = TypeVar("Unit", bound=Sharded)
@@ -77,25 +95,38 @@ class FlatAdamW(Generic[Unit]):
         self.update_dtype = wide(self.master_dtype)
         self.on_host = optimizer.state_tier == "host"
         self.states = [self._make_state(unit, precision.master != "param") for unit in self.units]
-        self.buckets = layout.optimizer_buckets(
-            [unit.shard_numel for unit in self.units], optimizer.bucket_params
-        )
+        self.buckets = self._make_buckets([unit.shard_numel for unit in self.units])
         self._host_grads, self._host_params = self._host_staging()
         self._applied = (0, self.learning_rate)
         self._loaded: dict[int, Any] = {}
-        self.overlapped = optimizer.overlap == "next_forward"
-        self._up, self._down = ("state_h2d", "state_d2h") if self.overlapped else ("h2d", "d2h")
+        self._ends = self._room_for_ends()
+        beside = optimizer.overlap != "none"
+        self._up, self._down = ("state_h2d", "state_d2h") if beside else ("h2d", "d2h")
         self._background = Background(platform, "update")
-        self._slots: list[list[Tensor]] = []
-        self._scratch: Tensor | None = None
+        self._slots = self._make_slots() if beside and self.on_host else []
+        self._scratch = self._make_scratch() if beside else None
+        self._free: list[Any] = [None for _ in self._slots]
+        self.overlapped = optimizer.overlap == "next_forward"
         if self.overlapped:
             for unit in self.units:
                 unit.updated = Signal(self._background)
-            self._slots = self._make_slots()
-            with category("staging"):
-                largest = max(stop - start for bucket in self.buckets for _, start, stop in bucket)
-                self._scratch = torch.empty(largest, dtype=self.update_dtype, device=platform.device)
-        self._free: list[Any] = [None for _ in self._slots]
+
+    def _make_buckets(self, numels: list[int]) -> list[layout.Bucket]:
+        return layout.optimizer_buckets(numels, self.optimizer.bucket_params)
+
+    def _room_for_ends(self) -> Tensor:
+        """Room of `sliced_adamw_`, where the update is."""
+        shape, dtype = (4, LANES), self.update_dtype
+        if self.optimizer.update_on == "host":
+            return self.platform.host_empty(shape, dtype, "staging")
+        with category("staging"):
+            return torch.empty(shape, dtype=dtype, device=self.platform.device)
+
+    def _make_scratch(self) -> Tensor | None:
+        """Room for the clipped gradient of a slice."""
+        largest = max(stop - start for bucket in self.buckets for _, start, stop in bucket)
+        with category("staging"):
+            return torch.empty(largest, dtype=self.update_dtype, device=self.platform.device)
 
     def _make_state(self, unit: Unit, own_master: bool) -> UnitState:
         def make(dtype: torch.dtype) -> Tensor:
@@ -117,6 +148,23 @@ class FlatAdamW(Generic[Unit]):
             [self.platform.host_empty((largest,), self.update_dtype, "staging") for _ in range(2)],
             [self.platform.host_empty((largest,), param, "staging") for _ in range(2)],
         )
+
+    def squares(self) -> list[Tensor]:
+        """Of each unit's gradients, summed over replicas, `Sharded.square`."""
+        for unit in self.units:
+            unit.replicate()
+        for unit in self.units:
+            unit.finish_replicate()
+        return [unit.square(self.update_dtype) for unit in self.units]
+
+    def begin_backward(self) -> None:
+        """The last loss of a step is next."""
+
+    def room(self) -> None:
+        """Gradients of more units are about to be summed."""
+
+    def summed(self, units: Sequence[Unit]) -> None:
+        """These units' gradients are, over their shards' ranks."""
 
     def step(self, clip: Tensor) -> None:
         """Update all parameters from the units' gradient shards times `clip` (a 0-dim tensor in the update
@@ -140,7 +188,7 @@ class FlatAdamW(Generic[Unit]):
     def held_up(self) -> bool:
         """Whether the host waits where it gathers what is not updated yet, so that it should not do so
         early."""
-        return self._background.threaded
+        return self.overlapped and self._background.threaded
 
     def preload(self) -> None:
         """The backward is about to end: state of the first buckets goes up."""
@@ -185,7 +233,7 @@ class FlatAdamW(Generic[Unit]):
 
     def _update_on_device(self, piece: Slice, clip: Tensor) -> None:
         unit, state = self.units[piece[0]], self.states[piece[0]]
-        with category("staging"):
+        with self._staging():
             grad = self._clipped(piece, clip)
             params = unit.params[piece[1] : piece[2]]
             master = params if state.master is None else state.master[piece[1] : piece[2]]
@@ -317,8 +365,9 @@ class FlatAdamW(Generic[Unit]):
                 masters, given, averages, squares = (
                     [whole[at] for at in some] for whole in (used[0], grad, used[1], used[2])
                 )
-                steps = [step] * len(some)
-                adamw_(masters, given, averages, squares, steps, rate, self.training, decay=decay)
+                sliced_adamw_(
+                    masters, given, averages, squares, step, rate, self.training, self._ends, decay=decay
+                )
         for kept, value in zip(held, used, strict=True):
             if kept is not value:
                 kept.copy_(value)

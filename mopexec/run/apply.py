@@ -1,6 +1,6 @@
 """From a plan to a Runner: refuse what no runtime does, then put the mechanisms together in a fixed order."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -107,10 +107,11 @@ def _outer_units(plan: Plan, mesh: Mesh, platform: Platform) -> tuple[Unit, Unit
         rows = layout.interval(plan.model.vocab_size, strategy.vocabulary.vocab_parallel, mesh.ring.place)
     embedding, final, head = outer_contents(plan.model, rows)
     head_groups = dense if rows is None else (mesh.ring_shard, mesh.alone)
+    early = strategy.optimizer.overlap == "backward"
     return (
-        Unit(embedding, *dense, strategy.precision, platform),
-        Unit(final, *dense, strategy.precision, platform),
-        Unit(head, *head_groups, strategy.precision, platform),
+        Unit(embedding, *dense, strategy.precision, platform, transient=early),
+        Unit(final, *dense, strategy.precision, platform, transient=early),
+        Unit(head, *head_groups, strategy.precision, platform, transient=early),
     )
 
 
@@ -125,13 +126,14 @@ def _layers(
         attention = block(spec, exchange, dtype, platform.device)
     ffn = DenseBlock(strategy.dense.chunk_tokens, spec.rms_norm_eps)
     moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None
-    found = []
+    found, early = [], strategy.optimizer.overlap == "backward"
     for index in range(spec.num_hidden_layers):
         dense, experts = layer_contents(spec, index, strategy.experts.expert_parallel, mesh.experts.place)
-        unit = Unit(dense, mesh.dense_shard, mesh.dense_replicas, strategy.precision, platform)
+        given: dict[str, Any] = {"precision": strategy.precision, "platform": platform, "transient": early}
+        unit = Unit(dense, mesh.dense_shard, mesh.dense_replicas, **given)
         expert_unit = None
         if experts is not None:
-            expert_unit = Unit(experts, mesh.expert_shard, mesh.expert_replicas, strategy.precision, platform)
+            expert_unit = Unit(experts, mesh.expert_shard, mesh.expert_replicas, **given)
         found.append(LayerSchedule(unit, expert_unit, attention.windowed(spec.window(index)), ffn, moe))
     return found
 

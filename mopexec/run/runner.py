@@ -84,6 +84,10 @@ class Runner(Protocol):
         """Every parameter by name, gathered on every rank (tests, export)."""
         ...
 
+    def keep_gradients(self) -> None:
+        """Gradients of the steps from now on outlive them, for `full_gradients`."""
+        ...
+
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient by name, of the last step, before clipping, gathered on every rank (tests)."""
         ...

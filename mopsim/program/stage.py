@@ -112,9 +112,11 @@ class Stage:
 
     @property
     def frees_gradients(self) -> bool:
-        """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
+        """Whether gradients live from the first backward to the end of the step only (zero_grad to None), or
+        to their update."""
         strategy, sharding = self.context.strategy, self.context.stack.sharding
-        return sharding.frees(strategy.dense.zero) and strategy.dense.grad_tier == "device"
+        freed = sharding.frees(strategy.dense.zero) or strategy.optimizer.overlap == "backward"
+        return freed and strategy.dense.grad_tier == "device"
 
     def resident(self) -> tuple[Step, ...]:
         """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases, a

@@ -132,6 +132,18 @@ def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[B
     return buckets
 
 
+def early_buckets(
+    groups: Sequence[Sequence[int]], shard_numels: Sequence[int], bucket_params: int
+) -> list[list[Bucket]]:
+    """The same of each group of units (places in `shard_numels`), in the groups' order: none has slices of
+    two groups, which are not updated together."""
+    found = []
+    for group in groups:
+        own = optimizer_buckets([shard_numels[place] for place in group], bucket_params)
+        found.append([[(group[unit], start, stop) for unit, start, stop in bucket] for bucket in own])
+    return found
+
+
 def offloaded_boundaries(num_boundaries: int, boundary_bytes: int, host_budget: int) -> int:
     """How many boundaries, in forward order, fit the host budget (0 = no cap)."""
     return num_boundaries if host_budget == 0 else min(num_boundaries, host_budget // max(boundary_bytes, 1))

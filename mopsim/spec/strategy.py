@@ -19,6 +19,7 @@ Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
+UpdateOverlap = Literal["none", "next_forward", "backward"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
 """Recipes of products whose operands are cast from what everything else computes in."""
@@ -141,7 +142,9 @@ class Optimizer(Spec, frozen=True, kw_only=True):
     streamed bucket. slots: number of staging buffers, each of one bucket. host_fraction: share of the state
     that is on the host if state_tier is host; 1: all. overlap: `next_forward` runs the streamed update of a
     step beside the forward of the next step. The gather of a parameter waits for its update. The update is
-    the same, since the gradients are clipped before.
+    the same, since the gradients are clipped before. `backward` updates a unit in the last backward of the
+    step, once the unit's gradients are final, and frees these. The update is the same if nothing is clipped
+    (training.clip_norm 0), which it needs.
     """
 
     state_tier: Tier = "device"
@@ -149,7 +152,7 @@ class Optimizer(Spec, frozen=True, kw_only=True):
     bucket_params: int = 100_000_000
     slots: int = 2
     host_fraction: float = 1.0
-    overlap: Literal["none", "next_forward"] = "none"
+    overlap: UpdateOverlap = "none"
 
 
 class Activations(Spec, frozen=True, kw_only=True):

@@ -84,7 +84,11 @@ def _state(s: "Strategy") -> Rules:
     yield update == "device" or on_host, "optimizer.update_on", "needs optimizer.state_tier host"
     streamed = on_host and update == "device" and s.optimizer.host_fraction == 1
     rule = "needs all of the state streamed: optimizer.state_tier host, update_on device, host_fraction 1"
-    yield s.optimizer.overlap == "none" or streamed, "optimizer.overlap", rule
+    yield s.optimizer.overlap != "next_forward" or streamed, "optimizer.overlap", rule
+    here = update == s.dense.grad_tier == s.experts.grad_tier == "device"
+    alike = not on_host or s.optimizer.host_fraction == 1
+    rule = "needs gradients and optimizer.update_on on the device, and the state in one tier: host_fraction 1"
+    yield s.optimizer.overlap != "backward" or (here and alike), "optimizer.overlap", rule
 
 
 def _activations(s: "Strategy") -> Rules:

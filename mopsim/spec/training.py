@@ -111,6 +111,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             rule = f"is not a multiple of the sequence split {split}{works}"
             raise SpecError("training.seq_len", self.seq_len, rule)
         self._check_chunks(strategy)
+        early, rule = strategy.optimizer.overlap == "backward", "needs training.clip_norm 0, not"
+        why = "the norm to clip by is known when the backward is over"
+        free = not early or not self.clip_norm
+        require(free, "strategy.optimizer.overlap", "backward", f"{rule} {self.clip_norm:g}: {why}")
 
     def _with_batch(self, strategy: Strategy) -> Rules:
         microbatches, pipeline = self.num_microbatches(strategy), strategy.pipeline

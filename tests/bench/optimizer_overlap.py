@@ -1,8 +1,10 @@
-"""What of the streamed optimizer's time is exposed, beside the next forward and at the end of the step.
+"""What of the streamed optimizer's time is exposed: at the end of the step, beside the next forward, under
+the backward.
 
-python -m tests.bench.optimizer_overlap [FOLDER] (half a minute). One rank, copies between
-the tiers throttled so that the state goes up in less than a forward; both runs by turns, on the same batch. A
-layer's forward takes LAYER seconds more, asleep, as on a device whose cores are not those of the update.
+python -m tests.bench.optimizer_overlap [FOLDER] (a minute). One rank, copies between the tiers throttled so
+that the state goes up in less than a forward; the runs by turns, on the same batch, nothing clipped. The
+forward of a layer, and its backward, take LAYER seconds more, asleep, as on a device whose cores are not
+those of the update.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import UpdateOverlap
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import mop
 
@@ -38,6 +41,7 @@ MODEL = ModelSpec(
     head_dim=8, vocab_size=512, num_local_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
 )  # fmt: skip
 SEQ, ROUNDS, STEPS, LAYER = 64, 4, 3, 0.04
+OVERLAPS: tuple[UpdateOverlap, ...] = ("none", "next_forward", "backward")
 UPLOAD = 0.6
 """Of a forward's seconds, those in which the state goes up."""
 
@@ -96,15 +100,15 @@ class Streams(Platform):
             given.get()()
 
 
-def plan(*, overlap: bool) -> Plan:
+def plan(overlap: UpdateOverlap) -> Plan:
     """The same job but for the overlap."""
     strategy = mop(
-        1, optimizer_bucket_params=50_000, optimizer_overlap=overlap, expert_chunk_tokens=0,
-        offload_inputs=False, dtype="float32",
+        1, optimizer_bucket_params=50_000, optimizer_slots=4, optimizer_overlap=overlap,
+        expert_chunk_tokens=0, offload_inputs=False, dtype="float32",
     )  # fmt: skip
     limits: dict[str, Any] = {"memory_limit": 2**40, "host_limit": 2**40}
     hardware = HardwareRef(name="bench", digest="0", num_nodes=1, devices_per_node=1, **limits)
-    training = TrainSpec(seq_len=SEQ, global_batch=1)
+    training = TrainSpec(seq_len=SEQ, global_batch=1, clip_norm=0.0)
     return Plan(
         model=MODEL, hardware=hardware, strategy=strategy, training=training,
         stack=load_stack(strategy.stack),
@@ -113,7 +117,8 @@ def plan(*, overlap: bool) -> Plan:
 
 def timed(runner: FlatRunner, batch: Batch) -> tuple[float, float]:
     """Seconds of a step, and those in which it waits for its optimizer: all of the update where nothing
-    overlaps, else for what is not updated when it is gathered, and to start the update."""
+    overlaps, else for what is not updated when it is gathered, or when gradients of more units come, and to
+    start and to end the update."""
     inside, depth, update, wait = 0.0, 0, runner.optimizer.step, Signal._wait_host
 
     def clocked(work: Callable[..., None], *given: Any) -> None:
@@ -139,42 +144,47 @@ def measure() -> dict[str, float]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, MODEL.vocab_size, (1, SEQ + 1), generator=generator)
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    built = [apply.build(plan(overlap=overlap), Streams(), seed=1) for overlap in (False, True)]
+    built = [apply.build(plan(overlap), Streams(), seed=1) for overlap in OVERLAPS]
     runners = [runner for runner in built if isinstance(runner, FlatRunner)]
     for runner in runners:
         runner.step([batch])
     size = sum(t.nbytes for state in runners[0].optimizer.states for t in state.tensors())
     forward = min(_seconds(lambda: runners[0].evaluate([batch])) for _ in range(3))
     Streams.rate = size / (UPLOAD * forward)
-    plain, parts, beside, waits = [], [], [], []
+    steps: list[list[float]] = [[], [], []]
+    waits: list[list[float]] = [[], [], []]
     for _ in range(ROUNDS):
-        for _ in range(STEPS):
-            step, part = timed(runners[0], batch)
-            plain.append(step)
-            parts.append(part)
-        for index in range(STEPS + 1):
-            step, wait = timed(runners[1], batch)
-            beside += [step] if index else []
-            waits += [wait] if index else []
-        runners[1].optimizer.finish()
-        runners[1].platform.synchronize()
-    optimizer, waited = min(parts), min(waits)
+        for place, runner in enumerate(runners):
+            for index in range(STEPS + 1):
+                step, wait = timed(runner, batch)
+                if index:  # the first of a round has no update before it
+                    steps[place].append(step)
+                    waits[place].append(wait)
+            runner.optimizer.finish()
+            runner.platform.synchronize()
+    optimizer, beside, under = map(min, waits)
     return {
         "forward_s": forward, "state_up_s": size / Streams.rate, "optimizer_s": optimizer,
-        "step_s": min(plain), "step_beside_s": min(beside),
-        "waited_s": waited, "exposed": waited / optimizer,
+        "step_s": min(steps[0]), "step_beside_s": min(steps[1]), "step_under_s": min(steps[2]),
+        "waited_s": beside, "exposed": beside / optimizer,
+        "waited_under_s": under, "exposed_under": under / optimizer,
     }  # fmt: skip
 
 
 def slowed() -> None:
-    """Every layer's forward takes LAYER seconds more."""
-    forward = LayerSchedule.forward
+    """Every layer's forward and backward take LAYER seconds more."""
+    forward, backward = LayerSchedule.forward, LayerSchedule.backward
 
     def longer(layer: LayerSchedule, x: Tensor, balance_bias: Tensor, load: Tensor) -> Tensor:
         time.sleep(LAYER)
         return forward(layer, x, balance_bias, load)
 
+    def longer_back(layer: LayerSchedule, *given: Any) -> None:
+        time.sleep(LAYER)
+        backward(layer, *given)
+
     LayerSchedule.forward = longer  # type: ignore[method-assign]
+    LayerSchedule.backward = longer_back  # type: ignore[method-assign]
 
 
 def _seconds(work: Callable[[], Any]) -> float:

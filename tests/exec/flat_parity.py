@@ -1,5 +1,6 @@
 """What one rank of a parity test does: train a flat_units runner and the single-device model side by side."""
 
+import math
 import os
 import time
 from functools import cache
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mopexec.distributed.tiers import Platform
+from mopexec.flat.flat_units import FlatRunner
 from mopexec.model import Routing, Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.moe import Router
 from mopexec.operators import rows
 from mopexec.run import apply
-from mopexec.run.runner import Batch
+from mopexec.run.runner import Batch, Runner
 from mopexec.weights.load import fill
 from mopexec.weights.source import Seeded
 from mopsim.spec import layout
@@ -100,7 +102,8 @@ def _trained(
         loss.backward()
         named = dict(model.named_parameters())
         gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm).item()
+        most = training.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most).item()
         assert norm > 2 * training.clip_norm, f"clipping is not active at norm {norm}"
         optimizer.step()
         if choice.learned and spec.num_moe_layers:
@@ -125,6 +128,7 @@ def compare(platform: Platform, plan: Plan, routing: Any, steps: int = STEPS) ->
     """Largest relative differences over some steps: of loss, gradient norm, each gradient and each weight."""
     rank = int(os.environ["RANK"])
     runner = apply.build(plan, platform, routing=routing, seed=7)
+    runner.keep_gradients()
     worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
     for step, expected in enumerate(reference(plan, routing, platform.device, steps)):
         result = runner.step(my_batches(plan, make_tokens(plan, step), rank, platform.device))
@@ -148,16 +152,58 @@ class Throttled(Platform):
         super().copy(dst, src, stream)
 
 
-def train(platform: Platform, plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
-    """(losses of STEPS steps and of an evaluation after each, weights and state) with slow copies."""
-    runner = apply.build(plan, Throttled(platform.device), seed=7)
+def train(platform: Platform, plan: Plan, routing: Any = "learned") -> tuple[list[float], dict[str, Tensor]]:
+    """(losses and gradient norms of STEPS steps and of an evaluation after each, weights and state) with slow
+    copies."""
+    runner = apply.build(plan, Throttled(platform.device), routing=routing, seed=7)
     losses = []
     for step in range(STEPS):
         batches = my_batches(plan, make_tokens(plan, step), int(os.environ["RANK"]), platform.device)
-        losses += [runner.step(batches).loss, runner.evaluate(batches)]
+        result = runner.step(batches)
+        losses += [result.loss, result.grad_norm, runner.evaluate(batches)]
+    return losses, _state(runner)
+
+
+def _state(runner: Runner) -> dict[str, Tensor]:
+    """Weights, and what a checkpoint would have."""
     state = runner.state_dict()
     kept = {f"{name} {at}": part for name in state for at, part in getattr(state[name], "pieces", {}).items()}
-    return losses, runner.full_parameters() | kept
+    return runner.full_parameters() | kept
+
+
+def diverge(platform: Platform, plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
+    """(loss and gradient norm, weights and state) of a step after one that left a weight of one rank that is
+    no number."""
+    runner = apply.build(plan, Throttled(platform.device), seed=7)
+    assert isinstance(runner, FlatRunner)
+    rank, found = int(os.environ["RANK"]), []
+    for step in range(STEPS):
+        result = runner.step(my_batches(plan, make_tokens(plan, step), rank, platform.device))
+        found = [result.loss, result.grad_norm]
+        runner.optimizer.finish()
+        if step == 0 and rank == 1:
+            runner.model.layers[1].dense.params[0] = math.nan
+    return found, _state(runner)
+
+
+def fail(platform: Platform, plan: Plan) -> str:
+    """What ends a step whose update fails in the middle."""
+    runner = apply.build(plan, Throttled(platform.device), seed=7)
+    assert isinstance(runner, FlatRunner)
+    update, updated = runner.optimizer._adamw, []
+
+    def failing(*given: Any) -> None:
+        updated.append(given)
+        if len(updated) > 2:
+            raise ValueError("the device is gone")
+        update(*given)
+
+    runner.optimizer._adamw = failing  # type: ignore[method-assign]
+    try:
+        runner.step(my_batches(plan, make_tokens(plan, 0), int(os.environ["RANK"]), platform.device))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def compare_in_slices(

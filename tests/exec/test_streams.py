@@ -27,6 +27,9 @@ CASES: dict[str, dict[str, Any]] = {
     "streamed": EXCHANGES | {"optimizer": HOST, "vocabulary": RING},
     "one_slot": {"optimizer": HOST | {"slots": 1}, "dense": {"fsdp": 1}},
     "beside": {"optimizer": HOST | {"overlap": "next_forward"}, "activations": {"layer_inputs": "host"}},
+    "under": {"optimizer": HOST | {"overlap": "backward"}, "activations": {"layer_inputs": "host"}},
+    "under_resident": {"optimizer": {"bucket_params": 900, "overlap": "backward"}, "dense": {"fsdp": 1}},
+    "under_one_slot": {"optimizer": HOST | {"overlap": "backward", "slots": 1}},
     "one_bucket": {"optimizer": {"state_tier": "host"}},
     "on_host": {"optimizer": HOST | {"update_on": "host"}},
     "ring_of_weights": {"vocabulary": RING},
@@ -36,7 +39,8 @@ LONG = {"ring_of_weights": {"seq_len": 64, "global_batch": 2}}
 
 def _steps(name: str, skip: Site | None = None) -> list[Site]:
     """Two steps of a case; where they waited."""
-    plan = make_plan(2, CASES[name], dtype="float32", training=LONG.get(name, {"global_batch": 2}))
+    clip = {"clip_norm": 0.0} if name.startswith("under") else {}
+    plan = make_plan(2, CASES[name], dtype="float32", training=LONG.get(name, {"global_batch": 2}) | clip)
     order = Order(skip)
     with fake_world(2, 0), watched(order) as platform:
         runner = build(plan, platform, routing="profile")

@@ -36,6 +36,7 @@ def _step(kind: str, changes: dict[str, Any]) -> tuple[int, int]:
     """(waits of the host in a step, MoE layers times microbatches), of a router that learns."""
     options = ALL_TWO | {"experts": {"expert_parallel": 2, "chunk_tokens": 8}} | changes
     training = {"global_batch": 4, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01}
+    training |= {"clip_norm": float(options["optimizer"].get("overlap") != "backward")}
     plan = make_plan(2, options, dtype="bfloat16", device_kind=kind, training=training)
     spec, strategy = plan.model, plan.strategy
     each = (
@@ -50,7 +51,7 @@ def _step(kind: str, changes: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("overlap", ["none", "next_forward"])
+@pytest.mark.parametrize("overlap", ["none", "next_forward", "backward"])
 def test_a_step_waits_once_a_moe_layer(kind: str, overlap: str) -> None:
     optimizer = {"state_tier": "host", "bucket_params": 900, "overlap": overlap}
     fetched, layers = _step(kind, {"optimizer": optimizer})

@@ -42,6 +42,15 @@ def cases(world: int) -> dict[str, Plan]:
                 world, **{**everything, "expert_parallel": 2, "vocab_parallel": 2}, optimizer_overlap=True
             )
         ),
+        "mop_early": plan(strategies.mop(world, **everything, optimizer_overlap="backward"), batch=world),
+        "mop_early_here": plan(
+            strategies.mop(
+                world,
+                **{**everything, "expert_parallel": 2, "optimizer": "device"},
+                optimizer_overlap="backward",
+            ),
+            batch=2 * world,
+        ),
         "mop_host_update": plan(strategies.mop(world, **everything, optimizer="host")),
         "mop_microbatches": plan(strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world),
         "zero_offload": plan(strategies.zero_offload(world, expert_parallel=2)),
@@ -58,7 +67,16 @@ def cases(world: int) -> dict[str, Plan]:
 
 def trained(world: int) -> dict[str, Plan]:
     """The plans that are trained for real: on four ranks those where more than two do something else."""
-    wide = ("mop", "mop_skewed", "mop_replicas", "zero_offload", "split", "fsdp2", "fsdp2_offload")
+    wide = (
+        "mop",
+        "mop_skewed",
+        "mop_replicas",
+        "mop_early_here",
+        "zero_offload",
+        "split",
+        "fsdp2",
+        "fsdp2_offload",
+    )
     found = {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
     moved = strategies.mop(world, expert_parallel=world, vocab_parallel=world, expert_chunk_tokens=20)
     moved = changed(moved, experts={"balance": "least_loaded", "min_rows": 16})
@@ -68,5 +86,6 @@ def trained(world: int) -> dict[str, Plan]:
 def plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
     """A plan for MODEL on CPUs."""
     smallest = strategy.data_groups * strategy.micro_batch
-    training = TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing)
+    clip = float(strategy.optimizer.overlap != "backward")
+    training = TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing, clip_norm=clip)
     return plan_of(MODEL, strategy, training, "cpu")

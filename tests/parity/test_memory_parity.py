@@ -53,6 +53,10 @@ DEMO = [
         expert_chunk_tokens=2048,
         ffn_chunk_tokens=512, optimizer_bucket_params=30_000, optimizer_overlap=True, loss_chunk_tokens=512,
     ),
+    mop(2, expert_parallel=2, vocab_parallel=2, optimizer_bucket_params=50_000, optimizer_overlap="backward"),
+    mop(
+        2, expert_parallel=2, fsdp=1, grad_dtype="bfloat16", optimizer="device", optimizer_overlap="backward"
+    ),
     zero_offload(2, expert_parallel=2, loss="chunked"),
     fsdp2(2, expert_parallel=2, context_parallel=2),
     fsdp2(2, expert_parallel=2, loss="chunked", dtype="float32"),
@@ -68,7 +72,8 @@ KINDS += [(index, "cpu") for index, one in enumerate(DEMO) if one.stack == "mope
 @pytest.mark.parametrize(("index", "kind"), KINDS)
 def test_demo_sized_models(index: int, kind: str) -> None:
     strategy = DEMO[index]
-    training = TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups)
+    clip = float(strategy.optimizer.overlap != "backward")
+    training = TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups, clip_norm=clip)
     _check(SMALL, strategy, training, 0.01, kind)
 
 
@@ -237,7 +242,7 @@ CHOOSY = msgspec.structs.replace(SMALL, num_local_experts=512, num_experts_per_t
 BALANCE, Z = {"router_aux_loss_coef": 0.01}, {"router_z_loss_coef": 0.01}
 STEERED: dict[str, Plan] = {
     name: plan_of(CHOOSY, one, TrainSpec(seq_len=8192, global_batch=2 * one.data_groups), "cuda")
-    for name, one in {"mop": DEMO[0], "fsdp2": DEMO[7]}.items()
+    for name, one in {"mop": DEMO[0], "fsdp2": DEMO[9]}.items()
 } | {name: _split(2, {**options, "model": CHOOSY}) for name, options in {"split": {}, "full": FULL}.items()}
 
 

@@ -86,10 +86,11 @@ def predicted(plan: Plan) -> dict[str, int]:
 
 
 def _together(plan: Plan, rows: dict[str, int]) -> dict[str, int]:
-    """An update beside the next forward has no peak of its own: the two phases are one."""
-    if plan.strategy.optimizer.overlap == "none":
+    """An update beside a pass has no peak of its own: the two phases are one."""
+    beside = {"next_forward": "forward", "backward": "backward"}.get(plan.strategy.optimizer.overlap)
+    if beside is None:
         return rows
-    return rows | dict.fromkeys(("forward", "optimizer"), max(rows["forward"], rows["optimizer"]))
+    return rows | dict.fromkeys((beside, "optimizer"), max(rows[beside], rows["optimizer"]))
 
 
 @cache

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.pairs.early_update import EarlyUpdate, sum_of
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops, Template
@@ -23,6 +24,12 @@ def bytes_added(reduce: float, grad: float) -> float:
     return reduce + 2 * grad
 
 
+def bytes_first(reduce: float, grad: float) -> float:
+    """For each of the first gradients of a step where the sum is freed after it: they are the sum, as they
+    are or in its dtype."""
+    return reduce + grad if reduce != grad else 0
+
+
 class FlatUnits(Shards):
     """A layer's units are gathered together; its experts arrive and are reduced inside of it. A unit's full
     gradient is zeroed once the layer before it has been reduced, under whose recomputation that reduction
@@ -31,6 +38,10 @@ class FlatUnits(Shards):
     def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
         super().__init__(context, issue, stage)
         self.reducing: list[tuple[ShardedUnit, int | None]] = []
+        early = context.strategy.optimizer.overlap == "backward"
+        self.early = EarlyUpdate(context, issue, stage) if early else None
+        self._loss_begins: Ops = ()
+        self._whole = False  # gradients of a shard in a group of one are summed
         precision = context.strategy.precision
         self.cast = precision.param != precision.compute
         self.own_grads = precision.grad == precision.reduce
@@ -76,8 +87,10 @@ class FlatUnits(Shards):
         if name == "embedding":
             return self._wait(edges[name], phase)
         if phase == "forward":
+            self._loss_begins = self.issue.so_far()
             self._gather(edges["final"], phase)
             return (*self._wait(edges["final"], phase), *self._wait(self._head, phase))
+        self._begin_update()
         if self._head.name in self._coming:  # the first of several losses
             self._release(self._head, phase)
             if "head" in edges:
@@ -99,16 +112,40 @@ class FlatUnits(Shards):
 
     def finish(self) -> Ops:
         """Wait for the reductions on their way, add them to the shards and free the buffers."""
-        b = self.issue
+        b, early, any_summed = self.issue, self.early, bool(self.reducing) or self._whole
+        if early is not None and any_summed:
+            early.room()
         for unit, op in self.reducing:
-            work = Work(
-                "memory_bound", bytes=float(unit.shard_numel * bytes_added(self.c.reduce, self.c.grad))
-            )
+            part = f"part {unit.name}"
+            each = self._opened_sum(unit, part)
+            work = Work("memory_bound", bytes=float(unit.shard_numel * each), launches=bool(each))
             done = b.compute(f"accumulate {unit.name}", unit.component, "backward", unit.layer, [work], op)
-            b.drop(f"grads {unit.name}", f"part {unit.name}")
+            b.drop(f"grads {unit.name}", *([part] if part in b.alive else []))
             self._download(unit, done)
-        self.reducing = []
+        self.reducing, self._whole = [], False
+        if early is not None and early.live and any_summed:
+            early.summed()
+            self.ops = early.ops
         return ()
+
+    def _begin_update(self) -> None:
+        """The state of the first buckets that are updated under the last backward goes up from its loss
+        on."""
+        if self.early is not None and not self.early.live and self.sums.last:
+            free = [self.updated.get(f"slot {slot}") for slot in range(self.early.slots)]
+            self.early.begin(free, self._loss_begins)
+
+    def _opened_sum(self, unit: ShardedUnit, part: str = "") -> float:
+        """Bytes moved for each gradient that is added to the sum of the step; the first one is the sum where
+        sums are freed, as it is or in the sum's dtype. part: the buffer that has it."""
+        sums, c = sum_of(unit), self.c
+        if self.early is None or sums in self.issue.alive:
+            return bytes_added(c.reduce, c.grad)
+        if part and self.own_grads:
+            self.issue.rename(part, sums, "grads")
+        else:
+            self.issue.make(sums, unit.shard_numel * c.grad, "grads")
+        return bytes_first(c.reduce, c.grad)
 
     def _gather(self, unit: ShardedUnit, phase: str, room: Sequence[int] = ()) -> None:
         b, c = self.issue, self.c
@@ -165,6 +202,10 @@ class FlatUnits(Shards):
         works = []
         for unit in units:
             own = unit.shard == 1 and self.own_grads
+            if own and self.early is not None and sum_of(unit) not in self.issue.alive:
+                self.issue.make(sum_of(unit), size := unit.padded * self.c.grad, "grads")
+                works.append(Work("memory_bound", bytes=float(size)))
+                continue
             if own or f"grads {unit.name}" in self.issue.alive:
                 works.append(Work("memory_bound", launches=0))
                 continue
@@ -176,10 +217,9 @@ class FlatUnits(Shards):
     def _reduce(self, unit: ShardedUnit, ready: Ops) -> None:
         b, phase = self.issue, "backward"
         if unit.shard == 1:
+            self._whole = True
             if not self.own_grads:
-                work = Work(
-                    "memory_bound", bytes=float(unit.padded * bytes_added(self.c.reduce, self.c.grad))
-                )
+                work = Work("memory_bound", bytes=float(unit.padded * self._opened_sum(unit)))
                 b.compute(f"accumulate {unit.name}", unit.component, phase, unit.layer, [work])
                 b.drop(f"grads {unit.name}")
             self._download(unit, b.last)

@@ -83,10 +83,15 @@ class PairUpdate(Update):
         total, launches = sum(self.numels), 4 * len(self.numels)
         work = [Work("memory_bound", bytes=float(total * c.grad), launches=launches)]
         b.compute("norm", _O, _O, -1, work, *arrived)
+        return b.compute("clip", _O, _O, -1, [Work("memory_bound", launches=4)], *self._agreed_norm())
+
+    def _agreed_norm(self) -> tuple[int | None, int | None]:
+        """What all ranks sum: the square of the norm with the loss, and the routers' loads."""
+        b, model = self.b, self.c.model
         agreed = b.issue("norm", "all_reduce", 2 * self.wide, "world", _O, _O)
-        loads = 4.0 * c.model.num_local_experts * c.model.num_moe_layers
+        loads = 4.0 * model.num_local_experts * model.num_moe_layers
         balanced = b.issue("balance", "all_reduce", loads, "world", _O, _O) if loads else None
-        return b.compute("clip", _O, _O, -1, [Work("memory_bound", launches=4)], agreed, balanced)
+        return agreed, balanced
 
     def _adam(self, bucket: Bucket) -> list[Work]:
         """Clipped gradients in the wide dtype, the fused update, the refresh of the parameter shard."""

@@ -8,6 +8,7 @@ from mopsim.program.builder import Builder, Recorder
 from mopsim.program.loss import Half
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.pairs.attention_pair import AttentionPair
+from mopsim.program.pairs.early_update import EarlyUpdate
 from mopsim.program.pairs.experts_pair import ExpertsPair
 from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.flat_units import FlatUnits
@@ -39,14 +40,18 @@ class Pairs(Passes):
     def updates(self, issue: Builder, stage: Stage) -> dict[str, int]:
         if self.context.strategy.optimizer.overlap == "none":
             return {}
-        return PairUpdate(self.context, issue, stage).beside()
+        return self._optimizer(issue, stage).beside()
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
-        PairUpdate(self.context, issue, stage).run(reductions)
+        self._optimizer(issue, stage).run(reductions)
+
+    def _optimizer(self, issue: Builder, stage: Stage) -> PairUpdate:
+        early = self.context.strategy.optimizer.overlap == "backward"
+        return (EarlyUpdate if early else PairUpdate)(self.context, issue, stage)
 
     def resident(self, stage: Stage) -> tuple[Step, ...]:
         """Beside a stage's: pinned buffers of the bucket on its way to the host; staging buffers of an update
-        beside the next forward."""
+        beside the step."""
         c, found = self.context, list(stage.resident())
         if c.strategy.optimizer.update_on == "host":
             precision = c.strategy.precision
@@ -55,7 +60,7 @@ class Pairs(Passes):
                 ("host/staging", 2 * largest * ((8 if precision.masters == "float64" else 4) + c.param))
             )
         if c.strategy.optimizer.overlap != "none":
-            found.append(("staging", PairUpdate(c, self.recorder(), stage).staging))
+            found.append(("staging", self._optimizer(self.recorder(), stage).staging))
         return tuple(found)
 
     def placeholders(self, layers: Iterable[int]) -> int:
