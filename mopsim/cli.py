@@ -22,6 +22,7 @@ app = App(
     pretty_exceptions_enable=False,
     help="Simulate, compare and choose how to train a mixture-of-experts model on a cluster.",
 )
+CLIP = "global norm that gradients are clipped to; 0: none is, so that updates may run under the backward"
 CONTENDERS = (
     "comma-separated: mop, fsdp2, fsdp2_node_chunked, fsdp2_full, fsdp2_node, fsdp2_half_node, fsdp2_device; "
     "mop and fsdp2 always run; default: all"
@@ -44,6 +45,7 @@ def simulate(
     routing: o.Routing = "balanced",
     document_tokens: o.DocumentTokens = None,
     precision: o.FamilyPrecision = None,
+    clip_norm: Annotated[float | None, typer.Option(min=0, help=CLIP)] = None,
     trace: o.Trace = None,
     plan: o.PlanOut = None,
     stack: o.StackName = None,
@@ -88,6 +90,7 @@ def search(
     precision: o.Precision = "bfloat16",
     learning_rate: Annotated[float, typer.Option(help="recorded in the plan")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="recorded in the plan")] = 0,
+    clip_norm: Annotated[float, typer.Option(min=0, help=CLIP)] = 1.0,
     stack: o.StackName = None,
     seed: o.Seed = 0,
     interval: o.Interval = 0.9,

@@ -148,6 +148,7 @@ def read_inputs(
     precision: MatmulDType | None = None,
     learning_rate: float | None = None,
     warmup_steps: int | None = None,
+    clip_norm: float | None = None,
     seed: int | None = None,
     stack: AnyStack | None = None,
     interval: float = 0.9,
@@ -161,6 +162,7 @@ def read_inputs(
     fields["routing"] = read_routing(routing)
     fields |= read_documents(document_tokens)
     left = {"seed": seed, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
+    left["clip_norm"] = clip_norm
     fields |= {name: value for name, value in left.items() if value is not None}
     training = io.convert(fields, TrainSpec, "training")
     network = read_model(model)

@@ -41,6 +41,7 @@ def simulate(
     precision: MatmulDType | None = None,
     learning_rate: float | None = None,
     warmup_steps: int | None = None,
+    clip_norm: float | None = None,
     seed: int | None = None,
     stack: AnyStack | None = None,
     interval: float = 0.9,
@@ -57,6 +58,8 @@ def simulate(
     a given plan's, else 0. precision: of the matrix products where a family is searched;
     default: bfloat16; refused where a strategy computes in another one. learning_rate, warmup_steps, seed:
     for the plan that comes of it; default: a given plan's, as is all else of training that a plan says.
+    clip_norm: global norm that gradients are clipped to; 0: none is, which an update under the backward
+    (optimizer.overlap) needs and which `search` then has among its choices.
     stack: the software that runs it: a name, a YAML file or a Stack; default: that which the strategy is
     meant for. interval: probability of the intervals of its time and memory.
 
@@ -66,7 +69,8 @@ def simulate(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
-        warmup_steps=warmup_steps, seed=seed, stack=stack, interval=interval, strategies=[strategy],
+        warmup_steps=warmup_steps, clip_norm=clip_norm, seed=seed, stack=stack, interval=interval,
+        strategies=[strategy],
     )  # fmt: skip
     return played(strategy, inputs)
 
@@ -110,6 +114,7 @@ def search(
     precision: MatmulDType = "bfloat16",
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
+    clip_norm: float = 1.0,
     seed: int = 0,
     stack: AnyStack | None = None,
     interval: float = 0.9,
@@ -129,7 +134,7 @@ def search(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
-        warmup_steps=warmup_steps, seed=seed, stack=stack, interval=interval,
+        warmup_steps=warmup_steps, clip_norm=clip_norm, seed=seed, stack=stack, interval=interval,
     )  # fmt: skip
     options = Options(read_families(families), top, budget, at_risk, any_routing, jobs=jobs, prove=True)
     problem = inputs.problem(runnable=runnable)

@@ -21,6 +21,7 @@ from mopsim.search.problem import (
     RINGS,
     STREAMED,
     ULYSSES,
+    UNDER_BACKWARD,
     Axes,
     Problem,
     Values,
@@ -194,13 +195,14 @@ def _overlaps(problem: Problem) -> list[int]:
 
 def _states(problem: Problem) -> list[tuple[int, ...]]:
     """(state, bucket, beside): on the device; streamed in buckets, at the end of a step or beside the next
-    forward, where the program can; updated by the host."""
+    forward, where the program can; updated by the host. Where nothing is clipped, under the backward too."""
     per_rank = ceil_div(problem.total_params, problem.world_size)
     whole = DEFAULTS["bucket"]
     buckets = [25_000_000, whole] if per_rank > 50_000_000 else sorted({max(1, ceil_div(per_rank, 4)), whole})
-    ways = [0, 1] if _updates_beside(problem) else [0]
-    streamed = [(STREAMED, bucket, way) for way in ways for bucket in buckets]
-    return [(DEVICE, whole, 0), *streamed, (HOST, whole, 0)]
+    beside = _updates_beside(problem)
+    early = [UNDER_BACKWARD] * (beside and problem.training.clip_norm == 0)
+    streamed = [(STREAMED, bucket, way) for way in (0, *[1] * beside, *early) for bucket in buckets]
+    return [*((DEVICE, whole, way) for way in (0, *early)), *streamed, (HOST, whole, 0)]
 
 
 def _updates_beside(problem: Problem) -> bool:

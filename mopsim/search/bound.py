@@ -15,10 +15,10 @@ from mopsim.cost.compute import chunk_cat, matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
 from mopsim.program.fsdp2_copies import bytes_arrived, bytes_reduced, bytes_sent
-from mopsim.program.pairs.flat_units import bytes_added, bytes_cast
+from mopsim.program.pairs.flat_units import bytes_added, bytes_cast, bytes_first
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.footprint import Footprint
-from mopsim.search.problem import HOST, ULYSSES
+from mopsim.search.problem import DEVICE, HOST, STREAMED, ULYSSES
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, laid, load, parts_of
 from mopsim.search.wires import Message, Reals
@@ -78,9 +78,10 @@ class Bounder(Footprint):
         loses `communication_share` to a busy fabric."""
         talks, layers, head = self.talks(), self.layer_seconds(), self.head_seconds()
         busy, idle = self.slowest(layers, head) + self.copies(), self.awaited()
+        alone = busy + self.updates()
         busy = busy + idle + self.hardware.communication_share * np.maximum(talks - idle, 0.0)
         chain = self.slowest(self.in_turn(), np.where(self.c["overlap"] == 1, 0.0, head))
-        slowest = np.maximum.reduce([busy, talks, self.copy_time(), chain])
+        slowest = np.maximum.reduce([busy, alone, talks, self.copy_time(), chain])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
     def sent_beside(self, virtual: Reals | None = None) -> Reals:
@@ -272,7 +273,9 @@ class Bounder(Footprint):
         for params, shard in ((dense, c["dense_shard"]), (routed, c["expert_shard"])):
             if flat:
                 gathered = bytes_cast(self.param, self.compute) / shard
-                reduced = bytes_added(self.reduce, self.grad) / shard + self.reduce
+                added, first = (one(self.reduce, self.grad) for one in (bytes_added, bytes_first))
+                summed = added - self.early * (added - first) / self.microbatches
+                reduced = summed / shard + self.reduce
             else:
                 gathered = bytes_sent(self.param, self.sent) / shard + bytes_arrived(self.sent)
                 reduced = self._reduced()
@@ -343,10 +346,11 @@ class Bounder(Footprint):
 
     def copy_time(self) -> Reals:
         """Layer inputs out and back over the host link, the slower way; with offload the weights up for each
-        use and their gradients down; the state of an update beside the next forward both ways."""
+        use and their gradients down; the state of an update beside the step both ways."""
         c, each, (weights, state) = self.c, self.copied, self.held()
         moved, offload = self.moved() * self.microbatches, c["offload"] * weights * self.microbatches
-        uses, beside = self.gathers(), c["beside"] * state * self.streamed
+        beside = (c["beside"] > 0) * (c["state"] == STREAMED) * state * self.streamed
+        uses = self.gathers()
         up = (moved + offload * uses * self.param) * each("h2d") + beside * each("h2d", duplex=True)
         down = (moved + offload * self.reductions() * self.grad) * each("d2h") + beside * each(
             "d2h", duplex=True
@@ -369,7 +373,7 @@ class Bounder(Footprint):
         return self.scale(way) / host_rate(way, self.hardware, duplex=duplex)
 
     def optimizer_time(self) -> Reals:
-        """Of the update after the passes, of one beside the next forward the norm alone. On the host, of all
+        """Of the update after the passes, of one streamed beside the step the norm alone. On the host, of all
         but flat units: gradients down, the update, parameters up, one after the other."""
         _, state = self.held()
         device, host, flat = self.hardware.device, self.hardware.host, self.flat
@@ -378,6 +382,14 @@ class Bounder(Footprint):
         on_host = self.scale("host_optimizer") / host.adam_rate.si
         visits = self.grad * self.copied("d2h") + self.param * self.copied("h2d")
         after = np.where(self.c["offload"] == 1, 0.0, 0.0 if flat else visits)
-        each = np.where(self.c["state"] == HOST, on_host + after, streamed * (1 - self.c["beside"]))
+        each = np.where(self.c["state"] == HOST, on_host + after, streamed * (self.c["beside"] == 0))
         norm = state * self.grad * self.traffic if flat else 0.0
-        return np.asarray(np.maximum(on_device, self.state_away * state * each) + norm)
+        after = np.maximum(on_device, self.state_away * state * each) + norm
+        return np.asarray(np.where(self.early, 0.0, after))
+
+    def updates(self) -> Reals:
+        """Seconds in which compute has updates of state on the device, and norms, between those of a
+        backward."""
+        _, state = self.held()
+        each = (self.c["state"] == DEVICE) * self.scale("optimizer") / self.hardware.device.adam_rate.si
+        return np.asarray(self.early * state * (each + self.grad * self.traffic))

@@ -11,6 +11,7 @@ from mopsim import strategies
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.axes import most_chunks
 from mopsim.search.problem import (
+    BESIDE,
     CHUNKED,
     DEVICE,
     DISPATCHERS,
@@ -95,7 +96,7 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "optimizer": lambda problem, row: STATES[row["state"]],
     "optimizer_on_host": lambda problem, row: 0.0 if row["state"] == DEVICE else row["state_parts"] / PARTS,
     "optimizer_bucket_params": _column("bucket"),
-    "optimizer_overlap": lambda problem, row: bool(row["beside"]),
+    "optimizer_overlap": lambda problem, row: BESIDE[row["beside"]],
     "offload_inputs": lambda problem, row: bool(row["boundary_host"]),
     "offload_inputs_bytes": _budget,
     "recompute": lambda problem, row: (

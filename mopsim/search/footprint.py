@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.layer import Layer, recomputed
-from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, Column, offloaded
+from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, UNDER_BACKWARD, Column, offloaded
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds, of_stage, under_way
 from mopsim.search.wires import Reals, Wires
@@ -135,7 +135,11 @@ class Footprint:
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         each = self.master() + self.moments
         optimizer = state * self.optimizer_here()
-        optimizer = optimizer + c["beside"] * np.minimum(SLOTS * c["bucket"], state) * each
+        groups = self.model.num_hidden_layers + 2  # of which the largest is not below the mean
+        together = np.where(self.early, state / groups, state)
+        staged = np.minimum(SLOTS * np.minimum(c["bucket"], together), state) * each
+        optimizer = optimizer + (c["beside"] > 0) * (c["state"] == STREAMED) * staged
+        grads = grads * np.where(self.early & (self.microbatches == 1), 1 / groups, 1.0)
         one = c["pipeline"] == 1
         resident = params + optimizer + grads * self.summed
         peak = params + optimizer + grads
@@ -156,10 +160,16 @@ class Footprint:
     def summed(self) -> NDArray[np.bool_]:
         """Whether all gradients are there in a backward with as many microbatches under way as in the first:
         from the start, or those of earlier ones. In pipelines twice as many as stages are enough, however
-        they interleave."""
+        they interleave; where the last backward frees them, one before it."""
         freed = np.array([self.space.stack.sharding.frees(zero) for zero in range(4)])
-        enough = 2 * self.c["pipeline"]
-        return np.asarray(~freed[self.c["zero"].astype(int)] | (self.microbatches >= enough))
+        enough = 2 * self.c["pipeline"] + self.early
+        freed = freed[self.c["zero"].astype(int)] | self.early
+        return np.asarray(~freed | (self.microbatches >= enough))
+
+    @property
+    def early(self) -> NDArray[np.bool_]:
+        """Whether units are updated under the backward, and their gradients freed."""
+        return np.asarray(self.c["beside"] == UNDER_BACKWARD)
 
     def above(self, stage: int) -> Reals:
         """Bytes of activations that a stage has when its first backward, or the first loss, is at its

@@ -41,7 +41,7 @@ def _step(one: Bounder, chain: Reals) -> Reals:
     beside = np.maximum(sum(one.busy(one.weights())), one.copy_time())
     ring = np.maximum.reduce(one.busy(one.ring_blocks()))
     step = np.maximum(chain, beside) + (1 - OVERLAP) * np.minimum(chain, beside + ring) + _late(one, chain)
-    after = one.optimizer_time() + one.constant()
+    after = one.optimizer_time() + one.updates() + one.constant()
     return np.asarray(step + sum(one.busy(_copies(one))) + after)
 
 

@@ -16,7 +16,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import CAST, Dispatcher, DType, Exchange, MatmulDType
+from mopsim.spec.strategy import CAST, Dispatcher, DType, Exchange, MatmulDType, UpdateOverlap
 from mopsim.spec.tensors import total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import STACKS, State
@@ -39,6 +39,9 @@ many is the optimizer state that does."""
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
 DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep")
+BESIDE: tuple[UpdateOverlap, ...] = ("none", "next_forward", "backward")
+"""What an update runs beside, by the code in the `beside` column."""
+NEXT_FORWARD, UNDER_BACKWARD = 1, 2
 RECOMPUTED: tuple[tuple[str, ...], ...] = (
     (), ("core_attn",), ("layernorm",), ("moe_act",), ("layernorm", "moe_act"), ("mla_up_proj",), ("mlp",),
     ("mla_up_proj", "mlp"), ("mla_up_proj", "layernorm", "moe_act"), ("moe",), ("mla_up_proj", "moe"),

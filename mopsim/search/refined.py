@@ -11,7 +11,7 @@ from mopsim.search.flow import OUT, UP, Alone
 from mopsim.search.footprint import LAST, SLOTS
 from mopsim.search.learn import codes
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
-from mopsim.search.problem import Column
+from mopsim.search.problem import NEXT_FORWARD, Column
 from mopsim.search.queued import Sendings, Sent, places, queued_backward, queued_forward
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, load
@@ -128,7 +128,7 @@ class Refined(Bounder):
         beside busy fabrics; or as the host issues their kernels. Then the optimizer. A closed form may be
         more, where streams are busy for longer."""
         busy = self._all(lambda piece: piece.busy) + self.copies()
-        idle = self.awaited()
+        idle, alone = self.awaited(), busy + self.updates()
         step = busy + idle + self.hardware.communication_share * np.maximum(self.talks() - idle, 0.0)
         chain = np.maximum(
             self._all(lambda piece: piece.chain) + idle,
@@ -136,7 +136,7 @@ class Refined(Bounder):
         )
         step = np.maximum(step, np.where(self.ranked, self._ranks(lambda rank: rank.least), chain))
         host = self._all(lambda piece: piece.issued, filled=np.where(self.sent_beside(), 0.0, 1.0))
-        step = np.maximum(step, host + idle)
+        step = np.maximum.reduce([step, alone, host + idle])
         return np.asarray(step + self.optimizer_time() + self.constant())
 
     def _phases(self) -> Reals:
@@ -169,7 +169,8 @@ class Refined(Bounder):
             chain, *fabrics = self._sum(lambda piece: [piece.parts[0], piece.parts[2]])
             between = [way * last + one for way, one in zip(fabrics, reduced, strict=True)]
             backward = np.maximum(backward, experts + np.maximum.reduce([chain, *between]))
-        return np.asarray(forward + backward + self._head(lambda piece: piece.chain))
+        back = backward + self._head(lambda piece: piece.chain)
+        return np.asarray(forward + back + np.maximum(self._updated_early() - back / self.microbatches, 0.0))
 
     def _queued(self) -> tuple[Reals, Reals]:
         """Seconds of all forwards and backwards of layers of flat units, whose exchanges of tokens queue
@@ -217,7 +218,13 @@ class Refined(Bounder):
         c, sizes, (dense, routed) = self.c, self.sizes, self.states()
         layers = dense * (sizes.dense - sizes.embedding) / (sizes.dense + sizes.head) + routed
         late = layers * (1 - 1 / self.model.num_hidden_layers) - SLOTS * c["bucket"]
-        each = c["beside"] * self.streamed * self.copied("h2d", duplex=True)
+        each = (c["beside"] == NEXT_FORWARD) * self.streamed * self.copied("h2d", duplex=True)
+        return np.asarray(np.maximum(late, 0.0) * each)
+
+    def _updated_early(self) -> Reals:
+        """The same of all state beside the last microbatch's loss and backward."""
+        late = sum(self.states()) - SLOTS * self.c["bucket"]
+        each = self.early * self.state_away * self.streamed * self.copied("h2d", duplex=True)
         return np.asarray(np.maximum(late, 0.0) * each)
 
     def _sum(self, what: Callable[[LayerPiece], Sequence[Alone]]) -> tuple[Reals, Reals, Reals]:
