@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mopexec.check.dry_run import _batches, fake_world
-from mopexec.modules.hooks import InputHooks, _again
+from mopexec.modules.hooks import InputHooks, again
 from mopexec.run.apply import build
 from mopexec.run.train import _Loop
 from tests.exec.flat_plans import make_plan
@@ -97,7 +97,7 @@ def _layers(skip: Site | None = None) -> list[Site]:
         boundaries, x = InputHooks(platform, 2), torch.ones(2, 4, requires_grad=True)
         for layer in range(2):
             with boundaries.keep(layer, x):
-                x = _again(lambda given: (given @ weight).sin(), x)
+                x = again(lambda given: (given @ weight).sin(), x)
         x.sum().backward()
     return list(order.sites)
 
