@@ -160,9 +160,7 @@ def size(
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
     hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],
     days: Annotated[float | None, typer.Option(help="deadline: wall-clock days of the training")] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="budget in dollars (with --buy: of the purchase)")
-    ] = None,
+    budget: Annotated[float | None, typer.Option(help="budget in dollars (--buy: of the purchase)")] = None,
     seq_len: o.SeqLen = "4096",
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
