@@ -189,16 +189,14 @@ def size(
         typer.Option("--assume", help="NAME=VALUE, or a YAML file, instead of a shipped assumption"),
     ] = None,
     utilisation: Annotated[
-        float | None,
-        typer.Option(help="share of the wall clock that trains, instead of the computed goodput"),
+        float | None, typer.Option(help="share of the wall clock that trains, instead of a computed one")
     ] = None,
     pue: Annotated[
         float | None, typer.Option(help="power of the building over power of its machines")
     ] = None,
     max_cost: Annotated[float | None, typer.Option(help="dollars that the fastest cluster may cost")] = None,
     simulations: Annotated[
-        int,
-        typer.Option(min=1, max=10**6, help="simulations of each family at a node count that is searched"),
+        int, typer.Option(min=1, max=10**6, help="simulations of a family at a searched node count")
     ] = 3,
     runnable: o.Runnable = False,
     plan: o.PlanOut = None,
