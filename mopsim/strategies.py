@@ -114,20 +114,19 @@ def mop(
     grad_dtype: DType | None = None,
     name: str = "mop",
 ) -> Strategy:
-    """Mixture-of-Parallelisms (arXiv 2607.01844): ZeRO-3, chunked experts, ring loss, recompute.
+    """Mixture-of-Parallelisms (arXiv 2607.01844): ZeRO-3, chunked experts, ring loss, recomputation.
 
-    Each degree is chosen alone: D = context_parallel, Ep = expert_parallel, P = vocab_parallel.
-    expert_chunk_tokens: tokens of a rank that are dispatched at a time (c), in at most max_expert_chunks.
-    ffn_chunk_tokens, loss_chunk_tokens: tokens of a slice of the dense FFN and of the loss; 0 = all at once.
-    optimizer: where AdamW's fp32 state lives: `device`; `host_streamed`, moved through the device in buckets
-    of optimizer_bucket_params parameters (beta) and optimizer_slots buffers; `host`, which updates it too.
-    optimizer_overlap: what the update runs beside: the next forward (`next_forward`, or true; of a streamed
-    one) or, where nothing is clipped, the `backward`; the same update.
-    offload_inputs: layer inputs wait for their backward in pinned host memory, offload_inputs_bytes of it at
-    most per rank (0 = no cap). prefetch: layers whose parameters are gathered ahead of use. rank_placement:
-    of the expert groups. grad_dtype: of the sums of gradients over chunks, ranks and microbatches; None: as
-    FSDP2 has them, in fp32 (fp64 in float64).
-    """
+    Each degree is chosen separately: D = context_parallel, Ep = expert_parallel, P = vocab_parallel.
+    expert_chunk_tokens: tokens of a rank that are dispatched at a time (c), in at most max_expert_chunks
+    chunks. ffn_chunk_tokens: tokens of a slice of the dense FFN; 0: all at once. loss_chunk_tokens: tokens
+    of a slice of the loss; 0: all at once. optimizer: where AdamW's fp32 state lives. `device`: on the
+    device. `host_streamed`: on the host, and streamed through the device in buckets of
+    optimizer_bucket_params parameters (beta) and optimizer_slots buffers. `host`: on the host, which
+    updates it too. optimizer_overlap: the streamed update runs beside the next forward (the same update).
+    offload_inputs: layer inputs wait for their backward in pinned host memory. offload_inputs_bytes: most
+    bytes of it for each rank; 0: no cap. prefetch: number of layers whose parameters are gathered ahead of
+    use. rank_placement: placement of the expert groups. grad_dtype: dtype of the sums of gradients over
+    chunks, ranks and microbatches; None: fp32, as in FSDP2 (fp64 in float64)."""
     return Strategy(
         name=name,
         world_size=world_size,
@@ -173,11 +172,11 @@ def fsdp2(
     """torch's FSDP2 as its users tune it: fp32 sharded parameters (the master), computed in `dtype`,
     gradients reduced in fp32.
 
-    fsdp: below the world it is HSDP; expert_fsdp: that of routed experts, 0 = over all of their replicas.
-    offload: parameters, gradients and optimizer on the host, updated there (CPUOffloadPolicy).
-    context_exchange: how context-parallel ranks trade a sequence. tensor_parallel above 1 has sequence
-    parallelism and the loss over the split vocabulary, whatever `loss` says.
-    """
+    fsdp: ranks that share one copy; below the world size it is HSDP. expert_fsdp: the same of routed
+    experts; 0: all of their replicas. offload: parameters, gradients and optimizer are on the host and
+    updated there (CPUOffloadPolicy). context_exchange: how context-parallel ranks exchange a sequence.
+    tensor_parallel above 1 has sequence parallelism and the loss over the split vocabulary, whatever
+    `loss` says."""
     wide, tier = _wide(dtype), _tier(offload)
     split = tensor_parallel > 1
     return Strategy(
@@ -230,8 +229,7 @@ def zero_offload(
 ) -> Strategy:
     """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: weights and gradients on the device, AdamW on the host.
 
-    grad_dtype: of the sums of gradients; None: fp32 (fp64 in float64).
-    """
+    grad_dtype: dtype of the sums of gradients; None: fp32 (fp64 in float64)."""
     return Strategy(
         name=name,
         world_size=world_size,
@@ -275,14 +273,14 @@ def megatron(
 ) -> Strategy:
     """Tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
-    virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each part
-    (empty: as even as can be). context_exchange: how context-parallel ranks trade a sequence.
-    token_dispatcher: how rows reach their experts. recompute_modules: of `selective`; empty: the stack's.
-    optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap: which
-    communication runs beside compute; None: what the stack hides. ZeRO-1 over all ranks of a stage; gradients
-    are kept and reduced in the stack's dtype (of `megatron-core`: fp32). expert_tensor_parallel may
-    differ from tensor_parallel (parallel folding). mopexec runs it on the stack `mopexec-split`.
-    """
+    virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each
+    part; empty: as evenly as possible. context_exchange: how context-parallel ranks exchange a sequence.
+    token_dispatcher: how rows reach their experts. recompute_modules: modules that `selective` runs again;
+    empty: the stack's. optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap:
+    communication that runs beside compute; None: what the stack hides. ZeRO-1 shards over all ranks of a
+    stage. Gradients are kept and reduced in the stack's dtype (fp32 for `megatron-core`).
+    expert_tensor_parallel may differ from tensor_parallel (parallel folding). mopexec runs it on the stack
+    `mopexec-split`."""
     stage_ranks, wide = _rest(world_size, pipeline_parallel), _wide(dtype)
     grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"
     return Strategy(

@@ -176,11 +176,10 @@ def compare(
     """Simulate several strategies side by side.
 
     strategies: as for mopsim.simulate, in a sequence, or by label. sweep: ("seq_len", ["32K", "64K"]) or
-    ("nodes", [1, 2, 4]), where each strategy is simulated too. hold: what the sweep holds constant; the
-    global batch follows. runnable, budget: for the families among them, whose best strategy is searched at
-    each point: only what mopexec runs; simulations at most. The rest as for mopsim.simulate. A family that
-    has no strategy is in `refused`, unless none is left to compare. Raises MopError.
-    """
+    ("nodes", [1, 2, 4]): each strategy is simulated there too. hold: what the sweep holds constant; the
+    global batch follows. runnable: search families only among plans that mopexec runs. budget: most
+    simulations of such a search. The rest as for mopsim.simulate. A family without a strategy is in
+    `refused`, unless none is left. Raises MopError."""
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,

@@ -32,13 +32,14 @@ def explore(
     models: Sequence[AnyModel] = (),
     hardware: Sequence[AnyHardware] = (),
 ) -> list[str]:
-    """Write `out`, one HTML file of tables, plots and timelines of a result; nothing is fetched from it.
+    """Write `out`, one HTML file of tables, plots and timelines of a result. It fetches nothing.
 
-    result: what simulate, search, compare or size return, or the JSON of a command in a file, of `mopsim
-    context` and `mopsim validate` too. timelines: so many of its steps, the first, are simulated once more
-    for their timelines. models, hardware: those of the result, where they are neither presets nor shipped
-    profiles. Returns notes: which timelines are left out, and why. Raises MopError.
-    """
+    result: the result of simulate, search, compare or size, or a JSON file that a command wrote, also
+    `mopsim context` or `mopsim validate`. timelines: number of steps, the first ones, that are simulated
+    again for their timelines. models: the result's models, if they are not presets. hardware: the result's
+    machine types, if they are not shipped profiles.
+
+    Returns notes: which timelines are left out, and why. Raises MopError."""
     origin = str(result) if isinstance(result, str | Path) else "result"
     data = read_result(Path(result)) if isinstance(result, str | Path) else _plain(result)
     kind = kind_of(data, origin)

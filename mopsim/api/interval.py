@@ -21,13 +21,13 @@ class Interval(NamedTuple):
 
 @named
 def interval(prediction: Simulation | SimResult, level: float = 0.9) -> Interval:
-    """Where the measured values of a prediction lie with probability `level`, as likely below as above.
+    """Interval that holds the measured values of a prediction with probability `level`, as likely below as
+    above.
 
-    Errors are taken to be like those of published runs that have the stack, the machine type, the precision
-    or the network in common with it, and wider for what nobody has published (mopsim.intervals); runs that
-    its profile was calibrated on narrow them. A time may lie above the prediction on both sides, where
-    runs like it were slower than simulated. Raises MopError for a level outside 0.01 to 0.999.
-    """
+    Errors are taken to be like those of published runs that share the stack, the machine type, the
+    precision or the network. They are wider if nobody has published such a run (mopsim.intervals). Runs
+    that calibrated the profile narrow them. Both ends of the time may lie above the prediction, if similar
+    runs were slower than simulated. Raises MopError for a level outside 0.01 to 0.999."""
     result = prediction.result if isinstance(prediction, Simulation) else prediction
     fast, slow = result.step_time_interval(check_level(level, "level"))
     tokens = result.training.seq_len * result.training.global_batch

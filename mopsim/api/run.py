@@ -46,26 +46,25 @@ def simulate(
     stack: AnyStack | None = None,
     interval: float = 0.9,
 ) -> Simulation:
-    """Simulate one optimizer step: its time, its memory, and what waits for what.
+    """Simulate one optimizer step: its time, its memory, and the waits of compute by cause.
 
     model: a preset's name, a YAML file, a Hugging Face config.json or a ModelSpec. hardware: a profile's
     name, a YAML file or a HardwareProfile. nodes: machines of `hardware`. seq_len: tokens of a sequence
-    (32768 or "32K"). global_batch: sequences of one step. strategy: mopsim.mop(...) and its like, a Strategy,
-    a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
-    experts (mopsim.spec.routing). document_tokens: of documents that are packed into the sequences and that
-    attention does not cross: tokens of the one that a token is in, on average over tokens (1140, "2K"), or
-    "MEAN/SPREAD" of log-normal lengths ("485/1", mopsim.spec.documents); 0: attention crosses them; default:
-    a given plan's, else 0. precision: of the matrix products where a family is searched;
-    default: bfloat16; refused where a strategy computes in another one. learning_rate, warmup_steps, seed:
-    for the plan that comes of it; default: a given plan's, as is all else of training that a plan says.
-    clip_norm: global norm that gradients are clipped to; 0: none is, which an update under the backward
-    (optimizer.overlap) needs and which `search` then has among its choices.
-    stack: the software that runs it: a name, a YAML file or a Stack; default: that which the strategy is
-    meant for. interval: probability of the intervals of its time and memory.
+    (32768 or "32K"). global_batch: sequences of one step. strategy: mopsim.mop(...) or another family's
+    function, a Strategy, a strategy or plan file, or a family's name, whose best strategy is searched.
+    routing: how tokens choose experts (mopsim.spec.routing). document_tokens: length of packed documents
+    that attention does not cross: that of a token's document, averaged over tokens (1140, "2K"), or
+    "MEAN/SPREAD" of log-normal lengths ("485/1", mopsim.spec.documents). 0: attention crosses documents.
+    Default: a given plan's, else 0. precision: precision of the matrix products if a family is searched;
+    default: bfloat16. It is refused if a strategy computes in another one. learning_rate: for the
+    resulting plan; default: a given plan's, like all other training values of a plan. warmup_steps: as
+    learning_rate. seed: as learning_rate. stack: the software that runs the strategy: a name, a YAML file
+    or a Stack; default: the one that the strategy is meant for. interval: probability of the intervals of
+    time and memory.
 
     A strategy that does not fit is a result (`fits` is False). Raises MopError, one line with field, value
-    and rule, for what cannot be: an unknown name, a degree that does not divide, a batch that does not split.
-    """
+    and rule, for an impossible job: an unknown name, a degree that does not divide, a batch that does not
+    split."""
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
@@ -123,14 +122,14 @@ def search(
 ) -> Ranking:
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
 
-    families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: how many are ranked. budget:
-    simulations at most of each family, so that more families are never worse; up to four times as many where
-    these prove the best. runnable: only plans that mopexec runs. at_risk: rank plans that fit, with whatever
-    probability, like those that most likely do. any_routing: only plans that fit however unevenly the router
-    chooses. progress(simulated, best so far): called as it goes. jobs: processes that search families side by
-    side; what they find is the same.
-    The rest as for mopsim.simulate. Raises MopError; that nothing fits is a result.
-    """
+    families: some of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: number of strategies
+    to rank. budget: most simulations of each family, so that more families are never worse; up to four
+    times as many if these prove the best. runnable: rank only plans that mopexec runs. at_risk: also rank
+    plans that fit with a low probability. any_routing: rank only plans that fit however unevenly the
+    router chooses. progress: called as progress(simulated, best so far). jobs: processes that search
+    families side by side, with the same result.
+
+    The other arguments are those of mopsim.simulate. Raises MopError. That nothing fits is a result."""
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,

@@ -50,13 +50,12 @@ Told = Callable[[int, int, str], None]
 
 
 class Clusters(Result):
-    """For each machine type the cluster that does it, or why there is none.
+    """For each machine type the cluster that meets the limits, or the reason why there is none.
 
-    `cheapest` and `fastest` (within max_cost) are of all clusters that were tried and do; `chosen` is the one
-    recommended: the cheapest, or where only a budget was given the fastest, or where no price is known that
-    of the fewest devices; None where none will do, and `miss` is then the nearest. `pareto`: what no other
-    cluster beats in cost and time.
-    """
+    `cheapest` and `fastest` (within max_cost) are chosen among all clusters that were tried and meet the
+    limits. `chosen` is the recommended one: the cheapest; if only a budget was given, the fastest; if no
+    price is known, the one with fewest devices. It is None if no cluster meets the limits, and `miss` is
+    then the nearest. `pareto` has the clusters that no other beats in cost and time."""
 
     recommended: dict[str, Any] | None
     hardware: list[dict[str, Any]]
@@ -70,7 +69,7 @@ class Clusters(Result):
 
     @property
     def miss(self) -> Miss | None:
-        """The nearest miss, where no cluster will do."""
+        """The nearest miss, if no cluster meets the limits."""
         goal = self.request.goal
         return None if self.chosen else points.nearest_miss(self.points, goal, self.request.confidence)
 
@@ -237,23 +236,23 @@ def size(
     interval: float = 0.9,
     progress: Told | None = None,
 ) -> Clusters:
-    """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and what it costs.
+    """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and its cost.
 
-    hardware: one machine type or several, as for mopsim.simulate. tokens: to train on, decimal ("1T"). days:
-    wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them at least.
-    With a budget alone the fastest cluster is recommended, else the cheapest. confidence: probability of
-    meeting the deadline that will do. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each
-    cluster. families, runnable: as for mopsim.search. max_nodes, max_devices: at most, without both 512
-    nodes. prices: dollars per device and hour by profile; reserved: the profile's price times
-    `reserved_factor`. buy: as a purchase; capex: dollars of a node by profile. sites: a YAML file of data
-    centres (mopsim/size/sites.yaml is one). assumptions: values in place of mopsim/size/assumptions.yaml, by
-    name. utilisation: share of the wall clock that trains, in place of what failures leave. max_cost:
-    dollars, for `fastest`. simulations: of a family, where a node count is searched. document_tokens: as for
-    mopsim.simulate. interval: probability of all intervals. jobs: processes. progress(done, known so far,
-    what was asked).
+    hardware: one machine type or several, as for mopsim.simulate. tokens: tokens to train on, decimal
+    ("1T"). days: deadline in days; days or budget is needed. budget: dollars for the rent of the run, or
+    with `buy` for the purchase. With a budget alone the fastest cluster is recommended, else the cheapest.
+    confidence: probability of meeting the deadline that is asked for. global_batch_tokens: tokens of a
+    step (binary, "4M"), fitted to each cluster. families: as for mopsim.search. runnable: as for
+    mopsim.search. max_nodes: largest number of nodes; 512 if neither limit is given. max_devices: largest
+    number of devices. prices: dollars per device and hour, by profile. reserved: rent at the profile's
+    price times `reserved_factor`. buy: buy the cluster. capex: dollars of a node, by profile. sites: a
+    YAML file of data centres (mopsim/size/sites.yaml is one). assumptions: values that replace those of
+    mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, instead of the
+    computed goodput. max_cost: most dollars of the `fastest` cluster. simulations: simulations of a family
+    at a searched node count. document_tokens: as for mopsim.simulate. interval: probability of all
+    intervals. jobs: number of processes. progress: called as progress(done, known so far, what was asked).
 
-    That no cluster will do is a result. Raises MopError.
-    """
+    That no cluster meets the limits is a result. Raises MopError."""
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     machines = _distinct(hardware)
