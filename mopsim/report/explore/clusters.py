@@ -54,7 +54,7 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
         for one in rows
     ]
     costed = [one for one in rows if one["days"] is not None and one.get("cost_usd") is not None]
-    note = "Green: recommended. Grey: will not do."
+    note = "Green: recommended. Grey: does not meet the limits."
     views = [keyed("Clusters that were tried", _CLUSTER, rows, note, marks)]
     if costed:
         views.append(_scatter("Cost against time", costed, result))
