@@ -1,7 +1,7 @@
 """How many cases would get another stack by their words alone: python -m reports.validation.words.
 
-Every case as a row that names no stack, of a source that nobody knows (adr/0076). The columns that a case no longer has
-are empty, so that variants of one program which rules tell by them count as another.
+Every case as a row that names no stack, of a source that nobody knows (adr/0076). The columns that a case no
+longer has are empty, so that variants of one program which rules tell by them count as another.
 """
 
 from collections import Counter
@@ -38,9 +38,8 @@ def main() -> None:
     cases = [case for path in sorted(Path(CASES).glob("*.jsonl")) for case in read_cases(path)]
     pairs = Counter((case.stack, found(case)) for case in cases)
     other = {pair: count for pair, count in pairs.items() if pair[0] != pair[1]}
-    print(
-        f"{len(cases)} cases, {sum(other.values())} with another stack, {len(stack_names())} sources are known by name"
-    )
+    wrong = sum(other.values())
+    print(f"{len(cases)} cases, {wrong} with another stack ({len(stack_names())} sources are known by name)")
     for (own, word), count in sorted(other.items(), key=lambda item: -item[1]):
         print(f"{count:5d} {own} -> {word}")
 
