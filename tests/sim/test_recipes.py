@@ -60,6 +60,8 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "torchtitan 2026-06, eager", "zero3", "torchtitan-2026"),
         ("new", "LLaMA-Factory, DeepSpeed ZeRO-3", "zero3", "deepspeed"),
         ("new", "Axolotl, DeepSpeed ZeRO-3, Liger", "zero3", "deepspeed-liger"),
+        ("new", "TRL SFTTrainer, DeepSpeed, Transformers 5.6", "zero3", "deepspeed-transformers5"),
+        ("new", "TRL SFTTrainer, FSDP2, Liger kernels", "zero3", "transformers-trl"),
         ("new", "TRL SFTTrainer with FSDP1", "zero3", "transformers-fsdp1"),
         ("new", "TRL SFTTrainer, FSDP2", "zero3", "trl"),
         ("new", "Megatron-SWIFT", "zero1", "megatron-core"),
