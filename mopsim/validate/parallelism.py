@@ -141,7 +141,7 @@ def _settled(
         found = changed(found, known.of("strategy"), "strategy")
     except MopError as error:
         raise UnsupportedError(str(error).split(":")[0].removeprefix("strategy."), str(error)) from error
-    if stack.resolve(found).activations.modules == ("mlp",) and known.row["recompute"] == "selective":
+    if stack.resolve(found).activations.modules[:1] == ("mlp",) and known.row["recompute"] == "selective":
         approximations += ("selective recompute of single ops: simulated as that of the FFN",)
     if (
         not found.overlap.experts
