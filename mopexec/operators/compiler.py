@@ -3,6 +3,7 @@ has what it calls.
 """
 
 import functools
+import importlib.util
 import inspect
 import os
 import shutil
@@ -47,9 +48,12 @@ def compiled(function: Function, *, dynamic: bool | None = None) -> Function:
 
 def check_compiler(field: str, *, cuda: bool) -> None:
     """Raise SpecError where TorchInductor would not find what it calls on this machine: a C++ compiler (for
-    Triton a C compiler) and Python's headers."""
+    a GPU Triton, and a C compiler for it) and Python's headers."""
     if BACKEND != "inductor":
         return
+    if cuda and importlib.util.find_spec("triton") is None:
+        rule = "needs Triton, which is not installed: torch's wheels for CUDA bring it; 'none' runs without"
+        raise SpecError(field, "block", rule)
     variable, usual = ("CC", ("gcc", "clang")) if cuda else ("CXX", (_CXX,))
     names = (os.environ[variable],) if os.environ.get(variable) else usual
     if not any(map(shutil.which, names)):

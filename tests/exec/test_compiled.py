@@ -172,3 +172,9 @@ def test_headers_of_python_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(SpecError, match=r"needs Python's headers, and .*Python.h is not found"):
         compiler.check_compiler("strategy.compile", cuda=False)
+
+
+def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"strategy.compile: 'block' needs Triton, which is not installed"):
+        compiler.check_compiler("strategy.compile", cuda=True)
