@@ -17,7 +17,7 @@ from mopsim.common.units import parse_tokens
 from mopsim.report.sizing import stated
 from mopsim.size import Goal, Point, Request, Sizing, Step, assume, figures, size_all
 from mopsim.size.counts import global_batch, least_nodes, node_counts
-from mopsim.size.figures import DAY
+from mopsim.size.figures import DAY, Terms
 from mopsim.size.goodput import rack_nodes, whole_racks
 from mopsim.size.points import recommend
 from mopsim.spec.hardware import HardwareProfile
@@ -188,7 +188,10 @@ def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
     much for 4.5. 40 cost $102,871."""
     machine, model = load_profile("h200-sxm-141g"), load_model("qwen3_30b_a3b")
     goal = Goal(10**12, None, 100_000)
-    asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=128, assumptions=AS_SIMULATED)
+    terms = Terms(rent={machine.name: 3.5})
+    asked = Request(
+        model, goal, 4096, 2**22, ("fsdp2",), max_nodes=128, assumptions=AS_SIMULATED, terms=terms
+    )
     best = size(asked, machine).best
     assert best is not None
     assert best.num_nodes == 32
