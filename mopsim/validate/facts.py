@@ -94,7 +94,9 @@ def facts(row: Row) -> RowFacts:
     more = {"stack": row.get("stack", ""), "stages": _stages(row), "names": names}
     more["date"], more["dated"] = _month(row, names.lower())
     if more["stack"] in UNKNOWN:
-        more["stack"] = stack_names().get(row["source"]) or _named({**row, **more})
+        by_words = _named({**row, **more})
+        more["stack"] = stack_names().get(row["source"]) or by_words
+        more["by_words"] = "yes" if by_words and row["source"] not in stack_names() else ""
     known = applied(rules(), row, ROOTS, more)
     settings, graphs = dict(known.settings), known.row.get("graphs", "")
     if graphs not in (*UNKNOWN, "none"):
@@ -108,23 +110,38 @@ def facts(row: Row) -> RowFacts:
     return replace(known, settings=settings)
 
 
-_MONTH = re.compile(r"(?<!\d)(20(?:1[7-9]|2\d))(?:-(0[1-9]|1[0-2])(?!\d)|(0[1-9]|1[0-2])(?:[0-3]\d)?(?!\d))")
+_NAMES = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+_MONTH = re.compile(
+    r"(?<![0-9a-z])(20(?:1[7-9]|2\d))(?:[-/.](0?[1-9]|1[0-2])(?!\d|[-/.]\d{3})|(0[1-9]|1[0-2])"
+    r"(?:0[1-9]|[12]\d|3[01])?)(?![0-9a-z])(?! ?(?:tokens|samples|sequences|steps))"
+)
+_WORDS = re.compile(rf"\b({'|'.join(_NAMES)})[a-z]*\.?,? (?:\d\d?,? )?(20(?:1[7-9]|2\d))\b")
+_BACKWARDS = re.compile(r"(?<![\d./])(?:[0-3]?\d[./])?(0?[1-9]|1[0-2])[./](20(?:1[7-9]|2\d))(?!\d)")
 _RELEASE = re.compile(r"\b(?:nemo|ngc|pytorch|container|image|jax|release)[ :-]?(2[3-9])\.(0[1-9]|1[0-2])\b")
-"""Months as dates have them, and as NVIDIA's containers and NeMo are numbered."""
+"""Months as dates have them (2026-08, 2026/8, 202608, 20260815; August 2026; 15.08.2026), and as NVIDIA's
+containers and NeMo are numbered."""
+_OTHERS = re.compile(
+    r"\b(?:no|not|never|vs\.?|versus|unlike|without|instead of|rather than|compared (?:to|with)) [^\s,;]+"
+)
+"""A program that is named to say that it is another."""
 
 
 def _month(row: Row, names: str) -> tuple[str, str]:
     """The latest month that the row's words name and `yes`; else the first in which its card and its network
     were there and ''."""
-    said = {f"{year}-{one or other}" for year, one, other in _MONTH.findall(names)}
-    said |= {f"20{year}-{month}" for year, month in _RELEASE.findall(names)}
+    said = {(year, one or other) for year, one, other in _MONTH.findall(names)}
+    said |= {(year, str(_NAMES.index(month) + 1)) for month, year in _WORDS.findall(names)}
+    said |= {(year, month) for month, year in _BACKWARDS.findall(names)}
+    said |= {(f"20{year}", month) for year, month in _RELEASE.findall(names)}
+    months = {f"{year}-{int(month):02d}" for year, month in said}
     bounds = (one.month for one in first_months() if one.fits(row))
-    return (max(said), "yes") if said else (max(bounds, default=""), "")
+    return (max(months), "yes") if months else (max(bounds, default=""), "")
 
 
 def _named(row: Row) -> str:
-    """The stack of the program that the row's words name."""
-    return next((one.stack for one in programs() if one.fits(row)), "")
+    """The stack of the program that the row's words name, but for those that they say it is not."""
+    said = {**row, "names": _OTHERS.sub("", row["names"].lower())}
+    return next((one.stack for one in programs() if one.fits(said)), "")
 
 
 def _stages(row: Row) -> str:

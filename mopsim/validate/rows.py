@@ -221,7 +221,9 @@ def _stack(row: Row) -> tuple[str, tuple[str, ...]]:
     """The stack, or file of one, that the row names, or that its source does; else a general one, which is
     told."""
     if row["stack"]:
-        return row["stack"], ()
+        month = row.get("date") or "no month"
+        by = f"stack {row['stack']}: none is stated, the row's words and month ({month}) name it"
+        return row["stack"], (by,) if row.get("by_words") else ()
     usual = families()[family_of(row)].stack
     return usual, (f"stack {usual}: none is stated, and none is known of the source {row['source']!r}",)
 
