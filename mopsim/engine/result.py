@@ -9,7 +9,7 @@ from mopsim.common.units import format_bytes, format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
-from mopsim.spec.categories import shown_as
+from mopsim.spec.categories import shown_as, spoken
 from mopsim.spec.line import describe
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
@@ -132,6 +132,11 @@ class SimResult:
         """Of the device, or where that is enough of the host."""
         device, host = self.missing_bytes
         return device or host
+
+    @property
+    def excess(self) -> str:
+        """'gradients are 187.55 GiB over': by what it does not fit."""
+        return f"{spoken(self.over or '')} {format_bytes(self.over_bytes)} over"
 
     @property
     def missing(self) -> str:

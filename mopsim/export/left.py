@@ -52,7 +52,7 @@ def left(plan: Plan, gaps: Sequence[SpecError]) -> Left | None:
         result = simulate(plan.model, hardware, plan.hardware.num_nodes, strategy, plan.training, plan.stack)
     except MopError as error:
         return Left(why=str(error))
-    over = f", {result.over} is {format_bytes(result.over_bytes)} over" if result.over else ""
+    over = f", {result.excess}" if result.over else ""
     return Left(result.peak_memory, result.memory_limit, f"{result.verdict}{over}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
-from mopsim.intervals.spread import Ratio
+from mopsim.intervals.spread import SURE, Ratio
 from mopsim.search.result import TIE, at_most, exhausted, format_gap
 from mopsim.spec.categories import WAITING
 from mopsim.spec.line import waits_for
@@ -88,6 +88,22 @@ def odds(results: Results) -> str:
     if len(first) != 1 or not slower:
         return ""
     return f"probability {format_probability(first[0][1].times_as_fast_as(slower[0][1]).p_faster)}"
+
+
+def doubts(results: Results) -> str:
+    """'may not fit: P 0.75', where several fit 'a may not fit: P 0.75': those that fit, but with a
+    probability below SURE."""
+    fitting = {label: one for label, one in results.items() if one and one.fits}
+    return ", ".join(
+        f"{label if len(fitting) > 1 else ''} may not fit: P {format_probability(one.p_fits)}".strip()
+        for label, one in fitting.items()
+        if unsure(one)
+    )
+
+
+def unsure(one: SimResult) -> bool:
+    """Whether it fits, but with a probability below SURE."""
+    return one.fits and one.p_fits < SURE
 
 
 def _how_surely(results: Results, level: float) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 from textwrap import wrap
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from matplotlib.transforms import ScaledTranslation
 from rich.console import Group
@@ -13,7 +13,8 @@ from rich.text import Text
 
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
-from mopsim.report.findings import Results, odds, outcome
+from mopsim.intervals.spread import SURE
+from mopsim.report.findings import Results, doubts, odds, outcome, unsure
 from mopsim.report.page import Table
 from mopsim.report.style import SERIES, figure, legend_below
 from mopsim.report.tables import beside, columns, plan_line, rate, row
@@ -21,8 +22,13 @@ from mopsim.report.terminal import duration, size, table
 
 T = TypeVar("T")
 NO_MEMORY, NO_STRATEGY = "does not fit in memory", "no legal strategy"
+MAY_NOT = f"may not fit: P(fits) below {SURE:g}"
+"""What a hollow point says."""
 MARKS = {NO_MEMORY: "x", NO_STRATEGY: "+"}
 """Why a strategy has no throughput, and the mark of that."""
+HOLLOW: dict[str, Any] = {
+    "marker": "o", "markerfacecolor": "white", "markeredgewidth": 2, "linestyle": "none", "zorder": 4,
+}  # fmt: skip
 TITLE = 84
 """Characters of a line of a figure's title."""
 
@@ -115,14 +121,19 @@ class Sweep:
 
 
 def over(sweep: Sweep) -> str:
-    """'Over nodes: a is fastest at 1 (probability 0.53), 2 (probability 0.8); a and b tie at 4, 8'."""
+    """'Over nodes: a is fastest at 1 (probability 0.53), 2 (probability 0.8); a and b tie at 4, 8 (b may not
+    fit: P 0.75)'."""
     places: dict[str, list[str]] = {}
     for point in sweep.points:
-        sure = odds(point.results)
-        name = f"{point.name} ({sure})" if sure else point.name
-        places.setdefault(outcome(point.results), []).append(name)
+        places.setdefault(outcome(point.results), []).append(f"{point.name}{_aside(point.results)}")
     found = [f"{said} at {', '.join(names)}" for said, names in places.items()]
     return "; ".join(filter(None, (f"Over {sweep.setting}: {'; '.join(found)}", sweep.part)))
+
+
+def _aside(results: Results) -> str:
+    """' (probability 0.53; b may not fit: P 0.75)': how surely the outcome holds."""
+    said = "; ".join(filter(None, (odds(results), doubts(results))))
+    return f" ({said})" if said else ""
 
 
 def _title(sweep: Sweep) -> str:
@@ -134,13 +145,12 @@ def _title(sweep: Sweep) -> str:
     last, name = reached[-1].results, reached[-1].name
     leaders = [label for label, one in last.items() if one and one.fits]
     if len(leaders) < len(last):
-        return f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {name} {unit}"
+        return f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {name} {unit}{_aside(last)}"
     whole = [point.name for point in reached if all(one and one.fits for one in point.results.values())]
     holes = len(whole) < sweep.points.index(reached[-1]) + 1
-    sure = odds(last)
     first = f"; {outcome(last)} {f'at {name}' if holes else 'there'}" if len(last) > 1 else ""
     where = f"at {', '.join(whole)}" if holes else f"up to {name}"
-    return f"All fit {where} {unit}{first}{f' ({sure})' if sure else ''}"
+    return f"All fit {where} {unit}{first}{_aside(last)}"
 
 
 def _lost(result: SimResult | None) -> str:
@@ -158,9 +168,9 @@ def _band(result: SimResult | None, level: float) -> tuple[float, float]:
 
 
 def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> None:
-    """Throughput over the setting; where there is none the line ends, and a mark on the axis says why.
-    level: of the bands. where: the network and the machine, for the title, which says too what is held
-    constant, and how many devices plans use that do not use all."""
+    """Throughput over the setting; where there is none the line ends, and a mark on the axis says why; a
+    hollow point may not fit. level: of the bands. where: the network and the machine, for the title, which
+    says too what is held constant, and how many devices plans use that do not use all."""
     below = "; ".join(filter(None, (where, sweep.held, sweep.part)))
     lost = sweep.by_label(_lost)
     marks = {why: mark for why, mark in MARKS.items() if any(why in found for found in lost.values())}
@@ -168,10 +178,16 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
         for index, (label, heights) in enumerate(sweep.rates().items()):
             tint = SERIES[index % len(SERIES)]
             axis.plot(sweep.values, heights, marker="o", color=tint, linewidth=2, label=label)
+            hollow = [one and unsure(one) for one in (point.results[label] for point in sweep.points)]
+            rims = [nan if not bare else y for y, bare in zip(heights, hollow, strict=True)]
+            if any(hollow):
+                axis.plot(sweep.values, rims, color=tint, **HOLLOW)
             low, high = zip(*(_band(point.results[label], level) for point in sweep.points), strict=True)
             axis.fill_between(sweep.values, low, high, color=tint, alpha=0.18, linewidth=0)
             for why, mark in marks.items():
                 at = [x for x, one in zip(sweep.values, lost[label], strict=True) if one == why]
+                if not at:  # points that are not clipped, and are none, have an infinite extent
+                    continue
                 aside = ScaledTranslation(0.12 * index, 0, axis.figure.dpi_scale_trans)
                 axis.scatter(
                     at, [0] * len(at), marker=mark, s=70, linewidth=2.5, color=tint, zorder=5, clip_on=False,
@@ -181,6 +197,8 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
             axis.fill_between(
                 [], [], [], color="#515a5a", alpha=0.18, linewidth=0, label=f"{level:.0%} interval"
             )
+        if any(map(unsure, sweep.every)):
+            axis.plot([], [], color="#515a5a", label=MAY_NOT, **HOLLOW)
         for why, mark in marks.items():
             axis.scatter([], [], marker=mark, color="#515a5a", label=why)
         axis.set_xscale("log", base=2)

@@ -135,10 +135,11 @@ def comparison(
 
 def _limits(result: SimResult) -> str:
     """'A rank has 137.90 GiB of device memory (of the device's 140.40 GiB, 2.50 GiB are for driver and
-    framework) and 1.5 TiB of host memory'."""
+    framework) and 1.5 TiB of host memory'. A CPU's tensors on the host are in the same memory."""
     device, aside, pool = result.memory_limit, result.set_aside, result.stack.pool
     beside = pool > 0 and abs(device - pool * (device + aside)) < 2  # else they leave less than the pool
-    what = f"lie beside the stack's pool of {pool:g}" if beside else "are for driver and framework"
+    own = "the process and its host tier" if result.each == "rank" else "driver and framework"
+    what = f"lie beside the stack's pool of {pool:g}" if beside else f"are for {own}"
     whole = f" (of the device's {format_bytes(device + aside)}, {format_bytes(aside)} {what})"
     return (
         f"A rank has {format_bytes(device)} of device memory{whole if aside else ''} and "
@@ -189,7 +190,7 @@ def best_of_others(
 def _beyond(result: SimResult) -> str:
     """What is over a limit, or may be."""
     if not result.fits:
-        return f": {result.over} is {format_bytes(result.over_bytes)} over"
+        return f": {result.excess}"
     described = result.device.as_described.below(result.memory_limit)
     chances = {"device": described, "host": result.p_host}
     return "".join(

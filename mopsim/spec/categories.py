@@ -60,6 +60,19 @@ KEPT = (
 """Kernels of a layer that a recomputation by operator may leave out (names of the layers' tapes)."""
 PHASES = ("forward", "recompute", "backward", "optimizer")
 
+SPOKEN = {
+    "params": "parameters", "grads": "gradients", "gathered": "gathered parameters",
+    "gathered_grads": "gathered gradients", "optimizer": "optimizer states", "dispatch": "routed tokens",
+    "host": "tensors on the host",
+}  # fmt: skip
+"""Categories of memory whose name in a sentence is another."""
+
+
+def spoken(category: str) -> str:
+    """'gradients are': a category of memory as the subject of a sentence."""
+    name = SPOKEN.get(category, category)
+    return f"{name} {'is' if name in ('framework', 'staging') else 'are'}"
+
 
 def shown_as(parts: Mapping[str, float]) -> dict[str, float]:
     """Amounts by kind, under the names that people see."""
