@@ -9,6 +9,7 @@ from rich.text import Text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.errors import known_errors
+from mopsim.intervals.spread import SURE
 from mopsim.report.tables import between
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
@@ -263,33 +264,45 @@ def chances(point: Point, request: Request) -> str:
 
 
 def fits_surely(one: Point | None, chosen: Point | None) -> str:
-    """'3 nodes (24 devices) of h200-sxm-141g, whose plan fits with probability 0.95 instead of 0.76, at 1.29
-    times the cost: 33.1 days, $67 k'. one: `mopsim.size.points.surer_to_fit`; empty where there is none."""
+    """'3 nodes (24 devices) of h200-sxm-141g, whose plan fits with probability 0.95 instead of 0.76 (0.9 is
+    aimed at), at 1.29 times the cost: 33.1 days, $67 k'; of the chosen number of nodes which plan too. one:
+    `mopsim.size.points.surer_to_fit`; empty where there is none."""
     if one is None or chosen is None:
         return ""
     (result, theirs), (tight, mine) = one.step_and_bill, chosen.step_and_bill
     times = f", at {theirs.cost / mine.cost:.2f} times the cost" if theirs.cost and mine.cost else ""
     cost = f", {format_dollars(theirs.cost)}" if theirs.cost else ""
+    same = (one.hardware.name, one.num_nodes) == (chosen.hardware.name, chosen.num_nodes)
+    plan = f" (plan: {result.line} on {result.stack.name})" if same else ""
+    which, what = ("the same ", "surer plan") if same else ("", "plan")
+    odds, less = map(format_probability, (result.p_fits, tight.p_fits))
     return (
-        f"{one.hardware.cluster(one.num_nodes)}, whose plan fits with probability "
-        f"{format_probability(result.p_fits)} instead of {format_probability(tight.p_fits)}{times}: "
-        f"{format_days(theirs.days)} days{cost}"
+        f"{which}{one.hardware.cluster(one.num_nodes)}, whose {what} fits with probability {odds} instead of "
+        f"{less} ({SURE:g} is aimed at){times}: {format_days(theirs.days)} days{cost}{plan}"
     )
 
 
 def break_even(sizings: Sequence[Sizing], chosen: Point | None) -> str:
-    """'h200-sxm-141g would cost as much at 2.71 USD/h (billed at 3.5)': of what the other machine types are
-    rented for, those too that are beyond the budget; empty where nothing is."""
+    """'12 nodes (96 devices) of b200-sxm-192g for 1.7 days cost as much as 3 nodes (24 devices) of
+    h200-sxm-141g for 9.8 days at 3.52 USD/h (billed at 3.5)': of what the other machine types are rented for,
+    those too that are beyond the budget; empty where nothing is."""
     mine = chosen.figures if chosen else None
     if mine is None or mine.cost is None or chosen is None:
         return ""
     others = [one for one in sizings if one.hardware.name != chosen.hardware.name]
-    bills = {one.hardware.name: one.rival.figures for one in others if one.rival}
-    return "; ".join(
-        f"{name} would cost as much at {price:.3g} USD/h (billed at {bill.price_for(bill.cost):g})"
-        for name, bill in bills.items()
-        if bill and bill.cost and (price := bill.price_for(mine.cost))
-    )
+    found = [
+        f"{_for_days(one)} at {price:.3g} USD/h (billed at {bill.price_for(bill.cost):g})"
+        for one in (sizing.rival for sizing in others)
+        if one and (bill := one.figures) and bill.cost and (price := bill.price_for(mine.cost))
+    ]
+    verb = "costs" if chosen.num_nodes == 1 else "cost"
+    return f"{_for_days(chosen)} {verb} as much as {', or '.join(found)}" if found else ""
+
+
+def _for_days(point: Point) -> str:
+    """'3 nodes (24 devices) of h200-sxm-141g for 9.8 days'."""
+    _, bill = point.step_and_bill
+    return f"{point.hardware.cluster(point.num_nodes)} for {format_days(bill.days)} days"
 
 
 def missed(miss: Miss | None, flag: str = "--max-nodes") -> str:

@@ -1,11 +1,12 @@
 """One question of a sizing: the fastest plan at a node count, from plans of other counts and a search."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mopsim.common.garbage import collected_later
 from mopsim.engine import SimResult
+from mopsim.intervals.spread import SURE
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.carry import carried, played, slower
@@ -53,7 +54,8 @@ class Ask:
 class Answer:
     """plans: the fastest that fits of each family, fastest first, without their timelines. why: what stops
     everything where there is none. tried: strategies that were carried here. behind: families that were
-    searched here and whose every plan takes more than FAR times as long as the best."""
+    searched here and whose every plan takes more than FAR times as long as the best. surer: of all that were
+    simulated the fastest that fits as surely as is aimed at, else the surest, where the first does not."""
 
     plans: tuple[SimResult, ...]
     simulated: int
@@ -61,6 +63,7 @@ class Answer:
     gap: float | None = None
     tried: tuple[Strategy, ...] = ()
     behind: tuple[str, ...] = ()
+    surer: SimResult | None = None
 
 
 @collected_later()
@@ -71,11 +74,13 @@ def answer(request: Request, ask: Ask) -> Answer:
     simulated, why, gap = len(fitting), "no plan of another number of nodes fits here", None
     best: dict[str, SimResult] = {}
     searched: SimResult | None = None
+    others: list[SimResult] = []
     behind: tuple[str, ...] = ()
     if ask.simulations:
         options = Options(ask.families, 1, ask.simulations, axes=coarse, rows=ROWS)
         found = search(request.problem(ask.hardware, ask.num_nodes, training), options)
         simulated += found.simulated
+        others = found.played
         fitting += [one for one in found.best_by_family.values() if one is not None]
         why, gap, searched = _memory_reason(found), found.gap, found.best
         behind = tuple(family for family, times in found.behind.items() if times > FAR)
@@ -85,7 +90,16 @@ def answer(request: Request, ask: Ask) -> Answer:
     plans = tuple(_small(one) for one in best.values())
     if plans and gap is not None and searched is not None:  # it is the search's, of its own best
         gap = max(0.0, (1 + gap) * plans[0].step_time / searched.step_time - 1)
-    return Answer(plans, simulated, "" if plans else why, gap, tried, behind)
+    other = _surer(plans, [*fitting, *others])
+    return Answer(plans, simulated, "" if plans else why, gap, tried, behind, other and _small(other))
+
+
+def _surer(plans: Sequence[SimResult], others: Iterable[SimResult]) -> SimResult | None:
+    """`Answer.surer`, of `others`."""
+    if not plans or plans[0].p_fits >= SURE:
+        return None
+    found = [one for one in others if one.fits and one.p_fits > plans[0].p_fits]
+    return min(found, key=lambda one: (-min(one.p_fits, SURE), one.step_time), default=None)
 
 
 def merged(before: Answer, after: Answer) -> Answer:
@@ -102,7 +116,9 @@ def merged(before: Answer, after: Answer) -> Answer:
     if gap is None and before.gap is not None and plans:  # of the same count: the search's bound stays
         beaten = (1 + before.gap) * plans[0].step_time / before.plans[0].step_time - 1
         gap = beaten if beaten > 0 else None
-    return Answer(plans, before.simulated + after.simulated, "" if plans else after.why, gap)
+    simulated = before.simulated + after.simulated
+    surer = _surer(plans, filter(None, (before.surer, after.surer, *first.plans, *then.plans)))
+    return Answer(plans, simulated, "" if plans else after.why, gap, surer=surer)
 
 
 def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], tuple[Strategy, ...]]:
@@ -170,7 +186,10 @@ def judged(request: Request, ask: Ask, found: Answer) -> Point:
     training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
     if not found.plans:
         return Point(ask.hardware, ask.num_nodes, training, None, None, False, found.why)
-    return billed(request, ask.hardware, ask.num_nodes, training, found.plans[0], found.gap)
+    point = billed(request, ask.hardware, ask.num_nodes, training, found.plans[0], found.gap)
+    if found.surer is None:
+        return point
+    return replace(point, surer=billed(request, ask.hardware, ask.num_nodes, training, found.surer))
 
 
 def billed(

@@ -113,7 +113,8 @@ class Point:
     """One node count of one machine type. result: the fastest strategy that fits with room to spare, if one
     was found; figures: of its cheapest site; sites: of each. in_time: soon enough with the confidence asked;
     affordable: within the budget. `why` says what is wrong with a point that does not do. gap: as a
-    search's, None where its strategy is of another cluster and its number of nodes was not searched."""
+    search's, None where its strategy is of another cluster and its number of nodes was not searched. surer:
+    the same cluster with a slower plan that fits more surely, where one was simulated."""
 
     hardware: HardwareProfile
     num_nodes: int
@@ -125,6 +126,7 @@ class Point:
     gap: float | None = None
     affordable: bool = True
     sites: tuple[Figures, ...] = ()
+    surer: "Point | None" = None
 
     @property
     def num_devices(self) -> int:
@@ -235,8 +237,8 @@ def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | 
 
 def surer_to_fit(points: Sequence[Point], chosen: Point | None) -> Point | None:
     """The cheapest point that does and fits as surely as plans are asked to, even if its program keeps more
-    than its stack says; else the surest of those that fit more surely than the chosen one. None where that is
-    as sure itself."""
+    than its stack says; else the surest of those that fit more surely than the chosen one. Of each number of
+    nodes its fastest plan, and its surer one. None where the chosen one is as sure itself."""
     plan = chosen.result if chosen else None
     if plan is None or plan.p_fits >= spread.SURE:
         return None
@@ -247,7 +249,7 @@ def surer_to_fit(points: Sequence[Point], chosen: Point | None) -> Point | None:
             point.num_devices,
             point,
         )
-        for point in points
+        for point in (*points, *(one.surer for one in points if one.surer))
         if point.does and (one := point.result) and (bill := point.figures) and one.p_fits > plan.p_fits
     ]
     return min(found, key=lambda one: one[:3])[3] if found else None

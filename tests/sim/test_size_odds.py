@@ -11,7 +11,8 @@ from mopsim.api.size import Clusters
 from mopsim.api.size_json import brief_json
 from mopsim.common.units import format_probability
 from mopsim.report.decision import Decision, content, texts
-from mopsim.report.sizing import break_even, chances, columns, row
+from mopsim.report.sizing import break_even, chances, columns, fits_surely, format_days, row
+from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.points import surer_to_fit
 
 
@@ -40,12 +41,35 @@ def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found
         rf"in time with probability \S+ if it fits \(50% asked\); it fits with probability {odds}", said
     )
     better = f"{fitter.hardware.cluster(fitter.num_nodes)}, whose plan fits with probability"
-    assert (
-        f"More likely to fit: {better} {format_probability(fitter.result.p_fits)} instead of {odds}" in said
-    )
+    surer = f"{format_probability(fitter.result.p_fits)} instead of {odds} (0.9 is aimed at)"
+    assert f"More likely to fit: {better} {surer}" in said
     assert "the plan fits with probability" in texts(decision)["risks"][0]
     roomy = replace(chosen, result=replace(tight, memory_limit=10 * tight.peak_memory))
     assert surer_to_fit(others, roomy) is None
+
+
+def test_a_surer_plan_of_the_same_nodes_is_named(found: Clusters) -> None:
+    """3 nodes at 1.37 times the cost were named, and not the plan that was 5 % slower on the 2 chosen."""
+    point = found.chosen
+    assert point is not None
+    assert point.result is not None
+    plan = point.result
+    tight = replace(plan, memory_limit=round(1.02 * plan.peak_memory))
+    roomy = replace(plan, memory_limit=10 * plan.peak_memory, step_time=1.05 * plan.step_time)
+    slower = replace(roomy, step_time=1.2 * plan.step_time)
+    ask = Ask(point.hardware, point.num_nodes)
+    before, after = Answer((tight,), 1, gap=0.1, surer=slower), Answer((tight,), 1, surer=roomy)
+    assert merged(before, after).surer is roomy
+    assert merged(before, Answer((roomy,), 1)).surer is roomy
+    assert merged(before, Answer((replace(roomy, step_time=0.9 * plan.step_time),), 1)).surer is None
+    chosen = judged(found.request, ask, merged(before, after))
+    others = [one for one in found.points if one.num_nodes != chosen.num_nodes]
+    fitter = surer_to_fit([chosen, *others], chosen)
+    assert fitter is not None
+    assert fitter is chosen.surer
+    said = fits_surely(fitter, chosen)
+    assert said.startswith(f"the same {point.hardware.cluster(point.num_nodes)}, whose surer plan fits with ")
+    assert said.endswith(f" (plan: {plan.line} on {plan.stack.name})")
 
 
 def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> None:
@@ -59,7 +83,10 @@ def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> N
     assert other.figures is not None
     cheap = replace(other, figures=replace(other.figures, cost=(other.figures.cost or 0.0) / 2))
     price = rival["price_per_device_hour_usd"] / 2
-    said = f"h100-sxm-80g would cost as much at {price:.3g} USD/h (billed at {2 * price:g})"
+    days = f"for {format_days(other.figures.days)} days"
+    mine, theirs = (one.hardware.cluster(one.num_nodes) for one in (cheap, chosen))
+    billed_at = f"at {price:.3g} USD/h (billed at {2 * price:g})"
+    said = f"{mine} {days} cost as much as {theirs} {days} {billed_at}"
     assert break_even(found.sizings, cheap) == said
     (sizing,) = found.sizings
     cannot = replace(sizing, best=None, tried=[replace(chosen, affordable=False)])
