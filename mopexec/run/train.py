@@ -43,8 +43,7 @@ NO_UPDATE = StepResult(loss=0.0, grad_norm=0.0, tokens=0)
 """Of a step whose global batch has no target that counts; every rank sees that by itself."""
 TRACKED_STEPS = 2
 """Steps of a process whose memory is watched where nobody asked: later ones run without the tracker's cost. A
-router that learns may need more in a later step, so what is shown says up to which step it was seen.
-"""
+router that learns may need more in a later step, so what is shown says up to which step it was seen."""
 
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
@@ -74,8 +73,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
 
     build: `mopexec.run.apply.build`, or another that returns a Runner. stop: asked after every step.
     Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError,
-    WorkError from the first step on.
-    """
+    WorkError from the first step on."""
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.open_tokens(training_tokens(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
@@ -102,7 +100,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     if options.resume and not resumed:
         loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
     if tracking.slow:
-        loop.display.say(f"memory is watched until step {done + tracking.slow - 1}, uncompiled")
+        loop.display.say(tracking.compiles(done))
     loop.say_data()
     with at_work(), closing(loop):
         loop.run()
@@ -194,8 +192,7 @@ class _Loop:
 
     def _timed_step(self, step: int) -> tuple[StepResult, dict[str, float]]:
         """One optimizer step on this rank, its seconds and CPU seconds, and whether a checkpoint failed. The
-        batches count as memory of the step. An update beside the next step goes on.
-        """
+        batches count as memory of the step. An update beside the next step goes on."""
         with self.tracking.step(step - self.first_step):
             batches = self.feed.batches(step)
             self.job.platform.settle()
@@ -363,8 +360,7 @@ def _rules(options: TrainOptions) -> dict[str, str | int]:
 
 def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[str, Any]:
     """What the runner is built with beside a seed: the weights of --init-from, unless a checkpoint has
-    others.
-    """
+    others."""
     if not options.init_from or resumed:
         return {}
     from mopexec.weights.begin import open_weights
@@ -375,8 +371,7 @@ def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[st
 class _Tracking:
     """The tracker counts while the runner is built and in its first steps; in all, where it has a limit to
     enforce, options.tracked_steps does not say in how many, and nothing is compiled, which it would keep from
-    running. slow: steps up to the one that compiles.
-    """
+    running. slow: steps up to the one that compiles."""
 
     def __init__(self, options: TrainOptions, *, compiled: bool) -> None:
         self.tracker = MemoryTracker(options.device_limit, options.host_limit)
@@ -384,6 +379,11 @@ class _Tracking:
         self._always = limited and not options.tracked_steps and not compiled
         self._first = options.tracked_steps or TRACKED_STEPS
         self.slow = self._first + 1 if compiled else 0
+
+    def compiles(self, done: int) -> str:
+        """When layers are compiled, in a process that goes on after step `done`."""
+        first = done + self.slow
+        return f"memory is watched until step {first - 1}, uncompiled; step {first} compiles (slow)"
 
     def last(self, step: int, first: int) -> int:
         """The last step (from 0) that was watched up to `step`, in a process that began with `first`."""

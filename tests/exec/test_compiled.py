@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
 from mopexec.operators import compiler
+from mopexec.run.options import TrainOptions
 from mopexec.run.supported import check_supported
+from mopexec.run.train import _Tracking
 from mopsim.common import io
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
@@ -122,6 +124,14 @@ def test_a_watched_step_compiles_nothing() -> None:
     before, after = pool(2).run(WORKER, "watched", compiled(shard(expert_parallel=2)))[0]
     assert before == 0
     assert after > 0
+
+
+def test_a_run_says_which_step_compiles() -> None:
+    """It said only until when memory is watched, and the step after that took a minute."""
+    options = TrainOptions(plan="plan.yaml", steps=9, out="out", tracked_steps=2)
+    said = "memory is watched until step 7, uncompiled; step 8 compiles (slow)"
+    assert _Tracking(options, compiled=True).compiles(5) == said
+    assert _Tracking(options, compiled=False).slow == 0
 
 
 @pytest.mark.parametrize(("first", "then"), [("none", "block"), ("block", "none")])
