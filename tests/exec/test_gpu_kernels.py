@@ -1,6 +1,5 @@
 """What the kernels of a GPU are called with, on a machine without one: by tensors without data and stubs."""
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mopexec.model.attention import causal_attention
-from mopexec.operators import cudnn, fused, grouped
+from mopexec.operators import compiler as operators_compiler
+from mopexec.operators import cudnn, grouped
 from mopexec.operators.attention_core import Core
 from mopexec.operators.documents import Documents, cumulative, positions
 from mopexec.operators.grouped import Groups, _in_one_kernel
@@ -22,23 +22,24 @@ from mopsim.spec.stacks import load_stack
 CUDA = load_stack("mopexec-flat").on_kind("cuda").kernels
 
 
-def _older_compile(leaf: Any, *, dynamic: bool, fullgraph: bool) -> Any:
-    return _COMPILE(leaf, dynamic=dynamic, fullgraph=fullgraph, backend="eager")
+def _older_compile(leaf: Any, *, dynamic: bool, fullgraph: bool, backend: str) -> Any:
+    return _COMPILE(leaf, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
 
 
 _COMPILE = torch.compile
 
 
-@pytest.mark.parametrize("compiler", [functools.partial(torch.compile, backend="eager"), _older_compile])
+@pytest.mark.parametrize("compiler", [torch.compile, _older_compile])
 def test_an_op_has_many_variants(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By flags, strides and dtypes; called from another thread, as autograd does."""
     monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(operators_compiler, "BACKEND", "eager")
     torch._dynamo.reset()
 
     def leaf(x: Tensor, *flags: bool) -> Tensor:
         return x + sum(2**place for place, flag in enumerate(flags) if flag)
 
-    run = fused._compiled(leaf)
+    run = operators_compiler.compiled(leaf, dynamic=True)
     with ThreadPoolExecutor(1) as thread:
         found = thread.map(
             lambda flags: run(torch.zeros(()), *flags).item(), product((False, True), repeat=4)

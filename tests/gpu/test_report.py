@@ -102,7 +102,7 @@ def test_a_tiny_run_over_gloo(tmp_path: Path) -> None:
     def forked(arguments: Sequence[str]) -> int:
         return run_command(list(arguments[2:]), 2, tmp_path)[0]
 
-    runs = iter((execute_here(120), forked))
+    runs = iter((execute_here(600), forked))
     assert main([str(tmp_path), "--tiny", "--ranks", "2"], lambda arguments: next(runs)(arguments)) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert all(row["tokens_per_s"] > 0 for row in found.values())

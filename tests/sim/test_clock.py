@@ -28,12 +28,13 @@ def _by_clock(scripts: list[Script]) -> Log:
         wake = yield
         for place, (what, value) in enumerate(scripts[number]):
             if what == "pass":
-                clock.after(value, wake)
-                yield
+                if not clock.passes(clock.now + value):
+                    clock.at(clock.now + value, wake)
+                    yield
             elif what == "tell":
                 told.add(value)
                 for one in waiting.pop(value, ()):
-                    clock.after(0.0, one)
+                    clock.wake(one)
             elif value not in told:
                 waiting.setdefault(value, []).append(wake)
                 yield
@@ -74,8 +75,8 @@ def test_it_wakes_as_processes_of_simpy_are_woken(scripts: list[Script]) -> None
 
 def test_who_is_overtaken_is_not_woken() -> None:
     clock, woken = Clock(), []
-    first = clock.after(1.0, Wake(lambda now: woken.append("first")))
-    clock.after(1.0, Wake(lambda now: woken.append("second")))
+    first = clock.at(1.0, Wake(lambda now: woken.append("first")))
+    clock.at(1.0, Wake(lambda now: woken.append("second")))
     clock.overtake(first)
     clock.play()
     assert woken == ["second"]
