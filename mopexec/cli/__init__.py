@@ -31,7 +31,10 @@ Limit = Annotated[str | None, typer.Option(help="bytes of one rank that may be u
 TrackedSteps = Annotated[
     int,
     typer.Option(
-        min=0, max=10**9, help="number of first steps whose memory is tracked; 0: all under a limit, else two"
+        min=0,
+        max=10**9,
+        help="number of first steps whose memory is tracked, and which are not compiled; 0: all under a "
+        "limit, if the plan compiles nothing, else two",
     ),
 ]
 Routing = Annotated[

@@ -299,10 +299,15 @@ def _summary(outcome: dict[str, Any]) -> str:
     if outcome["others"] > LOST:
         left_out += f"; other programs had {outcome['others']:.0%} of the cores"
     against = f" (predicted {format_seconds(predicted)})" if predicted else ""
+    speed = "no step time measured"
+    if outcome["step_time_s"] is not None:
+        speed = (
+            f"{format_seconds(outcome['step_time_s'])} a step{against}, "
+            f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks"
+        )
     return (
         f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "
-        f"{format_seconds(outcome['step_time_s'])} a step{against}, "
-        f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks, "
+        f"{speed}, "
         f"peak memory {format_bytes(outcome['peak_memory_bytes'])} device, "
         f"{format_bytes(outcome['host_memory_bytes'])} host{until}{left_out}; in {outcome['run']}"
     )

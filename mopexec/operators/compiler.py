@@ -7,8 +7,10 @@ import importlib.util
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def compiled(function: Function, *, dynamic: bool | None = None) -> Function:
 
 def check_compiler(field: str, *, cuda: bool) -> None:
     """Raise SpecError where TorchInductor would not find what it calls on this machine: a C++ compiler (for
-    a GPU Triton, and a C compiler for it) and Python's headers."""
+    a GPU Triton, and a C compiler for it) that works, Python's headers, a directory to compile in."""
     if BACKEND != "inductor":
         return
     if cuda and importlib.util.find_spec("triton") is None:
@@ -56,10 +58,43 @@ def check_compiler(field: str, *, cuda: bool) -> None:
         raise SpecError(field, "block", rule)
     variable, usual = ("CC", ("gcc", "clang")) if cuda else ("CXX", (_CXX,))
     names = (os.environ[variable],) if os.environ.get(variable) else usual
-    if not any(map(shutil.which, names)):
+    found = next(filter(shutil.which, names), None)
+    if found is None:
         lacking = f"{' or '.join(names)}, which is not found: install {usual[0]} or set {variable}"
         raise SpecError(field, "block", f"needs {lacking}; 'none' runs without")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
         rule = f"needs Python's headers, and {header} is not found: install python3-dev; 'none' runs without"
         raise SpecError(field, "block", rule)
+    problem = _problem(found, ".c" if cuda else ".cpp")
+    if problem:
+        rule = f"needs a compiler that works, and {problem.format(variable)}; 'none' runs without"
+        raise SpecError(field, "block", rule)
+
+
+_SOURCES = {".c": "#include <stdint.h>\nint64_t f(void) {return 1;}\n", ".cpp": "#include <cmath>\n"}
+
+
+@functools.cache
+def _problem(name: str, suffix: str) -> str:
+    """Why the compiler makes no library of a small file, where TorchInductor's would lie; '' where it does.
+    The variable that names the compiler is left open."""
+    where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "TorchInductor's own directory")
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # which may be made by the import
+
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            source, made = Path(folder) / f"small{suffix}", Path(folder) / "small.so"
+            source.write_text(_SOURCES[suffix], encoding="utf-8")
+            command = [name, "-shared", "-fPIC", str(source), "-o", str(made)]
+            ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            if ran.returncode == 0 and made.is_file() and made.stat().st_size:
+                return ""
+            said = (ran.stderr.strip().splitlines() or [f"it ends with {ran.returncode} and writes nothing"])[
+                0
+            ]
+            said = said.replace("{", "{{").replace("}", "}}")
+            return f"{name} makes no library of a small file in {where} ({said}): set {{}} to another"
+    except OSError as error:
+        told = error.strerror or error
+        return f"{where} cannot be compiled in ({told}): set TORCHINDUCTOR_CACHE_DIR to another"

@@ -16,19 +16,28 @@ from mopsim.common.io import Spec
 LOGS = "logs"
 
 
+_COMPILER = ("torch._inductor", "torch._dynamo")
+_FIELD = "strategy.compile"
+
+
 class WorkError(MopError):
     """What ended a rank at its work: one line that names it, and no mistake of the input."""
 
 
 @contextmanager
-def at_work() -> Iterator[None]:
-    """What is refused in this block is a failure, unless a limit that the user gave is reached."""
+def at_work(compiles: str = "none") -> Iterator[None]:
+    """What is refused in this block is a failure, unless a limit that the user gave is reached. compiles: the
+    plan's `strategy.compile`, which a failure of torch's compiler is told with."""
     try:
         yield
     except MopError as error:
         if getattr(error, "stopped_by", ""):
             raise
         raise WorkError(str(error)) from None
+    except Exception as error:
+        if compiles != "none" and type(error).__module__.startswith(_COMPILER):
+            error.add_note(f"{_FIELD}: {compiles}")
+        raise
 
 
 class Failure(Spec, frozen=True, kw_only=True):
@@ -48,7 +57,9 @@ def report(logs: Path, rank: int, error: BaseException) -> Failure:
     """Write rank's failure into `logs` and return it."""
     told = isinstance(error, MopError)
     text = str(error).strip().splitlines()
-    message = (text[0] if text else "") if told else f"{type(error).__name__}: {text[0] if text else ''}"
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_FIELD)]
+    names = [] if told else [*notes, type(error).__name__]
+    message = ": ".join([*names, text[0] if text else ""])
     path = logs / f"rank{rank}.traceback.txt"
     failure = Failure(
         rank=rank,

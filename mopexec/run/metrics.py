@@ -7,7 +7,7 @@ import platform as machine
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,8 +23,14 @@ from mopsim.common.units import format_bytes, format_seconds
 from mopsim.spec.plan import KindTiming, Measurement, Plan
 from mopsim.spec.routing import RoutingProfile
 
-Timed = tuple[float, float | None]
-"""A step's seconds and CPU seconds, as StepMetrics has them."""
+
+class Timed(NamedTuple):
+    """A step's seconds and CPU seconds, as StepMetrics has them; whether it is one of a process that compiles
+    and ran as it is or compiled first."""
+
+    seconds: float
+    used: float | None = None
+    uncompiled: bool = False
 
 
 class StepMetrics(Spec, frozen=True, kw_only=True):
@@ -111,15 +117,16 @@ class MetricsFile:
         self._file.truncate(self._last)
         self.write(metrics)
 
-    def step_times(self, strategy: str) -> list[list[Timed]]:
+    def step_times(self, strategy: str, *, compiles: bool) -> list[list[Timed]]:
         """Of the earlier steps under `strategy` (its digest), a list for each process."""
         by_process: dict[Any, list[Timed]] = {}
         for line in self._earlier:
             if line.get("strategy") == strategy and _finite(line.get("step_time_s")) and _updates(line):
                 used = line.get("cpu_time_s")
-                timed = (
+                timed = Timed(
                     float(line["step_time_s"]),
                     float(used) if used is not None and _finite(used) else None,
+                    compiles and line["step"] <= line.get("memory_step", 0) + 1,
                 )
                 by_process.setdefault(line.get("since"), []).append(timed)
         return list(by_process.values())
@@ -246,16 +253,16 @@ def measurement(
     expert_loads: tuple[int, ...] = (),
 ) -> Measurement:
     """The run's Measurement. step_times: every step of each process of the run; of each the first `warmup`
-    are left out, of the last while one remains, and of the others those that are not quiet. others,
-    expert_loads: see Measurement. memory: `agreed.peaks`, and `agreed.fullest` on cards.
+    are left out, of the last while one remains, all that are uncompiled, and of the others those that are
+    not quiet. others, expert_loads: see Measurement. memory: `agreed.peaks`, and `agreed.fullest` on cards.
     """
     *before, last = step_times
     kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]
-    after = [timed for times in kept for timed in times]
-    undisturbed = quiet([wall for wall, _ in after], [used for _, used in after])
-    steady = tuple(wall for (wall, _), chosen in zip(after, undisturbed, strict=True) if chosen)
+    after = [timed for times in kept for timed in times if not timed.uncompiled]
+    undisturbed = quiet([one.seconds for one in after], [one.used for one in after])
+    steady = tuple(one.seconds for one, chosen in zip(after, undisturbed, strict=True) if chosen)
     steps = sum(map(len, step_times))
-    median = statistics.median(steady)
+    median = statistics.median(steady) if steady else 0.0
     return Measurement(
         plan=plan,
         world_size=plan.strategy.world_size,
@@ -265,7 +272,7 @@ def measurement(
         resumed=len(before),
         step_times=steady,
         step_time_median=median,
-        tokens_per_second=tokens_per_step / median,
+        tokens_per_second=tokens_per_step / median if steady else 0.0,
         kinds=kinds,
         peak_memory=memory["peak_memory"],
         memory_by_category=memory["memory_by_category"],
@@ -279,3 +286,12 @@ def measurement(
         expert_loads=expert_loads,
         **{name: memory[name] for name in card.MEMORY if name in memory},
     )
+
+
+def measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
+    """See Measurement.routing. busiest: of the steady steps."""
+    shares = [share for share in busiest if math.isfinite(share)]
+    degree = plan.strategy.experts.expert_parallel
+    if not shares or degree == 1:
+        return plan.training.routing
+    return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"

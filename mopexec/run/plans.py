@@ -9,8 +9,10 @@ from mopexec.run import lock, supported
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.units import format_bytes
+from mopsim.spec import layout
 from mopsim.spec.capability import ROWS, job_of
 from mopsim.spec.plan import Plan
+from mopsim.spec.tensors import tensors
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 
@@ -64,8 +66,31 @@ def check_supported(plan: Plan) -> None:
     """Refuse a model or a mechanism that mopexec does not run, by name. Raises SpecError."""
     try:
         supported.check_supported(plan)
+        if plan.stack.runtime == "flat_units":
+            layout.check_buckets(params_of_rank(plan), plan.strategy.optimizer.bucket_params)
     except SpecError as refusal:
         raise refusal.within("plan") from None
+
+
+def params_of_rank(plan: Plan) -> int:
+    """Parameters that a rank of flat_units updates: its shards of the dense part and of the experts of each
+    layer, of the embedding, the final norm and the head."""
+    model, strategy = plan.model, plan.strategy
+    whole: dict[tuple[str | int, bool], int] = {}
+    for tensor in tensors(model):
+        unit = tensor.name.split(".")[0] if tensor.layer < 0 else tensor.layer
+        whole[unit, tensor.routed] = whole.get((unit, tensor.routed), 0) + tensor.numel
+    found = 0
+    for (unit, routed), numel in whole.items():
+        how, degree, split = strategy.experts, strategy.dense.fsdp, 1
+        if routed:
+            degree, split = how.expert_fsdp, how.expert_parallel
+        elif unit == "head" and strategy.vocabulary.loss == "ring":
+            split = strategy.vocabulary.vocab_parallel
+            numel = layout.ceil_div(model.vocab_size, split) * split * model.hidden_size
+            degree = strategy.stage_ranks // split
+        found += layout.shard_numel(numel // split, degree)
+    return found
 
 
 def check_compiler(plan: Plan) -> None:

@@ -1,9 +1,8 @@
 """The training loop of one rank, read top to bottom."""
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mopexec.run.evaluation import Evaluation, training_tokens
 from mopexec.run.failures import at_work
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
-from mopexec.run.metrics import Display, MetricsFile, StepMetrics, Timed, measurement
+from mopexec.run.metrics import Display, MetricsFile, StepMetrics, Timed, measured_routing, measurement
 from mopexec.run.options import TrainOptions
 from mopexec.run.runner import Runner, StepResult
 from mopexec.run.saver import Saver
@@ -41,14 +40,16 @@ Build = Callable[..., Runner]
 SUMMARY = "summary.json"
 NO_UPDATE = StepResult(loss=0.0, grad_norm=0.0, tokens=0)
 """Of a step whose global batch has no target that counts; every rank sees that by itself."""
+UNCOMPILED = "those of --tracked-steps run as they are, the next one compiles"
 TRACKED_STEPS = 2
 """Steps of a process whose memory is watched where nobody asked: later ones run without the tracker's cost. A
 router that learns may need more in a later step, so what is shown says up to which step it was seen."""
 
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
-    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. others,
-    expert_loads, routing: as of the Measurement."""
+    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. step_time_s,
+    tokens_per_s: None where no step ran compiled, under a plan that compiles. others, expert_loads, routing:
+    as of the Measurement."""
 
     run: str
     steps_done: int
@@ -56,8 +57,8 @@ class TrainOutcome(Spec, frozen=True, kw_only=True):
     checkpoint: str
     first_loss: float
     last_loss: float
-    step_time_s: float
-    tokens_per_s: float
+    step_time_s: float | None
+    tokens_per_s: float | None
     peak_memory_bytes: int
     host_memory_bytes: int
     memory_step: int
@@ -102,7 +103,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     if tracking.slow:
         loop.display.say(tracking.compiles(done))
     loop.say_data()
-    with at_work(), closing(loop):
+    with at_work(plan.strategy.compile), closing(loop):
         loop.run()
         kinds = {} if loop.stopped_by else loop.profile()
         return loop.conclude(kinds)
@@ -237,7 +238,9 @@ class _Loop:
         if line.targets:
             self.first_loss = self.first_loss if self.step_times else line.loss
             self.last_loss = line.loss
-        (self.step_times if line.targets else self.idle_times).append((line.step_time_s, line.cpu_time_s))
+        uncompiled = bool(self.tracking.slow) and line.step <= line.memory_step + 1
+        timed = Timed(line.step_time_s, line.cpu_time_s, uncompiled)
+        (self.step_times if line.targets else self.idle_times).append(timed)
         if self.metrics:
             self.metrics.write(line)
         if not math.isfinite(line.loss) or not math.isfinite(line.grad_norm):
@@ -299,7 +302,8 @@ class _Loop:
     def conclude(self, kinds: dict[str, KindTiming]) -> TrainOutcome:
         """Write the measurement of this process's steps, and how the run ended."""
         earlier = self.metrics.first_loss if self.metrics else None
-        before = self.metrics.step_times(self.strategy) if self.metrics else []
+        compiles = bool(self.tracking.slow)
+        before = self.metrics.step_times(self.strategy, compiles=compiles) if self.metrics else []
         seen = agreed.peaks(self.tracking.tracker, self.watch.share())
         measured = measurement(
             self.plan,
@@ -311,12 +315,14 @@ class _Loop:
             first_loss=self.first_loss if earlier is None else earlier,
             last_loss=self.last_loss,
             device=self.job.platform.device,
-            routing=_measured_routing(
+            routing=measured_routing(
                 self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
             ),
             others=max(self.options.others, seen["others"]),
             expert_loads=self.loads,
         )
+        if not measured.step_times:
+            self.display.say(f"no step time is measured: none of the steps ran compiled ({UNCOMPILED})")
         outcome = TrainOutcome(
             run=str(self.out),
             steps_done=self.done,
@@ -324,8 +330,8 @@ class _Loop:
             checkpoint=str(self.saver.last or ""),
             first_loss=measured.first_loss,
             last_loss=measured.last_loss,
-            step_time_s=measured.step_time_median,
-            tokens_per_s=measured.tokens_per_second,
+            step_time_s=measured.step_time_median or None,
+            tokens_per_s=measured.tokens_per_second or None,
             peak_memory_bytes=measured.peak_memory,
             host_memory_bytes=measured.host_memory,
             memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
@@ -339,17 +345,6 @@ class _Loop:
             io.write_yaml(self.out / "measurement.yaml", measured)
             io.write_json(str(self.out / SUMMARY), outcome)
         return outcome
-
-
-def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
-    """See Measurement.routing. busiest: of the steady steps."""
-    shares, degree = (
-        [share for share in busiest if math.isfinite(share)],
-        plan.strategy.experts.expert_parallel,
-    )
-    if not shares or degree == 1:
-        return plan.training.routing
-    return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"
 
 
 def _rules(options: TrainOptions) -> dict[str, str | int]:

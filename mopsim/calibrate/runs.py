@@ -25,7 +25,11 @@ def load_measurement(ref: str | Path) -> Measurement:
     target = measured_in(path)
     if not target.exists():
         raise MopError(f"measurements: {str(ref)!r} has no measurement.yaml: the run has not finished")
-    return upgrade.load_measurement(target)
+    found = upgrade.load_measurement(target)
+    if not found.step_times:
+        rule = "has no time of a step: none ran compiled, as its plan does; train it for more steps"
+        raise MopError(f"measurements: {str(ref)!r} {rule}")
+    return found
 
 
 def on_stack(measurement: Measurement, stack: Stack) -> Measurement:

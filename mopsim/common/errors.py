@@ -51,6 +51,21 @@ class SpecError(MopError, ValueError):
         return SpecError(".".join(filter(None, (prefix, self.field))), self.value, self.rule)
 
 
+class InnerError(SpecError):
+    """A refusal of what a field holds, in the words of whoever refused it: `field: text`."""
+
+    def __init__(self, text: str) -> None:
+        field, _, rule = text.partition(": ")
+        self.field, self.value, self.rule = field, None, rule
+        MopError.__init__(self, text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InnerError, (str(self),)
+
+    def within(self, prefix: str) -> SpecError:
+        return InnerError(f"{prefix}.{self}".lstrip("."))
+
+
 def one_line(message: str) -> str:
     """`message` without line breaks; what a terminal would not show, or obey, is written as its escape."""
     if len(message) > _LONGEST_LINE:

@@ -136,7 +136,8 @@ def early_buckets(
     groups: Sequence[Sequence[int]], shard_numels: Sequence[int], bucket_params: int
 ) -> list[list[Bucket]]:
     """The same of each group of units (places in `shard_numels`), in the groups' order: none has slices of
-    two groups, which are not updated together."""
+    two groups, which are not updated together. Raises SpecError where `optimizer_buckets` of all would."""
+    check_buckets(sum(shard_numels), bucket_params)
     found = []
     for group in groups:
         own = optimizer_buckets([shard_numels[place] for place in group], bucket_params)

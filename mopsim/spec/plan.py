@@ -163,9 +163,11 @@ class Measurement(Spec, frozen=True, kw_only=True):
     took cores from the ranks. others: part of the cores that other programs had just before its last process
     began, or of a rank's own core while that process worked after its warm-up, whichever is more, 0 to 1.
     resumed: how often it was resumed under this plan's strategy.
-    step_times: seconds of each steady step, slowest rank. step_time_median: seconds of the median step.
-    tokens_per_second: what all ranks train together. kinds: timings by kind of work, from profiled steps
-    of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that peak.
+    step_times: seconds of each steady step, slowest rank; empty where no step ran compiled, under a plan that
+    compiles. step_time_median: seconds of the median step, 0 without any.
+    tokens_per_second: what all ranks train together, 0 without step_times. kinds: timings by
+    kind of work, from profiled steps of rank 0. peak_memory: bytes of the fullest device.
+    memory_by_category: bytes at that peak.
     host_memory: bytes of the rank that keeps most there. allocated_bytes, reserved_bytes: peaks of torch's
     allocator on the card that has most, in the last process; left out on a CPU. device_used_bytes: used there
     by all programs at the end of a step, at most; left out where NVML does not tell. first_loss, last_loss:
@@ -208,7 +210,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory",
             "resumed", "disturbed",
         )  # fmt: skip
-        yield self.tokens_per_second > 0, "tokens_per_second", "must be positive"
+        yield self.tokens_per_second > 0 or not self.step_times, "tokens_per_second", "must be positive"
         sizes = {"peak_memory": self.peak_memory, "host_memory": self.host_memory}
         sizes |= {f"memory_by_category.{name}": size for name, size in self.memory_by_category.items()}
         for field in ("allocated_bytes", "reserved_bytes", "device_used_bytes"):
@@ -220,12 +222,15 @@ class Measurement(Spec, frozen=True, kw_only=True):
         yield all(count >= 0 for count in self.expert_loads), "expert_loads", "must not be negative"
         times, steady = self.step_times, self.steps - self.warmup - self.disturbed
         rule = f"less warmup and disturbed is not the {len(times)} step_times"
-        yield 1 <= steady == len(times), "steps", rule
+        yield steady == len(times), "steps", rule
+        compiles = self.plan.strategy.compile != "none"
+        yield bool(times) or compiles, "step_times", "must have a step where the plan compiles nothing"
         for index, seconds in enumerate(times):
             rule = f"must be the seconds of a step, {SHORTEST:g} to {LONGEST:g}"
             require(SHORTEST <= seconds <= LONGEST, f"step_times[{index}]", seconds, rule)
-        rule = f"does not lie between {min(times)} and {max(times)}, the step_times"
-        yield min(times) <= self.step_time_median <= max(times), "step_time_median", rule
+        low, high = (min(times), max(times)) if times else (0, 0)
+        rule = f"does not lie between {low} and {high}, the step_times"
+        yield low <= self.step_time_median <= high, "step_time_median", rule
         _require_counts("memory_by_category", self.memory_by_category)
         profiles.check(self.routing)
         profiles.check_model(self.routing, self.plan.model, "routing")
@@ -234,7 +239,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
     def quiet(self) -> float:
         """Part of the steps after the warm-up that nothing disturbed, times the part of the cores that others
         left them, at least a tenth."""
-        return max(1 - self.others, 0.1) * len(self.step_times) / (len(self.step_times) + self.disturbed)
+        steps = len(self.step_times) + self.disturbed
+        return max(1 - self.others, 0.1) * len(self.step_times) / max(steps, 1)
 
     def plan_as_routed(self) -> Plan:
         """The plan with the routing that was measured, to simulate what ran."""

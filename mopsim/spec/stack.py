@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from mopsim.common.errors import Rules, require, require_name
+from mopsim.common.errors import InnerError, MopError, Rules, require, require_name
 from mopsim.common.io import Spec, convert, to_plain
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import Runtime
@@ -147,6 +147,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         parts: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "kernels.attention": (self.kernels.attention, (DEFAULT, BEYOND)),
             "cpu.attention": (self.cpu.attention if self.cpu else {}, (DEFAULT, BEYOND)),
+            "compiled.kernels.attention": (self.compiled.get("kernels.attention", {}), (DEFAULT, BEYOND)),
             "communication_share": (self.communication_share, (DEFAULT,)),
         }
         for field, (entries, words) in parts.items():
@@ -194,14 +195,17 @@ class Stack(Spec, frozen=True, kw_only=True):
         return replace(self, **self._compiled(), compiled={}) if how != "none" else self
 
     def _compiled(self) -> dict[str, Any]:
-        """The sections that compiled blocks change. Raises MopError for a value that an entry cannot have."""
+        """The sections that compiled blocks change. Raises SpecError for a value that no entry can have."""
         found: dict[str, Any] = {}
         for name, start in (("kernels", "kernels."), ("cpu", "kernels."), ("host", "host.")):
             own: Any = getattr(self, name)
             mine = (path for path in self.compiled if path.startswith(start))
             more = {path.removeprefix(start): self.compiled[path] for path in mine}
             if more and own is not None:
-                found[name] = convert(to_plain(own) | more, type(own), f"compiled.{start[:-1]}")
+                try:
+                    found[name] = convert(to_plain(own) | more, type(own), f"compiled.{start[:-1]}")
+                except MopError as refusal:
+                    raise InnerError(str(refusal)) from None
         return found
 
     def under(self, zero: int) -> "Stack":

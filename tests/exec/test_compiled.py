@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch._inductor.exc
 from msgspec.structs import replace
 
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
 from mopexec.operators import compiler
+from mopexec.run.failures import at_work, report
 from mopexec.run.options import TrainOptions
 from mopexec.run.supported import check_supported
 from mopexec.run.train import _Tracking
@@ -188,3 +191,28 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"strategy.compile: 'block' needs Triton, which is not installed"):
         compiler.check_compiler("strategy.compile", cuda=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="a C++ compiler is needed")
+def test_a_compiler_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a directory that it cannot write into."""
+    (tmp_path / "file").write_text("")
+    compiler._problem.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compiler.check_compiler("strategy.compile", cuda=False)
+    for name in ("true", "false"):
+        monkeypatch.setenv("CXX", name)
+        with pytest.raises(SpecError, match=rf"'block' needs a compiler that works, and {name} makes no"):
+            compiler.check_compiler("strategy.compile", cuda=False)
+    compiler._problem.cache_clear()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(SpecError, match=r"file cannot be compiled in .*: set TORCHINDUCTOR_CACHE_DIR"):
+        compiler.check_compiler("strategy.compile", cuda=False)
+    compiler._problem.cache_clear()
+
+
+def test_what_the_compiler_fails_of_is_told_with_the_field(tmp_path: Path) -> None:
+    with pytest.raises(torch._inductor.exc.CppCompileError) as failed, at_work("block"):
+        raise torch._inductor.exc.CppCompileError(["g++"], "no")
+    assert report(tmp_path, 0, failed.value).message.startswith("strategy.compile: block: CppCompileError: ")

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import msgspec
 import pytest
 import torch
 
@@ -12,9 +13,10 @@ from mopexec.measure.probe import noted
 from mopexec.measure.quiet import Watch, loaded, others, quiet
 from mopexec.run import writers
 from mopexec.run.agreed import fullest
-from mopexec.run.metrics import measurement
+from mopexec.run.metrics import Timed, measurement
 from mopexec.run.traces import trace
 from mopsim.api.inputs import busy
+from mopsim.calibrate.runs import load_measurement
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert, dump_yaml, parse_yaml, to_plain
 from mopsim.spec.hardware import HardwareProfile
@@ -22,12 +24,12 @@ from mopsim.spec.plan import Measurement
 from mopsim.spec.profiles import load_profile
 from tests.exec.train_plans import small_plan
 
-ALONE = [(1.0, 0.9), (1.02, 0.92), (0.98, 0.88), (1.01, 0.9)]
+ALONE = [Timed(1.0, 0.9), Timed(1.02, 0.92), Timed(0.98, 0.88), Timed(1.01, 0.9)]
 
 
 def test_a_step_that_lost_its_core_is_disturbed_and_one_with_more_to_do_is_not():
-    steps = [*ALONE, (1.6, 0.9), (1.6, 1.5), (1.05, 0.93)]
-    assert quiet(*zip(*steps, strict=True)) == [True] * 4 + [False, True, True]
+    steps = [*ALONE, Timed(1.6, 0.9), Timed(1.6, 1.5), Timed(1.05, 0.93)]
+    assert quiet(*list(zip(*steps, strict=True))[:2]) == [True] * 4 + [False, True, True]
     assert quiet([1.0, 9.0], [None, None]) == [True, True]
     assert quiet([], []) == []
 
@@ -84,15 +86,34 @@ def test_a_machine_that_does_not_tell_has_no_others(monkeypatch):
 
 
 def test_a_measurement_says_how_many_steps_it_leaves_out():
-    steps = [[(5.0, 5.0), *ALONE, (3.0, 0.9)], [(7.0, 0.5), *ALONE, (2.0, 1.0)]]
+    steps = [[Timed(5.0, 5.0), *ALONE, Timed(3.0, 0.9)], [Timed(7.0, 0.5), *ALONE, Timed(2.0, 1.0)]]
     found = measurement(
         small_plan(), step_times=steps, warmup=1, tokens_per_step=256, kinds={},
         memory={"peak_memory": 1, "memory_by_category": {}, "host_memory": 0}, first_loss=2.0, last_loss=1.0,
         device=torch.device("cpu"), routing="balanced",
     )  # fmt: skip
     assert (found.steps, found.warmup, found.disturbed, found.resumed) == (12, 2, 2, 1)
-    assert found.step_times == tuple(wall for wall, _ in 2 * ALONE)
+    assert found.step_times == tuple(wall for wall, *_ in 2 * ALONE)
     assert found.step_time_median == pytest.approx(1.005)
+
+
+def test_steps_that_ran_uncompiled_are_in_no_measurement(tmp_path):
+    """And where all did, there is no time to calibrate with, which is said."""
+    plan = small_plan()
+    plan = msgspec.structs.replace(plan, strategy=msgspec.structs.replace(plan.strategy, compile="block"))
+    watched, later = [Timed(9.0, 8.0, True)] * 3, [Timed(1.0, 0.9)]
+    for steps, times in (([watched], ()), ([watched, watched], ()), ([watched + later, watched], (1.0,))):
+        found = measurement(
+            plan, step_times=steps, warmup=3, tokens_per_step=256, kinds={},
+            memory={"peak_memory": 1, "memory_by_category": {}, "host_memory": 0}, first_loss=2.0,
+            last_loss=1.0, device=torch.device("cpu"), routing="balanced",
+        )  # fmt: skip
+        assert (found.step_times, found.step_time_median) == (times, sum(times))
+        assert convert(to_plain(found), Measurement, "measurement") == found
+        if not times:
+            (tmp_path / "measurement.yaml").write_text(dump_yaml(to_plain(found)))
+            with pytest.raises(MopError, match="has no time of a step: none ran compiled"):
+                load_measurement(tmp_path)
 
 
 def test_a_measurement_has_what_cards_said_and_nothing_of_a_cpu():

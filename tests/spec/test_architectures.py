@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 import mopsim
-from mopsim.common.errors import SpecError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.cost.stack import kernels
 from mopsim.spec.hardware import DEVICE_ARCHITECTURES
 from mopsim.spec.plan import HardwareRef
@@ -83,3 +83,26 @@ def test_what_is_updated_together_is_a_whole_number(group: float) -> None:
     Sharding(update_group=0), Sharding(update_group=1e9)
     with pytest.raises(SpecError, match=r"^update_group: "):
         Sharding(update_group=group)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("kernels.norm: fuse", "stack.compiled.kernels.norm: 'fuse' is not one of fused"),
+        ("host.layers: fast", "stack.compiled.host.layers: 'fast' is not one of transformers"),
+    ],
+)
+def test_an_entry_of_compiled_blocks_is_refused_with_its_file(tmp_path: Path, entry: str, says: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"name: mine\nversion: '1'\nsource: me\nextends: generic-eager\ncompiled: {{source: x, {entry}}}\n"
+    )
+    with pytest.raises(MopError) as refused:
+        load_stack(path)
+    assert str(refused.value).startswith(f"{path}: {says}"), refused.value
+
+
+def test_an_unknown_architecture_of_compiled_blocks_is_refused() -> None:
+    stack = replace(FLAT, compiled={"kernels.attention": {"default": "cpu", "hoper": "cudnn"}})
+    with pytest.raises(SpecError, match=r"^stack\.compiled\.kernels\.attention: 'hoper' is not one of"):
+        stack.check_architecture("")
