@@ -1,9 +1,9 @@
 """What a row of a runs table leaves unsaid: its notes in a standard form, and what recipes set. All is data.
 
 data/stacks.yaml names the stack of a source, data/programs.yaml that of the program that a row's words name,
-data/dates.yaml the first month of a card and a network, data/notes.yaml what notes mean, data/recipes.yaml
-what programs set for one network, machine or release, data/families.yaml what follows from how state is
-sharded.
+data/words.yaml cells that words fill, data/dates.yaml the first month of a card and a network,
+data/notes.yaml what notes mean, data/recipes.yaml what programs set for one network, machine or release,
+data/families.yaml what follows from how state is sharded.
 """
 
 import re
@@ -52,6 +52,13 @@ def programs() -> tuple[NamedStack, ...]:
 
 
 @cache
+def words() -> dict[str, Condition]:
+    """Cells that are `yes` where the condition is true of a row."""
+    plain = shipped("mopsim.validate", "data/words.yaml")
+    return {cell: io.convert(one, Condition, cell, "data/words.yaml") for cell, one in plain.items()}
+
+
+@cache
 def first_months() -> tuple[FirstMonth, ...]:
     """From when cards and networks were there."""
     plain = shipped("mopsim.validate", "data/dates.yaml")
@@ -93,6 +100,7 @@ def facts(row: Row) -> RowFacts:
     names = " ".join(row.get(column, "") for column in ("source", "source_ref", "notes"))
     more = {"stack": row.get("stack", ""), "stages": _stages(row), "names": names}
     more["date"], more["dated"] = _month(row, names.lower())
+    more |= {cell: "yes" for cell, condition in words().items() if condition.fits(row)}
     if more["stack"] in UNKNOWN:
         by_words = _named({**row, **more})
         more["stack"] = stack_names().get(row["source"]) or by_words

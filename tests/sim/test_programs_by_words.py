@@ -1,0 +1,136 @@
+"""The program that a row's words name, the month of a row, and what follows from both."""
+
+import pytest
+
+from mopsim.spec.stacks import load_stack
+from mopsim.validate.facts import facts, programs, rules, stack_names
+from mopsim.validate.rows import read_case
+from tests.sim.test_validate import MODELS, row
+
+
+def test_every_stack_that_is_named_exists() -> None:
+    named = {*stack_names().values(), *(rule.set["stack"] for rule in rules() if "stack" in rule.set)}
+    named |= {one.stack for one in programs() if one.stack}
+    for name in named:
+        assert load_stack(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("source", "notes", "sharding", "stack"),
+    [
+        ("new", "NeMo AutoModel 25.11, FSDP2", "zero3", "nemo-automodel-hf"),
+        ("torchtitan-2026", "", "zero3", "torchtitan"),
+        ("new", "Megatron-LM core_r0.15", "zero1", "megatron-lm"),
+        ("new", "Megatron-Core, permute fusion", "zero1", "megatron-core"),
+        ("new", "Megatron-Bridge, FSDP", "zero3", "megatron-fsdp"),
+        ("new", "NeMo 25.09 performance script, 2026-04", "zero1", "nemo"),
+        ("new", "NeMo 26.04", "zero1", "megatron-bridge"),
+        ("new", "TorchTitan, torch.compile off", "zero3", "torchtitan"),
+        ("new", "torchtitan, compile.enable: false", "zero3", "torchtitan"),
+        ("new", "torchtitan, compile disabled", "zero3", "torchtitan"),
+        ("new", "torchtitan, compiled blocks and loss", "zero3", "torchtitan-compile"),
+        ("new", "Primus, torchtitan backend, no compile", "zero3", "torchtitan"),
+        ("new", "Primus, torchtitan backend, compiled", "zero3", "torchtitan-compile"),
+        ("new", "NeMo 24.09, accelerated, weights of Hugging Face", "zero1", "nemo"),
+        ("new", "verl, megatron backend", "zero1", "megatron-core"),
+        ("new", "verl, FSDP backend", "zero3", "generic-eager"),
+        ("new", "torchtitan 2026-06, eager", "zero3", "torchtitan-2026"),
+        ("new", "LLaMA-Factory, DeepSpeed ZeRO-3", "zero3", "deepspeed"),
+        ("new", "Axolotl, DeepSpeed ZeRO-3, Liger", "zero3", "deepspeed-liger"),
+        ("new", "TRL SFTTrainer, DeepSpeed, Transformers 5.6", "zero3", "deepspeed-transformers5"),
+        ("new", "TRL SFTTrainer, FSDP2, Liger kernels", "zero3", "transformers-trl"),
+        ("new", "TRL SFTTrainer with FSDP1", "zero3", "transformers-fsdp1"),
+        ("new", "TRL SFTTrainer, FSDP2", "zero3", "trl"),
+        ("new", "Megatron-SWIFT", "zero1", "megatron-core"),
+        ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
+        ("new", "KempnerForge, eager", "zero3", "kempnerforge"),
+        ("new", "prime-rl SFT", "zero3", "prime-rl"),
+        ("new", "torchtitan, recompile off, compile disabled", "zero3", "torchtitan"),
+        ("new", "DeepSpeed ZeRO-3 (vs torchtitan)", "zero3", "deepspeed"),
+        ("new", "no torchtitan, our own trainer", "zero3", "generic-eager"),
+        ("new", "DeepSpeed ZeRO-3", "zero3", "deepspeed"),
+        ("new", "Megatron-DeepSpeed", "zero1", "megatron-deepspeed"),
+        ("dgxc-nemo-2505", "", "zero1", "nemo"),
+        ("nemo-rl-9", "", "zero1", "megatron-core"),
+        ("nemo-automodel-9", "DDP", "zero1", "generic-fused"),
+        ("new", "Nemotron by our own trainer", "zero1", "generic-fused"),
+        ("new", "Primus v25.9", "zero1", "megatron-core"),
+        ("new", "foundation-model-stack/fms-fsdp", "zero3", "fms-fsdp"),
+        ("new", "InternEvo", "zero1", "internevo"),
+        ("new", "plain PyTorch with DDP", "none", "generic-eager"),
+        ("nanotron-bench", "", "zero1", "nanotron"),
+        ("new", "our own trainer", "zero3", "generic-eager"),
+        ("new", "our own trainer", "zero1", "generic-fused"),
+    ],
+)
+def test_a_source_never_seen_has_the_stack_that_it_names(
+    source: str, notes: str, sharding: str, stack: str
+) -> None:
+    found = read_case(row(source=source, notes=notes, sharding=sharding), MODELS)
+    assert found.stack == stack
+    told = any(text.startswith(f"stack {stack}: none is stated") for text in found.assumptions)
+    assert told
+
+
+def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
+    for stack in ("torchtitan", "torchtitan-compile"):
+        for when, kernels in (
+            ("202506", ("flash2", "flash2", "cudnn")),
+            ("202511", ("flash2", "cudnn", "cudnn")),
+        ):
+            found = read_case(row(stack=stack, source_ref=f"benchmarks/llama3_{when}.md"), MODELS).program()
+            on = tuple(found.on(one).attention for one in ("ampere", "hopper", "blackwell"))
+            assert on == kernels
+
+
+def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
+    for when, stack, loss in (
+        ("20260430", "torchtitan-compile", "full"),
+        ("20260512", "torchtitan-compile-2026", "chunked"),
+        ("20270101", "torchtitan-compile-2026", "chunked"),
+    ):
+        found = read_case(
+            row(source="torchtitan", notes="torch.compile", source_ref=when, loss="unknown"), MODELS
+        )
+        assert (found.stack, found.strategy.vocabulary.loss) == (stack, loss)
+    program = found.program()
+    assert (program.kernels.loss_chunks, program.reading.memory) == ("autograd", "reserved")
+    assert "k_proj" in program.recompute.kept
+    for notes, stack in (("torch.compile", "torchtitan-compile-2026"), ("", "torchtitan-2026")):
+        undated = row(source="torchtitan", notes=notes, loss="chunked")
+        assert read_case(undated, MODELS).stack == stack
+    whole = read_case(row(stack="torchtitan-compile-2026", loss="full"), MODELS)
+    assert whole.strategy.vocabulary.loss == "full"
+    cells = {"seq_len": "4096", "micro_batch": "4", "global_batch": "32", "loss": "chunked"}
+    for stack, chunk in (("torchtitan-2026", 4 * 4096 // 8), ("trl", 256)):
+        assert read_case(row(stack=stack, **cells), MODELS).strategy.vocabulary.chunk_tokens == chunk
+
+
+def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
+    cells = {"source": "amd", "notes": "Primus", "gpu": "mi355x-288g", "sharding": "zero1"}
+    for when, routes in (("20260716", "independent"), ("20261010", "consecutive"), ("", "consecutive")):
+        found = read_case(row(source_ref=when, **cells), MODELS)
+        assert (found.stack, found.program().balanced_routes) == ("primus-2026", routes)
+    assert found.program().kernels.loss == "fused"
+    assert read_case(row(**cells | {"gpu": "h100-sxm-80g"}), MODELS).stack == "megatron-core"
+
+
+def test_the_month_of_a_row_is_the_latest_that_it_names_else_the_first_of_its_card_and_network() -> None:
+    for cells, month in (
+        ({"source_ref": "benchmarks/llama3_h100_202412_x.md"}, ("2024-12", "yes")),
+        ({"notes": "2025-11-02, NeMo 26.04"}, ("2026-04", "yes")),
+        (
+            {"notes": "20480 tokens, 201012 samples, issue 2025123456", "gpu": "b200-sxm-192g"},
+            ("2024-11", ""),
+        ),
+        ({"gpu": "b200-sxm-192g", "model": "gpt_oss_20b"}, ("2025-08", "")),
+        ({"gpu": "a100-sxm-80g", "model": "gpt"}, ("", "")),
+        ({"notes": "August 2026"}, ("2026-08", "yes")),
+        ({"notes": "run of Aug 3, 2026"}, ("2026-08", "yes")),
+        ({"notes": "2026/8"}, ("2026-08", "yes")),
+        ({"notes": "15.08.2026"}, ("2026-08", "yes")),
+        ({"notes": "08/2026"}, ("2026-08", "yes")),
+        ({"notes": "202605 tokens, commit 20260512abc, 2026-05-994"}, ("2024-04", "")),
+    ):
+        found = facts(row(**cells)).row
+        assert (found["date"], found["dated"]) == month, cells
