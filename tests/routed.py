@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 
-from mopsim.spec.routing import RoutingProfile, even_step, hot, thresholds, turn, warm, whole_strides
+from mopsim.spec.routing import EVEN, RoutingProfile, even_step, hot, thresholds, turn, warm, whole_strides
 
 
 def first_choice(position: int, num_tokens: int, num_experts: int) -> int:
@@ -14,7 +14,7 @@ def routed_expert(
     routing: RoutingProfile, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int
 ) -> int:
     """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a profile."""
-    if routing == "balanced":
+    if routing in EVEN:
         return (first_choice(position, num_tokens, num_experts) + slot) % num_experts
     skew = hot(routing)
     if skew is None:

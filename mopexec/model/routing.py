@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
-from mopsim.spec.routing import RoutingProfile, even_step, hot, thresholds, turn, warm, whole_strides
+from mopsim.spec.routing import EVEN, RoutingProfile, even_step, hot, thresholds, turn, warm, whole_strides
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def profile_experts(
 ) -> Tensor:
     """The experts of mopsim.spec.routing, of every token of a rank: [num_tokens, top_k] int64."""
     slot = torch.arange(top_k, device=device)[None, :]
-    if routing == "balanced":
+    if routing in EVEN:
         return (_first_choices(num_tokens, num_experts, device) + slot) % num_experts
     skew = hot(routing)
     if skew is None:

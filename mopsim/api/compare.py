@@ -19,7 +19,7 @@ from mopsim.api.inputs import (
     read_inputs,
 )
 from mopsim.api.on_stacks import for_all, with_one_attention
-from mopsim.api.results import Result, Simulation, forced
+from mopsim.api.results import Result, Simulation
 from mopsim.api.run import played
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.api.sweep import Hold, Setting, Swept, read_sweep
@@ -222,9 +222,8 @@ def _held(inputs: Inputs, points: Swept | None) -> list[str]:
 
 
 def _trained(simulations: Mapping[str, Simulation]) -> list[str]:
-    """What of training is not the same for all: plans of different ones; routes that programs force."""
-    forces = (forced([one.result], one.inputs) for one in simulations.values())
-    told, found = dict.fromkeys(line for some in forces for line in some), []
+    """What of training is not the same for all: plans of different ones."""
+    found = []
     for field in TrainSpec.__struct_fields__:
         labels: dict[Any, list[str]] = {}
         for label, one in simulations.items():
@@ -232,8 +231,7 @@ def _trained(simulations: Mapping[str, Simulation]) -> list[str]:
         if len(labels) > 1:
             each = (f"{value} ({', '.join(names)})" for value, names in labels.items())
             found.append(f"{field} {', '.join(each)}")
-    apart = f"note: the strategies are not compared on one training: {'; '.join(found)}"
-    return [*told, apart] if found else list(told)
+    return [f"note: the strategies are not compared on one training: {'; '.join(found)}"] if found else []
 
 
 def _labelled(strategies: Sequence[AnyStrategy]) -> dict[str, AnyStrategy]:

@@ -4,7 +4,7 @@ SI units throughout: seconds, bytes, FLOP/s. pandas is imported by the methods t
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -234,23 +234,6 @@ class Simulation(Result):
     def timeline(self) -> SimResult:
         """The same step with its spans and memory curve."""
         return self.inputs.simulate(self.result.strategy, self.result.stack, timeline=True)
-
-
-def forced(results: Iterable[SimResult], inputs: Inputs) -> list[str]:
-    """That exchanges which send a row once to a rank are of routes as programs force them for benchmarks."""
-    names = {
-        one.stack.name: None
-        for one in results
-        if one.strategy.experts.sends_once
-        and one.strategy.experts.expert_parallel > 1
-        and one.stack.forces_consecutive(inputs.training.routing)
-    }
-    return [
-        f"note: balanced routes are those that {name} forces for benchmarks, where a token's experts lie on "
-        f"few ranks. A router that learns sends to more: a stack that extends {name} by `balanced_routes: "
-        "independent` says how long that takes"
-        for name in names
-    ]
 
 
 class Ranking(Result):

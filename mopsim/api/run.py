@@ -16,7 +16,7 @@ from mopsim.api.inputs import (
     read_inputs,
     strategy_of,
 )
-from mopsim.api.results import Ranking, Simulation, forced
+from mopsim.api.results import Ranking, Simulation
 from mopsim.common.arguments import named
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult
@@ -82,7 +82,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
         strategy, own = strategy_of(given, inputs)
         inputs = inputs.trained_as(*plans_of([given]))
         result = inputs.simulate(strategy, inputs.stack or own)
-        return Simulation(inputs, result, [*notes([given], inputs), *forced([result], inputs)])
+        return Simulation(inputs, result, notes([given], inputs))
     if inputs.of_families in CAST and given not in IN_8_BITS:
         rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
         raise SpecError("precision", inputs.precision, rule)
@@ -90,7 +90,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     best = found.best or found.closest
     if best is None:
         raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
-    said = [*notes([given], inputs), *forced([best], inputs), found.exhausted()]
+    said = [*notes([given], inputs), found.exhausted()]
     return Simulation(inputs, best, said, found)
 
 

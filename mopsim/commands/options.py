@@ -24,8 +24,8 @@ Family = Annotated[
 Routing = Annotated[
     str,
     typer.Option(
-        help="balanced; r/h: r % of the tokens choose among h hot experts; zipf:s; or a YAML file that lists "
-        "the experts' shares of all routes"
+        help="balanced; forced: balanced as the program's benchmarks force it; r/h: r % of the tokens choose "
+        "among h hot experts; zipf:s; or a YAML file that lists the experts' shares of all routes"
     ),
 ]
 DocumentTokens = Annotated[

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from mopsim.api.inputs import busy, unread
-from mopsim.api.results import Ranking, forced
+from mopsim.api.results import Ranking
 from mopsim.api.run import search
 from mopsim.commands.console import exported, human, say_notes, say_plan, say_written
 from mopsim.commands.options import keywords
@@ -56,7 +56,7 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
         f"{found.simulated} simulated, {found.seconds:.1f} s"
     )
     inputs = ranking.inputs
-    say_notes(console, [*unread(inputs.model), *busy(inputs.hardware), *forced(found.top, inputs)])
+    say_notes(console, [*unread(inputs.model), *busy(inputs.hardware)])
     for line in found.left_out:
         console.print(line, style="dim")
     for reason, count in found.rejected.most_common():

@@ -1,7 +1,9 @@
 """Routing profiles: how tokens choose experts where no router decides (simulation and dry run).
 
-A profile is one value: `balanced`; `r/h` (r % of the token positions go to the h hot experts); `zipf:s`
-(expert e is chosen in proportion to (e + 1)^-s); or a measured histogram: each expert's share of all routes.
+A profile is one value: `balanced`; `forced` (balanced too, by the routes that the program makes itself for
+benchmarks: `balanced_routes` of its stack says whether a token's experts lie together); `r/h` (r % of the
+token positions go to the h hot experts); `zipf:s` (expert e is chosen in proportion to (e + 1)^-s); or a
+measured histogram: each expert's share of all routes.
 
 Without preference the first expert of position i of N is floor((A i mod N) E / N), A prime to N, and the
 others are those after it: i -> A i mod N is a permutation, so all N positions fill the experts evenly, and so
@@ -22,6 +24,8 @@ from mopsim.spec.model import ModelSpec
 
 RoutingProfile = str | tuple[float, ...]
 
+EVEN = ("balanced", "forced")
+"""Profiles in which every expert gets its share of the routes."""
 _SKEW = re.compile(r"([0-9]{1,3})/[1-9][0-9]{0,8}")
 _ZIPF = re.compile(r"zipf:([0-9]{1,2}(?:\.[0-9]{1,6})?)")
 _TURN = 2**32
@@ -64,9 +68,9 @@ def check(routing: RoutingProfile) -> None:
     """Raise SpecError where the value is no profile."""
     if isinstance(routing, str):
         skew = hot(routing)
-        known = routing == "balanced" or _ZIPF.fullmatch(routing) or (skew is not None and skew[0] <= 100)
-        rule = "must be 'balanced', 'r/h' with r a percentage and h a number of experts, 'zipf:s' with an"
-        require(bool(known), "routing", routing, f"{rule} exponent s, or a list of shares")
+        known = routing in EVEN or _ZIPF.fullmatch(routing) or (skew is not None and skew[0] <= 100)
+        named = "must be 'balanced', 'forced', 'r/h' with r a percentage and h a number of experts"
+        require(bool(known), "routing", routing, f"{named}, 'zipf:s' with an exponent s, or a list of shares")
         return
     for index, share in enumerate(routing):
         require(
@@ -172,7 +176,7 @@ def routing_counts(
     """
     positions = range(index, num_tokens, chunks)
     skew = hot(routing)
-    if routing == "balanced":
+    if routing in EVEN:
         return _evenly(positions, num_tokens, num_experts, top_k)
     if skew is None:
         return _by_share(routing, positions, num_experts, top_k)

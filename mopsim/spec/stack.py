@@ -77,9 +77,9 @@ class Stack(Spec, frozen=True, kw_only=True):
     microbatches live until the end of the step, where they are concatenated. `held`: in buffers until its
     own backward is over, whole; logits until the next microbatch's backward. `parts`: as `held`, a part on
     each rank.
-    balanced_routes: how the program makes `balanced` routing itself, for benchmarks. `independent`: a
-    token's experts are drawn independently (random logits). `consecutive`: they lie one after the other
-    (round robin), on fewer ranks.
+    balanced_routes: the routes that the program makes for benchmarks (training.routing `forced`).
+    `independent`: a token's experts are drawn independently (random logits). `consecutive`: they lie one
+    after the other (round robin), on fewer ranks.
     kernels: the implementation of each operation.
     cpu: the implementations on devices that are CPUs, if they differ (in a file: the entries that differ).
     compiled: the entries (`kernels.norm`), on devices of every kind, that differ if a strategy has its
@@ -216,7 +216,7 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def forces_consecutive(self, routing: RoutingProfile) -> bool:
         """Whether a token's experts lie one after the other."""
-        return routing == "balanced" and self.balanced_routes == "consecutive"
+        return routing == "forced" and self.balanced_routes == "consecutive"
 
     def widens(self, precision: Precision, zero: int, update_on: Tier) -> bool:
         """Whether moments are narrower than the update, which copies them: that of Megatron-Core's

@@ -19,23 +19,23 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     """What one optimizer step trains on: `global_batch` sequences of `seq_len` tokens.
 
     seq_len: tokens of a sequence. global_batch: sequences of a step. routing: how tokens choose experts if no
-    router decides (simulation and dry run). "balanced"; "r/h": the first r % of token positions choose
-    experts j mod h for j < top_k; "zipf:s"; or the measured share of all routes of each expert (see
-    mopsim.spec.routing). learning_rate: learning rate after warm-up. warmup_steps: steps over which the
-    learning rate rises. beta1: AdamW's constant. beta2: AdamW's constant. eps: AdamW's constant.
-    weight_decay: AdamW's weight decay, of all parameters except norms, biases and sinks. clip_norm: global
-    norm that gradients are clipped to. bias_update_rate: step of the router's balance bias.
-    router_aux_loss_coef: weight of the routers' balance loss of each sequence (arXiv 2412.19437, equation
-    17): a mean over all tokens, including those that do not count in the loss. router_z_loss_coef: weight of
-    the square of the routers' log-sum-exp (arXiv 2202.08906): the same mean. mtp_loss_coef: weight of the
-    mean loss of MTP modules; 0.3 is DeepSeek-V3's (arXiv 2412.19437, 4.2). attention_mask: "causal": a token
-    attends to all tokens before it in its sequence, of any document. "document": each document of a sequence
-    is trained as if it were alone. Positions restart, attention does not cross, and a document does not
-    predict the first token of the next. document_tokens: with "document", the length of a token's document,
-    averaged over tokens: the sum of the squared lengths over the sum of the lengths, at most seq_len, since
-    sequences cut documents. Or MEAN/SPREAD (485/1): mean, and deviation of the logarithm, of log-normal
-    document lengths; every sequence length then cuts them. 0: not known, each sequence is taken as one
-    document. It is used in simulations. seed: seed of weights and data.
+    router decides (simulation and dry run). "balanced"; "forced": balanced as the program's benchmarks force
+    it; "r/h": the first r % of token positions choose experts j mod h for j < top_k; "zipf:s"; or the
+    measured share of all routes of each expert (see mopsim.spec.routing). learning_rate: learning rate after
+    warm-up. warmup_steps: steps over which the learning rate rises. beta1: AdamW's constant. beta2: AdamW's
+    constant. eps: AdamW's constant. weight_decay: AdamW's weight decay, of all parameters except norms,
+    biases and sinks. clip_norm: global norm that gradients are clipped to. bias_update_rate: step of the
+    router's balance bias. router_aux_loss_coef: weight of the routers' balance loss of each sequence (arXiv
+    2412.19437, equation 17): a mean over all tokens, including those that do not count in the loss.
+    router_z_loss_coef: weight of the square of the routers' log-sum-exp (arXiv 2202.08906): the same mean.
+    mtp_loss_coef: weight of the mean loss of MTP modules; 0.3 is DeepSeek-V3's (arXiv 2412.19437, 4.2).
+    attention_mask: "causal": a token attends to all tokens before it in its sequence, of any document.
+    "document": each document of a sequence is trained as if it were alone. Positions restart, attention does
+    not cross, and a document does not predict the first token of the next. document_tokens: with "document",
+    the length of a token's document, averaged over tokens: the sum of the squared lengths over the sum of the
+    lengths, at most seq_len, since sequences cut documents. Or MEAN/SPREAD (485/1): mean, and deviation of
+    the logarithm, of log-normal document lengths; every sequence length then cuts them. 0: not known, each
+    sequence is taken as one document. It is used in simulations. seed: seed of weights and data.
     """
 
     seq_len: int

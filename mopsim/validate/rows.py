@@ -339,11 +339,13 @@ def _loads(row: Row, experts: int) -> tuple[float, ...]:
 
 
 def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfile, tuple[str, ...]]:
-    """Even unless the row says `natural`; then as its text makes it."""
+    """Even, by the program's own routes where it is forced, unless the row says `natural`; then as its text
+    makes it."""
     experts, head = model.num_local_experts, "natural routing: simulated with"
     loads = _loads(row, experts)
     if row.get("routing") != "natural" or not experts:
-        return "balanced", ()
+        forced = experts and (row.get("routing") == "forced" or row.get("forced"))
+        return "forced" if forced else "balanced", ()
     words = count(row, "filler_tokens")
     if loads:
         return loads, (f"{head} the loads of another run of its program",)

@@ -9,6 +9,7 @@ from mopsim.common import io
 from mopsim.intervals.errors import ErrorCell, Name, known_errors
 from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import SURE, Spread
+from mopsim.spec.routing import EVEN
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case
@@ -326,7 +327,7 @@ def _job(case: Case) -> tuple[str, ...]:
     """Everything but the strategy: what is trained, on what, by which software."""
     training, overlap = case.training, case.resolved().overlap
     sizes = (f"{case.strategy.world_size} devices", f"{training.seq_len} x {training.global_batch}")
-    routed = "" if training.routing == "balanced" else "unevenly routed"
+    routed = "" if training.routing in EVEN else "unevenly routed"
     layers = str(case.network().num_hidden_layers)
     chosen = (case.precision, case.strategy.experts.token_dispatcher, io.digest(overlap), routed, layers)
     program = (case.stack, io.digest(case.program().behaviour))

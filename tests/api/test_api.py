@@ -17,7 +17,6 @@ import mopsim
 from mopsim.cli import main
 from mopsim.common import io
 from mopsim.spec.plan import Plan
-from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.strategies import fsdp2
@@ -364,21 +363,17 @@ def test_two_profiles_of_one_name_are_not_taken_for_one() -> None:
         mopsim.size("tiny", [one, other], tokens="1M", days=1)
 
 
-def test_routes_that_a_benchmark_forces_are_told() -> None:
+def test_only_forced_routes_are_those_of_a_programs_benchmarks() -> None:
     """Where exchanges send a row once to a rank, whose share of the step they decide."""
     job: dict[str, Any] = {"seq_len": 1024, "global_batch": 8}
 
-    def said(stack: Stack, dispatcher: str, routing: str = "balanced") -> list[str]:
+    def seconds(dispatcher: str, routing: str, **entries: Any) -> float:
         base = fsdp2(8, expert_parallel=8)
         made = replace(base, experts=replace(base.experts, token_dispatcher=dispatcher))
-        found = mopsim.simulate(
-            "qwen3_30b_a3b", "h100-sxm-80g", strategy=made, stack=stack, routing=routing, **job
-        )
-        return [one for one in found.notes if "forces for benchmarks" in one]
+        stack = replace(load_stack("torchtitan"), **entries)
+        options = {"strategy": made, "stack": stack, "routing": routing}
+        return mopsim.simulate("qwen3_30b_a3b", "h100-sxm-80g", **options, **job).result.step_time
 
-    titan = load_stack("torchtitan")
-    [told] = said(titan, "deepep")
-    assert "that torchtitan forces" in told
-    assert not said(titan, "alltoall")
-    assert not said(titan, "deepep", "zipf:1")
-    assert not said(replace(titan, balanced_routes="independent"), "deepep")
+    assert seconds("deepep", "forced") < seconds("deepep", "balanced")
+    assert seconds("deepep", "forced", balanced_routes="independent") == seconds("deepep", "balanced")
+    assert seconds("alltoall", "forced") == seconds("alltoall", "balanced")

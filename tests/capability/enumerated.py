@@ -43,7 +43,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "model.learned_positions": (0, 256),
     "model.total_params": (None, 1e6),
     "model.active_params": (None, 1e6),
-    "training.routing": ("balanced", "70/2", "zipf:1"),
+    "training.routing": ("balanced", "forced", "70/2", "zipf:1"),
     "training.beta1": (0.9, 0.8),
     "training.beta2": (0.95, 0.99),
     "training.bias_update_rate": (1e-3, 0.0),

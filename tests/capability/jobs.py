@@ -113,10 +113,11 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
 
 
 def jobs() -> dict[str, Job]:
-    """The jobs by name. `balanced` has a router that is not, or no work would move."""
-    found, uneven = {}, replace(TRAINING, routing="70/2")
+    """The jobs by name. `balanced` has a router that is not, or no work would move; `fp8` sends rows once,
+    where routes that a program forces matter."""
+    found, routed = {}, {"balanced": "70/2", "fp8": "forced"}
     for name, (model, strategy) in strategies().items():
-        training = uneven if "balanced" in name else TRAINING
+        training = replace(TRAINING, routing=routed.get(name.partition(", ")[2], TRAINING.routing))
         found[name] = Job(models()[model], strategy, training, load_stack(strategy.stack)).settled
     return found
 

@@ -220,12 +220,13 @@ def test_a_programs_own_balanced_routing_says_where_a_tokens_experts_lie() -> No
     times = {}
     for routes in ("independent", "consecutive"):
         stack = Stack(name="mine", balanced_routes=routes, sharding=Sharding(fsdp=True))
-        for routing in ("balanced", "zipf:0.5"):
+        for routing in ("balanced", "forced", "zipf:0.5"):
             training = TrainSpec(seq_len=4096, global_batch=8, routing=routing)
             (program,) = lower(small(), strategy, training, 8, stack).programs
             sent = [work for op in program.ops for work in op.work if work.kind == "all_to_all"]
             times[routes, routing] = sum(seconds(work, TOY) for work in sent)
-    assert times["consecutive", "balanced"] < times["independent", "balanced"]
+    assert times["consecutive", "forced"] < times["independent", "forced"]
+    assert times["independent", "forced"] == times["consecutive", "balanced"]
     assert times["consecutive", "zipf:0.5"] == times["independent", "zipf:0.5"]
 
 

@@ -134,3 +134,10 @@ def test_the_month_of_a_row_is_the_latest_that_it_names_else_the_first_of_its_ca
     ):
         found = facts(row(**cells)).row
         assert (found["date"], found["dated"]) == month, cells
+
+
+def test_routes_are_forced_where_a_row_says_so() -> None:
+    cells = {"model": "qwen3_30b_a3b", "ep": "8", "etp": "1", "stack": "torchtitan", "routing": "balanced"}
+    for notes, routing in (("forced balance", "forced"), ("fake balanced gate", "forced"), ("", "balanced")):
+        assert read_case(row(**cells, notes=notes), MODELS).training.routing == routing
+    assert read_case(row(**{**cells, "routing": "forced"}), MODELS).training.routing == "forced"

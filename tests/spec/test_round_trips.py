@@ -142,7 +142,7 @@ def trainings(draw: Any, global_batch: int | None = None) -> TrainSpec:
     return TrainSpec(
         seq_len=draw(st.integers(1, 2**10)) * 64,
         global_batch=global_batch or draw(size),
-        routing=draw(st.sampled_from(["balanced", "95/8", "0/1"])),
+        routing=draw(st.sampled_from(["balanced", "forced", "95/8", "0/1"])),
         learning_rate=draw(st.floats(1e-12, 10)),
         eps=draw(st.floats(1e-12, 1)),
         beta1=draw(st.floats(0, 1, exclude_max=True)),

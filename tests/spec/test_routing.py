@@ -25,7 +25,7 @@ from tests.routed import routed_expert
 from tests.sim.toys import small
 
 SHARES = (0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.2, 0.1)
-PROFILES = ["balanced", "0/3", "80/3", "100/5", "35/8", "zipf:0", "zipf:1.1", SHARES]
+PROFILES = ["balanced", "forced", "0/3", "80/3", "100/5", "35/8", "zipf:0", "zipf:1.1", SHARES]
 
 
 @settings(max_examples=60, deadline=None)
