@@ -24,7 +24,7 @@ LAYER: Costs = _READ["layer"]
 LAYERS: dict[str, dict[bool, Costs]] = {
     "transformers": {False: LAYER, True: LAYER},
     "transformer_engine": {False: _READ["transformer_engine"], True: _READ["transformer_engine_8_bits"]},
-    "compiled": {False: _READ["compiled"], True: _READ["compiled"]},
+    **{name: {False: _READ[name], True: _READ[name]} for name in ("mopexec", "compiled")},
 }
 """By a stack's `host.layers`, and by whether products are in 8 bits."""
 PERMUTED: Costs = _READ["permuted"]

@@ -15,8 +15,8 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     """What a program's Python costs the host.
 
     modules: layers are Python modules under autograd, so the host does more than start kernels.
-    layers: whose modules the layers are, which decides their host time. `compiled`: mopexec's, between
-    graphs of TorchInductor.
+    layers: whose modules the layers are, which decides their host time. `mopexec`: its own. `compiled`: those
+    between graphs of TorchInductor.
     tensor: what splits the layers' products over tensor-parallel ranks, which decides its host time.
     `dtensor`: torch's parallelize_module. `plain`: nothing, or not known.
     hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
@@ -47,7 +47,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     """
 
     modules: bool = False
-    layers: Literal["transformers", "transformer_engine", "compiled"] = "transformers"
+    layers: Literal["transformers", "transformer_engine", "mopexec", "compiled"] = "transformers"
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False

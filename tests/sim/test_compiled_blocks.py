@@ -20,7 +20,7 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.plans import plan_of
 
-MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/compiled.json").read_text())
+MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/mopexec_layers.json").read_text())
 TINY = load_model("tiny")
 TRAINING = TrainSpec(seq_len=64, global_batch=8)
 COMPILED = replace(fsdp2(8, expert_parallel=2), compile="block")
@@ -30,11 +30,12 @@ def simulated(machine: str, how: str) -> SimResult:
     return simulate(TINY, load_profile(machine), 1, replace(COMPILED, compile=how), TRAINING)
 
 
-def test_the_hosts_time_is_the_committed_measurement() -> None:
+@pytest.mark.parametrize(("layers", "found"), [("mopexec", "eager"), ("compiled", "compiled")])
+def test_the_hosts_time_is_the_committed_measurement(layers: str, found: str) -> None:
+    """In proportion to transformers' layers, which were measured beside."""
     for component in ("attention", "router", "dense_ffn"):
-        found = MEASURED["layer"][component]
-        took = found["forward"], found["backward"]
-        assert host_costs.LAYERS["compiled"][False][component] == pytest.approx(took, abs=0.5)
+        took = [MEASURED[found][component][way] * MEASURED["scale"] for way in ("forward", "backward")]
+        assert host_costs.LAYERS[layers][False][component] == pytest.approx(took, abs=0.5)
 
 
 def test_on_a_gpu_the_host_is_done_sooner_and_memory_is_the_same() -> None:

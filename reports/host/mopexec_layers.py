@@ -1,8 +1,10 @@
-"""What the host does for mopexec's layers where they are compiled (`compile: block`).
+"""What the host does for mopexec's layers, eager and compiled (`compile: block`).
 
-PYTHONPATH=. .venv/bin/python reports/host/compiled.py --json reports/host/compiled.json
+PYTHONPATH=. .venv/bin/python reports/host/mopexec_layers.py --json reports/host/mopexec_layers.json
 
-As `measure.py`, by seconds of the thread: guards and wrappers of TorchInductor's graphs, and the Python that
+As `measure.py`, by seconds of the thread, beside the layers that it measures: from one machine to another a
+Linear takes up to a quarter more or less of them, so mopexec's layers are put in proportion to those
+(`scale`). Of compiled layers these are guards and wrappers of TorchInductor's graphs, and the Python that
 stays between them. Attention is one op each way as on a device, and so is what stands for the experts.
 """
 
@@ -25,9 +27,11 @@ from mopexec.model import Routing, Transformer
 from mopexec.modules.compiled import compile_blocks
 from mopexec.weights.load import fill
 from mopexec.weights.source import Seeded
+from mopsim.graph.host_costs import LAYER
 from mopsim.spec.model import ModelSpec
+from reports.host import measure
 
-LAYERS, ROUNDS = 16, 60
+LAYERS, ROUNDS, BESIDE = measure.LAYERS, 60, "transformers"
 DENSE = ModelSpec(
     name="tiny", hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, vocab_size=128, intermediate_size=64, qk_norm="head",
@@ -74,6 +78,17 @@ def attend(model: Any) -> Callable[[Tensor, Any], Tensor]:
     return run
 
 
+def attend_eagerly(model: Any) -> Callable[[Tensor, Any], Tensor]:
+    """The same of eager layers, whose second norm counts with what follows it."""
+
+    def run(x: Tensor, given: Any) -> Tensor:
+        for layer in model.layers:
+            x = x + layer.attention(layer.attention_norm(x), given.cos, given.sin)
+        return x
+
+    return run
+
+
 def through(model: Any) -> Callable[[Tensor, Any], Tensor]:
     def run(x: Tensor, given: Any) -> Tensor:
         for layer in model.layers:
@@ -87,10 +102,11 @@ def calls() -> dict[str, Callable[[], object]]:
     x = torch.randn(1, 8, DENSE.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     dense, routed = network(DENSE, compiled=True), network(ROUTED, compiled=True)
     given = dense.given(torch.zeros(1, 8, dtype=torch.int64), 0)
+    eager, eager_routed = network(DENSE, compiled=False), network(ROUTED, compiled=False)
     runs = {
         "attention": attend(dense), "dense": through(dense), "routed": through(routed),
-        "eager dense": through(network(DENSE, compiled=False)),
-        "eager routed": through(network(ROUTED, compiled=False)),
+        "eager attention": attend_eagerly(eager), "eager dense": through(eager),
+        "eager routed": through(eager_routed),
     }  # fmt: skip
 
     def both(run: Callable[[Tensor, Any], Tensor]) -> None:
@@ -99,7 +115,7 @@ def calls() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     for name, run in runs.items():
         found |= {f"{name} forward": partial(run, x, given), f"{name} both": partial(both, run)}
-    return found
+    return found | {f"{BESIDE} {name}": call for name, call in measure.variants().items()}
 
 
 def timed(given: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -124,7 +140,7 @@ def timed(given: dict[str, Callable[[], object]]) -> dict[str, float]:
     return found | {"linear": unit}
 
 
-def parts(took: dict[str, float]) -> dict[str, dict[str, float]]:
+def parts(took: dict[str, float]) -> dict[str, Any]:
     """By difference; `routed` has the router and the sum after the experts, without what is between."""
 
     def of(name: str, less: str = "") -> dict[str, float]:
@@ -132,13 +148,19 @@ def parts(took: dict[str, float]) -> dict[str, dict[str, float]]:
         both = took[f"{name} both"] - (took[f"{less} both"] if less else 0.0)
         return {"forward": ahead, "backward": both - ahead}
 
-    return {
-        "attention": of("attention"),
-        "dense_ffn": of("dense", "attention"),
-        "router": of("routed", "attention"),
-        "eager dense layer": of("eager dense"),
-        "eager layer without experts": of("eager routed"),
-    }
+    def layer(eager: str = "") -> dict[str, dict[str, float]]:
+        attention = f"{eager}attention"
+        return {
+            "attention": of(attention),
+            "dense_ffn": of(f"{eager}dense", attention),
+            "router": of(f"{eager}routed", attention),
+        }
+
+    linears = {k.removeprefix(f"{BESIDE} "): v * LAYERS for k, v in took.items() if k.startswith(BESIDE)}
+    beside = measure.layers(linears)
+    dense = [beside[part][way] for part in ("attention", "dense_ffn") for way in ("forward", "backward")]
+    scale = (sum(LAYER["attention"]) + sum(LAYER["dense_ffn"])) / sum(dense)
+    return {"compiled": layer(), "eager": layer("eager "), BESIDE: beside, "scale": scale}
 
 
 def main() -> None:
@@ -153,8 +175,7 @@ def main() -> None:
         "linear_us": took["linear"] * 1e6,
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "layer": parts(took),
-    }
+    } | parts(took)
     target.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
