@@ -88,8 +88,7 @@ def build_mesh(strategy: Strategy, platform: Platform) -> Mesh:
     context, split = strategy.attention.context_parallel, experts.expert_tensor_parallel
     sequences = layout.groups(ranks, context * tensor, strategy.attention.rank_placement)
     spread = layout.groups(ranks, experts.expert_parallel * split, experts.rank_placement)
-    holders = layout.replica_groups(ranks, experts.expert_parallel * split, experts.rank_placement)
-    dense = [range(first, ranks, tensor) for first in range(tensor)]
+    dense, holders = dense_holders(strategy), expert_holders(strategy)
     ring, order = vocabulary.vocab_parallel, vocabulary.rank_placement
     has_ring, alone = vocabulary.loss == "ring", Group((rank,), 0, None)
     return Mesh(
@@ -112,6 +111,19 @@ def build_mesh(strategy: Strategy, platform: Platform) -> Mesh:
     )
 
 
+def dense_holders(strategy: Strategy) -> list[list[int]]:
+    """Ranks of a stage (from 0) that hold the same dense slices."""
+    tensor = strategy.dense.tensor_parallel
+    return [list(range(first, strategy.stage_ranks, tensor)) for first in range(tensor)]
+
+
+def expert_holders(strategy: Strategy) -> list[list[int]]:
+    """Ranks of a stage (from 0) that hold the same slices of the same experts."""
+    how = strategy.experts
+    degree = how.expert_parallel * how.expert_tensor_parallel
+    return layout.replica_groups(strategy.stage_ranks, degree, how.rank_placement)
+
+
 def _shards(holders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Of ranks that hold the same slice, those that share one copy of its state."""
     return [copy for ranks in holders for copy in layout.split(ranks, size)]
@@ -128,6 +140,14 @@ def process_group(ranks: Sequence[int] | None = None, backend: str | None = None
     """
     group = dist.new_group(None if ranks is None else list(ranks), backend=backend)
     return cast(dist.ProcessGroup, group)
+
+
+def lone_group(rank: int, platform: Platform) -> dist.ProcessGroup:
+    """The group of this rank alone, for what asks for one; all ranks must call it at the same point."""
+    alone = [[one] for one in range(dist.get_world_size())]
+    if getattr(dist.group.WORLD, "bound_device_id", None) is not None:
+        return cast(dist.ProcessGroup, dist.split_group(split_ranks=alone))
+    return [process_group(ranks, platform.backend) for ranks in alone][rank]
 
 
 class _MeshGroups:

@@ -1,64 +1,53 @@
-"""The baseline runtime `fully_shard`: the model under torch FSDP2 with expert parallelism, Ulysses,
-recompute and offload.
+"""The runtime `fully_shard`: parameters, gradients and optimizer states under torch FSDP2.
 
 Gradients are reduce-scattered in every microbatch and accumulated in the sharded gradients: full gradients
-of one unit live
-at a time, which is what makes long contexts fit (the alternative, reducing once, keeps the whole model's
-gradients).
+of one unit live at a time, which is what makes long contexts fit (the alternative, reducing once, keeps the
+whole model's gradients).
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
 from mopexec.measure.tracker import recategorize
-from mopexec.model import Routing
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.fsdp_internals import name_gathers
-from mopexec.modules.groups import make_groups
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.runner import ModuleRunner
-from mopexec.modules.wrap import build_model
+from mopexec.modules.slices import pieces
+from mopexec.modules.wrap import store
 from mopexec.operators.adamw import decays
 from mopexec.run.runner import Batch
-from mopexec.run.shards import FlatShards, of_dtensor
+from mopexec.run.shards import FlatShards
 from mopexec.weights.source import Source
-from mopsim.spec.plan import Plan
 
 
 class FullyShardRunner(ModuleRunner):
-    """See `ModuleRunner`."""
+    """See `ModuleRunner`. A shard is this rank's of a parameter."""
 
-    def __init__(
-        self, plan: Plan, platform: Platform, routing: Literal["learned", "profile"], source: Source
-    ) -> None:
-        profile = Routing.chosen(plan, routing)
-        super().__init__(plan, platform, profile)
-        with platform.bookkeeping():
-            self._groups = make_groups(plan.strategy, platform)
+    def _store(self, source: Source) -> None:
+        plan, platform, model = self._plan, self._platform, self.model
         with category("params"):
-            self.model = build_model(plan, self._groups, platform, profile, source)
+            self._parts = store(self._network, plan.strategy, self._mesh, platform, source)
+            self._network.reset_routers(source)
         self._host = plan.strategy.optimizer.state_tier == "host"
         self._host_grads: dict[str, Tensor] = {}
         if self._host:
-            place_on_host(self.model, platform, self._host_grads)
+            place_on_host(model, platform, self._host_grads)
         else:
-            book_gradients(self.model)
-        for parameter in self.model.parameters():
+            book_gradients(model)
+        for parameter in model.parameters():
             recategorize(local(parameter), "params")
-        name_gathers(self.model)
-        copies = self._groups.world // plan.strategy.dense.fsdp
+        name_gathers(model)
         shards = [
             Shard(
-                name, local(p), self._groups.expert_copies if ".experts." in name else copies,
+                name, local(p), self._network.copies(name),
                 () if decays(name) else ((0, local(p).numel()),),
             )
-            for name, p in self.model.named_parameters()
+            for name, p in model.named_parameters()
         ]  # fmt: skip
         self._optimizer = ShardedAdamW(shards, plan.training, platform, host=self._host)
 
@@ -66,10 +55,6 @@ class FullyShardRunner(ModuleRunner):
         self._host_grads.clear()
         for parameter in self.model.parameters():
             parameter.grad = None
-
-    def _loss(self, batch: Batch, scale: float) -> Tensor:
-        loss: Tensor = self.model(batch.tokens, batch.targets, scale, batch.documents)
-        return loss
 
     def _evaluate(self, batches: list[Batch], scale: float) -> Iterator[Tensor]:
         for loss in super()._evaluate(batches, scale):
@@ -88,5 +73,5 @@ class FullyShardRunner(ModuleRunner):
         found = {}
         for name, parameter in self.model.named_parameters():
             value = shards[name] if name in shards else torch.zeros_like(local(parameter))
-            found[name] = of_dtensor(self._groups.global_dtensor(name, parameter, value))
+            found[name] = pieces(self._parts[name], value, 0, value.numel())
         return found

@@ -2,36 +2,49 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mopexec.distributed import collectives
+from mopexec.distributed.mesh import build_mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, component, phase
 from mopexec.model import Routing
 from mopexec.model.moe import kept_loads
+from mopexec.modules.network import RankNetwork
 from mopexec.modules.optimizer import ShardedAdamW
 from mopexec.operators.dtypes import of_name, wide
 from mopexec.operators.kernels import using
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import STEP, FlatShards, whole
+from mopexec.weights.source import Source
 from mopsim.spec.plan import Plan
 
 
 class ModuleRunner(ABC):
     """See `mopexec.run.runner.Runner`. What is abstract is the runtime's own."""
 
-    model: Any
     _optimizer: ShardedAdamW
 
-    def __init__(self, plan: Plan, platform: Platform, routing: Routing) -> None:
-        self._plan, self._platform, self._learned = plan, platform, routing.learned
+    def __init__(
+        self, plan: Plan, platform: Platform, routing: Literal["learned", "profile"], source: Source
+    ) -> None:
+        self._plan, self._platform, self._learned = plan, platform, routing == "learned"
         self._tokens = plan.training.global_batch * plan.training.seq_len
         self._copies = plan.strategy.dense.tensor_parallel
         """Ranks that have the loss of the same tokens."""
         self._last_grads: Mapping[str, Tensor] = {}
+        with platform.bookkeeping():
+            self._mesh = build_mesh(plan.strategy, platform)
+        self._network = RankNetwork(plan, self._mesh, platform, Routing.chosen(plan, routing))
+        self.model: Any = self._network.model
+        self._store(source)
+
+    @abstractmethod
+    def _store(self, source: Source) -> None:
+        """Give the model's parameters their storage and the source's values; make the optimizer."""
 
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step: forward and backward of each microbatch, then clip and update."""
@@ -107,6 +120,9 @@ class ModuleRunner(ABC):
 
     def _train(self, batches: list[Batch], scale: float) -> Iterator[Tensor]:
         """Forward and backward of each microbatch; its loss on this rank."""
+        if (pipeline := self._network.pipeline) is not None:
+            yield from pipeline.step(len(batches), self._network.part(batches, scale))
+            return
         for batch in batches:
             with phase("forward"):
                 loss = self._loss(batch, scale)
@@ -119,11 +135,14 @@ class ModuleRunner(ABC):
 
     def _evaluate(self, batches: list[Batch], scale: float) -> Iterator[Tensor]:
         """The loss of each microbatch on this rank, without gradients."""
+        if (pipeline := self._network.pipeline) is not None:
+            return pipeline.evaluate(len(batches), self._network.part(batches, scale))
         return (self._loss(batch, scale) for batch in batches)
 
-    @abstractmethod
     def _loss(self, batch: Batch, scale: float) -> Tensor:
         """scale * the loss of a microbatch on this rank."""
+        loss: Tensor = self.model(batch.tokens, batch.targets, scale, batch.documents)
+        return loss
 
     @abstractmethod
     def _drop_gradients(self) -> None:
@@ -144,11 +163,20 @@ class ModuleRunner(ABC):
         told: Tensor = self.model.update_balance(
             self._plan.training.bias_update_rate, self._sum_loads, degree
         )
-        return told
+        pipeline = self._mesh.pipeline
+        if pipeline.size == 1:
+            return told
+        layers = sum(layer.is_moe for layer in self.model.blocks())
+        told[0] = told[0].nan_to_num() * layers
+        both = torch.cat((told, told.new_full((1,), layers)))
+        collectives.all_reduce(both, pipeline.handle)
+        both[0] /= both[-1]
+        return both[:-1]
 
     def _sum_loads(self, load: Tensor) -> None:
         """Sum a router's load over the ranks that share it, in place."""
-        collectives.all_reduce(load)
+        if self._mesh.stage.size > 1:
+            collectives.all_reduce(load, self._mesh.stage.handle)
 
     def _parameters(self) -> dict[str, Tensor]:
         """This rank's parameters by shard name."""

@@ -1,10 +1,13 @@
-"""Which block of each parameter a rank of the `split_modules` runtime holds, and who else holds it."""
+"""Which block of each parameter a rank holds, and who else holds it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from mopexec.distributed.mesh import Mesh
+from torch import Tensor
+
+from mopexec.distributed.mesh import Group, Mesh
 from mopexec.model.initialize import is_stacked
+from mopexec.run.shards import FlatShards, Piece, runs_within
 from mopsim.spec import layout
 
 Kind = Literal["split", "whole", "experts"]
@@ -49,3 +52,22 @@ def _split_dim(name: str) -> int | None:
     if name.endswith(INPUTS):
         return 1
     return 0 if any(part in OUTPUTS for part in name.split(".")) else None
+
+
+def part_of(block: Block, dim: int, group: Group) -> Block:
+    """This rank's part of a block that the ranks of a group cut in dimension `dim`, as torch's FSDP2 does."""
+    first, stop = layout.interval(block.size[dim], group.size, group.place)
+    start, size = list(block.start), list(block.size)
+    start[dim], size[dim] = start[dim] + first, stop - first
+    return replace(block, start=tuple(start), size=tuple(size))
+
+
+def pieces(block: Block, values: Tensor, start: int, stop: int) -> FlatShards:
+    """Elements [start, stop) of a block's flat order, which `values` begins with, as pieces of the whole
+    parameter's."""
+    flat = values.view(-1)
+    found = [
+        Piece(place, flat.narrow(0, at - start, count))
+        for place, at, count in runs_within(block.shape, block.size, block.start, start, stop)
+    ]
+    return FlatShards.of(found, block.shape, values)

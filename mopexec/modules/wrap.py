@@ -1,9 +1,8 @@
-"""From a plan to a model under torch FSDP2: parallel parts swapped in, `fully_shard` applied, weights made
-shard by shard."""
+"""The storage of `fully_shard`: torch's FSDP2 over what this rank holds, weights made shard by shard."""
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -13,60 +12,48 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
-from mopexec.model import Routing, Transformer
-from mopexec.model.moe import Router
-from mopexec.model.transformer import Term
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
-from mopexec.modules.compiled import compile_blocks
-from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.fsdp_internals import lazy_init, sum_gradients
-from mopexec.modules.groups import FsdpGroups
-from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
-from mopexec.modules.loss import chunked_loss, compute_losses, full_loss
-from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
-from mopexec.operators.documents import Documents
+from mopexec.modules.groups import FsdpMeshes
+from mopexec.modules.network import RankNetwork
+from mopexec.modules.slices import Block, part_of
 from mopexec.operators.dtypes import of_name
 from mopexec.weights.load import fill_block
 from mopexec.weights.source import Source
-from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
 
-def build_model(
-    plan: Plan, groups: FsdpGroups, platform: Platform, routing: Routing, source: Source
-) -> Transformer:
-    """The sharded model on this rank; called with (tokens, targets, scale) it gives scale * the loss."""
-    strategy = plan.strategy
-    with uncounted():  # without storage: the shards are what is counted
-        device = "cpu" if platform.fake else "meta"
-        model = Transformer(plan.model, of_name(strategy.precision.param), device, routing)
-    _spread_experts(model, strategy, groups, platform)
-    model.set_auxiliary(auxiliary(plan.training, groups.sequence))
-    if groups.sequence.size > 1:
-        for layer in model.blocks():
-            layer.attention.core = UlyssesAttention(groups.sequence)
-    if strategy.compile == "block":
-        compile_blocks(model)
-    if strategy.activations.recompute == "full":
-        recompute_layers(model, InputHooks.of(plan, platform))
-    _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)
-    name_components(model)
-    host = strategy.optimizer.state_tier == "host"
+def store(
+    network: RankNetwork, strategy: Strategy, mesh: Mesh, platform: Platform, source: Source
+) -> dict[str, Block]:
+    """Shard the parameters of a rank's part of the network, and fill the shards; what this rank then has of
+    each parameter."""
+    model, host = network.model, strategy.optimizer.state_tier == "host"
+    with platform.bookkeeping():
+        meshes = FsdpMeshes.of(strategy, mesh, platform)
     with host_allocation("params") if host else category("params"):
-        _shard(model, strategy, groups, platform)
+        _shard(model, strategy, meshes, platform)
+        found = _parts(network, mesh)
         if not platform.fake:  # fake parameters became shards when they were sharded
             model.to_empty(device="cpu" if host else platform.device)
-            if plan.model.tie_word_embeddings:
-                model.head.weight = model.embedding.weight
-            _fill(model, groups, source)
+            network.tie()
+            _fill(model, found, source)
         lazy_init(model)
-    reset_routers(model, platform, source)
     _tune(model, strategy)
-    return model
+    return found
+
+
+def _parts(network: RankNetwork, mesh: Mesh) -> dict[str, Block]:
+    found = {}
+    for name, parameter in network.model.named_parameters():
+        block = network.blocks[name]
+        group = mesh.expert_shard if block.kind == "experts" else mesh.dense_shard
+        found[name] = part_of(block, parameter.placements[-1].dim, group)
+    return found
 
 
 def shard_dim(local_shape: tuple[int, ...], degree: int) -> int:
@@ -76,38 +63,7 @@ def shard_dim(local_shape: tuple[int, ...], degree: int) -> int:
     return even[0] if even else 0
 
 
-def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platform) -> None:
-    """Keep this rank's E/Ep experts in every MoE layer, and dispatch to their owners."""
-    for layer in model.blocks():
-        if not layer.is_moe:
-            continue
-        for name, stack in list(layer.moe.experts.named_parameters()):
-            own = stack[: stack.shape[0] // strategy.experts.expert_parallel].detach()
-            setattr(layer.moe.experts, name, torch.nn.Parameter(own.contiguous()))
-        layer.moe.dispatch = ExpertDispatch(
-            model.routing, model.spec.num_local_experts, groups.experts_spread, platform
-        )
-
-
-def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -> None:
-    """The model called with (tokens, targets, scale) gives scale * the loss."""
-    head, chunk, sequence = model.head, strategy.vocabulary.chunk_tokens, groups.sequence
-
-    def one(term: Term) -> Tensor:
-        hidden, targets = term.hidden.flatten(0, 1), term.targets.flatten()
-        if strategy.vocabulary.loss == "chunked":
-            return chunked_loss(hidden, head.weight, targets, term.weight, chunk)
-        return full_loss(hidden, head.weight, targets, term.weight)
-
-    def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
-        ids = with_following(tokens, targets, len(model.mtp), sequence)
-        return cast(Tensor, head(model.terms(*ids, sequence.place * seq, scale, documents)))
-
-    compute_losses(head, one)
-    model.forward = forward
-
-
-def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platform) -> None:
+def _shard(model: Any, strategy: Strategy, meshes: FsdpMeshes, platform: Platform) -> None:
     """`fully_shard` per experts, layer, embedding, (final norm, head), and the root, innermost first."""
     precision = strategy.precision
     reshard = strategy.dense.zero == 3 and strategy.dense.reshard_after_forward
@@ -128,18 +84,18 @@ def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platfor
     for layer in model.blocks():
         if layer.is_moe:
             fully_shard(
-                layer.moe.experts, mesh=groups.experts, reshard_after_forward=reshard,
+                layer.moe.experts, mesh=meshes.experts, reshard_after_forward=reshard,
                 shard_placement_fn=placement, **options,
             )  # fmt: skip
     for module in (*model.layers, *model.mtp):
-        fully_shard(module, mesh=groups.dense, reshard_after_forward=reshard, **options)
+        fully_shard(module, mesh=meshes.dense, reshard_after_forward=reshard, **options)
     last = [model.final_norm, model.head]
     if model.spec.tie_word_embeddings:
         last.insert(0, model.embedding)  # FSDP keeps a shared weight in one group
     else:
-        fully_shard(model.embedding, mesh=groups.dense, reshard_after_forward=reshard, **options)
-    fully_shard(last, mesh=groups.dense, reshard_after_forward=False, **options)
-    fully_shard(model, mesh=groups.dense, **options)
+        fully_shard(model.embedding, mesh=meshes.dense, reshard_after_forward=reshard, **options)
+    fully_shard(last, mesh=meshes.dense, reshard_after_forward=False, **options)
+    fully_shard(model, mesh=meshes.dense, **options)
 
 
 def _tune(model: Any, strategy: Strategy) -> None:
@@ -180,23 +136,10 @@ def _prefetch(model: Any, depth: int) -> None:
             inner.set_modules_to_backward_prefetch([inner])
 
 
-def reset_routers(model: Any, platform: Platform, source: Source) -> None:
-    """Balance biases start at zero or as in the source, loads at zero, on the device."""
-    for name, module in model.named_modules():
-        if isinstance(module, Router):
-            module.balance_bias = torch.zeros_like(module.balance_bias, device=platform.device)
-            module.load = torch.zeros_like(module.balance_bias)
-            start = None if platform.fake else source.buffer(f"{name}.balance_bias")
-            if start is not None:
-                module.balance_bias.copy_(start)
-
-
-def _fill(model: Any, groups: FsdpGroups, source: Source) -> None:
+def _fill(model: Any, parts: Mapping[str, Block], source: Source) -> None:
     """Write this rank's part of the source's weights, one matrix at a time."""
     for name, parameter in model.named_parameters():
-        own = local(parameter)
-        whole = groups.global_dtensor(name, parameter, own)
-        shape = tuple(whole.shape)
-        _, start = compute_local_shape_and_global_offset(shape, whole.device_mesh, whole.placements)
-        with uncounted():
-            fill_block(own, name, shape, start, source)
+        own, part = local(parameter), parts[name]
+        if own.numel():
+            with uncounted():
+                fill_block(own, name, part.shape, part.start, source)

@@ -7,18 +7,22 @@ sums are reduced and scattered, and updated parameters gathered, once for each b
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from mopexec.distributed import collectives
-from mopexec.distributed.mesh import Group
+from mopexec.distributed.mesh import Group, Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
-from mopexec.modules.slices import Block, Kind
+from mopexec.modules.network import RankNetwork
+from mopexec.modules.slices import Block, Kind, pieces
 from mopexec.operators.adamw import Intervals, decays
-from mopexec.run.shards import FlatShards, Piece, runs_within
+from mopexec.operators.dtypes import of_name
+from mopexec.run.shards import FlatShards
 from mopsim.spec import layout
+from mopsim.spec.strategy import Precision
 
 ALIGNED = 8
 """Elements: parameters begin at 16 bytes in bf16, as grouped products want."""
@@ -85,16 +89,12 @@ class Buffer:
 
     def pieces(self, name: str, part: Tensor) -> FlatShards:
         """What `part` (laid out as `part(values)`) has of a parameter, as pieces of its whole flat order."""
-        block, size = self.blocks[name], part.numel()
-        begin, first = self.places[name], self.shard.place * size
+        block, size, begin = self.blocks[name], part.numel(), self.places[name]
+        first = self.shard.place * size
         start, stop = max(first, begin), min(first + size, begin + torch.Size(block.size).numel())
-        found = [
-            Piece(place, part.narrow(0, begin + at - first, count))
-            for place, at, count in runs_within(
-                block.shape, block.size, block.start, start - begin, stop - begin
-            )
-        ]
-        return FlatShards.of(found, block.shape, part)
+        count = max(0, stop - start)
+        mine = part.narrow(0, start - first if count else 0, count)
+        return pieces(block, mine, start - begin, start - begin + count)
 
 
 @dataclass
@@ -123,6 +123,26 @@ class Buffers:
         for buffer in self.all:
             if buffer.shard.size > 1:
                 collectives.all_gather_single(buffer.values, buffer.part(buffer.values), buffer.shard.handle)
+
+
+def buffers_of(network: RankNetwork, precision: Precision, mesh: Mesh, platform: Platform) -> Buffers:
+    """Buffers for a rank's part of the network, not filled."""
+    of_kind: dict[Kind, tuple[Group | None, Group, Group]] = {
+        "split": (None, mesh.dense_shard, mesh.dense_replicas),
+        "whole": (mesh.tensor, mesh.dense_shard, mesh.dense_replicas),
+        "experts": (None, mesh.expert_shard, mesh.expert_replicas),
+    }
+    found, unreached = Buffers(), set(network.model.unreached())
+    for trained, (kind, of) in product((True, False), of_kind.items()):
+        mine = {
+            name: block
+            for name, block in network.blocks.items()
+            if block.kind == kind and (name not in unreached) == trained
+        }
+        if mine:
+            dtypes = (of_name(precision.param), of_name(precision.grad))
+            found.all.append(make_buffer(kind, mine, of, dtypes, platform, trained=trained))
+    return found
 
 
 def make_buffer(

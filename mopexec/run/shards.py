@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mopexec.distributed.collectives import parts_of_all
 from mopexec.measure.scope import host_compute
@@ -77,18 +75,6 @@ class FlatShards(Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         return self.pieces[index.offset[0]]
-
-
-def of_dtensor(value: DTensor) -> FlatShards:
-    """This rank's block of a DTensor as pieces of its flat order: one for each run of contiguous rows."""
-    local, shape = value.to_local(), tuple(value.shape)
-    block, offsets = compute_local_shape_and_global_offset(shape, value.device_mesh, value.placements)
-    flat = local.view(-1)
-    pieces = [
-        Piece(start, flat.narrow(0, at, count))
-        for start, at, count in runs_within(shape, tuple(block), tuple(offsets), 0, local.numel())
-    ]
-    return FlatShards.of(pieces, shape, local)
 
 
 def whole(shards: Mapping[str, FlatShards]) -> dict[str, Tensor]:
