@@ -1,7 +1,5 @@
 """Components that are parts of a step: lowered as such and played by the engine."""
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from mopsim.common.units import UNITS
@@ -11,7 +9,6 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
-from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.tensors import tensors
@@ -245,15 +242,9 @@ def _expert_layer(component: Component, strategy: Strategy, hardware: HardwarePr
     model = _expert_model(component)
     tokens = component.count("tokens_per_rank")
     training = TrainSpec(seq_len=tokens, global_batch=strategy.world_size, routing=component.text("routing"))
-    workload = expert_layer(model, strategy, training, hardware.scale_up_size, _nested(strategy))
-    return run(workload, model, hardware, strategy, training, timeline=True)
-
-
-def _nested(strategy: Strategy) -> Stack:
-    """PipelinedLLEP keeps the inputs of chunks in the layer's recompute (arXiv 2609.14306)."""
     stack = load_stack(strategy.stack)
-    how: Literal["nested", "redispatch"] = "nested" if strategy.experts.chunk_tokens else "redispatch"
-    return replace(stack, recompute=replace(stack.recompute, chunk_inputs=how))
+    workload = expert_layer(model, strategy, training, hardware.scale_up_size, stack)
+    return run(workload, model, hardware, strategy, training, timeline=True)
 
 
 def _beside(component: Component) -> int:
