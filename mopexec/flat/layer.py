@@ -8,7 +8,7 @@ from torch import Tensor
 from mopexec.flat.units import Unit, release
 from mopexec.measure.tracker import phase
 from mopexec.operators.attention import AttentionBlock
-from mopexec.operators.experts import MoEBlock
+from mopexec.operators.experts import MoEBlock, Pass
 from mopexec.operators.ffn import DenseBlock
 from mopexec.operators.least_loaded import Foreign, Weights
 from mopexec.operators.routes import Routes
@@ -50,6 +50,14 @@ class LayerSchedule:
         release(self.units)
         return out
 
+    def _begin(self, x: Tensor, weights: Weights) -> Pass:
+        """The backward of the experts, up to their first gradient; x is the sum after attention."""
+        assert self.moe is not None
+        assert self.experts is not None
+        assert self._routes is not None
+        routes, foreign = self._routes, self._foreign(self._routes)
+        return self.moe.begin(x, routes, weights, self.experts.weights(), foreign)
+
     def _foreign(self, routes: Routes) -> Foreign | None:
         """Others' experts that rows here need, on their way."""
         if routes.moves is None:
@@ -81,21 +89,19 @@ class LayerSchedule:
         inner, saved = self.attention.recompute(x, weights)
         kept = [saved]
         del saved
+        begun = self._begin(inner, weights) if self.moe is not None and self.moe.nested else None
         before_grads()
         grads = self.dense.open_grads()
         if self.moe is None:
             self.ffn.backward(grad, inner, weights, grads)
         else:
             assert self.experts is not None
-            assert self._routes is not None
             expert_grads = self.experts.open_grads()
-            foreign = self._foreign(self._routes)
-            self.moe.backward(
-                grad, inner, self._routes, weights, self.experts.weights(), grads, expert_grads, foreign
-            )
-            if foreign is not None:
-                foreign.send_home(self.experts.contents.by_copy(self.experts.full_grads))
-            del foreign
+            begun = begun or self._begin(inner, weights)
+            self.moe.backward(grad, inner, begun, weights, grads, expert_grads)
+            if begun.foreign is not None:
+                begun.foreign.send_home(self.experts.contents.by_copy(self.experts.full_grads))
+            del begun
             self._routes = None
             del expert_grads
             self.experts.release()

@@ -46,10 +46,12 @@ def forward(rows: list[Tensor], ends: Tensor, experts: Weights, clamp: Clamp | N
 
 
 def backward(
-    rows: list[Tensor], ends: Tensor, experts: Weights, grads: Weights, clamp: Clamp | None
-) -> Tensor:
+    rows: list[Tensor], ends: Tensor, experts: Weights, grads: Weights, clamp: Clamp | None, *,
+    whole: bool = False,
+) -> Tensor:  # fmt: skip
     """rows: packed inputs, and gradients of weight * expert(input) [R, H], become the gradients of the inputs
-    alone; grads += the weights'.
+    alone; grads += the weights'. whole: the output runs again too, as in a checkpoint of the products, though
+    nobody reads it.
 
     Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 3 I R, the gradients of one
     stack of weights, and 2 H R at the end.
@@ -61,6 +63,8 @@ def backward(
     down, bias = _named(experts, "down")
     inner = groups.product(given, down.transpose(1, 2))
     grad_weights: Tensor = OPS.swiglu_backward_(inner, gate, up, route_weights, *_limits(clamp))
+    if whole:
+        groups.product(inner, down)
     groups.add_weights(grads["moe.experts.down_proj"], inner, given)
     del inner
     if bias is not None:

@@ -21,6 +21,7 @@ from mopexec.operators.experts import MoEBlock
 from mopexec.operators.ffn import DenseBlock
 from mopexec.operators.layer_inputs import LayerInputs, count_on_host
 from mopexec.operators.loss import Ring
+from mopexec.operators.nested_experts import NestedMoEBlock
 from mopexec.operators.router_losses import RouterLosses
 from mopexec.operators.routes import RoutePlanner
 from mopexec.operators.ulysses import SequenceExchange
@@ -156,7 +157,8 @@ def _moe(plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice) -> 
     planner = RoutePlanner(
         spec, mesh.experts, profile, training.routing, chunks, platform, strategy.experts, losses
     )
-    return MoEBlock(spec, planner, strategy.dense.chunk_tokens)
+    block = NestedMoEBlock if plan.stack.recompute.chunk_inputs == "nested" else MoEBlock
+    return block(spec, planner, strategy.dense.chunk_tokens)
 
 
 def _ring(plan: Plan, mesh: Mesh, num_tokens: int) -> Ring | None:

@@ -25,7 +25,10 @@ class Recompute(Spec, frozen=True, kw_only=True):
     `kept`.
     selective: modules that `selective` without a list of modules runs again.
     chunk_inputs: the tensors that the backward of chunked experts reads. `redispatch`: they are sent again.
-    `nested`: the layer's recomputation keeps them (arXiv 2609.14306).
+    `nested`: the layer's recomputation runs the experts and keeps them, and each chunk's backward runs its
+    products once more (arXiv 2609.14306). `autograd`: as `nested`, but autograd runs the backward, in the
+    reverse of the forward's order, and weights that least-loaded placement moves lie in one tensor with the
+    rank's own (the published code of arXiv 2601.17111).
     inputs: when layer inputs on the host are copied up. `ahead`: one layer ahead, and the last one stays
     (Megatron-Core). `asked`: when their backward asks for them (autograd's hooks on saved tensors).
     gathers_again: rows that expert-tensor ranks gather in a recomputation are gathered once more for the
@@ -41,7 +44,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
     kept: tuple[str, ...] = ()
     kept_routed: tuple[str, ...] = ()
     selective: tuple[str, ...] = ()
-    chunk_inputs: Literal["redispatch", "nested"] = "redispatch"
+    chunk_inputs: Literal["redispatch", "nested", "autograd"] = "redispatch"
     inputs: Literal["ahead", "asked"] = "ahead"
     gathers_again: bool = True
     around: bool = True

@@ -130,9 +130,10 @@ def _stack(old: _Old) -> Stack:
     """The stack that the old fields say; a shipped one where it is the same."""
     eager = set(old.unfused) in (set(EAGER), set(EAGER[:-1]))
     explicit, fused = old.runtime == "flat_units" and not old.unfused, old.vocabulary.fused
+    inputs = "autograd" if old.experts.checkpoint == "nested" else "redispatch"
     said: dict[str, Any] = {
         "kernels.expert_products": "looped" if old.experts.looped or explicit else "torch",
-        "sharding.experts": not old.experts.plain, "recompute.chunk_inputs": old.experts.checkpoint,
+        "sharding.experts": not old.experts.plain, "recompute.chunk_inputs": inputs,
         "host.modules": "modules" in old.unfused, "host.graphs": HostCosts(graphs=old.graphs).graphs,
     }  # fmt: skip
     if not old.attention.flash:

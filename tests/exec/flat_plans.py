@@ -7,7 +7,7 @@ import msgspec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Precision, Strategy
+from mopsim.spec.strategy import DEFAULT_STACK, Precision, Strategy
 from mopsim.spec.training import TrainSpec
 
 MODEL = ModelSpec(
@@ -39,9 +39,12 @@ def precision(dtype: str) -> Precision:
 def make_plan(
     world: int, changes: dict[str, dict[str, Any]], *, dtype: str = "float64", model: ModelSpec = MODEL,
     training: dict[str, Any] | None = None, micro_batch: int = 1, device_kind: str = "cpu",
+    stack: str = DEFAULT_STACK,
 ) -> Plan:  # fmt: skip
     """A plan of ZeRO-3 over all ranks with `changes` per component of the strategy."""
-    base = Strategy(name="test", world_size=world, micro_batch=micro_batch, precision=precision(dtype))
+    base = Strategy(
+        name="test", world_size=world, micro_batch=micro_batch, precision=precision(dtype), stack=stack
+    )
     base = msgspec.structs.replace(base, dense=msgspec.structs.replace(base.dense, fsdp=world))
     fields = {
         name: msgspec.structs.replace(getattr(base, name), **values) for name, values in changes.items()

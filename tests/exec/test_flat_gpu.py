@@ -37,8 +37,9 @@ def test_one_device_equals_the_plain_model(update_on: str) -> None:
     )
 
 
-def test_one_device_in_bf16_is_close() -> None:
-    plan = make_plan(1, ALONE, dtype="bfloat16")
+@pytest.mark.parametrize("stack", ["mopexec-flat", "mopexec-flat-nested"])
+def test_one_device_in_bf16_is_close(stack: str) -> None:
+    plan = make_plan(1, ALONE, dtype="bfloat16", stack=stack)
     worst = pool(1, cuda=True).run("tests.exec.flat_parity", "compare", plan, "learned")[0]
     assert worst["loss"] < 1e-3
     assert worst["norm"] < 0.02

@@ -15,10 +15,10 @@ from mopexec.model import Transformer, swiglu
 from mopexec.model.swiglu import grouped_swiglu
 from mopexec.operators import expert_products
 from mopexec.operators.dtypes import wide
-from mopexec.operators.experts import experts_backward_, experts_forward_
 from mopexec.operators.fused import LEAVES, OPS, split_packed
 from mopexec.operators.grouped import Groups, RowCounts, ends_of, expert_order, fits
 from mopexec.operators.kernels import prepare, using
+from mopexec.operators.looped_products import experts_backward_, experts_forward_
 from mopexec.operators.rows import rms_norm, rms_norm_backward_
 from mopexec.operators.swiglu import Clamp
 from mopexec.weights.load import fill
@@ -94,7 +94,7 @@ def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: 
         assert expert_products.fits(inputs, experts)
         expert_products.forward(whole, ends_of(arrived), experts, clamp)
     alone = inputs.clone()
-    experts_forward_(alone, weights, counts, [experts], clamp)
+    experts_forward_(alone, alone, weights, counts, [experts], clamp)
     _close(whole[0], alone)
 
     found = []

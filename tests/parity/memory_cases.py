@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from mopsim import strategies
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
@@ -51,6 +53,7 @@ def cases(world: int) -> dict[str, Plan]:
             ),
             batch=2 * world,
         ),
+        "mop_nested": plan(nested(strategies.mop(world, **everything)), "60/3"),
         "mop_host_update": plan(strategies.mop(world, **everything, optimizer="host")),
         "mop_microbatches": plan(strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world),
         "zero_offload": plan(strategies.zero_offload(world, expert_parallel=2)),
@@ -65,11 +68,17 @@ def cases(world: int) -> dict[str, Plan]:
     }
 
 
+def nested(strategy: Strategy) -> Strategy:
+    """The same with checkpoints of chunks in those of layers."""
+    return replace(strategy, stack="mopexec-flat-nested")
+
+
 def trained(world: int) -> dict[str, Plan]:
     """The plans that are trained for real: on four ranks those where more than two do something else."""
     wide = (
         "mop",
         "mop_skewed",
+        "mop_nested",
         "mop_replicas",
         "mop_early_here",
         "zero_offload",

@@ -16,7 +16,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
-from tests.parity.memory_cases import cases
+from tests.parity.memory_cases import cases, nested
 from tests.parity.tracked import second_step
 from tests.plans import changed, plan_of, split
 from tests.sim.toys import machine, small
@@ -57,6 +57,7 @@ DEMO = [
     mop(
         2, expert_parallel=2, fsdp=1, grad_dtype="bfloat16", optimizer="device", optimizer_overlap="backward"
     ),
+    nested(mop(2, expert_parallel=2, vocab_parallel=2, expert_chunk_tokens=2048)),
     zero_offload(2, expert_parallel=2, loss="chunked"),
     fsdp2(2, expert_parallel=2, context_parallel=2),
     fsdp2(2, expert_parallel=2, loss="chunked", dtype="float32"),
@@ -66,7 +67,7 @@ DEMO = [
 
 
 KINDS = [(index, "cuda") for index in range(len(DEMO))]
-KINDS += [(index, "cpu") for index, one in enumerate(DEMO) if one.stack == "mopexec-flat"]
+KINDS += [(index, "cpu") for index, one in enumerate(DEMO) if one.stack.startswith("mopexec-flat")]
 
 
 @pytest.mark.parametrize(("index", "kind"), KINDS)

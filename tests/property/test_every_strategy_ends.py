@@ -127,7 +127,8 @@ def _stack(draw: random.Random, name: str) -> Stack:
         ),
         sharding=replace(own, **sharding),
         recompute=replace(
-            stack.recompute, stops_early=pick([True, False]), chunk_inputs=pick(["redispatch", "nested"])
+            stack.recompute, stops_early=pick([True, False]),
+            chunk_inputs=pick(["redispatch", "nested", "autograd"]),
         ),
         host=replace(stack.host, modules=pick([True, False]), graphs=pick([(), ("attention",), ("step",)])),
     )  # fmt: skip

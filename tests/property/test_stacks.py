@@ -55,7 +55,7 @@ RUN = (mop(2), fsdp2(2), zero_offload(2), megatron(2, tensor_parallel=2))
 def test_mopexec_runs_its_own_stacks_only(name: str) -> None:
     tiny = load_model("tiny")
     found = [runnable(one, tiny, stack=load_stack(name)) for one in RUN]
-    own = name in ("mopexec-flat", "mopexec-fsdp2", "mopexec-split")
+    own = name in ("mopexec-flat", "mopexec-flat-nested", "mopexec-fsdp2", "mopexec-split")
     assert (None in found) == own
     if not own:
         assert {error.field for error in found if error} == {"stack.runtime"}

@@ -14,11 +14,11 @@ from mopsim.program.workload import Op
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile, routing_counts
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
 from mopsim.validate.components import predict_components
-from tests.software import changed
 
 MODEL = msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2)
 MACHINE = load_profile("h200-sxm-141g")
@@ -78,11 +78,11 @@ def test_a_rank_computes_the_same_part_of_every_chunk() -> None:
 
 def test_the_host_places_rows_of_divided_experts_and_reads_the_rows_of_every_chunk() -> None:
     strategy = _with(mop(8, expert_parallel=8, expert_chunk_tokens=2048), balance="least_loaded")
-    nested = changed("mopexec-flat", recompute={"chunk_inputs": "nested"})
+    papers = load_stack("mop-papers")
 
     def ops(routing: RoutingProfile) -> list[Op]:
         training = TrainSpec(seq_len=8192, global_batch=8, routing=routing)
-        return list(lower(MODEL, strategy, training, 8, nested).programs[0].ops)
+        return list(lower(MODEL, strategy, training, 8, papers).programs[0].ops)
 
     def started(routing: RoutingProfile, name: str) -> set[float]:
         return {sum(work.issued for work in op.work) for op in ops(routing) if op.name == name}
@@ -102,9 +102,8 @@ def test_nested_checkpoints_hold_what_arrived_for_all_chunks() -> None:
     chunked = mop(8, expert_parallel=8, vocab_parallel=8, expert_chunk_tokens=8192)
     arrived = 65536 * 8 * 2048 * 2
     most = []
-    for how in ("redispatch", "nested"):
-        software = changed("mopexec-flat", recompute={"chunk_inputs": how})
-        result = simulate(MODEL, MACHINE, 1, chunked, training, software, timeline=True)
+    for name in ("mopexec-flat", "mopexec-flat-nested"):
+        result = simulate(MODEL, MACHINE, 1, chunked, training, load_stack(name), timeline=True)
         most.append(max(result.memory_curve_by_category["dispatch"]))
     assert most[1] > most[0] + arrived / 2
 

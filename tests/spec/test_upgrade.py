@@ -154,7 +154,7 @@ def test_old_fields_inside_sections() -> None:
     kernels = software.kernels
     assert (kernels.expert_products, kernels.loss) == ("looped", "upcast")
     assert (software.flash, software.sharding.experts) == (False, False)
-    assert software.recompute.chunk_inputs == "nested"
+    assert software.recompute.chunk_inputs == "autograd"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ BALANCE, Z = _RouterLoss(25, 16, 3), _RouterLoss(13, 10, 2)
 class ExpertsPair(Rows):
     """Buffers of chunk i are named `….i`. Everything on its way is of category dispatch."""
 
+    whole = False
+    """Whether products run again in the backward with their outputs, which nobody reads."""
+
     def __init__(self, context: Context, builder: Builder, ffn: FfnPair) -> None:
         super().__init__(context, builder)
         self.ffn, model = ffn, context.model
@@ -121,11 +124,19 @@ class ExpertsPair(Rows):
 
     def backward(self, layer: int, *waits: int | None) -> None:
         """The gradient of x2 becomes that of x1, in place."""
-        b = self.b
+        self._after(layer, self._again(layer, "backward", waits))
+
+    def _again(self, layer: int, phase: str, waits: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Weights that moved, route weights and orders once more; what the products wait for."""
         if self.moved:
-            waits = (*waits, self.moved.gather(layer, "backward", b.last))
-        b.compute("weigh", _R, "backward", layer, self._weigh(0))
-        self._order(layer, "backward")
+            waits = (*waits, self.moved.gather(layer, phase, self.b.last))
+        self.b.compute("weigh", _R, phase, layer, self._weigh(0))
+        self._order(layer, phase)
+        return waits
+
+    def _after(self, layer: int, waits: tuple[int | None, ...]) -> None:
+        """The backward, once orders are known."""
+        b = self.b
         b.make("grad_route_weights", self.c.tokens * self.k * self.c.wide, _D)
         self._chunks(layer, "backward", waits)
         b.drop(*self._ordered())
@@ -137,15 +148,14 @@ class ExpertsPair(Rows):
     def _chunks(self, layer: int, phase: str, waits: tuple[int | None, ...]) -> None:
         """dispatch(i+1) | experts(i) | combine(i-1)."""
         back, count = phase == "backward", self.c.chunks
-        products, home = self._experts_forward, self._combine
-        if back:
-            products, home = self._experts_backward, self._combine_backward
+        products = self._experts_backward if back else self._experts_forward
         arrived = self._dispatch(0, layer, phase)
         if back and self.moved:
             self.moved.open()
         returning: int | None = None
         for i in range(count):
-            self.ffn.shared(layer, self.c.chunk_tokens(i), backward=back)
+            if phase != "recompute":  # shared experts run again slice by slice, in their backward
+                self.ffn.shared(layer, self.c.chunk_tokens(i), backward=back)
             works, here = self._receive(i, phase), arrived
             if i + 1 < count:  # the executor waits for the chunk and reorders it before it sends the next one
                 self.b.compute("arrived", _E, phase, layer, works, here)
@@ -153,24 +163,30 @@ class ExpertsPair(Rows):
                 if self.moved:
                     self.moved.read(layer, phase)
                 arrived = self._dispatch(i + 1, layer, phase)
-            products(i, layer, works, here, *waits)
+            products(i, layer, phase, works, here, *waits)
             if i:
-                home(i - 1, returning, layer)
+                self._home(i - 1, returning, layer, phase)
             returning = self._return(i, layer, phase)
-        home(count - 1, returning, layer)
+        self._home(count - 1, returning, layer, phase)
+
+    def _home(self, i: int, arrived: int | None, layer: int, phase: str) -> None:
+        (self._combine_backward if phase == "backward" else self._combine)(i, arrived, layer, phase)
+
+    def _sent(self, phase: str) -> dict[str, int]:
+        """What a chunk sends to the experts, and the bytes of a row: rows packed with their weights, and
+        output gradients."""
+        return {"rows": self.packed, **({"grads": self.row} if phase == "backward" else {})}
 
     def _receive(self, i: int, phase: str) -> list[Work]:
         """The chunk at the experts: rows in their order, what was sent freed."""
         _, _, received, _ = self._sizes(i)
-        works = self._take("rows", i, received * self.packed)
-        if phase == "backward":
-            works += self._take("grads", i, received * self.row)
-        return works
+        sent = self._sent(phase).items()
+        return [work for name, size in sent for work in self._take(name, i, received * size)]
 
     def _return(self, i: int, layer: int, phase: str) -> int | None:
         """The chunk's rows go home, and packed with them the gradients of its route weights."""
         b, (_, sent, received, _) = self.b, self._sizes(i)
-        name, back = ("rows", self.row) if phase == "forward" else ("grads", self.packed)
+        name, back = ("grads", self.packed) if phase == "backward" else ("rows", self.row)
         if not self.split:
             b.rename(name, f"{name}_back.{i}")
             if phase == "backward":
@@ -196,18 +212,21 @@ class ExpertsPair(Rows):
         return tokens, tokens * self.k, sum(routes) if self.split else tokens * self.k, max(routes)
 
     def _dispatch(self, i: int, layer: int, phase: str) -> int | None:
-        """Sends a chunk's rows, packed with their weights, and (backward) output gradients."""
-        b, (n, sent, arrived, _) = self.b, self._sizes(i)
-        works = [] if self.fused_norm else [self.norm(n, self.H, "hidden")]
-        names = [("rows", self.packed), *([("grads", self.row)] if phase == "backward" else [])]
-        for name, size in names:
+        """Sends a chunk to its experts."""
+        b, (n, sent, arrived, _), names = self.b, self._sizes(i), self._sent(phase)
+        normed = not self.fused_norm and "rows" in names
+        works = [self.norm(n, self.H, "hidden")] if normed else []
+        for name, size in names.items():
             b.make(f"{name}_sent.{i}", sent * size, _D)
             works.append(self.by_index(sent * size))
-        if not self.fused_norm:
+        if "rows" not in names:  # whose kernel finds the tokens of routes itself
+            b.spike(sent * 8, _D)
+            works.append(self.elementwise(sent, 16, 1))
+        if normed:
             b.drop("hidden")
         b.compute("permute", _E, phase, layer, works)
         waiting = None
-        for name, size in names:
+        for name, size in names.items():
             if self.split:
                 b.make(f"{name}.{i}", arrived * size, _D)
             each = float(max(sent, arrived) * size)
@@ -242,7 +261,7 @@ class ExpertsPair(Rows):
         return self._works[key]
 
     def _experts_forward(
-        self, i: int, layer: int, works: list[Work], arrived: int | None, *waits: int | None
+        self, i: int, layer: int, phase: str, works: list[Work], arrived: int | None, *waits: int | None
     ) -> None:
         c = self.c
         _, _, received, most = self._sizes(i)
@@ -254,12 +273,12 @@ class ExpertsPair(Rows):
         if self.grouped:
             passes, active = len(self.up) + 1, 1
         works.append(self.elementwise(received * self.inner, passes * c.b, 3 * active))
-        self.b.compute("experts", _E, "forward", layer, works, arrived, *waits)
+        self.b.compute("experts", _E, phase, layer, works, arrived, *waits)
         if self.grouped:
             self.b.drop("rows")
             self.b.make("rows", received * self.row)
 
-    def _combine(self, i: int, arrived: int | None, layer: int) -> None:
+    def _combine(self, i: int, arrived: int | None, layer: int, phase: str) -> None:
         """x1 += the sum of each token's routes."""
         b, n = self.b, self.c.chunk_tokens(i)
         self._arrive("rows", i)
@@ -267,7 +286,7 @@ class ExpertsPair(Rows):
         if not self.fused_routes:
             b.spike(part * (self.k + 1) * self.row, _D)
         works = self._sum_routes(n, 2)
-        b.compute("combine", _E, "forward", layer, works, arrived)
+        b.compute("combine", _E, phase, layer, works, arrived)
         b.drop(f"rows_back.{i}")
 
     def _sum_routes(self, tokens: int, launches: int) -> list[Work]:
@@ -282,17 +301,19 @@ class ExpertsPair(Rows):
             self.b.drop(f"{name}_ordered.{i}")
 
     def _experts_backward(
-        self, i: int, layer: int, works: list[Work], arrived: int | None, *waits: int | None
+        self, i: int, layer: int, phase: str, works: list[Work], arrived: int | None, *waits: int | None
     ) -> None:
         b, c = self.b, self.c
         _, _, received, most = self._sizes(i)
         b.make("grad_weights", received * c.wide)
         if self.grouped:
             stack = self.E // c.strategy.experts.expert_parallel * self.H * self.inner
-            b.spike(((len(self.up) + 1) * received * self.inner + stack) * c.b)
+            held = (len(self.up) + 1) * received * self.inner
+            b.spike((held + max(stack, self.whole * received * self.H)) * c.b)
         else:
-            b.spike((4 if len(self.up) == 1 else 6) * most * self.inner * c.b)
-        works = [*works, *self._products(i, False, *self.up)]
+            held = 3 if len(self.up) == 1 else 5
+            b.spike((held * self.inner + max(self.inner, self.whole * self.H)) * most * c.b)
+        works = [*works, *self._products(i, False, *self.up, *["experts_down"] * self.whole)]
         works += self._products(i, True, *self.up, "experts_down")
         if not self.grouped and c.strategy.precision.reduce != c.strategy.precision.compute:
             b.spike((4 * most + self.H) * self.inner * c.b)
@@ -303,10 +324,10 @@ class ExpertsPair(Rows):
             works.append(self.elementwise(received * self.H, 3 * c.b, 1))
         else:
             works.append(self.elementwise(received * self.inner, 26 * c.b, 10 * active))
-        b.compute("experts", _E, "backward", layer, works, arrived, *waits)
+        b.compute("experts", _E, phase, layer, works, arrived, *waits)
         b.drop("rows")
 
-    def _combine_backward(self, i: int, arrived: int | None, layer: int) -> None:
+    def _combine_backward(self, i: int, arrived: int | None, layer: int, phase: str) -> None:
         """Gradients of tokens from their routes, through the norm, slice by slice."""
         b, (n, sent, _, _) = self.b, self._sizes(i)
         self._arrive("grads", i)
@@ -317,9 +338,9 @@ class ExpertsPair(Rows):
         if not self.fused_routes:
             b.spike(part * self.k * self.row, _D)
         works = [*self._sum_routes(n, 1), self.elementwise(sent, 8 + 2 * self.c.wide, 1)]
-        b.compute("combine", _E, "backward", layer, works, arrived)
+        b.compute("combine", _E, phase, layer, works, arrived)
         norm = self.norm_backward(part, self.H)
-        b.compute("combine", _R, "backward", layer, [replace(norm, bytes=norm.bytes * n / part)])
+        b.compute("combine", _R, phase, layer, [replace(norm, bytes=norm.bytes * n / part)])
         b.drop("grad_hidden", f"grads_back.{i}", *(() if self.split else (f"grad_weights.{i}",)))
 
     def _router_backward(self, layer: int) -> None:

@@ -79,7 +79,11 @@ class FlatUnits(Shards):
             for unit in experts:
                 self._reduce(unit, ())
 
-        return {template.marks["recomputed"]: (recomputed,), template.marks["experts"]: (reduce,)}
+        again = template.marks.get("experts again")
+        return {
+            **({again: (arrive,)} if again is not None else {}),
+            template.marks["recomputed"]: (recomputed,), template.marks["experts"]: (reduce,),
+        }  # fmt: skip
 
     def edge(self, name: str, phase: str) -> Ops:
         """What the embedding, or final norm and head, wait for; before their backward, zeroed gradients."""

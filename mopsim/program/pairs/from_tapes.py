@@ -1,5 +1,5 @@
 """Parts of a layer of which no pair is written, from their tapes: attention other than grouped queries, and
-experts under nested checkpoints."""
+experts whose backward autograd runs."""
 
 from mopsim.graph.attention import attention
 from mopsim.graph.experts import router
@@ -51,9 +51,9 @@ def _around_core(tape: Tape) -> Recomputation:
     return Recomputation(dropped, tuple(frozenset(region) for region in regions if region), kept)
 
 
-class NestedExperts(Rows):
-    """The backward of experts whose inputs the layer's recomputation dispatches and keeps (arXiv
-    2609.14306)."""
+class TapedExperts(Rows):
+    """The backward of experts whose inputs the layer's recomputation dispatches and keeps (arXiv 2609.14306):
+    as NestedExperts, in autograd's order."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
         super().__init__(context, builder)

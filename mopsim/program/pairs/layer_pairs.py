@@ -13,7 +13,8 @@ from mopsim.program.pairs.experts_pair import ExpertsPair
 from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.flat_units import FlatUnits
 from mopsim.program.pairs.flat_update import PairUpdate
-from mopsim.program.pairs.from_tapes import NestedExperts, TapedAttention
+from mopsim.program.pairs.from_tapes import TapedAttention, TapedExperts
+from mopsim.program.pairs.nested_experts import NestedExperts
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
@@ -89,7 +90,7 @@ class Pairs(Passes):
         self._attention(b).forward(layer, START)
         ffn = FfnPair(c, b)
         if self.key(layer).routed:
-            experts = ExpertsPair(c, b, ffn)
+            experts = self._experts(b, ffn)
             experts.plan(layer)
             b.cut("experts")
             experts.forward(layer, EXPERTS)
@@ -103,13 +104,16 @@ class Pairs(Passes):
         b.adopt("x", c.hidden, "boundaries")
         b.adopt("grad", c.hidden)
         attention.recompute(layer, START)
+        experts = self._experts(b, ffn) if self.key(layer).routed else None
+        if isinstance(experts, NestedExperts):
+            b.cut("experts again")
+            experts.recompute(layer, EXPERTS)
         b.cut("recomputed")
-        if self.key(layer).routed:
-            experts = ExpertsPair(c, b, ffn)
+        if experts is not None:
             b.adopt(f"choice{layer}", experts.choice)
-            if c.stack.recompute.chunk_inputs == "nested":
+            if c.stack.recompute.chunk_inputs == "autograd":
                 ffn.shared(layer, backward=True)
-                NestedExperts(c, b).backward(layer, EXPERTS)
+                TapedExperts(c, b).backward(layer, EXPERTS)
             else:
                 experts.backward(layer, EXPERTS)
         else:
@@ -119,6 +123,10 @@ class Pairs(Passes):
         attention.backward(layer)
         b.drop("x")
         return b.template()
+
+    def _experts(self, b: Recorder, ffn: FfnPair) -> ExpertsPair:
+        nested = self.context.stack.recompute.chunk_inputs == "nested"
+        return (NestedExperts if nested else ExpertsPair)(self.context, b, ffn)
 
     def _attention(self, b: Recorder) -> AttentionPair | TapedAttention:
         kind = AttentionPair if self.context.model.attention == "gqa" else TapedAttention

@@ -54,7 +54,7 @@ class ForeignExperts:
 
 
 class PackedExperts(ForeignExperts):
-    """They come before the rows, into one tensor with the rank's own (backward: NestedExperts)."""
+    """They come before the rows, into one tensor with the rank's own (backward: TapedExperts)."""
 
     def __init__(self, context: Context, builder: Builder, moved: Migration) -> None:
         super().__init__(context, builder, moved)
@@ -81,7 +81,7 @@ class PackedExperts(ForeignExperts):
 def moved_experts(context: Context, builder: Builder) -> ForeignExperts | None:
     """None where experts stay at home."""
     moved = context.migration if context.groups["experts"].size > 1 else None
-    packed = context.stack.recompute.chunk_inputs == "nested"
+    packed = context.stack.recompute.chunk_inputs == "autograd"
     if moved is None or not (packed or moved.message):
         return None
     return (PackedExperts if packed else ForeignExperts)(context, builder, moved)

@@ -95,14 +95,16 @@ def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
 
 @cache
 def _runs(side: str) -> list[tuple[str, Callable[[Any], Any], list[Any]]]:
-    """(path, how it is read, what the runtime does) of each entry of a stack that it has a part in."""
+    """(path, how it is read, what the runtime does) of each entry of a stack that it has a part in: the
+    values that the table names, else those of its shipped stack."""
     shipped = load_stack(SHIPPED[side])
     known = [shipped.on_kind(kind) for kind in ("cuda", "cpu")]
-    held = [path for path in _STACK if ROWS[f"stack.{path}"].cells[side].reads]
-    return [
-        (path, get, [get(one) for one in known])
-        for path, get in zip(held, map(attrgetter, held), strict=True)
-    ]
+    found: list[tuple[str, Callable[[Any], Any], list[Any]]] = []
+    for path, get in zip(_STACK, map(attrgetter, _STACK), strict=True):
+        cell = ROWS[f"stack.{path}"].cells[side]
+        if cell.reads:
+            found.append((path, get, [get(one) for one in known] if cell.values is None else [*cell.values]))
+    return found
 
 
 def _attention(job: Job, side: str) -> Iterator[SpecError]:
