@@ -13,12 +13,13 @@ class Recomputation:
 
     dropped: saved values that the forward frees all the same. kept: saved values that stay.
     again: regions of kernels to run again, each once, before the first kernel of the backward that wants one
-    of its values.
+    of its values. passed: values kept for a region alone, gone once it has read them.
     """
 
     dropped: frozenset[str]
     again: tuple[frozenset[int], ...]
     kept: frozenset[str]
+    passed: frozenset[str] = frozenset()
 
 
 NOTHING = Recomputation(frozenset(), (), frozenset())
@@ -92,13 +93,14 @@ def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset
         for value in kernel.writes:
             if value.name in chosen.kept:
                 first_saver.setdefault(value.name, index)
-    over = _by_place((name, first_saver[name]) for name in freed - held if name in first_saver)
+    stay = freed - held - chosen.passed
+    over = _by_place((name, first_saver[name]) for name in stay if name in first_saver)
     due = _due(tape, chosen, last_saver)
     played: list[Played] = []
     for index in reversed(range(len(tape.kernels))):
         for when, region in due:
             if when == index:
-                played += _again(tape, region, chosen.dropped)
+                played += _again(tape, region, chosen)
         kernel = tape.kernels[index]
         memory: list[Step] = list(kernel.back_scratch)
         if kernel.weight_grad:
@@ -138,8 +140,9 @@ def _due(tape: Tape, chosen: Recomputation, last_saver: dict[str, int]) -> list[
     return [(due[region], region) for region in sorted(due, key=min)]
 
 
-def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[Played]:
-    """A region forward: its dropped values come back, what is only passed on inside dies. What kernels that
+def _again(tape: Tape, region: frozenset[int], chosen: Recomputation) -> list[Played]:
+    """A region forward: its dropped values come back, what is only passed on inside dies, as does what was
+    kept for that. What kernels that
     do not run again would read lives as long as if they did, at most to the region's end."""
     order = sorted(region)
     last: dict[str, int] = {}
@@ -149,7 +152,7 @@ def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[
             last[name] = at
     held = {name: order[bisect_right(order, at) - 1] for name, at in tape.holds.items() if name in last}
     last |= {name: max(place, last[name]) for name, place in held.items()}
-    made: set[str] = set()
+    made = {name for index in order for name in tape.kernels[index].reads} & chosen.passed
     values = tape.values
     played = []
     for index in order:
@@ -160,7 +163,7 @@ def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[
             made.add(value.name)
         memory += _spike(kernel.scratch)
         for name, when in last.items():
-            if when == index and name in made and name not in dropped:
+            if when == index and name in made and name not in chosen.dropped:
                 memory.append((values[name].category, -values[name].bytes))
         played.append(Played(kernel, False, tuple(memory)))
     return played

@@ -59,14 +59,15 @@ class Passes:
         strategy = context.strategy
         self.context = context
         attention, kernels = strategy.attention, context.stack.kernels
-        apart = bool(strategy.activations.save_ops) or kernels.gate_up == "separate"
+        split = strategy.dense.tensor_parallel > 1 or strategy.experts.expert_tensor_parallel > 1
+        apart = not split and (bool(strategy.activations.save_ops) or kernels.gate_up == "separate")
         self.shapes = replace(
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
             skips=context.stack.skips_hidden(context.training.plain_attention(context.model)),
             in_order=kernels.sequence_slices == "in_order",
-            fused=not apart or strategy.dense.tensor_parallel > 1,
+            fused=not apart,
             whole_experts="routed" in kernels.exchanged_rows,
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
@@ -382,10 +383,8 @@ class Passes:
     def _plan(self, tape: Tape) -> Recomputation:
         activations, own = self.context.strategy.activations, self.context.stack.recompute
         how, kept = self._how(tape)
-        # where a strategy has an exchange replayed, the checkpoint is not torch's
-        early = own.stops_early and "dispatch" not in activations.save_ops
         within, apart = self.context.stack.kernels.norm_within, () if own.around else AROUND
-        return plan(tape, how, activations.modules, kept, early, apart, within)
+        return plan(tape, how, activations.modules, kept, own.stops_early, apart, within)
 
 
 def _holding(played: list[Played], one: Step) -> list[Played]:

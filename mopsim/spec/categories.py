@@ -58,6 +58,11 @@ KEPT = (
     "combine", "experts_gate", "experts_up", "experts_down",
 )  # fmt: skip
 """Kernels of a layer that a recomputation by operator may leave out (names of the layers' tapes)."""
+JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_proj": ("gate_proj", "up_proj"),
+    "experts_up": ("experts_gate", "experts_up"),
+}  # fmt: skip
+"""Kernels of several products at once, where a tape has them, and those products' names."""
 PHASES = ("forward", "recompute", "backward", "optimizer")
 
 SPOKEN = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mopsim.common.errors import Rule, Rules
 from mopsim.common.units import LARGEST
 from mopsim.common.working import near_divisors
-from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
+from mopsim.spec.categories import COMPONENTS, JOINED, KEPT, MODULES
 from mopsim.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -104,9 +104,10 @@ def _activations(s: "Strategy") -> Rules:
         ("pipeline.pipeline_parallel 1", s.pipeline.pipeline_parallel == 1),
     ):
         yield not a.cpu_offload_layers or given, "activations.cpu_offload_layers", f"needs {needed}"
-    alone = f"needs dense.tensor_parallel 1, not {s.dense.tensor_parallel}, or ranks that have all rows"
-    whole = s.dense.tensor_parallel == 1 or not s.dense.sequence_parallel
-    yield not a.save_ops or whole, "activations.save_ops", alone
+    split = s.dense.tensor_parallel > 1 or s.experts.expert_tensor_parallel > 1
+    for parts in JOINED.values() if split else ():
+        rule = f"needs all of {', '.join(parts)}, or none: they are one product where tensors are split"
+        yield len({*parts} & {*a.save_ops}) in (0, len(parts)), "activations.save_ops", rule
 
 
 def _pipeline(s: "Strategy") -> Rules:

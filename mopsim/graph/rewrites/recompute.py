@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from mopsim.graph.liveness import Recomputation
 from mopsim.graph.tape import GATE_CLAMPS, Kernel, Tape
-from mopsim.spec.categories import COMPONENTS
+from mopsim.spec.categories import COMPONENTS, JOINED
 from mopsim.spec.hardware import COLLECTIVES
 
 MODULES: dict[str, tuple[str, ...]] = {
@@ -51,15 +51,20 @@ def plan(
     alone = _alone(tape, kept)
     own = frozenset(index for region in alone for index in region)
     if recompute == "full":
+        kept += tuple(name for name, parts in JOINED.items() if {*parts} <= {*kept})
         after = _after(tape, own)
         count = len(tape.kernels)
         wanted = [i for i in range(count) if i not in own | after and _made(tape, {i}) & saved]
         end = max(wanted, default=-1) + 1 if early or own else count
         again = frozenset(i for i in range(end) if tape.kernels[i].name not in kept) - own - after
+        again -= _idle(tape, again, saved)
         made = _made(tape, [i for i in range(count) if tape.kernels[i].name in kept])
         made |= _made(tape, after) & saved
         regions = [region for region in (again, *alone) if _made(tape, region) & (saved - made)]
-        return Recomputation(frozenset(saved - made), tuple(regions), frozenset(made - outside))
+        passed = (made - saved - outside) & (_read(tape, again) - _read(tape, own | after))
+        return Recomputation(
+            frozenset(saved - made), tuple(regions), frozenset(made - outside), frozenset(passed)
+        )
     regions = list(alone)
     dropped = _lost(tape, own, saved, discard=False)
     if recompute == "selective":
@@ -69,7 +74,7 @@ def plan(
             region = frozenset(i for i in found[module] - taken if tape.kernels[i].name not in apart)
             taken |= region
             lost = _lost(tape, region, saved, module in DISCARDED)
-            if early and module in MODULES:
+            if early:
                 last = max((i for i in region if _made(tape, {i}) & lost), default=-1)
                 region = frozenset(i for i in region if i <= last)
             if lost:
@@ -83,6 +88,13 @@ def plan(
         if not _written(tape, region, name)
     } - outside
     return Recomputation(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
+
+
+def _idle(tape: Tape, again: frozenset[int], saved: set[str]) -> frozenset[int]:
+    """Gathers for what is not run again: each is in one operation with what reads it."""
+    wanted = saved | _read(tape, again)
+    gathers = {i for i in again if tape.kernels[i].kind in ("all_gather", "send_recv")}
+    return frozenset(i for i in gathers if (made := _made(tape, {i})) and not made & wanted)
 
 
 def _alone(tape: Tape, kept: tuple[str, ...]) -> tuple[frozenset[int], ...]:
@@ -155,6 +167,10 @@ def _lost(tape: Tape, region: frozenset[int], saved: set[str], discard: bool) ->
 
 def _made(tape: Tape, region: Collection[int]) -> set[str]:
     return {value.name for i in region for value in tape.kernels[i].writes}
+
+
+def _read(tape: Tape, region: Collection[int]) -> set[str]:
+    return {name for i in region for name in tape.kernels[i].reads}
 
 
 def _written(tape: Tape, region: frozenset[int], name: str) -> bool:
