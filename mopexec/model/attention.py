@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from mopexec.model.parts import RMSNorm, linear
 from mopexec.model.parts import norm as normed
 from mopexec.operators import kernels
+from mopexec.operators.again import kept
 from mopexec.operators.attention_core import Core, causal_backward, causal_forward
 from mopexec.operators.documents import Documents
 from mopexec.operators.fused import OPS
@@ -28,7 +30,7 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, core: Core) -> Tensor:
-        out, saved = causal_forward(q, k, v, core, sinks)
+        out, saved = kept(partial(causal_forward, q, k, v, core, sinks), "attention_core")
         ctx.core, ctx.sinks = core, sinks is not None
         ctx.plain = [None if isinstance(value, Tensor) else (value,) for value in saved]
         tensors = (value for value in saved if isinstance(value, Tensor))
@@ -90,7 +92,7 @@ class SelfAttention(nn.Module):
         if spec.attention_sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads, dtype=dtype, device=device))
         self.core: AttentionCore = causal_attention
-        self.rows: QueryRows = _Own()
+        self.rows: QueryRows = OwnRows()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = ()) -> Tensor:
         """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
@@ -149,11 +151,15 @@ class QueryRows(Protocol):
         """x [B, s, .] as the rows of a product."""
 
 
-class _Own:
+class OwnRows:
     """Rows as they are, one product after the other."""
 
     def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
-        return (_product(weights, name, x) for name in names)
+        return (self.product(weights, name, x) for name in names)
+
+    def product(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        """x times one of the weights."""
+        return _product(weights, name, x)
 
     def whole(self, x: Tensor) -> Tensor:
         return x
@@ -166,7 +172,7 @@ def project(
 
     weights: of the block, by their names in it; of as many heads as they have.
     """
-    return (_latent if spec.attention == "mla" else _grouped)(spec, weights, x, cos, sin, rows or _Own())
+    return (_latent if spec.attention == "mla" else _grouped)(spec, weights, x, cos, sin, rows or OwnRows())
 
 
 def _grouped(

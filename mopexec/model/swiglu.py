@@ -1,14 +1,20 @@
 """SwiGLU under autograd: products over routes sorted by expert."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopexec.model.kept import product
+from mopexec.operators.again import keeps, kept
 from mopexec.operators.grouped import Groups, RowCounts, fits
 from mopexec.operators.swiglu import Clamp, clamped_activation, clamped_activation_backward
+
+_NAMES = ("gate", "up", "down")
 
 
 class _Clamped(torch.autograd.Function):
@@ -30,10 +36,12 @@ class _Product(torch.autograd.Function):
     """Rows times their experts' weights; keeps both. A bias' gradient is a product too, in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, groups: Groups, rows: Tensor, stack: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, name: str, groups: Groups, rows: Tensor, stack: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, stack)
         ctx.groups, ctx.biased = groups, bias is not None
-        return groups.product(rows, stack, bias)
+        return kept(partial(groups.product, rows, stack, bias), name)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -41,7 +49,7 @@ class _Product(torch.autograd.Function):
         groups, given = ctx.groups, grads[0]
         of_weights = groups.of_weights(rows, given)
         of_bias = groups.of_bias(given) if ctx.biased else None
-        return None, groups.product(given, stack.transpose(1, 2)), of_weights, of_bias
+        return None, None, groups.product(given, stack.transpose(1, 2)), of_weights, of_bias
 
 
 def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
@@ -62,21 +70,32 @@ def grouped_swiglu(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], c
     if fits(x, stacks):
         groups = Groups(counts.ends, x.shape[0], biased=biased)
 
-        def product(rows: Tensor, name: str) -> Tensor:
+        def grouped(rows: Tensor, name: str) -> Tensor:
             found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-                groups, rows, stacks[f"{name}_proj"], stacks.get(f"{name}_proj_bias")
+                f"experts_{name}", groups, rows, stacks[f"{name}_proj"], stacks.get(f"{name}_proj_bias")
             )
             return found
 
-        return product(activate(product(x, "gate"), product(x, "up"), clamp), "down")
-    gates, ups, downs = (stacks[f"{name}_proj"].unbind(0) for name in ("gate", "up", "down"))
+        return grouped(activate(grouped(x, "gate"), grouped(x, "up"), clamp), "down")
+    weights = zip(*(stacks[f"{name}_proj"].unbind(0) for name in _NAMES), strict=True)
+    biases: Iterable[Sequence[Tensor | None]] = repeat((None, None, None))
+    if biased:
+        biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in _NAMES), strict=True)
     rows = torch.split(x, counts.by_expert)
-    if not biased:
-        each = zip(rows, gates, ups, downs, strict=True)
-        return torch.cat([activate(r @ g, r @ u, clamp) @ d for r, g, u, d in each])
-    biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in ("gate", "up", "down")), strict=True)
-    parts = []
-    for r, g, u, d, (bg, bu, bd) in zip(rows, gates, ups, downs, biases, strict=True):
-        inner = activate(torch.addmm(bg, r, g), torch.addmm(bu, r, u), clamp)
-        parts.append(torch.addmm(bd, inner, d))
-    return torch.cat(parts)
+    each = zip(rows, weights, biases, strict=False)
+    return torch.cat([_one_expert(*one, clamp) for one in each])
+
+
+def _one_expert(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], clamp: Clamp | None
+) -> Tensor:
+    inner = activate(
+        _multiplied("gate", x, weights[0], biases[0]), _multiplied("up", x, weights[1], biases[1]), clamp
+    )
+    return _multiplied("down", inner, weights[2], biases[2])
+
+
+def _multiplied(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if keeps(f"experts_{name}"):
+        return product(f"experts_{name}", rows, weight.t(), bias)
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)

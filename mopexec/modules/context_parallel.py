@@ -1,11 +1,13 @@
 """Context parallelism by blocks of keys and values, under autograd (`mopexec.operators.context_parallel`)."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mopexec.distributed.mesh import Group
+from mopexec.operators.again import kept
 from mopexec.operators.attention_core import Core
 from mopexec.operators.context_parallel import blocks_backward, blocks_forward
 from mopexec.operators.kernels import HALF
@@ -32,7 +34,8 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, core: Core, group: Group, ring: bool) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
-        out, lse, ctx.rests = blocks_forward(q, k, v, core, group, ring=ring)
+        run = partial(blocks_forward, q, k, v, core, group, ring=ring)
+        out, lse, ctx.rests = kept(run, "attention_core")
         ctx.given = core, group, ring
         ctx.save_for_backward(q, k, v, out, lse)
         return out

@@ -17,8 +17,8 @@ from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
 from mopexec.model.routing import Routing
-from mopexec.modules.again import once
 from mopexec.modules.exchange import exchange
+from mopexec.operators.again import once
 from mopexec.operators.dispatch import sum_routes, to_ranks
 from mopexec.operators.grouped import RowCounts, expert_order
 from mopexec.operators.router import count_routes
@@ -102,7 +102,7 @@ class ExpertDispatch:
             rows = apply(_Spread, x, order, inverse, top_k)
             grouped = by_expert(counts)
             if spread:
-                rows = exchange(rows, there, back, booked="dispatch")
+                rows = exchange(rows, there, back, booked="dispatch", name="dispatch")
             if grouped is not None:
                 rows = permute(rows, *grouped)
         rows = module(rows, counts)
@@ -110,7 +110,7 @@ class ExpertDispatch:
             if grouped is not None:
                 rows = permute(rows, *reversed(grouped))
             if spread:
-                rows = exchange(rows, back, there, booked="dispatch")
+                rows = exchange(rows, back, there, booked="dispatch", name="combine")
             rows = permute(rows, inverse, order)  # the name is reused: what came back is freed here
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)

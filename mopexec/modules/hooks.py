@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import recategorize
-from mopexec.modules.again import contexts
+from mopexec.modules.save_ops import keep_products
+from mopexec.operators.again import contexts
 from mopexec.operators.dtypes import of_name
 from mopexec.operators.layer_inputs import HostInput, count_on_host
 from mopsim.spec.plan import Plan
@@ -90,11 +91,20 @@ class InputHooks:
         return packed.take() if isinstance(packed, HostInput) else packed
 
 
-def recompute_layers(model: Any, boundaries: InputHooks) -> None:
+def recompute(model: Any, plan: Plan, platform: Platform) -> None:
+    """Have the backward run again what the plan's strategy says."""
+    activations = plan.strategy.activations
+    if activations.recompute == "full":
+        recompute_layers(model, InputHooks.of(plan, platform), activations.save_ops)
+    recompute_modules(model, activations.modules_again)
+
+
+def recompute_layers(model: Any, boundaries: InputHooks, names: Collection[str]) -> None:
     """Run every layer, and the projection before that of an MTP module, under a non-reentrant checkpoint,
-    inside FSDP's hooks: its inputs are kept, the rest made again."""
+    inside FSDP's hooks: its inputs are kept and what kernels of these names make, the rest made again."""
+    keep_products(model, names)
     for index, layer in enumerate(model.blocks()):
-        layer.forward = _Checkpointed(index, layer.forward, boundaries)
+        layer.forward = _Checkpointed(index, layer.forward, boundaries, names)
     for module in model.mtp:
         module.join = partial(again, module.join)
 
@@ -111,18 +121,20 @@ def recompute_modules(model: Any, names: Collection[str]) -> None:
             inner.forward = partial(again, inner.forward)
 
 
-def again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """The function under a non-reentrant checkpoint."""
+def again(function: Callable[..., Tensor], *args: Any, names: Collection[str] = ()) -> Tensor:
+    """The function under a non-reentrant checkpoint, which keeps what kernels of these names make."""
     result: Tensor = checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=partial(contexts, names)
     )
     return result
 
 
 class _Checkpointed:
-    def __init__(self, index: int, forward: Callable[..., Tensor], boundaries: InputHooks) -> None:
-        self._index, self._forward, self._boundaries = index, forward, boundaries
+    def __init__(
+        self, index: int, forward: Callable[..., Tensor], boundaries: InputHooks, names: Collection[str]
+    ) -> None:
+        self._index, self._forward, self._boundaries, self._names = index, forward, boundaries, names
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         with self._boundaries.keep(self._index, x):
-            return again(self._forward, x, *args)
+            return again(self._forward, x, *args, names=self._names)

@@ -20,7 +20,7 @@ from mopexec.modules.compiled import compile_blocks
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
-from mopexec.modules.hooks import InputHooks, name_components, recompute_layers, recompute_modules
+from mopexec.modules.hooks import name_components, recompute
 from mopexec.modules.loss import chunked_loss, compute_losses, full_loss
 from mopexec.modules.pipeline import Links, Part, StagePipeline
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
@@ -149,12 +149,9 @@ class RankNetwork:
             model.embedding.forward = SplitEmbedding(model.embedding, first_row, tensor)
         model.given = self._given
         self._attach_loss(first_row)
-        again = strategy.activations.modules if strategy.activations.recompute == "selective" else ()
         if strategy.compile == "block":
-            compile_blocks(model, again)
-        if strategy.activations.recompute == "full":
-            recompute_layers(model, InputHooks.of(plan, self._platform))
-        recompute_modules(model, again)
+            compile_blocks(model, strategy.activations.modules_again)
+        recompute(model, plan, self._platform)
         name_components(model)
 
     def _exchange(self) -> AttentionCore:
@@ -165,7 +162,7 @@ class RankNetwork:
 
     def _spread(self, moe: Any) -> None:
         mesh, spec, routing = self._mesh, self._plan.model, self.model.routing
-        if moe.shared is not None and mesh.tensor.size > 1:
+        if moe.shared is not None and (mesh.tensor.size > 1 or mesh.expert_tensor.size > 1):
             moe.forward = SharedFirst(moe)
         moe.dispatch = ExpertDispatch(
             routing, spec.num_local_experts, mesh.experts, self._platform, mesh.expert_tensor

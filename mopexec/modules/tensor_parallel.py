@@ -5,45 +5,49 @@ A region begins with a gather of the rows and ends with a reduce-scatter of part
 rows are kept for the backward, which gathers them again for the gradients of the weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import Weights
+from mopexec.model.kept import product
 from mopexec.model.parts import activation
 from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
+from mopexec.operators.again import kept
 from mopexec.operators.tensor_parallel import gather_rows, products_backward, products_forward, scatter_rows
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Group, biases: Sequence[Tensor | None], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, group: Group, names: Sequence[str], biases: Sequence[Tensor | None],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         weights = tensors[: len(biases)]
         ctx.group, ctx.biased = group, [bias is not None for bias in biases]
         ctx.save_for_backward(x, *weights)
-        return products_forward(x, group, weights, biases)
+        return kept(partial(products_forward, x, group, weights, biases), *names)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *weights = ctx.saved_tensors
         grad_x, found = products_backward(grads, x, ctx.group, weights, ctx.biased)
-        return grad_x, None, None, *found
+        return grad_x, None, None, None, *found
 
 
 def products(
-    x: Tensor, group: Group, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor, group: Group, weights: Mapping[str, Tensor], names: Sequence[str]
 ) -> tuple[Tensor, ...]:
-    """x [.., m, H] gathered over the group, times each weight [out, H]^T, plus its bias if there is one."""
-    given = [bias for bias in biases if bias is not None]
-    found: tuple[Tensor, ...] = _Products.apply(x, group, biases, *weights, *given)  # type: ignore[no-untyped-call]
+    """x [.., m, H] gathered over the group, times each named weight [out, H]^T, plus its bias if there is
+    one; kept together or not (activations.save_ops)."""
+    biases = [weights.get(f"{name}.bias") for name in names]
+    given = [weights[f"{name}.weight"] for name in names] + [bias for bias in biases if bias is not None]
+    found: tuple[Tensor, ...] = _Products.apply(x, group, names, biases, *given)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -60,13 +64,7 @@ class SplitRows:
 
     def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
         """x times each of the named weights, which are slices of outputs."""
-        found = products(
-            x,
-            self._group,
-            [weights[f"{name}.weight"] for name in names],
-            [weights.get(f"{name}.bias") for name in names],
-        )
-        return iter(found)
+        return iter(products(x, self._group, weights, names))
 
     def whole(self, x: Tensor) -> Tensor:
         """The rows of all ranks."""
@@ -77,11 +75,11 @@ class SplitRows:
 class RowParallel:
     """A drop-in for the forward of a linear whose inputs are split: partial sums are added and scattered."""
 
-    def __init__(self, module: Any, group: Group) -> None:
-        self._module, self._group = module, group
+    def __init__(self, name: str, module: Any, group: Group) -> None:
+        self._name, self._module, self._group = name, module, group
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = sum_rows(F.linear(x, self._module.weight), self._group)
+        out = sum_rows(product(self._name, x, self._module.weight), self._group)
         return out if self._module.bias is None else out + self._module.bias
 
 
@@ -92,9 +90,9 @@ class SplitFeedForward:
         self._module, self._group = module, group
 
     def __call__(self, x: Tensor) -> Tensor:
-        wings = (self._module.gate_proj, self._module.up_proj)
         rows = x.flatten(0, -2)  # positions do not matter here
-        gate, up = products(rows, self._group, [w.weight for w in wings], [w.bias for w in wings])
+        weights = dict(self._module.named_parameters())
+        gate, up = products(rows, self._group, weights, ("gate_proj", "up_proj"))
         out: Tensor = self._module.down_proj(activation(gate, up))
         return out.view_as(x)
 
@@ -103,12 +101,12 @@ def split_layer(layer: DecoderLayer, group: Group) -> None:
     """Make a layer's regions those of the group; its parameters are this rank's slices."""
     attention: Any = layer.attention
     attention.rows = SplitRows(group)
-    attention.o_proj.forward = RowParallel(attention.o_proj, group)
+    attention.o_proj.forward = RowParallel("o_proj", attention.o_proj, group)
     dense: nn.Module | None = layer.moe.shared if layer.is_moe else layer.ffn
     if dense is not None:
         split_feed_forward(dense, group)
 
 
 def split_feed_forward(module: Any, group: Group) -> None:
-    module.down_proj.forward = RowParallel(module.down_proj, group)
+    module.down_proj.forward = RowParallel("down_proj", module.down_proj, group)
     module.forward = SplitFeedForward(module, group)

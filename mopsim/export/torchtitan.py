@@ -9,6 +9,7 @@ from mopsim.export.target import Target, header, unsaid
 from mopsim.spec.capability import SIDES, Job, holds
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Activations
 
 CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
 
@@ -50,7 +51,7 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
         },
         "parallelism": _parallelism(plan),
         "compile": {"enable": compiled(plan)},
-        "activation_checkpoint": {"mode": "none" if s.activations.recompute == "none" else "full"},
+        "activation_checkpoint": _checkpoints(s.activations),
         "debug": {"seed": t.seed},
     }
     if not found["model"]["name"]:
@@ -63,6 +64,13 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
         ]
         found[f"quantize.grouped_mm.{kind}"] = {"fqns": ["experts"]}
     return found
+
+
+def _checkpoints(activations: Activations) -> dict[str, Any]:
+    """Its selective mode keeps a list of operators (distributed/activation_checkpoint.py, _apply_op_sac)."""
+    if activations.save_ops:
+        return {"mode": "selective", "selective_ac_option": "op"}
+    return {"mode": "none" if activations.recompute == "none" else "full"}
 
 
 def compiled(plan: Plan) -> bool:

@@ -95,7 +95,9 @@ def _said(value: Any) -> str:
 def _function(plan: Plan, found: dict[str, dict[str, Any]], left_out: Sequence[SpecError]) -> Iterator[str]:
     """Its lines."""
     made = {name: [f"{key}={_said(value)}," for key, value in one.items()] for name, one in found.items()}
-    recomputed = "None" if plan.strategy.activations.recompute == "none" else "FullAC.Config()"
+    activations = plan.strategy.activations
+    how = "SelectiveAC" if activations.save_ops else "FullAC"
+    recomputed = "None" if activations.recompute == "none" else f"{how}.Config()"
     yield "def plan() -> Trainer.Config:"
     yield "    model_spec = model_registry("
     yield from (f"        {line}" for line in made.pop("model_spec"))

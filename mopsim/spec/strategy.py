@@ -177,6 +177,11 @@ class Activations(Spec, frozen=True, kw_only=True):
     cpu_offload_layers: int = 0
 
     @property
+    def modules_again(self) -> tuple[str, ...]:
+        """The modules that run again where layers do not."""
+        return self.modules if self.recompute == "selective" else ()
+
+    @property
     def experts_again(self) -> bool:
         """Whether recomputation spans the exchanges of experts."""
         return self.recompute == "full" or (self.recompute == "selective" and "moe" in self.modules)

@@ -27,7 +27,7 @@ from tests.exec.spawn import pool
 from tests.exec.split_plans import BIASED, DENSE, LATENT, MODEL, plan_of
 from tests.parity.test_memory_parity import LATENT as LATENT_LAYERS
 from tests.parity.test_memory_parity import SMALL
-from tests.plans import split
+from tests.plans import changed, split
 
 WORKER = "tests.exec.compiled_worker"
 GRAPHS = 20
@@ -48,6 +48,10 @@ def shard(**options: Any) -> Strategy:
     return fsdp2(2, **{"dtype": "float64", **options})
 
 
+def kept(strategy: Strategy, *names: str) -> Strategy:
+    return changed(strategy, activations={"save_ops": names})
+
+
 def parts(**options: Any) -> Strategy:
     return split(2, dtype="float64", **options)
 
@@ -55,7 +59,12 @@ def parts(**options: Any) -> Strategy:
 CASES: dict[str, tuple[Plan, str]] = {
     "grouped, kept": (compiled(shard(recompute="none")), "learned"),
     "grouped, everything": (compiled(shard(**EVERYTHING)), "learned"),
-    "latent, recomputed": (compiled(shard(expert_parallel=2), LATENT, **LOSSES), "learned"),
+    "latent, recomputed but for what is between graphs": (
+        compiled(
+            kept(shard(expert_parallel=2), "attention_core", "dispatch", "experts_up"), LATENT, **LOSSES
+        ),
+        "learned",
+    ),
     "latent, kept, skewed": (
         compiled(shard(expert_parallel=2, recompute="none"), LATENT, routing="95/4"),
         "profile",

@@ -5,6 +5,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from mopsim import strategies
+from mopsim.spec.categories import KEPT
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
@@ -64,6 +65,7 @@ def cases(world: int) -> dict[str, Plan]:
         "fsdp2_keep": plan(
             strategies.fsdp2(world, recompute="none", reshard_after_forward=False), batch=2 * world
         ),
+        "fsdp2_kept": plan(changed(strategies.fsdp2(world, **fsdp), activations={"save_ops": KEPT})),
         "fsdp2_boundaries": plan(changed(strategies.fsdp2(world), activations={"layer_inputs": "host"})),
     }
 

@@ -10,6 +10,7 @@ import pytest
 
 from mopexec.measure.tracker import MemoryTracker
 from mopsim.engine import simulate
+from mopsim.spec.categories import KEPT
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
@@ -63,6 +64,9 @@ DEMO = [
     fsdp2(2, expert_parallel=2, loss="chunked", dtype="float32"),
     fsdp2(2, context_parallel=2, offload=True, loss="chunked", loss_chunk_tokens=512),
     fsdp2(2, expert_parallel=2, recompute="none"),
+    changed(
+        fsdp2(2, expert_parallel=2), activations={"recompute": "selective", "modules": ("core_attn", "moe")}
+    ),
 ]  # fmt: skip
 
 
@@ -99,6 +103,13 @@ DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
 TWO, STAGES = {"tensor_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}
 IN_TURN = {**STAGES, "virtual_stages": 2, "model": DEEP}
 FULL, HOST = {"recompute": "full"}, {"recompute": "full", "offload_inputs": True}
+
+
+def _kept(*names: str) -> dict[str, Any]:
+    """Full recomputation, but for these kernels."""
+    return FULL | {"changes": {"activations": {"save_ops": names}}}
+
+
 SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded state": (2, {}),
     "sharded state, full": (2, FULL),
@@ -116,6 +127,14 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "experts' tensors": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2}),
     "experts' tensors, full": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2, **FULL}),
     "experts' tensors spread": (4, TWO | {"expert_tensor_parallel": 2}),
+    "projections kept": (2, _kept("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")),
+    "exchanges kept, inputs on the host": (2, HOST | {"expert_parallel": 2} | _kept("dispatch", "combine")),
+    "tensors, all kept": (2, TWO | _kept(*KEPT)),
+    "experts' tensors, products kept": (
+        2,
+        {"tensor_parallel": 2, "expert_tensor_parallel": 2, **_kept("experts_gate", "experts_up")},
+    ),
+    "ring, attention kept": (4, {"context_parallel": 4, **_kept("attention_core")}),
     "ring": (4, {"context_parallel": 4, "expert_parallel": 2}),
     "ring, full": (4, {"context_parallel": 4, "expert_parallel": 2, **FULL}),
     "ring of tensors": (4, TWO | {"context_parallel": 2}),

@@ -25,6 +25,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop, zero_offload
+from tests.plans import changed
 from tests.sim.spaces import spread
 from tests.sim.toys import machine
 
@@ -78,6 +79,14 @@ def test_torchtitan_by_hand() -> None:
     assert found["training"]["mixed_precision_param"] == "bfloat16"
     assert found["activation_checkpoint"] == {"mode": "full"}
     assert "v0.2.2" in text.splitlines()[1]
+
+
+def test_what_torchtitan_keeps_in_its_selective_mode() -> None:
+    kept = load_stack("torchtitan").recompute.kept
+    strategy = changed(fsdp_context(), activations={"recompute": "full", "save_ops": list(kept)})
+    found = tomllib.loads(export(plan(strategy), "torchtitan")[0])
+    assert found["activation_checkpoint"] == {"mode": "selective", "selective_ac_option": "op"}
+    assert load_stack("torchtitan-compile").recompute.kept == kept[:-1]
 
 
 @pytest.mark.parametrize(

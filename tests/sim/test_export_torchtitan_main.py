@@ -12,8 +12,10 @@ from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
 from mopsim.export import export
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy, Vocabulary
 from mopsim.strategies import fsdp2
+from tests.plans import changed
 from tests.sim.test_export import fsdp_context, plan
 
 replace = msgspec.structs.replace
@@ -52,7 +54,7 @@ FIELDS = {
         "MXFP8LinearConverter.Config": "fqns model_compile_enabled",
         "MXFP8GroupedExpertsConverter.Config": "recipe_name pad_multiple model_compile_enabled",
     },
-    "distributed.activation_checkpoint": {"FullAC.Config": ""},
+    "distributed.activation_checkpoint": {"FullAC.Config": "", "SelectiveAC.Config": ""},
     "models.deepseek_v3.mtp": {"MTPLoss.Config": "mtp_scale global_vocab_size"},
     "models.qwen3": {"model_registry": "flavor attn_backend moe_comm_backend converters"},
     "models.deepseek_v3": {
@@ -122,6 +124,16 @@ def test_it_is_the_plan_by_hand() -> None:
     assert made.activation_checkpoint.made == "FullAC.Config"
     assert made.loss.made == "CrossEntropyLoss.Config"
     assert made.optimizer.lr == 1e-4
+
+
+@pytest.mark.usefixtures("main")
+def test_what_its_selective_mode_keeps_is_selective() -> None:
+    given = changed(fsdp2(32, expert_parallel=8), activations={"recompute": "selective"})
+    kept = load_stack("torchtitan-2026").resolve(given)
+    assert configured(kept).activation_checkpoint.made == "SelectiveAC.Config"
+    other = changed(given, activations={"recompute": "full", "save_ops": ["q_proj"]})
+    with pytest.raises(MopError, match=r"save_ops: .* is not in TorchTitan's main, only"):
+        configured(other)
 
 
 @pytest.mark.usefixtures("main")
