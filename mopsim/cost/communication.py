@@ -53,9 +53,11 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     """A collective over `bytes` (the full buffer of one rank) in a group, hierarchical where it spans
     scale-up domains.
 
-    Gathers and reductions: every rank brings 1/intra of the buffer in through its own NIC and the domain
-    shares it, both pipelined; the slower half counts. All-to-all: the part for ranks of the same domain
-    goes over scale_up, the rest over NICs.
+    Gathers and scattered sums run in rings of all ranks, the only way that NCCL has for them over several
+    domains without in-network sums: (n - 1) / n of the buffer enters a domain, by each rank's NIC 1/intra of
+    it (NVIDIA/nccl 5067397, src/graph/tuning.cc). All-reduces: 1/intra of what the domains lack, by trees.
+    Inside of a domain it goes on at the same time; the slower half counts. All-to-all: the part for ranks of
+    the same domain goes over scale_up, the rest over NICs.
     """
     n, size = work.group.size, work.bytes
     if n <= 1:
@@ -80,7 +82,8 @@ def collective(work: Work, profile: HardwareProfile) -> float:
         inside, outside = size * (intra - 1) / n, size * (n - intra) / n
     else:
         inside = factor * size * (intra - 1) / intra
-        outside = factor * size / intra * (domains - 1) / domains
+        members = domains if work.kind == "all_reduce" else n
+        outside = factor * size / intra * (members - 1) / members
     slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside * crossing)
     block = work.group.block
     return launches * max(slow, _inside(work.kind, profile, intra, inside, block) if intra > 1 else 0.0)

@@ -96,7 +96,7 @@ class Wires:
                 once, _curve(sent_once(self.hardware.scale_out), domains, wire), _curve(curve, n, wire)
             )
         else:
-            outside = self._wire(kind, message.size / intra, domains)
+            outside = self._wire(kind, message.size / intra, domains if kind == "all_reduce" else n)
             within = self._wire(kind, message.size, intra)
             slow = _curve(curve, domains, outside * crossing)
         return np.maximum(slow, np.where(intra > 1, self._inside(kind, intra, within), 0.0))

@@ -115,14 +115,15 @@ class OverNodes:
 
 
 def fit_over_nodes(op: str, rows: list[dict[str, str]], nic: float, node: int = 8) -> CollectiveFit:
-    """One op of nccl_over_nodes.csv by what a NIC carries, as mopsim.cost.communication counts it. Gathers
-    and sums of more than 1 MB over two nodes are left out: NVLink bounds them."""
+    """One op of nccl_over_nodes.csv by what a NIC carries, as mopsim.cost.communication counts it. Sums of
+    more than 1 MB over two nodes are left out: NVLink bounds them."""
     ranks, size, seconds = (column(rows, name) for name in ("num_gpus", "size_bytes", "seconds"))
     nodes = ranks / node
     if op == "all_to_all":
         return _fit(ranks, size * (ranks - node) / ranks, seconds, nic)
-    kept = (nodes > 2) | (size <= 2**20)
-    wire = wire_bytes(op, nodes, size / node)
+    summed = op == "all_reduce"
+    kept = (nodes > 2) | (size <= 2**20) | (not summed)
+    wire = wire_bytes(op, nodes if summed else ranks, size / node)
     return _fit(nodes[kept], wire[kept], seconds[kept], nic)
 
 
