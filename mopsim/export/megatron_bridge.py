@@ -147,7 +147,7 @@ def _model(plan: Plan) -> dict[str, Any]:
                 "moe_flex_dispatcher_backend": s.experts.token_dispatcher,
             }
         else:
-            found["moe_token_dispatcher_type"] = "alltoall"
+            found["moe_token_dispatcher_type"] = s.experts.token_dispatcher
         if _hides_experts(plan):
             found["moe_shared_expert_overlap"] = False  # it refuses both
     found |= _apart(plan.model)

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.attention import attention, linear, norm, residual
 from mopsim.graph.experts import beside_rows, combine, dispatch, experts, router
 from mopsim.graph.ffn import ffn
+from mopsim.graph.gathered import gathered
 from mopsim.graph.region import gather, scatter
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Tape, Value
@@ -22,19 +23,22 @@ def decoder_layer(
     split: bool = False,
     deduplicated: bool = False,
     beside: Collection[str] = (),
+    gathers: int = 0,
 ) -> Tape:
     """x [N,H] -> z [N,H]. routes: rows of each expert of this rank, empty for a dense layer.
 
     split: experts are spread over ranks, so that rows travel. deduplicated: the kernels of the exchange take
     rows as they lie and sum what returns (DeepEP, HybridEP), so that no copy for each route is made.
-    beside: what travels beside rows (Kernels.beside_rows).
+    beside: what travels beside rows (Kernels.beside_rows). gathers: ranks whose tokens all of them gather
+    instead.
     """
     N, H, b = shapes.tokens, model.hidden_size, shapes.width
     moe = bool(routes)
     part = "experts" if moe else "dense_ffn"
     first = attention(model, shapes, layer)
     second = norm("ffn_norm", "y", "u", N, H, b, "router" if moe else "dense_ffn")
-    third = _moe(model, shapes, routes, split, deduplicated, beside) if moe else _dense(model, shapes)
+    how = (split, deduplicated, beside, gathers)
+    third = _moe(model, shapes, routes, *how) if moe else _dense(model, shapes)
     add = residual("ffn_residual", "f", "y", Value("z", N * H * b), model, shapes, part)
     return Tape(first.inputs, (*first.kernels, second, *third, add), ("z",))
 
@@ -65,7 +69,7 @@ def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
 
 def _moe(
     model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool, deduplicated: bool,
-    beside: Collection[str],
+    beside: Collection[str], gathers: int = 0,
 ) -> tuple[Kernel, ...]:  # fmt: skip
     """Router, shared experts, dispatch, routed experts, combine: f is the sum."""
     if shapes.whole_experts and shapes.expert_tensor > 1 and shapes.sequence_parallel:
@@ -78,23 +82,26 @@ def _moe(
     if shared:
         tape = ffn(model, shared, "shared_experts", shapes)
         found += _renamed(tape, "shared_", keep) + _shared_gate(model, shapes)
-    sent = _renamed(dispatch(model, N, arrived, b, split), "sent_", keep | {"rows": "rows"})
+    rows, home = dispatch(model, N, arrived, b, split), combine(model, N, arrived, b, split)
+    if gathers:
+        rows, home = gathered(model, shapes, sum(routes), gathers)
+    sent = _renamed(rows, "sent_", keep | {"rows": "rows"})
     if split and deduplicated:
         once = min(arrived, _distinct(model, N, len(routes))) * H * b
         copy = replace(sent[0].sized(lambda _: 0), kind="view", bytes=0, launches=0)  # the exchange's own
         sent = (copy, sent[1].sized(lambda _: once), *sent[2:])
-    if split:
+    if split and not gathers:
         ranks = model.num_local_experts // len(routes) * shapes.expert_tensor
         found += beside_rows(model, max(N * model.num_experts_per_tok, arrived), ranks, beside)
-    found += _same_back(sent)
+    found += sent if gathers else _same_back(sent)
     products = _unweighted(experts(model, routes, b, shapes.expert_tensor, fused=shapes.fused).kernels)
-    if shapes.expert_tensor > 1:
+    if shapes.expert_tensor > 1 and not gathers:
         products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
     found += products
-    back = _renamed(combine(model, N, arrived, b, split), "back_", {"out": "out"})
+    back = _renamed(home, "back_", {"out": "out"})
     if split and deduplicated:
         back = (*back[:-2], back[-2].sized(lambda _: N * H * b), replace(back[-1], bytes=2.0 * N * H * b))
-    back = _same_back(back)
+    back = back if gathers else _same_back(back)
     total = Value("f", N * H * b)
     reads = ("returned", _shared(model)) if shared else ("returned",)
     last = replace(

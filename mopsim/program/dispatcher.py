@@ -16,7 +16,7 @@ get_nvl_buffer_size_hint; get_rdma_buffer_size_hint has each twice, to send and 
 def buffers(context: Context) -> tuple[CommGroup, int] | None:
     """The group whose exchanges these are, and bytes of a rank; None where NCCL exchanges."""
     group, how = context.groups["experts"], context.strategy.experts
-    if not context.model.num_local_experts or group.size == 1 or how.token_dispatcher == "alltoall":
+    if not context.model.num_local_experts or group.size == 1 or not how.sends_once:
         return None
     row = context.model.hidden_size * 2
     return group, _deepep(group, row) if how.token_dispatcher == "deepep" else _hybridep(context, group, row)

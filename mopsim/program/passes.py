@@ -157,8 +157,8 @@ class Passes:
 
     def _tape(self, layer: int, routes: tuple[int, ...]) -> Tape:
         c, experts = self.context, self.context.strategy.experts
-        split, once = c.groups["experts"].size > 1, experts.sends_once
-        tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, c.beside_rows)
+        split, once, beside = c.groups["experts"].size > 1, experts.sends_once, c.beside_rows
+        tape = decoder_layer(c.model, self.shapes, layer, routes, split, once, beside, experts.gathers)
         if routes and split and c.migration:
             tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
         if routes and split and maps_routes(c.strategy, c.stack):

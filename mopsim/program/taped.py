@@ -97,13 +97,16 @@ class _Draft(Recorder):
     def exchange(self, item: Played, back: str) -> None:
         """A collective that what follows waits for, or runs beside until it needs what comes."""
         self.close(back)
-        if item.kernel.name == "dispatch" and not item.backward:
+        counted = item.kernel.name == "dispatch" and not item.backward
+        if counted and item.kernel.kind == "all_to_all":
             self.read_counts(item, back)
         op = self.talk(item, back, self.ready, item.memory)
         if item.kernel.beside:
             self.coming |= dict.fromkeys(_brings(item), op)
         else:
             self.ready = (op,)
+        if counted and item.kernel.kind == "all_gather":
+            self.read_counts(item, back)
 
     def receive(self, item: Played, back: str) -> None:
         """What a kernel needs is waited for."""

@@ -50,6 +50,7 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, CommGroup]:
         "sequence": _worst("every", ranks, domain, *sequence),
         "tensor": _worst("whole", ranks, domain, tensor, 1, "contiguous"),
         "experts": _worst("every", ranks, domain, *experts),
+        "expert_ranks": _worst("whole", ranks, domain, experts[0], 1, experts[2]),
         "expert_tensor": _worst("first", ranks, domain, *experts),
         "vocabulary": ring,
         "ring": ring,

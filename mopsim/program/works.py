@@ -244,12 +244,13 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
 
 def _cut(kernel: Kernel, forward: bool, context: Context) -> float:
     """Linears that a permutation which is not fused takes of the host (see host_costs.PERMUTED). Rows that a
-    kernel has sent are permuted by a mask, and not cut by expert."""
+    kernel has sent, or all ranks have gathered, are permuted by a mask, and not cut by expert."""
     stack, experts = context.stack, context.strategy.experts
     composed = stack.kernels.row_sums == "atomic" and stack.host.layers == "transformer_engine"
     if not composed or kernel.name != "sort":
         return 0.0
-    parts = context.model.num_local_experts * experts.expert_tensor_parallel * (not experts.sends_once)
+    cut = experts.token_dispatcher == "alltoall"
+    parts = context.model.num_local_experts * experts.expert_tensor_parallel * cut
     return PERMUTED["layer"][not forward] + parts * PERMUTED["expert"][not forward]
 
 
@@ -257,7 +258,7 @@ def _permutations(context: Context) -> tuple[str, str]:
     """The permutation of rows by token, and the one that adds a token's rows: at home, or where rows that are
     sent once to a rank have arrived."""
     experts = context.strategy.experts
-    once = experts.sends_once and experts.expert_parallel > 1
+    once = experts.gathers or (experts.sends_once and experts.expert_parallel > 1)
     return ("sort", "unsort") if once else ("permute", "accumulate")
 
 

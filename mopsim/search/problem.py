@@ -38,7 +38,7 @@ many is the optimizer state that does."""
 
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
-DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep")
+DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep", "allgather")
 BESIDE: tuple[UpdateOverlap, ...] = ("none", "next_forward", "backward")
 """What an update runs beside, by the code in the `beside` column."""
 NEXT_FORWARD, UNDER_BACKWARD = 1, 2

@@ -17,7 +17,7 @@ DEFAULT_STACK = "mopexec-flat"
 Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
-Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
 UpdateOverlap = Literal["none", "next_forward", "backward"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
@@ -91,7 +91,8 @@ class Experts(Spec, frozen=True, kw_only=True):
     overloaded ranks (LLEP, arXiv 2601.17111). capacity: LLEP's alpha: a rank is overloaded above this load,
     in multiples of the mean. min_rows: LLEP's m: the smallest number of rows that is moved. threshold: LLEP's
     lambda: it acts if the most loaded rank has at least this load, in multiples of the mean.
-    token_dispatcher: `alltoall` sends a token once for each of its experts. `deepep` and `hybridep` send it
+    token_dispatcher: `alltoall` sends a token once for each of its experts. `allgather` sends all tokens to
+    all ranks that split the experts, whose sums are scattered back. `deepep` and `hybridep` send a token
     once to a rank and once to another scale-up domain, however many of its experts are there. Before a
     `hybridep` dispatch every rank receives the chosen experts of each row of the group. rank_placement: a
     group is made of neighbouring ranks (`contiguous`) or of every n-th rank (`strided`). param_tier: where
@@ -115,7 +116,13 @@ class Experts(Spec, frozen=True, kw_only=True):
     @property
     def sends_once(self) -> bool:
         """Whether kernels made for it send a row once to a rank, with the weights of its routes in fp32."""
-        return self.token_dispatcher != "alltoall"
+        return self.token_dispatcher in ("deepep", "hybridep")
+
+    @property
+    def gathers(self) -> int:
+        """Ranks whose tokens all of them gather, 0 where tokens are sent to some."""
+        ranks = self.expert_parallel * self.expert_tensor_parallel
+        return ranks if self.token_dispatcher == "allgather" and ranks > 1 else 0
 
 
 class Vocabulary(Spec, frozen=True, kw_only=True):

@@ -38,8 +38,8 @@ ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
     "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
-DISPATCHERS: dict[str, Dispatcher] = {"deepep": "deepep", "hybridep": "hybridep"}
-"""Dispatchers that send a token once to a rank."""
+DISPATCHERS: dict[str, Dispatcher] = {"allgather": "allgather", "deepep": "deepep", "hybridep": "hybridep"}
+"""Dispatchers other than the plain one."""
 LOSSES = ("full", "vocab_parallel", "chunked")
 """What the column `loss` says of a strategy's."""
 TILE = 8192
