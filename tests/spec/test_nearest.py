@@ -14,7 +14,8 @@ from mopsim.spec.strategy import Dense, Strategy
 @pytest.mark.parametrize(
     ("name", "first"),
     [
-        ("B200", "b200-sxm-192g"), ("GB200", "gb200-186g"), ("h100", "h100-sxm-80g"),
+        ("B200", "b200-sxm-192g"), ("GB200", "gb200-186g"),
+        ("GH200 480GB", "gh200-96g"), ("gh200", "gh200-96g"), ("h100", "h100-sxm-80g"),
         ("a100-80gb", "a100-sxm-80g"),
         ("NVIDIA H200", "h200-sxm-141g"), ("MI300", "mi300x-192g"),
         ("rtx 4090", "rtx4090-24g"), ("l40", "l40s-48g"),
