@@ -22,6 +22,8 @@ from tests.sim.toys import machine, small
 from tests.software import changed
 
 NESTED = "mopexec-flat-nested"
+WHOLE = replace(MODEL, moe_intermediate_size=16)
+"""Rows of experts are whole 16 bytes, as grouped products want."""
 ONE: dict[str, Any] = {"experts": {"chunk_tokens": 5}}
 PARTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, ONE),
@@ -44,16 +46,20 @@ def test_they_equal_the_single_device_model(name: str, routing: str) -> None:
         assert max(worst.values()) <= 1e-9, worst
 
 
-@pytest.mark.parametrize("chunk_tokens", [0, 5])
-@pytest.mark.parametrize("moves", [False, True])
-def test_they_equal_experts_that_send_rows_again_to_the_bit(moves: bool, chunk_tokens: int) -> None:
-    """Of one chunk and of several, by a router that learns."""
+@pytest.mark.parametrize(
+    ("chunk_tokens", "moves", "kind"),
+    [(0, False, "cpu"), (0, True, "cpu"), (5, True, "cpu"), (5, False, "cuda")],
+)
+def test_they_equal_experts_that_send_rows_again_to_the_bit(
+    chunk_tokens: int, moves: bool, kind: str
+) -> None:
+    """Of one chunk and of several, expert by expert and by grouped products, by a router that learns."""
     base: dict[str, Any] = {"experts": {"expert_parallel": 2, "chunk_tokens": chunk_tokens}}
-    changes = moving(base) if moves else base
-    runs = [
-        pool(2).run("tests.exec.flat_parity", "train", make_plan(2, changes, dtype="float32", stack=stack))[1]
-        for stack in ("mopexec-flat", NESTED)
-    ]
+    how: dict[str, Any] = {"dtype": "bfloat16" if kind == "cuda" else "float32", "model": WHOLE}
+    changes, runs = moving(base) if moves else base, []
+    for stack in ("mopexec-flat", NESTED):
+        plan = make_plan(2, changes, stack=stack, device_kind=kind, **how)
+        runs.append(pool(2).run("tests.exec.flat_parity", "train", plan)[1])
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
 
@@ -61,14 +67,13 @@ def test_they_equal_experts_that_send_rows_again_to_the_bit(moves: bool, chunk_t
 def launched(stack: str, kind: str) -> tuple[int, int, int]:
     """Products of a step, exchanges for each MoE layer and chunk, and how often products of experts begin."""
     changes = {"experts": {"expert_parallel": 2, "chunk_tokens": 8}}
-    model = replace(MODEL, moe_intermediate_size=16)  # whole 16 bytes, as grouped products want
     plan = make_plan(
-        2, changes, dtype="bfloat16", model=model, device_kind=kind, stack=stack, training={"global_batch": 2}
+        2, changes, dtype="bfloat16", model=WHOLE, device_kind=kind, stack=stack, training={"global_batch": 2}
     )
-    seen, chunks = counted_step(plan).by_op, 2 * model.num_moe_layers
+    seen, chunks = counted_step(plan).by_op, 2 * WHOLE.num_moe_layers
     if kind == "cuda":
         return seen["aten::_grouped_mm"], seen["c10d::alltoall_base_"] // chunks, chunks
-    each = model.num_local_experts // 2
+    each = WHOLE.num_local_experts // 2
     return seen["aten::mm"], seen["c10d::alltoall_base_"] // chunks, chunks * each
 
 
