@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import binom
 
-from mopsim.program.workload import Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import CollectiveCurve, Fabric, HardwareProfile
 
 
@@ -150,11 +150,22 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     out = sent_once(profile.scale_out)
     wanted = once * (n - 1) * float(reached(n, *choices))
     if intra == n:
-        return _inside("all_to_all", profile, n, wanted)
+        rows = once * n * float(reached(n, *choices)) / max(work.group.row, 1)
+        return max(_inside("all_to_all", profile, n, wanted), _in_rounds(work.group, profile, rows))
     sent = once * (domains - 1) * float(reached(domains, *choices))
     outside = _seconds(out, domains, sent * _crossing("all_to_all", profile.scale_out, domains))
     inside = wanted * (intra - 1) / intra
     return max(outside, _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0)
+
+
+def _in_rounds(group: CommGroup, profile: HardwareProfile, rows: float) -> float:
+    """Seconds in which a rank receives so many rows, its own among them, by channels each of which sends
+    every peer a chunk at a time."""
+    rounds = profile.scale_up.rounds
+    if rounds is None or not group.chunk:
+        return 0.0
+    waits = rows / (group.size * group.channels * group.chunk)
+    return waits * rounds.wait.si + rows * group.row / (group.channels * rounds.copy.si)
 
 
 def transfer(work: Work, profile: HardwareProfile) -> float:

@@ -11,6 +11,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.masked import Rooms
 from mopsim.graph.rewrites.migration import Migration, host_work
 from mopsim.graph.shapes import Shapes
+from mopsim.program.row_chunks import row_chunks
 from mopsim.program.topology import process_groups
 from mopsim.program.units import ShardedUnit, edge_units, layer_units
 from mopsim.program.workload import CommGroup
@@ -329,14 +330,18 @@ def _routes(
     return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
 
 
-def _groups(model: ModelSpec, strategy: Strategy, domain: int, consecutive: bool) -> dict[str, CommGroup]:
+def _groups(
+    model: ModelSpec, strategy: Strategy, domain: int, stack: Stack, routing: RoutingProfile
+) -> dict[str, CommGroup]:
     """Process groups; that of the experts knows how many a token chooses, of how many, where copies are sent
     once."""
     found = process_groups(strategy, domain)
     if strategy.experts.sends_once:
+        deepep, group = strategy.experts.token_dispatcher == "deepep", found["experts"]
         found["experts"] = replace(
-            found["experts"], choices=model.num_experts_per_tok, experts=model.num_local_experts,
-            limit=(model.n_group, model.topk_group), consecutive=consecutive,
+            group, choices=model.num_experts_per_tok, experts=model.num_local_experts,
+            limit=(model.n_group, model.topk_group), consecutive=stack.forces_consecutive(routing),
+            **(row_chunks(model, stack, group.size) if deepep else {}),
         )  # fmt: skip
     return found
 
@@ -366,7 +371,7 @@ def make_context(
     )  # fmt: skip
     return Context(
         model, strategy, training, stack.compiling(strategy.compile),
-        _groups(model, strategy, domain, stack.forces_consecutive(training.routing)), shapes,
+        _groups(model, strategy, domain, stack, training.routing), shapes,
         edge_units(model, strategy, whole=stack.sharding.embedding == "whole"),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
         int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),

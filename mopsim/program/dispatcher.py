@@ -1,10 +1,11 @@
 """Buffers of a dispatcher that exchanges experts' rows by kernels of its own, outside torch's allocator."""
 
 from mopsim.program.context import Context
+from mopsim.program.row_chunks import CHANNELS
 from mopsim.program.workload import CommGroup
 
-PEERS, CHANNELS = 8, 10
-"""Ranks of a node, and channels of 20 SMs (Buffer.num_sms), of DeepEP."""
+PEERS = 8
+"""Ranks of a node, of DeepEP."""
 RECEIVED = ((8, 256), (64, 288), (128, 560), (160, 720))
 """Tokens that a channel receives of a peer of its node, by ranks (DeepEP, deep_ep/buffer.py,
 get_dispatch_config and get_combine_config); 128 from another node."""

@@ -29,8 +29,9 @@ class CommGroup(Struct, frozen=True):
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
     chooses where the busiest rank gets more than the mean; 0: all travel. experts: of all the ranks of such
     an exchange, 0 where their number is not known. limit: (n_group, topk_group) that a token's choices are
-    limited to. consecutive: they are one after the other. block: devices of the smallest aligned block (a
-    power of two) of a domain that holds its ranks there, 0 where it is not known.
+    limited to. consecutive: they are one after the other. chunk: rows of `row` bytes that its kernels
+    send each peer of a node at a time over each of `channels`; 0: all of them. block: devices of the smallest
+    aligned block (a power of two) of a domain that holds its ranks there, 0 where it is not known.
     """
 
     size: int
@@ -40,6 +41,9 @@ class CommGroup(Struct, frozen=True):
     block: int = 0
     limit: tuple[int, int] = (1, 1)
     consecutive: bool = False
+    chunk: float = 0.0
+    channels: int = 0
+    row: int = 0
 
 
 class Work(Struct, frozen=True):

@@ -149,6 +149,18 @@ class Bridges(Spec, frozen=True, kw_only=True):
             require(1 <= times <= 100, f"faster.{name}", times, "must lie between 1 and 100")
 
 
+class Rounds(Spec, frozen=True, kw_only=True):
+    """Kernels that send a few rows at a time to each peer of a domain (DeepEP's). wait: until rows are known
+    to be there. copy: bandwidth of a channel's copies (a pair of SMs), which its peers share."""
+
+    wait: Quantity
+    copy: Quantity
+
+    def __post_init__(self) -> None:
+        require_dimension(self, "time", "wait")
+        require_dimension(self, "bandwidth", "copy")
+
+
 class Fabric(Spec, frozen=True, kw_only=True):
     """A network: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes).
 
@@ -158,9 +170,9 @@ class Fabric(Spec, frozen=True, kw_only=True):
     switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf: scale-up
     domains that reach each other through one leaf. They are few if a leaf takes all NICs of a node, and as
     many as its ports if it takes one NIC of each (rail-optimised; data for another rail moves inside the
-    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: a curve for each of
-    all_gather, reduce_scatter, all_reduce, all_to_all, send_recv; for scale_out also dispatch (rows sent
-    once).
+    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. rounds: of scale_up; null: not
+    known. collectives: a curve for each of all_gather, reduce_scatter, all_reduce, all_to_all, send_recv; for
+    scale_out also dispatch (rows sent once).
     """
 
     peak: Quantity
@@ -168,6 +180,7 @@ class Fabric(Spec, frozen=True, kw_only=True):
     oversubscription: float = 1.0
     domains_per_leaf: int = 1
     bridges: Bridges | None = None
+    rounds: Rounds | None = None
     collectives: dict[str, CollectiveCurve]
 
     def __post_init__(self) -> None:

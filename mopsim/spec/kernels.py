@@ -90,6 +90,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     index_put_; rows that are sent once to a rank, and gradients of compiled experts, as `atomic`).
     routes_map: how the routes that DeepEP sent become a map of experts. `fused`: in a kernel. `composed`:
     by torch's ops; the host waits for the sizes of their masks.
+    sent_rows: how DeepEP's kernels send rows within a node. `whole`: all at once (ElasticBuffer). `chunks`: a
+    few rows at a time to each peer, and the next once these are there (Buffer with its own configs).
+    `long_chunks`: so with chunks tuned for short rows (HardwareProfile.scale_up.rounds).
     beside_rows: tensors that an all-to-all sends beside rows. `counts`: each rank's counts, gathered by all
     ranks unless the host never reads them. `weights`: weights of routes, twice.
     router: `fused`: the input of the router's product is cast to fp32 inside the product. `composed`: it is
@@ -199,6 +202,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     clamped_gate: Literal["fused", "composed", "again", "apart"] = "fused"
     row_sums: Literal["gathered", "atomic", "sorted", "atomic_if_sparse"] = "gathered"
     routes_map: Built = "fused"
+    sent_rows: Literal["whole", "chunks", "long_chunks"] = "whole"
     beside_rows: tuple[Literal["counts", "weights"], ...] = ()
     router: Built = "fused"
     sequence_slices: Literal["paired", "in_order"] = "paired"

@@ -6,6 +6,7 @@ from typing import Any, overload
 from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit, OverNodes
 from hardware_profiles.data.fit.matmul import MatmulFit
+from hardware_profiles.data.fit.rows_in_node import CARDS, TABLE, fit_rounds
 from hardware_profiles.data.fit.tables import round_to
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.hardware import (
@@ -19,6 +20,7 @@ from mopsim.spec.hardware import (
     Host,
     MatmulCurve,
     Quantity,
+    Rounds,
     Tag,
 )
 
@@ -238,6 +240,7 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
         peak=_given(machine["scale_up"]),
         topology=machine.get("topology", "switch"),
         bridges=_bridges(machine["bridges"]) if "bridges" in machine else None,
+        rounds=_rounds(machine["architecture"]),
         collectives={op: curves[op] for op in COLLECTIVES},
     )
 
@@ -249,6 +252,17 @@ def _curve(fit: CollectiveFit, tag: Tag, source: str) -> CollectiveCurve:
         bandwidth=quantity(round_to(fit.bandwidth / 1e9), "GB/s", tag, source),
         bytes_half=fit.bytes_half,
         ramp=RAMP,
+    )
+
+
+def _rounds(architecture: str) -> Rounds | None:
+    fit = fit_rounds(architecture)
+    if fit is None:
+        return None
+    source = f"fitted to the {CARDS[architecture]} rows of {TABLE.name} ({architecture}), {fit[2]}"
+    return Rounds(
+        wait=quantity(round_to(fit[0] * 1e6, 3), "us", "measured", source),
+        copy=quantity(round_to(fit[1] / 1e9, 3), "GB/s", "measured", source),
     )
 
 
