@@ -244,10 +244,11 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
 
 def _cut(kernel: Kernel, forward: bool, context: Context) -> float:
     """Linears that a permutation which is not fused takes of the host (see host_costs.PERMUTED). Rows that a
-    kernel has sent, or all ranks have gathered, are permuted by a mask, and not cut by expert."""
+    kernel has sent, or all ranks have gathered, are permuted by a mask, and not cut by expert; HybridEP's own
+    kernels permute them."""
     stack, experts = context.stack, context.strategy.experts
     composed = stack.kernels.row_sums == "atomic" and stack.host.layers == "transformer_engine"
-    if not composed or kernel.name != "sort":
+    if not composed or kernel.name != "sort" or experts.token_dispatcher == "hybridep":
         return 0.0
     cut = experts.token_dispatcher == "alltoall"
     parts = context.model.num_local_experts * experts.expert_tensor_parallel * cut
@@ -256,8 +257,11 @@ def _cut(kernel: Kernel, forward: bool, context: Context) -> float:
 
 def _permutations(context: Context) -> tuple[str, str]:
     """The permutation of rows by token, and the one that adds a token's rows: at home, or where rows that are
-    sent once to a rank have arrived."""
+    sent once to a rank have arrived. None where HybridEP's kernels permute (Megatron-LM d98e8a64,
+    megatron/core/transformer/moe/fused_a2a.py: dispatch_with_permute, combine_with_unpermute)."""
     experts = context.strategy.experts
+    if experts.token_dispatcher == "hybridep" and experts.expert_parallel > 1:
+        return ("", "")
     once = experts.gathers or (experts.sends_once and experts.expert_parallel > 1)
     return ("sort", "unsort") if once else ("permute", "accumulate")
 

@@ -13,6 +13,7 @@ from mopsim.program import lower
 from mopsim.program.context import make_context
 from mopsim.program.host_time import kinds_of
 from mopsim.program.lower import passes_of
+from mopsim.program.works import Part, works
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
@@ -153,3 +154,20 @@ def test_experts_without_a_gate_are_weighed_after_their_activation() -> None:
     size = fused.writes[0].bytes
     assert (weighed.bytes, weighed.back_bytes) == (4 * size, 9 * size)
     assert (weighed.launches, weighed.back_launches) == (2, 4)
+
+
+def test_hybrideps_kernels_permute_rows_whatever_is_fused() -> None:
+    """dispatch_with_permute and combine_with_unpermute: no rows by torch's indexing, added by no atomic
+    operations; nothing of a permutation for the host."""
+    stack = load_stack("megatron-lm")
+    assert stack.kernels.row_sums == "atomic"
+    kinds: dict[Dispatcher, set[bool]] = {}
+    dispatchers: tuple[Dispatcher, ...] = ("deepep", "hybridep")
+    parts: tuple[Part, ...] = ("forward", "backward")
+    for dispatcher in dispatchers:
+        strategy = megatron(8, expert_parallel=8, token_dispatcher=dispatcher, recompute="none")
+        context = make_context(MODEL, replace(strategy, stack=stack.name), JOB, 8, stack)
+        mine = [one for one in passes_of(context).tape(5).kernels if one.name in ("sort", "unsort")]
+        done = [work for one in mine for part in parts for work in works(one, part, context)]
+        kinds[dispatcher] = {work.indexed or work.sums > 0 or work.host > 0 for work in done}
+    assert kinds == {"deepep": {True}, "hybridep": {False}}
