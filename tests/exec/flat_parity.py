@@ -19,6 +19,7 @@ from mopexec.run import apply
 from mopexec.run.runner import Batch, Runner
 from mopexec.weights.load import fill
 from mopexec.weights.source import Seeded
+from mopsim.common import io
 from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
@@ -184,6 +185,35 @@ def diverge(platform: Platform, plan: Plan) -> tuple[list[float], dict[str, Tens
         if step == 0 and rank == 1:
             runner.model.layers[1].dense.params[0] = math.nan
     return found, _state(runner)
+
+
+_RUNS: dict[str, tuple[list[float], dict[str, Tensor]]] = {}
+
+
+def apart(
+    platform: Platform, plain: Plan, plan: Plan, work: str, *given: Any
+) -> tuple[list[float], list[str]]:
+    """(losses and norms of the plan's run by `work`, `train` or `diverge`; what of it is not to the bit that
+    of the plain plan's, which runs once in this process). What is no number in both is the same."""
+    run = {"train": train, "diverge": diverge}[work]
+    key = f"{io.digest(plain)} {work} {given}"
+    if key not in _RUNS:
+        _RUNS[key] = run(platform, plain, *given)
+    losses, state = _RUNS[key]
+    found, own = run(platform, plan, *given)
+    pairs = zip(found, losses, strict=True)
+    lost = [
+        f"number {at}" for at, (a, b) in enumerate(pairs) if a != b and not (math.isnan(a) and math.isnan(b))
+    ]
+    names = state.keys() & own.keys()
+    return found, lost + sorted(state.keys() ^ own.keys()) + [
+        one for one in names if not _same(state[one], own[one])
+    ]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    numbers = torch.equal(one.nan_to_num(), other.nan_to_num())
+    return numbers and torch.equal(one.isnan(), other.isnan())
 
 
 def fail(platform: Platform, plan: Plan) -> str:

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import pytest
-import torch
 from msgspec.structs import replace
 
 from mopexec.measure.tracker import MemoryTracker
@@ -27,8 +26,8 @@ STATES: dict[str, dict[str, Any]] = {
     "resident": {"bucket_params": 600},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "sharded": {"dense": ALL_TWO["dense"]},
-    "replicated": {"dense": ALL_TWO["dense"] | {"fsdp": 1}},
+    "sharded": {},
+    "replicated": {"dense": {"prefetch": 1, "chunk_tokens": 8, "fsdp": 1}},
     "experts_sharded": {"experts": {"expert_parallel": 1, "expert_fsdp": 2}},
 }
 BF16: dict[str, Any] = {
@@ -37,53 +36,57 @@ BF16: dict[str, Any] = {
 }  # fmt: skip
 
 
-Run = tuple[list[float], dict[str, torch.Tensor]]
+COARSE: dict[str, dict[str, Any]] = ALL_TWO | {
+    "dense": {"prefetch": 1, "chunk_tokens": 8},
+    "experts": {"expert_parallel": 2, "chunk_tokens": 8},
+    "vocabulary": {"loss": "ring", "vocab_parallel": 2, "chunk_tokens": 8},
+}
+"""All mechanisms, in two chunks each: exchanges take gloo longer than what is between them."""
 
 
-def _runs(work: str, changes: dict[str, Any], *given: Any, **options: Any) -> list[tuple[Run, Run]]:
-    """What a rank finds by the update at the end of the step, and by that under the backward."""
-    options["training"] = UNCLIPPED | options.get("training", {})
-    runs = []
-    for own in ({}, EARLY):
-        optimizer = {"optimizer": changes.get("optimizer", {}) | own}
-        plan = make_plan(2, changes | optimizer, **options)
-        runs.append(pool(2).run("tests.exec.flat_parity", work, plan, *given))
-    return list(zip(*runs, strict=True))
+def _apart(
+    work: str, state: str, changes: dict[str, Any], *given: Any, **options: Any
+) -> list[tuple[list[float], list[str]]]:
+    """What each rank finds by an update under the backward, and what of it is not, to the bit, that of an
+    update at the end of the step with state on the device, wherever its own is."""
+    options["training"] = UNCLIPPED | {"global_batch": 6} | options.get("training", {})
+    plain, early = (
+        make_plan(2, changes | {"optimizer": optimizer}, **options)
+        for optimizer in (STATES["resident"], STATES[state] | EARLY)
+    )
+    return pool(2).run("tests.exec.flat_parity", "apart", plain, early, work, *given)
 
 
-def _same(changes: dict[str, Any], routing: str = "learned", **options: Any) -> None:
+def _same(state: str, changes: dict[str, Any], routing: str = "learned", **options: Any) -> None:
     """Losses, norms, weights and state are those of the update at the end of the step, to the bit."""
-    for plain, early in _runs("train", changes, routing, **options):
-        assert plain[0] == early[0]
-        assert plain[1].keys() == early[1].keys()
-        assert all(torch.equal(value, early[1][name]) for name, value in plain[1].items())
+    for losses, lost in _apart("train", state, changes, routing, **options):
+        assert not lost
+        assert all(map(math.isfinite, losses))
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_it_is_the_update_at_the_end_of_the_step_to_the_bit(state: str, where: str) -> None:
-    _same(ALL_TWO | LAYOUTS[where] | {"optimizer": STATES[state]}, micro_batch=2)
+    _same(state, COARSE | LAYOUTS[where], micro_batch=2)
 
 
 @pytest.mark.parametrize("routing", ["balanced", "95/4"])
 @pytest.mark.parametrize("state", ["offloaded", "resident"])
 def test_so_it_is_where_routes_are_given(state: str, routing: str) -> None:
     training = {"routing": routing}
-    _same(ALL_TWO | {"optimizer": STATES[state]}, routing="profile", training=training, micro_batch=2)
+    _same(state, COARSE, routing="profile", training=training, micro_batch=2)
 
 
 @pytest.mark.parametrize("state", ["offloaded", "resident"])
 def test_so_it_is_without_experts_and_with_one_microbatch(state: str) -> None:
-    changes = {"optimizer": STATES[state]}
-    _same(changes, model=DENSE, micro_batch=2)
-    _same(changes, training={"global_batch": 2})
+    _same(state, {}, model=DENSE, micro_batch=1)
+    _same(state, {}, training={"global_batch": 2})
 
 
 def test_so_it_is_where_dtypes_are_apart() -> None:
     """Gradients that are summed in another dtype, and updated in a third."""
     for state in ("offloaded", "resident"):
-        changes = ALL_TWO | {"optimizer": STATES[state], "precision": BF16}
-        _same(changes, dtype="bfloat16", micro_batch=2)
+        _same(state, COARSE | {"precision": BF16}, dtype="bfloat16", micro_batch=2)
 
 
 @pytest.mark.parametrize("state", ["offloaded", "resident"])
@@ -96,14 +99,9 @@ def test_it_equals_the_single_device_model(state: str) -> None:
 @pytest.mark.parametrize("state", ["offloaded", "resident"])
 def test_a_gradient_that_is_no_number_leaves_the_same_finished_step(state: str) -> None:
     """As without it the step ends, all units updated, with a norm that stops the run before it saves."""
-    for plain, early in _runs("diverge", ALL_TWO | {"optimizer": STATES[state]}, micro_batch=2):
-        assert all(map(math.isnan, plain[0] + early[0]))
-        assert plain[1].keys() == early[1].keys()
-        assert all(
-            torch.equal(value.isnan(), early[1][name].isnan())
-            and torch.equal(value.nan_to_num(), early[1][name].nan_to_num())
-            for name, value in plain[1].items()
-        )
+    for losses, lost in _apart("diverge", state, COARSE, micro_batch=2):
+        assert all(map(math.isnan, losses))
+        assert not lost
 
 
 def test_a_failure_of_the_update_ends_the_step() -> None:

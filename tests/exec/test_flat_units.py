@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 
 from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.spawn import pool
@@ -188,15 +187,12 @@ def test_mixed_precision_is_close(param: str, reduce: str) -> None:
 @pytest.mark.parametrize("dense", [{}, {"fsdp": 1}], ids=["sharded", "replicated"])
 def test_an_update_beside_the_next_forward_is_the_same_to_the_bit(dense: dict[str, Any]) -> None:
     """Every gather waits for its own update, evaluation and checkpoints for all of them, however slow."""
-    plans = (
+    plain, beside = (
         make_plan(2, ALL_TWO | {"dense": dense} | own, micro_batch=4)
         for own in ({}, {"optimizer": ALL_TWO["optimizer"] | {"overlap": "next_forward"}})
     )
-    runs = (pool(2).run("tests.exec.flat_parity", "train", plan)[1] for plan in plans)
-    losses, states = zip(*runs, strict=True)
-    assert losses[0] == losses[1]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    for _, lost in pool(2).run("tests.exec.flat_parity", "apart", plain, beside, "train"):
+        assert not lost
 
 
 def test_one_rank() -> None:

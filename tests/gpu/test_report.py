@@ -13,7 +13,9 @@ import torch
 from mopexec.distributed.tiers import Platform
 from mopsim.common import io
 from mopsim.spec.plan import Plan
+from tests.exec.forking import Program
 from tests.exec.spawn import pool, run_command
+from tests.exec.train_runs import environment
 from tests.gpu.report import NO_GPU, ROOT, TESTS, contenders, execute_here, full, main, table
 from tests.patience import HANG
 
@@ -97,12 +99,17 @@ def test_plans_of_cards_can_be_run(ranks: int) -> None:
 @needs_none
 @pytest.mark.slow
 def test_a_tiny_run_over_gloo(tmp_path: Path) -> None:
-    """The first training by the launcher; the ranks of the second are forked."""
+    """The first training by the launcher; the ranks of both are forked."""
+
+    def launched(arguments: Sequence[str]) -> int:
+        program = Program(arguments[1:], environment(), tmp_path / "launched")
+        program.communicate()
+        return program.returncode
 
     def forked(arguments: Sequence[str]) -> int:
         return run_command(list(arguments[2:]), 2, tmp_path)[0]
 
-    runs = iter((execute_here(600), forked))
+    runs = iter((launched, forked))
     assert main([str(tmp_path), "--tiny", "--ranks", "2"], lambda arguments: next(runs)(arguments)) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert all(row["tokens_per_s"] > 0 for row in found.values())
