@@ -12,11 +12,11 @@ Tracker = TypeVar("Tracker", bound=MemoryTracker)
 
 def second_step(plan: Plan, rank: int, kind: type[Tracker]) -> Tracker:
     """A tracker of this kind after the second step of a rank: peaks are of that step, when optimizer state
-    is there."""
+    is there. The first has a microbatch, or one a stage: it is there for the state."""
     tracker = kind(meta=plan.stack.runtime != "fully_shard")
     with dry_run._fake_platform(plan, rank) as platform, tracker:
         runner, batches = build(plan, platform, routing="profile"), dry_run._batches(plan, platform)
-        runner.step(batches)
+        runner.step(batches[: plan.strategy.pipeline.pipeline_parallel])
         tracker.reset_peak()
         runner.step(batches)
         del runner
