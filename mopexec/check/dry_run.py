@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.distributed.tiers import Platform
+from mopexec.measure.fakes import QuickFakeMode
 from mopexec.measure.program import PlayedOps
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
@@ -231,7 +231,7 @@ def _fake_cpu() -> Iterator[None]:
 
     setattr(ShardingPropagator, name, unseen)
     try:
-        with FakeTensorMode():
+        with QuickFakeMode():
             yield
     finally:
         setattr(ShardingPropagator, name, original)

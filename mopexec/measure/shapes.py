@@ -11,7 +11,7 @@ from torch import Tensor
 from mopexec.measure.dispatch import returns_alias, writes
 
 _Output = tuple[torch.Size, tuple[int, ...], torch.dtype]
-_IN_PLACE, _CACHED, _RUN = "", "cached", "run"
+IN_PLACE, CACHED, RUN = "", "cached", "run"
 _UNCACHED = frozenset(("aten::resize_", "aten::resize_as_", "aten::set_", "aten::_unsafe_view"))
 """Ops on storage that is there; of the last the schema does not say so."""
 
@@ -26,14 +26,14 @@ class ShapeCache:
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         how = self._how.get(func)
         if how is None:
-            how = self._how[func] = _how(func)
-        if how == _IN_PLACE:
+            how = self._how[func] = how_run(func)
+        if how == IN_PLACE:
             return args[0]
-        if how == _RUN:
+        if how == RUN:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if how != _CACHED:
+        if how != CACHED:
             return kwargs[how]
-        key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else None)
+        key = (func, key_of(args), key_of(tuple(kwargs.items())) if kwargs else None)
         known = self._outputs.get(key)
         if known is None:
             result = func(*args, **kwargs) if kwargs else func(*args)
@@ -50,37 +50,37 @@ class ShapeCache:
             self._outputs[key] = [_output(value) for value in result]
 
 
-def _how(func: Any) -> str:
+def how_run(func: Any) -> str:
     """In place: the first argument is the only result. Cached: fresh tensors that depend on shapes alone.
 
     Otherwise the name of the keyword (`out`) whose tensor is the result; it is taken to have the right shape.
     """
     if func.namespace != "aten" or func._schema.name in _UNCACHED:
-        return _RUN
+        return RUN
     returns = func._schema.returns
     if not writes(func):
         fresh = all(str(value.type) == "Tensor" and value.alias_info is None for value in returns)
-        return _CACHED if fresh and returns and not returns_alias(func) else _RUN
+        return CACHED if fresh and returns and not returns_alias(func) else RUN
     written = [
         arg for arg in func._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
     ]
     if len(returns) != 1 or len(written) != 1 or str(written[0].type) != "Tensor":
-        return _RUN
+        return RUN
     return (
         str(written[0].name)
         if written[0].kwarg_only
-        else _IN_PLACE
+        else IN_PLACE
         if written[0].name == func._schema.arguments[0].name
-        else _RUN
+        else RUN
     )
 
 
-def _key(value: Any) -> Any:
+def key_of(value: Any) -> Any:
     """What an output's shape can depend on. Numbers carry their type: 1, 1.0 and True promote differently."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (tuple, list)):
-        return tuple([_key(item) for item in value])
+        return tuple([key_of(item) for item in value])
     return value.__class__, value
 
 

@@ -1,12 +1,14 @@
 """The memory tracker on sequences counted by hand (float32 = 4 bytes)."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.distributed.tiers import Platform
+from mopexec.measure.fakes import QuickFakeMode
 from mopexec.measure.tracker import (
     HostRead,
     MemoryTracker,
@@ -20,14 +22,11 @@ from mopexec.measure.tracker import (
 )
 
 
-@pytest.fixture(params=["real", "fake"])
+@pytest.fixture(params=[nullcontext, FakeTensorMode, QuickFakeMode])
 def tensors(request):
     """Run the test on tensors with data and without: the counts are to be the same."""
-    if request.param == "real":
+    with request.param():
         yield
-    else:
-        with FakeTensorMode():
-            yield
 
 
 @pytest.mark.usefixtures("tensors")
