@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from mopexec.distributed import collectives
 from mopexec.measure.scope import category
 from mopexec.measure.tracker import recategorize
 from mopexec.modules.comm import book_gradients, local, place_on_host
@@ -65,8 +66,29 @@ class FullyShardRunner(ModuleRunner):
 
     def _gradients(self) -> dict[str, Tensor]:
         if self._host and not self._platform.is_cuda:
-            return dict(self._host_grads)
-        return {n: local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+            found = dict(self._host_grads)
+        else:
+            found = {n: local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        self._sum_whole([grad for name, grad in found.items() if self._parts[name].kind == "whole"])
+        return found
+
+    def _sum_whole(self, grads: list[Tensor]) -> None:
+        """Sum what the ranks of a tensor group found for parameters that each has whole, all at once, on the
+        device."""
+        tensor, platform = self._mesh.tensor, self._platform
+        if tensor.size == 1 or not grads:
+            return
+        sizes = list(map(Tensor.numel, grads))
+        with category("grads"):
+            flat = grads[0].new_empty(sum(sizes), device=platform.device)
+        parts = [part.view_as(grad) for part, grad in zip(torch.split(flat, sizes), grads, strict=True)]
+        for part, grad in zip(parts, grads, strict=True):
+            platform.copy(part, grad)
+        collectives.all_reduce(flat, tensor.handle)
+        for part, grad in zip(parts, grads, strict=True):
+            platform.copy(grad, part)
+        if self._host:
+            platform.wait_host(platform.record())
 
     def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, FlatShards]:
         """A shard that is not there (as of a padded rest) is zero."""

@@ -56,7 +56,7 @@ class RankNetwork:
         self._positions: Positions | None = None
         if pipeline.pipeline_parallel > 1:
             self.pipeline = self._stages()
-            self._drop_others(self.pipeline)
+            self._drop_others()
         self.model.set_auxiliary(auxiliary(plan.training, mesh.shared))
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         self.blocks: dict[str, Block] = {name: block_of(name, shape, mesh) for name, shape in shapes.items()}
@@ -66,21 +66,21 @@ class RankNetwork:
 
     def part(self, batches: Sequence[Batch], scale: float) -> Part:
         """What a part of this stage makes of a microbatch."""
-        model, pipeline, start = self.model, self.pipeline, self._mesh.place.context
-        assert pipeline is not None
 
         def run(microbatch: int, chunk: int, x: Tensor | None) -> Tensor:
             batch = batches[microbatch]
-            given = self._given(batch.tokens, start * batch.tokens.shape[1], batch.documents)
-            if x is None:
-                x = model.embedding(batch.tokens)
-            for layer in self._parts[chunk]:
-                x = model.layers[layer](x, given)
-            if not pipeline.last(chunk):
-                return cast(Tensor, x)
-            return cast(Tensor, model.head([Term(model.final_norm(x), batch.targets, scale)]))
+            return cast(Tensor, self.model(batch.tokens, batch.targets, scale, batch.documents, chunk, x))
 
         return run
+
+    def sequences(self) -> list[list[nn.Module]]:
+        """The modules that hold parameters, in the order in which each part of this stage runs them."""
+        model, found = self.model, []
+        for chunk, layers in enumerate(self._parts):
+            first, last = self._is_first(chunk), self._is_last(chunk)
+            modules = [model.embedding] * first + [model.layers[layer] for layer in layers]
+            found.append(modules + [*model.mtp, model.final_norm] * last)
+        return found
 
     def copies(self, name: str) -> int:
         """Ranks of the world that hold the very elements of this rank's shard of a parameter."""
@@ -107,16 +107,28 @@ class RankNetwork:
         shape = (batch, rows // batch, plan.model.hidden_size)
         return StagePipeline(strategy, links, shape, of_name(strategy.precision.compute), self._platform)
 
-    def _drop_others(self, pipeline: StagePipeline) -> None:
+    def _is_first(self, chunk: int) -> bool:
+        return self.pipeline is None or self.pipeline.first(chunk)
+
+    def _is_last(self, chunk: int) -> bool:
+        return self.pipeline is None or self.pipeline.last(chunk)
+
+    def _through(self, chunk: int, x: Tensor, given: Given) -> Tensor:
+        """x through the layers of a part."""
+        for layer in self._parts[chunk]:
+            x = self.model.layers[layer](x, given)
+        return x
+
+    def _drop_others(self) -> None:
         """Keep what this stage's parts have; names stay as they are."""
         model, chunks = self.model, range(len(self._parts))
         mine = {layer for part in self._parts for layer in part}
         for layer in range(len(model.layers)):
             if layer not in mine:
                 model.layers[layer] = nn.Module()
-        if not any(map(pipeline.first, chunks)):
+        if not any(map(self._is_first, chunks)):
             model.embedding = nn.Module()
-        if not any(map(pipeline.last, chunks)):
+        if not any(map(self._is_last, chunks)):
             model.final_norm, model.head = nn.Module(), nn.Module()
 
     def _cut(self) -> None:
@@ -199,8 +211,15 @@ class RankNetwork:
                 return chunked_loss(hidden, head.weight, targets, term.weight, vocabulary.chunk_tokens)
             return full_loss(hidden, head.weight, targets, term.weight)
 
-        def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
+        def forward(
+            tokens: Tensor, targets: Tensor, scale: float, documents: Documents = (), chunk: int = 0,
+            x: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
             start = mesh.place.context * tokens.shape[1]
+            if self.pipeline is not None:
+                x = model.embedding(tokens) if x is None else x
+                x = self._through(chunk, x, self._given(tokens, start, documents))
+                return head([Term(model.final_norm(x), targets, scale)]) if self._is_last(chunk) else x
             ids = with_following(tokens, targets, len(model.mtp), mesh.sequence)
             return cast(Tensor, head(model.terms(*ids, start, scale, documents)))
 

@@ -2,6 +2,7 @@
 1909.08053, 3).
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mopexec.distributed.mesh import Group
-from mopexec.modules.tensor_parallel import sum_rows
+from mopexec.modules.exchange import exchange
+from mopexec.operators.tensor_parallel import gather_first, scatter_first
 from mopexec.operators.vocabulary_parallel import split_backward, split_forward
 
 
@@ -33,7 +35,8 @@ class SplitEmbedding:
         local = by_rank(tokens, self._group) - self._start
         away = (local < 0) | (local >= weight.shape[0])
         found = F.embedding(local.masked_fill(away, 0), weight).masked_fill(away[..., None], 0)
-        return sum_rows(found.flatten(0, 1), self._group).view(tokens.shape[0], -1, weight.shape[1])
+        there, back = (partial(one, group=self._group) for one in (scatter_first, gather_first))
+        return exchange(found, there, back)
 
 
 class _Loss(torch.autograd.Function):

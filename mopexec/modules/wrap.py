@@ -1,6 +1,6 @@
 """The storage of `fully_shard`: torch's FSDP2 over what this rank holds, weights made shard by shard."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
+from mopexec.model.moe import RoutedExperts
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
 from mopexec.modules.fsdp_internals import lazy_init, sum_gradients
 from mopexec.modules.groups import FsdpMeshes
@@ -43,7 +44,7 @@ def store(
             network.tie()
             _fill(model, found, source)
         lazy_init(model)
-    _tune(model, strategy)
+    _tune(network, strategy)
     return found
 
 
@@ -88,17 +89,24 @@ def _shard(model: Any, strategy: Strategy, meshes: FsdpMeshes, platform: Platfor
                 shard_placement_fn=placement, **options,
             )  # fmt: skip
     for module in (*model.layers, *model.mtp):
-        fully_shard(module, mesh=meshes.dense, reshard_after_forward=reshard, **options)
+        if _holds(module):
+            fully_shard(module, mesh=meshes.dense, reshard_after_forward=reshard, **options)
     last = [model.final_norm, model.head]
     if model.spec.tie_word_embeddings:
         last.insert(0, model.embedding)  # FSDP keeps a shared weight in one group
-    else:
+    elif _holds(model.embedding):
         fully_shard(model.embedding, mesh=meshes.dense, reshard_after_forward=reshard, **options)
-    fully_shard(last, mesh=meshes.dense, reshard_after_forward=False, **options)
+    if _holds(model.head):
+        fully_shard(last, mesh=meshes.dense, reshard_after_forward=False, **options)
     fully_shard(model, mesh=meshes.dense, **options)
 
 
-def _tune(model: Any, strategy: Strategy) -> None:
+def _holds(module: Any) -> bool:
+    """Whether the stage has it."""
+    return next(module.parameters(), None) is not None
+
+
+def _tune(network: RankNetwork, strategy: Strategy) -> None:
     """Sum gradients (the loss is divided by the global token count), name the buffers, prefetch explicitly.
 
     Asynchronous all-gathers allocate and copy on the compute stream and free their buffer right after the
@@ -106,34 +114,39 @@ def _tune(model: Any, strategy: Strategy) -> None:
     Offloaded shards keep FSDP's own streams, or every copy to the device would stand in the way of the
     compute.
     """
+    model = network.model
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
         sum_gradients(module, unshard_async=strategy.optimizer.state_tier == "device")
         module.set_custom_all_gather(TrackedAllGather())
         module.set_custom_reduce_scatter(TrackedReduceScatter())
-    if not model.spec.tie_word_embeddings:
+    if not model.spec.tie_word_embeddings and _holds(model.embedding):
         model.embedding.set_unshard_in_backward(False)
-    _prefetch(model, strategy.dense.prefetch)
+    for modules in network.sequences():
+        _prefetch(model, modules, strategy.dense.prefetch)
 
 
-def _prefetch(model: Any, depth: int) -> None:
+def _prefetch(model: Any, modules: Sequence[Any], depth: int) -> None:
     """Gather `depth` modules ahead, forward and backward; 0: none (FSDP's implicit backward prefetch off
-    too). MTP modules look up embeddings again, after the layers: nothing is gathered ahead there."""
-    units = [[module] for module in (*model.layers, *model.mtp)]
-    for entry, layer in zip(units, model.blocks(), strict=True):
-        if layer.is_moe:
-            entry.append(layer.moe.experts)
-    last = [] if model.spec.tie_word_embeddings else [[model.final_norm]]
-    chain = [[model.embedding], *units, *last]
-    for place, modules in enumerate(chain):
-        ahead = [module for entry in chain[place + 1 : place + 1 + depth] for module in entry]
-        behind = [m for entry in reversed(chain[max(1, place - depth) : place]) for m in reversed(entry)]
-        if ahead and not (modules[0] is model.embedding and len(model.mtp)):
-            modules[0].set_modules_to_forward_prefetch(ahead)
-        modules[0].set_modules_to_backward_prefetch(behind or [modules[0]])
-        for inner in modules[1:]:
+    too). MTP modules look up embeddings again, after the layers: nothing is gathered ahead there. modules: of
+    a part of the network, in order."""
+    tied = model.spec.tie_word_embeddings
+    chain = [[module, *_experts(module)] for module in modules if not (tied and module is model.final_norm)]
+    for place, entry in enumerate(chain):
+        module, begins = entry[0], int(chain[0][0] is model.embedding)
+        ahead = [one for later in chain[place + 1 : place + 1 + depth] for one in later]
+        behind = [m for one in reversed(chain[max(begins, place - depth) : place]) for m in reversed(one)]
+        if ahead and not (module is model.embedding and len(model.mtp)):
+            module.set_modules_to_forward_prefetch(ahead)
+        module.set_modules_to_backward_prefetch(behind or [module])
+        for inner in entry[1:]:
             inner.set_modules_to_backward_prefetch([inner])
+
+
+def _experts(module: Any) -> list[Any]:
+    """Routed experts inside, which have a group of their own."""
+    return [inner for inner in module.modules() if isinstance(inner, RoutedExperts)]
 
 
 def _fill(model: Any, parts: Mapping[str, Block], source: Source) -> None:

@@ -30,4 +30,4 @@ def scatter_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:
         x = padded.flatten(0, 1)
     out = x.new_empty(most, x.shape[1])
     collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
-    return out[:own]
+    return out.resize_(own, x.shape[1])  # not a view: FSDP2 hooks the tensor that its module returns

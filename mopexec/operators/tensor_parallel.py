@@ -13,13 +13,28 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 
 
-def gather_rows(x: Tensor, group: Group) -> Tensor:
-    """Rows [m, H] of each rank to [n * m, H] in rank order; parts [B, s, H] of sequences to [B, n * s, H]."""
+def gather_first(x: Tensor, group: Group) -> Tensor:
+    """Parts [m, ..] of each rank to [n * m, ..] in rank order."""
     if group.size == 1:
         return x
     out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
     collectives.all_gather_single(out, x.contiguous(), group.handle)
-    if x.dim() == 2:
+    return out
+
+
+def scatter_first(x: Tensor, group: Group) -> Tensor:
+    """The inverse of `gather_first`, of the sum over the ranks' x."""
+    if group.size == 1:
+        return x
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
+    return out
+
+
+def gather_rows(x: Tensor, group: Group) -> Tensor:
+    """Rows [m, H] of each rank to [n * m, H] in rank order; parts [B, s, H] of sequences to [B, n * s, H]."""
+    out = gather_first(x, group)
+    if x.dim() == 2 or group.size == 1:
         return out
     parts = out.unflatten(0, (group.size, x.shape[0]))  # type: ignore[no-untyped-call]
     return cast(Tensor, parts.transpose(0, 1).flatten(1, 2))
@@ -27,13 +42,9 @@ def gather_rows(x: Tensor, group: Group) -> Tensor:
 
 def scatter_rows(x: Tensor, group: Group) -> Tensor:
     """The inverse of `gather_rows`, of the sum over the ranks' x."""
-    if group.size == 1:
-        return x
-    if x.dim() > 2:
+    if x.dim() > 2 and group.size > 1:
         x = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)  # type: ignore[no-untyped-call]
-    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
-    return out
+    return scatter_first(x, group)
 
 
 def products_forward(

@@ -32,19 +32,24 @@ def fill_block(
 def matrices(
     name: str, shape: tuple[int, ...], start: Sequence[int], size: Sequence[int], source: Source
 ) -> Iterator[tuple[int | None, Tensor]]:
-    """The block [start, start + size) of a parameter of `shape`, cut in one dimension of each matrix at most,
-    one matrix at a time with its place in the block's stack; None and all of it where it is not stacked. In
-    the source's dtype, on the CPU.
+    """The block [start, start + size) of a parameter of `shape`, one matrix at a time with its place in the
+    block's stack; None and all of it where it is not stacked. In the source's dtype, on the CPU.
     """
     if not is_stacked(name):
-        yield None, source.read(name, shape, None, *_cut(shape, start, size))
+        yield None, _read(source, name, shape, None, start, size)
         return
-    part = _cut(shape[1:], start[1:], size[1:])
     for row in range(size[0]):
-        yield row, source.read(name, shape[1:], start[0] + row, *part)
+        yield row, _read(source, name, shape[1:], start[0] + row, start[1:], size[1:])
 
 
-def _cut(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[int, int, int]:
-    """(dim, start, stop) of a block that is smaller than `shape` in one dimension or in none."""
-    dim = next((dim for dim, held in enumerate(size) if held < shape[dim]), 0)
-    return dim, start[dim], start[dim] + size[dim]
+def _read(
+    source: Source, name: str, shape: tuple[int, ...], index: int | None, start: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """A block of a matrix: the source is asked for its part along the first dimension that is cut."""
+    cuts = [dim for dim, held in enumerate(size) if held < shape[dim]] or [0]
+    first, rest = cuts[0], cuts[1:]
+    found = source.read(name, shape, index, first, start[first], start[first] + size[first])
+    for dim in rest:
+        found = found.narrow(dim, start[dim], size[dim])
+    return found

@@ -80,9 +80,16 @@ def logit_elements(context: Context) -> int:
 def cast_logits(context: Context) -> int:
     """Bytes of logits that torch's loss casts to fp32 and whose caller does not hold them."""
     kernels = context.stack.kernels
-    cast = kernels.loss in ("composed", "shifted", "loss_parallel") and kernels.loss_copy
-    freed = context.strategy.dense.zero >= 2 and cast and context.logits_held is not True
+    cast = kernels.loss in ("composed", "shifted", "loss_parallel", "in_place") and kernels.loss_copy
+    freed = not _apart(context) and cast and context.logits_held is not True
     return logit_elements(context) * context.b if freed else 0
+
+
+def _apart(context: Context) -> bool:
+    """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32."""
+    dense, vocabulary = context.strategy.dense, context.strategy.vocabulary
+    split = vocabulary.loss == "vocab_parallel" and dense.tensor_parallel > 1
+    return dense.zero < 2 or (context.stack.kernels.loss == "in_place" and split)
 
 
 def loss_tape(context: Context) -> Tape:
@@ -94,15 +101,15 @@ def loss_tape(context: Context) -> Tape:
     split = vocabulary.loss == "vocab_parallel" and c.strategy.dense.tensor_parallel > 1
     parts = split and not gathered
     elements = logit_elements(c)
-    zero = c.strategy.dense.zero
-    whole = zero < 2 and c.b == c.wide and not gathered  # its cast to fp32 is itself
+    apart = _apart(c)
+    whole = apart and c.b == c.wide and not gathered  # its cast to fp32 is itself
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     native = kernel == "native"
     own = not c.stack.kernels.loss_copy  # cross entropy on logits in their own dtype is torch's
-    torch = (zero >= 2 or gathered or own) and not fused and not native
+    torch = (not apart or gathered or own) and not fused and not native
     # Compiled, of slices: the forward makes the gradient, beside the matrix of the picked ones, and keeps no
     # logits (the graphs of torch 2.13 on two CPU ranks).
     ahead = kernel == "compiled" and parts
@@ -112,7 +119,7 @@ def loss_tape(context: Context) -> Tape:
     cast = torch and c.stack.kernels.loss_copy
     held = (torch or fused) and c.logits_held is True and not ahead
     copy = ("wide",) if c.logits_held == "copy" else ()
-    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
+    logits = Value("logits", elements * c.b, "logits", grad=not apart or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
     second = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()

@@ -269,6 +269,8 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         of_weights = [("activations", size) for size in (kernel.weight_grad, -kernel.weight_grad)]
         for step in of_weights:
             steps.remove(step)
+    summed = [step for step in steps if step[0] == "gathered_grads"]  # gradients of the unit, so far
+    steps = [step for step in steps if step not in summed]
     made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))
 
     def gather(deps: tuple[int, ...]) -> tuple[int, ...]:
@@ -287,7 +289,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         return
     ready = (gather((down,)) or (down,)) if in_turn else (*ready, inner)
     freed = [(category, -size) for category, size in whole]
-    weights = product("weight_grad", ready, [*of_weights, *gone, *freed])
+    weights = product("weight_grad", ready, [*of_weights, *summed, *gone, *freed])
     draft.ready = (weights,) if in_turn else (weights, down)
 
 

@@ -156,7 +156,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     kernels that torch compiles. `native`: Megatron-Core's compiled kernels, whose gradient takes a second
     copy. `gathered`: torch's, on a copy in fp32 of logits that every tensor-parallel rank gathers whole.
     `loss_parallel`: torch's, on a copy in fp32 of a rank's slice of the logits (torch.distributed.tensor;
-    whole logits as `composed`).
+    whole logits as `composed`). `in_place`: in place on a copy in fp32 of a rank's slice of the logits, as
+    Megatron-LM's vocab_parallel_cross_entropy (whole logits as `composed`).
     loss_copy: torch's cross entropy works on a copy in fp32; false: on the logits in their own dtype.
     logits_held: what the caller of a loss that works on a copy of the logits holds. true: the logits.
     `copy`: that copy. `pipelines`: the logits, in pipelines alone. false: neither.
@@ -225,7 +226,15 @@ class Kernels(Spec, frozen=True, kw_only=True):
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
     ring_blocks: Built = "fused"
     loss: Literal[
-        "composed", "shifted", "fused", "upcast", "compiled", "native", "gathered", "loss_parallel"
+        "composed",
+        "shifted",
+        "fused",
+        "upcast",
+        "compiled",
+        "native",
+        "gathered",
+        "loss_parallel",
+        "in_place",
     ] = "composed"
     loss_copy: bool = True
     logits_held: bool | Literal["copy", "pipelines"] = True

@@ -49,7 +49,7 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
     gathered = fsdp2(
         8, context_parallel=2, context_exchange="all_gather", expert_parallel=2, recompute="none"
     )
-    gathered = replace(gathered, experts=replace(gathered.experts, expert_fsdp=1), stack="fsdp2-any-context")
+    gathered = replace(gathered, experts=replace(gathered.experts, expert_fsdp=1))
     moved = megatron(8, expert_parallel=4)
     moved = replace(moved, experts=replace(moved.experts, balance="least_loaded", min_rows=1, capacity=1.1))
     deep = megatron(8, expert_parallel=4)

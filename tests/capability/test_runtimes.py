@@ -40,6 +40,7 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "zero_offload": ("strategy",),
     "fsdp2": ("strategy", "model", "training"),
     "fsdp2, offloaded": ("strategy",),
+    "fsdp2, tensor": ("strategy",),
     "split": ("strategy", "model", "training"),
 }
 """What is varied of which job. fully_shard plays on fake tensors, a second each: one value a field."""

@@ -83,7 +83,6 @@ def test_a_checkpoint_resumes_exactly(results: Results) -> None:
         ("experts", {"balance": "least_loaded"}, "experts.balance"),
         ("dense", {"param_tier": "host"}, "dense.param_tier"),
         ("dense", {"chunk_tokens": 8}, "dense.chunk_tokens"),
-        ("attention", {"cp_comm_type": "ring"}, "attention.cp_comm_type"),
         ("vocabulary", {"loss": "ring"}, "vocabulary.loss"),
         ("optimizer", {"state_tier": "host"}, "optimizer.update_on"),
         ("activations", {"recompute": "selective", "modules": ("layernorm",)}, "activations.modules"),

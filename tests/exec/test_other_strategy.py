@@ -36,7 +36,7 @@ def test_the_losses_go_on_as_if_undisturbed(tmp_path):
     inputs = write_inputs(tmp_path)
     plans = [
         in_float64(small_plan(2, warmup_steps=2)),
-        fsdp2_plan(4, expert_parallel=2, recompute="full"),
+        fsdp2_plan(4, tensor_parallel=2, context_parallel=2, context_exchange="ring", expert_parallel=2),
         split_plan(4, pipeline_parallel=2, tensor_parallel=2, expert_tensor_parallel=2),
         in_float64(small_plan(1, warmup_steps=2)),
     ]

@@ -1,10 +1,11 @@
-"""Every mechanism of split_modules, alone and together, equals the single-device model: loss, gradients,
-weights after three clipped steps.
+"""Every mechanism of split_modules, and those that fully_shard shares with it, alone and together, equal the
+single-device model: loss, gradients, weights after three clipped steps.
 """
 
 import pytest
 import torch
 
+from tests.exec import sharded_plans
 from tests.exec.spawn import pool
 from tests.exec.split_plans import cases
 
@@ -12,6 +13,11 @@ from tests.exec.split_plans import cases
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_mechanism_equals_the_single_device_model(world: int) -> None:
     check(pool(world).run("tests.exec.split_parity", "compare", cases(world))[0])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fully_shard_equals_it_too(world: int) -> None:
+    check(pool(world).run("tests.exec.split_parity", "compare", sharded_plans.cases(world))[0])
 
 
 @pytest.mark.gpu

@@ -61,6 +61,7 @@ def cases(world: int) -> dict[str, Plan]:
         "split": plan(split(world, tensor_parallel=2, expert_parallel=2, recompute="full")),
         "fsdp2": plan(strategies.fsdp2(world, **fsdp)),
         "fsdp2_skewed": plan(strategies.fsdp2(world, **fsdp), "60/3"),
+        "fsdp2_tensors": plan(strategies.fsdp2(world, tensor_parallel=2, expert_parallel=2)),
         "fsdp2_offload": plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
         "fsdp2_keep": plan(
             strategies.fsdp2(world, recompute="none", reshard_after_forward=False), batch=2 * world

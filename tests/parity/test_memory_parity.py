@@ -110,6 +110,8 @@ def _kept(*names: str) -> dict[str, Any]:
     return FULL | {"changes": {"activations": {"save_ops": names}}}
 
 
+AGAIN = {"recompute": "selective", "modules": ["core_attn", "mlp", "moe"]}
+SPLIT_EXPERTS = {"expert_tensor_parallel": 2, "expert_fsdp": 1}
 SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded state": (2, {}),
     "sharded state, full": (2, FULL),
@@ -196,6 +198,35 @@ SPLIT |= {
 def test_every_stage_of_split_modules(name: str) -> None:
     world, options = SPLIT[name]
     _check_stages(_split(world, options), 0.01)
+
+
+RING = {"context_parallel": 2, "context_exchange": "ring"}
+SHARED: dict[str, tuple[ModelSpec, Strategy]] = {
+    "ring": (SMALL, fsdp2(4, **RING | {"context_parallel": 4}, expert_parallel=2)),
+    "blocks gathered, offloaded": (
+        SMALL, fsdp2(2, context_parallel=2, context_exchange="all_gather", offload=True)
+    ),
+    "modules again": (SMALL, changed(fsdp2(2, expert_parallel=2), activations=AGAIN)),
+    "tensors": (SMALL, fsdp2(2, **TWO, recompute="none")),
+    "tensors, offloaded": (SMALL, fsdp2(4, **TWO, offload=True)),
+    "tensors of a ring": (SMALL, fsdp2(4, **TWO, **RING, recompute="none")),
+    "latents of tensors": (LATENT, fsdp2(2, **TWO)),
+    "sinks of tensors": (SINKS, fsdp2(2, **TWO, recompute="none")),
+    "experts' tensors": (SMALL, changed(fsdp2(4, **TWO), experts=SPLIT_EXPERTS)),
+    "stages in turn": (
+        DEEP, changed(
+            msgspec.structs.replace(fsdp2(2, expert_parallel=2), world_size=4),
+            pipeline={"pipeline_parallel": 2, "virtual_stages": 2, "schedule": "interleaved"},
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_fully_shard_with_what_split_modules_has(name: str) -> None:
+    model, strategy = SHARED[name]
+    batch = strategy.pipeline.pipeline_parallel * strategy.data_groups
+    _check_stages(plan_of(model, strategy, TrainSpec(seq_len=8192, global_batch=batch), "cuda"), 0.01)
 
 
 WEIGHTY = msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=4)

@@ -220,7 +220,7 @@ def test_values_that_mopexec_does_not_run_leave_the_space_and_no_other_row_does(
 @pytest.mark.parametrize(
     ("family", "stack", "ways"),
     [
-        ("fsdp2", "", {"ulysses"}),
+        ("fsdp2", "", {"ulysses", "ring", "all_gather"}),
         ("fsdp2", "torchtitan", {"ring", "all_gather"}),
         ("fsdp2", "generic-eager", {"ulysses", "ring", "all_gather"}),
         ("fsdp2", "fms-fsdp", set()),

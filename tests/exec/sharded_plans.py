@@ -1,0 +1,67 @@
+"""Small plans of fully_shard with the mechanisms that it shares with split_modules, by world size."""
+
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import Plan
+from mopsim.strategies import fsdp2
+from tests import plans
+from tests.exec.split_plans import BIASED, LATENT, MODEL, plan_of
+
+TENSORS = {"tensor_parallel": 2, "expert_parallel": 2}
+STAGES = {"pipeline_parallel": 2}
+IN_TURN = {"pipeline_parallel": 2, "virtual_stages": 2, "schedule": "interleaved"}
+SPLIT_EXPERTS = {"expert_tensor_parallel": 2, "expert_fsdp": 1}
+
+
+def _make(world: int, model: ModelSpec = MODEL, **options: Any) -> Plan:
+    """A plan of `strategies.fsdp2`; training's routing and components among the options."""
+    routing = {"routing": options.pop("routing")} if "routing" in options else {}
+    parts = ("activations", "experts", "pipeline")
+    changes = {name: options.pop(name) for name in parts if name in options}
+    stages = changes.get("pipeline", {}).get("pipeline_parallel", 1)
+    strategy = fsdp2(world // stages, **{"dtype": "float64", "recompute": "none", **options})
+    strategy = msgspec.structs.replace(strategy, world_size=world)
+    return plan_of(plans.changed(strategy, **changes), model, **routing)
+
+
+def _again(*modules: str) -> dict[str, Any]:
+    return {"recompute": "selective", "modules": list(modules)}
+
+
+def two() -> dict[str, Plan]:
+    """On two ranks, by name."""
+    make = partial(_make, 2)
+    return {
+        "ring": make(context_parallel=2, context_exchange="ring"),
+        "modules again": make(expert_parallel=2, activations=_again("core_attn", "mlp", "moe")),
+        "tensors, offloaded": make(**TENSORS, recompute="full", micro_batch=2, offload=True),
+        "tensors, biased": make(BIASED, **TENSORS),
+        "stages in turn": make(
+            msgspec.structs.replace(MODEL, num_hidden_layers=5), pipeline=IN_TURN, recompute="full"
+        ),
+    }
+
+
+def four() -> dict[str, Plan]:
+    """On four ranks, by name."""
+    make = partial(_make, 4)
+    return {
+        "tensors, replicated": make(tensor_parallel=2, fsdp=1, reshard_after_forward=False),
+        "tensors of a ring": make(**TENSORS, context_parallel=2, context_exchange="ring"),
+        "ulysses": make(LATENT, tensor_parallel=2, context_parallel=2, expert_parallel=4),
+        "blocks gathered": make(context_parallel=2, context_exchange="all_gather", loss="chunked"),
+        "experts split, skewed": make(
+            **TENSORS, experts=SPLIT_EXPERTS, routing="95/4", micro_batch=2, activations=_again("moe")
+        ),
+        "stages and tensors": make(tensor_parallel=2, pipeline=STAGES, recompute="full"),
+    }
+
+
+def cases(world: int) -> dict[str, tuple[Plan, str]]:
+    """(plan, who routes) by name."""
+    found = {2: two, 4: four}[world]()
+    return {name: (plan, "profile" if "skewed" in name else "learned") for name, plan in found.items()}
