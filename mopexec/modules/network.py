@@ -174,7 +174,7 @@ class RankNetwork:
 
     def _spread(self, moe: Any) -> None:
         mesh, spec, routing = self._mesh, self._plan.model, self.model.routing
-        if moe.shared is not None and (mesh.tensor.size > 1 or mesh.expert_tensor.size > 1):
+        if moe.shared is not None and mesh.tensor.size > 1:
             moe.forward = SharedFirst(moe)
         moe.dispatch = ExpertDispatch(
             routing, spec.num_local_experts, mesh.experts, self._platform, mesh.expert_tensor

@@ -212,14 +212,16 @@ def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tupl
     the copy.
     """
     whole, out = Value("rows_g", size * ranks, "dispatch"), Value("out", size, "dispatch")
-    first = replace(kernels[0], reads=("rows_g",), saves=("rows",))
+    kernels = tuple(
+        replace(one, reads=("rows_g",), saves=("rows",)) if one.reads == ("rows",) else one for one in kernels
+    )
     last = replace(kernels[-1], writes=(Value("out_p", size * ranks, "dispatch"),))
     before = gather("gather_rows", "rows", whole, "experts", "expert_tensor")
     after = scatter("scatter_rows", "out_p", out, size * ranks, "experts", "expert_tensor")
     whole_copy, beside = (("dispatch", size * ranks),), (("dispatch", size * (ranks - 1)),)
     before = replace(before, scratch=whole_copy, back_scratch=beside)
     after = replace(after, scratch=beside, back_scratch=beside)
-    return (before, first, *kernels[1:-1], last, after)
+    return (before, *kernels[:-1], last, after)
 
 
 def _renamed(tape: Tape, prefix: str, keep: dict[str, str]) -> tuple[Kernel, ...]:

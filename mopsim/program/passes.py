@@ -59,8 +59,8 @@ class Passes:
         strategy = context.strategy
         self.context = context
         attention, kernels = strategy.attention, context.stack.kernels
-        split = strategy.dense.tensor_parallel > 1 or strategy.experts.expert_tensor_parallel > 1
-        apart = not split and (bool(strategy.activations.save_ops) or kernels.gate_up == "separate")
+        apart = bool(strategy.activations.save_ops) or kernels.gate_up == "separate"
+        apart = apart and strategy.dense.tensor_parallel == 1
         self.shapes = replace(
             context.shapes,
             exchange=attention.cp_comm_type,

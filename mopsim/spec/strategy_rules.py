@@ -104,8 +104,7 @@ def _activations(s: "Strategy") -> Rules:
         ("pipeline.pipeline_parallel 1", s.pipeline.pipeline_parallel == 1),
     ):
         yield not a.cpu_offload_layers or given, "activations.cpu_offload_layers", f"needs {needed}"
-    split = s.dense.tensor_parallel > 1 or s.experts.expert_tensor_parallel > 1
-    for parts in JOINED.values() if split else ():
+    for parts in JOINED.values() if s.dense.tensor_parallel > 1 else ():
         rule = f"needs all of {', '.join(parts)}, or none: they are one product where tensors are split"
         yield len({*parts} & {*a.save_ops}) in (0, len(parts)), "activations.save_ops", rule
 

@@ -136,6 +136,14 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"tensor_parallel": 2, "expert_tensor_parallel": 2, **_kept("experts_gate", "experts_up")},
     ),
+    "experts' tensors alone, one product kept": (
+        2,
+        {"expert_tensor_parallel": 2, **_kept("experts_gate")},
+    ),
+    "experts' tensors alone, moe again": (
+        2,
+        {"expert_tensor_parallel": 2, "recompute": "selective", "recompute_modules": ("moe",)},
+    ),
     "ring, attention kept": (4, {"context_parallel": 4, **_kept("attention_core")}),
     "ring": (4, {"context_parallel": 4, "expert_parallel": 2}),
     "ring, full": (4, {"context_parallel": 4, "expert_parallel": 2, **FULL}),
