@@ -160,7 +160,9 @@ def fsdp2(
     fsdp: int = 0,
     expert_fsdp: int = 0,
     micro_batch: int = 1,
-    recompute: Literal["none", "full"] = "full",
+    recompute: Literal["none", "selective", "full"] = "full",
+    recompute_modules: tuple[str, ...] = (),
+    save_ops: tuple[str, ...] = (),
     loss: Literal["full", "chunked"] = "full",
     loss_chunk_tokens: int = 1024,
     offload: bool = False,
@@ -176,9 +178,9 @@ def fsdp2(
     experts; 0: all of their replicas. offload: parameters, gradients and optimizer are on the host and
     updated there (CPUOffloadPolicy). context_exchange: how context-parallel ranks exchange a sequence.
     tensor_parallel above 1 has sequence parallelism and the loss over the split vocabulary, whatever
-    `loss` says."""
-    wide, tier = _wide(dtype), _tier(offload)
-    split = tensor_parallel > 1
+    `loss` says. recompute_modules: modules that `selective` runs again; empty: the stack's. save_ops: kernels
+    that `full` does not run again."""
+    wide, tier, split = _wide(dtype), _tier(offload), tensor_parallel > 1
     return Strategy(
         name=name,
         world_size=world_size,
@@ -205,7 +207,7 @@ def fsdp2(
             chunk_tokens=loss_chunk_tokens if loss == "chunked" and not split else 0,
         ),
         optimizer=_state("host" if offload else "device"),
-        activations=Activations(recompute=recompute),
+        activations=Activations(recompute=recompute, modules=recompute_modules, save_ops=save_ops),
         precision=Precision(compute=dtype, param=wide, reduce=wide, grad=wide, moments=wide, master="param"),
     )
 
@@ -265,6 +267,7 @@ def megatron(
     micro_batch: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
     recompute_modules: tuple[str, ...] = (),
+    save_ops: tuple[str, ...] = (),
     offload_inputs: bool = False,
     optimizer_on_host: float = 0.0,
     overlap: Overlap | None = None,
@@ -273,14 +276,13 @@ def megatron(
 ) -> Strategy:
     """Tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
-    virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each
-    part; empty: as evenly as possible. context_exchange: how context-parallel ranks exchange a sequence.
-    token_dispatcher: how rows reach their experts. recompute_modules: modules that `selective` runs again;
-    empty: the stack's. optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap:
-    communication that runs beside compute; None: what the stack hides. ZeRO-1 shards over all ranks of a
-    stage. Gradients are kept and reduced in the stack's dtype (fp32 for `megatron-core`).
-    expert_tensor_parallel may differ from tensor_parallel (parallel folding). mopexec runs it on the stack
-    `mopexec-split`."""
+    virtual_stages: parts of a pipeline rank, interleaved. stage_layers: decoder layers of each part; empty:
+    as evenly as possible. context_exchange: how context-parallel ranks exchange a sequence. token_dispatcher:
+    how rows reach their experts. recompute_modules: modules that `selective` runs again; empty: the stack's.
+    save_ops: kernels that `full` does not run again. optimizer_on_host: part of AdamW's state on the host.
+    overlap: communication that runs beside compute; None: what the stack hides. ZeRO-1 shards over all ranks
+    of a stage. Gradients have the stack's dtype (fp32 for `megatron-core`). expert_tensor_parallel may differ
+    from tensor_parallel (parallel folding). mopexec runs it on `mopexec-split`."""
     stage_ranks, wide = _rest(world_size, pipeline_parallel), _wide(dtype)
     grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"
     return Strategy(
@@ -304,7 +306,7 @@ def megatron(
         ),
         optimizer=_state("host" if optimizer_on_host else "device", host_fraction=optimizer_on_host),
         activations=Activations(
-            recompute=recompute, layer_inputs=_tier(offload_inputs),
+            recompute=recompute, layer_inputs=_tier(offload_inputs), save_ops=save_ops,
             modules=recompute_modules if recompute == "selective" else (),
         ),
         overlap=overlap or AS_STACK,

@@ -95,6 +95,7 @@ def mechanisms(plan: Plan) -> list[str]:
         f"loss in chunks of {s.vocabulary.chunk_tokens} tokens": s.vocabulary.chunk_tokens > 0,
         "decoder layers compiled": s.compile == "block",
         f"recompute {s.activations.recompute}": s.activations.recompute != "none",
+        f"kept for it: {', '.join(s.activations.save_ops)}": len(s.activations.save_ops) > 0,
         "boundaries on the host": s.activations.layer_inputs == "host",
         f"optimizer state on the host, updated on the {s.optimizer.update_on}": s.optimizer.state_tier
         == "host",

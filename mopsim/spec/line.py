@@ -38,6 +38,8 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
     if s.dense.chunk_tokens:
         parts.append(f"ffn-chunk={s.dense.chunk_tokens}")
     parts.append(f"recompute={'+'.join(s.activations.modules) or s.activations.recompute}")
+    if s.activations.save_ops:
+        parts.append(f"save={'+'.join(s.activations.save_ops)}")
     if away := _offloaded(s):
         parts.append(f"offload={','.join(away)}")
     if s.dense.zero == 3 and not s.dense.reshard_after_forward:

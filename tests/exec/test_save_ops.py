@@ -44,6 +44,7 @@ CASES: dict[int, dict[str, Plan]] = {
     },
     4: {
         "ulysses": shard(4, KEPT, context_parallel=2, expert_parallel=4, offload=True, loss="chunked"),
+        "sharded tensors": shard(4, KEPT, tensor_parallel=2, expert_parallel=2),
         "ring": parts(4, (*SOME, "attention_core"), context_parallel=4, expert_parallel=2, micro_batch=2),
         "split experts": parts(4, KEPT, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2),
     },

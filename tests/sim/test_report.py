@@ -288,6 +288,7 @@ def test_describe_names_what_differs() -> None:
     text = describe(mop(4, context_parallel=2, expert_parallel=4, vocab_parallel=2, expert_chunk_tokens=64))
     for part in ("CP=2", "EP=4", "vocab-ring=2", "expert-chunk=64", "offload=inputs,optimizer-streamed"):
         assert part in text
+    assert describe(fsdp2(2, save_ops=("q_proj", "combine"))).endswith(" recompute=full save=q_proj+combine")
 
 
 def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
