@@ -1,7 +1,7 @@
 """The candidates of a family that the bounds let through, and what simulations teach of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from mopsim.search.guess import guess, likely
 from mopsim.search.hosts import surely_on_host
 from mopsim.search.learn import Memory, Rise, Times, codes
 from mopsim.search.pieces import Pieces
-from mopsim.search.problem import Column
+from mopsim.search.problem import Column, once
 from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import published, textbook
 from mopsim.search.space import Space
@@ -65,7 +65,7 @@ class Pool:
     wires: times its peak for communicators, of those refined; sure_host: bytes that the host must have at
     least, where they were asked for.
     rise, slower: what refinements teach of the memory and of the time of others; host_rise: what simulations
-    teach of memory on the host; turns: of refinements."""
+    teach of memory on the host; turns: of refinements; shares: what `surely` says, by what is on top."""
 
     space: Space
     rows: Column
@@ -90,6 +90,7 @@ class Pool:
     wires: Reals
     enough: float = 1.0
     turns: int = 0
+    shares: dict[float, float] = field(default_factory=dict)
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
@@ -149,10 +150,13 @@ class Pool:
         if self.enough > 1:
             shares = np.floor(closer.communicators() / np.maximum(self.memory.bound[rows], 1.0) / STEP)
             every, place = np.unique(shares, return_inverse=True)
-            more = [surely(self.space, STEP * float(share)) - self.enough for share in every]
+            more = [self._surely(STEP * float(share)) - self.enough for share in every]
             self.wires[rows] = np.array(more)[place.reshape(-1)]
         self.over[rows] |= ~self.taken[rows] & (self.memory.bound[rows] > limit)
         self.taken[rows] |= self.over[rows]
+
+    def _surely(self, on_top: float) -> float:
+        return once(self.shares, on_top, lambda: surely(self.space, on_top))
 
     def best(self, score: Callable[[], Reals], turns: float, *, briefly: bool = False) -> int | None:
         """The place of the least score under infinity among those whose bounds are refined: those of the best
