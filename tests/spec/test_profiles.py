@@ -89,6 +89,18 @@ def test_every_number_says_where_it_comes_from(name: str) -> None:
     assert all(len(entry["source"]) >= 4 for entry in found)
 
 
+def test_rounds_are_measured_on_the_cards_that_were_timed_alone() -> None:
+    found: dict[str, set[str]] = {}
+    for name in FITTED:
+        rounds = load_profile(name).scale_up.rounds
+        for one in (rounds.wait, rounds.copy) if rounds else ():
+            found.setdefault(one.tag, set()).add(name.partition("-")[0])
+    assert found == {
+        "measured": {"h200", "b200"},
+        "assumed": {"h100", "h800", "gh200", "b300", "gb200", "gb300"},
+    }
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_curves_reach_what_is_known_of_the_card(name: str) -> None:
     device = load_profile(name).device

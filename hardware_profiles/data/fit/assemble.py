@@ -6,7 +6,6 @@ from typing import Any, overload
 from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit, OverNodes
 from hardware_profiles.data.fit.matmul import MatmulFit
-from hardware_profiles.data.fit.rows_in_node import CARDS, TABLE, fit_rounds
 from hardware_profiles.data.fit.tables import round_to
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.hardware import (
@@ -81,6 +80,8 @@ class MachineFits:
     """Collectives whose rate is not of those timings."""
     network: OverNodes | None = None
     """Over NICs; without it, a share of the NIC."""
+    rounds: tuple[float, float, Tag, str] | None = None
+    """(seconds that a chunk of rows waits, bytes/s of a channel's copies, tag, source)."""
 
 
 def quantity(value: float, unit: str, tag: Tag, source: str) -> Quantity:
@@ -240,7 +241,7 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
         peak=_given(machine["scale_up"]),
         topology=machine.get("topology", "switch"),
         bridges=_bridges(machine["bridges"]) if "bridges" in machine else None,
-        rounds=_rounds(machine["architecture"]),
+        rounds=_rounds(*fits.rounds) if fits.rounds else None,
         collectives={op: curves[op] for op in COLLECTIVES},
     )
 
@@ -255,14 +256,10 @@ def _curve(fit: CollectiveFit, tag: Tag, source: str) -> CollectiveCurve:
     )
 
 
-def _rounds(architecture: str) -> Rounds | None:
-    fit = fit_rounds(architecture)
-    if fit is None:
-        return None
-    source = f"fitted to the {CARDS[architecture]} rows of {TABLE.name} ({architecture}), {fit[2]}"
+def _rounds(wait: float, copy: float, tag: Tag, source: str) -> Rounds:
     return Rounds(
-        wait=quantity(round_to(fit[0] * 1e6, 3), "us", "measured", source),
-        copy=quantity(round_to(fit[1] / 1e9, 3), "GB/s", "measured", source),
+        wait=quantity(round_to(wait * 1e6, 3), "us", tag, source),
+        copy=quantity(round_to(copy / 1e9, 3), "GB/s", tag, source),
     )
 
 

@@ -10,15 +10,14 @@ from hardware_profiles.data.fit.tables import Array, Residuals, column, read_csv
 TABLE = Path(__file__).parents[1] / "dispatch_in_node.csv"
 COLUMNS = ("gpu", "ranks", "sms", "chunk", "row_bytes", "gb_per_s")
 CARDS = {"hopper": "h200_sxm", "blackwell": "b200_sxm"}
+"""The card that was timed, of each architecture."""
 
 
-def fit_rounds(architecture: str) -> tuple[float, float, Residuals] | None:
-    """Seconds that a chunk waits and bytes/s of a channel's copies, which its peers share; None where nobody
-    timed the architecture. Robust least squares of the log error of the rate: every channel (two SMs) sends
-    each peer a chunk in wait + chunk * ranks / copy."""
-    rows = [row for row in read_csv(TABLE, COLUMNS) if row["gpu"] == CARDS.get(architecture)]
-    if not rows:
-        return None
+def fit_rounds(card: str) -> tuple[float, float, Residuals]:
+    """Seconds that a chunk waits and bytes/s of a channel's copies, which its peers share. Robust least
+    squares of the log error of the rate: every channel (two SMs) sends each peer a chunk in
+    wait + chunk * ranks / copy."""
+    rows = [row for row in read_csv(TABLE, COLUMNS) if row["gpu"] == card]
     ranks, sms, chunk, row, rate = (column(rows, name) for name in COLUMNS[1:])
 
     def errors(x: Array) -> Array:

@@ -12,6 +12,8 @@ from hardware_profiles.data.fit.dispatch import fit_dispatch
 from hardware_profiles.data.fit.dispatch import rows as dispatch_rows
 from hardware_profiles.data.fit.matmul import MatmulFit
 from hardware_profiles.data.fit.networks import TABLE, network
+from hardware_profiles.data.fit.rows_in_node import CARDS, fit_rounds
+from hardware_profiles.data.fit.rows_in_node import TABLE as ROWS_IN_NODE
 from hardware_profiles.data.fit.tables import Residuals, read_csv, round_to
 from mopsim.common.errors import MopError
 from mopsim.common.io import parse_yaml, read_text
@@ -96,6 +98,7 @@ class Fitter:
         return MachineFits(
             fit, tag, source, floor_tag, ratios, grouped, bandwidth, bandwidth_tag, bandwidth_source,
             shapes, shape_tag, node, node_tag, node_source, derived, over,
+            self._rounds(machine),
         )  # fmt: skip
 
     def _table(self, gpu: str) -> tuple[MatmulFit, float]:
@@ -207,6 +210,15 @@ class Fitter:
         share = min(1.0, fit.efficiency / dense.efficiency)
         source = f"grouped products of {owner}, forward and gradients of inputs (components.csv)"
         return share, fit.m_half, "measured" if owner == name else "assumed", source
+
+    def _rounds(self, machine: Entry) -> tuple[float, float, Tag, str] | None:
+        """Of kernels that send rows a few at a time: those of the card of the architecture that was timed."""
+        card = CARDS.get(machine["architecture"])
+        if card is None:
+            return None
+        wait, copy, residuals = fit_rounds(card)
+        tag: Tag = "measured" if self._card(machine) is self._owner(card) else "assumed"
+        return wait, copy, tag, f"fitted to the {card} rows of {ROWS_IN_NODE.name}, {residuals}"
 
     def _fp8(self, gpu: str) -> dict[str, tuple[float, str]]:
         if gpu not in FP8_MEASURED:
