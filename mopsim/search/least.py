@@ -34,7 +34,9 @@ def _row(problem: Problem, s: Strategy) -> Row | None:
     """The row that builds a strategy; None where there is none, or another than is looked for here."""
     stages, virtual = s.pipeline.pipeline_parallel, s.pipeline.virtual_stages
     layout, modules = _layout(problem.model, stages, virtual, s.pipeline.layers), s.activations.modules
-    if s.name not in FAMILIES or layout is None or modules not in RECOMPUTED:
+    dispatcher = s.experts.token_dispatcher
+    known = modules in RECOMPUTED and dispatcher in DISPATCHERS
+    if s.name not in FAMILIES or layout is None or not known:
         return None
     fixed = {
         name: value
@@ -48,7 +50,7 @@ def _row(problem: Problem, s: Strategy) -> Row | None:
         "virtual_stages": virtual, "layout": layout, "sequence": s.attention.context_parallel,
         "exchange": EXCHANGES.index(s.attention.cp_comm_type), "experts": s.experts.expert_parallel,
         "expert_tensor": s.experts.expert_tensor_parallel,
-        "dispatcher": DISPATCHERS.index(s.experts.token_dispatcher),
+        "dispatcher": DISPATCHERS.index(dispatcher),
         "recompute": int(s.activations.recompute == "full"), "modules": RECOMPUTED.index(modules),
         "boundary_host": int(s.activations.layer_inputs == "host"),
         "state": HOST if away else DEVICE, "state_parts": round(PARTS * s.optimizer.host_fraction),

@@ -38,7 +38,8 @@ many is the optimizer state that does."""
 
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
-DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep", "allgather")
+DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep")
+"""Those that are looked for; all but the first send a row once to a rank."""
 BESIDE: tuple[UpdateOverlap, ...] = ("none", "next_forward", "backward")
 """What an update runs beside, by the code in the `beside` column."""
 NEXT_FORWARD, UNDER_BACKWARD = 1, 2
