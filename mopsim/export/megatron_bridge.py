@@ -148,7 +148,7 @@ def _model(plan: Plan) -> dict[str, Any]:
             }
         else:
             found["moe_token_dispatcher_type"] = s.experts.token_dispatcher
-        if _hides_experts(plan):
+        if _hides_experts(plan) or s.experts.token_dispatcher != "alltoall":
             found["moe_shared_expert_overlap"] = False  # it refuses both
     found |= _apart(plan.model)
     recompute = s.activations.recompute
