@@ -138,6 +138,10 @@ def test_the_month_of_a_row_is_the_latest_that_it_names_else_the_first_of_its_ca
 
 def test_routes_are_forced_where_a_row_says_so() -> None:
     cells = {"model": "qwen3_30b_a3b", "ep": "8", "etp": "1", "stack": "torchtitan", "routing": "balanced"}
-    for notes, routing in (("forced balance", "forced"), ("fake balanced gate", "forced"), ("", "balanced")):
+    for notes, routing in (
+        ("forced balance, no graphs", "forced"), ("fake balanced gate", "forced"), ("", "balanced"),
+        ("--moe-router-force-load-balancing", "forced"), ("moe_router_force_load_balancing", "forced"),
+        ("real C4 without forced balance", "balanced"), ("force_load_balance=false", "balanced"),
+    ):  # fmt: skip
         assert read_case(row(**cells, notes=notes), MODELS).training.routing == routing
     assert read_case(row(**{**cells, "routing": "forced"}), MODELS).training.routing == "forced"
