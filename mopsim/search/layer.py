@@ -62,6 +62,9 @@ class Layer:
         experts, alike = space.columns["experts"], np.zeros(len(space), dtype=np.int64)
         split = space.columns["expert_tensor"]
         rows = [_reference(space, alike, split, first) for first in (experts, _apart(experts), -experts)]
+        if space.stack.kernels.gate_up == "separate":  # one product where tensors are split (Passes)
+            ways = _reference(space, _splits(space), split, experts)
+            rows += [ways.part(at, at + 1) for at in range(len(ways))]
         small = {name: int(space.columns[name].max()) for name in ("chunks", "ffn_slices")}
         references = [
             row.having(exchange=exchange, **small)
@@ -167,8 +170,13 @@ def _loss_shapes(space: Space) -> Column:
 def _ways(space: Space) -> Column:
     """Ways to split a layer, by what its ranks exchange."""
     c = space.columns
-    split = (c["tensor"] > 1) * 2 + (c["expert_tensor"] > 1)
-    return np.asarray((split * len(EXCHANGES) + c["exchange"]) * 2 + (c["sequence"] > 1))
+    return np.asarray((_splits(space) * len(EXCHANGES) + c["exchange"]) * 2 + (c["sequence"] > 1))
+
+
+def _splits(space: Space) -> Column:
+    """Which tensors are split: none, those of experts, others, all."""
+    c = space.columns
+    return np.asarray((c["tensor"] > 1) * 2 + (c["expert_tensor"] > 1))
 
 
 def _apart(experts: Column) -> Column:
