@@ -27,6 +27,7 @@ LAYERS: dict[str, dict[bool, Costs]] = {
     **{name: {False: _READ[name], True: _READ[name]} for name in ("mopexec", "compiled")},
 }
 """By a stack's `host.layers`, and by whether products are in 8 bits."""
+ON_A_DEVICE: dict[str, float] = _READ["on_a_device"]
 PERMUTED: Costs = _READ["permuted"]
 TENSOR: Costs = _READ["tensor"]
 DTENSOR: Costs = _READ["dtensor"]

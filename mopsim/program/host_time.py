@@ -20,6 +20,7 @@ from mopsim.graph.host_costs import (
     LAYER,
     LAYERS,
     MODULES_AGAIN,
+    ON_A_DEVICE,
     ROUTES_MAP,
     TENSOR,
     WOVEN,
@@ -183,6 +184,7 @@ def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: A
     whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
     whole += apart * LAYER["dense_ffn"][back]
     whole = part * (whole + around.kinds.get(component, NOTHING)[back]) + alone
+    whole *= ON_A_DEVICE.get(stack.host.layers, 1.0)
     whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
     more = max(0.0, whole - sum(sum(work.issued for work in op.work) for op in ops))
     if around.hooked and component in HOOKS:

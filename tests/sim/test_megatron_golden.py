@@ -131,7 +131,7 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
     )
     strategy = msgspec.structs.replace(
         strategy,
-        experts=msgspec.structs.replace(strategy.experts, token_dispatcher="deepep"),
+        experts=msgspec.structs.replace(strategy.experts, token_dispatcher="hybridep"),
         pipeline=msgspec.structs.replace(strategy.pipeline, layers=(*[4] * 15, 1)),
     )
     strategy = low(strategy, "mxfp8", stack="megatron-bridge")
@@ -142,7 +142,7 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
 def test_step_time_of_qwen3_with_hidden_exchanges_on_gb300() -> None:
     """8 GB300, EP 8, MXFP8, HybridEP with expert communication hidden: 5.89 s for 512 sequences of 4096."""
     strategy = low(megatron(8, expert_parallel=8, micro_batch=8, overlap=Overlap(experts=True)), "mxfp8")
-    experts = msgspec.structs.replace(strategy.experts, token_dispatcher="deepep")
+    experts = msgspec.structs.replace(strategy.experts, token_dispatcher="hybridep")
     strategy = msgspec.structs.replace(strategy, experts=experts)
     grouped = changed(  # whose kernels bring padded rows
         "megatron-core", kernels={"expert_products": "grouped", "expert_padding": "none"}

@@ -31,6 +31,7 @@ from tests.software import changed, unfused
 
 MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/modules.json").read_text())
 MODEL = load_model("qwen3_30b_a3b")
+pytestmark = pytest.mark.usefixtures("tables_as_measured")
 replace = msgspec.structs.replace
 
 

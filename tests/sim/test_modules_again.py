@@ -12,6 +12,7 @@ from tests.sim.test_modules import MODEL, linears, training
 from tests.sim.toys import small
 from tests.software import unfused
 
+pytestmark = pytest.mark.usefixtures("tables_as_measured")
 replace = msgspec.structs.replace
 
 
