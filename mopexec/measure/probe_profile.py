@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 
 import torch
+from msgspec.structs import replace
 
 from mopexec.measure import probe_machine
 from mopexec.measure.probe_collectives import wire_bytes
@@ -25,8 +26,11 @@ from mopsim.spec.hardware import (
     Host,
     MatmulCurve,
     Quantity,
+    Rounds,
     Tag,
 )
+from mopsim.spec.new_card import assumed_rounds
+from mopsim.spec.profiles import list_profiles, load_profile
 
 RANK_MEMORY = GIB // 2
 """Bytes of one rank's interpreter, torch and communication buffers on a CPU."""
@@ -46,7 +50,7 @@ def build_profile(raws: list[Raw], device_type: str, ranks: int) -> HardwareProf
         scale_up_size=ranks,
         device=device,
         host=host,
-        scale_up=fabric,
+        scale_up=replace(fabric, rounds=parts.rounds(device.architecture)),
         scale_out=fabric,
         communication_share=round(statistics.median(raw.share[0] for raw in raws), 3),
         notes=parts.notes(),
@@ -182,6 +186,10 @@ class _Parts:
         return Fabric(
             peak=self.quantity(peak / 1e9, "GB/s", note=": the fastest collective"), collectives=curves
         )
+
+    def rounds(self, architecture: str) -> Rounds | None:
+        """No probe times kernels that send a few rows at a time: those of a known card."""
+        return assumed_rounds([load_profile(name) for name in list_profiles()], architecture)
 
     def _collective(self, kind: str) -> CollectiveCurve:
         fits = {ranks: self._line(kind, ranks) for ranks in sorted(self.first.collectives)}

@@ -8,7 +8,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import convert, to_plain
 from mopsim.common.shipped import shipped
 from mopsim.common.units import UNITS
-from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.hardware import HardwareProfile, Quantity, Rounds
 
 Plain = dict[str, Any]
 
@@ -100,6 +100,17 @@ def with_figures(profile: HardwareProfile, given: Given) -> HardwareProfile:
     card = to_plain(profile)
     _apply(card, given, profile)
     return convert(card, HardwareProfile, "hardware")
+
+
+def assumed_rounds(profiles: Sequence[HardwareProfile], architecture: str) -> Rounds | None:
+    """Those of the card of an architecture on which they were timed; None where they were on none."""
+    for one in profiles:
+        rounds = one.scale_up.rounds
+        if one.device.architecture == architecture and rounds and rounds.wait.tag == "measured":
+            plain = to_plain(rounds)
+            _assume(plain, one.name)
+            return convert(plain, Rounds, "rounds")
+    return None
 
 
 def _apply(card: Plain, given: Given, near: HardwareProfile) -> None:

@@ -17,7 +17,7 @@ from mopsim.commands.profile import filled, taken, weights
 from mopsim.common.io import to_plain
 from mopsim.spec.figures import FIGURES as FIGURE_KINDS
 from mopsim.spec.hardware import HardwareProfile, Quantity
-from mopsim.spec.new_card import figures_of, nearest_card, new_card
+from mopsim.spec.new_card import assumed_rounds, figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
 
 NEAR = load_profile("h200-sxm-141g")
@@ -242,3 +242,17 @@ def test_a_link_faster_than_memory_is_refused_with_the_reason(field: str) -> Non
         mopsim.MopError, match=f"hardware.{field}: 4.2 TB/s is faster than device.memory_bandwidth"
     ):
         mopsim.common.io.convert(data, HardwareProfile, "hardware")
+
+
+def test_rounds_of_a_card_that_is_probed_are_those_of_its_architecture() -> None:
+    """DeepEP's kernels are in no probe; without rounds rows would arrive at the links' rate."""
+    known = [load_profile(name) for name in list_profiles()]
+    for architecture, card in (("hopper", "h200-sxm-141g"), ("blackwell", "b200-sxm-192g")):
+        found, timed = assumed_rounds(known, architecture), load_profile(card).scale_up.rounds
+        assert found
+        assert timed
+        assert (found.wait.si, found.copy.si) == (timed.wait.si, timed.copy.si)
+        assert {found.wait.tag, found.copy.tag} == {"assumed"}
+        assert found.wait.source.startswith(f"as {card}")
+    assert assumed_rounds(known, "ampere") is None
+    assert assumed_rounds(known, "") is None
