@@ -89,6 +89,13 @@ def _rest(ranks: int, degree: int) -> int:
     return max(1, ranks // max(1, degree))
 
 
+def _pipeline(degree: int, virtual_stages: int, layers: tuple[int, ...] = ()) -> Pipeline:
+    return Pipeline(
+        pipeline_parallel=degree, virtual_stages=virtual_stages, layers=layers,
+        schedule="interleaved" if virtual_stages > 1 else "1f1b",
+    )  # fmt: skip
+
+
 def mop(
     world_size: int,
     *,
@@ -154,9 +161,12 @@ def fsdp2(
     world_size: int,
     *,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_stages: int = 1,
     context_parallel: int = 1,
     context_exchange: Exchange = "ulysses",
     expert_parallel: int = 1,
+    expert_tensor_parallel: int = 1,
     fsdp: int = 0,
     expert_fsdp: int = 0,
     micro_batch: int = 1,
@@ -178,38 +188,31 @@ def fsdp2(
     experts; 0: all of their replicas. offload: parameters, gradients and optimizer are on the host and
     updated there (CPUOffloadPolicy). context_exchange: how context-parallel ranks exchange a sequence.
     tensor_parallel above 1 has sequence parallelism and the loss over the split vocabulary, whatever
-    `loss` says. recompute_modules: modules that `selective` runs again; empty: the stack's. save_ops: kernels
-    that `full` does not run again."""
-    wide, tier, split = _wide(dtype), _tier(offload), tensor_parallel > 1
+    `loss` says. virtual_stages: parts of a pipeline rank, interleaved. recompute_modules: modules that
+    `selective` runs again; empty: the stack's. save_ops: kernels that `full` does not run again."""
+    stage_ranks, split = _rest(world_size, pipeline_parallel), tensor_parallel > 1
+    wide, tier = _wide(dtype), _tier(offload)
     return Strategy(
-        name=name,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        stack=STACKS["fsdp2"],
+        name=name, world_size=world_size, micro_batch=micro_batch, stack=STACKS["fsdp2"],
+        pipeline=_pipeline(pipeline_parallel, virtual_stages),
         dense=Dense(
-            tensor_parallel=tensor_parallel,
-            fsdp=fsdp or _rest(world_size, tensor_parallel),
-            reshard_after_forward=reshard_after_forward,
-            prefetch=prefetch,
-            param_tier=tier,
-            grad_tier=tier,
+            tensor_parallel=tensor_parallel, fsdp=fsdp or _rest(stage_ranks, tensor_parallel),
+            reshard_after_forward=reshard_after_forward, prefetch=prefetch, param_tier=tier, grad_tier=tier,
         ),
         attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
-            expert_parallel=expert_parallel,
-            expert_fsdp=expert_fsdp or _rest(world_size, expert_parallel),
-            param_tier=tier,
-            grad_tier=tier,
+            expert_parallel=expert_parallel, expert_tensor_parallel=expert_tensor_parallel,
+            expert_fsdp=expert_fsdp or _rest(stage_ranks, expert_parallel * expert_tensor_parallel),
+            param_tier=tier, grad_tier=tier,
         ),
         vocabulary=Vocabulary(
-            vocab_parallel=tensor_parallel,
-            loss="vocab_parallel" if split else loss,
+            vocab_parallel=tensor_parallel, loss="vocab_parallel" if split else loss,
             chunk_tokens=loss_chunk_tokens if loss == "chunked" and not split else 0,
         ),
         optimizer=_state("host" if offload else "device"),
         activations=Activations(recompute=recompute, modules=recompute_modules, save_ops=save_ops),
         precision=Precision(compute=dtype, param=wide, reduce=wide, grad=wide, moments=wide, master="param"),
-    )
+    )  # fmt: skip
 
 
 def zero_offload(
@@ -291,10 +294,7 @@ def megatron(
             tensor_parallel=tensor_parallel, fsdp=_rest(stage_ranks, tensor_parallel), zero=1,
             reshard_after_forward=False, prefetch=0,
         ),
-        pipeline=Pipeline(
-            pipeline_parallel=pipeline_parallel, virtual_stages=virtual_stages, layers=stage_layers,
-            schedule="interleaved" if virtual_stages > 1 else "1f1b",
-        ),
+        pipeline=_pipeline(pipeline_parallel, virtual_stages, stage_layers),
         attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
             expert_parallel=expert_parallel, expert_tensor_parallel=expert_tensor_parallel,

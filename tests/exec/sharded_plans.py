@@ -8,28 +8,21 @@ import msgspec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.strategies import fsdp2
-from tests import plans
 from tests.exec.split_plans import BIASED, LATENT, MODEL, plan_of
 
 TENSORS = {"tensor_parallel": 2, "expert_parallel": 2}
 STAGES = {"pipeline_parallel": 2}
-IN_TURN = {"pipeline_parallel": 2, "virtual_stages": 2, "schedule": "interleaved"}
-SPLIT_EXPERTS = {"expert_tensor_parallel": 2, "expert_fsdp": 1}
+IN_TURN = {"pipeline_parallel": 2, "virtual_stages": 2}
 
 
 def _make(world: int, model: ModelSpec = MODEL, **options: Any) -> Plan:
-    """A plan of `strategies.fsdp2`; training's routing and components among the options."""
+    """A plan of `strategies.fsdp2`; training's routing among the options."""
     routing = {"routing": options.pop("routing")} if "routing" in options else {}
-    parts = ("activations", "experts", "pipeline")
-    changes = {name: options.pop(name) for name in parts if name in options}
-    stages = changes.get("pipeline", {}).get("pipeline_parallel", 1)
-    strategy = fsdp2(world // stages, **{"dtype": "float64", "recompute": "none", **options})
-    strategy = msgspec.structs.replace(strategy, world_size=world)
-    return plan_of(plans.changed(strategy, **changes), model, **routing)
+    return plan_of(fsdp2(world, **{"dtype": "float64", "recompute": "none", **options}), model, **routing)
 
 
 def _again(*modules: str) -> dict[str, Any]:
-    return {"recompute": "selective", "modules": list(modules)}
+    return {"recompute": "selective", "recompute_modules": modules}
 
 
 def two() -> dict[str, Plan]:
@@ -37,11 +30,11 @@ def two() -> dict[str, Plan]:
     make = partial(_make, 2)
     return {
         "ring": make(context_parallel=2, context_exchange="ring"),
-        "modules again": make(expert_parallel=2, activations=_again("core_attn", "mlp", "moe")),
+        "modules again": make(expert_parallel=2, **_again("core_attn", "mlp", "moe")),
         "tensors, offloaded": make(**TENSORS, recompute="full", micro_batch=2, offload=True),
         "tensors, biased": make(BIASED, **TENSORS),
         "stages in turn": make(
-            msgspec.structs.replace(MODEL, num_hidden_layers=5), pipeline=IN_TURN, recompute="full"
+            msgspec.structs.replace(MODEL, num_hidden_layers=5), **IN_TURN, recompute="full"
         ),
     }
 
@@ -55,9 +48,9 @@ def four() -> dict[str, Plan]:
         "ulysses": make(LATENT, tensor_parallel=2, context_parallel=2, expert_parallel=4),
         "blocks gathered": make(context_parallel=2, context_exchange="all_gather", loss="chunked"),
         "experts split, skewed": make(
-            **TENSORS, experts=SPLIT_EXPERTS, routing="95/4", micro_batch=2, activations=_again("moe")
+            **TENSORS, expert_tensor_parallel=2, routing="95/4", micro_batch=2, **_again("moe")
         ),
-        "stages and tensors": make(tensor_parallel=2, pipeline=STAGES, recompute="full"),
+        "stages and tensors": make(tensor_parallel=2, **STAGES, recompute="full"),
     }
 
 

@@ -110,8 +110,7 @@ def _kept(*names: str) -> dict[str, Any]:
     return FULL | {"changes": {"activations": {"save_ops": names}}}
 
 
-AGAIN = {"recompute": "selective", "modules": ["core_attn", "mlp", "moe"]}
-SPLIT_EXPERTS = {"expert_tensor_parallel": 2, "expert_fsdp": 1}
+AGAIN: dict[str, Any] = {"recompute": "selective", "recompute_modules": ("core_attn", "mlp", "moe")}
 SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded state": (2, {}),
     "sharded state, full": (2, FULL),
@@ -214,19 +213,14 @@ SHARED: dict[str, tuple[ModelSpec, Strategy]] = {
     "blocks gathered, offloaded": (
         SMALL, fsdp2(2, context_parallel=2, context_exchange="all_gather", offload=True)
     ),
-    "modules again": (SMALL, changed(fsdp2(2, expert_parallel=2), activations=AGAIN)),
+    "modules again": (SMALL, fsdp2(2, expert_parallel=2, **AGAIN)),
     "tensors": (SMALL, fsdp2(2, **TWO, recompute="none")),
     "tensors, offloaded": (SMALL, fsdp2(4, **TWO, offload=True)),
     "tensors of a ring": (SMALL, fsdp2(4, **TWO, **RING, recompute="none")),
     "latents of tensors": (LATENT, fsdp2(2, **TWO)),
     "sinks of tensors": (SINKS, fsdp2(2, **TWO, recompute="none")),
-    "experts' tensors": (SMALL, changed(fsdp2(4, **TWO), experts=SPLIT_EXPERTS)),
-    "stages in turn": (
-        DEEP, changed(
-            msgspec.structs.replace(fsdp2(2, expert_parallel=2), world_size=4),
-            pipeline={"pipeline_parallel": 2, "virtual_stages": 2, "schedule": "interleaved"},
-        ),
-    ),
+    "experts' tensors": (SMALL, fsdp2(4, **TWO, expert_tensor_parallel=2)),
+    "stages in turn": (DEEP, fsdp2(4, expert_parallel=2, pipeline_parallel=2, virtual_stages=2)),
 }  # fmt: skip
 
 
