@@ -44,7 +44,7 @@ def stack(data: Any, field: str) -> Any:
     """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
     that the program lacks something, and whose kernels have their present words. Raises MopError naming what
     is wrong of them from `field`."""
-    data = _kernels(data)
+    data = _inputs(_kernels(data))
     if not isinstance(data, dict) or not data.keys() & set(STACK):
         return data
     found = {key: value for key, value in data.items() if key not in STACK}
@@ -76,6 +76,17 @@ def _kernels(data: Any) -> Any:
             left = given.get("expert_rows") == "added" or given.get("sinks") == "composed"
             found[section] = {"compiled": left and not eager, **given, **now}
     return found
+
+
+def _inputs(data: Any) -> Any:
+    """A stack whose `recompute.chunk_inputs` says who runs the backward, as shipped ones of that name do."""
+    recompute = data.get("recompute") if isinstance(data, dict) else None
+    if not isinstance(recompute, dict):
+        return data
+    names = _NAMES["chunk_inputs"].get(str(data.get("name")), {})
+    given = recompute.get("chunk_inputs")
+    now = {"chunk_inputs": names[given]} if isinstance(given, str) and given in names else {}
+    return {**data, "recompute": {**recompute, **now}}
 
 
 def refuse_old(data: dict[str, Any], field: str) -> None:

@@ -100,6 +100,16 @@ def test_a_stack_of_before_compilers_had_an_entry_says_what_its_compiler_did(
     assert found.kernels.compiled is compiled
 
 
+@pytest.mark.parametrize(("name", "means"), [("mop-papers", "autograd"), ("mopexec-flat-nested", "nested")])
+def test_nested_checkpoints_of_plans_of_before_are_run_by_autograd(name: str, means: str) -> None:
+    """Until 2026-11-30 `nested` was the word for them; no runtime ran what mopexec-flat-nested does."""
+    older = io.to_plain(load_stack(name))
+    older["recompute"]["chunk_inputs"] = "nested"
+    found = io.convert(renamed.stack(older, "stack"), Stack, "stack")
+    assert found.recompute.chunk_inputs == means
+    assert found == load_stack(name)
+
+
 def strategy(**fields: Any) -> dict[str, Any]:
     return {"name": "old", "world_size": 8, **fields}
 
