@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from mopsim.cost import seconds
-from mopsim.program.row_chunks import CHUNKS, row_chunks
+from mopsim.program.row_chunks import row_chunks
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
@@ -58,5 +58,10 @@ def test_the_curves_meet_their_table() -> None:
     assert max(off) < 1 / 3
 
 
-def test_default_chunks_are_of_deepep() -> None:
-    assert CHUNKS[8] == (6, 4)
+def test_a_pass_has_one_dispatch_and_one_combine() -> None:
+    """Of 8 ranks 6 and 4 rows a chunk, of 2 24 and 10 (DeepEP); others have no config."""
+    model, stack = replace(small(), hidden_size=2048), load_stack("megatron-core")
+    for ranks, rows in ((8, 4.8), (4, 7.2), (2, 240 / 17)):
+        found = row_chunks(model, stack, ranks)
+        assert found == {"chunk": pytest.approx(rows), "channels": 10, "row": 4096}
+    assert row_chunks(model, stack, 6) == {}
