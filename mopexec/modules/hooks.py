@@ -1,4 +1,4 @@
-"""Hooks of the `fully_shard` runtime: component names, memory categories, recompute and boundary offload."""
+"""Hooks of the runtimes of modules: component names, memory categories, recompute and boundary offload."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection

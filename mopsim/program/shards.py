@@ -46,7 +46,7 @@ class Shards:
         self._landing = False
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
-        self._there: dict[str, int] = {}
+        self._there: dict[str, tuple[ShardedUnit, int]] = {}
         told = not self.copied or context.stack.sharding.told(context.strategy)
         self._reached = () if told else ("forward",)
         self._left: Ops = ()
@@ -192,6 +192,7 @@ class Shards:
         if not self.copied:
             return ()
         self._free_deferred("backward")
+        self.sums.free([unit for unit, _ in self._there.values()], self._release)
         memory, awaited = (("gathered_grads", -self._held),), self._landing
         done = self.issue.add(
             "reduced", "compute", "other", "backward", (), self._unfinished, memory, awaited=awaited
@@ -239,8 +240,8 @@ class Shards:
         self._gather(unit, phase, self._left)
         if unit.name in self._coming:
             op = self._coming.pop(unit.name)
-            self._there[unit.name] = self._out(unit, phase, op) if self._copied(unit) else op
-        return (self._there[unit.name],) if unit.name in self._there else ()
+            self._there[unit.name] = unit, self._out(unit, phase, op) if self._copied(unit) else op
+        return (self._there[unit.name][1],) if unit.name in self._there else ()
 
     def _out(self, unit: ShardedUnit, phase: str, op: int) -> int:
         """What has arrived becomes parameters; of a shard that is whole, casts. Offloaded shards are sent

@@ -1,6 +1,8 @@
 """Gradients of a step's microbatches, summed whole and reduced with the last one's, and parameters that stay
 whole until then: torch's FSDP2 without gradient synchronization (Sharding.whole_sums, stays)."""
 
+from collections.abc import Callable, Sequence
+
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.fsdp2_copies import summed
@@ -29,6 +31,13 @@ class WholeSums:
     def stays(self) -> bool:
         """Whether what was gathered for this backward is there for the passes after it."""
         return self._stays and not self.last
+
+    def free(self, units: Sequence[ShardedUnit], release: Callable[[ShardedUnit, str], None]) -> None:
+        """A backward is over. Where parts of a stage have one root it frees what others' forwards have
+        gathered too (FSDPState._root_post_backward_final_callback); programs whose parameters stay in
+        pipelines have a root for each."""
+        for unit in () if self._stays else units:
+            release(unit, "backward")
 
     def add(self, unit: ShardedUnit, ready: Ops, rest: int) -> tuple[Ops, int, int]:
         """The full gradient of a microbatch, of which `rest` bytes are still to be made, becomes the sum, or

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 import mopexec
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
+from mopsim.strategies import fsdp2
 from tests import plans
 from tests.exec import fsdp_worker
 from tests.exec.spawn import pool
+from tests.exec.split_plans import MODEL, plan_of
 
 Results = dict[str, dict[str, float]]
 
@@ -97,6 +100,24 @@ def test_what_is_not_run_is_refused_by_name(part: str, fields: dict[str, object]
     plan = fsdp_worker.plan_of(plans.changed(plain, **{part: fields}), "learned")
     with pytest.raises(SpecError, match=rf"^strategy\.{field}: "):
         check_supported(plan)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "degrees"),
+    [
+        ({"shared_expert_intermediate_size": 6}, {"dense": {"tensor_parallel": 4}}),
+        ({"intermediate_size": 6}, {"dense": {"tensor_parallel": 4}}),
+        ({"moe_intermediate_size": 6}, {"experts": {"expert_tensor_parallel": 4, "expert_fsdp": 1}}),
+    ],
+)
+def test_every_rank_has_something_to_shard(
+    sizes: dict[str, int], degrees: dict[str, dict[str, object]]
+) -> None:
+    model = replace(MODEL, num_key_value_heads=4, intermediate_size=24, shared_expert_intermediate_size=8)
+    plan = plan_of(plans.changed(fsdp2(4, tensor_parallel=4), **degrees), model)
+    check_supported(plan)
+    with pytest.raises(SpecError, match=f"leaves the last rank no columns of {next(iter(sizes))} 6"):
+        check_supported(replace(plan, model=replace(model, **sizes)))
 
 
 PRIVATE = re.compile(

@@ -61,6 +61,7 @@ def test_a_step_waits_once_a_moe_layer(kind: str, overlap: str) -> None:
 MODULES = {
     "fully_shard": fsdp2(2, expert_parallel=2, context_parallel=2),
     "fully_shard, host": fsdp2(2, expert_parallel=2, loss="chunked", recompute="none", offload=True),
+    "fully_shard, tensors": fsdp2(2, tensor_parallel=2, expert_parallel=2, offload=True),
     "split_modules": split(2, tensor_parallel=2, expert_parallel=2, recompute="selective"),
     "split_modules, host": split(2, expert_parallel=2, optimizer_on_host=1.0),
     "split_modules, experts": split(2, context_parallel=2, expert_tensor_parallel=2),
