@@ -54,7 +54,13 @@ def four() -> dict[str, Plan]:
     }
 
 
+def eight() -> dict[str, Plan]:
+    """On eight ranks, by name."""
+    every = {**TENSORS, **STAGES, "context_parallel": 2, "expert_tensor_parallel": 2}
+    return {"all": _make(8, **every, recompute="full")}
+
+
 def cases(world: int) -> dict[str, tuple[Plan, str]]:
     """(plan, who routes) by name."""
-    found = {2: two, 4: four}[world]()
+    found = {2: two, 4: four, 8: eight}[world]()
     return {name: (plan, "profile" if "skewed" in name else "learned") for name, plan in found.items()}

@@ -199,13 +199,18 @@ def test_a_network_of_deepseek_v3_without_mtp_is_no_v2() -> None:
 
 RUNTIMES = {
     "fully_shard": fsdp2(2, expert_parallel=2, dtype="float32"),
+    "fully_shard, tensors": fsdp2(2, tensor_parallel=2, dtype="float32"),
     "flat_units": mop(2, expert_parallel=2, vocab_parallel=2, dtype="float32"),
 }
 
 
+SPLIT = ("deepseek_v3", "gpt_oss")
+
+
 def runs() -> list[tuple[str, str]]:
-    """Every family under every runtime that runs its network."""
-    return [(family, name) for family in hf_models.CONFIGS for name in RUNTIMES]
+    """Every family under every runtime that runs its network, two under tensor parallelism."""
+    told = [(family, name) for family in hf_models.CONFIGS for name in RUNTIMES]
+    return [(family, name) for family, name in told if "tensors" not in name or family in SPLIT]
 
 
 def strategy_of(runtime: str, folder: Path) -> Strategy:
