@@ -5,6 +5,7 @@ against: nothing here is promised to stay.
 |---|---|
 | `_fully_shard._fsdp_api.AllGather`, `ReduceScatter` | what `set_custom_all_gather` and its like take |
 | `FSDPModule._get_fsdp_state()._fsdp_param_groups`, `.fsdp_params` | groups of parameters, and these |
+| `FSDPModule._get_fsdp_state()._fsdp_param_group` | the only one, in torch 2.11 |
 | `FSDPState._lazy_init` | resets shards before the first forward, when their storage is known |
 | `FSDPModule._set_unshard_async_op` | gathers that allocate on the compute stream |
 | `FSDPParamGroup.gradient_divide_factor`, `.mesh_info` | gradients of a group are summed |
@@ -37,7 +38,7 @@ def sum_gradients(module: FSDPModule, *, unshard_async: bool) -> None:
     compute stream."""
     module.set_force_sum_reduction_for_comms(True)
     module._set_unshard_async_op(unshard_async)
-    for group in module._get_fsdp_state()._fsdp_param_groups:
+    for group in _groups(module):
         if group.mesh_info.mesh.size() > 1:
             group.gradient_divide_factor = 1.0
 
@@ -47,9 +48,17 @@ def param_groups(model: nn.Module) -> list[Any]:
     seen: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in _groups(module):
                 seen.setdefault(id(group), group)
     return list(seen.values())
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """Those of a module: one at most in torch 2.11, which has no list of them."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group else []
 
 
 def shards(model: nn.Module) -> Iterator[Tensor]:

@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from msgspec.structs import replace
 
 import mopexec
+from mopexec.modules import fsdp_internals
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from mopsim.strategies import fsdp2
@@ -118,6 +121,16 @@ def test_every_rank_has_something_to_shard(
     check_supported(plan)
     with pytest.raises(SpecError, match=f"leaves the last rank no columns of {next(iter(sizes))} 6"):
         check_supported(replace(plan, model=replace(model, **sizes)))
+
+
+def test_torch_2_11_has_one_group_of_a_module() -> None:
+    def groups(**state: Any) -> list[Any]:
+        module: Any = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(**state))
+        return fsdp_internals._groups(module)
+
+    assert groups(_fsdp_param_groups=["a", "b"], _fsdp_param_group="not asked") == ["a", "b"]
+    assert groups(_fsdp_param_group="a") == ["a"]
+    assert groups(_fsdp_param_group=None) == []
 
 
 PRIVATE = re.compile(
