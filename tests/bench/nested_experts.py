@@ -7,6 +7,7 @@ machine, the two by turns; Qwen3-30B-A3B on a node of H200, simulated and, its m
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ def here() -> list[Plan]:
     return [plan_of(SMALL, one, training, "cpu") for one in (strategy, nested(strategy))]
 
 
-def timed(platform: Platform, plans: list[Plan]) -> list[float]:
-    """The least seconds of a step of each plan, by turns."""
+def timed(platform: Platform, plans: list[Plan]) -> list[list[float]]:
+    """Seconds of the steps of each plan, by turns; the first round, which warms up, is left out."""
     rank = torch.distributed.get_rank()
     runners = [apply.build(plan, platform, seed=1) for plan in plans]
     batches = my_batches(plans[0], make_tokens(plans[0], 0), rank, platform.device)
@@ -58,7 +59,7 @@ def timed(platform: Platform, plans: list[Plan]) -> list[float]:
             begin = time.perf_counter()
             runner.step(batches)
             seconds.append(time.perf_counter() - begin)
-    return [min(one[1:]) for one in found]
+    return [one[1:] for one in found]
 
 
 def planned(tokens: int, chunk_tokens: int) -> list[dict[str, float]]:
@@ -84,13 +85,17 @@ def planned(tokens: int, chunk_tokens: int) -> list[dict[str, float]]:
 
 def main(folder: Path) -> None:
     seconds = pool(2).run("tests.bench.nested_experts", "timed", here())[0]
-    runs: dict[str, Any] = {"two ranks of a CPU": [{"step_s": one} for one in seconds]}
+    runs: dict[str, Any] = {
+        "two ranks of a CPU": [{"step_s": min(one), "middle_step_s": median(one)} for one in seconds]
+    }
     for tokens, chunk in CASES:
         runs[f"{tokens:,} tokens a rank, chunks of {chunk:,}"] = planned(tokens, chunk)
-    io.write_json(str(folder / "nested_experts.json"), {"stacks": STACKS, "runs": runs})
+    more = sorted(kept / again - 1 for again, kept in zip(*seconds, strict=True))
+    io.write_json(str(folder / "nested_experts.json"), {"stacks": STACKS, "rounds": seconds, "runs": runs})
     for name, (again, kept) in runs.items():
         for key, value in again.items():
             print(f"{name:44}{key:24}{value:10.3f}{kept[key]:10.3f}{kept[key] / value - 1:+8.1%}")
+    print(f"rounds on the CPU: {more[0]:+.1%} to {more[-1]:+.1%}, the middle one {median(more):+.1%}")
 
 
 if __name__ == "__main__":
