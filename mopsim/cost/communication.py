@@ -160,12 +160,17 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
 
 def _in_rounds(group: CommGroup, profile: HardwareProfile, rows: float) -> float:
     """Seconds in which a rank receives so many rows, its own among them, by channels each of which sends
-    every peer a chunk at a time."""
+    every peer a chunk at a time, which a channel of the peer reads once it is whole."""
     rounds = profile.scale_up.rounds
-    if rounds is None or not group.chunk:
+    if rounds is None or not group.chunk or not rows:
         return 0.0
-    waits = rows / (group.size * group.channels * group.chunk)
-    return waits * rounds.wait.si + rows * group.row / (group.channels * rounds.copy.si)
+    peers = group.size * group.channels
+    chunk = min(group.chunk, rows / peers)
+    each = group.row / rounds.copy.si + (rounds.row.si if rounds.row else 0.0)
+    sent = rows / (peers * chunk) * rounds.wait.si + rows / group.channels * each
+    if rounds.link:
+        sent = max(sent, rows * group.row * (group.size - 1) / group.size / rounds.link.si)
+    return sent * (1 + peers * chunk / rows)
 
 
 def transfer(work: Work, profile: HardwareProfile) -> float:

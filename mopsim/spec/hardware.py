@@ -151,14 +151,17 @@ class Bridges(Spec, frozen=True, kw_only=True):
 
 class Rounds(Spec, frozen=True, kw_only=True):
     """Kernels that send a few rows at a time to each peer of a domain (DeepEP's). wait: until rows are known
-    to be there. copy: bandwidth of a channel's copies (a pair of SMs), which its peers share."""
+    to be there. copy: bandwidth of a channel's copies (a pair of SMs), which its peers share. row: time
+    that a row of any width takes a channel. link: what they reach to other ranks; null: as `collectives`."""
 
     wait: Quantity
     copy: Quantity
+    row: Quantity | None = None
+    link: Quantity | None = None
 
     def __post_init__(self) -> None:
-        require_dimension(self, "time", "wait")
-        require_dimension(self, "bandwidth", "copy")
+        require_dimension(self, "time", "wait", "row")
+        require_dimension(self, "bandwidth", "copy", "link")
 
 
 class Fabric(Spec, frozen=True, kw_only=True):

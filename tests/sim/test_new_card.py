@@ -247,11 +247,12 @@ def test_a_link_faster_than_memory_is_refused_with_the_reason(field: str) -> Non
 def test_rounds_of_a_card_that_is_probed_are_those_of_its_architecture() -> None:
     """DeepEP's kernels are in no probe; without rounds rows would arrive at the links' rate."""
     known = [load_profile(name) for name in list_profiles()]
-    for architecture, card in (("hopper", "h200-sxm-141g"), ("blackwell", "b200-sxm-192g")):
+    for architecture, card in (("hopper", "h100-sxm-80g"), ("blackwell", "b200-sxm-192g")):
         found, timed = assumed_rounds(known, architecture), load_profile(card).scale_up.rounds
         assert found
         assert timed
         assert (found.wait.si, found.copy.si) == (timed.wait.si, timed.copy.si)
+        assert (found.link is None, found.row is None) == (timed.link is None, timed.row is None)
         assert {found.wait.tag, found.copy.tag} == {"assumed"}
         assert found.wait.source.startswith(f"as {card}")
     assert assumed_rounds(known, "ampere") is None

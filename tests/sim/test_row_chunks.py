@@ -24,7 +24,7 @@ def exchange(gpu: str, **group: float) -> float:
     return seconds(work, load_profile(gpu))
 
 
-@pytest.mark.parametrize(("gpu", "milliseconds"), [("b200-sxm-192g", 3.16), ("h100-sxm-80g", 2.04)])
+@pytest.mark.parametrize(("gpu", "milliseconds"), [("b200-sxm-192g", 3.31), ("h100-sxm-80g", 2.04)])
 def test_short_rows_wait_for_their_chunks(gpu: str, milliseconds: float) -> None:
     """357 MB arrive, of which NCCL's curve has a node's links take a third to a half of that."""
     chunks = row_chunks(replace(small(), hidden_size=2048), load_stack("megatron-core"), 8)
@@ -43,19 +43,44 @@ def test_only_some_programs_and_cards_send_in_chunks() -> None:
     assert exchange("mi300x-192g", **chunks) == exchange("mi300x-192g")
 
 
-def test_the_curves_meet_their_table() -> None:
-    """In the middle within 6 %; no row is off by more than a third."""
-    off = []
+CARDS = {"b200_sxm": "b200-sxm-192g", "h200_sxm": "h200-sxm-141g", "h100_sxm": "h100-sxm-80g"}
+
+
+def rate(row: dict[str, str]) -> float:
+    """GB/s of a timing by the simulator: its rows in an exchange in which every rank wants every row."""
+    ranks, width = int(row["ranks"]), int(row["row_bytes"])
+    group = CommGroup(
+        ranks, ranks, choices=float(ranks), experts=ranks, chunk=float(row["chunk"]),
+        channels=int(row["sms"]) // 2, row=width,
+    )  # fmt: skip
+    total = int(row["rows"]) * width
+    took = seconds(Work("all_to_all", bytes=total, group=group), load_profile(CARDS[row["gpu"]]))
+    return total / took / 1e9
+
+
+@pytest.mark.parametrize(("gpu", "middle", "most"), [("h", 0.035, 0.2), ("b200", 0.04, 0.19)])
+def test_exchanges_meet_their_table(gpu: str, middle: float, most: float) -> None:
+    """Whole exchanges, bounds of NCCL's curves included, over every timing of the pages."""
     with DATA.open() as file:
-        for row in csv.DictReader(file):
-            gpu = {"b200_sxm": "b200-sxm-192g", "h200_sxm": "h200-sxm-141g"}[row["gpu"]]
-            rounds = load_profile(gpu).scale_up.rounds
-            assert rounds is not None
-            ranks, sms, sent = int(row["ranks"]), int(row["sms"]), int(row["chunk"]) * int(row["row_bytes"])
-            took = rounds.wait.si + sent * ranks / rounds.copy.si
-            off.append(abs(ranks * sms / 2 * sent / took / (1e9 * float(row["gb_per_s"])) - 1))
-    assert sorted(off)[len(off) // 2] < 0.06
-    assert max(off) < 1 / 3
+        rows = [row for row in csv.DictReader(file) if row["gpu"].startswith(gpu)]
+    off = sorted(abs(rate(row) / float(row["gb_per_s"]) - 1) for row in rows)
+    assert len(off) > 30
+    assert off[len(off) // 2] < middle
+    assert off[-1] < most
+
+
+@pytest.mark.parametrize(("gpu", "sms", "measured"), [("h200_sxm", 24, 312.6), ("h100_sxm", 20, 306.6)])
+def test_default_chunks_on_hopper(gpu: str, sms: int, measured: float) -> None:
+    """A dispatch by 6 rows and a combine by 4, whose times the pages print as `default`."""
+    row = {"gpu": gpu, "ranks": "8", "sms": str(sms), "chunk": "4.8", "rows": "21687", "row_bytes": "14336"}
+    assert rate(row) == pytest.approx(measured, rel=0.03)
+
+
+def test_h800_is_bound_by_its_links() -> None:
+    """DeepEP's README: 153 GB/s of a dispatch and 158 of a combine, by nothing that was fitted."""
+    group = CommGroup(8, 8, choices=8.0, experts=256, chunk=4.8, channels=10, row=14336)
+    took = seconds(Work("all_to_all", bytes=8 * 4096 * 14336, group=group), load_profile("h800-sxm-80g"))
+    assert 21687 * 14336 / took / 1e9 == pytest.approx(155.5, rel=0.05)
 
 
 def test_a_pass_has_one_dispatch_and_one_combine() -> None:

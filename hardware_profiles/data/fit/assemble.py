@@ -6,6 +6,7 @@ from typing import Any, overload
 from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit, OverNodes
 from hardware_profiles.data.fit.matmul import MatmulFit
+from hardware_profiles.data.fit.rows_in_node import RoundsFit
 from hardware_profiles.data.fit.tables import round_to
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.hardware import (
@@ -80,8 +81,8 @@ class MachineFits:
     """Collectives whose rate is not of those timings."""
     network: OverNodes | None = None
     """Over NICs; without it, a share of the NIC."""
-    rounds: tuple[float, float, Tag, str] | None = None
-    """(seconds that a chunk of rows waits, bytes/s of a channel's copies, tag, source)."""
+    rounds: tuple[RoundsFit, Tag, str] | None = None
+    """Of kernels that send rows a few at a time: fit, tag, source."""
 
 
 def quantity(value: float, unit: str, tag: Tag, source: str) -> Quantity:
@@ -241,7 +242,7 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
         peak=_given(machine["scale_up"]),
         topology=machine.get("topology", "switch"),
         bridges=_bridges(machine["bridges"]) if "bridges" in machine else None,
-        rounds=_rounds(*fits.rounds) if fits.rounds else None,
+        rounds=_rounds(_given(machine["scale_up"]).si, *fits.rounds) if fits.rounds else None,
         collectives={op: curves[op] for op in COLLECTIVES},
     )
 
@@ -256,10 +257,15 @@ def _curve(fit: CollectiveFit, tag: Tag, source: str) -> CollectiveCurve:
     )
 
 
-def _rounds(wait: float, copy: float, tag: Tag, source: str) -> Rounds:
+def _rounds(peak: float, fit: RoundsFit, tag: Tag, source: str) -> Rounds:
+    """peak: of the machine's links, in bytes/s. Slower ones than these kernels reach elsewhere bound them as
+    they bound other exchanges (H800)."""
+    linked = fit.link < peak
     return Rounds(
-        wait=quantity(round_to(wait * 1e6, 3), "us", tag, source),
-        copy=quantity(round_to(copy / 1e9, 3), "GB/s", tag, source),
+        wait=quantity(round_to(fit.wait * 1e6, 3), "us", tag, source),
+        copy=quantity(round_to(fit.copy / 1e9, 3), "GB/s", tag, source),
+        row=quantity(round_to(fit.row * 1e6, 2), "us", tag, source) if fit.row else None,
+        link=quantity(round_to(fit.link / 1e9, 3), "GB/s", tag, source) if linked else None,
     )
 
 

@@ -12,7 +12,7 @@ from hardware_profiles.data.fit.dispatch import fit_dispatch
 from hardware_profiles.data.fit.dispatch import rows as dispatch_rows
 from hardware_profiles.data.fit.matmul import MatmulFit
 from hardware_profiles.data.fit.networks import TABLE, network
-from hardware_profiles.data.fit.rows_in_node import CARDS, fit_rounds
+from hardware_profiles.data.fit.rows_in_node import CARDS, RoundsFit, fit_rounds
 from hardware_profiles.data.fit.rows_in_node import TABLE as ROWS_IN_NODE
 from hardware_profiles.data.fit.tables import Residuals, read_csv, round_to
 from mopsim.common.errors import MopError
@@ -68,6 +68,7 @@ class Fitter:
         self.networks: dict[str, Entry] = data.get("networks", {})
         self.machines: dict[str, Entry] = _whole(data["machines"])
         self.report: dict[str, str] = {}
+        self._in_node: dict[tuple[str, ...], RoundsFit] = {}
         self._matmul: dict[str, tuple[MatmulFit, float]] = {}
         self._nodes: dict[str, dict[str, CollectiveFit]] = {}
 
@@ -211,14 +212,19 @@ class Fitter:
         source = f"grouped products of {owner}, forward and gradients of inputs (components.csv)"
         return share, fit.m_half, "measured" if owner == name else "assumed", source
 
-    def _rounds(self, machine: Entry) -> tuple[float, float, Tag, str] | None:
-        """Of kernels that send rows a few at a time: those of the card of the architecture that was timed."""
-        card = CARDS.get(machine["architecture"])
-        if card is None:
+    def _rounds(self, machine: Entry) -> tuple[RoundsFit, Tag, str] | None:
+        """Of kernels that send rows a few at a time: those of the architecture's cards that were timed."""
+        cards = CARDS.get(machine["architecture"])
+        if cards is None:
             return None
-        wait, copy, residuals = fit_rounds(card)
-        tag: Tag = "measured" if self._card(machine) is self._owner(card) else "assumed"
-        return wait, copy, tag, f"fitted to the {card} rows of {ROWS_IN_NODE.name}, {residuals}"
+        if cards not in self._in_node:
+            fit = self._in_node[cards] = fit_rounds(cards)
+            others = "; ".join(f"{page} by the others {errors}" for page, errors in fit.others.items())
+            self.report[f"rounds {', '.join(cards)}"] = f"all {fit.residuals}; {others}"
+        fit = self._in_node[cards]
+        tag: Tag = "measured" if self._card(machine) in map(self._owner, cards) else "assumed"
+        source = f"fitted to the {' and '.join(cards)} rows of {ROWS_IN_NODE.name}, {fit.residuals}"
+        return fit, tag, source
 
     def _fp8(self, gpu: str) -> dict[str, tuple[float, str]]:
         if gpu not in FP8_MEASURED:
