@@ -211,7 +211,7 @@ def _host(host: Entry) -> Host:
         memory=_given(host["memory"]),
         memory_bandwidth=_given(host["bandwidth"]),
         link_h2d=_given(host["link"]),
-        link_d2h=_given(host["link"]),
+        link_d2h=_given(host["link_up"] if "link_up" in host else host["link"]),
         link_latency=quantity(10.0, "us", "assumed", "one asynchronous copy of pinned memory"),
         link_sharing=host["sharing"],
         adam_rate=_given(host["adam"]),
