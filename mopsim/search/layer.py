@@ -196,7 +196,7 @@ def _reference(space: Space, codes: Column, *first: Column) -> Space:
     ways = exchanges(space.problem, space.family) or [ULYSSES]
     usual = {
         "virtual_stages": 1, "layout": 0, "boundary_host": 0, "overlap": 0, "modules": 0,
-        "recompute": c["recompute"].min(), "ffn_slices": 1, "loss_slices": 1,
+        "recompute": c["recompute"].min(), "ffn_slices": 1,
         "exchange": np.where(whole & (ULYSSES in ways), ULYSSES, ways[-1]),
         "dispatcher": np.where(rows.columns["experts"] > 1, once, 0),
     }  # fmt: skip

@@ -130,7 +130,7 @@ def test_gradients_of_grouped_products_are_torchs(
         return [out, *torch.autograd.grad(out, leaves, given)]
 
     ours = found()
-    monkeypatch.setattr(swiglu._Product, "apply", Groups.product)
+    monkeypatch.setattr(swiglu._Product, "apply", lambda name, *given: Groups.product(*given))
     for mine, other in zip(ours, found(), strict=True):
         _close(mine, other)
 
