@@ -170,7 +170,8 @@ def _on_one(stacks: Sequence[str] | None) -> str:
         return "--stack NAME simulates all plans on one stack"
     if not stacks:
         return "no shipped stack runs a plan of each"
-    more = f" and {len(stacks) - SHOWN} others run" if len(stacks) > SHOWN else " run"
+    rest = len(stacks) - SHOWN
+    more = f" and {rest} {'other' if rest == 1 else 'others'} run" if rest > 0 else " run"
     runs = more if len(stacks) > 1 else " runs"
     named = f"{', '.join(stacks[:SHOWN])}{runs}"
     return f"--stack NAME simulates all plans on one stack ({named} a plan of each)"

@@ -340,9 +340,10 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
         trains = f"{a.utilisation:.0%} of the wall clock trains (--utilisation)"
     lines = [
         f"Assumed: {trains}; about {request.batch_tokens:,} tokens a step (--global-batch-tokens).",
-        f"Searched: {', '.join(request.families)}, at most {request.simulations} simulations of each at a "
-        f"node count that is searched ({sum(one.simulated for one in sizings):,} in all). Other counts, and "
-        f"most of the Pareto front, have a {CARRIED}. More simulations may find a cheaper cluster "
+        f"Searched: {', '.join(request.families)}, at most {request.simulations} "
+        f"simulation{'s' * (request.simulations > 1)} of each at a node count that is searched "
+        f"({sum(one.simulated for one in sizings):,} in all). Other counts, and most of the Pareto front, "
+        f"have a {CARRIED}. More simulations may find a cheaper cluster "
         "(--simulations).",
     ]
     for sizing in sizings:

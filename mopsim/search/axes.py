@@ -37,7 +37,7 @@ MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron
 FLAT = (*MOP, *ZERO)
 ALL = (*FLAT, *FSDP2, *MEGATRON)
 MOST_CONTEXT = 64
-"""Ranks of a Megatron context-parallel group at most."""
+"""Ranks of a context-parallel group that exchanges blocks of keys, at most."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def _sequences(problem: Problem) -> list[int]:
 
 
 def _exchanged(problem: Problem) -> list[tuple[int, ...]]:
-    """(degree, exchange): what is alone on its sequence exchanges nothing."""
-    ways = range(len(EXCHANGES))
-    return [(d, way) for d in _sequences(problem) for way in (ways if d > 1 else (ULYSSES,))]
+    """(degree, exchange): what is alone on its sequence exchanges nothing; Ulysses splits the heads."""
+    others = [way for way in range(len(EXCHANGES)) if way != ULYSSES]
+    blocks = ((d, way) for d in _contexts(problem) for way in others if d > 1)
+    return sorted([*((d, ULYSSES) for d in _sequences(problem)), *blocks])
 
 
 def _contexts(problem: Problem) -> list[int]:

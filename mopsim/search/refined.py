@@ -163,7 +163,8 @@ class Refined(Bounder):
         ]
         backward = np.maximum.reduce([back[0], *busy])
         forward = forward + np.maximum(self._updated() - forward / self.microbatches, 0.0)
-        if flat:
+        pairs = (piece for group in self.parts.groups for piece in group.layers.values())
+        if flat and all(len(piece.parts) > 2 for piece in pairs):  # else other rows are no flat units
             forward, backward = map(np.maximum, (forward, backward), self._queued())
             experts = self._sum(lambda piece: [piece.parts[1]])[0]
             chain, *fabrics = self._sum(lambda piece: [piece.parts[0], piece.parts[2]])

@@ -142,7 +142,7 @@ class Bridges(Spec, frozen=True, kw_only=True):
     link: Quantity
 
     def __post_init__(self) -> None:
-        require_dimension(self, "bandwidth", "link")
+        require_dimension(self, "bandwidth", "link", least=1e6)
         require_between(self, 1, 2**16, "devices")
         for name, times in self.faster.items():
             require(name in COLLECTIVES, "faster", name, f"is not one of {', '.join(COLLECTIVES)}")
@@ -161,7 +161,7 @@ class Rounds(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_dimension(self, "time", "wait", "row")
-        require_dimension(self, "bandwidth", "copy", "link")
+        require_dimension(self, "bandwidth", "copy", "link", least=1e6)
 
 
 class Fabric(Spec, frozen=True, kw_only=True):

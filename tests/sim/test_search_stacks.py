@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from mopsim.engine import simulate
+from mopsim.search.driver import search
 from mopsim.search.facts import SpaceFacts
+from mopsim.search.options import Options
 from mopsim.search.problem import Problem
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -41,3 +43,12 @@ def test_rows_padded_by_a_loop_over_experts_are_bounded_by_the_fewest_experts() 
     facts, c = SpaceFacts.of(space), space.columns
     for index in np.flatnonzero((c["experts"] == 8) & (c["micro_batch"] <= 2))[::8]:
         holds(space, facts, index, simulate(model, machine, 1, space.build(index), training, stack))
+
+
+def test_strategies_of_another_family_are_searched_on_a_stack_of_flat_units() -> None:
+    """Their layers' backward has other parts than that of flat units."""
+    model, machine = load_model("olmoe_1b_7b"), load_profile("h100-sxm-80g")
+    asked = Problem(
+        model, machine, 1, TrainSpec(seq_len=1024, global_batch=64), stack=load_stack("mopexec-flat")
+    )
+    assert search(asked, Options(("fsdp2",), budget=4)).best is not None

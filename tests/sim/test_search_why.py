@@ -317,7 +317,7 @@ def test_a_batch_that_divides_over_no_ranks_is_told_which_do(batch: int, works: 
 
 
 def test_a_refusal_says_what_it_counts() -> None:
-    job: dict[str, Any] = {"seq_len": 4096, "nodes": 8, "families": ["fsdp2"], "budget": 1}
+    job: dict[str, Any] = {"seq_len": 4096, "nodes": 16, "families": ["fsdp2"], "budget": 1}
     found = mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=63, **job)
     assert re.search(r"data groups; 32 or 64 will do \([\d,]+ candidates\)", found.verdict)
     assert mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=64, **job).top
