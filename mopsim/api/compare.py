@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mopsim.api.idle import idle
 from mopsim.api.inputs import (
     AnyHardware,
     AnyModel,
@@ -209,7 +211,8 @@ def compare(
     points = swept(inputs, list(named), play, sweep, hold) if sweep else None
     on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
     stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
-    said = [*notes(list(named.values()), inputs), *_trained(simulations), *_held(inputs, points)]
+    said = [*notes(list(named.values()), inputs), *_idle(simulations), *_trained(simulations)]
+    said += _held(inputs, points)
     return Comparison(inputs, simulations, points, said, refused, stacks)
 
 
@@ -219,6 +222,12 @@ def _held(inputs: Inputs, points: Swept | None) -> list[str]:
     if not documents or points is None or points.setting == "nodes":
         return []
     return [f"note: {held(documents, points.values)}"]
+
+
+def _idle(simulations: Mapping[str, Simulation]) -> list[str]:
+    """What of each acts on nothing, once."""
+    found = [idle(one.result.strategy, one.result.stack, one.inputs) for one in simulations.values()]
+    return list(dict.fromkeys(chain.from_iterable(found)))
 
 
 def _trained(simulations: Mapping[str, Simulation]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from mopsim.api.idle import idle
 from mopsim.api.inputs import (
     AnyHardware,
     AnyModel,
@@ -82,7 +83,8 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
         strategy, own = strategy_of(given, inputs)
         inputs = inputs.trained_as(*plans_of([given]))
         result = inputs.simulate(strategy, inputs.stack or own)
-        return Simulation(inputs, result, notes([given], inputs))
+        said = [*notes([given], inputs), *idle(strategy, inputs.stack or own, inputs)]
+        return Simulation(inputs, result, said)
     if inputs.of_families in CAST and given not in IN_8_BITS:
         rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
         raise SpecError("precision", inputs.precision, rule)
@@ -90,7 +92,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     best = found.best or found.closest
     if best is None:
         raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
-    said = [*notes([given], inputs), found.exhausted()]
+    said = [*notes([given], inputs), *idle(best.strategy, best.stack, inputs), found.exhausted()]
     return Simulation(inputs, best, said, found)
 
 

@@ -170,12 +170,11 @@ class Fabric(Spec, frozen=True, kw_only=True):
     peak: bandwidth of one rank in one direction. topology: `switch`: a rank sends all of its bandwidth to any
     peer. `mesh`: it has a link to each peer of its domain; peak and curves are those of all its links
     together (HardwareProfile.peer_share). oversubscription: of scale_out: bandwidth of the NICs under a leaf
-    switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf: scale-up
-    domains that reach each other through one leaf. They are few if a leaf takes all NICs of a node, and as
-    many as its ports if it takes one NIC of each (rail-optimised; data for another rail moves inside the
-    domain first, as NCCL's PXN does). bridges: of scale_up without a switch. rounds: of scale_up; null: not
-    known. collectives: a curve for each of all_gather, reduce_scatter, all_reduce, all_to_all, send_recv; for
-    scale_out also dispatch (rows sent once).
+    switch over that of its links to the spine; 1: none blocks. domains_per_leaf: scale-up domains that reach
+    each other through one leaf: few if a leaf takes all NICs of a node, as many as its ports if one of each
+    (rail-optimised; data for another rail moves inside the domain first, by NCCL's PXN). bridges: of scale_up
+    without a switch. rounds: of scale_up; null: unknown. collectives: curves of all_gather, reduce_scatter,
+    all_reduce, all_to_all, send_recv; of scale_out also dispatch (rows sent once).
     """
 
     peak: Quantity
@@ -345,6 +344,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         alone = self.scale_up.topology == "mesh" and self.scale_up_size == 1
         yield not alone, "scale_up.topology", "needs a scale_up_size above 1"
         yield self.scale_up.oversubscription == 1, "scale_up.oversubscription", "must be 1: it has no spine"
+        yield self.scale_out.rounds is None, "scale_out.rounds", "must be null: they are of scale_up"
         yield "dispatch" not in self.scale_up.collectives, "scale_up.collectives", "dispatch is of scale_out"
         if self.device_kind != "cpu":  # whose ranks share the memory that their links are made of
             links = {

@@ -30,14 +30,14 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
         parts.append(f"CP-by={s.attention.cp_comm_type}")
     if s.pipeline.layers:
         parts.append(f"layers={_runs(s.pipeline.layers)}")
-    if s.experts.expert_parallel > 1:
+    if s.experts.expert_parallel > 1 or s.experts.gathers:
         parts += _experts(s)
     parts += [_vocabulary(s), f"mbs={s.micro_batch}"]
     if routed and s.experts.chunk_tokens:
         parts.append(f"expert-chunk={s.experts.chunk_tokens}")
     if s.dense.chunk_tokens:
         parts.append(f"ffn-chunk={s.dense.chunk_tokens}")
-    parts.append(f"recompute={'+'.join(s.activations.modules) or s.activations.recompute}")
+    parts.append(f"recompute={'+'.join(s.activations.modules_again) or s.activations.recompute}")
     if s.activations.save_ops:
         parts.append(f"save={'+'.join(s.activations.save_ops)}")
     if away := _offloaded(s):
