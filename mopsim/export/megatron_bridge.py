@@ -140,6 +140,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         found |= {
             "expert_model_parallel_size": s.experts.expert_parallel,
             "expert_tensor_parallel_size": s.experts.expert_tensor_parallel,
+            "moe_router_force_load_balancing": plan.training.routing == "forced",
         }
         if s.experts.sends_once:
             found |= {

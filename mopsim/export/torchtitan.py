@@ -54,6 +54,8 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
         "activation_checkpoint": _checkpoints(s.activations),
         "debug": {"seed": t.seed},
     }
+    if plan.model.num_moe_layers and t.routing == "forced":
+        found["debug"]["moe_force_load_balance"] = True
     if not found["model"]["name"]:
         del found["model"]
     if s.precision.matmul in MATMUL:

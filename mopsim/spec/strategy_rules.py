@@ -96,6 +96,7 @@ def _activations(s: "Strategy") -> Rules:
     for field, names in (("activations.modules", a.modules), ("activations.save_ops", a.save_ops)):
         for name in names:
             yield name in WORDS[field], field, f"names {name!r}, not one of {', '.join(WORDS[field])}"
+            yield names.count(name) == 1, field, f"names {name!r} twice"
     full = f"needs activations.recompute full, not {a.recompute}"
     yield not a.save_ops or a.recompute == "full", "activations.save_ops", full
     for needed, given in (

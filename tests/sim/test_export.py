@@ -142,6 +142,7 @@ def test_megatron_bridge_by_hand() -> None:
         "cp_comm_type": "p2p",
         "expert_model_parallel_size": 8,
         "expert_tensor_parallel_size": 1,
+        "moe_router_force_load_balancing": False,
         "moe_token_dispatcher_type": "alltoall",
         "recompute_granularity": "selective",
         "recompute_method": None,

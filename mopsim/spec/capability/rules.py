@@ -20,7 +20,7 @@ from mopsim.spec.kernels import BEYOND, DEFAULT
 from mopsim.spec.model import DESCRIPTION
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.stack import Stack
-from mopsim.spec.stacks import load_stack
+from mopsim.spec.stacks import list_stacks, load_stack
 
 SHIPPED = {side: one["runs"] for side, one in SIDES.items() if "runs" in one}
 """Stacks that describe what mopexec's runtimes really do."""
@@ -165,8 +165,14 @@ def no_runtime(job: Job) -> SpecError | None:
     """The error of a stack that no runtime of mopexec runs."""
     if job.software.runtime:
         return None
-    rule = f"of the stack {job.software.name}: mopexec runs {', '.join(SHIPPED.values())} only"
+    rule = f"of the stack {job.software.name}: mopexec runs {', '.join(_run())} only"
     return SpecError("stack.runtime", "", rule)
+
+
+@cache
+def _run() -> list[str]:
+    """The shipped stacks that a runtime of mopexec runs."""
+    return [name for name in list_stacks() if load_stack(name).runtime]
 
 
 def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:

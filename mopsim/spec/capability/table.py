@@ -9,6 +9,7 @@ from mopsim.common.io import leaves
 from mopsim.spec.capability.expressions import SIDES, holds, read
 from mopsim.spec.capability.job import Job
 from mopsim.spec.stack import Stack
+from mopsim.spec.strategy_rules import WORDS
 
 Side = str
 """A key of SIDES."""
@@ -26,8 +27,11 @@ class Cell:
     reads: bool = True
 
     def refuse(self, side: Side, path: str, value: Any) -> SpecError | None:
-        """The error that names the field, the values that work and the reason; None where the value works."""
+        """The error that names the field, the values that work and the reason; None where the value works.
+        Lists of names are sets."""
         if self.values is None or value in self.values:
+            return None
+        if path.removeprefix("strategy.") in WORDS and set(value) in map(set, self.values):
             return None
         names = " or ".join(repr(one) for one in self.values)
         reason = f": {self.why}" if self.why else ""
