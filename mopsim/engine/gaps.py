@@ -55,9 +55,10 @@ def repeated(
     """What stands for the microbatches that are not played; None where none may yet. before: with fewer
     played.
 
-    Either the last turn took all ranks equally long; then none runs ahead of another any more. Or turns
-    differ in a pattern that comes again (docs/adr/0068): then the turns since `before` took, on average, what
-    they took the slowest rank over a round of the stages. No rank can be slower for good, as its turn waits
+    Either the last turn took all ranks equally long, and as long as the one before; then none runs ahead of
+    another any more, and turns of two lengths do not alternate. Or turns differ in a pattern that comes again
+    (docs/adr/0068): then the turns since `before` took, on average, what they took the slowest rank over a
+    round of the stages. No rank can be slower for good, as its turn waits
     for none that is more than a round back; and none goes on to be faster, as the end did not. The pattern
     itself, of which a part may be left, has to be flat.
     """
@@ -65,7 +66,8 @@ def repeated(
         return Turns(workload.unit, 0.0)
     last, unit, round_ = lasted(workload, records), workload.unit, len(workload.programs)
     step_time = end + workload.repeats * mean(last)
-    if workload.repeats * (max(last) - min(last)) <= STEADY * step_time:
+    uneven = max(max(last) - min(last), _alternation(workload, records, mean(last)))
+    if workload.repeats * uneven <= STEADY * step_time:
         return Turns(min(CYCLE, max(1, round_ - 1)) if unit == 1 else unit, mean(last))
     if before is None:
         return None
@@ -96,6 +98,14 @@ def _began(workload: Workload, records: Sequence[Record], turns: int) -> list[fl
     if workload.unit > FILLED + 1:
         records = records[FILLED:]
     return [one.tallies[last].start - one.tallies[last - turns].start for one in records]
+
+
+def _alternation(workload: Workload, records: Sequence[Record], last: float) -> float:
+    """Seconds by which the last turn is off the mean of it and the one before. 0 of one stage and of an
+    interleaved pipeline, and where the one before filled it."""
+    if len(records) == 1 or workload.unit > 1 or workload.expanded <= 2 * len(records):
+        return 0.0
+    return abs(mean(_began(workload, records, 2)) / 2 - last)
 
 
 def _period(program: Program, record: Record, repeat: Repeat) -> float:
