@@ -1,25 +1,23 @@
-"""How many rows DeepEP's kernels send to a peer of a node at a time, and over how many channels."""
+"""How many rows DeepEP's kernels send to a peer of a node at a time, and over how many channels
+(row_chunks.yaml)."""
 
+from statistics import harmonic_mean
+from typing import Any
+
+from mopsim.common.shipped import shipped
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 
-CHANNELS = 10
-"""Of 20 SMs (deep_ep.Buffer.num_sms), a pair each."""
-CHUNKS = {2: (24, 10), 4: (6, 9), 8: (6, 4)}
-"""Rows of a dispatch and of a combine, by ranks (DeepEP 92fe2de, deep_ep/buffer.py, get_dispatch_config and
-get_combine_config)."""
-LONG_CHANNELS, LONG = 12, (32, 16)
-"""The best of a sweep for rows of 2,048 on B200 (NousResearch's torchtitan of November 2025,
-scripts/deepep/torchtitan_deepep_tune)."""
+_SENT: dict[str, dict[str, Any]] = shipped("mopsim.program", "row_chunks.yaml")
+CHANNELS: int = _SENT["chunks"]["channels"]
+"""Of a group that is given no other."""
 
 
 def row_chunks(model: ModelSpec, stack: Stack, ranks: int) -> dict[str, float]:
     """Of a group in one node: rows of a chunk in the mean over a dispatch and a combine, of which a pass has
-    one each, channels and the bytes of a row (CommGroup's fields)."""
-    how = stack.kernels.sent_rows
-    sizes = LONG if how == "long_chunks" else CHUNKS.get(ranks)
-    if how == "whole" or sizes is None:
+    one each, channels and the bytes of a row (CommGroup's fields); nothing where rows are sent at once."""
+    sent = _SENT.get(stack.kernels.sent_rows)
+    rows = sent["rows"].get(str(ranks)) if sent else None
+    if not sent or not rows:
         return {}
-    mean = 2 / sum(1 / size for size in sizes)
-    channels = LONG_CHANNELS if how == "long_chunks" else CHANNELS
-    return {"chunk": mean, "channels": channels, "row": 2 * model.hidden_size}
+    return {"chunk": harmonic_mean(rows), "channels": sent["channels"], "row": 2 * model.hidden_size}
