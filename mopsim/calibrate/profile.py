@@ -59,9 +59,9 @@ class Residual:
     measured_ops: int
     simulated_ops: int
 
-    def error(self, predicted: float) -> float:
-        """Relative error of a prediction; 0 where nothing was measured."""
-        return predicted / self.measured - 1.0 if self.measured else 0.0
+    def error(self, predicted: float | None) -> float | None:
+        """Relative error of a prediction; None where there is none, or nothing was measured."""
+        return predicted / self.measured - 1.0 if self.measured and predicted is not None else None
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class CalibrationResult:
 
     def step_errors(self, which: str) -> list[float]:
         """Relative errors of the step, one per run: `which` is before, after or held_out."""
-        steps = [(row, getattr(row, which)) for row in self.residuals if row.kind == "step"]
-        return [row.error(value) for row, value in steps if value is not None]
+        steps = [row.error(getattr(row, which)) for row in self.residuals if row.kind == "step"]
+        return [error for error in steps if error is not None]
 
     def miss(self, which: str) -> float:
         """By what factor predictions of a step are off, root mean square of its logarithm; 1 of none."""
@@ -94,7 +94,7 @@ class CalibrationResult:
                 **asdict(row),
                 "before_error": row.error(row.before),
                 "after_error": row.error(row.after),
-                "held_out_error": None if row.held_out is None else row.error(row.held_out),
+                "held_out_error": row.error(row.held_out),
             }
             for row in self.residuals
         ]

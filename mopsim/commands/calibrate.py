@@ -102,10 +102,11 @@ def residuals(result: CalibrationResult) -> Table:
     shown = table("seconds of one step, predicted against measured", ("run", "kind"), names)
     rows = [one for row in result.residuals for one in (*_rest(row, result.residuals), row)]
     for row in rows:
-        held = "" if row.held_out is None else f"{row.error(row.held_out):+.0%}"
-        cells = (f"{row.error(row.before):+.0%}", f"{row.error(row.after):+.0%}", held)
+        errors = (row.error(one) for one in (row.before, row.after, row.held_out))
+        cells = ("" if one is None else f"{one:+.0%}" for one in errors)
+        measured = format_seconds(row.measured) if row.measured else "not measured"
         style = "bold" if row.kind == "step" else None
-        shown.add_row(row.run, row.kind, format_seconds(row.measured), *cells, style=style)
+        shown.add_row(row.run, row.kind, measured, *cells, style=style)
     return shown
 
 

@@ -349,12 +349,17 @@ def test_a_disturbed_run_counts_by_its_quiet_steps() -> None:
 
 def test_a_step_is_the_sum_of_its_rows_and_another_routing_is_told() -> None:
     run = measured("a", MACHINE)
-    rows = calibrate(PROFILE, [run], simulate).residuals
+    result = calibrate(PROFILE, [run], simulate)
+    rows = result.residuals
     kinds, step = [one for one in rows if one.kind != "step"], rows[-1]
     longer = dataclasses.replace(step, measured=1.0 + sum(one.measured for one in kinds))
     (rest,) = command._rest(longer, rows)
     assert rest.kind == "in no kind"
     assert rest.measured == pytest.approx(1.0)
+    (never,) = [dataclasses.replace(one, measured=0.0) for one in kinds if one.kind == "matmul"]
+    assert never.error(never.before) is None
+    shown = command.residuals(dataclasses.replace(result, residuals=(never,)))
+    assert [cell for column in shown.columns[2:] for cell in column.cells] == ["not measured", "", "", ""]
     assert command._rest(kinds[0], rows) == []
     uneven = copy.copy(run)
     msgspec.structs.force_setattr(uneven, "routing", "67/4")  # the network of these runs is dense
