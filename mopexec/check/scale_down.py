@@ -15,6 +15,7 @@ _LATENT_DIM, _WINDOW, _LIMIT = 12, 5, 0.01  # a window shorter than a sequence, 
 _LATENT = {
     "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6
 }  # fmt: skip
+_EXCHANGES = {"ulysses": "Ulysses", "ring": "ring attention", "all_gather": "keys and values gathered"}
 _CLIP_NORM = 0.05  # far below the norm of the first gradients, so that clipping is at work
 
 
@@ -66,7 +67,8 @@ def _routing(plan: Plan) -> str:
 def mechanisms(plan: Plan) -> list[str]:
     """What of the plan is at work, for people."""
     s, t, m = plan.strategy, plan.training, plan.model
-    routed = m.num_moe_layers > 0
+    routed, again = m.num_moe_layers > 0, s.activations.recompute != "none"
+    exchange = _EXCHANGES.get(s.attention.cp_comm_type, s.attention.cp_comm_type)
     found = {
         f"runtime {plan.stack.runtime or 'none'}": True,
         "latent attention": m.attention == "mla",
@@ -81,20 +83,26 @@ def mechanisms(plan: Plan) -> list[str]:
         "documents trained apart": t.attention_mask == "document",
         f"MTP modules ({m.num_nextn_predict_layers})": m.num_nextn_predict_layers > 0 and t.mtp_loss_coef > 0,
         f"dense state sharded over {s.dense.fsdp}": s.dense.fsdp > 1,
+        "gathered parameters kept for the backward": s.dense.fsdp > 1 and not s.dense.reshard_after_forward,
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
         f"tensors and rows split over {s.dense.tensor_parallel}": s.dense.tensor_parallel > 1,
         f"experts split over {s.experts.expert_tensor_parallel}": s.experts.expert_tensor_parallel > 1,
         f"{s.pipeline.pipeline_parallel} x {s.pipeline.virtual_stages} stages, {s.pipeline.schedule}": (
             s.pipeline.pipeline_parallel > 1
         ),
-        f"Ulysses over {s.attention.context_parallel}": s.attention.context_parallel > 1,
+        f"{exchange} over {s.attention.context_parallel}": s.attention.context_parallel > 1,
         f"experts over {s.experts.expert_parallel}": s.experts.expert_parallel > 1,
         f"expert state sharded over {s.experts.expert_fsdp}": s.experts.expert_fsdp > 1,
         f"expert dispatch in chunks of {s.experts.chunk_tokens} tokens": s.experts.chunk_tokens > 0,
+        "work of overloaded ranks moved to the least loaded": s.experts.balance == "least_loaded",
         f"vocabulary ring over {s.vocabulary.vocab_parallel}": s.vocabulary.loss == "ring",
+        f"vocabulary split over {s.vocabulary.vocab_parallel}": s.vocabulary.loss == "vocab_parallel",
         f"loss in chunks of {s.vocabulary.chunk_tokens} tokens": s.vocabulary.chunk_tokens > 0,
         "decoder layers compiled": s.compile == "block",
-        f"recompute {s.activations.recompute}": s.activations.recompute != "none",
+        f"recompute {s.activations.recompute}": again,
+        "nested checkpoints of expert chunks": (
+            routed and again and plan.stack.recompute.chunk_inputs == "nested"
+        ),
         f"kept for it: {', '.join(s.activations.save_ops)}": len(s.activations.save_ops) > 0,
         "boundaries on the host": s.activations.layer_inputs == "host",
         f"optimizer state on the host, updated on the {s.optimizer.update_on}": s.optimizer.state_tier
