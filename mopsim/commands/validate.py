@@ -10,7 +10,7 @@ from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
-from mopsim.common.errors import MistakesError, MopError, one_line, refuse, told
+from mopsim.common.errors import MOST_LINES, MistakesError, MopError, one_line, refuse, told
 from mopsim.common.outputs import check_outputs, say, whole_directory
 from mopsim.common.table import cut
 from mopsim.intervals.spread import check_level
@@ -58,7 +58,9 @@ def run(
         )
     parts = predict_components(pieces)
     grids = tables(validation, parts, interval)
-    for grid in grids:
+    predicted = bool(validation.scored or any(one.predicted is not None for one in parts))
+    reasons = [] if predicted else _reasons(validation.refused, parts)
+    for grid in grids if predicted or len(reasons) > MOST_LINES else []:  # else the reasons say all of it
         console.print(table(grid.title, grid.left, grid.right, grid.rows))
     if len(validation.scored) > FEW:
         console.print(LEGEND, style="dim")
@@ -72,11 +74,9 @@ def run(
                 io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
                 written = [str(Path(out) / path.name) for path in sorted(aside.iterdir())]
     say_written(console, json, *written)
-    if validation.scored or any(one.predicted is not None for one in parts):
-        return 0
-    for line in told(_reasons(validation.refused, parts)):
+    for line in told(reasons):
         say(one_line(f"mopsim: {line}"), stderr=True)
-    return NOTHING_PREDICTED
+    return 0 if predicted else NOTHING_PREDICTED
 
 
 def _reasons(refused: Sequence[Refused], parts: Sequence[Predicted]) -> list[str]:

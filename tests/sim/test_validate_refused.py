@@ -187,6 +187,7 @@ def test_all_that_is_wrong_of_a_row_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 3
     lines = result.stderr.splitlines()
+    assert "seq_len" not in result.stdout  # a table would say it twice
     assert lines[0].startswith("mopsim: nothing is predicted: refused the only row: seq_len: '4k' is not a")
     assert [line.split(": ")[1] for line in lines[1:]] == ["sharding", "overlap", "step_time_s", "tp"]
     (run,) = json.loads(out.read_text())["runs"]
