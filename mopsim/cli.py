@@ -160,7 +160,7 @@ def size(
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
     hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],
     days: Annotated[float | None, typer.Option(help="deadline: wall-clock days of the training")] = None,
-    budget: Annotated[float | None, typer.Option(help="budget in dollars (--buy: of the purchase)")] = None,
+    budget: o.Budget = None,
     seq_len: o.SeqLen = "4096",
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
@@ -194,7 +194,7 @@ def size(
     pue: Annotated[
         float | None, typer.Option(help="power of the building over power of its machines")
     ] = None,
-    max_cost: Annotated[float | None, typer.Option(help="dollars that the fastest cluster may cost")] = None,
+    max_cost: o.MaxCost = None,
     simulations: Annotated[
         int, typer.Option(min=1, max=10**6, help="simulations of a family at a searched node count")
     ] = 3,

@@ -28,7 +28,7 @@ from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, require
 from mopsim.common.outputs import whole_directory
 from mopsim.common.processes import pool
-from mopsim.common.units import parse_tokens
+from mopsim.common.units import parse_dollars, parse_tokens
 from mopsim.common.values import require_once
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult
@@ -211,7 +211,7 @@ def size(
     *,
     tokens: float | str,
     days: float | None = None,
-    budget: float | None = None,
+    budget: float | str | None = None,
     seq_len: Count = 4096,
     global_batch_tokens: Count = "4M",
     families: str | Sequence[str] | None = None,
@@ -226,7 +226,7 @@ def size(
     sites: str | Path | None = None,
     assumptions: Mapping[str, float] | None = None,
     utilisation: float | None = None,
-    max_cost: float | None = None,
+    max_cost: float | str | None = None,
     simulations: int = DEFAULT_SIMULATIONS,
     routing: str | Sequence[float] = "balanced",
     document_tokens: Count | None = None,
@@ -239,8 +239,8 @@ def size(
     """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and its cost.
 
     hardware: one machine type or several, as for mopsim.simulate. tokens: tokens to train on, decimal
-    ("1T"). days: deadline in days; days or budget is needed. budget: dollars for the rent of the run, or
-    with `buy` for the purchase. With a budget alone the fastest cluster is recommended, else the cheapest.
+    ("1T"). days: deadline in days; days or budget is needed. budget: dollars ("10M") for the rent of the run,
+    or with `buy` for the purchase. With a budget alone the fastest cluster is recommended, else the cheapest.
     confidence: probability of meeting the deadline that is asked for. global_batch_tokens: tokens of a
     step (binary, "4M"), fitted to each cluster. families: as for mopsim.search. runnable: as for
     mopsim.search. max_nodes: largest number of nodes; 512 if neither limit is given. max_devices: largest
@@ -253,18 +253,18 @@ def size(
     intervals. jobs: number of processes. progress: called as progress(done, known so far, what was asked).
 
     That no cluster meets the limits is a result. Raises MopError."""
-    network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
-    goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
+    network, length, most = read_model(model), count(seq_len, "seq_len"), _dollars(max_cost, "--max-cost")
+    goal = _goal(parse_tokens(str(tokens), "tokens"), days, _dollars(budget, "--budget"), most)
     machines = _distinct(hardware)
     request = Request(
         network, goal, length, _batch(global_batch_tokens, length), read_families(families),
         max_nodes, simulations, runnable, assume(assumptions, utilisation),
         _terms(machines, buy, reserved, prices or {}, capex or {}), read_sites(sites),
-        _confidence(confidence), precision, routed, read_stack(stack), interval, max_cost, max_devices,
-        read_documents(document_tokens).get("document_tokens", 0),
+        _confidence(confidence), precision, read_routing(routing), read_stack(stack), interval, most,
+        max_devices, read_documents(document_tokens).get("document_tokens", 0),
     )  # fmt: skip
     _check(request, machines)
-    return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
+    return Clusters(request, _size_all(request, machines, jobs, progress), most)
 
 
 def _check(request: Request, machines: Sequence[HardwareProfile]) -> None:
@@ -301,13 +301,14 @@ def _distinct(given: AnyHardware | Sequence[AnyHardware]) -> list[HardwareProfil
     return profiles
 
 
+def _dollars(given: float | str | None, field: str) -> float | None:
+    return None if given is None else parse_dollars(str(given), field)
+
+
 def _goal(tokens: int, days: float | None, budget: float | None, max_cost: float | None) -> Goal:
     """Raises MopError for limits out of range, or none at all. max_cost alone is a budget."""
     if days is not None and not 1e-3 <= days < 1e6:
         raise MopError(f"days: {days:g} must lie between 0.001 and a million")
-    for name, dollars in (("budget", budget), ("max-cost", max_cost)):
-        if dollars is not None and not 0 < dollars < 1e15:
-            raise MopError(f"--{name}: {dollars:g} must be positive, and below 1e15 dollars")
     limit = budget if budget is not None or days is not None else max_cost
     if days is None and limit is None:
         raise MopError("days: none given; --days, --budget or both are needed")

@@ -66,6 +66,12 @@ Runnable = Annotated[bool, typer.Option("--runnable", help="only plans that mope
 AnyPlan = Annotated[
     bool, typer.Option("--any", hidden=True, help="of old commands: what it asked for is the default now")
 ]
+Budget = Annotated[
+    str | None, typer.Option(help="budget in dollars (--buy: of the purchase): 250000, 10M, 1.5B")
+]
+MaxCost = Annotated[
+    str | None, typer.Option(help="dollars that the fastest cluster may cost: 250000, 10M, 1.5B")
+]
 Format = Annotated[
     str,
     typer.Option(

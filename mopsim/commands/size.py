@@ -57,7 +57,7 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
         )
     request, chosen = found.request, found.chosen
     console.print(sizing.sizing_table(found.sizings, chosen, request, sizing.stated(request, found.sizings)))
-    within = "" if order["max_cost"] is None else f" within {sizing.format_dollars(order['max_cost'])}"
+    within = "" if request.max_cost is None else f" within {sizing.format_dollars(request.max_cost)}"
     asked = sizing.asked_odds(request)
     least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
     kind = f"{least} {asked}, --confidence" if asked else "fastest"

@@ -1,6 +1,7 @@
 """The only place where scales exist: inside, bytes are int, time is seconds, rates are per second."""
 
 import re
+from fractions import Fraction
 
 from mopsim.common.errors import MopError, shown
 
@@ -60,7 +61,21 @@ LARGEST, LARGEST_COUNT = 2**62, 2**40
 """Bounds of what is read: bytes or tokens that 64 bits hold, and a count (of tokens in a sequence, say) whose
 products with other counts still do."""
 
-_COUNT_SUFFIX = {"": 1, "K": 1024, "M": 1024**2}
+_AMOUNT = re.compile(
+    r"\s*([0-9]{1,40}(?:\.[0-9]{1,20})?|\.[0-9]{1,20})(?:[eE]([+-]?[0-9]{1,2}))?\s*([kKMGBT]?)\s*"
+)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}
+
+
+def read_amount(text: str, step: int) -> Fraction | None:
+    """What '4096', '1.5k', '10M', '2B' (or '2G'), '1.5T' or '2e12' says, a suffix being a power of `step`:
+    1000, or 1024; None where it says none. Every amount that is typed is read here."""
+    match = _AMOUNT.fullmatch(text)
+    if not match:
+        return None
+    number, exponent, suffix = match.groups()
+    power = Fraction(step) ** _POWERS[suffix.upper()]
+    return Fraction(f"{number}e{exponent or 0}") * power
 
 
 def parse_bytes(text: str, field: str = "size") -> int:
@@ -76,9 +91,8 @@ def parse_bytes(text: str, field: str = "size") -> int:
 
 def parse_count(text: str, field: str = "count") -> int:
     """A token count from '32K', '1M' (binary: 128K = 131072) or a plain integer; MopError otherwise."""
-    match = re.match(r"^\s*([0-9]+)\s*([KM]?)\s*$", text)
-    count = float(match.group(1)) * _COUNT_SUFFIX[match.group(2)] if match else 0
-    if count < 1:
+    count = read_amount(text, KIB)
+    if not count or count.denominator > 1:
         raise MopError(f"{field}: {shown(text)} is not a positive count such as 4096, 128K or 1M")
     if count > LARGEST_COUNT:
         raise MopError(f"{field}: {shown(text)} must be at most 2^40")
@@ -87,9 +101,9 @@ def parse_count(text: str, field: str = "count") -> int:
 
 def format_count(count: int) -> str:
     """'128K', '1M' (binary) or the number: what `parse_count` reads."""
-    for unit in "MK":
-        if count >= _COUNT_SUFFIX[unit] and count % _COUNT_SUFFIX[unit] == 0:
-            return f"{count // _COUNT_SUFFIX[unit]}{unit}"
+    for unit, size in (("M", MIB), ("K", KIB)):
+        if count >= size and count % size == 0:
+            return f"{count // size}{unit}"
     return f"{count:,}"
 
 
@@ -125,13 +139,18 @@ def format_probability(value: float) -> str:
     return ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"
 
 
-_DECIMAL_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
 def parse_tokens(text: str, field: str = "tokens") -> int:
     """Tokens of a training run: '15T', '1.5T', '500B', '2e12' (decimal: 1T = 10^12); MopError otherwise."""
-    match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)\s*([KMBT]?)\s*$", text)
-    tokens = float(match.group(1)) * _DECIMAL_SUFFIX[match.group(2)] if match else 0
+    tokens = read_amount(text, 1000) or 0
     if not 1 <= tokens <= LARGEST:
         raise MopError(f"{field}: {shown(text)} is not a number of tokens such as 500B, 1.5T or 2e12")
     return round(tokens)
+
+
+def parse_dollars(text: str, field: str = "dollars") -> float:
+    """Dollars: '250000', '1.5k', '10M', '2.5B' (decimal); MopError otherwise."""
+    dollars = read_amount(text, 1000)
+    if not dollars or dollars >= 10**15:
+        rule = "is not an amount of dollars, above 0 and below 1e15, such as 250000, 1.5k, 10M or 2.5B"
+        raise MopError(f"{field}: {shown(text)} {rule}")
+    return float(dollars)

@@ -1,6 +1,5 @@
 """What no profile knows, as data: values with spread, bounds and source; prices of nodes; sites."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -13,6 +12,7 @@ from mopsim.common.errors import MopError, require, require_name
 from mopsim.common.io import Spec, convert, exists, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped
+from mopsim.common.units import read_amount
 from mopsim.common.values import number_problem, parse_float
 from mopsim.spec.hardware import Tag
 
@@ -186,7 +186,7 @@ def read_values(texts: Sequence[str], option: str, names: Sequence[str] = ()) ->
         name, equals, value = text.partition("=")
         if equals:
             data = {name.strip(): value}
-        elif names and re.fullmatch(r"\s*[0-9.][0-9.eE+-]*\s*", text):
+        elif names and read_amount(text, 1000) is not None:
             data = dict.fromkeys(names, text)
         elif exists(Path(text)):
             data = read_yaml(Path(text), option)
@@ -204,10 +204,9 @@ def read_values(texts: Sequence[str], option: str, names: Sequence[str] = ()) ->
 
 def _number(value: Any, option: str, name: str) -> float:
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = parse_float(value) if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+        amount = read_amount(value, 1000) if isinstance(value, str) else None
+        number = parse_float(str(value)) if amount is None else float(amount)
+    except ValueError:
         raise MopError(f"{option} {name}: {value!r} is not a number") from None
     if number != number or abs(number) == float("inf"):
         raise MopError(f"{option} {name}: {value} must be a finite number")
