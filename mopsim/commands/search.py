@@ -18,6 +18,7 @@ from mopsim.common.processes import workers
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.tables import best_of_others, comparison
+from mopsim.search.miss import nearest_miss
 
 
 def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **job: Any) -> int:
@@ -38,11 +39,13 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses", level))
     if found.top or len(found.lacking) > 1:
-        console.print(best_of_others(found.best_by_family, found.best, found.lacking))
+        console.print(best_of_others(found.best_by_family, found.best or found.closest, found.lacking))
     with progress(console, "asking why", None):
         lines = ranking.why
+    shown_above = [] if found.top or not found.closest else [nearest_miss(found.closest)]
     for line in lines:
-        console.print(f"- {line}")
+        if line not in shown_above:
+            console.print(f"- {line}")
     refused = [one for one in ranking.top if not one.runnable]
     if refused:
         console.print(
@@ -50,9 +53,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
             f"(--runnable leaves them out); {exported(refused)}"
         )
     rate = found.bounded / max(found.bound_seconds, 1e-9)
-    said = found.exhausted() if found.top else found.verdict()
     console.print(
-        f"{said}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
+        f"{found.outcome()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
         f"{found.simulated} simulated, {found.seconds:.1f} s"
     )
     inputs = ranking.inputs

@@ -139,6 +139,15 @@ class SimResult:
         return f"{spoken(self.over or '')} {format_bytes(self.over_bytes)} over"
 
     @property
+    def enough(self) -> str:
+        """'2% more device memory and 8% more host memory would do'."""
+        limits = zip(
+            ("device", "host"), self.missing_bytes, (self.memory_limit, self.host_limit), strict=True
+        )
+        more = (f"{size / max(limit, 1):.0%} more {where} memory" for where, size, limit in limits if size)
+        return f"{' and '.join(more)} would do"
+
+    @property
     def missing(self) -> str:
         """'2 GiB over on the device and 8 GiB over on the host'."""
         tiers = zip(("device", "host"), self.missing_bytes, strict=True)

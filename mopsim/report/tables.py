@@ -169,11 +169,11 @@ def _also(result: SimResult, free: Freedom) -> str:
 def best_of_others(
     best: Mapping[str, SimResult | None], first: SimResult | None, lacking: Mapping[str, SearchResult]
 ) -> Text:
-    """The best strategy of each family but that of `first`, and how they compare with it. lacking:
-    `SearchResult.lacking`."""
+    """The best strategy of each family but that of `first`, and how they compare with it; where nothing fits
+    `first` is what misses by least. lacking: `SearchResult.lacking`."""
     lines = []
     for family, one in best.items():
-        if first and one and one.strategy.name == first.strategy.name:
+        if first and family == first.strategy.name:
             continue
         if first is None or one is None:
             lines.append(f"best of {family}: {lacking[family].none()}")
@@ -190,7 +190,7 @@ def best_of_others(
 def _beyond(result: SimResult) -> str:
     """What is over a limit, or may be."""
     if not result.fits:
-        return f": {result.excess}"
+        return f": {result.excess} ({result.enough})"
     described = result.device.as_described.below(result.memory_limit)
     chances = {"device": described, "host": result.p_host}
     return "".join(

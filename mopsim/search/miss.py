@@ -8,6 +8,7 @@ from msgspec.structs import replace as changed
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes
 from mopsim.cost.compute import matmul_curve
+from mopsim.engine import SimResult
 from mopsim.search.driver import search
 from mopsim.search.options import Options
 from mopsim.search.problem import Problem
@@ -25,20 +26,23 @@ NARROWER: dict[str, tuple[MatmulDType, ...]] = {
 Change = tuple[str, Problem]
 
 
+def nearest_miss(one: SimResult) -> str:
+    """What the closest plan misses, by how much, and the plan."""
+    most = f", most of it {one.over}"
+    tiers = ("device", most, one.memory_limit), ("host", "", one.host_limit)
+    over = [
+        f"{format_bytes(size)} over the {where} memory of a rank "
+        f"({size / max(limit, 1):.0%} more would do{what})"
+        for size, (where, what, limit) in zip(one.missing_bytes, tiers, strict=True)
+        if size
+    ]
+    return f"the nearest miss is {' and '.join(over)}: {one.line}"
+
+
 def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[str]:
     """A line each: what is missed and by how much; of each kind of change the smallest that a short search
     finds a plan for."""
-    lines = []
-    if (one := found.closest) is not None:
-        most = f", most of it {one.over}"
-        tiers = ("device", most, one.memory_limit), ("host", "", one.host_limit)
-        over = [
-            f"{format_bytes(size)} over the {where} memory of a rank "
-            f"({size / max(limit, 1):.0%} more would do{what})"
-            for size, (where, what, limit) in zip(one.missing_bytes, tiers, strict=True)
-            if size
-        ]
-        lines.append(f"the nearest miss is {' and '.join(over)}: {one.line}")
+    lines = [] if found.closest is None else [nearest_miss(found.closest)]
     kinds = (_nodes(problem), _lengths(problem), _bits(problem), _hosts(found, problem))
     for kind in kinds:
         for said, other in kind:

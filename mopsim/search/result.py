@@ -131,6 +131,14 @@ class SearchResult:
             return f"{said}, stopped by {one.over}{left}"
         return f"nothing to run: {self._reasons(3)}"
 
+    def outcome(self) -> str:
+        """What is to stand below the table of `top`, or of the closest, whose miss it does not tell again."""
+        if self.best:
+            return self.exhausted()
+        if not self.closest:
+            return self.verdict()
+        return "nothing fits" + ("" if self.proven else f" ({proof(self.gap)})")
+
     def none(self) -> str:
         """'none: the closest simulated is 4 GiB over on the device, stopped by grads': of one family, why
         nothing of it fits, by its nearest miss or by what refused most of its candidates."""

@@ -269,6 +269,8 @@ def test_a_family_without_a_plan_says_its_own_reason(results: list[SimResult]) -
     missing = f"1.00 GiB over on the device, stopped by {over.over}"
     assert said[1] == f"best of fsdp2: none: the closest simulated is {missing}"
     assert said[2].startswith("best of megatron: none: the likeliest plan fits, as described, with ")
+    closest = replace(over, strategy=structs.replace(over.strategy, name="fsdp2"))
+    assert best_of_others(dict.fromkeys(lacking), closest, lacking).plain.splitlines() == [said[0], said[2]]
 
 
 def test_difference_names_the_component_that_the_next_best_loses_in(results: list[SimResult]) -> None:

@@ -1,11 +1,14 @@
 """Where nothing fits, the nearest miss is found, whichever bounds say so."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 
+from mopsim.cli import app
+from mopsim.common.command_line import run_app
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
@@ -74,3 +77,16 @@ def test_what_is_refused_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mopsim.search.closest.runnable", lambda *args: "no")
     find_closest(replace(some, problem=strict), bound(some), found)
     assert found.closest is None
+
+
+def test_a_miss_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The row of the closest plan said it, its family's line, a reason why and the verdict."""
+    job = "--model qwen3_235b_a22b --hardware rtx4090-24g --seq-len 4096 --global-batch 8 --budget 1"
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, "mopsim", f"search {job} --family fsdp2,megatron".split())
+    said = " ".join(capsys.readouterr().out.split())
+    (missed,) = re.findall(r"(\S+ [KMGT]iB) over \([0-9]+% more device memory", said)
+    assert ended.value.code == 3
+    assert said.count(missed) == 1
+    assert said.count("nothing fits") == 1
+    assert said.count("best of ") == 1
