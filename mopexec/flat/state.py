@@ -9,7 +9,7 @@ from torch import Tensor
 from mopexec.flat.units import Unit
 from mopexec.measure.scope import uncounted
 from mopexec.operators.optimizer import FlatAdamW
-from mopexec.run.shards import STEP, FlatShards, Piece
+from mopexec.run.shards import STEP, ParameterPieces, Piece, boxes
 from mopexec.weights.source import Source
 
 ROUTER = "router.weight"
@@ -57,12 +57,24 @@ def _follow_masters(optimizer: FlatAdamW[Unit]) -> None:
     optimizer.platform.synchronize()
 
 
-def by_parameter(unit: Unit, flat: Tensor) -> dict[str, FlatShards]:
-    """What a buffer laid out as the unit's shard holds of each parameter."""
-    pieces: dict[str, list[Piece]] = {name: [] for name, _ in unit.contents.names}
-    for part in unit.parts():
-        start = (part.index or 0) * math.prod(part.shape) + part.start
-        pieces[part.name].append(Piece(start, flat[part.place : part.place + part.numel]))
-    experts = unit.contents.total_stack
-    stack = (experts,) if experts else ()
-    return {name: FlatShards.of(pieces[name], (*stack, *shape), flat) for name, shape in unit.contents.names}
+def by_parameter(unit: Unit, flat: Tensor) -> dict[str, ParameterPieces]:
+    """What a buffer laid out as the unit's shard holds of each parameter: of those of experts, which lie
+    expert by expert, columns of several at once."""
+    contents = unit.contents
+    stack = (contents.total_stack,) if contents.stack else ()
+    pieces: dict[str, list[Piece]] = {name: [] for name, _ in contents.names}
+    order = (contents.stack or 1, contents.per_copy)
+    for box in boxes(flat[: unit.valid], unit.first, order, (contents.first, 0)):
+        (copy, first), (copies, width), end = box.first, box.values.shape, 0
+        for name, shape in contents.names:
+            begin, end = end, end + math.prod(shape)
+            low, high = max(first, begin), min(first + width, end)
+            if low >= high:
+                continue
+            mine, origin = box.values[:, low - first : high - first], (copy,) * len(stack) + (0,) * len(shape)
+            if copies > 1:
+                pieces[name].append(Piece(origin, mine.view(copies, *shape)))
+            else:
+                pieces[name] += boxes(mine[0], low - begin, (*stack, *shape), origin)
+    wholes = {name: (*stack, *shape) for name, shape in contents.names}
+    return {name: ParameterPieces.of(pieces[name], whole, flat) for name, whole in wholes.items()}

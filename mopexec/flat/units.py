@@ -170,6 +170,12 @@ class Unit:
         return self.shard.place * self.shard_numel
 
     @property
+    def first(self) -> int:
+        """Place of this rank's shard in the flat order of the whole parameter whose rows the unit has."""
+        rows = self.contents.rows
+        return self.start + (rows[0] * self.contents._width if rows else 0)
+
+    @property
     def valid(self) -> int:
         """Elements of the shard that are not padding."""
         return max(0, min(self.shard_numel, self.contents.numel - self.start))
@@ -186,9 +192,7 @@ class Unit:
 
     def parts(self) -> Iterator["Part"]:
         """What this rank's shard holds of each piece of the unit, in order."""
-        rows = self.contents.rows
-        low = self.start + (rows[0] * self.contents._width if rows else 0)
-        high = low + self.valid
+        low, high = self.first, self.first + self.valid
         for name, index, shape, offset in self.contents.pieces():
             begin, end = max(low, offset), min(high, offset + math.prod(shape))
             if begin < end:

@@ -22,7 +22,7 @@ from mopexec.modules.slices import pieces
 from mopexec.modules.wrap import store
 from mopexec.operators.adamw import decays
 from mopexec.run.runner import Batch
-from mopexec.run.shards import FlatShards
+from mopexec.run.shards import ParameterPieces
 from mopexec.weights.source import Source
 
 
@@ -90,10 +90,10 @@ class FullyShardRunner(ModuleRunner):
         if self._host:
             platform.wait_host(platform.record())
 
-    def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, FlatShards]:
+    def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, ParameterPieces]:
         """A shard that is not there (as of a padded rest) is zero."""
         found = {}
         for name, parameter in self.model.named_parameters():
             value = shards[name] if name in shards else torch.zeros_like(local(parameter))
-            found[name] = pieces(self._parts[name], value, 0, value.numel())
+            found[name] = pieces(self._parts[name], value)
         return found

@@ -18,7 +18,7 @@ from mopexec.modules.optimizer import ShardedAdamW
 from mopexec.operators.dtypes import of_name, wide
 from mopexec.operators.kernels import using
 from mopexec.run.runner import Batch, StepResult
-from mopexec.run.shards import STEP, FlatShards, whole
+from mopexec.run.shards import STEP, ParameterPieces, whole
 from mopexec.weights.source import Source
 from mopsim.spec.plan import Plan
 
@@ -183,5 +183,5 @@ class ModuleRunner(ABC):
         return {shard.name: shard.value for shard in self._optimizer.shards}
 
     @abstractmethod
-    def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, FlatShards]:
+    def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, ParameterPieces]:
         """What this rank's `shards` have of each parameter."""

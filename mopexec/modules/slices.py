@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mopexec.distributed.mesh import Group, Mesh
 from mopexec.model.initialize import is_stacked
-from mopexec.run.shards import FlatShards, Piece, runs_within
+from mopexec.run.shards import ParameterPieces, boxes
 from mopsim.spec import layout
 
 Kind = Literal["split", "whole", "experts"]
@@ -62,12 +62,7 @@ def part_of(block: Block, dim: int, group: Group) -> Block:
     return replace(block, start=tuple(start), size=tuple(size))
 
 
-def pieces(block: Block, values: Tensor, start: int, stop: int) -> FlatShards:
-    """Elements [start, stop) of a block's flat order, which `values` begins with, as pieces of the whole
-    parameter's."""
-    flat = values.view(-1)
-    found = [
-        Piece(place, flat.narrow(0, at - start, count))
-        for place, at, count in runs_within(block.shape, block.size, block.start, start, stop)
-    ]
-    return FlatShards.of(found, block.shape, values)
+def pieces(block: Block, values: Tensor, start: int = 0) -> ParameterPieces:
+    """What `values` are, from the element `start` on of a block's flat order, of the whole parameter."""
+    found = boxes(values.view(-1), start, block.size, block.start)
+    return ParameterPieces.of(list(found), block.shape, values)

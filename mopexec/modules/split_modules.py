@@ -13,7 +13,7 @@ from mopexec.modules.masters import Masters
 from mopexec.modules.optimizer import ShardedAdamW
 from mopexec.modules.runner import ModuleRunner
 from mopexec.modules.zero1 import adopt, buffers_of
-from mopexec.run.shards import FlatShards
+from mopexec.run.shards import ParameterPieces
 from mopexec.weights.source import Source
 
 
@@ -55,7 +55,7 @@ class SplitRunner(ModuleRunner):
     def _parameters(self) -> dict[str, Tensor]:
         return {buffer.key: buffer.part(buffer.values) for buffer in self._buffers.all}
 
-    def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, FlatShards]:
+    def _pieces(self, shards: Mapping[str, Tensor]) -> dict[str, ParameterPieces]:
         """A shard that is not there (of what is not trained) is zero."""
         found = {}
         for name, buffer in self._buffers.named():

@@ -20,7 +20,7 @@ from mopexec.modules.network import RankNetwork
 from mopexec.modules.slices import Block, Kind, pieces
 from mopexec.operators.adamw import Intervals, decays
 from mopexec.operators.dtypes import of_name
-from mopexec.run.shards import FlatShards
+from mopexec.run.shards import ParameterPieces
 from mopsim.spec import layout
 from mopsim.spec.strategy import Precision
 
@@ -87,14 +87,14 @@ class Buffer:
         shape = self.blocks[name].size
         return flat.narrow(0, self.places[name], torch.Size(shape).numel()).view(shape)
 
-    def pieces(self, name: str, part: Tensor) -> FlatShards:
-        """What `part` (laid out as `part(values)`) has of a parameter, as pieces of its whole flat order."""
+    def pieces(self, name: str, part: Tensor) -> ParameterPieces:
+        """What `part` (laid out as `part(values)`) has of a parameter, as pieces of the whole one."""
         block, size, begin = self.blocks[name], part.numel(), self.places[name]
         first = self.shard.place * size
         start, stop = max(first, begin), min(first + size, begin + torch.Size(block.size).numel())
         count = max(0, stop - start)
         mine = part.narrow(0, start - first if count else 0, count)
-        return pieces(block, mine, start - begin, start - begin + count)
+        return pieces(block, mine, start - begin)
 
 
 @dataclass

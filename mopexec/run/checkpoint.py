@@ -18,11 +18,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from mopexec.distributed.collectives import of_all
-from mopexec.run.checkpoint_reader import Reader
+from mopexec.run.checkpoint_reader import read
 from mopexec.run.state import RunState, check_state
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -202,7 +201,7 @@ def load(path: Path, runner: Stateful) -> None:
     if own_random_state := written_by.world_size == dist.get_world_size():
         state[_rng_key()] = torch.get_rng_state()
     try:
-        load_tensors(state, checkpoint_id=str(path), storage_reader=Reader(path))
+        read(path, state)
     except _UNREADABLE as error:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
     if own_random_state:
@@ -214,7 +213,7 @@ def read_alone(path: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` from the checkpoint at `path` in one process without ranks."""
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch: there are no ranks
-            load_tensors(state, checkpoint_id=str(path), storage_reader=Reader(path), no_dist=True)
+            read(path, state, alone=True)
     except _UNREADABLE as error:
         raise UnreadableCheckpointError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mopexec.distributed.mesh import process_group
 from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
-from mopexec.run.shards import FlatShards, Piece
+from mopexec.run.shards import ParameterPieces, Piece
 from mopexec.run.state import RunState
 from mopsim.common.errors import MopError
 
@@ -112,17 +112,19 @@ class _Copy:
 
     def _copied(self, name: str, value: Any) -> Any:
         kept = self._state.get(name)
-        if isinstance(value, FlatShards):
-            held = kept.pieces if isinstance(kept, FlatShards) else {}
-            pieces = [Piece(s, self._into(held.get(s), values)) for s, values in value.pieces.items()]
+        if isinstance(value, ParameterPieces):
+            held = kept.pieces if isinstance(kept, ParameterPieces) else {}
+            pieces = [Piece(at, self._into(held.get(at), values)) for at, values in value.pieces.items()]
             like = pieces[0].values if pieces else torch.empty(0, dtype=value.dtype)
-            return FlatShards.of(pieces, value.whole, like)
+            return ParameterPieces.of(pieces, value.whole, like)
         return self._into(kept, value)
 
     def _into(self, kept: Tensor | None, value: Tensor) -> Tensor:
         if kept is None or kept.shape != value.shape:
             kept = self._platform.host_empty(value.shape, value.dtype, "staging")
-        self._platform.copy(kept, value)
+        rows = ((kept, value),) if value.is_contiguous() else zip(kept, value, strict=True)
+        for row in rows:  # a copy of all at once would make one on the device first
+            self._platform.copy(*row)
         return kept
 
 

@@ -13,8 +13,9 @@ from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.model import DESCRIPTION, ModelSpec
 from mopsim.spec.plan import Plan
 
-_FORMAT = 2
-"""1: flat tensors of one runtime's own units."""
+_FORMAT = 3
+"""Boxes of each parameter. 1: flat tensors of one runtime's own units; 2: intervals of its flat order."""
+_READ = (2, _FORMAT)
 _FIXED = ("seq_len", "global_batch", "routing", "document_tokens", "seed")
 """Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
 
@@ -119,7 +120,7 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
 
 def check_format(found: RunState, path: Path, option: str) -> None:
     """Refuse a checkpoint in another format than this version's. option: that asks for it."""
-    if found.format != _FORMAT:
+    if found.format not in _READ:
         version = "an earlier" if found.format < _FORMAT else "a later"
         rule = f"format {found.format}, where this one's is {_FORMAT}"
         raise MopError(f"{option}: checkpoint {path} was written by {version} version of mopexec ({rule})")

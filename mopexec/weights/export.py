@@ -1,6 +1,6 @@
 """The newest checkpoint of a run as a Hugging Face directory: safetensors, config.json, tokenizer.
 
-One process reads interval by interval what a file holds, so no more than a file's tensors are in memory; it
+One process reads piece by piece what a file holds, so no more than a file's tensors are in memory; it
 needs neither the ranks nor the device that trained.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mopexec.model.initialize import is_stacked
 from mopexec.run import checkpoint, kept, plans
 from mopexec.run.checkpoint import UnreadableCheckpointError
-from mopexec.run.shards import FlatShards, Piece
+from mopexec.run.shards import ParameterPieces, Piece
 from mopexec.run.state import check_format
 from mopexec.weights.begin import architecture, check_rate
 from mopexec.weights.config import to_config
@@ -142,10 +142,10 @@ def _load(layout: Layout, path: Path, values: Mapping[tuple[str, int | None], Te
         if name in layout.buffers:
             state[name] = value
         else:
-            start = (expert or 0) * value.numel()
-            pieces.setdefault(name, []).append(Piece(start, value.flatten()))
+            box = value if expert is None else value[None]
+            pieces.setdefault(name, []).append(Piece((expert or 0, *[0] * (box.dim() - 1)), box))
     for name, parts in pieces.items():
-        state[f"{name}.value"] = FlatShards.of(parts, layout.parameters[name], parts[0].values)
+        state[f"{name}.value"] = ParameterPieces.of(parts, layout.parameters[name], parts[0].values)
     if state:
         checkpoint.read_alone(path, state)
 

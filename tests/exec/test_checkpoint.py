@@ -25,7 +25,7 @@ from tests.patience import HANG
 from tests.plans import plan_of, split
 
 STATE = RunState(
-    step=3, model="m", model_digest="d", world_size=1, vocab_size=300, seq_len=8, format=2,
+    step=3, model="m", model_digest="d", world_size=1, vocab_size=300, seq_len=8, format=3,
     global_batch=2, seed=0, text_digest="t",
 )  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_a_step_that_the_directory_does_not_have_is_passed_over(step, tmp_path):
     assert checkpoint.load_newest(root, Holder()) == (older, 1, [why])
 
 
-@pytest.mark.parametrize(("number", "version"), [(1, "an earlier"), (3, "a later")])
+@pytest.mark.parametrize(("number", "version"), [(1, "an earlier"), (4, "a later")])
 def test_another_format_is_said_to_be_earlier_or_later(number, version):
     other = msgspec.structs.replace(STATE, format=number)
     line = rf"--resume: checkpoint c was written by {version} version of mopexec \(format {number}, "
