@@ -113,22 +113,25 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     record, program = played.records[place], workload.programs[place]
     last, repeats, unit = workload.expanded - 1, workload.repeats, workload.unit
     period = played.turns.seconds
-    often = {i: 1 + repeats * (last - unit <= i < last) for i in record.tallies}
-    first = last - played.turns.count
-    cycle = record.tallies[last].ready - record.tallies[first].ready if repeats else 1.0
-    weights = {i: 1 + repeats * period / cycle * (first <= i < last) for i in record.tallies}
+    often = dict.fromkeys(range(last - unit, last), 1 + repeats)
+    first, share = last - played.turns.count, repeats * unit / played.turns.count
+    weights = {i: 1 + share * (first <= i < last) for i in record.tallies}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
     between = hardware.step_overhead(workload.stack.runtime or workload.stack.name)
     busy, counts, flops = _totals(program, played.prices, [often.get(one, 1) for one in record.turns])
     components = _sum(record, "component", weights) | ({"runtime": between} if between else {})
     step_time = max(played.end + hidden + repeats * period + between, 1e-12)
     after = step_time - sum(components.values())  # its last op; copies to the host may end the step
-    if after > 1e-9 * step_time:
-        components[WAITING] = components.get(WAITING, 0.0) + after
+    if abs(after) > 1e-9 * step_time:
+        components[WAITING] = max(0.0, components.get(WAITING, 0.0) + after)
+    exposed = _sum(record, "exposed", weights)
+    if "peers" in exposed:  # how long it waits for other stages differs from turn to turn
+        cycle = record.turn(last).ready - record.turn(first).ready
+        exposed["peers"] = max(0.0, exposed["peers"] + repeats * period - share * cycle)
     return {
         "step_time": step_time,
         "time_by_component": components,
-        "exposed": _sum(record, "exposed", weights),
+        "exposed": exposed,
         "busy": busy,
         "num_ops": counts,
         "flops": flops,

