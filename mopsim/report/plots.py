@@ -4,6 +4,7 @@ measured."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -62,6 +63,7 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
 
 SEEN = 0.002
 """Share of an axis from which a part is wide enough to be seen, and has its place in the legend."""
+WHISKER: Any = {"ecolor": "#212f3c", "elinewidth": 1.4, "capsize": 5}
 
 
 def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: float = 0.0) -> None:
@@ -72,26 +74,15 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: fl
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
         label = name.replace("_", " ") if max(widths) > SEEN * high else None
-        axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=0.62)
-        for row, width in enumerate(widths):
-            if width > 0.07 * max(high, 1e-12):
-                axis.text(
-                    left[row] + width / 2,
-                    row,
-                    f"{width:.3g}",
-                    ha="center",
-                    va="center",
-                    color=text_on(colour(name)),
-                    fontsize=9,
-                )
+        drawn = axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=0.62)
+        numbers = [f"{width:.3g}" if width > 0.07 * max(high, 1e-12) else "" for width in widths]
+        axis.bar_label(drawn, numbers, label_type="center", color=text_on(colour(name)), fontsize=9)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, bar in enumerate(bars):
         if bar.interval:
             low, high = (end / scale for end in bar.interval)
-            ends = [
-                row + 0.21 + step for step in (-0.07, 0.07, 0, 0, 0.07, -0.07)
-            ]  # below the parts' numbers
-            axis.plot([low, low, low, high, high, high], ends, color="#212f3c", linewidth=1.4)
+            middle = (low + high) / 2
+            axis.errorbar(middle, row + 0.21, xerr=middle - low, **WHISKER)  # below the parts' numbers
         place = clear if bar.end / scale <= clear else bar.end / scale
         tint = "#c0392b" if bar.bad else "#212f3c"
         axis.text(place, row, f"  {bar.remark}", va="center", fontsize=10, color=tint)
@@ -138,42 +129,26 @@ def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> None:
     after the pilot runs."""
     values = [value for row in rows for value in (row.high, row.before or 0, row.after or 0)]
     unit, scale = time_scale(max(values))
+    shown = {
+        "before": ("#bfc9ca", "predicted before calibration"),
+        "measured": ("#1b4f72", "measured (line: p10 to p90)"),
+        "after": ("#ca6f1e", "predicted after the pilot runs"),
+    }
     width = 0.26
     with figure(path, 10, 5) as (axis,):
-        for place, (name, tint, label) in enumerate(
-            (
-                ("before", "#bfc9ca", "predicted before calibration"),
-                ("measured", "#1b4f72", "measured (line: p10 to p90)"),
-                ("after", "#ca6f1e", "predicted after the pilot runs"),
-            )
-        ):
+        for place, (name, (tint, label)) in enumerate(shown.items(), -1):
             heights = [(getattr(row, name) or 0) / scale for row in rows]
-            spots = [index + (place - 1) * width for index in range(len(rows))]
-            axis.bar(spots, heights, width * 0.94, color=tint, label=label)
-            for row, spot, height in zip(rows, spots, heights, strict=True):
-                text = f"{height:.3g}" if name == "measured" else f"{height * scale / row.measured - 1:+.0%}"
-                top = row.high / scale if name == "measured" else height
-                axis.annotate(
-                    text,
-                    (spot, top),
-                    (0, 4),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom",
-                    fontsize=10,
-                )
-        spread = [
-            [(row.measured - row.low) / scale for row in rows],
-            [(row.high - row.measured) / scale for row in rows],
-        ]
-        axis.errorbar(
-            range(len(rows)),
-            [row.measured / scale for row in rows],
-            yerr=spread,
-            fmt="none",
-            ecolor="#212f3c",
-            capsize=5,
-        )
+            errors = [height * scale / row.measured - 1 for row, height in zip(rows, heights, strict=True)]
+            texts, spread = [f"{error:+.0%}" for error in errors], None
+            if name == "measured":
+                texts = [f"{height:.3g}" for height in heights]
+                ends = [(row.measured - row.low, row.high - row.measured) for row in rows]
+                spread = [[end / scale for end in each] for each in zip(*ends, strict=True)]
+            spots = [index + place * width for index in range(len(rows))]
+            bars = axis.bar(
+                spots, heights, width * 0.94, color=tint, label=label, yerr=spread, error_kw=WHISKER
+            )
+            axis.bar_label(bars, texts, padding=4, fontsize=10)
         axis.set_xticks(range(len(rows)), [row.label for row in rows])
         axis.set_ylim(0, max(values) / scale * 1.15)
         axis.set_ylabel(f"step time, {unit}")
