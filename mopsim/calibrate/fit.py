@@ -31,25 +31,12 @@ SCALES = (0.02, 50.0)
 
 
 @dataclass(frozen=True)
-class KindPoint:
-    """One kind of work in one run. base: simulated seconds, uncorrected; ops: simulated; seconds: measured.
+class RunPoint:
+    """One kind of work in one run, simulated uncorrected, or its step, kinds corrected, with the ops of the
+    compute stream. simulated: seconds; ops: simulated; seconds: measured.
 
-    noise: relative standard deviation of what was measured. weight: of the run, 1 where nothing disturbed it.
-    """
-
-    base: float
-    ops: int
-    seconds: float
-    noise: float
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class StepPoint:
-    """One run's step. simulated: seconds, kinds corrected; ops: of the compute stream; seconds: measured.
-
-    noise: relative standard deviation of what was measured. runtime: whose Python ran between the ops.
-    weight: of the run, 1 where nothing disturbed it.
+    noise: relative standard deviation of what was measured. runtime: whose Python ran between the ops of a
+    step. weight: of the run, 1 where nothing disturbed it.
     """
 
     simulated: float
@@ -62,7 +49,7 @@ class StepPoint:
 
 @dataclass(frozen=True)
 class KindFit:
-    """seconds = scale * base + overhead * ops."""
+    """seconds = scale * simulated + overhead * ops."""
 
     scale: float
     overhead: float
@@ -77,10 +64,15 @@ class StepFit:
     constants: dict[str, float]
 
 
-def _noise(points: Sequence[KindPoint] | Sequence[StepPoint]) -> Array:
+def _noise(points: Sequence[RunPoint]) -> Array:
     """Relative standard deviation of each point: a run of weight w counts as w runs."""
     noise = np.maximum([point.noise for point in points], LEAST_NOISE)
     return np.asarray(noise / np.sqrt([point.weight for point in points]), dtype=np.float64)
+
+
+def _columns(points: Sequence[RunPoint]) -> Array:
+    """Simulated seconds, ops and measured seconds."""
+    return np.array([[point.simulated, point.ops, point.seconds] for point in points], np.float64).T
 
 
 def _solve(residuals: Any, start: list[float], lower: list[float], upper: list[float]) -> Array:
@@ -89,19 +81,19 @@ def _solve(residuals: Any, start: list[float], lower: list[float], upper: list[f
     return np.asarray(found.x, dtype=np.float64)
 
 
-def distinct(points: Sequence[KindPoint]) -> bool:
+def distinct(points: Sequence[RunPoint]) -> bool:
     """Whether the runs tell a scale from an overhead per op."""
-    per_op = [point.base / point.ops for point in points if point.ops]
+    per_op = [point.simulated / point.ops for point in points if point.ops]
     return len(per_op) >= 2 and max(per_op) > DISTINCT * min(per_op)
 
 
-def fit_kind(points: Sequence[KindPoint], overhead_prior: float, floor: float) -> KindFit:
+def fit_kind(points: Sequence[RunPoint], overhead_prior: float, floor: float) -> KindFit:
     """Scale, and overhead per op (never negative) where the runs are distinct, of one kind of work.
 
     overhead_prior: its standard deviation, seconds. floor: the least scale that physics allows. Every point's
-    base is positive.
+    simulated time is positive.
     """
-    base, ops, seconds = np.array([[p.base, p.ops, p.seconds] for p in points], float).T
+    base, ops, seconds = _columns(points)
     noise = _noise(points)
     with_overhead = distinct(points)
 
@@ -117,7 +109,7 @@ def fit_kind(points: Sequence[KindPoint], overhead_prior: float, floor: float) -
 
 
 def fit_family(
-    points: Mapping[str, Sequence[KindPoint]],
+    points: Mapping[str, Sequence[RunPoint]],
     overhead_priors: Mapping[str, float],
     floors: Mapping[str, float],
 ) -> tuple[float, dict[str, KindFit]]:
@@ -126,11 +118,11 @@ def fit_family(
 
     A family's kinds go over the same wires, so that they err alike; what one run measures of one of them on
     a busy machine is worth little by itself. An overhead per op is fitted where the runs are distinct. Every
-    point's base is positive.
+    point's simulated time is positive.
     """
     kinds = [kind for kind, found in points.items() if found]
     count, noises = len(kinds), [_noise(points[kind]) for kind in kinds]
-    tables = [np.array([[p.base, p.ops, p.seconds] for p in points[kind]], float).T for kind in kinds]
+    tables = [_columns(points[kind]) for kind in kinds]
     priors = [overhead_priors[kind] * distinct(points[kind]) for kind in kinds]
 
     def residuals(x: Array) -> Array:
@@ -154,7 +146,7 @@ def fit_family(
     return float(np.exp(x[0])), fits
 
 
-def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
+def fit_step(points: Sequence[RunPoint], launch: float) -> StepFit:
     """What the kinds leave of the step, split by what is to be expected of each part.
 
     A cost per op (the executor's own Python; prior: some launch overheads), a constant per runtime (hooks,
@@ -163,7 +155,7 @@ def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
     """
     runtimes = sorted({point.runtime for point in points})
     which = np.array([runtimes.index(point.runtime) for point in points])
-    simulated, ops, seconds = np.array([[p.simulated, p.ops, p.seconds] for p in points], float).T
+    simulated, ops, seconds = _columns(points)
     noise, typical = _noise(points), float(np.median(seconds))
 
     def parts(x: Array) -> tuple[float, float, Array]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from mopsim.calibrate.fit import SCALES, KindPoint, StepPoint, fit_family, fit_kind, fit_step, scatter
+from mopsim.calibrate.fit import SCALES, RunPoint, fit_family, fit_kind, fit_step, scatter
 from mopsim.calibrate.observed import Seen, expected, observed
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
@@ -237,7 +237,7 @@ def _corrected(
     )
 
 
-def _points(kind: str, runs: Sequence[_Run], least: float = 0.0) -> list[KindPoint]:
+def _points(kind: str, runs: Sequence[_Run], least: float = 0.0) -> list[RunPoint]:
     """A kind in every run that both simulates and measures it. least: of its relative noise."""
     points = []
     for run in runs:
@@ -246,7 +246,7 @@ def _points(kind: str, runs: Sequence[_Run], least: float = 0.0) -> list[KindPoi
             spread = (timing.seconds_high - timing.seconds_low) / (2 * timing.seconds) or ONE_STEP_NOISE
             noise = max(spread, least)
             ops = run.base.num_ops.get(kind, 0)
-            points.append(KindPoint(base, ops, timing.seconds, noise, run.measurement.quiet))
+            points.append(RunPoint(base, ops, timing.seconds, noise, weight=run.measurement.quiet))
     return points
 
 
@@ -307,11 +307,11 @@ def floor(bare: HardwareProfile, kind: str) -> float:
     return SCALES[0]
 
 
-def _step_point(run: _Run, simulated: SimResult) -> StepPoint:
+def _step_point(run: _Run, simulated: SimResult) -> RunPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
     measured = run.measurement
     noise, runtime = scatter(measured.step_times), run.plan.stack.runtime or run.plan.stack.name
-    return StepPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime, measured.quiet)
+    return RunPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime, measured.quiet)
 
 
 def _spread(

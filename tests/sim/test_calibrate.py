@@ -14,8 +14,7 @@ import pytest
 from mopsim.calibrate.fit import (
     KIN_PRIOR,
     SCALE_PRIOR,
-    KindPoint,
-    StepPoint,
+    RunPoint,
     fit_family,
     fit_kind,
     fit_step,
@@ -233,28 +232,28 @@ def test_gpu_efficiency_never_passes_the_datasheet() -> None:
 
 
 def test_kind_fit_resists_one_bad_run() -> None:
-    points = [KindPoint(0.1 * i, 10, 0.2 * i, 0.0) for i in (1, 1, 1, 1)] + [KindPoint(0.1, 10, 2.0, 0.0)]
+    points = [RunPoint(0.1 * i, 10, 0.2 * i, 0.0) for i in (1, 1, 1, 1)] + [RunPoint(0.1, 10, 2.0, 0.0)]
     assert fit_kind(points, 1e-6, 0.02).scale == pytest.approx(2.0, rel=0.1)
 
 
 def test_few_data_stay_near_no_correction() -> None:
-    noisy = fit_kind([KindPoint(0.1, 10, 0.3, 1.0)], 1e-6, 0.02)
-    sure = fit_kind([KindPoint(0.1, 10, 0.3, 0.0)], 1e-6, 0.02)
+    noisy = fit_kind([RunPoint(0.1, 10, 0.3, 1.0)], 1e-6, 0.02)
+    sure = fit_kind([RunPoint(0.1, 10, 0.3, 0.0)], 1e-6, 0.02)
     assert 1.0 < noisy.scale < sure.scale < 3.0
 
 
 def test_step_fit_gives_little_to_the_factor_where_ops_explain() -> None:
-    fit = fit_step([StepPoint(0.1, 3000, 0.115, 0.02)], 5e-6)
+    fit = fit_step([RunPoint(0.1, 3000, 0.115, 0.02)], 5e-6)
     assert fit.per_op == pytest.approx(5e-6, rel=0.5)
     assert fit.factor == pytest.approx(1.0, abs=0.05)
-    slower = fit_step([StepPoint(0.2, 1000, 0.15, 0.02)], 5e-6)
+    slower = fit_step([RunPoint(0.2, 1000, 0.15, 0.02)], 5e-6)
     assert slower.per_op < 1e-7
     assert slower.factor < 0.9
 
 
 def test_each_runtime_has_a_constant_of_its_own() -> None:
     """Two runtimes that simulate alike and differ by 50 ms of Python between the ops."""
-    runs = [StepPoint(0.4, 1000, 0.4, 0.01, "flat_units"), StepPoint(0.4, 1000, 0.45, 0.01, "fully_shard")]
+    runs = [RunPoint(0.4, 1000, 0.4, 0.01, "flat_units"), RunPoint(0.4, 1000, 0.45, 0.01, "fully_shard")]
     fit = fit_step(runs, 5e-6)
     for run in runs:
         predicted = fit.factor * run.simulated + fit.per_op * run.ops + fit.constants[run.runtime]
@@ -285,12 +284,12 @@ def test_a_measured_routing_is_of_the_models_experts() -> None:
 
 def test_a_family_shares_what_its_noisy_kinds_say() -> None:
     """One bad measurement of one collective is corrected by its kin; clean ones keep their own scale."""
-    kin = {kind: [KindPoint(0.1, 10, 0.2, 0.1)] * 2 for kind in ("all_gather", "all_reduce", "all_to_all")}
+    kin = {kind: [RunPoint(0.1, 10, 0.2, 0.1)] * 2 for kind in ("all_gather", "all_reduce", "all_to_all")}
     floors, overheads = dict.fromkeys((*kin, "send_recv"), 0.02), dict.fromkeys((*kin, "send_recv"), 1e-6)
-    common, fits = fit_family({**kin, "send_recv": [KindPoint(0.1, 10, 0.9, 1.0)]}, overheads, floors)
+    common, fits = fit_family({**kin, "send_recv": [RunPoint(0.1, 10, 0.9, 1.0)]}, overheads, floors)
     assert common == pytest.approx(2.0, rel=0.1)
     assert fits["send_recv"].scale < 2.5
-    clean = fit_family({**kin, "send_recv": [KindPoint(0.1, 10, 0.4, 0.05)] * 3}, overheads, floors)[1]
+    clean = fit_family({**kin, "send_recv": [RunPoint(0.1, 10, 0.4, 0.05)] * 3}, overheads, floors)[1]
     assert clean["send_recv"].scale == pytest.approx(4.0, rel=0.1)
 
 
