@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import Any
 
 import msgspec
-from msgspec import Struct, structs
 
 from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert, leaves
@@ -17,14 +16,14 @@ from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
 from mopsim.spec.has import plain
 from mopsim.spec.kernels import BEYOND, DEFAULT
-from mopsim.spec.model import DESCRIPTION
+from mopsim.spec.model import DESCRIPTION, ModelSpec
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 
 SHIPPED = {side: one["runs"] for side, one in SIDES.items() if "runs" in one}
 """Stacks that describe what mopexec's runtimes really do."""
-_STACK = [path for path, _ in leaves(Stack)]
+_STACK, _MODEL = ([path for path, _ in leaves(spec)] for spec in (Stack, ModelSpec))
 
 
 class Relation(Spec, frozen=True, kw_only=True, rename={"otherwise": "else"}):
@@ -180,22 +179,12 @@ def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
     if job.model.name not in list_models():
         return
     preset = load_model(job.model.name)
-    flavors = dict(_values(preset))
-    for path, value in _values(job.model):
-        flavor, said = flavors[path], ROWS[f"model.{path}"].cells[side].values is not None
+    for path in _MODEL:
+        value, flavor = attrgetter(path)(job.model), attrgetter(path)(preset)
+        said = ROWS[f"model.{path}"].cells[side].values is not None
         if value != flavor and not said and path not in DESCRIPTION:
             rule = f"is not {SIDES[side]['does']}'s flavor of {preset.name}: {flavor!r}"
             yield SpecError(f"model.{path}", value, rule)
-
-
-def _values(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every field that holds no struct."""
-    for one in structs.fields(spec):
-        value = getattr(spec, one.name)
-        if isinstance(value, Struct):
-            yield from _values(value, f"{prefix}{one.name}.")
-        else:
-            yield f"{prefix}{one.name}", value
 
 
 ALL_RULES = [convert(one, Relation, "rule") for one in read("rules.yaml")]
