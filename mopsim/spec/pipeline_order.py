@@ -15,39 +15,26 @@ def warm_up(stages: int, virtual: int, stage: int, ahead: int = 0) -> int:
     return (stages - stage - 1) * 2 + (virtual - 1) * stages + ahead
 
 
-def one_forward_one_backward(stages: int, microbatches: int, stage: int, ahead: int = 0) -> list[Slot]:
-    """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with stages - stage - 1 forwards, then alternate,
-    then drain. ahead: forwards more."""
-    warm = min(warm_up(stages, 1, stage, ahead), microbatches)
-    order: list[Slot] = [("forward", i, 0) for i in range(warm)]
-    for i in range(microbatches - warm):
-        order += [("forward", warm + i, 0), ("backward", i, 0)]
-    return order + [("backward", i, 0) for i in range(microbatches - warm, microbatches)]
-
-
-def interleaved(stages: int, virtual: int, microbatches: int, stage: int, ahead: int = 0) -> list[Slot]:
-    """Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go round the
-    model chunks. ahead: forwards more before the first backward."""
+def one_forward_one_backward(
+    stages: int, microbatches: int, stage: int, ahead: int = 0, virtual: int = 1
+) -> list[Slot]:
+    """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with forwards, then alternate, then drain. With
+    several virtual stages interleaved (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go
+    round the model chunks. ahead: forwards more before the first backward."""
     total = microbatches * virtual
     warm = min(warm_up(stages, virtual, stage, ahead), total)
 
-    def place(index: int, forward: bool) -> tuple[int, int]:
-        """(microbatch, chunk) of the index-th forward or backward."""
+    def slot(phase: Literal["forward", "backward"], index: int) -> Slot:
+        """The index-th forward or backward."""
         group, inside = divmod(index, stages * virtual)
         first = group * stages
-        size = min(stages, microbatches - first)
-        chunk, offset = divmod(inside, size) if size < stages else divmod(inside, stages)
-        chunk = chunk if forward else virtual - 1 - chunk
-        return first + offset, chunk
+        chunk, offset = divmod(inside, min(stages, microbatches - first))
+        return phase, first + offset, chunk if phase == "forward" else virtual - 1 - chunk
 
-    order: list[Slot] = []
-    for i in range(total):
-        if i >= warm:
-            order.append(("forward", *place(i, True)))
-            order.append(("backward", *place(i - warm, False)))
-        else:
-            order.append(("forward", *place(i, True)))
-    return order + [("backward", *place(i, False)) for i in range(total - warm, total)]
+    order = [slot("forward", i) for i in range(warm)]
+    for i in range(total - warm):
+        order += [slot("forward", warm + i), slot("backward", i)]
+    return order + [slot("backward", i) for i in range(total - warm, total)]
 
 
 def zero_bubble(stages: int, microbatches: int, stage: int) -> list[Slot]:
@@ -76,11 +63,10 @@ def order(
 
     ahead: forwards beyond the warm-up, so that a forward and the backward after it are of two microbatches.
     """
-    if schedule == "interleaved" and virtual > 1:
-        return interleaved(stages, virtual, microbatches, stage, ahead)
     if schedule == "zero_bubble" and stages > 1:  # nothing to fill in a stage alone
         return zero_bubble(stages, microbatches, stage)
-    return one_forward_one_backward(stages, microbatches, stage, ahead)
+    chunks = virtual if schedule == "interleaved" else 1
+    return one_forward_one_backward(stages, microbatches, stage, ahead, chunks)
 
 
 def turns(

@@ -72,7 +72,7 @@ def test_pipeline_orders_do_everything_once(stages: int, microbatches: int, name
 @pytest.mark.parametrize(("stages", "virtual", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 3, 12)])
 def test_interleaved_orders_can_be_played(stages: int, virtual: int, microbatches: int) -> None:
     """Every slot runs once its predecessor on the ring of model chunks has run: no deadlock."""
-    orders = [pipeline.interleaved(stages, virtual, microbatches, stage) for stage in range(stages)]
+    orders = [pipeline.order("interleaved", stages, virtual, microbatches, stage) for stage in range(stages)]
     places, done = [0] * stages, set()
     last = stages * virtual - 1
 
