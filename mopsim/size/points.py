@@ -1,7 +1,7 @@
 """What is asked of a sizing and what it answers: requests, points, the recommendation, near misses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mopsim.engine import SimResult
@@ -167,10 +167,7 @@ class Sizing:
     def rival(self) -> Point | None:
         """What is compared with other machine types by its cost: the best; where there is none, the cheapest
         cluster that fits and is in time."""
-        if self.best:
-            return self.best
-        found = [one for point in self.tried if point.in_time and (one := _priced(point))]
-        return min(found, key=lambda one: one[:3])[3] if found else None
+        return self.best or next(_by_cost(point for point in self.tried if point.in_time), None)
 
     @property
     def bill(self) -> Figures | None:
@@ -179,21 +176,24 @@ class Sizing:
         return next((point.figures for point in points if point.figures), None)
 
 
-def _priced(point: Point) -> tuple[float, float, int, Point] | None:
-    bill = point.figures
-    if bill is None or bill.cost is None:
-        return None
-    return bill.cost, bill.seconds, point.num_nodes, point
+def _by_cost(points: Iterable[Point]) -> Iterator[Point]:
+    """The points that have a price, cheapest first."""
+    priced = [
+        (bill.cost, bill.seconds, point.num_nodes, point)
+        for point in points
+        if (bill := point.figures) and bill.cost is not None
+    ]
+    return (point for *_, point in sorted(priced, key=lambda one: one[:3]))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
     """The points that no other beats in cost and time, cheapest first; those without a price left out."""
     front: list[Point] = []
     fastest = float("inf")
-    for _, seconds, _, point in sorted(filter(None, map(_priced, points)), key=lambda one: one[:3]):
-        if seconds < fastest:
+    for point in _by_cost(points):
+        if point.figures and point.figures.seconds < fastest:
             front.append(point)
-            fastest = seconds
+            fastest = point.figures.seconds
     return front
 
 
@@ -201,13 +201,12 @@ def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[P
     """(cheapest, fastest within `max_cost` dollars of outlay) of the points that do; a machine without a
     price is never the cheapest, nor within a budget."""
     done = [(point, point.figures) for point in points if point.does and point.figures]
-    priced = [one for one in (_priced(point) for point, _ in done) if one]
     affordable = [
         (bill.seconds, point.num_nodes, point)
         for point, bill in done
         if max_cost is None or (bill.outlay is not None and bill.outlay <= max_cost)
     ]
-    cheapest = min(priced, key=lambda one: one[:3])[3] if priced else None
+    cheapest = next(_by_cost(point for point, _ in done), None)
     fastest = min(affordable, key=lambda one: one[:2])[2] if affordable else None
     return cheapest, fastest
 
@@ -226,13 +225,11 @@ def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | 
     if bill is None or bill.cost is None or certain is None or certain >= SURE:
         return None
     most = LITTLE * bill.cost
-    found = [
-        (one.cost, one.seconds, point.num_nodes, point)
-        for point in points
-        if point.does and (one := point.figures) and one.cost is not None and one.cost <= most
-        and (one.p_within(goal.seconds) or 0.0) >= SURE
-    ]  # fmt: skip
-    return min(found, key=lambda one: one[:3])[3] if found else None
+    for point in _by_cost(point for point in points if point.does):
+        one = point.figures
+        if one and (one.cost or 0.0) <= most and (one.p_within(goal.seconds) or 0.0) >= SURE:
+            return point
+    return None
 
 
 def surer_to_fit(points: Sequence[Point], chosen: Point | None) -> Point | None:
