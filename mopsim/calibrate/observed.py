@@ -112,9 +112,4 @@ def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> fl
 
 def expected(plan: Plan, profile: HardwareProfile, made: Made) -> Spread:
     """The error to expect of the step time of another run like this plan's, predicted from a profile."""
-    return of_step_time(
-        Facts(
-            stack=plan.stack.name, hardware=profile.name, precision=products(plan.strategy.precision),
-            network=network(plan.model), made=made, seen=profile.runs_seen,
-        )
-    )  # fmt: skip
+    return of_step_time(Facts.of(plan.stack, profile, plan.strategy.precision, plan.model, made=made))

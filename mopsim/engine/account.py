@@ -11,8 +11,8 @@ from mopsim.engine.gaps import Turns, added
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
-from mopsim.intervals.made import Made, made_of
-from mopsim.intervals.spread import Facts, network, products
+from mopsim.intervals.made import made_of
+from mopsim.intervals.spread import Facts
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.categories import WAITING
 from mopsim.spec.hardware import HardwareProfile
@@ -56,6 +56,7 @@ def account(
     time = _time(played, hardware)
     tokens, step_time = training.global_batch * training.seq_len, time["step_time"]
     rate = workload.model_flops / step_time / strategy.world_size
+    made = made_of(step_time, time["busy"], time["exposed"])
     result = SimResult(
         tokens_per_second=tokens / step_time,
         tokens_per_second_per_device=tokens / step_time / strategy.world_size,
@@ -77,7 +78,7 @@ def account(
             "stack_digest": digest(workload.stack),
             "version": mopsim.__version__,
         },
-        facts=facts(model, hardware, strategy, workload, made_of(step_time, time["busy"], time["exposed"])),
+        facts=Facts.of(workload.stack, hardware, strategy.precision, model, exact=workload.exact, made=made),
         each=hardware.each,
         routed=model.num_local_experts > 0,
         num_events=sum(len(one.ops) for one in workload.programs),
@@ -86,16 +87,6 @@ def account(
         most = max(result.memory_by_category, key=result.memory_by_category.__getitem__, default="framework")
         return replace(result, fits=False, over=most if result.missing_bytes[0] else "host")
     return result
-
-
-def facts(
-    model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, workload: Workload, made: Made
-) -> Facts:
-    """What the errors of this prediction are grouped by."""
-    return Facts(
-        stack=workload.stack.name, hardware=hardware.name, precision=products(strategy.precision),
-        network=network(model), exact=workload.exact, made=made, seen=hardware.runs_seen,
-    )  # fmt: skip
 
 
 def matmul_peak(hardware: HardwareProfile, strategy: Strategy) -> float:

@@ -31,8 +31,10 @@ from mopsim.intervals.errors import (
     run_variances,
 )
 from mopsim.intervals.made import Made
+from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.observed import Observed
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Precision
 
 ITS_OWN = "(this user's)"
@@ -65,6 +67,14 @@ class Facts:
     exact: bool = False
     made: Made = ()
     seen: tuple[Observed, ...] = ()
+
+    @classmethod
+    def of(
+        cls, stack: Stack, hardware: HardwareProfile, precision: Precision, model: ModelSpec, *,
+        exact: bool = False, made: Made = (),
+    ) -> "Facts":  # fmt: skip
+        seen = hardware.runs_seen
+        return cls(stack.name, hardware.name, products(precision), network(model), exact, made, seen)
 
 
 ALIKE = (
