@@ -1,6 +1,5 @@
 """What a program can do of what a strategy asks (`Stack.has`): fields of a strategy and their values."""
 
-from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -8,12 +7,14 @@ import msgspec
 from mopsim.common.errors import SpecError, require
 from mopsim.common.explain import not_one_of
 from mopsim.common.io import leaves
-from mopsim.common.shipped import shipped
+from mopsim.common.shipped import kept
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.strategy_rules import BETWEEN, LEAST, WORDS
 
 NAMES = ("name", "stack")
 """Fields of a strategy that say what it is called and what it is for: a program decides neither."""
+_ASKED = dict(leaves(Strategy))
+"""Type of every field of a strategy that holds no struct, by its path."""
 
 
 def plain(value: Any) -> Any:
@@ -21,29 +22,19 @@ def plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-@cache
-def _conditions() -> tuple[str, ...]:
-    return tuple(shipped("mopsim.spec.capability", "conditions.yaml"))
-
-
-@cache
-def _asked() -> dict[str, Any]:
-    """Type of every field of a strategy that holds no struct, by its path."""
-    return dict(leaves(Strategy))
-
-
 def require_had(key: str, values: tuple[Any, ...]) -> None:
     """An entry of `has` names a decision of Strategy, values that it may have, and a known condition."""
     path, only, where = key.partition(" where ")
-    require(path in _asked(), "has", key, "is not a field of a strategy")
+    require(path in _ASKED, "has", key, "is not a field of a strategy")
     require(path not in NAMES, "has", key, "is a name, which no program has or lacks")
     require(bool(values), f"has.{key}", [], "must name the values that the program has")
     if only:
-        require(where in _conditions(), f"has.{key}", where, "is not a condition of the capability table")
+        known = kept("mopsim.spec.capability", "conditions.yaml")
+        require(where in known, f"has.{key}", where, "is not a condition of the capability table")
     seen: set[Any] = set()
     for place, value in enumerate(values):
         field = f"has.{key}[{place}]"
-        one = _of_type(field, value, _asked()[path])
+        one = _of_type(field, value, _ASKED[path])
         for part in one if isinstance(one, tuple) else (one,):
             _require_possible(path, field, part)
         require(one not in seen, field, value, "is given twice")

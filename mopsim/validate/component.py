@@ -3,13 +3,12 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TypeVar
 
 from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.explain import not_one_of
 from mopsim.common.json_text import parse_json
-from mopsim.common.shipped import shipped
+from mopsim.common.shipped import kept
 from mopsim.validate import tables
 from mopsim.validate.columns import COMPONENTS
 from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError
@@ -40,7 +39,7 @@ class Component:
 
     def does(self, what: str) -> bool:
         """Whether its system does it (data/systems.yaml)."""
-        pattern = _systems()[what]
+        pattern = kept("mopsim.validate", "data/systems.yaml")[what]
         return re.search(pattern, self.system.lower()) is not None
 
     @property
@@ -72,11 +71,6 @@ class Component:
 
     def text(self, name: str) -> str:
         return str(self.params.get(name, ""))
-
-
-@cache
-def _systems() -> dict[str, str]:
-    return dict(shipped("mopsim.validate", "data/systems.yaml"))
 
 
 def parse(row: Row) -> Component:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from mopsim.common.shipped import shipped
+from mopsim.common.shipped import kept
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
@@ -14,14 +14,8 @@ from mopsim.spec.strategy import CAST
 _PARTS = ("model", "strategy", "training", "hardware", "fsdp", "chunks")
 
 
-@cache
-def read(name: str) -> Any:
-    """A data file beside this one."""
-    return shipped("mopsim.spec.capability", name)
-
-
-CONDITIONS: dict[str, str] = read("conditions.yaml")
-SIDES: dict[str, dict[str, Any]] = read("fields.yaml")["sides"]
+CONDITIONS: dict[str, str] = kept(__package__, "conditions.yaml")
+SIDES: dict[str, dict[str, Any]] = kept(__package__, "fields.yaml")["sides"]
 
 
 @cache

@@ -11,7 +11,8 @@ import msgspec
 
 from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert, leaves
-from mopsim.spec.capability.expressions import SIDES, compiled, holds, read
+from mopsim.common.shipped import kept
+from mopsim.spec.capability.expressions import SIDES, compiled, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
 from mopsim.spec.has import plain
@@ -187,7 +188,7 @@ def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
             yield SpecError(f"model.{path}", value, rule)
 
 
-ALL_RULES = [convert(one, Relation, "rule") for one in read("rules.yaml")]
+ALL_RULES = [convert(one, Relation, "rule") for one in kept(__package__, "rules.yaml")]
 RULES: dict[Side, list[Callable[[Job, Side], Iterator[SpecError]]]] = {
     side: [
         *([software_is_the_runtimes] if side in RUNTIMES else []),

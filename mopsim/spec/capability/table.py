@@ -6,7 +6,8 @@ from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.common.io import leaves
-from mopsim.spec.capability.expressions import SIDES, holds, read
+from mopsim.common.shipped import kept
+from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy_rules import WORDS
@@ -55,7 +56,7 @@ class FieldRow:
         return side in RUNTIMES or self.acts_in(job)
 
 
-_READ = read("fields.yaml")
+_READ = kept(__package__, "fields.yaml")
 
 
 def _cell(said: Any) -> Cell:
