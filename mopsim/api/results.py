@@ -226,10 +226,10 @@ class Simulation(Result):
     @named
     def save_trace(self, path: str | Path, job: Mapping[str, Any] | None = None) -> None:
         """Simulate once more with its timeline, and write it for Perfetto or chrome://tracing (JSON)."""
-        from mopsim.report.trace import chrome_trace, write_trace
+        from mopsim.report.trace import chrome_trace
 
         facts = {**self.result.provenance, "job": dict(job or {})}
-        write_trace(Path(path), chrome_trace(self.timeline(), facts))
+        io.write_text(Path(path), io.as_json(chrome_trace(self.timeline(), facts)))
 
     def timeline(self) -> SimResult:
         """The same step with its spans and memory curve."""

@@ -7,7 +7,7 @@ from typing import Any
 from mopsim.common import io
 from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES
-from mopsim.size.figures import DAY, Figures, rated
+from mopsim.size.figures import DAY, rated
 from mopsim.size.goodput import Goodput
 from mopsim.size.points import Miss, Point, Request, Sizing
 
@@ -16,6 +16,8 @@ def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[s
     """One machine type, by the prices and assumptions that its bill has. least: dollars that the recommended
     cluster costs."""
     here, hardware = request.at(sizing.bill), sizing.hardware
+    rival = sizing.rival.figures if sizing.rival else None
+    even = rival.price_for(least) if rival and least else None
     price, power = here.terms.price(hardware, here.sites[0], here.assumptions), hardware.device.power
     return {
         "name": hardware.name,
@@ -23,7 +25,7 @@ def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[s
         "can": sizing.best is not None,
         "reason": sizing.why or None,
         "price_per_device_hour_usd": price.dollars if price else None,
-        "break_even_price_per_device_hour_usd": _break_even(sizing.rival, least),
+        "break_even_price_per_device_hour_usd": even,
         "price_source": price.source if price else None,
         "device_power_w": power.si if power else None,
         "node_power_w": rated(hardware, here.assumptions),
@@ -32,10 +34,6 @@ def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[s
         "best": point_json(sizing.best, request) if sizing.best else None,
         "tried": [_tried_json(point, request) for point in sizing.tried],
     }
-
-
-def _break_even(rival: Point | None, least: float | None) -> float | None:
-    return rival.figures.price_for(least) if rival and rival.figures and least else None
 
 
 def _keeps(point: Point, request: Request) -> dict[str, bool | None]:
@@ -61,6 +59,7 @@ def _tried_json(point: Point, request: Request) -> dict[str, Any]:
 def point_json(point: Point, request: Request) -> dict[str, Any]:
     """A cluster that fits, with its step."""
     result, bill = point.step_and_bill
+    spent = {"cost_usd": "cost", "capex_usd": "capex", "energy_j": "energy", "carbon_kg": "carbon"}
     return {
         **brief_json(point, request),
         "devices": point.num_devices,
@@ -77,7 +76,10 @@ def point_json(point: Point, request: Request) -> dict[str, Any]:
         "network": asdict(bill.network) if bill.network else None,
         "reliability": _reliability(bill.goodput),
         "cost_by_part_usd": dict(bill.parts),
-        "sites": [_site_json(one) for one in point.sites],
+        "sites": [
+            {"site": one.site} | {key: getattr(one, name) for key, name in spent.items()}
+            for one in point.sites
+        ],
         "result": result.to_json(request.interval),
     }
 
@@ -120,13 +122,6 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "strategy_line": result.line,
         "stack": result.stack.name,
     }
-
-
-def _site_json(bill: Figures) -> dict[str, Any]:
-    return {
-        "site": bill.site, "cost_usd": bill.cost, "capex_usd": bill.capex, "energy_j": bill.energy,
-        "carbon_kg": bill.carbon,
-    }  # fmt: skip
 
 
 def miss_json(miss: Miss | None, request: Request) -> dict[str, Any] | None:

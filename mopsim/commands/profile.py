@@ -47,11 +47,6 @@ class CardOrder:
     tag: Tag
 
 
-def reference_job(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords of mopsim.search: the job on which assumptions are weighed, as given, else as shipped."""
-    return {**shipped("hardware_profiles", "data/reference_job.yaml"), **given}
-
-
 def run(
     *, out: str, ask: bool, json: str | None, name: str | None, near: str | None, architecture: str,
     devices_per_node: int | None, scale_up_size: int | None, source: str | None, tag: Tag, **given: Any,
@@ -70,7 +65,7 @@ def run(
     if not card.name or not card.source:
         raise MopError(f"--{'source' if card.name else 'name'}: not given, it is needed (or --ask)")
     profile, nearest = made(card)
-    job = reference_job(stated)
+    job = {**shipped("hardware_profiles", "data/reference_job.yaml"), **stated}
     check_job(profile, job)
     io.write_yaml(Path(out), profile)
     console.print(filled(profile, nearest, card.figures))

@@ -14,13 +14,9 @@ def span(ranks: Sequence[int], domain: int) -> CommGroup:
     places: dict[int, list[int]] = {}
     for rank in ranks:
         places.setdefault(rank // domain, []).append(rank % domain)
-    block = max(_block(min(inside), max(inside)) for inside in places.values())
+    apart = max((min(inside) ^ max(inside)).bit_length() for inside in places.values())
+    block = 1 << apart  # the smallest aligned one of a power of two that holds the places
     return CommGroup(len(ranks), min(len(inside) for inside in places.values()), block=block)
-
-
-def _block(first: int, last: int) -> int:
-    """Size of the smallest aligned block of a power of two that holds both places."""
-    return 1 << (first ^ last).bit_length()
 
 
 def worst(all_groups: Iterable[Sequence[int]], domain: int) -> CommGroup:

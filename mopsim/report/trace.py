@@ -1,10 +1,8 @@
 """A simulated step as a Chrome/Perfetto trace."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mopsim.common.io import as_json, write_text
 from mopsim.engine import SimResult
 
 Event = dict[str, Any]
@@ -85,8 +83,3 @@ def _counters(timeline: SimResult) -> Iterator[Event]:
                 "ph": "C", "pid": timeline.memory_stage, "tid": 0, "ts": time * MICROSECONDS, "name": name,
                 "args": {"bytes": value},
             }  # fmt: skip
-
-
-def write_trace(path: Path, trace: dict[str, Any]) -> None:
-    """Write a trace for chrome://tracing or ui.perfetto.dev."""
-    write_text(path, as_json(trace))

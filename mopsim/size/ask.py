@@ -15,7 +15,6 @@ from mopsim.size.goodput import state_bytes
 from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import total_params
@@ -142,7 +141,7 @@ def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimR
                 break
             if strategy in (*ask.tried, *tried):
                 best = max(best, ask.rate)
-            elif _asked_for(request, strategy, training, stack):
+            elif not request.runnable or runnable(strategy, request.model, training, stack) is None:
                 tried.append(strategy)
                 ends = form + 1 == len(forms) or lasts[form + 1]
                 within = _worth(ask, training, strategy, found, math.inf if ends else enough)
@@ -170,10 +169,6 @@ def _worth(
 
 def _stages(strategy: Strategy) -> int:
     return strategy.pipeline.pipeline_parallel
-
-
-def _asked_for(request: Request, strategy: Strategy, training: TrainSpec, stack: Stack) -> bool:
-    return not request.runnable or runnable(strategy, request.model, training, stack) is None
 
 
 def _small(result: SimResult) -> SimResult:
