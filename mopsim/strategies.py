@@ -6,6 +6,8 @@ that share one copy of the state; 0 = all that there are.
 
 from typing import Literal
 
+from msgspec.structs import replace
+
 from mopsim.spec.categories import FAMILIES as FAMILIES
 from mopsim.spec.strategy import (
     Activations,
@@ -235,24 +237,14 @@ def zero_offload(
     """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: weights and gradients on the device, AdamW on the host.
 
     grad_dtype: dtype of the sums of gradients; None: fp32 (fp64 in float64)."""
-    return Strategy(
-        name=name,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        stack=STACKS["zero_offload"],
-        dense=Dense(fsdp=fsdp or world_size, prefetch=prefetch),
-        attention=Attention(context_parallel=context_parallel),
-        experts=Experts(
-            expert_parallel=expert_parallel,
-            expert_fsdp=expert_fsdp or _rest(world_size, expert_parallel),
-        ),
-        vocabulary=Vocabulary(loss=loss, chunk_tokens=loss_chunk_tokens if loss == "chunked" else 0),
-        optimizer=_state("host"),
-        activations=Activations(
-            recompute="full", layer_inputs=_tier(offload_inputs), host_budget=offload_inputs_bytes
-        ),
-        precision=_low_precision(dtype, grad_dtype, keep_master=True),
-    )
+    whole = mop(
+        world_size, context_parallel=context_parallel, expert_parallel=expert_parallel, fsdp=fsdp,
+        expert_fsdp=expert_fsdp, micro_batch=micro_batch, expert_chunk_tokens=0, optimizer="host",
+        offload_inputs=offload_inputs, offload_inputs_bytes=offload_inputs_bytes, prefetch=prefetch,
+        dtype=dtype, grad_dtype=grad_dtype, name=name,
+    )  # fmt: skip
+    chunk_tokens = loss_chunk_tokens if loss == "chunked" else 0
+    return replace(whole, vocabulary=Vocabulary(loss=loss, chunk_tokens=chunk_tokens))
 
 
 def megatron(
