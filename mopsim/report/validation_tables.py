@@ -85,7 +85,7 @@ def _cells(found: ErrorSummary | None) -> tuple[str, ...]:
     """Number, mean, bias, 90 %, largest."""
     if found is None:
         return ("", "", "", "", "")
-    rest = _percent(found.p90), _percent(found.max_ape)
+    rest = _percent(found.p90_ape), _percent(found.max_ape)
     return (str(found.n), _percent(found.mape), _percent(found.bias, True), *rest)
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -63,8 +64,7 @@ def summary(validation: Validation, components: Sequence[Predicted], level: floa
     }
     found["by"] = {
         group: {
-            m: {k: e.to_json() for k, e in scoring.by_group(scored, MEASURES[m], key).items()}
-            for m in MEASURES
+            m: {k: asdict(e) for k, e in scoring.by_group(scored, MEASURES[m], key).items()} for m in MEASURES
         }
         for group, key in GROUPS.items()
     }
@@ -131,7 +131,7 @@ def worst(scored: Iterable[Scored], count: int) -> list[Scored]:
 
 
 def _plain(found: ErrorSummary | None) -> dict[str, Any] | None:
-    return None if found is None else dict(found.to_json())
+    return None if found is None else asdict(found)
 
 
 def _run(one: Scored, level: float) -> dict[str, Any]:

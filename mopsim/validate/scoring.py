@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from mopsim.common import io
@@ -213,13 +213,7 @@ class ErrorSummary:
     median_ape: float
     bias: float
     max_ape: float
-    p90: float
-
-    def to_json(self) -> dict[str, float]:
-        return {
-            "n": self.n, "mape": self.mape, "median_ape": self.median_ape, "bias": self.bias,
-            "max_ape": self.max_ape, "p90_ape": self.p90,
-        }  # fmt: skip
+    p90_ape: float
 
 
 def errors(values: Iterable[float | None]) -> ErrorSummary | None:
@@ -254,10 +248,8 @@ def over_sources(scored: Iterable[Scored], measure: Measure) -> ErrorSummary | N
     everything = errors(measure(one) for one in rows)
     if everything is None:
         return None
-    return ErrorSummary(
-        everything.n, fmean(e.mape for e in sources.values()), everything.median_ape,
-        fmean(e.bias for e in sources.values()), everything.max_ape, everything.p90,
-    )  # fmt: skip
+    mean, bias = (fmean(getattr(one, name) for one in sources.values()) for name in ("mape", "bias"))
+    return replace(everything, mape=mean, bias=bias)
 
 
 @dataclass(frozen=True)

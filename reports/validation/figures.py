@@ -60,7 +60,8 @@ def finding(validation: Validation, quantity: str, group: str, groups: Mapping[s
     sources = f"{count} source{'s' if count > 1 else ''}"
     alike = errors(MEASURES[measure](one) for one in runs)
     each = f"{alike.mape:.1%} over runs" if alike else ""
-    head = f"{name}: {found.mape:.1%} mean error over {sources}, {each}, 9 of 10 runs within {found.p90:.1%}"
+    within = f"9 of 10 runs within {found.p90_ape:.1%}"
+    head = f"{name}: {found.mape:.1%} mean error over {sources}, {each}, {within}"
     means = by_group(runs, MEASURES[measure], GROUPS[group])
     most = max(((e.mape, key) for key, e in means.items() if e.n >= FEW), default=None)
     worst = f"\nworst {group} with {FEW} runs or more: {most[1]}, {most[0]:.1%}" if most else ""

@@ -66,7 +66,9 @@ def _asked(validation: Validation, parts: Sequence[Predicted]) -> Grid:
 
 def _said(rows: Sequence[Scored], measure: str) -> str:
     found = over_sources(rows, MEASURES[measure])
-    return f"{found.mape:.1%}, bias {found.bias:+.1%}; 9 of 10 within {found.p90:.1%}" if found else "none"
+    if not found:
+        return "none"
+    return f"{found.mape:.1%}, bias {found.bias:+.1%}; 9 of 10 within {found.p90_ape:.1%}"
 
 
 def _held(validation: Validation, name: Name) -> str:
