@@ -36,6 +36,3 @@ def seconds(work: Work, profile: HardwareProfile) -> float:
     if correction is None:
         return time
     return max(0.0, correction.scale * time + correction.overhead * work.issued)
-
-
-__all__ = ["raw_seconds", "seconds"]

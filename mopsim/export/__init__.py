@@ -13,8 +13,6 @@ TARGETS: dict[str, Target] = {
     target.name: target for target in (TORCHTITAN, TORCHTITAN_MAIN, MEGATRON_BRIDGE, DEEPSPEED)
 }
 
-__all__ = ["TARGETS", "Target", "export", "gaps_of", "target_of"]
-
 
 def target_of(to: str) -> Target:
     """The target of a name. Raises MopError for an unknown one."""
