@@ -203,21 +203,11 @@ def _batches(request: Request, point: Point) -> list[Swing]:
 def _nodes(request: Request, point: Point, neighbours: Sequence[Point]) -> list[Swing]:
     """The next smaller and larger cluster that was searched: one whose plan was carried is slower for want of
     a search."""
-    mine = [
-        one
-        for one in neighbours
-        if one.figures and one.gap is not None and one.hardware.name == point.hardware.name
-    ]
-    below = max(
-        (one for one in mine if one.num_nodes < point.num_nodes), key=lambda p: p.num_nodes, default=None
-    )
-    above = min(
-        (one for one in mine if one.num_nodes > point.num_nodes), key=lambda p: p.num_nodes, default=None
-    )
-    ends = [
-        _end(one.num_nodes, request, one.figures)
-        for one in (below or point, above or point)
-        if one.figures is not None
-    ]
+    here, name = point.num_nodes, point.hardware.name
+    mine = [one for one in neighbours if one.gap is not None and one.hardware.name == name]
+    bills = {one.num_nodes: one.figures for one in (*mine, point) if one.figures}
+    below = max((count for count in bills if count < here), default=here)
+    above = min((count for count in bills if count > here), default=here)
+    low, high = (_end(count, request, bills[count]) for count in (below, above))
     says = "nodes: the next smaller and larger cluster that was searched"
-    return [Swing("nodes", says, "nodes", ends[0], ends[1], "a choice")]
+    return [Swing("nodes", says, "nodes", low, high, "a choice")]
