@@ -21,22 +21,45 @@ SPREAD = 0.78
 networks of 106 to 671 billion parameters, in training and prefill on rack-scale nodes, got 1.30 to 4.01 times
 the mean (UltraEP, arXiv 2606.04101); 0.78 gives their middle by ratio, 2.28, on 64 ranks of 4 experts, the
 degree being assumed. On 8 ranks of 16 it gives 1.29. The Gini coefficient is 0.37: arXiv 2605.20982 has 0.15
-to 0.24 and more on text and 0.29 to 0.38 on mock tokens, Qwen3-30B between its other networks."""
+to 0.24 and more on text and 0.29 to 0.38 on mock tokens, Qwen3-30B between its other networks. A log of
+Qwen3-30B's fine-tuning prints a balancing loss of 1.43 (file index id 61936658682), 1.57 by this spread."""
 ORDERS = 400
 """Orders of the experts on the ranks over which the busiest rank's load is averaged: its mean is then known
 within half a per cent."""
+WIDEST, HALVINGS = 64.0, 48
+"""Where nearly all routes go to one expert; halvings after which a width is known."""
 
 
 @lru_cache(maxsize=64)
-def natural(experts: int, ranks: int) -> tuple[float, ...]:
+def natural(experts: int, ranks: int, balance_loss: float | None = None) -> tuple[float, ...]:
     """Share of all routes of each expert: quantiles of the lognormal, in the order of ORDERS random ones that
-    gives the busiest of `ranks` ranks nearest to what it gets on average over them."""
-    width = sqrt(log(1 + SPREAD**2))
+    gives the busiest of `ranks` ranks nearest to what it gets on average over them.
+
+    balance_loss: what a log prints of it, 1 where routes are even: experts times the sum, over experts, of
+    share times mean probability (arXiv 2101.03961; Megatron-Core, moe_utils.py,
+    switch_load_balancing_loss_func). Probabilities are taken to be as the shares; they are flatter, so that
+    the spread is the least one that gives it.
+    """
+    width = sqrt(log(1 + SPREAD**2)) if balance_loss is None else _width(experts, balance_loss)
+    shares = _quantiles(experts, width)
+    return _typical([_shuffled(shares, seed) for seed in range(ORDERS)], ranks)
+
+
+def _quantiles(experts: int, width: float) -> tuple[float, ...]:
     normal = NormalDist()
     weights = [exp(width * normal.inv_cdf((e + 0.5) / experts)) for e in range(experts)]
     total = sum(weights)
-    shares = tuple(weight / total for weight in weights)
-    return _typical([_shuffled(shares, seed) for seed in range(ORDERS)], ranks)
+    return tuple(weight / total for weight in weights)
+
+
+def _width(experts: int, balance_loss: float) -> float:
+    """Of the lognormal whose shares' squares have `balance_loss` for `experts` times their sum."""
+    low, high = 0.0, WIDEST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        below = experts * sum(share**2 for share in _quantiles(experts, middle)) < balance_loss
+        low, high = (middle, high) if below else (low, middle)
+    return low
 
 
 def _typical(draws: Sequence[tuple[float, ...]], ranks: int) -> tuple[float, ...]:

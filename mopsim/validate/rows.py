@@ -338,11 +338,23 @@ def _loads(row: Row, experts: int) -> tuple[float, ...]:
     return tuple(one / whole for one in loads)
 
 
+def _balance_loss(row: Row, experts: int) -> float | None:
+    """What a log prints of its load-balancing loss, None where the row has none."""
+    printed = number(row, "load_balancing_loss")
+    if printed is None:
+        return None
+    if row.get("routing") != "natural":
+        raise UnsupportedError("load_balancing_loss", "is of a row whose routing is natural")
+    rule = f"must be from 1 (even) to below the {experts} experts"
+    require(1 <= printed < experts, "load_balancing_loss", printed, rule)
+    return printed
+
+
 def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfile, tuple[str, ...]]:
     """Even, by the program's own routes where it is forced, unless the row says `natural`; then as its text
     makes it."""
     experts, head = model.num_local_experts, "natural routing: simulated with"
-    loads = _loads(row, experts)
+    loads, printed = _loads(row, experts), _balance_loss(row, experts)
     if row.get("routing") != "natural" or not experts:
         forced = experts and (row.get("routing") == "forced" or row.get("forced"))
         return "forced" if forced else "balanced", ()
@@ -352,4 +364,5 @@ def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfi
     if words:
         shares = repeated(experts, model.num_experts_per_tok, degrees.experts, words)
         return shares, (f"{head} the loads of a text of {words} distinct tokens",)
-    return natural(experts, degrees.experts), (f"{head} a published spread of loads",)
+    of = "a published spread of loads" if printed is None else "the spread of a printed balancing loss"
+    return natural(experts, degrees.experts, printed), (f"{head} {of}",)

@@ -177,6 +177,14 @@ def test_copies_of_a_word_choose_alike_and_load_few_ranks() -> None:
     assert busiest(one, 8) > 2.5
 
 
+def test_a_printed_balancing_loss_gives_the_spread_of_loads() -> None:
+    """A log of Mixtral prints 1.02, where the published spread of unbalanced networks would print 1.4."""
+    even, printed, published = natural(8, 8, 1.0), natural(8, 8, 1.02), natural(8, 8)
+    assert even == pytest.approx([1 / 8] * 8)
+    assert 8 * sum(share**2 for share in printed) == pytest.approx(1.02)
+    assert 1.2 < busiest(printed, 8) < 1.3 < 2.3 < busiest(published, 8)
+
+
 def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> None:
     """4 experts on 4 ranks, 2 a token: at worst every row goes to the busiest rank, not more than once."""
     model = msgspec.structs.replace(small(), num_local_experts=4, num_experts_per_tok=2)

@@ -59,6 +59,14 @@ from tests.sim.test_validate import MODELS, row, validate_runs
                 ("balanced", "1 " * 128),
             )
         ),
+        *(
+            (
+                {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": how, column: printed},
+                column,
+            )
+            for column in ("load_balancing_loss",)
+            for how, printed in (("natural", "0.9"), ("natural", "128"), ("balanced", "1.02"))
+        ),
         ({"loss": "sparse"}, "loss"),
         ({"dispatcher": "flex"}, "dispatcher"),
         ({"overlap": "dp+xx"}, "overlap"),
