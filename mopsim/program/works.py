@@ -23,6 +23,7 @@ from mopsim.graph.rewrites.projections import (
     rows_fused,
     split,
     summed_apart,
+    tables_gathered,
 )
 from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
 from mopsim.graph.rewrites.roomy import all_moved, with_room
@@ -71,7 +72,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     if context.rooms and run.expert_masks and not context.strategy.experts.sends_once:
         kernels = by_masks(kernels, context.rooms, context.b)
-    kernels = heads_apart(kernels, run.grouped_heads == "repeated", run.attention_rows == "heads")
+    kernels = heads_apart(kernels, run.grouped_heads == "repeated", _laid_out(context))
     if run.expert_rows == "interleaved" and context.strategy.precision.matmul == "mxfp8":
         del ways["expert_rows"]
         kernels = gated_within(kernels)
@@ -84,6 +85,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = _read_apart(found, context, wings, run.residual == "composed")
     found = _exchanged(found, context) if run.exchanged_rows else found
     found = lengths_read(found) if _reads_lengths(context) else found
+    if run.rotary == "gathered":
+        found = tables_gathered(found, 4 * context.shapes.region_tokens * model.rotary_dim * context.b)
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied", how == "kept")
     found = updated(_cast(found, context), context)
@@ -139,6 +142,14 @@ def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, .
     rows = DTYPE_BYTES[recipe] / context.b if narrow else 1.0
     ordered = "ordered" in run and strategy.micro_batch > 1 and not strategy.overlap.tensor
     return rows_exchanged(kernels, ordered, rows, rows * (1 + (own and recipe != "fp8")))
+
+
+def _laid_out(context: Context) -> tuple[int, int]:
+    """How often the attention's output, and its gradient, are laid out anew: see Kernels.attention_rows."""
+    rows = context.stack.kernels.attention_rows
+    if rows == "sequences":
+        return (2, 2) if context.strategy.micro_batch > 1 else (0, 0)
+    return int(rows == "heads"), 0
 
 
 def _reads_lengths(context: Context) -> bool:

@@ -39,7 +39,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `summed`: by one block (Transformer Engine).
     rotary: rotary embedding. `fused`: one kernel. `by_token`: a kernel with a block for each token
     (Transformer Engine). `composed`: products of complex numbers in eager torch. `halves`: products of
-    halves in eager torch.
+    halves in eager torch. `gathered`: as `halves`, on tables of a microbatch's positions that each layer
+    gathers and keeps.
     activation: `fused`: one kernel. `composed`: kernels as eager torch composes them. `strided`: as torch
     composes it on halves of one tensor.
     residual: `fused`: one kernel. `composed`: kernels as eager torch composes them.
@@ -126,7 +127,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     grouped_heads: `shared`: keys and values that query heads share are read by all of them. `repeated`:
     they are repeated for each before the attention.
     attention_rows: `tokens`: queries reach the attention laid out by tokens. `heads`: by heads; the output
-    is then copied to lie by tokens.
+    is then copied to lie by tokens. `sequences`: by tokens, and where a microbatch has several sequences
+    the output and its gradient are laid out twice on their way.
     casts: the operand that the weight gradient of a product in 8 or 4 bits uses. `kept`: the cast copy of
     the input is kept (Transformer Engine). `again`: the input is kept and cast again, and each copy is laid
     out again for the product that reads it the other way (torchao). `made`: as `again`, cast from a tensor
@@ -185,7 +187,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
     norm_within: tuple[Normed, ...] = ()
     head_norms: Literal["fused", "summed"] = "fused"
-    rotary: Literal["fused", "by_token", "composed", "halves"] = "fused"
+    rotary: Literal["fused", "by_token", "composed", "halves", "gathered"] = "fused"
     activation: Literal["fused", "composed", "strided"] = "fused"
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
@@ -216,7 +218,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "kept", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"
-    attention_rows: Literal["tokens", "heads"] = "tokens"
+    attention_rows: Literal["tokens", "heads", "sequences"] = "tokens"
     casts: Literal["kept", "again", "made"] = "kept"
     cast_scales: Literal["tensor", "rows"] = "tensor"
     scale_updates: int = 0

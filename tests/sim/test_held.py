@@ -67,13 +67,13 @@ def test_a_loop_that_keeps_the_logits_has_them_through_the_backward_of_all_layer
 def test_shared_keys_and_values_are_repeated_and_the_output_laid_out_again() -> None:
     kernels = routed().kernels
     values = {value.name: value.bytes for value in routed().values.values()}
-    found = {kernel.name: kernel for kernel in heads_apart(kernels, repeated=True, by_heads=True)}
+    found = {kernel.name: kernel for kernel in heads_apart(kernels, repeated=True, laid_out=(1, 0))}
     core = found["attention_core"]
     assert core.reads == ("qr", "kr_all", "v0_all")
     assert "kr" not in core.saves
     assert {value.bytes for value in found["heads_repeated"].writes} == {values["qr"]}
     assert found["o_proj"].saves == ("o_laid",)
-    assert heads_apart(kernels, repeated=False, by_heads=False) == kernels
+    assert heads_apart(kernels, repeated=False, laid_out=(0, 0)) == kernels
 
 
 @pytest.mark.parametrize(("exchange", "name"), [("all_gather", "gather_kv_blocks"), ("ring", "ring")])
@@ -81,7 +81,7 @@ def test_repeated_heads_travel_to_the_ranks_of_a_sequence(exchange: Exchange, na
     shapes = Shapes(tokens=64, seq_len=256, sequence=4, exchange=exchange, fused=True)
     kernels = attention(small(), shapes, 0).kernels
     plain = next(kernel for kernel in kernels if kernel.name == name)
-    repeated = heads_apart(kernels, repeated=True, by_heads=False)
+    repeated = heads_apart(kernels, repeated=True, laid_out=(0, 0))
     found = {kernel.name: kernel for kernel in repeated}
     assert [kernel.name for kernel in repeated].index("heads_repeated") == kernels.index(plain)
     assert found[name].bytes == 2 * plain.bytes
@@ -91,7 +91,7 @@ def test_repeated_heads_travel_to_the_ranks_of_a_sequence(exchange: Exchange, na
 def test_repeated_heads_are_exchanged_for_slices_of_a_sequence() -> None:
     shapes = Shapes(tokens=64, seq_len=256, sequence=4, exchange="ulysses", fused=True)
     kernels = attention(small(), shapes, 0).kernels
-    found = {one.name: one for one in heads_apart(kernels, repeated=True, by_heads=False)}
+    found = {one.name: one for one in heads_apart(kernels, repeated=True, laid_out=(0, 0))}
     sent = found["sequence_to_heads"]
     assert len({value.bytes for value in sent.writes}) == 1
     assert sent.bytes == 3 * sent.writes[0].bytes

@@ -17,7 +17,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Experts
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2
+from mopsim.strategies import fsdp2, megatron
 from tests.sim.toys import small
 from tests.software import changed
 
@@ -168,6 +168,28 @@ def test_sinks_applied_to_what_attention_found_keep_both() -> None:
     ]
     kept, more = ({name: tape.values[name].bytes for name in tape.kept} for tape in tapes)
     assert more == kept | {"o_scaled": 32 * 64 * 64 * 2}
+
+
+@pytest.mark.parametrize(("sequences", "tensor"), [(1, 1), (2, 1), (2, 2)])
+def test_tables_gathered_by_position_and_an_output_laid_out_anew_are_kept(
+    sequences: int, tensor: int
+) -> None:
+    """Four tables of the head's width for each row, and what the product reads beside what attention wrote
+    (Aleph-Alpha/scaling@737f855, core/nn/rotary.py and core/nn/attention/attention.py)."""
+    strategy = replace(megatron(8, tensor_parallel=tensor, micro_batch=sequences), stack="aleph-scaling")
+    training = TrainSpec(seq_len=32, global_batch=sequences * 8 // tensor, routing="balanced")
+    once = changed("aleph-scaling", kernels={"rotary": "halves", "attention_rows": "tokens"})
+    tapes = [
+        Passes(make_context(small(), own.resolve(strategy), training, 8, own)).tape(0)
+        for own in (once, load_stack("aleph-scaling"))
+    ]
+    plain, kept = ({name: tape.values[name].bytes for name in tape.kept} for tape in tapes)
+    rows, laid = 32 * sequences, plain["o"]
+    assert laid == rows * 8 * 16 * 2 // tensor
+    assert kept == plain | {"rope_tables": 4 * rows * 16 * 2} | ({"o_laid": laid} if sequences > 1 else {})
+    if sequences > 1:
+        copies = tapes[1].by_name["heads_laid"]
+        assert (copies.bytes, copies.back_bytes, copies.launches) == (4 * laid, 4 * laid, 2)
 
 
 def test_split_experts_route_the_tokens_of_all_their_ranks() -> None:

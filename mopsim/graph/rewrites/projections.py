@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from mopsim.graph.rewrites.eager import SUM
 from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.rewrites.tensor_passes import each, made
-from mopsim.graph.tape import Kernel
+from mopsim.graph.tape import Kernel, Value
 
 
 def split(kernels: tuple[Kernel, ...], copied: bool, whole: bool = False) -> tuple[Kernel, ...]:
@@ -37,9 +37,10 @@ def split(kernels: tuple[Kernel, ...], copied: bool, whole: bool = False) -> tup
     return (*kernels[:place], parts, *rest)
 
 
-def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> tuple[Kernel, ...]:
+def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, laid_out: tuple[int, int]) -> tuple[Kernel, ...]:
     """Copies around the attention kernel. repeated: of keys and values, for each query head that shares them.
-    by_heads: of its output, laid out by heads, for the product that reads it by tokens."""
+    laid_out: times that its output, and its output's gradient, are laid out anew before the product that
+    reads it has it by tokens."""
     core = next((kernel for kernel in kernels if kernel.name == "attention_core"), None)
     if core is None:
         return kernels
@@ -67,11 +68,13 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, by_heads: bool) -> 
             sent = sent.moving(times).sized(lambda one: one.bytes * times)
         around |= {core.name: (reader,), exchange.name: (copy, sent)}
     out, product = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
-    if by_heads and product and product.reads == (out.name,):
-        laid = replace(out, name=f"{out.name}_laid")
+    there, back = laid_out
+    if there and product and product.reads == (out.name,):
+        laid, between = replace(out, name=f"{out.name}_laid"), (("activations", out.bytes),)
         copy = Kernel(
-            "heads_laid", "memory_bound", core.component, (out.name,), (laid,), bytes=2.0 * out.bytes,
-            back_bytes=0.0, back_launches=0,
+            "heads_laid", "memory_bound", core.component, (out.name,), (laid,), bytes=2.0 * there * out.bytes,
+            back_bytes=2.0 * back * out.bytes, launches=there, back_launches=back,
+            scratch=between if there > 1 else (), back_scratch=between if back > 1 else (),
         )  # fmt: skip
         around[product.name] = (copy, replace(product, reads=(laid.name,), saves=(laid.name,)))
     return each(kernels, lambda one: around.get(one.name, (one,)))
@@ -94,6 +97,17 @@ def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]
             )  # fmt: skip
         found.append(kernel)
     return tuple(found)
+
+
+def tables_gathered(kernels: tuple[Kernel, ...], size: int) -> tuple[Kernel, ...]:
+    """Before the rotary embedding, sines and cosines of queries and of keys for each row, `size` bytes, are
+    gathered by position; its products keep them for their backward."""
+    tables = Value("rope_tables", size, grad=False)
+    gather = Kernel(
+        tables.name, "memory_bound", "attention", (), (tables,), saves=(tables.name,), bytes=2.0 * size,
+        back_bytes=0.0, launches=4, back_launches=0,
+    )  # fmt: skip
+    return each(kernels, lambda one: (gather, one) if one.name == "rope" else (one,))
 
 
 def lengths_read(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
