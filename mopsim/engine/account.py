@@ -167,7 +167,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "host_memory": host,
         "host_limit": host_limit,
         "host_by_category": on_host,
-        "above_peak": upper.device(peak, _copies(played, strategy), wires) if cached else {},
+        "above_peak": upper.device(peak, _copies(played, strategy), wires, _holes(played)) if cached else {},
         "above_host": upper.host(on_host, workload.pinned) if cached else {},
         "memory_stage": workload.programs[place].stage,
     }
@@ -198,6 +198,18 @@ def _copies(played: PlayedStep, strategy: Strategy) -> int:
     resident, blocks = sum(ledger.resident[:NUM_DEVICE_SLOTS]), workload.programs[played.fullest].blocks
     flat = upper.cached_blocks(blocks, resident, ledger.peak)
     return upper.sent_copy(workload.stack.under(strategy.dense.zero).sharding, strategy) + flat
+
+
+def _holes(played: PlayedStep) -> int:
+    """Bytes on top of the fullest rank's peak for blocks around logits that the last stage gathers whole."""
+    workload, peak = played.workload, played.ledgers[played.fullest].peak
+    last = max(program.stage for program in workload.programs)
+    losses = (
+        ledger.peak
+        for program, ledger in zip(workload.programs, played.ledgers, strict=True)
+        if program.stage == last and ledger.peak_op and ledger.peak_op.component == "vocabulary"
+    )
+    return upper.around_logits(workload.gathered, peak, max(losses, default=0))
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:

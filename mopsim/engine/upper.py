@@ -22,6 +22,9 @@ PAIR, COMMUNICATOR = 544 * 2**20, 688 * 2**20
 EXCHANGE, EXCHANGE_PEERS = 3.28e9, 7
 """Bytes that the first all-to-all adds to its communicator, and to how many peers (NCCL on eight H100,
 github.com/NVIDIA/nccl issue 1685). Beyond eight ranks the channels are shared among the peers."""
+HOLES = 8
+"""Bytes that blocks leave idle for each logit of whole logits that a rank puts together from slices: 4 to 9
+by torch's caching allocator, played on fifteen layouts (reports/allocator, docs/adr/0083)."""
 NETWORK = 512 * 2**20
 """Bytes of the buffer that all sends of a communicator to peers behind a NIC share (NCCL 2.28 on B300,
 github.com/NVIDIA/nccl issue 2363; that it is one: issue 1450)."""
@@ -30,12 +33,22 @@ PROCESS = 2_056_600 * 1024
 KiB (github.com/pytorch/pytorch issue 113326)."""
 
 
-def device(peak: int, copies: int, wires: int) -> dict[str, int]:
+def device(peak: int, copies: int, wires: int, holes: int = 0) -> dict[str, int]:
     """Bytes above a peak of live tensors, by cause. copies: of tensors that the ledger does not have; wires:
-    of `communication`. Idle blocks are none: torch frees whole ones of every stream and asks again before it
-    runs out (CUDACachingAllocator.cpp, release_cached_blocks); what is used in part is the allocator's."""
-    causes = {"copies": copies, "allocator": round(ALLOCATOR * (peak + copies)), "communication": wires}
+    of `communication`; holes: of `around_logits`. Idle blocks are none: torch frees whole ones of every
+    stream and asks again before it runs out (CUDACachingAllocator.cpp, release_cached_blocks); what is used
+    in part is the allocator's, and around logits theirs."""
+    causes = {
+        "copies": copies, "allocator": round(ALLOCATOR * (peak + copies)), "logits": holes,
+        "communication": wires,
+    }  # fmt: skip
     return {name: size for name, size in causes.items() if size}
+
+
+def around_logits(gathered: int, peak: int, at_loss: int) -> int:
+    """Bytes above the peak of the fullest rank that blocks around whole logits, gathered from slices, take.
+    at_loss: peak of the rank that has them, if that is at its loss, else 0."""
+    return max(0, HOLES * gathered - (peak - at_loss)) if at_loss else 0
 
 
 def idle_blocks(

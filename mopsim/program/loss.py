@@ -85,6 +85,15 @@ def cast_logits(context: Context) -> int:
     return logit_elements(context) * context.b if freed else 0
 
 
+def gathered_logits(context: Context) -> int:
+    """Logits that a rank puts together from the slices of its tensor group. Segments that grow have no
+    blocks for them to lie in (mopsim.engine.upper.around_logits)."""
+    stack, dense = context.stack, context.strategy.dense
+    split = context.strategy.vocabulary.loss == "vocab_parallel" and dense.tensor_parallel > 1
+    gathers = split and stack.kernels.loss == "gathered" and stack.reading.segments == "fixed"
+    return logit_elements(context) if gathers else 0
+
+
 def _apart(context: Context) -> bool:
     """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32."""
     dense, vocabulary = context.strategy.dense, context.strategy.vocabulary

@@ -7,7 +7,7 @@ from mopsim.graph.flops import flops_per_token
 from mopsim.program.context import Context, make_context
 from mopsim.program.dispatcher import buffers
 from mopsim.program.host_time import Around, by_modules
-from mopsim.program.loss import cast_logits
+from mopsim.program.loss import cast_logits, gathered_logits
 from mopsim.program.pairs.layer_pairs import Pairs
 from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
@@ -68,7 +68,7 @@ def lower(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
         whole=partial(again, compose=False) if composed else None,
         longer=partial(again, compose=compose) if filled else None, stack=stack, cast=cast_logits(context),
-        exchange=buffers(context),
+        gathered=gathered_logits(context), exchange=buffers(context),
     )  # fmt: skip
 
 

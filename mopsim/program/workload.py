@@ -180,7 +180,8 @@ class Workload:
     mopsim.program.pinned.rounding. whole: makes the same workload with every layer played, where this
     one has repeats; longer: with more microbatches lowered. stack: the software that the programs are of.
     cast: bytes of logits that were freed once they were cast, a block too small for what is made of the copy.
-    exchange: see mopsim.program.dispatcher.buffers.
+    gathered: logits that a rank of the last stage puts together from slices. exchange: see
+    mopsim.program.dispatcher.buffers.
     """
 
     programs: tuple[Program, ...]
@@ -195,6 +196,7 @@ class Workload:
     longer: "Callable[[], Workload] | None" = None
     stack: Stack = field(default_factory=lambda: Stack(name="none"))
     cast: int = 0
+    gathered: int = 0
     exchange: tuple[CommGroup, int] | None = None
 
     @property

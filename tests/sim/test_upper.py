@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate, upper
@@ -48,6 +49,31 @@ def test_the_causes_add_up_by_hand() -> None:
     assert found["allocator"] == pytest.approx(0.06 * 105e9)
     assert sum(found.values()) == pytest.approx(5e9 + 6.3e9 + 1e9)
     assert "copies" not in upper.device(10**11, 0, 0)
+
+
+def test_blocks_around_gathered_logits_are_of_the_rank_that_has_them() -> None:
+    """10 GB of logits of two bytes: 40 GB of blocks, less by what the fullest rank has above the last
+    stage; none where that has its peak elsewhere."""
+    gathered, peak = 5 * 10**9, 10**11
+    assert upper.around_logits(gathered, peak, peak) == 8 * gathered
+    assert upper.around_logits(gathered, peak, peak - 10**10) == 8 * gathered - 10**10
+    assert (
+        upper.around_logits(gathered, peak, peak - 5 * 10**10) == upper.around_logits(gathered, peak, 0) == 0
+    )
+    assert upper.device(peak, 0, 0, 8 * gathered)["logits"] == 8 * gathered
+
+
+@pytest.mark.parametrize(
+    ("stack", "tensor"), [("aleph-scaling", 2), ("aleph-scaling", 1), ("megatron-lm", 2)]
+)
+def test_whole_logits_have_blocks_where_ranks_gather_them(stack: str, tensor: int) -> None:
+    strategy = replace(megatron(8, tensor_parallel=tensor, recompute="full"), stack=stack)
+    model = small(vocab_size=2**16)
+    training = TrainSpec(seq_len=1024, global_batch=32 // tensor, routing="balanced")
+    result = simulate(model, machine(), 1, strategy, training)
+    assert result.peak_component == "vocabulary"
+    gathers = stack == "aleph-scaling" and tensor > 1
+    assert result.above_peak.get("logits", 0) == gathers * 8 * 1024 * 2**16
 
 
 def test_every_group_of_ranks_has_one_communicator() -> None:
