@@ -32,7 +32,8 @@ Measured = Literal["step_time", "peak_memory", "verdict", "regret", "component_t
 
 class Cause(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Why rows are missed. where: patterns by column; quantities: of which misses, all if empty; sign: of
-    which errors, both if empty; needed: what would mend it."""
+    which errors, both if empty (of a verdict: of the memory, too little of which lets a run fit); needed:
+    what would mend it."""
 
     id: str
     where: dict[str, str]
@@ -45,7 +46,8 @@ class Cause(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether it is the cause of a miss of this row."""
         if self.quantities and quantity not in self.quantities:
             return False
-        if self.sign and (error > 0) != (self.sign == "+"):
+        above = (error > 0) != (quantity == "verdict")
+        if self.sign and above != (self.sign == "+"):
             return False
         return all(fnmatchcase(row.get(name, ""), pattern) for name, pattern in self.where.items())
 

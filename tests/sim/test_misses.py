@@ -65,6 +65,10 @@ def test_causes_are_told_apart_by_pattern_quantity_and_sign() -> None:
     assert not cause.fits("peak_memory", -0.2, row)
     assert not cause.fits("step_time", -0.2, row | {"tp": "16"})
     assert not cause.fits("step_time", -0.2, {"source": "abc"})
+    memory = Cause("short", {"source": "a*"}, "why", "what", ("peak_memory", "verdict"), "-")
+    assert memory.fits("peak_memory", -0.2, row), "too little memory is predicted"
+    assert memory.fits("verdict", 0.7, row), "and so a run fits that ran out"
+    assert not memory.fits("verdict", -0.7, row)
 
 
 def test_causes_have_names_of_their_own_and_say_what_is_needed() -> None:
