@@ -57,6 +57,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "TRL SFTTrainer with FSDP1", "zero3", "transformers-fsdp1"),
         ("new", "TRL SFTTrainer, FSDP2", "zero3", "trl"),
         ("new", "Megatron-SWIFT", "zero1", "megatron-core"),
+        ("new", "Megatron-SWIFT of 2026-04", "zero1", "megatron-swift"),
         ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
         ("new", "KempnerForge, eager", "zero3", "kempnerforge"),
         ("new", "prime-rl SFT", "zero3", "prime-rl"),
@@ -128,6 +129,17 @@ def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
         assert (found.stack, found.program().balanced_routes) == ("primus-2026", routes)
     assert found.program().kernels.loss == "fused"
     assert read_case(row(**cells | {"gpu": "h100-sxm-80g"}), MODELS).stack == "megatron-core"
+
+
+def test_gradients_of_megatron_swift_are_narrow_until_its_flag_is_passed_on() -> None:
+    for when, grad in (("202604", "compute"), ("202609", "float32")):
+        found = read_case(row(notes=f"Megatron-SWIFT ({when}), permute fusion"), MODELS)
+        program = found.program()
+        assert found.stack == "megatron-swift"
+        assert (program.dtypes.grad, program.kernels.row_sums) == (grad, "gathered")
+    told = {"stack": "generic-eager", "sharding": "none"}
+    for notes, adamw in (("torch.optim.AdamW by default", "foreach"), ("torch.optim.AdamW, fused", "fused")):
+        assert read_case(row(**told, notes=notes), MODELS).program().kernels.adamw == adamw
 
 
 def test_the_month_of_a_row_is_the_latest_that_it_names_else_the_first_of_its_card_and_network() -> None:
