@@ -11,14 +11,14 @@ are to be believed.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, log1p
 from typing import Any
 
 import msgspec
 
-from mopsim.calibrate.fit import SCALES, RunPoint, fit_family, fit_kind, fit_step, scatter
+from mopsim.calibrate.fit import SCALES, RunPoint, StepFit, fit_family, fit_kind, fit_step, scatter
 from mopsim.calibrate.observed import Seen, expected, observed
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
@@ -224,9 +224,7 @@ def _corrected(
     for _ in range(ROUNDS):
         trial = msgspec.structs.replace(bare, corrections=corrections)
         points = [_step_point(run, simulate(run.plan, trial)) for run in runs]
-        fit = fit_step(points, launch)
-        floors = {kind: floor(bare, kind) for kind in WORK_KINDS}
-        corrections = _spread(corrections, fit.factor, fit.per_op, fit.constants, floors, source)
+        corrections = _spread(corrections, fit_step(points, launch), bare, source)
     name = profile.name if profile.name.endswith("-calibrated") else f"{profile.name}-calibrated"
     return msgspec.structs.replace(
         bare,
@@ -314,26 +312,19 @@ def _step_point(run: _Run, simulated: SimResult) -> RunPoint:
     return RunPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime, measured.quiet)
 
 
-def _spread(
-    corrections: Mapping[str, Correction],
-    factor: float,
-    per_op: float,
-    constants: Mapping[str, float],
-    floors: Mapping[str, float],
-    source: str,
-) -> Corrections:
+def _spread(corrections: Corrections, fit: StepFit, bare: HardwareProfile, source: str) -> Corrections:
     """What is left of the step, put where the simulator prices it: on every kind, every op, and the step."""
     new: Corrections = {}
     for kind in WORK_KINDS:
         old = corrections.get(kind, Correction())
-        scale = min(max(old.scale * factor, floors[kind], SCALES[0]), SCALES[1])
-        overhead = old.overhead * factor + (per_op if kind in COMPUTE_KINDS else 0.0)
+        scale = min(max(old.scale * fit.factor, floor(bare, kind), SCALES[0]), SCALES[1])
+        overhead = old.overhead * fit.factor + (fit.per_op if kind in COMPUTE_KINDS else 0.0)
         new[kind] = Correction(scale=scale, overhead=min(overhead, 1.0), source=old.source or source)
-    for runtime, constant in constants.items():
+    for runtime, constant in fit.constants.items():
         kind = f"step_{runtime}"
         before = corrections[kind].overhead if kind in corrections else 0.0
         new[kind] = Correction(overhead=min(before + constant, 1.0), source=source)
-    usual = statistics.fmean(new[f"step_{runtime}"].overhead for runtime in constants)
+    usual = statistics.fmean(new[f"step_{runtime}"].overhead for runtime in fit.constants)
     new["step"] = Correction(overhead=usual, source=f"the mean of the runtimes in {source}")
     return new
 

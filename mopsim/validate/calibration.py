@@ -96,14 +96,9 @@ def fit(points: Sequence[PacedRun], issue: float = LAUNCH, new: bool = False) ->
 
     from scipy.optimize import least_squares  # takes long to import, and a simulation fits nothing
 
-    best = None
-    for start in STARTS:
-        found = least_squares(
-            residuals, [1.0, start * 1e6, 0.0], bounds=([0.2, 0.0, 0.0], [5.0, LAUNCH_LIMIT * 1e6, 10.0])
-        )
-        best = found if best is None or found.cost < best.cost else best
-    assert best is not None
-    scale, launch, constant = (float(value) for value in best.x)
+    bounds = ([0.2, 0.0, 0.0], [5.0, LAUNCH_LIMIT * 1e6, 10.0])
+    found = (least_squares(residuals, [1.0, start * 1e6, 0.0], bounds=bounds) for start in STARTS)
+    scale, launch, constant = map(float, min(found, key=lambda one: one.cost).x)
     return Fit(scale, launch * 1e-6, constant * deviation, len(points))
 
 

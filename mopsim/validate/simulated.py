@@ -162,11 +162,10 @@ def _seconds(value: float) -> Quantity:
 
 def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None) -> list[Simulated]:
     """Results in the order of `cases`. jobs: processes, 0 = as many as there are cores, at most 4."""
-    first: dict[tuple[object, ...], int] = {}
-    keys = [case.alike() for case in cases]
-    for index, key in enumerate(keys):
-        first.setdefault(key, index)
-    unique = [cases[index] for index in first.values()]
+    keys, first = [case.alike() for case in cases], dict[tuple[object, ...], Case]()
+    for key, case in zip(keys, cases, strict=True):
+        first.setdefault(key, case)
+    unique = list(first.values())
     count = min(workers(jobs), max(1, len(unique) // 8))
     if count <= 1:
         found = _collect(map(simulate_case, unique), len(unique), progress)
