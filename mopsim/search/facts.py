@@ -7,7 +7,7 @@ from functools import cached_property
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine.upper import ALLOCATOR
 from mopsim.intervals.memory import least_share
-from mopsim.intervals.spread import Facts, network, products
+from mopsim.intervals.spread import Facts
 from mopsim.search.layer import Layer
 from mopsim.search.space import Space
 from mopsim.spec.hardware import HardwareProfile
@@ -51,11 +51,8 @@ def surely(space: Space, on_top: float = 0.0) -> float:
     """How many times the peak of a candidate a device must hold, at least, to fit as good as surely. on_top:
     part of the peak that communicators take beside it."""
     problem, stack = space.problem, space.stack
-    hardware, precision = problem.hardware, products(space.build(0).precision)
-    about = Facts(
-        stack.name, hardware.name, precision, network(problem.model), bool(stack.runtime),
-        seen=hardware.runs_seen,
-    )  # fmt: skip
+    hardware, precision = problem.hardware, space.build(0).precision
+    about = Facts.of(stack, hardware, precision, problem.model, exact=bool(stack.runtime))
     apart = hardware.device_kind == "cpu" or stack.pool  # no caching allocator (mopsim.engine.account)
     return least_share(about, 0.0 if apart else ALLOCATOR + on_top)
 

@@ -37,7 +37,6 @@ class Footprint:
         self.hides = space.stack.resolve(first).overlap
         self.prefetch = first.dense.prefetch
         self.copied_masters = space.stack.sharding.host_masters == "copied"
-        self.fully_shard = space.stack.sharding.fsdp
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
         """Whether the program is that of flat units (mopsim.program.pairs)."""
         self.compute = DTYPE_BYTES[precision.compute]

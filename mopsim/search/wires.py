@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopsim.cost.communication import reached, sent_once
+from mopsim.program.topology import devices_taken
 from mopsim.spec.hardware import CollectiveCurve, HardwareProfile
 
 Reals = NDArray[np.float64]
@@ -41,9 +42,8 @@ class Wires:
 
     @property
     def domain(self) -> int:
-        """Ranks of a scale-up domain: as many of each as divide the job (mopsim.program.topology)."""
-        most = min(self.hardware.scale_up_size, self.world_size)
-        return next(size for size in range(most, 0, -1) if self.world_size % size == 0)
+        """Ranks of a scale-up domain that the job runs on."""
+        return devices_taken(self.world_size, self.hardware.scale_up_size)
 
     def seconds(self, message: Message) -> tuple[Reals, Reals]:
         """Seconds in which a message keeps (scale-up, scale-out) busy: one of the two."""
