@@ -77,12 +77,6 @@ def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _shipped(load: Callable[[str], Any], name: str) -> Any:
-    """What is known by this name, None where nothing is: a file's noun has a name of its own."""
-    with suppress(MopError):
-        return load(name)
-
-
 def _job(
     step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]
 ) -> tuple[ModelSpec, HardwareProfile, int, Strategy, TrainSpec, Stack]:
@@ -98,7 +92,9 @@ def _job(
         name, digest = made.get(noun), made.get(f"{noun}_digest")
         if not (isinstance(name, str) and isinstance(digest, str)):
             raise MopError(f"the result does not say its {noun}")
-        one = known.get(noun, {}).get(digest) or _shipped(load, name)
+        one = known.get(noun, {}).get(digest)
+        with suppress(MopError):  # where nothing is known by this name: a file's noun has one of its own
+            one = one or load(name)
         if one is None or io.digest(one) != digest:
             option = {"model": "--model", "profile": "--hardware"}.get(noun, "")
             hint = f"; give its file by {option}" if option else ""

@@ -33,8 +33,7 @@ class Builder:
 
     def make(self, name: str, size: int, category: str = "activations") -> None:
         """A named buffer comes alive with the next op on the compute stream."""
-        assert name not in self.alive, f"{name} is alive already"
-        self.alive[name] = (category, size)
+        self.adopt(name, size, category)
         self._pending.append((category, size))
 
     def drop(self, *names: str) -> None:
