@@ -174,7 +174,8 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         flops=2 * pairs * heads * (qk + v_width), seq=attended_span(seq // d if ring else seq, *band),
         bytes=moved + out.bytes, launches=d if ring else 1,
     )  # fmt: skip
-    shared = by_heads and model.attention == "gqa" and inner[1].bytes < inner[0].bytes and not shapes.fused
+    shared = by_heads and model.attention == "gqa" and inner[1].bytes < inner[0].bytes
+    shared = shared and (shapes.expands or not shapes.fused)
     if shapes.flash or not by_heads:
         core = _flash(core, names, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
     else:

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mopsim.graph.tape import Played, Step, Tape
+from mopsim.graph.tape import Kernel, Played, Step, Tape
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,71 @@ def held_for_weights(tape: Tape, chosen: Recomputation) -> frozenset[str]:
     """Values and (as `d/name`) gradients that weight gradients put off need."""
     products = [kernel for kernel in tape.kernels if kernel.matmuls]
     saved = {name for kernel in products for name in kernel.saves} & (chosen.kept | chosen.dropped)
-    return frozenset(saved | {f"d/{value.name}" for kernel in products for value in kernel.writes})
+    return frozenset(saved | {name for kernel in products for name in gradients(tape, kernel)})
 
 
-def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset()) -> list[Played]:
+def gradients(tape: Tape, kernel: Kernel) -> list[str]:
+    """The gradients (as `d/name`) of what a kernel makes: of what has none of its own, as what is added to a
+    stream, that of the sum."""
+    readers = {name: one for one in reversed(tape.kernels) if one.writes for name in one.reads}
+    found = []
+    for value in kernel.writes:
+        while not value.grad and value.name in readers:
+            value = readers[value.name].writes[0]
+        found += [f"d/{value.name}"] if value.grad else []
+    return found
+
+
+def backward(
+    tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset(), *, split: bool = False
+) -> list[Played]:
     """The reverse of `forward`, regions run again where they are wanted. The inputs' gradients stay.
 
-    held: what outlives this pass (see `held_for_weights`).
+    held: what outlives this pass (see `held_for_weights`). split: weight gradients of products are none of
+    it.
     """
-    values, alive = tape.values, set(tape.outputs)
+    values, alive, lent = tape.values, set(tape.outputs), set[str]()
+    first_saver, last_saver = _savers(tape, chosen)
+    stay = (chosen.kept | chosen.dropped) - held - chosen.passed
+    over = _by_place((name, first_saver[name]) for name in stay if name in first_saver)
+    due = _due(tape, chosen, last_saver)
+    played: list[Played] = []
+    twice = _twice(tape, chosen, held)
+    for index in reversed(range(len(tape.kernels))):
+        for when, region in due:
+            if when == index:
+                played += _again(tape, region, chosen, frozenset(twice))
+        kernel = tape.kernels[index]
+        memory: list[Step] = list(kernel.back_scratch)
+        if kernel.weight_grad and not (split and kernel.matmuls):
+            memory += _spike((("activations", kernel.weight_grad),))
+        passes = not kernel.matmuls and any(f"d/{value.name}" in held for value in kernel.writes)
+        for name in kernel.reads if kernel.writes else ():  # else the gradient is changed in place
+            value = values[name]
+            if value.grad and value.bytes:
+                if passes and name not in alive:  # the sum's, which stays
+                    lent.add(name)
+                else:
+                    memory.append((value.category, value.bytes))
+                    if name in alive - lent:
+                        memory.append((value.category, -value.bytes))
+                    lent.discard(name)
+                alive.add(name)
+        memory += [(category, -size) for category, size in kernel.back_scratch]
+        for value in kernel.writes:
+            if value.grad and value.name in alive:
+                if f"d/{value.name}" not in held and value.name not in lent:
+                    memory.append((value.category, -value.bytes))
+                alive.discard(value.name)
+        gone = [*over.get(index, ()), *(name for name, first in twice.items() if first == index)]
+        memory += [(values[name].category, -values[name].bytes) for name in gone]
+        if kernel.reads or kernel.writes or kernel.back_bytes != 0:  # counts have no gradient
+            played.append(Played(kernel, True, tuple(memory)))
+    return played
+
+
+def _savers(tape: Tape, chosen: Recomputation) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each value the first and the last kernel whose backward wants it."""
     freed = chosen.kept | chosen.dropped
     first_saver: dict[str, int] = {}
     last_saver: dict[str, int] = {}
@@ -93,35 +149,7 @@ def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset
         for value in kernel.writes:
             if value.name in chosen.kept:
                 first_saver.setdefault(value.name, index)
-    stay = freed - held - chosen.passed
-    over = _by_place((name, first_saver[name]) for name in stay if name in first_saver)
-    due = _due(tape, chosen, last_saver)
-    played: list[Played] = []
-    for index in reversed(range(len(tape.kernels))):
-        for when, region in due:
-            if when == index:
-                played += _again(tape, region, chosen)
-        kernel = tape.kernels[index]
-        memory: list[Step] = list(kernel.back_scratch)
-        if kernel.weight_grad:
-            memory += _spike((("activations", kernel.weight_grad),))
-        for name in kernel.reads if kernel.writes else ():  # else the gradient is changed in place
-            value = values[name]
-            if value.grad and value.bytes:
-                memory.append((value.category, value.bytes))
-                if name in alive:
-                    memory.append((value.category, -value.bytes))
-                alive.add(name)
-        memory += [(category, -size) for category, size in kernel.back_scratch]
-        for value in kernel.writes:
-            if value.grad and value.name in alive:
-                if f"d/{value.name}" not in held:
-                    memory.append((value.category, -value.bytes))
-                alive.discard(value.name)
-        memory += [(values[name].category, -values[name].bytes) for name in over.get(index, ())]
-        if kernel.reads or kernel.writes or kernel.back_bytes != 0:  # counts have no gradient
-            played.append(Played(kernel, True, tuple(memory)))
-    return played
+    return first_saver, last_saver
 
 
 def _due(tape: Tape, chosen: Recomputation, last_saver: dict[str, int]) -> list[tuple[int, frozenset[int]]]:
@@ -140,9 +168,20 @@ def _due(tape: Tape, chosen: Recomputation, last_saver: dict[str, int]) -> list[
     return [(due[region], region) for region in sorted(due, key=min)]
 
 
-def _again(tape: Tape, region: frozenset[int], chosen: Recomputation) -> list[Played]:
-    """A region forward: its dropped values come back, what is only passed on inside dies, as does what was
-    kept for that. What kernels that
+def _twice(tape: Tape, chosen: Recomputation, held: frozenset[str]) -> dict[str, int]:
+    """Values that stay for weight gradients and that a region makes again for its own kernels' backward, and
+    the kernel with which the second copy goes."""
+    found: dict[str, int] = {}
+    for region in chosen.again:
+        made = {value.name for index in region for value in tape.kernels[index].writes}
+        for index in sorted(region, reverse=True):
+            found |= dict.fromkeys(made & chosen.kept & held & set(tape.kernels[index].saves), index)
+    return found
+
+
+def _again(tape: Tape, region: frozenset[int], chosen: Recomputation, twice: frozenset[str]) -> list[Played]:
+    """A region forward: its dropped values come back, those that are there `twice` too, what is only passed
+    on inside dies, as does what was kept for that. What kernels that
     do not run again would read lives as long as if they did, at most to the region's end."""
     order = sorted(region)
     last: dict[str, int] = {}
@@ -163,7 +202,7 @@ def _again(tape: Tape, region: frozenset[int], chosen: Recomputation) -> list[Pl
             made.add(value.name)
         memory += _spike(kernel.scratch)
         for name, when in last.items():
-            if when == index and name in made and name not in chosen.dropped:
+            if when == index and name in made and name not in chosen.dropped | twice:
                 memory.append((values[name].category, -values[name].bytes))
         played.append(Played(kernel, False, tuple(memory)))
     return played

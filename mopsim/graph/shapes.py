@@ -17,7 +17,8 @@ class Shapes(Struct, frozen=True):
     trade keys and values have slices one after the other, of which the last attends to the most.
     whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
     documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
-    skips: whether its kernel leaves out what a window or a document hides.
+    skips: whether its kernel leaves out what a window or a document hides. expands: its backward makes the
+    gradients of keys and values for each query head, whatever is fused.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class Shapes(Struct, frozen=True):
     whole_experts: bool = False
     documents: int = 0
     skips: bool = True
+    expands: bool = False
 
     @property
     def region_tokens(self) -> int:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from mopsim.graph.host_costs import FLAT
+from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import CommGroup, Work
@@ -119,3 +120,11 @@ def divided(context: Context, unit: ShardedUnit) -> Work:
     cast = context.b + context.reduce if context.reduce != context.b else 0
     size = float(unit.padded * (cast + 2 * context.reduce))
     return Work("memory_bound", bytes=size, launches=1 + bool(cast))
+
+
+def shared_embedding(context: Context, issue: Builder, reductions: Sequence[int]) -> int:
+    """The first and the last stage add up what each found for an embedding of which both have a copy."""
+    size = float(context.edges["embedding"].padded * context.reduce)
+    work = (Work("all_reduce", bytes=size, group=context.groups["stage"]),)
+    name = "shared embedding"
+    return issue.add(name, "scale_out", "embedding", "backward", work, tuple(reductions), (), name)

@@ -33,8 +33,9 @@ from mopsim.program.loss import Half, logit_elements, loss_template
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.over_layers import fewer, fullest, held
 from mopsim.program.shards import Shards
+from mopsim.program.split_backward import SplitShards, weight_grads
 from mopsim.program.stage import Stage
-from mopsim.program.taped import template, weight_grads
+from mopsim.program.taped import template
 from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
@@ -56,28 +57,28 @@ class Passes:
     bubble)."""
 
     def __init__(self, context: Context) -> None:
-        strategy = context.strategy
-        self.context = context
+        self.context, strategy = context, context.strategy
         attention, kernels = strategy.attention, context.stack.kernels
         apart = bool(strategy.activations.save_ops) or kernels.gate_up == "separate"
-        apart = apart and strategy.dense.tensor_parallel == 1
         self.shapes = replace(
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
             skips=context.stack.skips_hidden(context.training.plain_attention(context.model)),
             in_order=kernels.sequence_slices == "in_order",
-            fused=not apart,
+            fused=not apart or strategy.dense.tensor_parallel > 1,
+            expands=kernels.gate_up == "separate",
             whole_experts="routed" in kernels.exchanged_rows,
         )
-        self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
+        self.split = strategy.pipeline.splits
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
 
     def sharding(self, issue: Builder, stage: Stage) -> Shards:
         """What gathers parameters and reduces gradients."""
         looped = self.context.stack.sharding.loop in ("apart", "together")
-        return (LoopedShards if looped else Shards)(self.context, issue, stage)
+        kind = LoopedShards if looped else SplitShards if self.split else Shards
+        return kind(self.context, issue, stage)
 
     def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> OffloadedInputs:
         """What takes inputs of layers to the host."""
@@ -343,16 +344,16 @@ class Passes:
         held = held_for_weights(tape, chosen) if self.split else frozenset()
         freed = self._input if self._wants_input(tape) else ()
         held |= saved_to_router(tape, chosen) if self._turns else frozenset()
-        played = backward(tape, chosen, held)
+        played = backward(tape, chosen, held, split=self.split)
         if self.context.stack.recompute.holds_output and chosen.again:
             played = _holding(played, ("activations", self.context.hidden))
         return template(played, self.context, "backward", freed, self.split)
 
     def _weights(self, layer: int) -> Template:
         chosen = self._plan(tape := self.tape(layer))
-        ins = forward(tape, chosen)
-        outs = backward(tape, chosen, held_for_weights(tape, chosen))
-        return weight_grads(tape, self.context, list(self._net((*ins, *outs)).items()))
+        held = held_for_weights(tape, chosen)
+        net = self._net((*forward(tape, chosen), *backward(tape, chosen, held, split=True)))
+        return weight_grads(tape, self.context, net, held)
 
     def _net(self, played: Iterable[Played]) -> dict[str, int]:
         """Bytes that are left by category, without the layer's output, which the next layer frees."""

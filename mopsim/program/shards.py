@@ -31,10 +31,11 @@ class Shards:
     the step, by unit. updated: by unit, the op of the last step's update that its first gather waits for.
     """
 
+    _makes = "backward"  # what makes the gradients of a layer's weights
+
     def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
         self.c, self.issue, self.stage = context, issue, stage
-        self.zero = context.strategy.dense.zero
-        self.each = self.zero >= 2
+        self.each = context.strategy.dense.zero >= 2
         self.copied = context.stack.sharding.copies and self.each
         self._modules = context.stack.sharding.groups == "modules"
         self.sums = WholeSums(context, issue)
@@ -43,7 +44,6 @@ class Shards:
         self.made: dict[str, int] = {}
         self.updated: dict[str, int] = {}
         self._landed: set[str] = set()
-        self._landing = False
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, tuple[ShardedUnit, int]] = {}
@@ -52,7 +52,7 @@ class Shards:
         self._left: Ops = ()
         self._copied_out: Ops = ()
         self._sent: Ops = ()
-        self._held = self._deferred = 0
+        self._landing, self._held, self._deferred = False, 0, 0
         self._unfinished: list[int] = []
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
@@ -67,7 +67,7 @@ class Shards:
                     self._gather(unit, phase, ready or self._left)
             self.ahead(layer, phase, order)
         whole = [unit for unit in units if not self._copied(unit)]
-        if self.each and phase == "backward" and whole:
+        if self.each and phase == self._makes and whole:
             memory = [("gathered_grads", self._full_grad(unit)) for unit in whole]
             room = () if self.copied else tuple(self.ops[-1 - len(memory) : -len(memory)])
             ready += (self.issue.add("gradients", "compute", "other", phase, (), room, memory),)
@@ -132,7 +132,7 @@ class Shards:
             if self._beside(unit):
                 continue
             self._release(unit, phase, ready)
-            if self.each and phase == "backward":
+            if self.each and phase == self._makes:
                 self._reduce(unit, ready)
 
     def edge(self, name: str, phase: str) -> Ops:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from mopsim.program import outputs, scales
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, grad_passes, reduction
+from mopsim.program.data_parallel import gathering, grad_passes, reduction, shared_embedding
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.reads import LOSS, GradNorms
+from mopsim.program.split_backward import second_half
 from mopsim.program.stage import Stage
-from mopsim.program.template import Hooks, Ops
+from mopsim.program.template import Hooks, Memory, Ops
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec import pipeline_order
@@ -29,8 +30,7 @@ class StageStep:
     def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
         self.c, self.passes = context, passes
         self.stage = Stage(context, index, passes.key if compose else None)
-        self.visits: list[int] = []
-        self.repeats: list[Repeat] = []
+        self.visits, self.repeats = list[int](), list[Repeat]()
         self.stands_for: Counter[str] = Counter()
         self.issue = Builder(context.groups)
         self.shards = passes.sharding(self.issue, self.stage)
@@ -39,6 +39,7 @@ class StageStep:
         self.after: Ops = ()
         self.arriving: dict[str, int] = {}
         self.unsent: list[tuple[str, int, int, Ops]] | None = None
+        self.sent: Memory = ()
         self.gathered: dict[str, Ops] = {}
         self.reductions: list[int] = []
 
@@ -59,6 +60,7 @@ class StageStep:
             else:
                 self._slot(turn[0], left)
         self.issue.microbatch = -1
+        self._freed()
         self._reduce_rest()
         returned = outputs.merged(self.c, self.issue, self.stage, microbatches)
         self.passes.update(self.issue, self.stage, self.reductions)
@@ -82,14 +84,11 @@ class StageStep:
         self.issue.microbatch = microbatch
         if phase == "forward":
             self._forward(microbatch, chunk)
-            return
-        if phase == "weight_grad":
+        elif phase == "weight_grad":
             self._weights(microbatch, chunk, left)
-            return
-        final = phase == "backward" and left[chunk] == 1
-        self._backward(microbatch, chunk, final)
-        if phase == "backward":
-            left[chunk] -= 1
+        else:
+            self._backward(microbatch, chunk, phase == "backward" and left[chunk] == 1)
+            left[chunk] -= phase == "backward"
 
     def _pair(self, forward: Slot, backward: Slot, left: dict[int, int], woven: bool) -> None:
         """A forward and another microbatch's backward. woven: side by side, each computes while the other
@@ -158,8 +157,8 @@ class StageStep:
         for layer in self.stage.extra:  # each predicts from the hidden state before it
             ready = issue.play(self.passes.projection("forward"), layer, ready)
             template, waits = self.passes.forward(layer), self.shards.before(layer, "forward", [layer])
-            beside = self.shards.beside(template, layer, "forward")
-            ready = issue.play(template, layer, (*ready, *waits), beside)
+            hooks = self.shards.beside(template, layer, "forward")
+            ready = issue.play(template, layer, (*ready, *waits), hooks)
             self.shards.after(layer, "forward")
             ready = self._loss(ready, "norm")
         for _ in range(1 + len(self.stage.extra)):
@@ -285,16 +284,17 @@ class StageStep:
         left[chunk] -= 1
         self._begin_grads(chunk, later=False)
         ready: Ops = ()
-        extra = self.stage.extra if self.stage.part(chunk) == self.stage.parts - 1 else ()
-        for layer in reversed((*self.stage.chunks[chunk], *extra)):
+        for layer in reversed((*self.stage.chunks[chunk], *self.stage.extra)):
             self.boundaries.before("weight_grad", microbatch, layer, ready)
-            ready = self.issue.play(self.passes.weights(layer), layer, ())
+            ready = second_half(self.shards, self.issue, self.passes.weights(layer), layer)
             self.kept.made(*self.c.layers[layer])
             if left[chunk] == 0 and self._early:
                 self._reduce(self.c.layers[layer], ready)
+        self.after = (*self.after, *self.shards.finish())
         self.kept.added(chunk, ready)
 
     def _embed(self) -> Ops:
+        self._freed()
         waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
         self.shards.start(self.stage.chunks[0])
         ready = self.issue.play(self.passes.embedding("forward"), -1, (*self.after, *waits))
@@ -304,6 +304,7 @@ class StageStep:
 
     def _receive(self, way: str, microbatch: int, part: int) -> Ops:
         """An activation or a gradient arrives from a neighbour."""
+        self._freed()
         op = self.arriving.pop(f"{way} {microbatch} {part}", None)
         if op is None:
             op = self._posted(way, microbatch, part, not self.overlap.pipeline)
@@ -324,8 +325,8 @@ class StageStep:
         return self.issue.add("shape read", "compute", "other", way, work, (op,), awaited=True)
 
     def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
-        """To a neighbour, and freed: where it overlaps once it is sent, else by what comes next, which waits
-        for it."""
+        """To a neighbour, and freed: where it overlaps once it is sent, else by what comes next and waits for
+        it, which weight gradients do not."""
         if self.unsent is not None:
             self.unsent.append((way, microbatch, part, ready))
             return
@@ -337,13 +338,19 @@ class StageStep:
             f"{way} {microbatch} {part}",
         )  # fmt: skip
         if not overlaps:
-            self.issue.hold(memory)
             self.after = (*self.after, op)
+            self.sent += memory
+            if not self.passes.split:
+                self._freed()
+
+    def _freed(self) -> None:
+        """What was sent is, once something waits for it."""
+        self.issue.hold(self.sent)
+        self.sent = ()
 
     def _sent(self) -> tuple[Work, ...]:
         parts = 3 if self.c.stack.host.message_reads else 1  # with the two that say its shape
-        group = self.c.groups["stage"]
-        return (Work("send_recv", bytes=float(self.c.hidden), launches=parts, group=group),)
+        return (Work("send_recv", bytes=float(self.c.hidden), launches=parts, group=self.c.groups["stage"]),)
 
     def _reduced(self, ready: Ops, edge: str, final: bool) -> None:
         """The gradients of an edge are whole: reduced now where that overlaps."""
@@ -373,15 +380,7 @@ class StageStep:
         rest = [unit for unit in self.stage.units if unit.name not in self.shards.reduced]
         self._reduce(rest, self.issue.tail())
         if self.stage.shares_embedding and (self.stage.is_first or self.stage.is_last):
-            unit = self.c.edges["embedding"]
-            size = float(unit.padded * self.c.reduce)
-            work = (Work("all_reduce", bytes=size, group=self.c.groups["stage"]),)
-            self.reductions.append(
-                self.issue.add(
-                    "shared embedding", "scale_out", "embedding", "backward", work,
-                    tuple(self.reductions), (), "shared embedding",
-                )
-            )  # fmt: skip
+            self.reductions.append(shared_embedding(self.c, self.issue, self.reductions))
 
     def _gather_updated(self) -> None:
         """Parameters that the last step updated arrive beside the first forward, in the order of their

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
-from mopsim.graph.tape import GATE_CLAMPS, Kernel, Played, Step, Tape
+from mopsim.graph.tape import GATE_CLAMPS, Kernel, Played, Step
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.template import START, Template
@@ -18,12 +18,13 @@ _AWAITED = (*_READ[1:], GATE_CLAMPS)
 """Kernels of reads, before which the host waits for what they are made from; those for whose end it waits."""
 
 
-class _Draft(Recorder):
-    """A template being made. ready: what the next piece waits for. split: weight gradients come later."""
+class TapeDraft(Recorder):
+    """A template being made. ready: what the next piece waits for. back: what of a kernel's backward is
+    made; without its weight gradients these come later."""
 
-    def __init__(self, context: Context, split: bool = False) -> None:
+    def __init__(self, context: Context, back: Part = "backward") -> None:
         super().__init__(context.groups)
-        self.context, self.split = context, split
+        self.context, self.back, self.split = context, back, back == "input_grad"
         self.ready: tuple[int, ...] = (START,)
         self.joined: list[Played] = []
         self.coming: dict[str, int] = {}
@@ -116,7 +117,19 @@ class _Draft(Recorder):
             self.ready = (*self.ready, *sorted(arrived))
 
     def part(self, item: Played) -> Part:
-        return "forward" if not item.backward else "input_grad" if self.split else "backward"
+        return self.back if item.backward else "forward"
+
+    def gather_again(self, source: Kernel) -> list[Step]:
+        """The rows that a product kept its own of, in their turn or beside all before; what is freed then."""
+        works_of, memory = works(source, "forward", self.context), list[Step]()
+        deps: tuple[int, ...] = (START,)
+        if self.context.stack.kernels.region_backward == "in_turn":
+            self.close("backward")
+            deps, memory = self.ready, [("activations", int(source.bytes))]
+        stream = stream_of(self.context.groups[source.group])
+        op = self.add(source.name, stream, source.component, "backward", works_of, deps, memory)
+        self.ready = (*(one for one in self.ready if one not in deps), op)
+        return [(name, -size) for name, size in memory]
 
     def talk(self, item: Played, back: str, deps: tuple[int, ...], memory: Sequence[Step]) -> int:
         """A collective on its own stream."""
@@ -138,12 +151,12 @@ def template(
 ) -> Template:
     """Ops of a played tape. direction: forward or backward. last: memory steps after all.
 
-    split: without the weight gradients, which `weight_grads` holds.
+    split: without the weight gradients, which `split_backward.weight_grads` holds.
 
     Runs of compute kernels of one component are one op; collectives lie on the stream of their fabric.
     """
-    draft = _Draft(context, split)
-    gathers = {name: item.kernel for item in played for name in _region(item.kernel)}
+    draft = TapeDraft(context, "input_grad" if split else "backward")
+    gathers = {name: item.kernel for item in played for name in region(item.kernel)}
     done: set[int] = set()
     for index, item in enumerate(played):
         kernel = item.kernel
@@ -217,7 +230,7 @@ def _leads(item: Played) -> bool:
     return item.backward == (item.kernel.kind == "reduce_scatter")
 
 
-def _region(kernel: Kernel) -> tuple[str, ...]:
+def region(kernel: Kernel) -> tuple[str, ...]:
     """What the products of a region read, where the kernel begins one."""
     if kernel.group not in ("tensor", "expert_tensor"):
         return ()
@@ -226,7 +239,7 @@ def _region(kernel: Kernel) -> tuple[str, ...]:
     return tuple(value.name for value in kernel.writes) if kernel.kind == "all_gather" else ()
 
 
-def _keeps(kernel: Kernel) -> bool:
+def keeps(kernel: Kernel) -> bool:
     """Whether a product keeps what it reads, so that its weight gradient needs nothing gathered again."""
     return kernel.reads[0] in kernel.saves
 
@@ -234,7 +247,7 @@ def _keeps(kernel: Kernel) -> bool:
 def _apart(kernel: Kernel, source: Kernel, context: Context) -> bool:
     """Whether what begins the product's region has a backward of its own, after both of its gradients."""
     in_turn = context.stack.kernels.region_backward == "in_turn"
-    return in_turn and source.group == "tensor" and bool(source.writes) and _keeps(kernel)
+    return in_turn and source.group == "tensor" and bool(source.writes) and keeps(kernel)
 
 
 def _partner(played: Sequence[Played], index: int, source: Kernel, done: set[int]) -> int:
@@ -254,7 +267,7 @@ def _splits(first: Played, item: Played, direction: str, context: Context) -> bo
     )
 
 
-def _column(draft: _Draft, item: Played, gathered: Played) -> None:
+def _column(draft: TapeDraft, item: Played, gathered: Played) -> None:
     """Backward of a product that begins a region: gathered rows are gathered again beside the input gradient,
     whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
     LinearWithGradAccumulationAndAsyncCommunication); or in turn: input gradient, its sum, gathered rows,
@@ -262,7 +275,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     kernel, again, context, start = item.kernel, gathered.kernel, draft.context, draft.ready
     stream, component = stream_of(context.groups[again.group]), kernel.component
     in_turn = context.stack.kernels.region_backward == "in_turn" and not draft.split
-    rows = () if draft.split or (_keeps(kernel) and not in_turn) else works(again, "forward", context)
+    rows = () if draft.split or (keeps(kernel) and not in_turn) else works(again, "forward", context)
     whole = [("activations", int(again.bytes))] if rows else []
     steps, of_weights = list(item.memory), list[Step]()
     if in_turn and kernel.weight_grad:
@@ -291,22 +304,3 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     freed = [(category, -size) for category, size in whole]
     weights = product("weight_grad", ready, [*of_weights, *summed, *gone, *freed])
     draft.ready = (weights,) if in_turn else (weights, down)
-
-
-def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:
-    """The weight gradients of a tape's products; frees the `held` bytes of their operands, by category."""
-    draft = _Draft(context)
-    gathers = {name: kernel for kernel in tape.kernels for name in _region(kernel)}
-    ready: list[int] = [START]
-    for kernel in reversed(tape.kernels):
-        if not kernel.matmuls:
-            continue
-        source = gathers.get(kernel.reads[0])
-        if source is not None and context.groups[source.group].size > 1 and not _keeps(kernel):
-            stream = stream_of(context.groups[source.group])
-            rows = works(source, "forward", context)
-            ready.append(draft.add(source.name, stream, kernel.component, "backward", rows, (START,), ()))
-    work = tuple(w for kernel in reversed(tape.kernels) for w in works(kernel, "weight_grad", context))
-    memory = [(category, -size) for category, size in held]
-    end = draft.add("weight gradients", "compute", "other", "backward", work, tuple(ready), memory)
-    return draft.template((end,))

@@ -41,7 +41,8 @@ def zero_bubble(stages: int, microbatches: int, stage: int) -> list[Slot]:
     """ZB-H1 (arXiv 2401.10241): backward split in input and weight gradients; weight gradients fill the
     drain.
 
-    Memory stays that of 1F1B: a weight gradient is put off by at most `stage` microbatches.
+    A weight gradient is put off by at most `stage` microbatches. What it is made of is held beside what 1F1B
+    holds.
     """
     order: list[Slot] = []
     waiting: list[int] = []

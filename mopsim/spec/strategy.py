@@ -40,6 +40,11 @@ class Pipeline(Spec, frozen=True, kw_only=True):
     layers: tuple[int, ...] = ()
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
 
+    @property
+    def splits(self) -> bool:
+        """Whether backwards are in two halves: there is nothing to fill in a stage alone."""
+        return self.schedule == "zero_bubble" and self.pipeline_parallel > 1
+
 
 class Dense(Spec, frozen=True, kw_only=True):
     """Attention projections, norms, router, dense FFN, shared experts and embedding.
