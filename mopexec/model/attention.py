@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mopexec.model.kept import product
 from mopexec.model.parts import RMSNorm, linear
 from mopexec.model.parts import norm as normed
 from mopexec.operators import kernels
@@ -216,7 +216,7 @@ def _latent(
 
 
 def _product(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return product("", x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
 def _normed(weights: Weights, name: str, x: Tensor) -> Tensor:

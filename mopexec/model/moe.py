@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mopexec.model.auxiliary import Auxiliary, attach, router_loss
+from mopexec.model.kept import product
 from mopexec.model.parts import FeedForward, linear
 from mopexec.model.swiglu import grouped_swiglu
 from mopexec.operators.dtypes import wide
@@ -45,7 +45,7 @@ class Router(nn.Module):
         """(experts, weights) before any loss of the router's; logits and scores [N, E]."""
         accurate = wide(x.dtype)
         bias = None if self.bias is None else self.bias.to(accurate)
-        logits = F.linear(x.to(accurate), self.weight.to(accurate), bias)
+        logits = product("", x.to(accurate), self.weight.to(accurate), bias)
         scores = router_scores(logits, self.spec)
         if experts is None:
             with torch.no_grad():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mopexec.model.kept import product
 from mopexec.operators.again import keeps, kept
 from mopexec.operators.grouped import Groups, RowCounts, fits
+from mopexec.operators.put_off import gradients, splits
 from mopexec.operators.swiglu import Clamp, clamped_activation, clamped_activation_backward
 
 _NAMES = ("gate", "up", "down")
@@ -47,7 +48,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows, stack = ctx.saved_tensors
         groups, given = ctx.groups, grads[0]
-        of_weights = groups.of_weights(rows, given)
+        (of_weights,) = gradients(lambda *both: (groups.of_weights(*both),), (rows, given), (stack,))
         of_bias = groups.of_bias(given) if ctx.biased else None
         return None, None, groups.product(given, stack.transpose(1, 2)), of_weights, of_bias
 
@@ -96,6 +97,6 @@ def _one_expert(
 
 
 def _multiplied(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if keeps(f"experts_{name}"):
+    if keeps(f"experts_{name}") or splits():
         return product(f"experts_{name}", rows, weight.t(), bias)
     return rows @ weight if bias is None else torch.addmm(bias, rows, weight)

@@ -10,11 +10,14 @@ against: nothing here is promised to stay.
 | `FSDPModule._set_unshard_async_op` | gathers that allocate on the compute stream |
 | `FSDPParamGroup.gradient_divide_factor`, `.mesh_info` | gradients of a group are summed |
 | `FSDPParamGroup.unshard`, `.post_backward`, `.wait_for_unshard` (replaced) | names for what they allocate |
+| `FSDPParamGroup.post_backward`, `.reduce_grads`, `.reshard_after_backward`; \
+`FSDPState._root_post_backward_final_callback` | reductions of a backward in two halves |
 | `FSDPParam._sharded_param_data`, `._unsharded_param` | tensors of which the tracker is told |
 | `FSDPParam.all_gather_inputs` (overridden), `.param_dtype` | on a CPU, the copy from the host of CUDA |
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from mopexec.measure.scope import category
 from mopexec.measure.tracker import recategorize
+from mopexec.operators.put_off import PutOff
 
 
 def lazy_init(model: nn.Module) -> None:
@@ -85,6 +89,48 @@ class _CopiedShard(FSDPParam):
             on_device = torch.empty_like(self._sharded_param_data)
             on_device.copy_(self._sharded_param_data)
             return [on_device if self.param_dtype is None else on_device.to(self.param_dtype)]
+
+
+def put_off_reductions(model: nn.Module) -> None:
+    """Of a backward in two halves the gradients of a group are reduced once the second has made them all."""
+    finish = fully_shard.state(model)._root_post_backward_final_callback  # type: ignore[attr-defined]
+    for group in param_groups(model):
+        group.post_backward = _once_whole(group, group.post_backward, finish)
+
+
+def _once_whole(group: Any, reduce: Callable[..., Any], finish: Callable[[], None]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        later = PutOff.now
+        held = (param for param in group.fsdp_params if hasattr(param, "_unsharded_param"))
+        params = [param._unsharded_param for param in held]
+        if later is None or all(param.grad is not None for param in params):
+            return reduce(*args)
+        first = [param.grad for param in params]  # of this pass alone: others come between
+
+        def second() -> None:
+            for param, grad in zip(params, first, strict=True):
+                param.grad = param.grad if grad is None else grad
+            first.clear()
+            with _set(group, "reshard_after_backward", False):  # gathered since, for another pass
+                reduce()
+
+        for param in params:
+            param.grad = None
+        with _set(group, "reduce_grads", False):
+            reduce(*args)
+        later.add(second)
+        later.last = finish
+        return None
+
+    return call
+
+
+@contextmanager
+def _set(group: Any, name: str, value: bool) -> Iterator[None]:
+    outer = getattr(group, name)
+    setattr(group, name, value)
+    yield
+    setattr(group, name, outer)
 
 
 def name_gathers(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from mopexec.distributed import collectives
 from mopexec.measure.scope import category
 from mopexec.measure.tracker import recategorize
 from mopexec.modules.comm import book_gradients, local, place_on_host
-from mopexec.modules.fsdp_internals import name_gathers
+from mopexec.modules.fsdp_internals import name_gathers, put_off_reductions
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.runner import ModuleRunner
 from mopexec.modules.slices import pieces
@@ -43,6 +43,8 @@ class FullyShardRunner(ModuleRunner):
         for parameter in model.parameters():
             recategorize(local(parameter), "params")
         name_gathers(model)
+        if plan.strategy.pipeline.splits:
+            put_off_reductions(model)
         shards = [
             Shard(
                 name, local(p), self._network.copies(name),

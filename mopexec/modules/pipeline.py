@@ -1,10 +1,11 @@
 """Pipeline parallelism: a stage's microbatches in the schedule's order (1F1B, arXiv 2006.09503; interleaved,
-arXiv 2104.04473), activations and gradients sent between neighbours.
+arXiv 2104.04473; zero bubble, arXiv 2401.10241), activations and gradients sent between neighbours.
 
 Every neighbour has a group of its own for each direction, so that no send waits behind a receive.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from mopexec.distributed.collectives import Waitable
 from mopexec.distributed.mesh import own_group, rounds
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, phase
+from mopexec.operators.put_off import PutOff, planned
 from mopsim.spec import layout, pipeline_order
 from mopsim.spec.strategy import Strategy
 
@@ -66,6 +68,8 @@ class StagePipeline:
         self._shape, self._dtype = shape, dtype
         self._sent: list[tuple[Waitable, Tensor]] = []
         self._kept: dict[tuple[int, int], _Ends] = {}
+        self._left: dict[tuple[int, int], PutOff] = {}
+        self._forwards: type[AbstractContextManager[Any]] = planned if self._how.splits else nullcontext
 
     def step(self, microbatches: int, part: Part) -> Iterator[Tensor]:
         """Forward and backward of every microbatch; gives the losses of the last stage."""
@@ -73,15 +77,18 @@ class StagePipeline:
         for turn in pipeline_order.turns(
             how.schedule, how.pipeline_parallel, how.virtual_stages, microbatches, self._stage
         ):
+            if turn[0][0] == "weight_grad":  # nothing comes or goes
+                self._weights(*turn[0][1:])
+                continue
             given = [self._needed(kind, chunk) for kind, _, chunk in turn]
             self._all_sent()
             made: list[tuple[str, Tensor]] = []
             for kind, microbatch, chunk in turn:
-                if kind == "backward":
+                if kind != "forward":
                     with phase("backward"):
-                        made += [("backward", one) for one in self._backward(microbatch, chunk, given)]
+                        made += [("backward", one) for one in self._backward(kind, microbatch, chunk, given)]
                     continue
-                with phase("forward"):
+                with phase("forward"), self._forwards():
                     out = self._forward(microbatch, chunk, given, part)
                 if self.last(chunk):
                     yield out
@@ -116,10 +123,11 @@ class StagePipeline:
 
     def _needed(self, kind: str, chunk: int) -> Tensor | None:
         """What a pass takes from a neighbour. kind: forward or backward."""
-        if self.first(chunk) if kind == "forward" else self.last(chunk):
+        way = "forward" if kind == "forward" else "backward"
+        if self.first(chunk) if way == "forward" else self.last(chunk):
             return None
-        with phase(kind):
-            return self._receive(kind)
+        with phase(way):
+            return self._receive(way)
 
     def _forward(self, microbatch: int, chunk: int, given: list[Tensor | None], part: Part) -> Tensor:
         """What a part makes of the first of `given`, which dies where the part is done with it."""
@@ -128,13 +136,22 @@ class StagePipeline:
         ends.end(out, whole=self.last(chunk))
         return out.detach()
 
-    def _backward(self, microbatch: int, chunk: int, given: list[Tensor | None]) -> list[Tensor]:
+    def _backward(self, kind: str, microbatch: int, chunk: int, given: list[Tensor | None]) -> list[Tensor]:
         """Takes the gradient of what the part made from `given`; that of what arrived, if something did."""
         ends = self._kept.pop((microbatch, chunk))
         ends.out.append(given.pop(0))
         assert ends.root is not None
-        torch.autograd.backward(ends.root)
+        half: AbstractContextManager[Any] = nullcontext()
+        if kind == "input_grad":
+            half = self._left[microbatch, chunk] = PutOff()
+        with half:
+            torch.autograd.backward(ends.root)
         return ends.arrived
+
+    def _weights(self, microbatch: int, chunk: int) -> None:
+        """What a backward has put off."""
+        with phase("backward"):
+            self._left.pop((microbatch, chunk)).make()
 
     def _receive(self, way: str) -> Tensor:
         link = self._links.found[way, "from"]

@@ -19,7 +19,14 @@ from mopexec.model.parts import activation
 from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
 from mopexec.operators.again import kept
-from mopexec.operators.tensor_parallel import gather_rows, products_backward, products_forward, scatter_rows
+from mopexec.operators.put_off import gradients
+from mopexec.operators.tensor_parallel import (
+    gather_rows,
+    of_inputs,
+    of_weights,
+    products_forward,
+    scatter_rows,
+)
 
 
 class _Products(torch.autograd.Function):
@@ -36,8 +43,10 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *weights = ctx.saved_tensors
-        grad_x, found = products_backward(grads, x, ctx.group, weights, ctx.biased)
-        return grad_x, None, None, None, *found
+        grad_x = of_inputs(grads, ctx.group, weights)
+        found = gradients(partial(of_weights, ctx.group), (x, *grads), weights)
+        biases = [grad.flatten(0, -2).sum(0) for grad, one in zip(grads, ctx.biased, strict=True) if one]
+        return grad_x, None, None, None, *found, *biases
 
 
 def products(

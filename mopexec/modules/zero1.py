@@ -180,8 +180,8 @@ def _adding_to(total: Tensor) -> Callable[[Tensor], None]:
     """A hook that adds a parameter's gradient to `total`, in its dtype, and frees it."""
 
     def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        total.add_(parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:  # it is put off else (`mopexec.operators.put_off`)
+            total.add_(parameter.grad)
+            parameter.grad = None
 
     return add

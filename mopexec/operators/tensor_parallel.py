@@ -55,16 +55,15 @@ def products_forward(
     return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
-def products_backward(
-    grads: Sequence[Tensor], x: Tensor, group: Group, weights: Sequence[Tensor], biased: Sequence[bool]
-) -> tuple[Tensor, list[Tensor]]:
-    """(gradient of x, those of the weights, then of the biases that there are), from a rank's own rows x."""
-    rows = [grad.flatten(0, -2) for grad in grads]
-    partial = rows[0] @ weights[0]
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        partial.addmm_(row, weight)
-    grad_x = scatter_rows(partial.view((*grads[0].shape[:-1], partial.shape[-1])), group)
-    del partial
+def of_inputs(grads: Sequence[Tensor], group: Group, weights: Sequence[Tensor]) -> Tensor:
+    """The gradient of a rank's own rows."""
+    partial = grads[0].flatten(0, -2) @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        partial.addmm_(grad.flatten(0, -2), weight)
+    return scatter_rows(partial.view((*grads[0].shape[:-1], partial.shape[-1])), group)
+
+
+def of_weights(group: Group, x: Tensor, *grads: Tensor) -> list[Tensor]:
+    """The gradients of the weights, from a rank's own rows x, gathered again."""
     whole = gather_rows(x, group).flatten(0, -2)
-    found = [row.t() @ whole for row in rows]
-    return grad_x, found + [row.sum(0) for row, one in zip(rows, biased, strict=True) if one]
+    return [grad.flatten(0, -2).t() @ whole for grad in grads]

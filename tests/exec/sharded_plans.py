@@ -8,7 +8,7 @@ import msgspec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.strategies import fsdp2
-from tests.exec.split_plans import BIASED, LATENT, MODEL, plan_of
+from tests.exec.split_plans import BIASED, HALVES, LATENT, MODEL, plan_of
 
 TENSORS = {"tensor_parallel": 2, "expert_parallel": 2}
 STAGES = {"pipeline_parallel": 2}
@@ -17,7 +17,7 @@ IN_TURN = {"pipeline_parallel": 2, "virtual_stages": 2}
 
 def _make(world: int, model: ModelSpec = MODEL, **options: Any) -> Plan:
     """A plan of `strategies.fsdp2`; training's routing among the options."""
-    routing = {"routing": options.pop("routing")} if "routing" in options else {}
+    routing = {name: options.pop(name) for name in ("routing", "changes") if name in options}
     return plan_of(fsdp2(world, **{"dtype": "float64", "recompute": "none", **options}), model, **routing)
 
 
@@ -50,6 +50,8 @@ def four() -> dict[str, Plan]:
         "experts split, skewed": make(
             **TENSORS, expert_tensor_parallel=2, routing="95/4", micro_batch=2, **_again("moe")
         ),
+        "stages in halves": make(**STAGES, expert_parallel=2, changes=HALVES),
+        "stages in halves, tensors": make(tensor_parallel=2, **STAGES, changes=HALVES, recompute="full"),
         "stages and tensors": make(tensor_parallel=2, **STAGES, recompute="full"),
     }
 

@@ -29,6 +29,7 @@ DENSE = replace(
     MODEL, num_local_experts=0, num_experts_per_tok=0, first_k_dense_replace=0, moe_intermediate_size=0,
     shared_expert_intermediate_size=0,
 )  # fmt: skip
+HALVES: dict[str, dict[str, Any]] = {"pipeline": {"schedule": "zero_bubble"}}
 
 
 def plan_of(
@@ -78,6 +79,10 @@ def two() -> dict[str, Plan]:
             DENSE, tensor_parallel=2, recompute="selective", recompute_modules=("core_attn", "mlp")
         ),
         "stages": make(pipeline_parallel=2),
+        "stages in halves": make(pipeline_parallel=2, changes=HALVES),
+        "stages in halves, latent": make(
+            replace(LATENT, num_nextn_predict_layers=0), pipeline_parallel=2, changes=HALVES, recompute="full"
+        ),
         "stages in turn": make(
             replace(MODEL, num_hidden_layers=5),
             pipeline_parallel=2,
@@ -108,6 +113,20 @@ def four() -> dict[str, Plan]:
             replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2),
             pipeline_parallel=4,
             stage_layers=(0, 2, 1, 1),
+        ),
+        "four stages in halves": make(
+            replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2),
+            pipeline_parallel=4,
+            changes=HALVES,
+            recompute="full",
+            stage_layers=(0, 2, 1, 1),
+        ),
+        "stages in halves, tensors": make(
+            replace(BIASED, tie_word_embeddings=False),
+            pipeline_parallel=2,
+            tensor_parallel=2,
+            expert_parallel=2,
+            changes=HALVES,
         ),
         "stages and tensors": make(
             pipeline_parallel=2,
