@@ -44,6 +44,8 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "torchtitan, compile.enable: false", "zero3", "torchtitan"),
         ("new", "torchtitan, compile disabled", "zero3", "torchtitan"),
         ("new", "torchtitan, compiled blocks and loss", "zero3", "torchtitan-compile"),
+        ("new", "torchtitan, torch.compile of blocks; loss compiled", "zero3", "torchtitan-compile"),
+        ("new", "torchtitan, model compiled, loss compiled", "zero3", "torchtitan-compile"),
         ("new", "Primus, torchtitan backend, no compile", "zero3", "torchtitan"),
         ("new", "Primus, torchtitan backend, compiled", "zero3", "torchtitan-compile"),
         ("new", "NeMo 24.09, accelerated, weights of Hugging Face", "zero1", "nemo"),
@@ -77,6 +79,9 @@ def test_every_stack_that_is_named_exists() -> None:
         ("nanotron-bench", "", "zero1", "nanotron"),
         ("new", "our own trainer", "zero3", "generic-eager"),
         ("new", "our own trainer", "zero1", "generic-fused"),
+        ("new", "our own trainer, torch 2.5, attn_implementation eager", "zero1", "generic-fused"),
+        ("new", "our own trainer, torch.compile, 10% over eager", "zero1", "generic-fused"),
+        ("new", "our own trainer, torch 2.5, eager", "zero1", "generic-eager"),
     ],
 )
 def test_a_source_never_seen_has_the_stack_that_it_names(
@@ -132,11 +137,13 @@ def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
 
 
 def test_gradients_of_megatron_swift_are_narrow_until_its_flag_is_passed_on() -> None:
-    for when, grad in (("202604", "compute"), ("202609", "float32")):
+    for when, grad, loss in (("202604", "compute", "fused"), ("202609", "float32", "native")):
         found = read_case(row(notes=f"Megatron-SWIFT ({when}), permute fusion"), MODELS)
         program = found.program()
         assert found.stack == "megatron-swift"
-        assert (program.dtypes.grad, program.kernels.row_sums) == (grad, "gathered")
+        assert (program.dtypes.grad, program.kernels.row_sums, program.kernels.loss) == (
+            grad, "gathered", loss
+        )  # fmt: skip
     told = {"stack": "generic-eager", "sharding": "none"}
     for notes, adamw in (("torch.optim.AdamW by default", "foreach"), ("torch.optim.AdamW, fused", "fused")):
         assert read_case(row(**told, notes=notes), MODELS).program().kernels.adamw == adamw
