@@ -74,6 +74,7 @@ def _gathered_backward(k: Tensor, v: Tensor, group: Group, block: Any) -> tuple[
         dq, dk, dv = block(place, keys[place], values[place])
         grad_q = dq if grad_q is None else grad_q.add_(dq)
         grad_keys[place], grad_values[place] = dk, dv
+        del dq, dk, dv  # gone before the next block's are made
     assert grad_q is not None
     own = []
     for whole, like in ((grad_keys, k), (grad_values, v)):
@@ -107,6 +108,7 @@ def _ring_backward(k: Tensor, v: Tensor, group: Group, block: Any) -> tuple[Tens
     """As `_gathered_backward`: blocks go round with the sums of their gradients, and then home."""
     grad_q, grad_k, grad_v = (x.contiguous() for x in block(group.place, k, v))
     moving: tuple[Tensor, ...] = (k, v, grad_k, grad_v)
+    del grad_k, grad_v  # gone once they are sent
     for hop in range(1, group.size + 1):
         home = hop == group.size
         coming, work = _hop(moving[2:] if home else moving, group)
@@ -117,6 +119,7 @@ def _ring_backward(k: Tensor, v: Tensor, group: Group, block: Any) -> tuple[Tens
             grad_q.add_(dq)
             moving[2].add_(dk)
             moving[3].add_(dv)
+            del dq, dk, dv
     return grad_q, moving[-2], moving[-1]
 
 

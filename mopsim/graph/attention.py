@@ -162,7 +162,8 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     rows = (shapes.attended if by_heads else shapes.region_tokens) * heads
     qk, v_width = attention_widths(model)
     before, inner = _traded(model, shapes, values)
-    names = tuple(value.name for value in (inner if by_heads else values))
+    mine = inner if by_heads else values
+    names = tuple(value.name for value in mine)
     if by_heads:
         pairs = causal_pairs(seq, *band) * (shapes.attended / seq)
     else:
@@ -174,14 +175,33 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         flops=2 * pairs * heads * (qk + v_width), seq=attended_span(seq // d if ring else seq, *band),
         bytes=moved + out.bytes, launches=d if ring else 1,
     )  # fmt: skip
-    shared = by_heads and model.attention == "gqa" and inner[1].bytes < inner[0].bytes
+    shared = model.attention == "gqa" and mine[1].bytes < mine[0].bytes
     shared = shared and (shapes.expands or not shapes.fused)
     if shapes.flash or not by_heads:
         core = _flash(core, names, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
     else:
         core = _kept(core, rows * seq, model.dropout > 0, b)
     home = [_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
-    return [*before, core, *home]
+    if by_heads:
+        return [*before, core, *home]
+    return [*before, *_of_blocks(core, values, before[0])]
+
+
+def _of_blocks(core: Kernel, values: tuple[Value, ...], exchange: Kernel) -> list[Kernel]:
+    """Of others' keys and values a rank keeps none: they come again for the backward, which holds them beside
+    their gradients, all of them where they are gathered, else the block that goes round, and beside both the
+    gradients that the kernel makes of the queries and of one block (Transformer Engine, context_parallel.py:
+    AttnFuncWithCPAndKVAllGather and AndKVP2P; mopexec/operators/context_parallel.py)."""
+    own, gathered = sum(value.bytes for value in values[1:]), exchange.kind == "all_gather"
+    size = (int(exchange.bytes) if gathered else own) + values[0].bytes + own
+    core = replace(core, back_scratch=(*core.back_scratch, ("activations", size)))
+    if not gathered:  # its backward sends them with their gradients
+        return [core]
+    again = Kernel(
+        "gather_kv_again", "all_gather", _C, (), (), back_bytes=exchange.bytes, launches=0,
+        back_launches=exchange.launches, group=exchange.group, back_kind="all_gather",
+    )  # fmt: skip
+    return [core, again]
 
 
 def _whole(values: tuple[Value, ...], ranks: int) -> int:

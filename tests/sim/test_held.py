@@ -85,7 +85,13 @@ def test_repeated_heads_travel_to_the_ranks_of_a_sequence(exchange: Exchange, na
     found = {kernel.name: kernel for kernel in repeated}
     assert [kernel.name for kernel in repeated].index("heads_repeated") == kernels.index(plain)
     assert found[name].bytes == 2 * plain.bytes
-    assert found["attention_core"].saves == ("qr", "kr_all", "v0_all", "o", "lse")
+    core = found["attention_core"]
+    assert core.saves == ("qr", "kr_all", "v0_all", "o", "lse")
+    own = plain.bytes / (4 if name == "gather_kv_blocks" else 3)
+    before = next(kernel for kernel in kernels if kernel.name == "attention_core").back_scratch[-1][1]
+    assert core.back_scratch[-1][1] - before == own * (5 if name == "gather_kv_blocks" else 2)
+    if name == "gather_kv_blocks":
+        assert found["gather_kv_again"].back_bytes == found[name].bytes
 
 
 def test_repeated_heads_are_exchanged_for_slices_of_a_sequence() -> None:

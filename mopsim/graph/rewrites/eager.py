@@ -227,14 +227,16 @@ def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tup
         + 2 * own * later + (out + own) * (1 + 2 * wider),
         back_launches=(ADD.launches + ADD_SENT.launches) * ranks + 6,
     )  # fmt: skip
-    # Beside what is gathered, and what a block's kernel needs: forward, the sum, the one before, and two of
+    # Beside what is gathered (back, where gradients go round by blocks, in the place of those of all keys and
+    # values), and what a block's kernel needs: forward, the sum, the one before, and two of
     # what lies between, in fp32; back, keys and values packed to be sent, and in fp32 the queries' gradient
     # and theirs, as summed, packed and received (_templated_ring_attention of torch 2.13 on four CPU ranks).
     core = kernels[place]
-    core = replace(
-        core, scratch=(*core.scratch, *scratch(int(4 * out * wider))),
-        back_scratch=(*core.back_scratch, *scratch(int(out * wider + own * (2 + 3 * wider)))),
-    )  # fmt: skip
+    queries = next(value.bytes for one in kernels for value in one.writes if value.name == core.reads[0])
+    whole = ("activations", int(gather.bytes + own) + queries)
+    back = [one for one in core.back_scratch if one != whole]
+    back += scratch(int(out * wider + own * (2 + 3 * wider)))
+    core = replace(core, scratch=(*core.scratch, *scratch(int(4 * out * wider))), back_scratch=tuple(back))
     return (*kernels[:place], core, merge, *kernels[place + 1 :])
 
 

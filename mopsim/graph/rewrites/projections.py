@@ -66,6 +66,12 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, laid_out: tuple[int
             sent = replace(sent, bytes=float(sum(one.bytes for one in sent.writes)))
         elif exchange is not core:
             sent = sent.moving(times).sized(lambda one: one.bytes * times)
+        if again := next((one for one in kernels if one.name == "gather_kv_again"), None):
+            around[again.name] = (again.moving(times),)
+        if exchange.name in ("gather_kv_blocks", "ring"):  # blocks that come again, and a block's gradients
+            blocks = exchange.bytes + k.bytes + v.bytes if again else 2 * (k.bytes + v.bytes)
+            *rest, (category, size) = reader.back_scratch
+            reader = replace(reader, back_scratch=(*rest, (category, size + int((times - 1) * blocks))))
         around |= {core.name: (reader,), exchange.name: (copy, sent)}
     out, product = core.writes[0], next((one for one in kernels if one.name == "o_proj"), None)
     there, back = laid_out
