@@ -24,11 +24,13 @@ from mopsim.graph.rewrites.projections import (
     split,
     summed_apart,
     tables_gathered,
+    values_padded,
 )
 from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
 from mopsim.graph.rewrites.roomy import all_moved, with_room
 from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
+from mopsim.graph.shapes import attention_widths
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
 from mopsim.program.scales import updated
@@ -73,6 +75,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if context.rooms and run.expert_masks and not context.strategy.experts.sends_once:
         kernels = by_masks(kernels, context.rooms, context.b)
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", _laid_out(context))
+    kernels = attended(kernels, context)
     if run.expert_rows == "interleaved" and context.strategy.precision.matmul == "mxfp8":
         del ways["expert_rows"]
         kernels = gated_within(kernels)
@@ -96,6 +99,14 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
+
+
+def attended(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """The kernels with the copies around an attention kernel that takes one width (Kernels.narrow_values)."""
+    keys, values = attention_widths(context.model)
+    if context.stack.kernels.narrow_values == "kept" or values >= keys:
+        return kernels
+    return values_padded(kernels, keys / values)
 
 
 def _aligns(context: Context) -> bool:

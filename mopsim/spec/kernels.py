@@ -126,6 +126,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `copied`: as `views`, and tensors that attention needs contiguous are copied too.
     grouped_heads: `shared`: keys and values that query heads share are read by all of them. `repeated`:
     they are repeated for each before the attention.
+    narrow_values: values of latent attention, which are narrower than its keys. `kept`: the attention reads
+    them as they are. `padded`: its kernel takes one width: values, output and the output's gradient are
+    copied beside zeros, and back.
     attention_rows: `tokens`: queries reach the attention laid out by tokens. `heads`: by heads; the output
     is then copied to lie by tokens. `sequences`: by tokens, and where a microbatch has several sequences
     the output and its gradient are laid out twice on their way.
@@ -218,6 +221,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "kept", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"
+    narrow_values: Literal["kept", "padded"] = "kept"
     attention_rows: Literal["tokens", "heads", "sequences"] = "tokens"
     casts: Literal["kept", "again", "made"] = "kept"
     cast_scales: Literal["tensor", "rows"] = "tensor"

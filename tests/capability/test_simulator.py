@@ -283,7 +283,8 @@ def left_to_the_stack() -> dict[str, Job]:
     ranks, and norms, run again; products in 8 bits; narrow moments and parameters on the host; tensor ranks
     that split rows of two sequences or hold all rows, and two readers of each; sends of an interleaved
     pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that HybridEP brings;
-    heads' norms; layers that are turns of a loop, and experts of a fixed room; rotary embeddings by torch.
+    heads' norms; layers that are turns of a loop, and experts of a fixed room; rotary embeddings by torch;
+    values that are narrower than keys.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -339,6 +340,9 @@ def left_to_the_stack() -> dict[str, Job]:
                 kernels=Kernels(expert_capacity=1.0),
                 sharding=Sharding(fsdp=True, loop="pipelined"),
             ),
+        ),
+        "narrow values": replace(
+            JOBS["mop, latent"], model=structs.replace(JOBS["mop, latent"].model, v_head_dim=16)
         ),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
     }

@@ -86,6 +86,26 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, laid_out: tuple[int
     return each(kernels, lambda one: around.get(one.name, (one,)))
 
 
+def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
+    """Values, output and its gradient are copied to `wider` times their size around the attention kernel;
+    the output and the values' gradient are then parts of theirs."""
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
+        if kernel.name != "attention_core":
+            return (kernel,)
+        narrow, wide = kernel.writes[0].bytes, round(kernel.writes[0].bytes * wider)
+        alive, back = ("activations", 2 * wide), ("activations", 4 * wide - narrow)
+        copies = Kernel(
+            "values_padded", "memory_bound", kernel.component, (kernel.writes[0].name,), (),
+            bytes=float(3 * narrow + wide), back_bytes=float(3 * (narrow + wide)), launches=2,
+            back_launches=3,
+        )  # fmt: skip
+        padded = replace(kernel, scratch=(*kernel.scratch, alive), back_scratch=(*kernel.back_scratch, back))
+        return padded, copies
+
+    return each(kernels, change)
+
+
 def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]) -> tuple[Kernel, ...]:
     """Rows of products that are apart, in one kernel each: the rotary embedding of queries and of keys, and
     gates of these names, SiLU and product, which keep what they read."""

@@ -1,6 +1,8 @@
 """Parts of a layer of which no pair is written, from their tapes: attention other than grouped queries, and
 experts whose backward autograd runs."""
 
+from msgspec.structs import replace
+
 from mopsim.graph.attention import attention
 from mopsim.graph.experts import router
 from mopsim.graph.liveness import NOTHING, Recomputation, backward, everything, forward
@@ -11,6 +13,7 @@ from mopsim.program.context import Context
 from mopsim.program.fragment import kept_experts
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.taped import play
+from mopsim.program.works import attended
 
 
 class TapedAttention:
@@ -38,7 +41,8 @@ class TapedAttention:
         self.b.adopt("x1", self.c.hidden)
 
     def _tape(self, layer: int) -> Tape:
-        return attention(self.c.model, self.c.shapes, layer)
+        tape = attention(self.c.model, self.c.shapes, layer)
+        return replace(tape, kernels=attended(tape.kernels, self.c))
 
 
 def _around_core(tape: Tape) -> Recomputation:
