@@ -38,8 +38,9 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
         console.print(comparison(found.top, where, level, found.free))
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses", level))
-    if found.top or len(found.lacking) > 1:
-        console.print(best_of_others(found.best_by_family, found.best or found.closest, found.lacking))
+    others = best_of_others(found.best_by_family, found.best or found.closest, found.lacking)
+    if others and (found.top or len(found.lacking) > 1):
+        console.print(others)
     with progress(console, "asking why", None):
         lines = ranking.why
     shown_above = [] if found.top or not found.closest else [nearest_miss(found.closest)]
