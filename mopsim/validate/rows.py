@@ -338,13 +338,18 @@ def _loads(row: Row, experts: int) -> tuple[float, ...]:
     return tuple(one / whole for one in loads)
 
 
-def _balance_loss(row: Row, experts: int) -> float | None:
-    """What a log prints of its load-balancing loss, None where the row has none."""
-    printed = number(row, "load_balancing_loss")
+def _balance_loss(row: Row, model: ModelSpec) -> float | None:
+    """What a log prints of its load-balancing loss, None where the row has none. It is near 1 whatever the
+    loads are where scores of a sigmoid are normalised to be its probabilities (Megatron-Core, moe_utils.py,
+    compute_routing_scores_for_aux_loss)."""
+    printed, experts = number(row, "load_balancing_loss"), model.num_local_experts
     if printed is None:
         return None
     if row.get("routing") != "natural":
         raise UnsupportedError("load_balancing_loss", "is of a row whose routing is natural")
+    if model.scoring_func != "softmax":
+        why = f"tells no loads of a router whose scoring_func is {model.scoring_func!r}, only of 'softmax'"
+        raise UnsupportedError("load_balancing_loss", why)
     rule = f"must be from 1 (even) to below the {experts} experts"
     require(1 <= printed < experts, "load_balancing_loss", printed, rule)
     return printed
@@ -354,7 +359,7 @@ def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfi
     """Even, by the program's own routes where it is forced, unless the row says `natural`; then as its text
     makes it."""
     experts, head = model.num_local_experts, "natural routing: simulated with"
-    loads, printed = _loads(row, experts), _balance_loss(row, experts)
+    loads, printed = _loads(row, experts), _balance_loss(row, model)
     if row.get("routing") != "natural" or not experts:
         forced = experts and (row.get("routing") == "forced" or row.get("forced"))
         return "forced" if forced else "balanced", ()

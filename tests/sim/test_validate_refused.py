@@ -67,6 +67,16 @@ from tests.sim.test_validate import MODELS, row, validate_runs
             for column in ("load_balancing_loss",)
             for how, printed in (("natural", "0.9"), ("natural", "128"), ("balanced", "1.02"))
         ),
+        (
+            {
+                "model": "deepseek_v3",
+                "num_layers": "61",
+                "ep": "8",
+                "routing": "natural",
+                "load_balancing_loss": "1.02",
+            },
+            "load_balancing_loss",
+        ),
         ({"loss": "sparse"}, "loss"),
         ({"dispatcher": "flex"}, "dispatcher"),
         ({"overlap": "dp+xx"}, "overlap"),
