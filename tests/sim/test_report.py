@@ -291,6 +291,9 @@ def test_describe_names_what_differs() -> None:
     for part in ("CP=2", "EP=4", "vocab-ring=2", "expert-chunk=64", "offload=inputs,optimizer-streamed"):
         assert part in text
     assert describe(fsdp2(2, save_ops=("q_proj", "combine"))).endswith(" recompute=full save=q_proj+combine")
+    halves = fsdp2(2, pipeline_parallel=2)
+    halves = structs.replace(halves, pipeline=structs.replace(halves.pipeline, schedule="zero_bubble"))
+    assert " PP=2 schedule=zero_bubble " in describe(halves)
 
 
 def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
