@@ -179,9 +179,9 @@ def compare(
 
     strategies: as for mopsim.simulate, in a sequence, or by label. sweep: ("seq_len", ["32K", "64K"]) or
     ("nodes", [1, 2, 4]): each strategy is simulated there too. hold: what the sweep holds constant; the
-    global batch follows. runnable: search families only among plans that mopexec runs. budget: most
-    simulations of such a search. The rest as for mopsim.simulate. A family without a strategy is in
-    `refused`, unless none is left. Raises MopError."""
+    global batch follows, near it where that divides over no data groups. runnable: search families only among
+    plans that mopexec runs. budget: most simulations of such a search. The rest as for mopsim.simulate. A
+    family without a strategy is in `refused`, unless none is left. Raises MopError."""
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
@@ -208,7 +208,7 @@ def compare(
             refused[label] = str(error)
     if not simulations:
         raise NoStrategyError("; ".join(refused.values()))
-    points = swept(inputs, list(named), play, sweep, hold) if sweep else None
+    points = swept(inputs, list(named), play, sweep, hold, list(named.values())) if sweep else None
     on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
     stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
     said = [*notes(list(named.values()), inputs), *_idle(simulations), *_trained(simulations)]

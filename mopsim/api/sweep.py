@@ -1,15 +1,18 @@
 """A comparison over the values of one setting: what is held constant meanwhile, and the job at each value."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import gcd, lcm
 from typing import Any, Literal, get_args
 
 from msgspec.structs import replace as changed
 
-from mopsim.api.inputs import Count, Inputs, count
+from mopsim.api.inputs import AnyStrategy, Count, Inputs, count, is_family, strategy_of
 from mopsim.api.results import Simulation
 from mopsim.common.errors import MopError
 from mopsim.report.sweep import Sweep, SweepPoint
+from mopsim.size.counts import global_batch
 
 Setting = Literal["seq_len", "nodes"]
 Hold = Literal["tokens_per_step", "sequences_per_step", "tokens_per_device"]
@@ -37,6 +40,7 @@ class Swept(Sweep):
             "hold": self.hold.replace(" ", "_"),
             "values": self.values,
             "global_batch": [point.batch for point in self.points],
+            "held_batch": [point.held for point in self.points],
             "results": {
                 label: [found[label].to_json() if label in found else None for found in self.simulations]
                 for label in self.labels
@@ -51,12 +55,13 @@ def sweep(
     play: Callable[[str, Inputs], Simulation],
     asked: tuple[str, Sequence[Count]],
     hold: Hold,
+    given: Sequence[AnyStrategy] = (),
 ) -> Swept:
-    """Play every label at every value. Raises MopError for a value that cannot be."""
+    """Play every label at every value. given: the strategies. Raises MopError for a value that cannot be."""
     setting, values, names = read_sweep(*asked, hold)
     points, simulations = [], []
     for value, name in zip(values, names, strict=True):
-        job = _at(inputs, setting, value, hold)
+        job, held = _at(inputs, setting, value, hold, given)
         found: dict[str, Simulation] = {}
         refused: dict[str, str] = {}
         for label in labels:
@@ -66,7 +71,9 @@ def sweep(
                 refused[label] = str(error)
         results = {label: found[label].result if label in found else None for label in labels}
         of = job.training
-        points.append(SweepPoint(value, name, results, refused, of.global_batch, of.seq_len, job.world_size))
+        points.append(
+            SweepPoint(value, name, results, refused, of.global_batch, of.seq_len, job.world_size, held)
+        )
         simulations.append(found)
     return Swept(setting.replace("_", "-"), points, hold.replace("_", " "), simulations)
 
@@ -92,12 +99,40 @@ def read_sweep(
     return setting, sorted(read), [read[number] for number in sorted(read)]
 
 
-def _at(inputs: Inputs, setting: str, value: int, hold: Hold) -> Inputs:
-    """The job at one value; its batch is the nearest to what is held, at least one sequence. Raises
-    MopError."""
+def _at(
+    inputs: Inputs, setting: str, value: int, hold: Hold, given: Sequence[AnyStrategy]
+) -> tuple[Inputs, float]:
+    """(the job at one value, sequences of a step by what is held). Raises MopError."""
     length = value if setting == "seq_len" else inputs.training.seq_len
     nodes = value if setting == "nodes" else inputs.nodes
-    batch = max(1, round(_SEQUENCES[hold](inputs, length, nodes)))
+    at, held = replace(inputs, nodes=nodes), _SEQUENCES[hold](inputs, length, nodes)
+    least = _least(given, at, held)
+    whole = held % least == 0 and _divides(inputs, at, held)
+    batch = int(held) if whole else global_batch(at.world_size, held, least)
     training = changed(inputs.training.at_length(length), global_batch=batch)
     training.check_model(inputs.model)
-    return replace(inputs, nodes=nodes, training=training)
+    return replace(at, training=training), held
+
+
+def _divides(inputs: Inputs, at: Inputs, held: float) -> bool:
+    """Whether what is held is whole sequences, each shared by the ranks of a node at most, or by as many as
+    share one of the job's."""
+    if held != int(held) or held < 1:
+        return False
+    own, here = (
+        job.world_size // gcd(job.world_size, batch)
+        for job, batch in ((inputs, inputs.training.global_batch), (at, int(held)))
+    )
+    return here <= max(own, inputs.hardware.devices_per_node)
+
+
+def _least(given: Sequence[AnyStrategy], at: Inputs, held: float) -> int:
+    """Sequences that every strategy with its degrees makes whole microbatches of, if what is held has as
+    many; else 1."""
+    least = 1
+    for one in given:
+        if not is_family(one):
+            with suppress(MopError):  # not legal at this point
+                strategy, _ = strategy_of(one, at)
+                least = lcm(least, strategy.micro_batch * strategy.data_groups)
+    return least if least <= held else 1

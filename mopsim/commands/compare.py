@@ -38,7 +38,7 @@ def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: st
     results = list(found.results.values())
     console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))
     if found.sweep:
-        console.print(swept_table(found.sweep, level))
+        console.print(swept_table(found.sweep, level, refused))
     console.print(found.headline() + (f" Written: {', '.join(map(str, written))}" if written else ""))
     say_notes(console, found.notes)
     return 0 if found.any_fits else NOTHING_FITS

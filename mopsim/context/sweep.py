@@ -14,6 +14,7 @@ from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
 from mopsim.search import Options, search
 from mopsim.search.problem import Problem
+from mopsim.size.counts import global_batch
 from mopsim.spec.documents import Documents, at_length, training_fields
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -295,7 +296,7 @@ def _groups(task: Task, seq_len: int) -> int:
 
 
 def _batches(task: Task, seq_len: int) -> list[int]:
-    """Sequences of a step: about `tokens_per_device`, in whole rounds of the ranks.
+    """Sequences of a step: about `tokens_per_device`, as they divide over data groups.
 
     Without accumulation: one sequence for each group of ranks, for groups of every size.
     """
@@ -303,8 +304,7 @@ def _batches(task: Task, seq_len: int) -> list[int]:
     world, groups = case.world_size, _groups(task, seq_len)
     if not case.accumulate:
         return [count for count in range(groups, world + 1, groups) if world % count == 0]
-    wanted = case.tokens_per_device * world / seq_len
-    return [max(1, round(wanted / groups)) * groups]
+    return [global_batch(world, case.tokens_per_device * world / seq_len, groups)]
 
 
 def totals(curves: Iterable[Curve]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Strategies over the values of one setting: words, tables and a figure."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -36,7 +36,8 @@ TITLE = 84
 @dataclass(frozen=True)
 class SweepPoint:
     """One value of a setting. name: as it was written. results: by label; refused: why one has none. batch,
-    length: sequences of a step, tokens of a sequence. devices: of the machines; a plan may use fewer."""
+    length: sequences of a step, tokens of a sequence. devices: of the machines; a plan may use fewer. held:
+    sequences of a step by what is constant; 0: the batch."""
 
     value: int
     name: str
@@ -45,6 +46,14 @@ class SweepPoint:
     batch: int = 0
     length: int = 0
     devices: int = 0
+    held: float = 0.0
+
+    @property
+    def off(self) -> str:
+        """'+12.5 %': how far tokens per step are from what is held, as the batch must divide over data
+        groups."""
+        off = f"{100 * (self.batch / (self.held or self.batch or 1) - 1):+.1f} %"
+        return off if self.held and float(off[:-2]) else ""
 
     def used(self, label: str) -> str:
         """'16 of 64': devices that a plan uses, where it is not all."""
@@ -111,9 +120,10 @@ class Sweep:
         tokens = [point.batch * point.length for point in self.points]
         if self.hold != "tokens per step":
             return f"held constant: {self.hold}; tokens per step {min(tokens):,} to {max(tokens):,}"
-        usual = max(set(tokens), key=tokens.count)
+        held = {round(point.held * point.length) for point in self.points if point.held}
+        usual = held.pop() if len(held) == 1 else max(tokens, key=tokens.count)
         other = [
-            f"{point.name} has {count:,}"
+            f"{point.name} has {count:,}{f' ({point.off})' if point.off else ''}"
             for point, count in zip(self.points, tokens, strict=True)
             if count != usual
         ]
@@ -213,21 +223,23 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
         legend_below(axis, 5)
 
 
-def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
-    """Every point on the terminal: its numbers, and under them its plan. level: of the intervals."""
+def swept_table(sweep: Sweep, level: float = 0.9, said: Collection[str] = ()) -> Group:
+    """Every point on the terminal: its numbers, and under them its plan, or once why several have none.
+    level: of the intervals. said: refusals that were told before."""
     per = rate(sweep.each).replace(" per", "\nper")
     shown = table(
         f"over {sweep.setting}; {sweep.held}", (sweep.setting, "strategy"),
         ("batch", "step", f"{level:.0%}", per, "exposed", "memory", "P(fits)"),
     )  # fmt: skip
     shown.padding = 0  # seven numbers in 80 columns
-    plans = []
+    plans: list[str] = []
+    refused: dict[str, list[str]] = {}
     for point in sweep.points:
-        name, batch = point.name, f"{point.batch:,}"
+        name, batch = point.name, "\n".join(filter(None, (f"{point.batch:,}", point.off)))
         for label, result in point.results.items():
             if result is None:
                 shown.add_row(name, label, batch, *["-"] * 6, style="red")
-                plans.append(Text(f"{name} {label}: {NO_STRATEGY}: {point.refused.get(label, '')}"))
+                refused.setdefault(point.refused.get(label) or NO_STRATEGY, []).append(f"{name} {label}")
                 continue
             step = duration(result.step_time)
             shown.add_row(
@@ -237,8 +249,9 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
                 style="" if result.fits else "red",
             )  # fmt: skip
             used = point.used(label)
-            plans.append(Text(f"{name} {label}{f', {used} devices' if used else ''}: {plan_line(result)}"))
-    return Group(shown, *plans)
+            plans.append(f"{name} {label}{f', {used} devices' if used else ''}: {plan_line(result)}")
+    plans += [f"{', '.join(them)}: {why}" for why, them in refused.items() if why not in said]
+    return Group(shown, *map(Text, plans))
 
 
 def swept_rows(sweep: Sweep, level: float = 0.9) -> Table:
@@ -247,10 +260,11 @@ def swept_rows(sweep: Sweep, level: float = 0.9) -> Table:
     heads = [sweep.setting, "batch", "label", *numbers]
     rows = []
     for point in sweep.points:
+        batch = f"{point.batch:,}{f' ({point.off})' if point.off else ''}"
         for label, result in point.results.items():
             why = f": {point.refused[label]}" if label in point.refused else ""
             none = [f"{NO_STRATEGY}{why}", *[""] * (len(numbers) - 1)]
             used = point.used(label)
             named = f"{label} ({used} devices)" if used else label
-            rows.append([point.name, f"{point.batch:,}", named, *(row(result, level) if result else none)])
+            rows.append([point.name, batch, named, *(row(result, level) if result else none)])
     return Table(heads, rows)

@@ -1,5 +1,7 @@
 """Which node counts are worth asking about, and the global batch that suits each."""
 
+from math import lcm
+
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.search.problem import divisors
@@ -24,23 +26,25 @@ def node_counts(most: int, rack: int = 1) -> list[int]:
     return sorted(counts)
 
 
-def global_batch(world_size: int, seq_len: int, tokens: int) -> int:
-    """Sequences per step, near `tokens`, that divide over data groups of `world_size` ranks.
+def global_batch(world_size: int, wanted: float, least: int = 1) -> int:
+    """Sequences per step, near those `wanted`, that divide over data groups of `world_size` ranks. least: a
+    step has a whole multiple of so many.
 
     Where each rank can have a sequence to itself: the nearest multiple of the ranks times the largest of 8,
     4, 2 that stays within an eighth of what is wanted (so that microbatches of as many sequences divide it
     too), else of the ranks. Where not: the divisor of the ranks nearest by ratio (the data groups are then
-    that many, and ranks share a sequence).
+    that many, and ranks share a sequence). The ranks are here their least common multiple with `least`.
     """
-    wanted = max(tokens / seq_len, 1.0)
-    if wanted < world_size:
-        return min(divisors(world_size), key=lambda d: (max(d / wanted, wanted / d), d))
+    wanted, whole = max(wanted, 1.0), lcm(world_size, least)
+    if wanted < whole:
+        parts = [one for one in divisors(whole) if one % least == 0]
+        return min(parts, key=lambda one: (max(one / wanted, wanted / one), one))
     for micro_batch in (8, 4, 2):
-        unit = world_size * micro_batch
+        unit = whole * micro_batch
         batch = unit * round(wanted / unit)
         if abs(batch - wanted) <= wanted / 8:
             return batch
-    return world_size * round(wanted / world_size)
+    return whole * round(wanted / whole)
 
 
 def least_nodes(

@@ -86,7 +86,7 @@ class Request:
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""
-        batch = global_batch(world_size, self.seq_len, self.batch_tokens)
+        batch = global_batch(world_size, self.batch_tokens / self.seq_len)
         apart = training_fields(self.documents)
         return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing, **apart)
 

@@ -144,6 +144,23 @@ def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
     assert {path.name for path in found.write(tmp_path)} >= {"index.html", "sweep.png"}
 
 
+def test_a_sweep_takes_a_batch_that_divides() -> None:
+    """1,638,400 tokens a step are 341 sequences of 4,800 tokens, of which 64 ranks share each: nothing was
+    legal."""
+    job: dict[str, Any] = {**JOB, "hardware": "h200-sxm-141g", "nodes": 8, "seq_len": 12800}
+    job["global_batch"] = 128
+    lengths = ("seq_len", [4800, 12800])
+    plan = mopsim.mop(dtype="float32")
+    found = mopsim.compare(**job, strategies={"mop": plan}, sweep=lengths)
+    assert found.sweep is not None
+    assert [(point.batch, point.off) for point in found.sweep.points] == [(320, "-6.2 %"), (128, "")]
+    assert not any(point.refused for point in found.sweep.points)
+    many = mopsim.mop(dtype="float32", micro_batch=2)
+    job["global_batch"] = 384
+    found = mopsim.compare(**job, strategies={"mop": many}, sweep=("nodes", [7, 8, 12]))
+    assert found["sweep"]["global_batch"] == [336, 384, 384]
+
+
 def test_size_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = mopsim.size(
         "tiny", ["cpu-2core"], tokens="1M", days=1, seq_len=256, global_batch_tokens="1K", families=["mop"],

@@ -108,7 +108,9 @@ def test_a_sweep_says_what_it_holds(
     second = SweepPoint(768, "768", {"mop": None}, {"mop": "x: 1 is not 2"}, 2, 768)
     sweep = Sweep("seq-len", [first, second], "tokens per step")
     assert sweep.held == "held constant: tokens per step (1,536)"
-    assert "768 has 2,304" in replace(sweep, points=[first, replace(second, batch=3)]).held
+    other = replace(sweep, points=[replace(first, held=6), replace(second, batch=3, held=2)])
+    assert other.held == "held constant: tokens per step (1,536); 768 has 2,304 (+50.0 %)"
+    assert [row[1] for row in swept_rows(other).rows] == ["6", "3 (+50.0 %)"]
     assert "no legal strategy: x: 1 is not 2" in str(swept_rows(sweep).rows)
     axis = drawn(monkeypatch, tmp_path, sweep, "tiny on 1 node of cpu-2core")
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("sequence length, tokens", "tokens/s per rank")
