@@ -72,7 +72,8 @@ def search(
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
     at_risk: Annotated[
-        bool, typer.Option("--risk", help="also rank plans that fit with a probability below 0.9")
+        bool,
+        typer.Option("--risk", help="rank by speed alone, also plans that fit with a probability below 0.9"),
     ] = False,
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")

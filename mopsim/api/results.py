@@ -237,7 +237,8 @@ class Simulation(Result):
 
 
 class Ranking(Result):
-    """The strategies that a search found, fastest first. `found` has all that the search counted."""
+    """The strategies that a search found: those that are sure to fit, fastest first; where none is, the
+    likeliest first. `found` has all that the search counted."""
 
     candidates: int
     bounded: int
@@ -256,12 +257,12 @@ class Ranking(Result):
 
     @property
     def top(self) -> list[Simulation]:
-        """Those ranked, fastest first; empty where nothing fits."""
+        """Those ranked; empty where nothing fits."""
         return [Simulation(self.inputs, one) for one in self.found.top]
 
     @property
     def best(self) -> Simulation | None:
-        """The winner, or None where nothing fits (`closest` is what misses by least)."""
+        """The first, or None where nothing fits (`closest` is what misses by least)."""
         return Simulation(self.inputs, self.found.best) if self.found.best else None
 
     @property

@@ -92,7 +92,8 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     best = found.best or found.closest
     if best is None:
         raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
-    said = [*notes([given], inputs), *idle(best.strategy, best.stack, inputs), found.exhausted()]
+    said = [*notes([given], inputs), *idle(best.strategy, best.stack, inputs)]
+    said += filter(None, (found.doubt, found.exhausted()))
     return Simulation(inputs, best, said, found)
 
 
@@ -122,14 +123,15 @@ def search(
     jobs: int = 1,
     progress: Callable[[int, SimResult | None], None] | None = None,
 ) -> Ranking:
-    """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
+    """Rank the strategies that fit with probability 0.9, fastest first, or where none does the likeliest
+    first; `.best.save_plan(path)` writes the first one's plan.
 
     families: some of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: number of strategies
     to rank. budget: most simulations of each family, so that more families are never worse; up to four
-    times as many if these prove the best. runnable: rank only plans that mopexec runs. at_risk: also rank
-    plans that fit with a low probability. any_routing: rank only plans that fit however unevenly the
-    router chooses. progress: called as progress(simulated, best so far). jobs: processes that search
-    families side by side, with the same result.
+    times as many if these prove the best. runnable: rank only plans that mopexec runs. at_risk: rank by
+    speed alone, also plans that fit with a lower probability. any_routing: rank only plans that fit however
+    unevenly the router chooses. progress: called as progress(simulated, best so far). jobs: processes that
+    search families side by side, with the same result.
 
     The other arguments are those of mopsim.simulate. Raises MopError. That nothing fits is a result."""
     inputs = read_inputs(

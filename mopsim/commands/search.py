@@ -34,6 +34,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
         ranking = search(jobs=workers(jobs), progress=tell, **keywords(job))
     found, where, level = ranking.found, ranking.inputs.where, ranking.inputs.interval
     console.print(ranking.inputs.parameters, style="dim")
+    if found.doubt:
+        console.print(found.doubt, style="bold red")
     if found.top:
         console.print(comparison(found.top, where, level, found.free))
     elif found.closest:

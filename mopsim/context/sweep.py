@@ -61,8 +61,9 @@ class ContextCase:
 class ContextPoint:
     """The best of a contender at one length, or what stops it. result: the best, else the closest that
     misses; None where no strategy is legal (`why`). gap: how much faster than it a strategy that the
-    search left out can be at most, as a fraction (0 where nothing fits). small: of the smallest legal step,
-    one sequence for each group of ranks that shares one, as the whole step of the case does not fit."""
+    search left out can be at most, as a fraction (0 where nothing is sure to fit). small: of the smallest
+    legal step, one sequence for each group of ranks that shares one, as the whole step of the case does not
+    fit."""
 
     seq_len: int
     global_batch: int
@@ -84,6 +85,11 @@ class ContextPoint:
     def sure(self) -> bool:
         """Whether it fits, and most likely will."""
         return self.result is not None and self.result.sure
+
+    @property
+    def assurance(self) -> float:
+        """By what plans are chosen before their speed."""
+        return self.result.assurance if self.result else 0.0
 
     @property
     def throughput(self) -> float | None:
@@ -261,11 +267,11 @@ def nested(curves: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def _best(points: Sequence[ContextPoint]) -> ContextPoint:
-    """The fastest that fits, of the whole step if that fits and with room to spare if any does; else the one
-    that misses by least."""
+    """The fastest that is sure to fit, else the likeliest, of the whole step if that fits; else the one that
+    misses by least."""
     fitting = [point for point in points if point.fits]
     if fitting:
-        best = max(fitting, key=lambda one: (not one.small, one.sure, one.throughput or 0.0))
+        best = max(fitting, key=lambda one: (not one.small, one.assurance, one.throughput or 0.0))
         alike = [one for one in fitting if one.small == best.small and one.throughput]
         most = max((one.throughput or 0.0) * (1 + one.gap) for one in alike)
         return replace(best, gap=max(0.0, most / (best.throughput or most) - 1))

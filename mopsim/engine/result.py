@@ -1,5 +1,6 @@
 """SimResult: what one simulated step costs in time and memory. SI units."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -172,6 +173,18 @@ class SimResult:
     def sure(self) -> bool:
         """Whether it fits, and most likely will if the program is as described."""
         return self.fits and self.p_as_described >= SURE
+
+    @property
+    def assurance(self) -> float:
+        """By what plans are chosen before their speed: SURE where it is `sure`, so that all of those are
+        alike; else `p_as_described`, of which less than a hundredth is none."""
+        return SURE if self.sure else math.floor(100 * self.p_as_described) / 100 if self.fits else 0.0
+
+    @property
+    def chance(self) -> str:
+        """'fits, as described, with probability 0.17' or 'out of memory'."""
+        said = f"fits, as described, with probability {format_probability(self.p_as_described)}"
+        return said if self.fits else self.verdict
 
     @property
     def verdict(self) -> str:

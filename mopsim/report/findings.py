@@ -101,6 +101,12 @@ def doubts(results: Results) -> str:
     )
 
 
+def risks(results: Results) -> str:
+    """'mop fits, as described, with probability 0.17 only': of those that fit, but are not sure to."""
+    found = {label: one for label, one in results.items() if one and one.fits and not one.sure}
+    return "; ".join(f"{label} {one.chance} only" for label, one in found.items())
+
+
 def unsure(one: SimResult) -> bool:
     """Whether it fits, but with a probability below SURE."""
     return one.fits and one.p_fits < SURE
@@ -184,6 +190,11 @@ def summary(
     stacks: Sequence[str] | None = None,
     alike: str = "",
 ) -> str:
-    """The finding, whether it is of plans alone, and where the difference lies."""
-    found = (finding(results, gaps, level), software(results, stacks, alike), difference(results))
+    """The finding, what of it may not fit, whether it is of plans alone, and where the difference lies."""
+    found = (
+        finding(results, gaps, level),
+        risks(results),
+        software(results, stacks, alike),
+        difference(results),
+    )
     return " ".join(f"{one}." for one in found if one)

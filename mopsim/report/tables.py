@@ -182,7 +182,7 @@ def best_of_others(
         surely = format_probability(first.times_as_fast_as(one).p_faster)
         lines.append(
             f"best of {family}: {one.speed}, {part} (which is faster with probability {surely}), "
-            f"{plan_line(one)}{corrected(one)}"
+            f"{plan_line(one)}{corrected(one)}{_beyond(one)}"
         )
     return Text("\n".join(lines))
 

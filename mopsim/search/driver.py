@@ -23,7 +23,7 @@ from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import keep_closest, ranked
+from mopsim.search.simulating import chosen, keep_closest, ranked
 from mopsim.search.space import IN_8_BITS
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
@@ -159,19 +159,19 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
         result.rejected[RISK] -= len(fit)
         for found in every:
             found.top = found.risky
-    grouped = rows(ranked(fit), options.top)
+    order = ranked if options.risk else chosen
+    grouped = rows(order(fit), options.top)
     result.top, result.free = [row.best for row in grouped], [row.freedom() for row in grouped]
     tied = sum(len(row.tied) for row in grouped)
     result.rejected[TIED] += tied
     result.rejected[SLOWER] += len(fit) - len(result.top) - tied
-    result.gap = _gap(min(one.least * one.moved for one in hunted), result.best)
+    held = result.best if options.risk or not result.doubt else None  # a slower plan may be sure to fit
+    result.gap = _gap(min(one.least * one.moved for one in hunted), held)
     for one in hunted:
-        vain = int((one.open * one.moved >= _gains(result.best)).sum())
+        vain = int((one.open * one.moved >= _gains(held)).sum())
         for counted in (result, one.found):
             counted.rejected.update({NO_GAIN: vain, one.reason: len(one.open) - vain})
-    hoped = (
-        result.best.ranked_time / min(one.expected * one.moved for one in hunted) - 1 if result.best else 0.0
-    )
+    hoped = held.ranked_time / min(one.expected * one.moved for one in hunted) - 1 if held else 0.0
     result.expected_gap = hoped if hoped > TIE else 0.0
     for counted in (result, *every):
         counted.rejected = Counter({reason: count for reason, count in counted.rejected.items() if count})

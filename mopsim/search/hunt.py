@@ -16,7 +16,7 @@ from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
 from mopsim.search.problem import Column
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import keep_closest, ranked, run_row, same
+from mopsim.search.simulating import chosen, keep_closest, ranked, run_row, same
 from mopsim.search.space import Space
 from mopsim.search.staged import Rest
 from mopsim.spec.capability import runnable
@@ -313,7 +313,7 @@ class Hunt:
         if any(same(simulated, one) for one in found.top):
             return "equal in time and memory to a ranked plan"
         if not simulated.sure and not options.risk:
-            found.risky = ranked([*found.risky, simulated], options.top)
+            found.risky = chosen([*found.risky, simulated], options.top)
             return RISK
         return None
 

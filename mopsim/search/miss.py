@@ -55,9 +55,9 @@ def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[s
 
 
 def _fits(problem: Problem, options: Options) -> str | None:
-    """A plan that fits, in a line."""
+    """A plan that is sure to fit, or may at the risk that is taken, in a line."""
     best = search(problem, replace(options, top=1, budget=TRIES)).best
-    return best.line if best else None
+    return best.line if best and (best.sure or options.risk) else None
 
 
 def _nodes(problem: Problem) -> Iterator[Change]:

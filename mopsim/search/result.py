@@ -6,6 +6,7 @@ from typing import Any
 
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
+from mopsim.intervals.spread import SURE
 from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
 
@@ -32,7 +33,7 @@ class SearchResult:
     """What a search did. top: fitting results, fastest first (ties by memory), by the user's own runs where
     the profile saw any. closest: the one that misses
     by least, where none fits. risky: results that fit, as described, with a
-    probability below SURE, left out of `top` unless nothing else fits.
+    probability below SURE, likeliest first; left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
     lacking: what each of the latter counted by itself.
 
@@ -44,7 +45,8 @@ class SearchResult:
     them that are legal (and that mopexec runs, if only those were asked for). simulated: events played.
 
     gap: how much faster than the best any candidate left out can be at most, as a fraction, from the lower
-    bounds of those left out; 0 where none can be faster, None where candidates are left and nothing fits.
+    bounds of those left out; 0 where none can be faster, None where candidates are left and nothing is sure
+    to fit.
     expected_gap: how much faster the best of them is expected to be, 0 where by no more than a tie.
     behind: how many times as long as the best every plan of a family's space takes at least, where one was
     found.
@@ -72,6 +74,21 @@ class SearchResult:
     @property
     def best(self) -> SimResult | None:
         return self.top[0] if self.top else None
+
+    @property
+    def doubt(self) -> str:
+        """That the best may not fit, in one line; empty where it is sure to, and where nothing fits."""
+        best = self.best
+        if best is None or best.sure:
+            return ""
+        likeliest = max((best, *self.played), key=lambda one: one.assurance)
+        chance, most = (format_probability(one.p_as_described) for one in (best, likeliest))
+        if likeliest.sure:
+            return f"the first plan {best.chance} only"
+        none = f"no plan that was simulated fits, as described, with probability {SURE:g}"
+        if likeliest.assurance == best.assurance:
+            return f"{none}: the likeliest, {chance}, comes first"
+        return f"{none}: the first with {chance}, the likeliest with {most}"
 
     @property
     def proven(self) -> bool:
@@ -124,7 +141,8 @@ class SearchResult:
     def verdict(self) -> str:
         """One line: what was found, or what stops everything and by how much."""
         if self.best:
-            return f"{self.best.strategy.name}: {self.best.speed}, {self.best.odds}"
+            found = f"{self.best.strategy.name}: {self.best.speed}, {self.best.odds}"
+            return f"{self.doubt}; {found}" if self.doubt else found
         if self.closest:
             one, left = self.closest, "" if self.proven else f" ({proof(self.gap)})"
             said = f"nothing fits: the closest ({one.strategy.name}) is {one.missing}"
@@ -143,8 +161,7 @@ class SearchResult:
         """'none: the closest simulated is 4 GiB over on the device, stopped by grads': of one family, why
         nothing of it fits, by its nearest miss or by what refused most of its candidates."""
         if self.risky:
-            likely = format_probability(max(one.p_as_described for one in self.risky))
-            return f"none: the likeliest plan fits, as described, with probability {likely}"
+            return f"none: the likeliest plan {self.risky[0].chance}"
         if self.closest:
             return f"none: the closest simulated is {self.closest.missing}, stopped by {self.closest.over}"
         return f"none of {self.candidates:,} candidates: {self._reasons(2)}"

@@ -26,6 +26,16 @@ def ranked(results: Iterable[SimResult], most: float = math.inf) -> list[SimResu
     return found[: int(min(len(found), max(most, len(groups[0]))))] if found else []
 
 
+def chosen(results: Iterable[SimResult], most: float = math.inf) -> list[SimResult]:
+    """What a search would take, first: the fastest of those that are sure to fit; where none is, the
+    likeliest, and of those that are as likely the fastest. most: so many."""
+    alike: dict[float, list[SimResult]] = {}
+    for one in results:
+        alike.setdefault(one.assurance, []).append(one)
+    found = [one for likely in sorted(alike, reverse=True) for one in ranked(alike[likely])]
+    return found[: int(min(len(found), most))]
+
+
 def same(one: SimResult, other: SimResult) -> bool:
     return _figures(one) == _figures(other)
 

@@ -47,8 +47,8 @@ def _together(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rows(ranked: Sequence[SimResult], most: int) -> list[Row]:
-    """The first `most` rows of results that are ranked, fastest first; what ties with a row of its family is
-    in it."""
+    """The first `most` rows of results that are ranked; what ties with a row of its family, and is as sure to
+    fit, is in it."""
     found: list[Row] = []
     for one in ranked:
         mine = next((row for row in found if _tie(row.best, one)), None)
@@ -61,7 +61,7 @@ def rows(ranked: Sequence[SimResult], most: int) -> list[Row]:
 
 def _tie(one: SimResult, other: SimResult) -> bool:
     near = abs(one.ranked_time - other.ranked_time) <= TIE * min(one.ranked_time, other.ranked_time)
-    return near and one.strategy.name == other.strategy.name
+    return near and one.strategy.name == other.strategy.name and one.assurance == other.assurance
 
 
 def _leaves(node: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:

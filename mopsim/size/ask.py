@@ -240,7 +240,7 @@ def _small_batch(training: TrainSpec, result: SimResult) -> str:
 def _memory_reason(found: SearchResult) -> str:
     """What stops a search that found nothing with room to spare."""
     if found.best:
-        return f"{found.best.odds} only"
+        return f"{found.best.chance} only"
     least = found.closest
     if least:
         return f"does not fit: the closest strategy is {least.missing}, stopped by {least.over}"

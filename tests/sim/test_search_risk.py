@@ -1,0 +1,153 @@
+"""Where no plan is sure to fit: the likeliest comes first, is written, and one line says so."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import mopsim
+import mopsim.commands.search
+from mopsim import commands
+from mopsim.api.results import Ranking
+from mopsim.api.run import played
+from mopsim.commands.compare import run as run_compare
+from mopsim.context.contenders import contenders
+from mopsim.context.sweep import ContextPoint, Curve, nested
+from mopsim.engine import SimResult
+from mopsim.intervals.spread import SURE
+from mopsim.report.findings import risks, summary
+from mopsim.report.tables import best_of_others
+from mopsim.search.result import proof
+from mopsim.search.simulating import chosen
+from mopsim.size.ask import _memory_reason
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.upgrade import load_plan
+from tests.sim.test_search import with_memory
+
+TIGHT = with_memory(load_profile("cpu-2core"), 13_787_988)
+"""0.4 % more than the leanest plan of FSDP2 needs, whose tensors are known within 0.6 %."""
+JOB: dict[str, Any] = {
+    "model": load_model("tiny"), "hardware": TIGHT, "seq_len": "512", "global_batch": 4,
+    "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranking() -> Ranking:
+    return mopsim.search(**JOB, families="fsdp2", top=2, budget=12)
+
+
+@pytest.fixture(scope="module")
+def plan(ranking: Ranking) -> SimResult:
+    """One that is sure to fit."""
+    best = ranking.found.best
+    assert best is not None
+    return with_odds(best, 1.0)
+
+
+def with_odds(one: SimResult, odds: float) -> SimResult:
+    """The same plan on a device on which it fits with this probability."""
+    if odds == 1.0:
+        return replace(one, memory_limit=10 * one.peak_memory, fits=True)
+    return replace(one, memory_limit=round(one.device.as_described.quantile(odds)), fits=True)
+
+
+def test_the_sure_come_first_by_speed_and_then_the_likely(plan: SimResult) -> None:
+    slow, fast = (replace(plan, step_time=times * plan.step_time) for times in (1.5, 1.2))
+    likely, bold = with_odds(replace(plan, step_time=1.1 * plan.step_time), 0.853), with_odds(plan, 0.52)
+    alike = with_odds(replace(plan, step_time=1.3 * plan.step_time), 0.857)
+    assert chosen([bold, slow, alike, likely, fast]) == [fast, slow, likely, alike, bold]
+    assert chosen([bold, alike, likely], 2) == [likely, alike]
+    assert [one.sure for one in (plan, likely, bold)] == [True, False, False]
+    assert with_odds(plan, 0.898).assurance < with_odds(plan, 0.902).assurance == plan.assurance
+
+
+def test_a_search_of_what_is_not_sure_takes_the_likeliest(ranking: Ranking) -> None:
+    found = ranking.found
+    best = found.best
+    assert best is not None
+    assert best.assurance == max(one.assurance for one in found.played) < SURE
+    assert found.best_by_family["fsdp2"] == best
+    assert ranking.best is not None
+    assert ranking.best.result == best
+    said = "no plan that was simulated fits, as described, with probability 0.9: the likeliest, "
+    assert found.doubt.startswith(said)
+    assert found.doubt.endswith(", comes first")
+    assert ranking.headline().startswith(said)
+    assert found.to_json()["verdict"] == found.verdict()
+
+
+def test_that_none_is_sure_is_no_proof(ranking: Ranking) -> None:
+    """Slower plans that were not tried may be sure to fit."""
+    assert ranking.found.gap is None
+    assert ranking.found.outcome() == proof(None) == "not exhausted: a plan left out may fit"
+
+
+def test_a_first_plan_at_risk_is_said_to_be(ranking: Ranking, plan: SimResult) -> None:
+    found, bold = ranking.found, with_odds(plan, 0.3)
+    likely = with_odds(plan, 0.6)
+    told = replace(found, top=[bold], played=[bold, likely]).doubt
+    assert told.endswith(": the first with 0.30, the likeliest with 0.60")
+    told = replace(found, top=[bold], played=[bold, plan]).doubt
+    assert told == "the first plan fits, as described, with probability 0.30 only"
+    assert replace(found, top=[plan], played=[bold, plan]).doubt == ""
+    assert replace(found, top=[], played=[]).doubt == ""
+
+
+def test_the_command_says_so_before_the_table_and_writes_that_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ranking: Ranking
+) -> None:
+    monkeypatch.setattr(commands.search, "search", lambda **_: ranking)
+    path = tmp_path / "plan.yaml"
+    assert commands.search.run(jobs=1, plan=str(path), seal=None, json=None, **JOB) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index(ranking.found.doubt) < said.index("P(fits)")
+    predicted = load_plan(path).prediction
+    assert ranking.found.best is not None
+    assert predicted is not None
+    assert predicted.p_fits_as_described == pytest.approx(ranking.found.best.p_as_described)
+
+
+def test_compare_and_simulate_say_what_may_not_fit(
+    capsys: pytest.CaptureFixture[str], ranking: Ranking
+) -> None:
+    best = ranking.found.best
+    assert best is not None
+    job = JOB | {"strategies": ["fsdp2"], "budget": 12}
+    assert run_compare(out=None, sweep=None, hold="tokens-per-step", formats="png", json=None, **job) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"fsdp2 {best.chance} only." in said
+    assert ranking.found.doubt in played("fsdp2", ranking.inputs, budget=12).notes
+
+
+def test_of_a_comparison_the_risky_are_named(plan: SimResult) -> None:
+    bold = with_odds(replace(plan, step_time=plan.step_time / 2), 0.3)
+    said = "a fits, as described, with probability 0.30 only"
+    assert risks({"a": bold, "b": plan, "c": None}) == said
+    assert f"{said}." in summary({"a": bold, "b": plan})
+    assert risks({"b": plan}) == ""
+
+
+def test_odds_stand_beside_the_best_of_other_families(plan: SimResult) -> None:
+    other = msgspec.structs.replace(plan.strategy, name="mop")
+    bold = with_odds(replace(plan, strategy=other), 0.3)
+    said = best_of_others({"mop": bold}, plan, {}).plain
+    assert "as described, device memory is enough with probability 0.30" in said
+
+
+def test_size_refuses_it_with_the_odds_of_the_likeliest(ranking: Ranking) -> None:
+    best = ranking.found.best
+    assert best is not None
+    assert _memory_reason(ranking.found) == f"{best.chance} only"
+
+
+def test_a_context_is_reached_by_the_likeliest(plan: SimResult) -> None:
+    bold, likely = with_odds(replace(plan, step_time=plan.step_time / 2), 0.3), with_odds(plan, 0.6)
+    contender = contenders()[0]
+    points = [ContextPoint(512, 4, one) for one in (bold, likely)]
+    curves = {str(index): Curve(contender, [point]) for index, point in enumerate(points)}
+    found = nested(curves)["0"].points[0].result
+    assert found == likely
