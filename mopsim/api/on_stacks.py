@@ -44,7 +44,7 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
     first, second = leaders(results) or (None, None)
     if first is None or second is None:
         return ""
-    ours, theirs = (_attention(results[label], inputs) for label in (first, second))
+    ours, theirs = (attention_kernel(results[label], inputs) for label in (first, second))
     other = results[second]
     if ours == theirs:
         return ""
@@ -65,7 +65,8 @@ def with_one_attention(inputs: Inputs, results: Mapping[str, SimResult]) -> str:
     )
 
 
-def _attention(result: SimResult, inputs: Inputs) -> str:
+def attention_kernel(result: SimResult, inputs: Inputs) -> str:
+    """The kernel that attention is priced as."""
     machine = inputs.hardware
     plain = result.training.plain_attention(inputs.model)
     return result.stack.on_kind(machine.device_kind).on(machine.device.architecture, plain).attention

@@ -1,13 +1,14 @@
 """One cell of the map: a network on a cluster at a context, the best of each family, and the papers' rule."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 import mopsim
+from mopsim.api.on_stacks import attention_kernel, with_one_attention
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult
+from mopsim.search.result import SearchResult
 from mopsim.spec.line import describe
 
 PAPERS_VOCAB = 8
@@ -45,29 +46,34 @@ class Cell:
 
 
 def played(cell: Cell, budget: int) -> dict[str, Any]:
-    """The best of each family, fastest first, the lead over the next, and MoP by the papers' rule."""
-    found = mopsim.search(**cell.job(), budget=budget).found
-    fitting = [(family, one) for family, one in found.best_by_family.items() if one and one.fits]
-    order = sorted(fitting, key=lambda item: item[1].step_time)
+    """The best of each family that is sure to fit, fastest first, the lead over the next, the likeliest of
+    each other family, and MoP by the papers' rule."""
+    ranking = mopsim.search(**cell.job(), budget=budget)
+    found = ranking.found
+    best = {family: one or _likeliest(found, family) for family, one in found.best_by_family.items()}
+    order = sorted(
+        ((family, one) for family, one in best.items() if one and one.sure),
+        key=lambda item: item[1].step_time,
+    )
     lead = order[0][1].times_as_fast_as(order[1][1]) if len(order) > 1 else None
     return {
         **cell.job(), "devices": cell.devices, "cluster": cell.cluster,
-        "families": {family: _numbers(one) for family, one in order},
-        "risky": risky(cell, budget, sorted(set(found.best_by_family) - {family for family, _ in order})),
+        "families": {
+            family: _numbers(one) | {"attention": attention_kernel(one, ranking.inputs)}
+            for family, one in order
+        },
+        "risky": {family: _numbers(one) for family, one in best.items() if one and not one.sure},
         "lead": {"ratio": lead.predicted, "interval": lead.interval(), "p_faster": lead.p_faster}
         if lead else None,
+        "alike": with_one_attention(ranking.inputs, dict(order)),
         "gap": found.gap,
         "rule": papers_rule(cell),
     }  # fmt: skip
 
 
-def risky(cell: Cell, budget: int, families: Sequence[str]) -> dict[str, Any]:
-    """Of families of which nothing surely fits the fastest plan that may."""
-    if not families:
-        return {}
-    found = mopsim.search(**cell.job(), budget=budget, families=families, at_risk=True).found
-    best = {family: one for family, one in found.best_by_family.items() if one and one.fits}
-    return {family: _numbers(one) for family, one in best.items()}
+def _likeliest(found: SearchResult, family: str) -> SimResult | None:
+    """Of a family of which nothing is sure to fit what may."""
+    return next(iter(found.lacking[family].risky), None)
 
 
 def _numbers(one: SimResult) -> dict[str, Any]:
@@ -75,6 +81,7 @@ def _numbers(one: SimResult) -> dict[str, Any]:
     slow, fast = (rate * one.step_time / seconds for seconds in reversed(one.step_time_interval()))
     return {
         "tokens_per_s_per_device": rate, "interval": [slow, fast], "p_fits": one.p_fits,
+        "p_fits_as_described": one.p_as_described,
         "strategy": describe(one.strategy),
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ SURE = 0.9
 CELL = (
     "in a cell: how many times as fast as the next best "
     f"(hatched, ?: faster with a probability below {SURE:g}; only one: of no other family a plan fits with "
-    f"{SURE:g}); tokens/s per GPU"
+    f"{SURE:g}, as described); tokens/s per GPU"
 )
 
 
@@ -50,7 +50,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], context: Callable[[int], st
         for axis in axes[len(clusters) :]:
             axis.set_axis_off()
         handles = [Patch(color=colour, label=family) for family, colour in COLOURS.items()]
-        handles.append(Patch(color=NOTHING, label="nothing fits"))
+        none = f"no plan fits with {SURE:g} (P: the highest of those named)"
+        handles.append(Patch(color=NOTHING, label=none))
         axes[0].figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), title=CELL, title_fontsize=9
         )
@@ -62,6 +63,9 @@ def _cell(axis: Axes, row: dict[str, Any], x: int, y: int) -> None:
     hatch = None if sure(row) else "///"
     axis.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2, hatch=hatch))
     if not winner:
+        likely = max((one["p_fits"] for one in row["risky"].values()), default=0.0)
+        said = f"P {likely:.2f}" if likely else "nothing"
+        axis.text(x + 0.5, y + 0.5, said, ha="center", va="center", fontsize=9, color=text_on(colour))
         return
     lead = row["lead"]
     said = "only one" if lead is None else f"{lead['ratio']:.2f}x{'' if sure(row) else ' ?'}"
