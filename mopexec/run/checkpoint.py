@@ -24,7 +24,7 @@ from mopexec.distributed.collectives import of_all
 from mopexec.run.checkpoint_reader import read
 from mopexec.run.state import RunState, check_state
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.units import format_bytes
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -89,6 +89,9 @@ def read_state(path: Path) -> RunState:
     state = io.load(path / _META, RunState, "checkpoint")
     if _name(state.step) != path.name:
         raise MopError(f"checkpoint {path}: {_META}: step: {state.step} is not that of the directory's name")
+    for name in state.files:
+        if Path(name).name != name or name == _META:
+            raise MopError(f"checkpoint {path}: {_META}: files: {shown(name)} is no name of a file beside it")
     if state.format > 1 and not state.files:
         raise MopError(f"checkpoint {path}: {_META}: files: none is named, and it has some")
     return state
@@ -201,7 +204,7 @@ def load(path: Path, runner: Stateful) -> None:
     if own_random_state := written_by.world_size == dist.get_world_size():
         state[_rng_key()] = torch.get_rng_state()
     try:
-        read(path, state)
+        read(path, state, written_by.files)
     except _UNREADABLE as error:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
     if own_random_state:
@@ -211,9 +214,10 @@ def load(path: Path, runner: Stateful) -> None:
 
 def read_alone(path: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` from the checkpoint at `path` in one process without ranks."""
+    files = read_state(path).files
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch: there are no ranks
-            read(path, state, alone=True)
+            read(path, state, files, alone=True)
     except _UNREADABLE as error:
         raise UnreadableCheckpointError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
 

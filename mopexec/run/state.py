@@ -7,7 +7,7 @@ import msgspec
 
 from mopsim.common import io
 from mopsim.common.changes import sparse
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError, require_at_least
 from mopsim.common.io import Spec
 from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.model import DESCRIPTION, ModelSpec
@@ -48,6 +48,9 @@ class RunState(Spec, frozen=True, kw_only=True):
     text_digest: str
     tokenizer_digest: str = ""
     rules: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "format", "world_size", "vocab_size", "seq_len", "global_batch")
 
 
 def run_state(

@@ -355,3 +355,21 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     with pytest.raises(MopError, match=r"names builtins\.print, which no checkpoint holds"):
         checkpoint.load(path, Holder())
     assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"world_size": 0}, "world_size: 0 must be at least 1"),
+        ({"world_size": -2}, "world_size: -2 must be at least 1"),
+        ({"files": {"../../etc/passwd": "0"}}, "files: '../../etc/passwd' is no name of a file beside it"),
+        ({"files": {"/etc/passwd": "0"}}, "files: '/etc/passwd' is no name of a file beside it"),
+    ],
+)
+def test_a_description_that_breaks_a_rule_is_refused(said, line, tmp_path):
+    path = checkpoint.save(tmp_path / "checkpoints", Holder(value=1.0), at(1), keep=2)
+    whole = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(whole | said))
+    with pytest.raises(MopError) as refusal:
+        checkpoint.read_state(path)
+    assert line in str(refusal.value)
