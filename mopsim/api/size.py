@@ -25,7 +25,7 @@ from mopsim.api.results import Result, Simulation, framed
 from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
 from mopsim.common import io
 from mopsim.common.arguments import named
-from mopsim.common.errors import MopError, require
+from mopsim.common.errors import MopError, require, shown
 from mopsim.common.outputs import whole_directory
 from mopsim.common.processes import pool
 from mopsim.common.units import parse_dollars, parse_tokens
@@ -338,7 +338,8 @@ def _terms(
             if name not in names:
                 raise MopError(f"--{option}: {name!r} is not one of {', '.join(sorted(names))}")
             if not 0 < dollars < most:
-                raise MopError(f"--{option} {name}: {dollars:g} must be above 0 and below {most:g} dollars")
+                text = shown(dollars) if isinstance(dollars, int) else f"{dollars:g}"
+                raise MopError(f"--{option} {name}: {text} must be above 0 and below {most:g} dollars")
     bought = with_capex(node_prices(), capex)
     unknown = sorted(names - set(bought)) if buy else []
     if unknown:

@@ -1,5 +1,6 @@
 """What no profile knows, as data: values with spread, bounds and source; prices of nodes; sites."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -8,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from mopsim.common.errors import MopError, require, require_name
+from mopsim.common.errors import MopError, require, require_name, shown
 from mopsim.common.io import Spec, convert, exists, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped
@@ -186,13 +187,15 @@ def read_values(texts: Sequence[str], option: str, names: Sequence[str] = ()) ->
         name, equals, value = text.partition("=")
         if equals:
             data = {name.strip(): value}
-        elif names and read_amount(text, 1000) is not None:
+        elif names and _is_number(text):
             data = dict.fromkeys(names, text)
         elif exists(Path(text)):
             data = read_yaml(Path(text), option)
         else:
             every = ", VALUE" if names else ""
-            raise MopError(f"{option}: {text!r} is neither NAME=VALUE{every} nor a YAML file of NAME: VALUE")
+            raise MopError(
+                f"{option}: {shown(text)} is neither NAME=VALUE{every} nor a YAML file of NAME: VALUE"
+            )
         if not isinstance(data, dict):
             raise MopError(f"{option}: {text} must hold NAME: VALUE lines")
         for key, one in data.items():
@@ -202,14 +205,22 @@ def read_values(texts: Sequence[str], option: str, names: Sequence[str] = ()) ->
     return found
 
 
+def _is_number(text: str) -> bool:
+    """Whether it says one, of whatever size."""
+    try:
+        return read_amount(text, 1000) is not None or math.isfinite(parse_float(text))
+    except ValueError:
+        return False
+
+
 def _number(value: Any, option: str, name: str) -> float:
     try:
         amount = read_amount(value, 1000) if isinstance(value, str) else None
         number = parse_float(str(value)) if amount is None else float(amount)
     except ValueError:
-        raise MopError(f"{option} {name}: {value!r} is not a number") from None
+        raise MopError(f"{option} {name}: {shown(value)} is not a number") from None
     if number != number or abs(number) == float("inf"):
-        raise MopError(f"{option} {name}: {value} must be a finite number")
+        raise MopError(f"{option} {name}: {shown(value)} must be a finite number")
     return number
 
 

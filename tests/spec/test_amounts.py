@@ -1,15 +1,18 @@
 """Amounts that are typed: one grammar of suffixes, binary for counts of tokens, decimal for the rest."""
 
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import mopsim
 from mopsim.common.errors import MopError
 from mopsim.common.units import parse_count, parse_dollars, parse_tokens, read_amount
 from mopsim.size.assumptions import read_values
 
 AMOUNTS = {"7": 7, "1.5k": 1500, "1.5K": 1500, "10M": 10**7, "2B": 2 * 10**9, "2G": 2 * 10**9, "10T": 10**13,
-           "2e3": 2000, "1e+3": 1000, ".5M": 500_000, " 4 K ": 4000}  # fmt: skip
+           "2e3": 2000, "1e+3": 1000, ".5M": 500_000, " 4 K ": 4000, "1.": 1}  # fmt: skip
 NONSENSE = ("", "M", "-1", "+1", "1_0", "1KK", "10X", "10m", "nan", "inf", "1e400", "9" * 5000, "\x1b[31m")
 
 
@@ -38,3 +41,22 @@ def test_nonsense_is_refused_in_a_line(parse: type[int], text: str) -> None:
         parse(text, "--option")  # type: ignore[call-overload]
     assert str(refused.value).isprintable()
     assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["1e100", "9" * 50])
+def test_a_number_is_one_whatever_its_size(text: str) -> None:
+    assert read_values([text], "--price", ["a"]) == {"a": float(text)}
+
+
+@pytest.mark.parametrize("amounts", [{"prices": {}}, {"capex": {}, "buy": True}])
+def test_an_amount_beyond_all_floats_is_a_line(amounts: dict[str, Any]) -> None:
+    given = {name: {"h100-sxm-80g": 10**400} if value == {} else value for name, value in amounts.items()}
+    with pytest.raises(MopError, match="an integer of 401 digits must be above 0 and below"):
+        mopsim.size("tiny", "h100-sxm-80g", tokens="1B", days=3, **given)
+
+
+def test_long_digits_are_cut(tmp_path: Path) -> None:
+    (tmp_path / "prices.yaml").write_text(f"a: {'9' * 400}\n")
+    with pytest.raises(MopError) as refused:
+        read_values([str(tmp_path / "prices.yaml")], "--price")
+    assert len(str(refused.value)) < 200
