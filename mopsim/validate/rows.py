@@ -350,8 +350,14 @@ def _balance_loss(row: Row, model: ModelSpec) -> float | None:
     if model.scoring_func != "softmax":
         why = f"tells no loads of a router whose scoring_func is {model.scoring_func!r}, only of 'softmax'"
         raise UnsupportedError("load_balancing_loss", why)
-    rule = f"must be from 1 (even) to below the {experts} experts"
-    require(1 <= printed < experts, "load_balancing_loss", printed, rule)
+    for column in ("loads", "filler_tokens"):
+        if row.get(column, "") not in UNKNOWN:
+            raise UnsupportedError("load_balancing_loss", f"is stated beside {column}: leave one out")
+    most = experts / model.num_experts_per_tok
+    rule = (
+        f"must be from 1 (even) to below {most:g}, where all tokens take the same {model.num_experts_per_tok}"
+    )
+    require(1 <= printed < most, "load_balancing_loss", printed, f"{rule} of {experts} experts")
     return printed
 
 
@@ -370,4 +376,7 @@ def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfi
         shares = repeated(experts, model.num_experts_per_tok, degrees.experts, words)
         return shares, (f"{head} the loads of a text of {words} distinct tokens",)
     of = "a published spread of loads" if printed is None else "the spread of a printed balancing loss"
-    return natural(experts, degrees.experts, printed), (f"{head} {of}",)
+    shares, most = natural(experts, degrees.experts, printed), 1 / model.num_experts_per_tok
+    rule = f"has a spread of loads by which one expert gets more than all tokens ({most:.3g} of the routes)"
+    require(printed is None or max(shares) <= most, "load_balancing_loss", printed, rule)
+    return shares, (f"{head} {of}",)

@@ -65,7 +65,15 @@ from tests.sim.test_validate import MODELS, row, validate_runs
                 column,
             )
             for column in ("load_balancing_loss",)
-            for how, printed in (("natural", "0.9"), ("natural", "128"), ("balanced", "1.02"))
+            for how, printed in (*(("natural", one) for one in ("0.9", "15", "16")), ("balanced", "1.02"))
+        ),
+        *(
+            (
+                {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": "natural"}
+                | {"load_balancing_loss": "1.02", column: cell},
+                "load_balancing_loss",
+            )
+            for column, cell in (("loads", "1 " * 128), ("filler_tokens", "9"))
         ),
         (
             {
