@@ -4,7 +4,7 @@ SI units throughout: seconds, bytes, FLOP/s. pandas is imported by the methods t
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -275,9 +275,18 @@ class Ranking(Result):
     def why(self) -> list[str]:
         """What bounds the step, what each restriction costs, what would change the answer, and the rivals;
         where nothing fits, what would. A line each; simulates some plans on other hardware, or searches."""
-        if self.found.best:
-            return why(self.found, self.problem)
-        return would_fit(self.found, self.problem, self.options)
+        return self.explain(lambda simulated, said: None)
+
+    def explain(self, progress: Callable[[int, str], None]) -> list[str]:
+        """`why`. progress: where nothing fits, called as progress(simulated so far, the change tried)."""
+        known: list[str] | None = self.__dict__.get("why")
+        if known is None:
+            known = self.__dict__["why"] = (
+                why(self.found, self.problem)
+                if self.found.best
+                else would_fit(self.found, self.problem, self.options, progress)
+            )
+        return known
 
     def to_json(self) -> dict[str, Any]:
         """`stack`: that of all families by name, null where each has its own."""

@@ -106,7 +106,7 @@ def hunted(
         return Hunted(found)
     hunt.run(tell)
     if found.best is None:
-        if not found.played and hunt.pool.taken.all():
+        if options.nearest and not found.played and hunt.pool.taken.all():
             find_closest(hunt.pool.space, bound(hunt.pool.space), found)
         return Hunted(found, hunt=hunt)
     hunt.prove(found.best, tell)
@@ -235,6 +235,7 @@ def _hunt(problem: Problem, family: str, options: Options, result: SearchResult)
     result.bounded += every
     keep = fitting(bounds, space, result)
     if not len(keep):
-        find_closest(space, bounds, result)
+        if options.nearest:
+            find_closest(space, bounds, result)
         return None
     return Hunt(Pool.of(space, bounds, keep), options, result, rest)

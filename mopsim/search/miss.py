@@ -1,6 +1,6 @@
 """Where nothing fits: the nearest miss, and the smallest changes that would make a plan fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from msgspec.structs import replace as changed
@@ -13,6 +13,7 @@ from mopsim.search.driver import search
 from mopsim.search.options import Options
 from mopsim.search.problem import Problem
 from mopsim.search.result import SearchResult
+from mopsim.search.staged import may_fit
 from mopsim.spec.strategy import MatmulDType
 
 TRIES = 3
@@ -24,6 +25,7 @@ NARROWER: dict[str, tuple[MatmulDType, ...]] = {
 }  # fmt: skip
 
 Change = tuple[str, Problem]
+Progress = Callable[[int, str], None]
 
 
 def nearest_miss(one: SimResult) -> str:
@@ -39,25 +41,35 @@ def nearest_miss(one: SimResult) -> str:
     return f"the nearest miss is {' and '.join(over)}: {one.line}"
 
 
-def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[str]:
+def would_fit(
+    found: SearchResult, problem: Problem, options: Options, progress: Progress = lambda simulated, said: None
+) -> list[str]:
     """A line each: what is missed and by how much; of each kind of change the smallest that a short search
-    finds a plan for."""
+    finds a plan for. progress: called as progress(simulated so far, the change that is tried)."""
+    tried = 0
     lines = [] if found.closest is None else [nearest_miss(found.closest)]
     kinds = (_nodes(problem), _lengths(problem), _bits(problem), _hosts(found, problem))
     for kind in kinds:
         for said, other in kind:
-            if (plan := _fits(other, options)) is not None:
-                lines.append(f"{said} would fit: {plan}")
+            progress(tried, said)
+            short = _short(other, options)
+            one = search(other, short) if short.families else SearchResult(other.model)
+            tried += one.simulated
+            progress(tried, said)
+            best = one.best
+            if best is not None and (best.sure or options.risk):
+                lines.append(f"{said} would fit: {best.line}")
                 break
     if len(lines) == (found.closest is not None):
         lines.append("we found no single change of nodes, sequence, bits or host memory that would fit")
     return lines
 
 
-def _fits(problem: Problem, options: Options) -> str | None:
-    """A plan that is sure to fit, or may at the risk that is taken, in a line."""
-    best = search(problem, replace(options, top=1, budget=TRIES)).best
-    return best.line if best and (best.sure or options.risk) else None
+def _short(problem: Problem, options: Options) -> Options:
+    """Of a search that asks only whether something fits, of those families whose bounds leave that open. It
+    is over before another process has started."""
+    families = tuple(family for family in options.families if may_fit(problem, family))
+    return replace(options, families=families, top=1, budget=TRIES, prove=False, nearest=False, jobs=1)
 
 
 def _nodes(problem: Problem) -> Iterator[Change]:

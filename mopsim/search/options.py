@@ -19,7 +19,7 @@ class Options:
     family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
     rows: to which a family's space is multiplied out, those that promise most; the others keep a bound.
     jobs: families searched side by side, a process each, where it is more than one; what they find is the
-    same.
+    same. nearest: of a family of which nothing may fit, simulate what misses by least.
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -31,6 +31,7 @@ class Options:
     rows: int = 400_000
     jobs: int = 1
     prove: bool = False
+    nearest: bool = True
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "top", "budget", "rows", "jobs")

@@ -108,13 +108,25 @@ def bounds_of(first: Space, axes: Axes) -> tuple[Reals, Reals]:
     device and host) of each row of a trunk, whatever the minor axes' values. What is traded counts value by
     value: the fastest keeps the most."""
     minor = [MINOR[key] for key in minor_of(axes)]
-    leanest = first.having(**_leanest(minor))
-    miss = _device(leanest, SpaceFacts.of(leanest))
+    miss = _leanest_miss(first, axes)
     time = np.full(len(first), np.inf)
     rows = np.flatnonzero(miss <= 1)
     if len(rows):
         time[rows], miss[rows] = _of_fitting(first.take(rows), axes, minor)
     return time, miss
+
+
+def may_fit(problem: Problem, family: str) -> bool:
+    """Whether the device has room for some row of a family's trunk, by the lower bounds of its leanest."""
+    axes = axes_of(problem, family)
+    first = trunk(problem, family, axes)
+    return bool(len(first) and (_leanest_miss(first, axes) <= 1).any())
+
+
+def _leanest_miss(first: Space, axes: Axes) -> Reals:
+    """Device memory of each row, at least, as a share of its limit, whatever the minor axes' values."""
+    leanest = first.having(**_leanest(MINOR[key] for key in minor_of(axes)))
+    return _device(leanest, SpaceFacts.of(leanest))
 
 
 def _of_fitting(first: Space, axes: Axes, minor: Sequence[Axis]) -> tuple[Reals, Reals]:

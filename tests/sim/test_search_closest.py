@@ -79,12 +79,14 @@ def test_what_is_refused_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.closest is None
 
 
-def test_a_miss_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_miss_is_told_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The row of the closest plan said it, its family's line, a reason why and the verdict."""
     job = "--model qwen3_235b_a22b --hardware rtx4090-24g --seq-len 4096 --global-batch 8 --budget 1"
+    monkeypatch.setattr("mopsim.commands.search.BRIEF", 0.0)
     with pytest.raises(SystemExit) as ended:
         run_app(app, "mopsim", f"search {job} --family fsdp2,megatron".split())
     said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"; to say what would fit ([0-9]+ more simulated, )?[0-9.]+ s", said), "it takes longer"
     (missed,) = re.findall(r"(\S+ [KMGT]iB) over \([0-9]+% more device memory", said)
     assert ended.value.code == 3
     assert said.count(missed) == 1
