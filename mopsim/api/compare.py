@@ -1,7 +1,9 @@
 """mopsim.compare: several strategies side by side, and over a sweep."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,35 @@ from mopsim.spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Told:
+    """What is told of a comparison's progress. total: simulations, or searches of a family, in all."""
+
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    @contextmanager
+    def of(self, label: str, at: Inputs) -> Iterator[Callable[[int, SimResult | None], None]]:
+        """While a label is played on a job; of a family, to be told each simulation and the best so far."""
+        nodes = f"{at.nodes} node{'s' if at.nodes > 1 else ''}"
+        what = f"{label} on {nodes}, sequences of {at.training.seq_len:,}"
+
+        def tell(simulated: int = 0, best: SimResult | None = None) -> None:
+            if self.progress:
+                self.progress(self.done, self.total, f"{what}, {simulated} simulated" if simulated else what)
+
+        tell()
+        try:
+            yield tell
+        finally:
+            self.done += 1
+            tell()
 
 
 class Comparison(Result):
@@ -174,14 +205,16 @@ def compare(
     seed: int | None = None,
     stack: AnyStack | None = None,
     interval: float = 0.9,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Simulate several strategies side by side.
 
     strategies: as for mopsim.simulate, in a sequence, or by label. sweep: ("seq_len", ["32K", "64K"]) or
     ("nodes", [1, 2, 4]): each strategy is simulated there too. hold: what the sweep holds constant; the
     global batch follows, near it where that divides over no data groups. runnable: search families only among
-    plans that mopexec runs. budget: most simulations of such a search. The rest as for mopsim.simulate. A
-    family without a strategy is in `refused`, unless none is left. Raises MopError."""
+    plans that mopexec runs. budget: most simulations of such a search. progress: called as progress(done, of
+    how many, what is being done). The rest as for mopsim.simulate. A family without a strategy is in
+    `refused`, unless none is left. Raises MopError."""
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
@@ -194,26 +227,36 @@ def compare(
         require_name(label, "strategies")
     require(budget >= 1, "budget", budget, "must be at least 1")  # also where no family is searched
 
-    def play(label: str, at: Inputs) -> Simulation:
-        return played(named[label], at, runnable=runnable, budget=budget)
+    values = len(read_sweep(*sweep, hold)[1]) if sweep else 0  # refused before the work
+    told = Told(progress, len(named) * (1 + values))
 
-    if sweep:
-        read_sweep(*sweep, hold)  # refused before the work
-    simulations: dict[str, Simulation] = {}
-    refused: dict[str, str] = {}
-    for label in named:
-        try:
-            simulations[label] = play(label, inputs)
-        except NoStrategyError as error:
-            refused[label] = str(error)
-    if not simulations:
-        raise NoStrategyError("; ".join(refused.values()))
+    def play(label: str, at: Inputs) -> Simulation:
+        with told.of(label, at) as tell:
+            return played(named[label], at, runnable=runnable, budget=budget, progress=tell)
+
+    simulations, refused = _side_by_side(named, inputs, play)
     points = swept(inputs, list(named), play, sweep, hold, list(named.values())) if sweep else None
     on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
     stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
     said = [*notes(list(named.values()), inputs), *_idle(simulations), *_trained(simulations)]
     said += _held(inputs, points)
     return Comparison(inputs, simulations, points, said, refused, stacks)
+
+
+def _side_by_side(
+    labels: Iterable[str], inputs: Inputs, play: Callable[[str, Inputs], Simulation]
+) -> tuple[dict[str, Simulation], dict[str, str]]:
+    """(simulations, why a family has no strategy) by label. Raises NoStrategyError where none has."""
+    simulations: dict[str, Simulation] = {}
+    refused: dict[str, str] = {}
+    for label in labels:
+        try:
+            simulations[label] = play(label, inputs)
+        except NoStrategyError as error:
+            refused[label] = str(error)
+    if not simulations:
+        raise NoStrategyError("; ".join(refused.values()))
+    return simulations, refused
 
 
 def _held(inputs: Inputs, points: Swept | None) -> list[str]:

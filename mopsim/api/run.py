@@ -75,10 +75,17 @@ def simulate(
     return played(strategy, inputs)
 
 
-def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget: int = 100) -> Simulation:
+def played(
+    given: AnyStrategy,
+    inputs: Inputs,
+    *,
+    runnable: bool = False,
+    budget: int = 100,
+    progress: Callable[[int, SimResult | None], None] | None = None,
+) -> Simulation:
     """One step of a strategy, or of the best (else the closest) of a family: what simulate, compare and its
-    sweeps are made of. runnable, budget: of a family's search. Raises NoStrategyError for a family that has
-    none, else MopError."""
+    sweeps are made of. runnable, budget, progress: of a family's search. Raises NoStrategyError for a family
+    that has none, else MopError."""
     if not (isinstance(given, str) and given in FAMILIES):
         strategy, own = strategy_of(given, inputs)
         inputs = inputs.trained_as(*plans_of([given]))
@@ -88,7 +95,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     if inputs.of_families in CAST and given not in IN_8_BITS:
         rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
         raise SpecError("precision", inputs.precision, rule)
-    found = ranked(inputs.problem(runnable=runnable), Options((given,), budget=budget, prove=True))
+    found = ranked(inputs.problem(runnable=runnable), Options((given,), budget=budget, prove=True), progress)
     best = found.best or found.closest
     if best is None:
         raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")

@@ -8,6 +8,7 @@ from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human, say_notes
 from mopsim.commands.options import keywords
+from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
@@ -25,15 +26,20 @@ def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: st
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
     kinds = read_formats(formats)
+    console = human(json)
     try:
-        found = compare(sweep=swept, hold=cast(Hold, hold.replace("-", "_")), **keywords(job))
+        with progress(console, "comparing", None) as shown:
+            found = compare(
+                sweep=swept, hold=cast(Hold, hold.replace("-", "_")),
+                progress=lambda done, total, text: shown(done, f"{done} of {total} done; {text}"),
+                **keywords(job),
+            )  # fmt: skip
     except NoStrategyError as error:
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS
     command = as_typed("mopsim")
     with io.json_beside(json, found.to_json(command) if json else None):
         written = found.write(out, command, kinds) if out else []
-    console = human(json)
     level, refused = found.inputs.interval, list(found.refused.values())
     results = list(found.results.values())
     console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))

@@ -43,12 +43,12 @@ def _ranked(results: Results) -> tuple[list[tuple[str, SimResult]], list[tuple[s
 
 
 def outcome(results: Results) -> str:
-    """'mop is fastest', 'mop and fsdp2 tie', 'mop is the only one that fits' or 'No strategy fits'. Where
+    """'mop is fastest', 'mop and fsdp2 tie', 'mop is the only one that fits' or 'no strategy fits'. Where
     being legal alone stops the others, memory is not named."""
     first, slower = _ranked(results)
     legal = sum(one is not None for one in results.values())
     if not first:
-        return "No strategy fits" if legal or not results else "No strategy is legal"
+        return "no strategy fits" if legal or not results else "no strategy is legal"
     tied = dict(first)
     names = [label for label in results if label in tied]  # in one order, whoever is ahead by less than a tie
     if len(names) > 1:
@@ -63,6 +63,8 @@ def outcome(results: Results) -> str:
 def headline(results: Results) -> str:
     """The outcome, and how many times as fast the first is as the next that does not tie."""
     first, slower = _ranked(results)
+    if not first:
+        return outcome(results).capitalize()
     within = f" within {format_gap(TIE)}" if len(first) > 1 else ""
     ahead = ""
     if slower:

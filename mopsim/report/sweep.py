@@ -29,6 +29,8 @@ MARKS = {NO_MEMORY: "x", NO_STRATEGY: "+"}
 HOLLOW: dict[str, Any] = {
     "marker": "o", "markerfacecolor": "white", "markeredgewidth": 2, "linestyle": "none", "zorder": 4,
 }  # fmt: skip
+MARGIN = 0.08
+"""Of the axis beside its first and last value, where the marks of some strategies lie side by side."""
 TITLE = 84
 """Characters of a line of a figure's title."""
 
@@ -212,6 +214,7 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
         for why, mark in marks.items():
             axis.scatter([], [], marker=mark, color="#515a5a", label=why)
         axis.set_xscale("log", base=2)
+        axis.margins(x=MARGIN)
         axis.set_xticks(sweep.values, [point.name for point in sweep.points])
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
@@ -224,7 +227,7 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
 
 
 def swept_table(sweep: Sweep, level: float = 0.9, said: Collection[str] = ()) -> Group:
-    """Every point on the terminal: its numbers, and under them its plan, or once why several have none.
+    """Every point on the terminal: its numbers, and under them each plan and each refusal once.
     level: of the intervals. said: refusals that were told before."""
     per = rate(sweep.each).replace(" per", "\nper")
     shown = table(
@@ -232,7 +235,7 @@ def swept_table(sweep: Sweep, level: float = 0.9, said: Collection[str] = ()) ->
         ("batch", "step", f"{level:.0%}", per, "exposed", "memory", "P(fits)"),
     )  # fmt: skip
     shown.padding = 0  # seven numbers in 80 columns
-    plans: list[str] = []
+    plans: dict[tuple[str, str], list[str]] = {}
     refused: dict[str, list[str]] = {}
     for point in sweep.points:
         name, batch = point.name, "\n".join(filter(None, (f"{point.batch:,}", point.off)))
@@ -249,9 +252,11 @@ def swept_table(sweep: Sweep, level: float = 0.9, said: Collection[str] = ()) ->
                 style="" if result.fits else "red",
             )  # fmt: skip
             used = point.used(label)
-            plans.append(f"{name} {label}{f', {used} devices' if used else ''}: {plan_line(result)}")
-    plans += [f"{', '.join(them)}: {why}" for why, them in refused.items() if why not in said]
-    return Group(shown, *map(Text, plans))
+            who = f"{label}{f', {used} devices' if used else ''}"
+            plans.setdefault((who, plan_line(result)), []).append(name)
+    lines = [f"{', '.join(names)} {who}: {line}" for (who, line), names in plans.items()]
+    lines += [f"{', '.join(them)}: {why}" for why, them in refused.items() if why not in said]
+    return Group(shown, *map(Text, lines))
 
 
 def swept_rows(sweep: Sweep, level: float = 0.9) -> Table:

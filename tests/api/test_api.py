@@ -70,7 +70,14 @@ def test_a_family_without_a_strategy_is_a_row_of_the_comparison(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job: dict[str, Any] = {**JOB, "runnable": True, "budget": 4}
-    found = mopsim.compare(**job, strategies={"one": TINY, "other": "megatron"}, sweep=("nodes", [1, 2]))
+    told: list[tuple[int, int, str]] = []
+    found = mopsim.compare(
+        **job, strategies={"one": TINY, "other": "megatron"}, sweep=("nodes", [1, 2]),
+        progress=lambda *one: told.append(one),
+    )  # fmt: skip
+    assert sorted({done for done, _, _ in told}) == list(range(7))
+    assert {total for _, total, _ in told} == {6}, "two here and two at each value"
+    assert any(text.startswith("other on 2 nodes, sequences of ") for _, _, text in told)
     (why,) = found.refused.values()
     assert why.startswith("strategy: megatron has no strategy here: ")
     assert (list(found.strategies), found["refused"]) == (["one"], {"other": why})

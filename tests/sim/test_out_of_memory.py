@@ -66,6 +66,8 @@ def test_a_point_that_may_not_fit_is_hollow(
     assert "may not fit: P(fits) below 0.9" in axis.get_legend_handles_labels()[1]
     both = {"a": tight, "b": replace(one, step_time=2 * one.step_time)}
     assert over(swept("nodes", {1: both})).endswith(f"; a may not fit: P {odds})")
+    nothing = over(swept("nodes", {1: {"a": one}, 2: {"a": replace(one, fits=False)}}))
+    assert nothing.endswith("; no strategy fits at 2"), "within a sentence"
     assert over(swept("nodes", {1: {"a": tight}})) == f"Over nodes: a fits at 1 (may not fit: P {odds})"
 
 

@@ -76,6 +76,16 @@ def test_a_step_of_hours_stays_in_its_lines() -> None:
         assert int(step) == round(result.step_time / 3600)
 
 
+def test_a_plan_of_several_points_is_written_once() -> None:
+    job = TrainSpec(seq_len=4096, global_batch=8)
+    one = simulate(load_model("mop_120b"), load_profile("h200-sxm-141g"), 1, mop(8, expert_parallel=8), job)
+    points = [SweepPoint(at, str(at), {"mop": one, "none": None}, {"none": "no"}) for at in (1, 2, 4)]
+    said = " ".join(" ".join(shown(swept_table(Sweep("nodes", points)))).split())
+    assert said.count(one.line) == 1
+    assert f"1, 2, 4 mop: {one.line}" in said
+    assert said.endswith("1 none, 2 none, 4 none: no")
+
+
 def test_a_sizing_stays_in_its_lines() -> None:
     machines = [load_profile(name) for name in ("a100-pcie-80g", "gb300-288g")]
     goal = Goal(10**11, 365 * DAY)
