@@ -78,12 +78,7 @@ def search(
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
     ] = False,
-    budget: Annotated[
-        int,
-        typer.Option(
-            min=1, max=10**6, help="most simulations of each family; 4 times as many to prove the best"
-        ),
-    ] = 100,
+    budget: Annotated[int, o.budget_of("of each family, 4 times as many to prove the best")] = 100,
     jobs: o.Jobs = 0,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
@@ -121,7 +116,7 @@ def compare(
     formats: o.Format = "png",
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 100,
+    budget: Annotated[int, o.budget_of("per family and point")] = 100,
     routing: o.Routing = "balanced",
     document_tokens: o.DocumentTokens = None,
     precision: o.FamilyPrecision = None,
@@ -145,7 +140,7 @@ def context(
     ] = "64K,128K,256K,512K,1M,2M,4M,8M,16M",
     tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
     contender: Annotated[str, typer.Option(help=CONTENDERS, show_default=False)] = "",
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
+    budget: Annotated[int, o.budget_of("per length")] = 24,
     jobs: o.Jobs = 0,
     routing: o.Routing = "balanced",
     document_tokens: o.DocumentTokens = None,
@@ -326,7 +321,7 @@ def profile_new(
     families: Annotated[
         str | None, typer.Option("--family", help="families that are searched for the job's strategy")
     ] = None,
-    budget: Annotated[int | None, typer.Option(min=1, max=10**6, help="simulations of each family")] = None,
+    budget: Annotated[int | None, o.budget_of("of each family")] = None,
     json: o.Json = None,
 ) -> None:
     """Describe a card that nobody measured: its figures, the nearest known card for the rest, and how much

@@ -301,8 +301,12 @@ def _summary(outcome: dict[str, Any]) -> str:
     against = f" (predicted {format_seconds(predicted)})" if predicted else ""
     speed = "no step time measured"
     if outcome["step_time_s"] is not None:
+        first, last = outcome["first_step"], outcome["last_step_time_s"]
+        own = f" from step {first} on" if first > 1 else ""
+        if last is not None:
+            own = f" over all processes of the run ({format_seconds(last)}{own})"
         speed = (
-            f"{format_seconds(outcome['step_time_s'])} a step{against}, "
+            f"{format_seconds(outcome['step_time_s'])} a step{own}{against}, "
             f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks"
         )
     return (

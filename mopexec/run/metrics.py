@@ -32,6 +32,13 @@ class Timed(NamedTuple):
     used: float | None = None
     uncompiled: bool = False
 
+    @staticmethod
+    def median(steps: "Sequence[Timed]", warmup: int) -> float | None:
+        """Seconds of the median step of one process after its warm-up, of which a step stays; None where
+        none ran compiled."""
+        after = [one.seconds for one in steps[min(warmup, len(steps) - 1) :] if not one.uncompiled]
+        return statistics.median(after) if after else None
+
 
 class StepMetrics(Spec, frozen=True, kw_only=True):
     """One optimizer step (from 1). Seconds and bytes of the slowest and largest rank; losses per token.

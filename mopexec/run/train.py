@@ -47,9 +47,10 @@ router that learns may need more in a later step, so what is shown says up to wh
 
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
-    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. step_time_s,
-    tokens_per_s: None where no step ran compiled, under a plan that compiles. others, expert_loads, routing:
-    as of the Measurement."""
+    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. step_time_s: of
+    the median step of all processes under this strategy, None (tokens_per_s too) where none ran compiled and
+    the plan compiles. last_step_time_s: of the last, which began with first_step, where others count. others,
+    expert_loads, routing: as of the Measurement."""
 
     run: str
     steps_done: int
@@ -63,6 +64,8 @@ class TrainOutcome(Spec, frozen=True, kw_only=True):
     host_memory_bytes: int
     memory_step: int
     predicted_step_time_s: float | None
+    first_step: int = 1
+    last_step_time_s: float | None = None
     disturbed_steps: int = 0
     others: float = 0.0
     expert_loads: tuple[int, ...] = ()
@@ -304,10 +307,11 @@ class _Loop:
         earlier = self.metrics.first_loss if self.metrics else None
         compiles = bool(self.tracking.slow)
         before = self.metrics.step_times(self.strategy, compiles=compiles) if self.metrics else []
+        own = self.step_times or self.idle_times
         seen = agreed.peaks(self.tracking.tracker, self.watch.share())
         measured = measurement(
             self.plan,
-            step_times=[*before, self.step_times or self.idle_times],
+            step_times=[*before, own],
             warmup=self.options.warmup,
             tokens_per_step=self.tokens_per_step,
             kinds=kinds,
@@ -336,6 +340,8 @@ class _Loop:
             host_memory_bytes=measured.host_memory,
             memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
             predicted_step_time_s=self.predicted,
+            first_step=self.first_step + 1,
+            last_step_time_s=Timed.median(own, self.options.warmup) if before else None,
             disturbed_steps=measured.disturbed,
             others=measured.others,
             expert_loads=measured.expert_loads,

@@ -1,13 +1,33 @@
 """Options that several commands share, and the job that they describe."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import typer
 
+from mopsim.common.errors import MopError, shown
 from mopsim.common.units import parse_count
 from mopsim.spec.categories import FAMILIES
 from mopsim.spec.figures import FIGURES
+
+MOST_SIMULATIONS = 10**6
+
+
+def _simulations(text: str) -> int:
+    """`--budget` of a search. Raises MopError, which names the other meaning that the option has."""
+    typed = str(text)
+    if not re.fullmatch("0*[1-9][0-9]{0,6}", typed, re.ASCII) or int(typed) > MOST_SIMULATIONS:
+        rule = f"is not a number of simulations, 1 to {MOST_SIMULATIONS:,} (dollars are --budget of size)"
+        raise MopError(f"--budget: {shown(typed)} {rule}")
+    return int(typed)
+
+
+def budget_of(each: str) -> Any:
+    """The option `--budget` of a command that searches. each: of what it is the number."""
+    said = f"simulations {each} (not dollars, as in size)"
+    return typer.Option("--budget", parser=_simulations, metavar="<int>", help=said)
+
 
 Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
 Hardware = Annotated[str, typer.Option(help="hardware profile: a name or a YAML file")]
@@ -67,7 +87,8 @@ AnyPlan = Annotated[
     bool, typer.Option("--any", hidden=True, help="of old commands: what it asked for is the default now")
 ]
 Budget = Annotated[
-    str | None, typer.Option(help="budget in dollars (--buy: of the purchase): 250000, 10M, 1.5B")
+    str | None,
+    typer.Option(help="dollars (--buy: of the purchase): 250000, 10M, 1.5B; simulations are --simulations"),
 ]
 MaxCost = Annotated[
     str | None, typer.Option(help="dollars that the fastest cluster may cost: 250000, 10M, 1.5B")

@@ -10,8 +10,21 @@ from mopsim.spec.line import describe
 from mopsim.spec.strategy import Strategy
 
 Fields = Mapping[str, Any]
-IMPLIED = {"attention.cp_comm_type": "CP=1", "activations.recompute": "recompute="}
+IMPLIED = {
+    "attention.cp_comm_type": "CP=1", "activations.recompute": "recompute=",
+    "activations.modules": "recompute=", "experts.token_dispatcher": "EP=1",
+}  # fmt: skip
 """Fields that one rank does not read, or that a word says already, by the beginning of that word."""
+OF = {
+    "CP-by": "CP=1", "sequence-parallel": "TP=1", "dispatch": "EP=1", "experts-apart": "EP=1",
+    "schedule": "PP=1", "layers": "PP=1",
+}  # fmt: skip
+"""Words that a line has beside a degree only, and what takes them away with it."""
+USUAL = {
+    "dispatch": "dispatch=alltoall", "layers": "even layers", "schedule": "the usual schedule",
+    "expert-FSDP": "the usual expert-FSDP",
+}  # fmt: skip
+"""What a line without a word says: the usual, not that the plan has none of it."""
 MOST_TOGETHER, MOST_WORDS = 3, 4
 """Combinations that a row names, and words of each of these but the first; the others are counted, the JSON
 has all."""
@@ -46,9 +59,8 @@ def otherwise(plan: Fields, changes: Fields) -> list[str]:
     if before is None or after is None:
         return [f"{name} {_value(value)}" for name, value in changes.items()]
     said = [word for place, word in after.items() if before.get(place) != word]
-    said += [_left_out(word) for place, word in before.items() if place not in after]
-    if "CP=1" in said:
-        said = [word for word in said if word != "no CP-by"]
+    gone = {place: _left_out(word) for place, word in before.items() if place not in after}
+    said += [word for place, word in gone.items() if OF.get(place) not in gone.values()]
     for name, value in changes.items():
         if name in IMPLIED and any(word.startswith(IMPLIED[name]) for word in said):
             continue
@@ -72,8 +84,11 @@ def _place(key: str) -> str:
 
 
 def _left_out(word: str) -> str:
-    """What is said of a plan whose line lacks a word: 'EP=1', 'reshard=yes', 'no offload'."""
+    """What is said of a plan whose line lacks a word: 'EP=1', 'reshard=yes', 'dispatch=alltoall', 'no
+    offload'."""
     key, _, value = word.partition("=")
+    if key in USUAL:
+        return USUAL[key]
     if value == "no":
         return f"{key}=yes"
     return f"{key}=1" if key.isupper() else f"no {key}"

@@ -85,7 +85,8 @@ def _texts(report: DemoReport) -> dict[str, str]:
 
 def _disturbed(contenders: Sequence[DemoContender]) -> list[str]:
     """'22 steps of mop', of each run that other programs disturbed."""
-    return [f"{one.measured.disturbed} steps of {one.name}" for one in contenders if one.measured.disturbed]
+    counts = {one.name: one.measured.disturbed for one in contenders if one.measured.disturbed}
+    return [f"{count} {'step' if count == 1 else 'steps'} of {name}" for name, count in counts.items()]
 
 
 def _sections(report: DemoReport) -> list[Section]:

@@ -269,7 +269,7 @@ def _others(best: SimResult, found: SearchResult) -> list[SimResult]:
 def _rivals(best: SimResult, others: Sequence[SimResult]) -> list[str]:
     """How the best of each other family compares, and what its step takes more of."""
     return [
-        f"{one.strategy.name} takes {one.ranked_time / best.ranked_time:.2f} times as long"
+        f"{one.strategy.name} takes {one.ranked_time / best.ranked_time:.2f} times as long as the first plan"
         f"{_more_of(one, best)}"
         for one in others
     ]
@@ -284,5 +284,5 @@ def _more_of(one: SimResult, best: SimResult) -> str:
         ((seconds, part) for part, seconds in more.items() if seconds > MUCH * longer), reverse=True
     )
     told = " and ".join(f"{format_seconds(seconds)} more in {NAMES[part]}" for seconds, part in most[:2])
-    on = f" on the stack {one.stack.name}" if one.stack.name != best.stack.name else ""
+    on = f", on the stack {one.stack.name}" if one.stack.name != best.stack.name else ""
     return f"{on}: {told}" if longer > 0 and told else on

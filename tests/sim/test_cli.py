@@ -172,6 +172,8 @@ def test_compare_writes_a_report(
 CONTEXT = ("context", "--model", "tiny", "--nodes", "1", "--hardware", "cpu-2core", "--out", "x")
 MISTAKES = [
     (["simulate", *JOB, "--strategy", "nope"], "strategy: 'nope'"),
+    (["search", *JOB, "--budget", "10M"], "--budget: '10M' is not a number of simulations"),
+    (["search", *JOB, "--budget", "10M"], "dollars are --budget of size"),
     (["simulate", *JOB, "--strategy", "missing.yaml"], "missing.yaml: no such file"),
     (["search", *JOB, "--family", "mop,zero"], "family: 'zero' is not one of"),
     (["search", *JOB[2:], "--model", "tinny"], "model: 'tinny'"),

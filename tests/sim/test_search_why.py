@@ -18,12 +18,12 @@ from mopsim.common.working import near_batches
 from mopsim.engine import SimResult, simulate
 from mopsim.report.alternatives import freedom, otherwise
 from mopsim.report.explore.steps import as_fast
-from mopsim.search import Options, SearchResult, search
+from mopsim.search import Options, SearchResult, miss, search
 from mopsim.search.miss import would_fit
 from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
-from mopsim.search.staged import candidates
+from mopsim.search.staged import candidates, may_fit
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, waits, why
 from mopsim.spec.hardware import HardwareProfile
@@ -122,6 +122,13 @@ def test_what_is_as_fast_is_named_as_plans_are_printed() -> None:
     spread = to_plain(megatron(8, context_parallel=2, context_exchange="all_gather"))
     one = {"attention.context_parallel": 1, "attention.cp_comm_type": "ring"}
     assert otherwise(spread, one) == ["DP=8", "CP=1"]
+    deepep = to_plain(megatron(8, expert_parallel=4, token_dispatcher="deepep"))
+    usual = {"experts.token_dispatcher": "alltoall", "experts.expert_parallel": 8, "experts.expert_fsdp": 1}
+    assert otherwise(deepep, usual) == ["EP=8", "dispatch=alltoall"], "not that nothing is dispatched"
+    assert otherwise(deepep, usual | alone) == ["EP=1"]
+    some = to_plain(megatron(8, recompute="selective", recompute_modules=("moe_act",)))
+    every = {"activations.recompute": "full", "activations.modules": []}
+    assert otherwise(some, every) == ["recompute=full"]
     device = {"optimizer.state_tier": "device", "optimizer.update_on": "device"}
     assert otherwise(plan, {**device, "activations.layer_inputs": "device"}) == ["no offload"]
 
@@ -350,3 +357,25 @@ def test_divisors_of_large_numbers() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(36) == [one for one in range(1, 37) if 36 % one == 0]
     assert len(divisors(2**40 * 3)) == 82
+
+
+def test_what_would_fit_asks_bounds_first_and_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight million tokens on one node nothing fits at half and a quarter of them: no search says so."""
+    asked: list[int] = []
+    told: list[tuple[int, str]] = []
+
+    def noted(problem: Problem, options: Options) -> SearchResult:
+        asked.append(problem.training.seq_len)
+        assert (options.nearest, options.jobs, options.prove) == (False, 1, False)
+        assert all(may_fit(problem, family) for family in options.families)
+        return SearchResult(problem.model)
+
+    monkeypatch.setattr(miss, "search", noted)
+    network, training = load_model("mop_120b"), TrainSpec(seq_len=2**23, global_batch=1)
+    long = Problem(network, load_profile("h100-sxm-80g"), 1, training, "bfloat16")
+    options = Options(("mop", "zero_offload"))
+    lines = would_fit(SearchResult(network), long, options, lambda *one: told.append(one))
+    assert lines == ["we found no single change of nodes, sequence, bits or host memory that would fit"]
+    assert {2**22, 2**21, 2**20}.isdisjoint(asked)
+    assert 2**23 in asked, "on more nodes"
+    assert (0, "sequences of 4,194,304 tokens instead of 8,388,608") in told
