@@ -24,9 +24,10 @@ def test_mops_shape_over_context_comes_out_once_one_point_is_fixed():
 
 
 def test_the_baseline_ends_where_it_is_printed_to_end():
-    """Which is said by whether it rather fits: torchtitan deletes logits (2024-06), whose block stays."""
+    """Which is said by whether it rather fits, in hundredths as it is printed: torchtitan deletes logits
+    (2024-06), whose block stays."""
     for point, one in of(FIRST, "mop_120b", "fsdp2"):
-        assert (one.p_fits > 0.5) == (point.tokens_per_s is not None)
+        assert (round(one.p_fits, 2) > 0.5) == (point.tokens_per_s is not None)
 
 
 def test_the_offloaded_baseline_ends_where_it_is_printed_to_end():

@@ -261,7 +261,10 @@ def test_what_is_not_multiplied_out_is_bounded_below_all_that_it_stands_for(
     fits, over = np.flatnonzero(miss <= 1), np.flatnonzero(miss > 1)
     hardware = given.hardware
     numbered = Space(some.family, some.problem, some.columns | {"place": np.arange(len(some))})
-    for places, facts in ((fits, facts_of(some.take(fits), axes) if len(fits) else None), (over, None)):
+    parts = [(fits, facts_of(some.take(fits), axes) if len(fits) else None)]
+    for places, facts in parts + [
+        (over[at : at + 1], None) for at in range(len(over))
+    ]:  # by facts of its own
         space = expanded(numbered.take(places), axes)
         mine = bound(space, facts)
         shares = np.maximum(mine.device / hardware.memory_limit(), mine.host / max(hardware.host_limit(), 1))

@@ -20,9 +20,9 @@ RESTRICTED = "--device-limit 1GB --host-limit 1GB"
 WRITTEN = {"--cache", "--json", "--out", "--plan", "--program", "--script", "--seal", "--trace"}
 #: Texts that name no file: sizes, counts, names.
 PLAIN = {
-    "--architecture", "--bf16", "--contender", "--device-limit", "--document-tokens", "--dtype",
+    "--architecture", "--bf16", "--budget", "--contender", "--device-limit", "--document-tokens", "--dtype",
     "--family", "--format", "--fp8", "--global-batch-tokens", "--host-limit", "--host-link",
-    "--host-memory", "--log-to", "--memory", "--memory-bandwidth", "--name", "--nic", "--node-power",
+    "--host-memory", "--log-to", "--max-cost", "--memory", "--memory-bandwidth", "--name", "--nic", "--node-power",
     "--power", "--quantum", "--scale-up", "--seq-len", "--set", "--source", "--sweep", "--text-field",
     "--to", "--tokens", "--tokens-per-device",
 }  # fmt: skip
