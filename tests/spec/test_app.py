@@ -22,8 +22,8 @@ WRITTEN = {"--cache", "--json", "--out", "--plan", "--program", "--script", "--s
 PLAIN = {
     "--architecture", "--bf16", "--budget", "--contender", "--device-limit", "--document-tokens", "--dtype",
     "--family", "--format", "--fp8", "--global-batch-tokens", "--host-limit", "--host-link",
-    "--host-memory", "--log-to", "--max-cost", "--memory", "--memory-bandwidth", "--name", "--nic", "--node-power",
-    "--power", "--quantum", "--scale-up", "--seq-len", "--set", "--source", "--sweep", "--text-field",
+    "--host-memory", "--log-to", "--max-cost", "--memory", "--memory-bandwidth", "--name", "--nic",
+    "--node-power", "--power", "--quantum", "--scale-up", "--seq-len", "--set", "--source", "--sweep", "--text-field",
     "--to", "--tokens", "--tokens-per-device",
 }  # fmt: skip
 
