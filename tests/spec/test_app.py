@@ -23,8 +23,8 @@ PLAIN = {
     "--architecture", "--bf16", "--budget", "--contender", "--device-limit", "--document-tokens", "--dtype",
     "--family", "--format", "--fp8", "--global-batch-tokens", "--host-limit", "--host-link",
     "--host-memory", "--log-to", "--max-cost", "--memory", "--memory-bandwidth", "--name", "--nic",
-    "--node-power", "--power", "--quantum", "--scale-up", "--seq-len", "--set", "--source", "--sweep", "--text-field",
-    "--to", "--tokens", "--tokens-per-device",
+    "--node-power", "--power", "--quantum", "--scale-up", "--seq-len", "--set", "--source", "--sweep",
+    "--text-field", "--to", "--tokens", "--tokens-per-device",
 }  # fmt: skip
 
 
