@@ -96,16 +96,17 @@ def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumpt
 
     A checkpoint is written by all devices at once at `checkpoint_bandwidth` each. Asynchronous: training
     waits for the copy to the host, the next one waits until the last is written, and what is read after a
-    failure is older by the write. The simulated step waits for the slowest device already: only a spread of
-    speeds that is not the profile's costs, or gains. `Assumptions.utilisation` replaces the share, not the
-    rest.
+    failure is older by the write. Synchronous: it waits for the write. Either way it waits for
+    `checkpoint_stall` at least, on however many devices: ranks agree on what each of them writes. The
+    simulated step waits for the slowest device already: only a spread of speeds that is not the profile's
+    costs, or gains. `Assumptions.utilisation` replaces the share, not the rest.
     """
     devices = nodes * hardware.devices_per_node
     mtbf = HOUR / (devices * a.failure_rate) if a.failure_rate else math.inf
     write = checkpoint / (devices * a.checkpoint_bandwidth)
     copy = checkpoint / devices * hardware.host.link_sharing / hardware.host.link_d2h.si
-    later = a.checkpoint_asynchronous >= 0.5
-    blocked, old = (min(max(copy, a.checkpoint_stall), max(copy, write)), write) if later else (write, 0.0)
+    moved, old = (copy, write) if a.checkpoint_asynchronous >= 0.5 else (max(copy, write), 0.0)
+    blocked = max(moved, a.checkpoint_stall)
     restart = a.restart_time + write + old
     best = LONGEST if math.isinf(mtbf) else checkpoint_interval(blocked, mtbf)
     interval = min(max(best, old, 1.0), LONGEST)

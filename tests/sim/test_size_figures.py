@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mopsim.common.errors import MopError
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Step, Terms, assume, figures
-from mopsim.size.assumptions import Site, known, node_prices, read_sites, read_values, with_capex
+from mopsim.size.assumptions import Assumptions, Site, known, node_prices, read_sites, read_values, with_capex
 from mopsim.size.fabric import network
 from mopsim.size.figures import DAY, YEAR_HOURS
 from mopsim.size.goodput import checkpoint_interval, goodput, spare_nodes, wall_clock
@@ -65,6 +65,41 @@ def test_more_nodes_train_a_smaller_share_of_the_time(nodes: int, more: int) -> 
     few, many = (goodput(H100, n, 3e12, a) for n in (nodes, nodes + more))
     assert many.mtbf < few.mtbf
     assert many.share / many.ready < few.share / few.ready + 0.005  # checkpoints are faster on more nodes
+
+
+@pytest.mark.parametrize("nodes", [1, 64, 512])
+def test_a_checkpoint_stops_training_for_the_stall_at_least(nodes: int) -> None:
+    """However fast many devices write it: a synchronous one for the write too."""
+    shares = {}
+    for stall in (0.0, 6.3, 20.0):
+        later, now = (
+            goodput(H100, nodes, 366e9, assume({"checkpoint_stall": stall, "checkpoint_asynchronous": one}))
+            for one in (1, 0)
+        )
+        assert later.blocked >= stall
+        assert now.blocked == max(later.write, stall)
+        assert stall == 0 or later.blocked == stall
+        shares[stall] = later.share
+    assert shares[0.0] > shares[6.3] > shares[20.0]
+
+
+@pytest.mark.parametrize("nodes", [64, 512])
+def test_every_end_of_what_if_moves_the_bill(nodes: int) -> None:
+    """A purchase of machines without a rated node, without an interval of the step: has all but
+    `reserved_factor`, which is of a reserved rent, and `rent_spread`, which is the what-if's own."""
+    hardware, prices = msgspec.structs.replace(H100, node_power=None), {H100.name: node_prices()[H100.name]}
+
+    def bill(a: Assumptions, *, reserved: bool) -> tuple[float | None, ...]:
+        terms = Terms(reserved=True) if reserved else Terms(buy=True, capex=prices)
+        one = figures(hardware, nodes, Step(1e6, 366e9), Goal(10**12, DAY), a, terms)
+        return one.seconds, one.cost, one.energy, one.carbon, one.deviation
+
+    for name, one in known().items():
+        reserved = name == "reserved_factor"
+        for value in {one.low, one.high} - {one.value}:
+            moved = bill(assume().with_(**{name: value}), reserved=reserved)
+            same = moved == bill(assume(), reserved=reserved)
+            assert same == (name == "rent_spread"), (name, value)
 
 
 def test_only_speeds_that_the_profile_does_not_know_cost_goodput() -> None:
