@@ -25,6 +25,7 @@ from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+from mopsim.validate.balance import balance_loss
 from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
 from mopsim.validate.columns import NEEDED, ROOTS, RUNS
 from mopsim.validate.facts import facts, families
@@ -338,34 +339,11 @@ def _loads(row: Row, experts: int) -> tuple[float, ...]:
     return tuple(one / whole for one in loads)
 
 
-def _balance_loss(row: Row, model: ModelSpec) -> float | None:
-    """What a log prints of its load-balancing loss, None where the row has none. It is near 1 whatever the
-    loads are where scores of a sigmoid are normalised to be its probabilities (Megatron-Core, moe_utils.py,
-    compute_routing_scores_for_aux_loss)."""
-    printed, experts = number(row, "load_balancing_loss"), model.num_local_experts
-    if printed is None:
-        return None
-    if row.get("routing") != "natural":
-        raise UnsupportedError("load_balancing_loss", "is of a row whose routing is natural")
-    if model.scoring_func != "softmax":
-        why = f"tells no loads of a router whose scoring_func is {model.scoring_func!r}, only of 'softmax'"
-        raise UnsupportedError("load_balancing_loss", why)
-    for column in ("loads", "filler_tokens"):
-        if row.get(column, "") not in UNKNOWN:
-            raise UnsupportedError("load_balancing_loss", f"is stated beside {column}: leave one out")
-    most = experts / model.num_experts_per_tok
-    rule = (
-        f"must be from 1 (even) to below {most:g}, where all tokens take the same {model.num_experts_per_tok}"
-    )
-    require(1 <= printed < most, "load_balancing_loss", printed, f"{rule} of {experts} experts")
-    return printed
-
-
 def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfile, tuple[str, ...]]:
     """Even, by the program's own routes where it is forced, unless the row says `natural`; then as its text
     makes it."""
     experts, head = model.num_local_experts, "natural routing: simulated with"
-    loads, printed = _loads(row, experts), _balance_loss(row, model)
+    loads, printed = _loads(row, experts), balance_loss(row, model)
     if row.get("routing") != "natural" or not experts:
         forced = experts and (row.get("routing") == "forced" or row.get("forced"))
         return "forced" if forced else "balanced", ()
