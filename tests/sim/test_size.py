@@ -186,9 +186,7 @@ def test_a_longer_deadline_is_never_dearer_and_what_one_finds_all_find() -> None
         assert best.figures is not None
         found.append((best.figures.cost or 0.0, best.figures.days, best.num_nodes))
     assert found == sorted(found, reverse=True)
-    nodes = [nodes for _, _, nodes in found]
-    assert nodes[:2] == [160, 80]
-    assert nodes[2] <= 8  # 7 cost 0.5 % less, if the few simulations of a count meet their sharding
+    assert [nodes for _, _, nodes in found] == [160, 80, 7]
 
 
 def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
