@@ -14,7 +14,7 @@ from mopsim.intervals.errors import Name
 from mopsim.report.style import SERIES, figure
 from mopsim.spec.layout import ceil_div
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import Scored
+from mopsim.validate.scored import Scored
 
 Points = list[tuple[float, float]]
 """(measured, predicted)."""

@@ -11,7 +11,8 @@ from mopsim.intervals.errors import Name
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, over_sources, regrets
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import ErrorSummary, by_group, capacity, over_sources, regrets
 from mopsim.validate.uncertain import coverage
 
 FEW = 5

@@ -10,7 +10,8 @@ from mopsim.intervals.errors import NAMES, Name
 from mopsim.validate import scoring
 from mopsim.validate.components import IN_SAMPLE, Predicted
 from mopsim.validate.run import Refused, Validation, about
-from mopsim.validate.scoring import ErrorSummary, Measure, Scored
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import ErrorSummary, Measure
 from mopsim.validate.uncertain import coverage
 
 UNITS: dict[Name, str] = {"step_time": "step_time_s", "peak_memory": "peak_memory_bytes"}

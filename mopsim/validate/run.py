@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case
 from mopsim.validate.rows import read_case
-from mopsim.validate.scoring import Scored, score
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import score
 from mopsim.validate.simulated import Progress, Simulated, simulate_all
 from mopsim.validate.tables import Row, UnsupportedError
 

@@ -5,15 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mopsim.intervals.errors import ErrorCell, Name, cells, known_errors
 from mopsim.intervals.made import Made
 from mopsim.intervals.spread import Spread, spread
 from mopsim.validate.case import Case
-
-if TYPE_CHECKING:
-    from mopsim.validate.scoring import Scored
+from mopsim.validate.scored import Scored
 
 
 def cell(
@@ -83,7 +81,7 @@ class Coverage:
         }  # fmt: skip
 
 
-def coverage(scored: Iterable["Scored"], name: Name, level: float) -> Coverage | None:
+def coverage(scored: Iterable[Scored], name: Name, level: float) -> Coverage | None:
     """None where nothing was measured."""
     held: dict[str, list[bool]] = defaultdict(list)
     widths = []

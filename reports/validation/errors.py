@@ -14,7 +14,7 @@ from mopsim.intervals.errors import NAMES, ErrorCell, ErrorQuantity, Errors, Gue
 from mopsim.intervals.made import Made
 from mopsim.validate.case import Case
 from mopsim.validate.facts import general_stacks
-from mopsim.validate.scoring import trusted
+from mopsim.validate.scored import trusted
 from mopsim.validate.simulated import as_read
 from mopsim.validate.uncertain import cell, reading
 from reports.validation.first_scores import first_scores

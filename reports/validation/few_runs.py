@@ -6,7 +6,8 @@ from statistics import fmean, median
 
 from mopsim.report.validation_tables import Grid
 from mopsim.validate.calibration import fit
-from mopsim.validate.scoring import RunGroup, Scored, software
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import RunGroup, software
 
 COUNTS = (0, 1, 2, 4, 8)
 """Runs that are calibrated on."""

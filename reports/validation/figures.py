@@ -8,7 +8,8 @@ from mopsim.report.validation import Points, by, scatter, spread
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, MEASURES, selections
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import Scored, by_group, errors, over_sources
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import by_group, errors, over_sources
 
 JUDGED = {
     "step_time": ("Step time", "step_time_s", "bf16_fp16_AB", "bf16 and fp16, grades A and B, held out"),

@@ -10,7 +10,7 @@ from mopsim.common.io import to_plain
 from mopsim.intervals.errors import ErrorCell
 from mopsim.validate.case import Case, Measured
 from mopsim.validate.facts import families, general_stacks
-from mopsim.validate.scoring import trusted
+from mopsim.validate.scored import trusted
 from mopsim.validate.simulated import Progress, Simulated, simulate_all
 from mopsim.validate.uncertain import cell, reading
 

@@ -19,7 +19,8 @@ from mopsim.validate.components import predict_components
 from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
 from mopsim.validate.run import Refused, Validation, cases_of, refused_of, scored_by
-from mopsim.validate.scoring import Scored, score
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import score
 from mopsim.validate.simulated import simulate_all
 from mopsim.validate.tables import read_components, read_runs
 from reports.validation import errors as expected

@@ -15,7 +15,8 @@ from mopsim.validate.case import Case
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import selections
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import Scored, regrets
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import regrets
 from reports.validation.makeup import Shares, of_component, of_step, words
 
 TOLERANCE = 0.12

@@ -9,7 +9,8 @@ from scipy.optimize import nnls
 
 from mopsim.graph import active_params, flops_per_token, total_params
 from mopsim.validate.case import Case
-from mopsim.validate.scoring import Scored, software, trusted
+from mopsim.validate.scored import Scored, trusted
+from mopsim.validate.scoring import software
 
 
 def features(case: Case) -> list[float]:

@@ -15,7 +15,8 @@ import pytest
 from mopsim.validate.models import read_rows
 from mopsim.validate.rows import read_case
 from mopsim.validate.run import cases_of
-from mopsim.validate.scoring import Scored, score
+from mopsim.validate.scored import Scored
+from mopsim.validate.scoring import score
 from mopsim.validate.simulated import simulate_case
 from mopsim.validate.tables import UnsupportedError, read_runs
 
