@@ -76,6 +76,7 @@ def mechanisms(plan: Plan) -> list[str]:
         "dense layers between MoE layers": len(m.mlp_only_layers) > 0,
         "attention sinks": m.attention_sinks,
         f"rotary positions scaled by {m.rope_scaling.rope_type}": m.rope_scaling.rope_type != "default",
+        "rotary positions of part of a head": m.partial_rotary_factor < 1.0,
         "clamped SwiGLU": m.swiglu_limit > 0,
         f"experts of {m.topk_group} of {m.n_group} groups": m.topk_group < m.n_group,
         "routers' balance loss": routed and t.router_aux_loss_coef > 0,

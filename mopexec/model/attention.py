@@ -71,7 +71,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """`rotate` under autograd: as torch composes it, or in one kernel each way."""
     if not kernels.NOW.rotary:
         return rotate(x, cos, sin, interleaved)
-    halves = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if interleaved else x
+    width = 2 * cos.shape[-1]
+    pairs = (x[..., 0:width:2], x[..., 1:width:2], x[..., width:])
+    halves = torch.cat(pairs, dim=-1) if interleaved else x
     found: Tensor = _Rotation.apply(halves, cos, sin)  # type: ignore[no-untyped-call]
     return found
 

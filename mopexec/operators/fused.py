@@ -70,8 +70,8 @@ def _rms_norm_backward_(
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """The halves of x after rotation, in the dtype of the tables, fp32 at least."""
-    first, second = x.chunk(2, dim=-1)
+    """The halves of what turns of x after rotation, in the dtype of the tables, fp32 at least."""
+    first, second = x[..., : 2 * cos.shape[-1]].chunk(2, dim=-1)
     c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if inverse:
         s = -s
@@ -80,15 +80,19 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor,
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     """See `rope.rotate_`."""
-    for half, turned in zip(x.chunk(2, dim=-1), _turned(x, cos, sin, inverse), strict=True):
+    turns = x[..., : 2 * cos.shape[-1]].chunk(2, dim=-1)
+    for half, turned in zip(turns, _turned(x, cos, sin, inverse), strict=True):
         half.copy_(turned)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """As `rotate_`, into a new tensor."""
-    found = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for half, turned in zip(found.chunk(2, dim=-1), _turned(x, cos, sin, inverse), strict=True):
+    """As `rotate_`, into a new tensor, the elements of x that do not turn as they are."""
+    found, width = torch.empty_like(x, memory_format=torch.contiguous_format), 2 * cos.shape[-1]
+    turns = found[..., :width].chunk(2, dim=-1)
+    for half, turned in zip(turns, _turned(x, cos, sin, inverse), strict=True):
         half.copy_(turned)
+    if width < x.shape[-1]:
+        found[..., width:].copy_(x[..., width:])
     return found
 
 

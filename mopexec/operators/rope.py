@@ -1,5 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864): tables and rotation in at least fp32, as bf16 loses positions
-beyond 100K (arXiv 2411.13476). Halves of a head turn together, as in Hugging Face's Llama, or neighbours.
+beyond 100K (arXiv 2411.13476). Halves of a head turn together, as in Hugging Face's Llama, or neighbours; of
+part of a head where the tables are of that part, as in GLM-4.5.
 """
 
 import math
@@ -109,14 +110,18 @@ def _yarn_ramp(scaling: RopeScaling, width: int, theta: float, like: Tensor) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x [..., S, heads, d] rotated by its position, differentiable; cos and sin [S, d/2] or [B, S, d/2].
+    """x [..., S, heads, d] rotated by its position, differentiable; cos and sin [S, r/2] or [B, S, r/2], of
+    the first r of its d elements.
 
     interleaved: pairs are neighbours in x; the result holds the halves one after the other, which no product
     of queries and keys can tell.
     """
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    width = 2 * cos.shape[-1]
+    part, rest = x[..., :width], x[..., width:]
+    first, second = (part[..., 0::2], part[..., 1::2]) if interleaved else part.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)
 
 
 def rotate_(
@@ -125,11 +130,12 @@ def rotate_(
     """`rotate` in place on x [..., S, heads, d], position slices `rows` at a time; inverse rotates back (the
     backward).
 
-    Temporaries: a slice and a half in the dtype of the tables. Fused: none.
+    Temporaries: a slice and a half, of the elements that turn, in the dtype of the tables. Fused: none.
     """
     if kernels.NOW.rotary:
         OPS.rotate_(x, cos, sin, inverse)
         return
+    x = x[..., : 2 * cos.shape[-1]]
     for start, stop in rows:
         first, second = x[..., start:stop, :, :].chunk(2, dim=-1)
         c, s = (table[..., start:stop, :].unsqueeze(-2) for table in (cos, sin))

@@ -120,6 +120,11 @@ KEYS: dict[str, Mapping[str, Value]] = {
         "model_type": "deepseek_v3", "num_nextn_predict_layers": ".num_nextn_predict_layers",
     },
     "DeepseekV2ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v2"},
+    "Glm4MoeForCausalLM": _EXPERTS | {
+        "model_type": "glm4_moe", "head_dim": ".head_dim", "attention_bias": _biased,
+        "use_qk_norm": lambda m: m.qk_norm == "head", "partial_rotary_factor": ".partial_rotary_factor",
+        "scoring_func": ".scoring_func", "num_nextn_predict_layers": ".num_nextn_predict_layers",
+    },
     "Dots1ForCausalLM": _EXPERTS | {
         "model_type": "dots1", "head_dim": ".head_dim", "attention_bias": _biased, "layer_types": _kinds,
         "sliding_window": _window,

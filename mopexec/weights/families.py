@@ -186,6 +186,12 @@ FAMILIES: dict[str, Family] = {
         Family("DeepseekV2ForCausalLM", _DEEPSEEK, _TIED),
         Family("Dots1ForCausalLM", _GROUPED_DEEPSEEK | _CORRECTION, _TIED),
         Family(
+            "Glm4MoeForCausalLM",
+            _GROUPED_DEEPSEEK | _MTP | _CORRECTION,
+            _TIED | _MTP_COPIES,
+            writes_copies=True,
+        ),
+        Family(
             "Ernie4_5_MoeForCausalLM",
             _GROUPED_DEEPSEEK
             | {BALANCE_BIAS: TensorPlace(f"{_LAYER}mlp.moe_statics.e_score_correction_bias", row=True)},

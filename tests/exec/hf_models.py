@@ -107,6 +107,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": _YARN | {"truncate": False},
         },
     ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "moe_intermediate_size": 20,
+            "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "n_group": 4,
+            "topk_group": 2, "routed_scaling_factor": 1.5, "attention_bias": True, "use_qk_norm": True,
+            "num_mtp_layers": 0,
+        },
+    ),
     "deepseek_v2": ("DeepseekV2", _LATENT | {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3", _LATENT | {"num_mtp_layers": 0, "norm_topk_prob": True}),
 }  # fmt: skip

@@ -256,7 +256,10 @@ def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
         prepare(msgspec.structs.replace(CUDA, attention={"default": "flash3"}))
 
 
-@pytest.mark.parametrize("changes", [{}, LATENT], ids=["grouped queries", "latents"])
+PART = {"partial_rotary_factor": 0.5, "rope_interleave": True}
+
+
+@pytest.mark.parametrize("changes", [{}, LATENT, PART], ids=["grouped queries", "latents", "part of a head"])
 def test_modules_compute_the_same_by_fused_kernels(changes: dict[str, Any]) -> None:
     model = Transformer(small(**changes), torch.float64)
     fill(model, Seeded(0))
@@ -293,8 +296,8 @@ def _arguments() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "rms_norm_strided": [(torch.randn(tokens, 80).bfloat16()[:, :64], scale, 1e-6)],
         "rms_norm_backward_": [(strided(), strided(), strided(), scale, of_scale, 1e-6, True)],
-        "rotate_": [(heads.clone(), angle, angle, True)],
-        "rotate": [(heads, angle, angle, True)],
+        "rotate_": [(heads.clone(), part, part, True) for part in (angle, angle[:, :2].contiguous())],
+        "rotate": [(heads, part, part, True) for part in (angle, angle[:, :2].contiguous())],
         "swiglu": [(wing(), wing())],
         "swiglu_backward": [(wing(), wing(), wing())],
         "swiglu_": [(wing(), wing(), weights[:, 0], 7.0, 1.7)],

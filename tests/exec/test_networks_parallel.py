@@ -84,6 +84,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True},
     "two MTP modules": {"num_nextn_predict_layers": 2},
     "full norm": {"qk_norm": "full"},
+    "rotation of part of a head": {"partial_rotary_factor": 0.5},
+    "rotation of neighbours in part of a head": {"partial_rotary_factor": 0.5, "rope_interleave": True},
     "dense layers between": {"num_hidden_layers": 5, "mlp_only_layers": (2, 4)},
     "windows of some layers": {
         "sliding_window": 5, "layer_types": (*["sliding_attention"] * 3, "full_attention"),

@@ -180,10 +180,7 @@ def test_presets_have_configs(name: str) -> None:
     ("name", "nearest"),
     [
         ("mop_120b", "MixtralForCausalLM, would have scoring_func 'softmax', not 'sigmoid'"),
-        (
-            "tiny",
-            "Qwen2MoeForCausalLM, would have shared_expert_gate True, not False; scoring_func 'softmax', not",
-        ),
+        ("tiny", "Glm4MoeForCausalLM, would have topk_method 'noaux_tc', not 'greedy'"),
         ("gpt3_5b", "LlamaForCausalLM, would have ffn_matrices 3, not 2; norm 'rmsnorm', not 'layernorm'"),
     ],
 )
@@ -266,11 +263,12 @@ def drafting(files: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_mtp_modules_are_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_mtp_modules_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     """Written by a run, and read as the modules that transformers drafts tokens with."""
     from transformers.modeling_layers import MtpModel
 
-    theirs = hf_models.make("deepseek_v3", num_mtp_layers=1)
+    theirs = hf_models.make(family, num_mtp_layers=1)
     plan = plan_of(hf_models.save(theirs, tmp_path / "given"), RUNTIMES["fully_shard"])
     assert plan.model.num_nextn_predict_layers == 1
     tokens = hf_models.tokens()

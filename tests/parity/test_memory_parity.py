@@ -97,6 +97,9 @@ MIXED = msgspec.structs.replace(
     layer_types=(*["full_attention"] * 2, *["sliding_attention"] * 3),
 )  # fmt: skip
 """Dense layers and windows at places of their own."""
+PART = msgspec.structs.replace(SMALL, partial_rotary_factor=0.5)
+GLM = msgspec.structs.replace(PART, attention_bias="qkv", qk_norm="head", num_attention_heads=16)
+"""Rotation of part of a head, by the explicit block and as GLM-4.5 has it."""
 MTP = msgspec.structs.replace(SMALL, num_nextn_predict_layers=1)
 GATED = msgspec.structs.replace(SMALL, shared_expert_gate=True)
 DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
@@ -308,7 +311,7 @@ def test_halves_at_a_published_width(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [LATENT, SINKS, MTP, GATED, MIXED], ids=["latent", "sinks", "mtp", "gated", "mixed"]
+    "model", [LATENT, SINKS, MTP, GATED, MIXED, GLM], ids=["latent", "sinks", "mtp", "gated", "mixed", "part"]
 )
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
@@ -319,7 +322,9 @@ def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
 MOP = mop(2, expert_parallel=2, context_parallel=2, vocab_parallel=2, expert_chunk_tokens=512)
 
 
-@pytest.mark.parametrize("model", [SINKS, MIXED], ids=["windows and sinks", "mixed"])
+@pytest.mark.parametrize(
+    "model", [SINKS, MIXED, PART, GLM], ids=["windows and sinks", "mixed", "part", "glm"]
+)
 def test_layers_that_differ_under_mop(model: ModelSpec) -> None:
     _check(model, MOP, TrainSpec(seq_len=2048, global_batch=2), 0.01)
 

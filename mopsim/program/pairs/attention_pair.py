@@ -224,7 +224,9 @@ class AttentionPair(Rows):
         return [self.pass_(self.N, width * self.D, 5 * self.c.b + 4 * self.c.wide, 9 * self.D)]
 
     def _rotate(self, size: int) -> Work:
-        """Rotation in place, slice by slice of positions: one and a half slices of temporaries."""
+        """Rotation in place, slice by slice of positions: one and a half slices of temporaries, of the part
+        of a head that turns."""
+        size = size * self.c.model.rotary_dim // self.d
         if self.fused_rotary:
             return Work("memory_bound", bytes=2.0 * size, launches=2)
         positions = self.c.training.seq_len // self.D
