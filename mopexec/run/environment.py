@@ -153,7 +153,10 @@ def gpu_rank_defaults() -> dict[str, str]:
     return {_ALLOCATORS[-1]: f"{_PINNED}:1"} if torch_knows_pinned() else {}
 
 
-ROUNDED = "this torch rounds pinned memory up to powers of two: the host may need twice what was planned"
+ROUNDED = (
+    "this torch rounds pinned memory up to powers of two: the host may need twice what was planned, which is "
+    "for torch 2.13 and later"
+)
 
 
 def gpu_rank_environment() -> dict[str, str]:

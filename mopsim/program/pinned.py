@@ -1,4 +1,4 @@
-"""Pinned host memory: what torch's host allocator takes for the blocks that a strategy keeps there."""
+"""Pinned host memory: what a program's host allocator takes for the blocks that a strategy keeps there."""
 
 from collections.abc import Iterable
 
@@ -21,6 +21,8 @@ def rounding(context: Context) -> dict[str, float]:
     are pageable memory.
     """
     strategy = context.strategy
+    if context.stack.pinned_blocks == "as_asked":
+        return {"other": 1.0}
     found = {"boundaries": _ratio([context.hidden]), "other": _ratio(_shards(context))}
     if context.stack.sharding.fsdp:
         return {**found, "optimizer": 1.0}

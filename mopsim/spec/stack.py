@@ -94,6 +94,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     XLA_PYTHON_CLIENT_MEM_FRACTION), of the memory that driver and framework leave. All tensors must lie in
     it, and the communication library has the rest. It applies to devices that are not CPUs. 0: the
     allocator takes the memory that tensors need.
+    pinned_blocks: what a block of pinned host memory takes. `powers_of_two`: the next power of two (torch's
+    host allocator by default). `as_asked`: what was asked for.
     communication_share: part of the SMs that the experts' exchanges take from kernels beside them, by
     architecture, if it is not the profile's.
     sources: by dotted field, where an entry is written and of which version.
@@ -117,6 +119,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     hides: Hides = Hides()
     reading: Reading = Reading()
     pool: float = 0.0
+    pinned_blocks: Literal["powers_of_two", "as_asked"] = "powers_of_two"
     communication_share: dict[str, float] = msgspec.field(default_factory=dict)
     sources: dict[str, str] = msgspec.field(default_factory=dict)
 

@@ -228,6 +228,18 @@ def test_the_host_alone_may_be_too_small() -> None:
     assert not tight.sure
 
 
+def test_what_pinned_blocks_take_is_the_programs() -> None:
+    """mopexec has torch pin what it asks for; the papers' program takes powers of two (`rounding`)."""
+    strategy = mop(8, context_parallel=2, expert_parallel=4, vocab_parallel=8, offload_inputs=True)
+    step = TrainSpec(seq_len=512, global_batch=8)
+    asked, rounded = (
+        simulate(small(), machine(), 1, msgspec.structs.replace(strategy, stack=stack), step).above_host
+        for stack in ("mopexec-flat", "mop-papers")
+    )
+    assert list(asked) == ["process"]
+    assert rounded["pinned blocks"] > 0
+
+
 @pytest.mark.parametrize("name", ["mop", "fsdp2"])
 def test_a_cpu_is_held_to_its_live_tensors(name: str) -> None:
     result = played(msgspec.structs.replace(machine(), device_kind="cpu"), name)

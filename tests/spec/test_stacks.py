@@ -31,6 +31,7 @@ def test_a_shipped_stack_has_its_name_a_version_and_sources(name: str) -> None:
             "stage_outputs",
             "balanced_routes",
             "pool",
+            "pinned_blocks",
         )
         assert section in (*SECTIONS, *top)
         assert len(source) > 5
