@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from mopexec.model.auxiliary import Auxiliary, attach, router_loss
 from mopexec.model.kept import product
 from mopexec.model.parts import FeedForward, linear
-from mopexec.model.swiglu import grouped_swiglu
+from mopexec.model.swiglu import grouped_experts
+from mopexec.operators.activation import activation_of, wings_of
 from mopexec.operators.dtypes import wide
 from mopexec.operators.grouped import RowCounts
 from mopexec.operators.router import choose_experts, count_routes, route_weights, router_scores
-from mopexec.operators.swiglu import clamp_of
 from mopsim.spec.model import ModelSpec
 
 
@@ -68,13 +68,15 @@ class Router(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts, stacked: gate_proj and up_proj [E, H, I], down_proj [E, I, H], biases [E, .]."""
+    """The routed experts, stacked: gate_proj, where they have one, and up_proj [E, H, I], down_proj [E, I,
+    H], biases [E, .]."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         count, hidden, inner = spec.num_local_experts, spec.hidden_size, spec.moe_intermediate_size
-        self.clamp = clamp_of(spec)
-        for name, shape in (("gate", (hidden, inner)), ("up", (hidden, inner)), ("down", (inner, hidden))):
+        self.how = activation_of(spec)
+        wings = wings_of(self.how)
+        for name, shape in (*((name, (hidden, inner)) for name in wings), ("down", (inner, hidden))):
             stack = torch.empty((count, *shape), dtype=dtype, device=device)
             self.register_parameter(f"{name}_proj", nn.Parameter(stack))
             if spec.expert_bias:
@@ -83,7 +85,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x: Tensor, counts: RowCounts) -> Tensor:
         """Rows sorted by expert [R, H] to [R, H]."""
-        return grouped_swiglu(x, counts, dict(self.named_parameters()), self.clamp)
+        return grouped_experts(x, counts, dict(self.named_parameters()), self.how)
 
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, RoutedExperts], Tensor]
@@ -95,7 +97,7 @@ def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Routed
     """
     flat = experts.flatten()
     order = flat.argsort(stable=True)
-    stack = module.get_parameter("gate_proj")
+    stack = module.get_parameter("up_proj")
     counts = torch.zeros((1, stack.shape[0]), dtype=torch.int64, device=x.device)
     count_routes(counts[0], experts)
     token = order // experts.shape[1]
@@ -124,7 +126,7 @@ class MoE(nn.Module):
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if spec.shared_expert_intermediate_size:
-            self.shared = FeedForward(spec.hidden_size, spec.shared_expert_intermediate_size, dtype, device)
+            self.shared = FeedForward(spec, spec.shared_expert_intermediate_size, dtype, device)
         if spec.shared_expert_gate:
             self.shared_gate = linear(spec.hidden_size, 1, dtype, device)
         self.dispatch: Dispatch = dispatch_locally

@@ -8,8 +8,11 @@ from torch.nn import functional as F
 
 from mopexec.model.kept import product
 from mopexec.operators import kernels
+from mopexec.operators.activation import wings_of
 from mopexec.operators.fused import OPS
 from mopexec.operators.rows import rms_norm, rms_norm_backward_
+from mopexec.operators.ungated import Ungated, plain, ungated_of
+from mopsim.spec.model import ModelSpec
 
 
 class _Norm(torch.autograd.Function):
@@ -63,6 +66,30 @@ class _Gate(torch.autograd.Function):
         return OPS.swiglu_backward(grads[0], *ctx.saved_tensors)
 
 
+class _Ungated(torch.autograd.Function):
+    """Keeps what it reads."""
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, how: Ungated) -> Tensor:
+        ctx.save_for_backward(up)
+        ctx.how = how
+        found: Tensor = OPS.ungated(up, how.function)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return OPS.ungated_backward(grads[0], *ctx.saved_tensors, ctx.how.function), None
+
+
+def ungated(up: Tensor, how: Ungated) -> Tensor:
+    """The activation of a feed-forward without a gate, under autograd: in one kernel each way, or in a graph
+    that is compiled as torch composes it."""
+    if torch.compiler.is_compiling():
+        return plain(up, how.function)
+    found: Tensor = _Ungated.apply(up, how)  # type: ignore[no-untyped-call]
+    return found
+
+
 def activation(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up under autograd, as torch composes it, or in one kernel each way."""
     if not kernels.NOW.activation:
@@ -72,19 +99,29 @@ def activation(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Dense SwiGLU, also the shared expert."""
+    """Dense FFN, SwiGLU or without a gate, also the shared expert."""
 
     def __init__(
-        self, hidden: int, inner: int, dtype: torch.dtype, device: torch.device, bias: bool = False
+        self, spec: ModelSpec, inner: int, dtype: torch.dtype, device: torch.device, bias: bool = False
     ) -> None:
         super().__init__()
-        self.gate_proj = linear(hidden, inner, dtype, device, bias)
-        self.up_proj = linear(hidden, inner, dtype, device, bias)
+        self.how, hidden = ungated_of(spec), spec.hidden_size
+        for name in wings_of(self.how):
+            self.add_module(f"{name}_proj", linear(hidden, inner, dtype, device, bias))
         self.down_proj = linear(inner, hidden, dtype, device, bias)
 
+    @property
+    def firsts(self) -> tuple[str, ...]:
+        """The names of its first products."""
+        return tuple(f"{name}_proj" for name in wings_of(self.how))
+
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
+        result: Tensor = self.down_proj(self.activate(*(self.get_submodule(name)(x) for name in self.firsts)))
         return result
+
+    def activate(self, *wings: Tensor) -> Tensor:
+        """What the last product reads, of the first."""
+        return activation(*wings) if self.how is None else ungated(wings[0], self.how)
 
 
 class _Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""SwiGLU under autograd: products over routes sorted by expert."""
+"""Experts under autograd: products over routes sorted by expert."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mopexec.model.kept import product
+from mopexec.model.parts import ungated
+from mopexec.operators.activation import Activation, wings_of
 from mopexec.operators.again import keeps, kept
 from mopexec.operators.grouped import Groups, RowCounts, fits
 from mopexec.operators.put_off import gradients, splits
 from mopexec.operators.swiglu import Clamp, clamped_activation, clamped_activation_backward
-
-_NAMES = ("gate", "up", "down")
+from mopexec.operators.ungated import Ungated
 
 
 class _Clamped(torch.autograd.Function):
@@ -53,21 +54,25 @@ class _Product(torch.autograd.Function):
         return None, None, groups.product(given, stack.transpose(1, 2)), of_weights, of_bias
 
 
-def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
-    """SwiGLU's activation, differentiable."""
-    if clamp is None:
+def activate(wings: Iterable[Tensor], how: Activation) -> Tensor:
+    """What an expert's last product reads, of its first; differentiable."""
+    *gates, up = wings
+    if isinstance(how, Ungated):
+        return ungated(up, how)
+    (gate,) = gates
+    if how is None:
         return F.silu(gate) * up
-    result: Tensor = _Clamped.apply(gate, up, clamp)  # type: ignore[no-untyped-call]
+    result: Tensor = _Clamped.apply(gate, up, how)  # type: ignore[no-untyped-call]
     return result
 
 
-def grouped_swiglu(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], clamp: Clamp | None) -> Tensor:
-    """SwiGLU of rows [R, H] sorted by expert, differentiable.
+def grouped_experts(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], how: Activation) -> Tensor:
+    """Experts of rows [R, H] sorted by expert, differentiable.
 
     stacks: gate_proj and up_proj [E, H, I], down_proj [E, I, H], and their biases [E, .] where there are any.
     By grouped products where they fit; elsewhere one product per expert, which float64 needs.
     """
-    biased = "gate_proj_bias" in stacks
+    biased, names = "up_proj_bias" in stacks, (*wings_of(how), "down")
     if fits(x, stacks):
         groups = Groups(counts.ends, x.shape[0], biased=biased)
 
@@ -77,23 +82,22 @@ def grouped_swiglu(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], c
             )
             return found
 
-        return grouped(activate(grouped(x, "gate"), grouped(x, "up"), clamp), "down")
-    weights = zip(*(stacks[f"{name}_proj"].unbind(0) for name in _NAMES), strict=True)
-    biases: Iterable[Sequence[Tensor | None]] = repeat((None, None, None))
+        return grouped(activate((grouped(x, name) for name in names[:-1]), how), "down")
+    weights = zip(*(stacks[f"{name}_proj"].unbind(0) for name in names), strict=True)
+    biases: Iterable[Sequence[Tensor | None]] = repeat((None,) * len(names))
     if biased:
-        biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in _NAMES), strict=True)
+        biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in names), strict=True)
     rows = torch.split(x, counts.by_expert)
     each = zip(rows, weights, biases, strict=False)
-    return torch.cat([_one_expert(*one, clamp) for one in each])
+    return torch.cat([_one_expert(*one, how) for one in each])
 
 
 def _one_expert(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], clamp: Clamp | None
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], how: Activation
 ) -> Tensor:
-    inner = activate(
-        _multiplied("gate", x, weights[0], biases[0]), _multiplied("up", x, weights[1], biases[1]), clamp
-    )
-    return _multiplied("down", inner, weights[2], biases[2])
+    firsts = zip(wings_of(how), weights, biases, strict=False)
+    inner = activate((_multiplied(name, x, weight, bias) for name, weight, bias in firsts), how)
+    return _multiplied("down", inner, weights[-1], biases[-1])
 
 
 def _multiplied(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

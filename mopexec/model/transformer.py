@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
             self.moe = MoE(spec, dtype, device)
         else:
             inner, bias = spec.intermediate_size, spec.ffn_bias
-            self.ffn = FeedForward(spec.hidden_size, inner, dtype, device, bias)
+            self.ffn = FeedForward(spec, inner, dtype, device, bias)
 
     def forward(self, x: Tensor, given: Given) -> Tensor:
         """[B, S, H] to [B, S, H]."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import Weights
 from mopexec.model.kept import product
-from mopexec.model.parts import activation
 from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
 from mopexec.operators.again import kept
@@ -101,8 +100,8 @@ class SplitFeedForward:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # positions do not matter here
         weights = dict(self._module.named_parameters())
-        gate, up = products(rows, self._group, weights, ("gate_proj", "up_proj"))
-        out: Tensor = self._module.down_proj(activation(gate, up))
+        wings = products(rows, self._group, weights, self._module.firsts)
+        out: Tensor = self._module.down_proj(self._module.activate(*wings))
         return out.view_as(x)
 
 

@@ -7,10 +7,10 @@ each expert's end, on the device.
 from torch import Tensor
 
 from mopexec.operators import grouped
+from mopexec.operators.activation import Activation, fused_, fused_backward_, wings_of
 from mopexec.operators.dtypes import wide
-from mopexec.operators.fused import OPS, split_packed
+from mopexec.operators.fused import split_packed
 from mopexec.operators.grouped import Groups
-from mopexec.operators.swiglu import Clamp
 
 Weights = dict[str, Tensor]
 _PREFIX = "moe.experts."
@@ -22,47 +22,49 @@ def fits(rows: Tensor, experts: Weights) -> bool:
 
 
 def _groups(ends: Tensor, experts: Weights, num_rows: int) -> Groups:
-    return Groups(ends, num_rows, biased=f"{_PREFIX}gate_proj_bias" in experts)
+    return Groups(ends, num_rows, biased=f"{_PREFIX}up_proj_bias" in experts)
 
 
 def _named(experts: Weights, name: str) -> tuple[Tensor, Tensor | None]:
     return experts[f"moe.experts.{name}_proj"], experts.get(f"moe.experts.{name}_proj_bias")
 
 
-def forward(rows: list[Tensor], ends: Tensor, experts: Weights, clamp: Clamp | None) -> None:
-    """The last of `rows`, packed, becomes weight * expert(row) [R, H], a new tensor. Temporaries: 2 I R."""
+def forward(rows: list[Tensor], ends: Tensor, experts: Weights, how: Activation) -> None:
+    """The last of `rows`, packed, becomes weight * expert(row) [R, H], a new tensor. Temporaries: 2 I R,
+    without a gate I R."""
     inputs, route_weights = _unpack(rows.pop(), experts)
     groups = _groups(ends, experts, inputs.shape[0])
-    gate, up = (groups.product(inputs, *_named(experts, name)) for name in ("gate", "up"))
-    OPS.swiglu_(gate, up, route_weights, *_limits(clamp))
-    del up
+    wings = [groups.product(inputs, *_named(experts, name)) for name in wings_of(how)]
+    inner = fused_(wings, route_weights, how)
+    del wings
     down, bias = _named(experts, "down")
     share = None if bias is None else route_weights[:, None].to(inputs.dtype)
     del inputs, route_weights
-    out = groups.product(gate, down)
+    out = groups.product(inner, down)
     if bias is not None and share is not None:
         out.addcmul_(groups.of_rows(bias), share)
     rows.append(out)
 
 
 def backward(
-    rows: list[Tensor], ends: Tensor, experts: Weights, grads: Weights, clamp: Clamp | None, *,
+    rows: list[Tensor], ends: Tensor, experts: Weights, grads: Weights, how: Activation, *,
     whole: bool = False,
 ) -> Tensor:  # fmt: skip
     """rows: packed inputs, and gradients of weight * expert(input) [R, H], become the gradients of the inputs
     alone; grads += the weights'. whole: the output runs again too, as in a checkpoint of the products, though
     nobody reads it.
 
-    Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 3 I R, the gradients of one
-    stack of weights, and 2 H R at the end.
+    Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 3 I R, without a gate
+    2 I R, the gradients of one stack of weights, and 2 H R at the end.
     """
     given = rows.pop()
     inputs, route_weights = _unpack(rows.pop(), experts)
     groups = _groups(ends, experts, given.shape[0])
-    gate, up = (groups.product(inputs, *_named(experts, name)) for name in ("gate", "up"))
+    names = wings_of(how)
+    wings = [groups.product(inputs, *_named(experts, name)) for name in names]
     down, bias = _named(experts, "down")
     inner = groups.product(given, down.transpose(1, 2))
-    grad_weights: Tensor = OPS.swiglu_backward_(inner, gate, up, route_weights, *_limits(clamp))
+    grad_weights = fused_backward_(inner, wings, route_weights, how)
     if whole:
         groups.product(inner, down)
     groups.add_weights(grads["moe.experts.down_proj"], inner, given)
@@ -73,19 +75,16 @@ def backward(
             grads.get("moe.experts.down_proj_bias"), given * route_weights[:, None].to(given.dtype)
         )
     del given
-    for name, grad in (("gate", gate), ("up", up)):
+    for name, grad in zip(names, wings, strict=True):
         groups.add_weights(grads[f"moe.experts.{name}_proj"], inputs, grad)
         groups.add_bias(grads.get(f"moe.experts.{name}_proj_bias"), grad)
     del inputs, route_weights, grad
-    result = groups.product(gate, _named(experts, "gate")[0].transpose(1, 2))
-    del gate
-    rows.append(result.add_(groups.product(up, _named(experts, "up")[0].transpose(1, 2))))
+    result = groups.product(wings.pop(0), _named(experts, names[0])[0].transpose(1, 2))
+    for name in names[1:]:
+        result.add_(groups.product(wings.pop(0), _named(experts, name)[0].transpose(1, 2)))
+    rows.append(result)
     return grad_weights
 
 
 def _unpack(packed: Tensor, experts: Weights) -> tuple[Tensor, Tensor]:
-    return split_packed(packed, experts[f"{_PREFIX}gate_proj"].shape[1])
-
-
-def _limits(clamp: Clamp | None) -> tuple[float, float]:
-    return (clamp.limit, clamp.alpha) if clamp else (0.0, 0.0)
+    return split_packed(packed, experts[f"{_PREFIX}up_proj"].shape[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mopexec.measure.tracker import category, component, phase
 from mopexec.operators import expert_products, kernels
+from mopexec.operators.activation import activation_of
 from mopexec.operators.dispatch import Arrival, ChunkExchange, sum_routes
 from mopexec.operators.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.operators.fused import OPS, split_packed
@@ -22,7 +23,7 @@ from mopexec.operators.least_loaded import Foreign
 from mopexec.operators.looped_products import experts_backward_, experts_forward_
 from mopexec.operators.routes import RoutePlanner, Routes
 from mopexec.operators.rows import rms_norm, rms_norm_backward_, row_slices
-from mopexec.operators.swiglu import clamp_of
+from mopexec.operators.ungated import ungated_of
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 
@@ -78,7 +79,7 @@ class MoEBlock:
 
     def __init__(self, spec: ModelSpec, planner: RoutePlanner, shared_tokens: int) -> None:
         self.spec, self.planner, self.shared_tokens = spec, planner, shared_tokens
-        self.num_chunks, self.clamp = planner.num_chunks, clamp_of(spec)
+        self.num_chunks, self.how, self.ungated = planner.num_chunks, activation_of(spec), ungated_of(spec)
 
     def forward_(
         self, x: Tensor, routes: Routes, route_weights: Tensor, weights: Weights, experts: Weights,
@@ -165,11 +166,11 @@ class MoEBlock:
     def _products(self, now: Pass, index: int, exchange: ChunkExchange, rows: list[Tensor]) -> None:
         """A chunk's only rows, packed, become weight * expert(row); in place but where they are kept."""
         if now.foreign is None and expert_products.fits(rows[0], now.experts):
-            expert_products.forward(rows, now.routes.ends[index], now.experts, self.clamp)
+            expert_products.forward(rows, now.routes.ends[index], now.experts, self.how)
             return
         inputs, of_rows = split_packed(rows.pop(), self.spec.hidden_size)
         rows.append(inputs.new_empty(inputs.shape) if now.kept else inputs)
-        experts_forward_(rows[0], inputs, of_rows, exchange.counts, now.held, self.clamp)
+        experts_forward_(rows[0], inputs, of_rows, exchange.counts, now.held, self.how)
 
     def _products_backward(
         self, begun: Pass, index: int, exchange: ChunkExchange, rows: list[Tensor], grads: list[Weights]
@@ -180,10 +181,10 @@ class MoEBlock:
         experts, whole = begun.experts, self.nested
         if begun.foreign is None and expert_products.fits(rows[0], experts):
             ends = begun.routes.ends[index]
-            return expert_products.backward(rows, ends, experts, grads[0], self.clamp, whole=whole)
+            return expert_products.backward(rows, ends, experts, grads[0], self.how, whole=whole)
         inputs, of_rows = split_packed(rows.pop(0), self.spec.hidden_size)
         held, counts = begun.held, exchange.counts
-        return experts_backward_(rows[0], inputs, of_rows, counts, held, grads, self.clamp, whole=whole)
+        return experts_backward_(rows[0], inputs, of_rows, counts, held, grads, self.how, whole=whole)
 
     def _exchanges(self, routes: Routes) -> list[ChunkExchange]:
         with component("router"), category("dispatch"):
@@ -276,7 +277,7 @@ class MoEBlock:
         with component("shared_experts"):
             for rows in slice_rows(self._rows(x, index), self.shared_tokens):
                 hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                add_shared_(rows, hidden, weights)
+                add_shared_(rows, hidden, weights, self.ungated)
                 del hidden
 
     def _shared_backward(self, index: int, grad: Tensor, x: Tensor, weights: Weights, grads: Weights) -> None:
@@ -288,7 +289,7 @@ class MoEBlock:
                 tokens, slice_rows(self._rows(grad, index), self.shared_tokens), strict=True
             ):
                 hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                grad_hidden = shared_backward(target, hidden, weights, grads)
+                grad_hidden = shared_backward(target, hidden, weights, grads, self.ungated)
                 del hidden
                 self._norm_backward(target, rows, grad_hidden, weights, grads)
                 del grad_hidden

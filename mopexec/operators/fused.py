@@ -20,7 +20,7 @@ LEAVES: dict[str, Leaf] = {}
 """Functions that are compiled on CUDA, by the name of their op."""
 
 
-def _define(
+def define(
     schema: str, leaf: Leaf, meta: Leaf, cuda: Leaf | None = None, compiled: Leaf | None = None
 ) -> None:
     """An op. cuda: where nothing is compiled; compiled: where it is not the leaf."""
@@ -34,7 +34,7 @@ def _define(
     _LIBRARY.impl(name, cuda, "CUDA")
 
 
-def _nothing(*_: Any) -> None:
+def nothing(*_: Any) -> None:
     return None
 
 
@@ -319,50 +319,50 @@ def _rms_norm_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
-_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta, _rms_norm_cuda)
-_define("rms_norm_strided(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta)
-_define("rms_norm_backward_(Tensor(a!) target, Tensor x, Tensor grad, Tensor weight, Tensor(b!) grad_weight, "
-        "float eps, bool add) -> ()", _rms_norm_backward_, _nothing)  # fmt: skip
-_define("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()", _rotate_, _nothing)
-_define("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _rotate,
+define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta, _rms_norm_cuda)
+define("rms_norm_strided(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta)
+define("rms_norm_backward_(Tensor(a!) target, Tensor x, Tensor grad, Tensor weight, Tensor(b!) grad_weight, "
+       "float eps, bool add) -> ()", _rms_norm_backward_, nothing)  # fmt: skip
+define("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()", _rotate_, nothing)
+define("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _rotate,
         lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device="meta"))  # fmt: skip
-_define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: torch.empty_like(gate))
-_define("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_backward,
+define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: torch.empty_like(gate))
+define("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_backward,
         lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)))  # fmt: skip
-_define("swiglu_(Tensor(a!) gate, Tensor up, Tensor? weight, float limit, float alpha) -> ()",
-        _swiglu_, _nothing)  # fmt: skip
-_define("swiglu_backward_(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, Tensor? weight, float limit, "
+define("swiglu_(Tensor(a!) gate, Tensor up, Tensor? weight, float limit, float alpha) -> ()",
+        _swiglu_, nothing)  # fmt: skip
+define("swiglu_backward_(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, Tensor? weight, float limit, "
         "float alpha) -> Tensor", _swiglu_backward_,
         lambda grad, gate, up, weight, *_: torch.empty(
             0 if weight is None else grad.shape[0], dtype=wide(grad.dtype), device="meta"
         ))  # fmt: skip
-_define("router_logits(Tensor hidden, Tensor weight, Tensor? bias) -> Tensor", _router_logits,
+define("router_logits(Tensor hidden, Tensor weight, Tensor? bias) -> Tensor", _router_logits,
         lambda hidden, weight, bias: torch.empty(
             (hidden.shape[0], weight.shape[0]), dtype=wide(hidden.dtype), device="meta"
         ), _router_logits_cuda)  # fmt: skip
-_define("route_weights(Tensor logits, Tensor experts, bool softmax, bool normed, float scale) -> Tensor",
+define("route_weights(Tensor logits, Tensor experts, bool softmax, bool normed, float scale) -> Tensor",
         _route_weights,
         lambda logits, experts, *_: torch.empty(
             experts.shape, dtype=logits.dtype, device="meta"
         ))  # fmt: skip
-_define("route_weights_backward(Tensor grad, Tensor logits, Tensor experts, bool softmax, bool normed, "
+define("route_weights_backward(Tensor grad, Tensor logits, Tensor experts, bool softmax, bool normed, "
         "float scale) -> Tensor", _route_weights_backward,
         lambda grad, logits, *_: torch.empty_like(logits))  # fmt: skip
-_define("add_routes_(Tensor(a!) target, Tensor rows, Tensor inverse, int top_k) -> ()",
-        _add_routes_, _nothing)  # fmt: skip
-_define("take_routes_(Tensor(a!) grad_weights, Tensor rows, Tensor of_weights, Tensor inverse, int top_k) "
+define("add_routes_(Tensor(a!) target, Tensor rows, Tensor inverse, int top_k) -> ()",
+        _add_routes_, nothing)  # fmt: skip
+define("take_routes_(Tensor(a!) grad_weights, Tensor rows, Tensor of_weights, Tensor inverse, int top_k) "
         "-> Tensor", _take_routes_,
         lambda grad_weights, rows, *_: rows.new_empty(grad_weights.shape[0], rows.shape[1]))  # fmt: skip
-_define("pack_routes(Tensor x, Tensor? scale, float eps, Tensor? grad, Tensor weights, Tensor order, "
+define("pack_routes(Tensor x, Tensor? scale, float eps, Tensor? grad, Tensor weights, Tensor order, "
         "int top_k) -> Tensor[]", _pack_routes, _pack_routes_meta,
         compiled=_pack_routes_compiled)  # fmt: skip
-_define("pack_back(Tensor rows, Tensor weights, Tensor? order) -> Tensor", _pack_back,
+define("pack_back(Tensor rows, Tensor weights, Tensor? order) -> Tensor", _pack_back,
         lambda rows, *_: _packed(rows, rows.shape[0]), compiled=_pack_back_compiled)  # fmt: skip
-_define("route_cells(Tensor experts, int chunks, int num_experts) -> Tensor", _route_cells,
+define("route_cells(Tensor experts, int chunks, int num_experts) -> Tensor", _route_cells,
         lambda experts, *_: experts.new_empty(experts.numel(), dtype=torch.int32))  # fmt: skip
-_define("chunk_orders(Tensor order, int chunks, int top_k) -> (Tensor, Tensor)", _chunk_orders,
+define("chunk_orders(Tensor order, int chunks, int top_k) -> (Tensor, Tensor)", _chunk_orders,
         lambda order, *_: (torch.empty_like(order), torch.empty_like(order)))  # fmt: skip
-_define("arrival_order(Tensor arrived, int total) -> Tensor", _arrival_order,
+define("arrival_order(Tensor arrived, int total) -> Tensor", _arrival_order,
         lambda arrived, total: arrived.new_empty(total))  # fmt: skip
 
 OPS: Any = torch.ops.mop

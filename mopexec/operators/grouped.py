@@ -63,7 +63,7 @@ def expert_order(arrived: Tensor, total: int) -> Tensor | None:
 
 def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
     """Whether the stack asks for grouped products and torch has them: bf16, rows of whole 16 bytes."""
-    hidden, inner = stacks[f"{prefix}gate_proj"].shape[1:]  # packed rows are wider than they multiply
+    hidden, inner = stacks[f"{prefix}up_proj"].shape[1:]  # packed rows are wider than they multiply
     whole = rows.shape[0] > 0 and hidden % _BLOCK == 0 and inner % _BLOCK == 0
     asked = kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
     return asked and _in_one_kernel(rows.device)

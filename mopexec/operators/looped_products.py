@@ -5,31 +5,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from mopexec.operators.activation import Activation, activated, activated_, activated_backward, wings_of
 from mopexec.operators.dtypes import wide
 from mopexec.operators.rows import add_matmul
-from mopexec.operators.swiglu import (
-    Clamp,
-    clamped_activation,
-    clamped_activation_backward,
-    swiglu_activation,
-    swiglu_activation_backward,
-)
 
 Weights = dict[str, Tensor]
 
 
 @dataclass
 class _Expert:
-    """Parameters of one expert, or their gradients; biases are None where the network has none."""
+    """Parameters of one expert, or their gradients, by name; no biases where the network has none."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
+    weights: Weights
+    biases: Weights
+
+    def product(self, x: Tensor, name: str) -> Tensor:
+        bias = self.biases.get(name)
+        return x @ self.weights[name] if bias is None else torch.addmm(bias, x, self.weights[name])
 
 
 def _each(held: Sequence[Weights]) -> list[_Expert]:
@@ -37,48 +30,47 @@ def _each(held: Sequence[Weights]) -> list[_Expert]:
 
 
 def _unstacked(experts: Weights) -> list[_Expert]:
-    stacks = [experts[f"moe.experts.{name}_proj"].unbind(0) for name in ("gate", "up", "down")]
-    biases = [experts.get(f"moe.experts.{name}_proj_bias") for name in ("gate", "up", "down")]
-    none = (None,) * len(stacks[0])
+    def of(suffix: str) -> dict[str, tuple[Tensor, ...]]:
+        stacks = {name: experts.get(f"moe.experts.{name}_proj{suffix}") for name in ("gate", "up", "down")}
+        return {name: stack.unbind(0) for name, stack in stacks.items() if stack is not None}
+
+    weights, biases = of(""), of("_bias")
     return [
-        _Expert(*parts)
-        for parts in zip(*stacks, *(none if one is None else one.unbind(0) for one in biases), strict=True)
+        _Expert(*({name: stack[place] for name, stack in one.items()} for one in (weights, biases)))
+        for place in range(len(weights["up"]))
     ]
 
 
 def experts_forward_(
     rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], held: Sequence[Weights],
-    clamp: Clamp | None = None,
+    how: Activation = None,
 ) -> None:  # fmt: skip
     """Rows [R, H] become weight * expert(input) of inputs sorted by expert, which may be the rows themselves.
-    counts: of the experts of all stacks in `held`; more are 0. Temporaries: 2 I rows of one expert.
+    counts: of the experts of all stacks in `held`; more are 0. Temporaries: 2 I rows of one expert,
+    without a gate I rows.
     """
     start = 0
     for count, expert in zip(counts, _each(held), strict=False):
         if count:
             part, source = rows[start : start + count], inputs[start : start + count]
             weight = route_weights[start : start + count, None]
-            gate, up = (
-                _product(source, expert.gate, expert.gate_bias),
-                _product(source, expert.up, expert.up_bias),
-            )
-            inner = swiglu_activation(gate, up) if clamp is None else clamped_activation(gate, up, clamp)
-            del gate, up
-            torch.mm(inner.mul_(weight), expert.down, out=part)
-            if expert.down_bias is not None:
-                part.addcmul_(weight.to(part.dtype), expert.down_bias)
+            inner = activated_([expert.product(source, name) for name in wings_of(how)], how)
+            torch.mm(inner.mul_(weight), expert.weights["down"], out=part)
+            if "down" in expert.biases:
+                part.addcmul_(weight.to(part.dtype), expert.biases["down"])
             del inner
         start += count
 
 
 def experts_backward_(
     rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], held: Sequence[Weights],
-    grads: Sequence[Weights], clamp: Clamp | None = None, *, whole: bool = False,
+    grads: Sequence[Weights], how: Activation = None, *, whole: bool = False,
 ) -> Tensor:  # fmt: skip
     """Rows [R, H], gradients of weight * expert(input), become gradients of the inputs in place; grads += the
     weights'. whole: the output runs again too, as in a checkpoint of the products, though nobody reads it.
 
-    Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 5 I rows of one expert.
+    Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 5 I rows of one expert,
+    without a gate 3 I rows.
     """
     grad_weights = torch.empty(rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
     start = 0
@@ -87,46 +79,35 @@ def experts_backward_(
             stop = start + count
             _one_expert_backward(
                 rows[start:stop], inputs[start:stop], route_weights[start:stop, None],
-                grad_weights[start:stop], expert, own, clamp, whole=whole,
+                grad_weights[start:stop], expert, own, how, whole=whole,
             )  # fmt: skip
         start += count
     return grad_weights
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
-
-
 def _one_expert_backward(
     rows: Tensor, inputs: Tensor, route_weights: Tensor, grad_weights: Tensor, expert: _Expert, own: _Expert,
-    clamp: Clamp | None, *, whole: bool,
+    how: Activation, *, whole: bool,
 ) -> None:  # fmt: skip
     """`experts_backward_` for the rows of one expert."""
-    gate, up = _product(inputs, expert.gate, expert.gate_bias), _product(inputs, expert.up, expert.up_bias)
-    if clamp is None:
-        silu = F.silu(gate)
-        inner = silu * up
-    else:
-        inner = clamped_activation(gate, up, clamp)
-    grad_inner = rows @ expert.down.t()
+    names, down = wings_of(how), expert.weights["down"]
+    wings = [expert.product(inputs, name) for name in names]
+    inner, silu = activated(wings, how)
+    grad_inner = rows @ down.t()
     grad_weights.copy_((inner * grad_inner).sum(-1, dtype=grad_weights.dtype))
     inner.mul_(route_weights)
     if whole:
-        _product(inner, expert.down, None)
-    add_matmul(own.down, inner.t(), rows)
+        torch.mm(inner, down)
+    add_matmul(own.weights["down"], inner.t(), rows)
     del inner
-    if expert.down_bias is not None and own.down_bias is not None:
-        grad_weights.add_((rows * expert.down_bias).sum(-1, dtype=grad_weights.dtype))
-        own.down_bias.add_((rows * route_weights).sum(0))
-    grad_inner.mul_(route_weights)
-    if clamp is None:
-        grad_gate, grad_up = swiglu_activation_backward(grad_inner, gate, up, silu)
-    else:
-        grad_gate, grad_up = clamped_activation_backward(grad_inner, gate, up, clamp)
-    add_matmul(own.gate, inputs.t(), grad_gate)
-    add_matmul(own.up, inputs.t(), grad_up)
-    for bias, grad in ((own.gate_bias, grad_gate), (own.up_bias, grad_up)):
-        if bias is not None:
-            bias.add_(grad.sum(0))
-    torch.mm(grad_gate, expert.gate.t(), out=rows)
-    rows.addmm_(grad_up, expert.up.t())
+    if "down" in expert.biases:
+        grad_weights.add_((rows * expert.biases["down"]).sum(-1, dtype=grad_weights.dtype))
+        own.biases["down"].add_((rows * route_weights).sum(0))
+    wings = activated_backward(grad_inner.mul_(route_weights), wings, silu, how)
+    for name, grad in zip(names, wings, strict=True):
+        add_matmul(own.weights[name], inputs.t(), grad)
+        if name in own.biases:
+            own.biases[name].add_(grad.sum(0))
+    torch.mm(wings[0], expert.weights[names[0]].t(), out=rows)
+    for name, grad in zip(names[1:], wings[1:], strict=True):
+        rows.addmm_(grad, expert.weights[name].t())

@@ -125,7 +125,7 @@ def _layers(
     with category("activations"):
         block = ComposedAttention if needs_composed(spec) else AttentionBlock
         attention = block(spec, exchange, dtype, platform.device)
-    ffn = DenseBlock(strategy.dense.chunk_tokens, spec.rms_norm_eps)
+    ffn = DenseBlock(spec, strategy.dense.chunk_tokens)
     moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None
     found, early = [], strategy.optimizer.overlap == "backward"
     for index in range(spec.num_hidden_layers):

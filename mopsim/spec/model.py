@@ -88,7 +88,9 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     layer_types: the kind of each layer, if no period describes it. learned_positions: rows of a learned table
     of positions; 0: rotary positions. expert_bias: the experts' products have a bias. router_bias: the
     router's product has a bias. ffn_bias: the products of dense FFNs have a bias.
-    ffn_matrices: matrices of an FFN: 3 with a gate, 2 without. norm: the kind of norm in the layers.
+    ffn_matrices: matrices of an FFN: 3 with a gate (SwiGLU), 2 without. ffn_activation: function between two
+    matrices without a gate, in the words of Hugging Face's `hidden_act`. norm: the kind of norm in the
+    layers.
     num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: function from the router's logits to
     weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: factor
     of these weights. topk_method: `greedy`: experts are chosen among all. `group_limited_greedy`: in the
@@ -137,6 +139,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     expert_bias: bool = False
     router_bias: bool = False
     ffn_matrices: Literal[2, 3] = 3
+    ffn_activation: Literal["gelu", "gelu_pytorch_tanh", "relu2", "relu"] = "gelu"
     ffn_bias: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     learned_positions: int = 0

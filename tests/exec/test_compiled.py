@@ -77,6 +77,12 @@ CASES: dict[str, tuple[Plan, str]] = {
         compiled(parts(expert_parallel=2, recompute="selective", recompute_modules=PARTS)),
         "learned",
     ),
+    "two matrices": (
+        compiled(
+            shard(expert_parallel=2, recompute="none"), replace(MODEL, ffn_matrices=2, ffn_activation="relu2")
+        ),
+        "learned",
+    ),
     "split, ring": (compiled(parts(context_parallel=2), DENSE), "learned"),
     "split, stages": (compiled(parts(pipeline_parallel=2)), "learned"),
 }

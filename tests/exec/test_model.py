@@ -1,5 +1,7 @@
 """The reference model against torch's own ops, and its names against the declared ones."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,10 +11,12 @@ from mopexec.model.attention import causal_attention
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.routing import largest_share, load_histogram, profile_experts
 from mopexec.model.swiglu import activate
+from mopexec.operators.activation import activated, activated_backward, fused_backward_
 from mopexec.operators.attention_core import Core
 from mopexec.operators.documents import cumulative
 from mopexec.operators.router import route_weights, route_weights_backward, router_scores
 from mopexec.operators.swiglu import Clamp
+from mopexec.operators.ungated import Ungated
 from mopexec.weights.load import fill
 from mopexec.weights.source import Seeded
 from mopsim import graph
@@ -67,6 +71,8 @@ def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
         {"expert_bias": True, "router_bias": True, "shared_expert_gate": True, "tie_word_embeddings": True},
         {**LATENT, "num_nextn_predict_layers": 2},
         {**LATENT, "q_lora_rank": 0},
+        {"ffn_matrices": 2, "expert_bias": True},
+        NO_EXPERTS | {"ffn_matrices": 2, "ffn_bias": True},
     ):
         model = Transformer(spec(**changes), torch.float32)
         actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -184,7 +190,6 @@ def test_balancing_raises_the_bias_of_underused_experts() -> None:
     [
         ("learned_positions", 64),
         ("norm", "layernorm"),
-        ("ffn_matrices", 2),
         ("dropout", 0.1),
     ],
 )
@@ -235,7 +240,7 @@ def test_clamped_swiglu_equals_autograd() -> None:
     gate, up = (torch.randn(40, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     low, high = gate.clamp(max=0.7), up.clamp(-0.7, 0.7)
     expected = (high + 1) * low * (1.7 * low).sigmoid()
-    actual = activate(gate, up, Clamp(0.7, 1.7))
+    actual = activate((gate, up), Clamp(0.7, 1.7))
     torch.testing.assert_close(actual, expected)
     grad = torch.randn_like(expected)
     for a, b in zip(
@@ -244,6 +249,39 @@ def test_clamped_swiglu_equals_autograd() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("function", "formula"),
+    [
+        ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
+        (
+            "gelu_pytorch_tanh",
+            lambda x: 0.5 * x * (1 + ((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()),
+        ),
+        ("relu2", lambda x: x.clamp(min=0) ** 2),
+        ("relu", lambda x: x.clamp(min=0)),
+    ],
+)
+def test_an_activation_without_a_gate_equals_autograd(function: str, formula: Any) -> None:
+    torch.manual_seed(0)
+    how, up = Ungated(function), torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    share = torch.rand(40, dtype=torch.float64, requires_grad=True)
+    expected, grad = formula(up), torch.randn(40, 6, dtype=torch.float64)
+    (of_up,) = torch.autograd.grad(expected, up, grad, retain_graph=True)
+    actual = activate((up,), how)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, up, grad)[0], of_up)
+    copies = [one.detach().clone() for one in (up, grad)]
+    inner, _ = activated(copies[:1], how)
+    torch.testing.assert_close(inner, expected)
+    torch.testing.assert_close(activated_backward(copies[1], copies[:1], None, how)[0], of_up)
+    weighted = [up.detach().clone(), grad.clone()]
+    of_share = fused_backward_(weighted[1], weighted[:1], share.detach(), how)
+    wanted = torch.autograd.grad(expected * share[:, None], (up, share), grad)
+    for one, other in zip((weighted[0], of_share), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(weighted[1], expected * share[:, None])
 
 
 @pytest.mark.parametrize("counted", [12, 1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
 from mopexec.model import Routing, Transformer
@@ -25,7 +26,9 @@ def _mixed() -> ModelSpec:
     )  # fmt: skip
 
 
-MODELS = [load_model("tiny"), _dense(), _mixed()]
+MODELS = [
+    load_model("tiny"), _dense(), _mixed(), replace(_mixed(), name="two matrices", ffn_matrices=2)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", [*MODELS, load_model("mop_1t")], ids=lambda spec: spec.name)

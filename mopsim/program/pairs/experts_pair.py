@@ -272,7 +272,7 @@ class ExpertsPair(Rows):
         passes = 7 if len(self.up) == 2 else 4
         if self.grouped:
             passes, active = len(self.up) + 1, 1
-        works.append(self.elementwise(received * self.inner, passes * c.b, 3 * active))
+        works.append(self.elementwise(received * self.inner, passes * c.b, (len(self.up) + 1) * active))
         self.b.compute("experts", _E, phase, layer, works, arrived, *waits)
         if self.grouped:
             self.b.drop("rows")
@@ -316,14 +316,17 @@ class ExpertsPair(Rows):
         works = [*works, *self._products(i, False, *self.up, *["experts_down"] * self.whole)]
         works += self._products(i, True, *self.up, "experts_down")
         if not self.grouped and c.strategy.precision.reduce != c.strategy.precision.compute:
-            b.spike((4 * most + self.H) * self.inner * c.b)
+            b.spike(((2 + len(self.up)) * most + self.H) * self.inner * c.b)
         active = sum(1 for rows in c.routes(i) if rows)
         if self.grouped:
-            works.append(self.elementwise(received * self.inner, 6 * c.b, 3))
-            works.append(self.elementwise(3 * stack, c.b + 2 * c.reduce, 3))
-            works.append(self.elementwise(received * self.H, 3 * c.b, 1))
-        else:
-            works.append(self.elementwise(received * self.inner, 26 * c.b, 10 * active))
+            matrices = len(self.up) + 1
+            works.append(self.elementwise(received * self.inner, 2 * matrices * c.b, matrices))
+            works.append(self.elementwise(matrices * stack, c.b + 2 * c.reduce, matrices))
+            if len(self.up) == 2:
+                works.append(self.elementwise(received * self.H, 3 * c.b, 1))
+        else:  # activation and gradient, their product and its sum, both weighted, the gradient's way back
+            passes, launches = (26, 10) if len(self.up) == 2 else (13, 6)
+            works.append(self.elementwise(received * self.inner, passes * c.b, launches * active))
         b.compute("experts", _E, phase, layer, works, arrived, *waits)
         b.drop("rows")
 

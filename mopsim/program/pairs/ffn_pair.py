@@ -48,30 +48,29 @@ class FfnPair(Rows):
             n = stop - start
             size = n * self.inner(component) * self.c.b
             works = [self.norm(n, H, "hidden")]
-            kept = ("gate", "up", "silu", "inner") if self.gated else ("up", "inner")
-            if fused := self.gated and self.fused_gate:
-                kept = ("gate", "up")
+            wings = ("gate", "up") if self.gated else ("up",)
+            kept = wings if self.fused_gate else (*wings, *(("silu",) if self.gated else ()), "inner")
             for name in kept:
                 b.make(name, size)
             works += self._products(n, component, False, *self.up)
-            if not fused:
+            if not self.fused_gate:
                 works.append(self._activation(size))
                 self._temporary(component)
                 b.drop("inner")
             b.make("grad_inner", size)
-            if fused:
+            if self.fused_gate:
                 self._temporary(component)
             works += self._products(n, component, True, "down_proj")
-            if fused:
-                works.append(self.elementwise(size, 6, 3))
+            if self.fused_gate:
+                works.append(self.elementwise(size, 2 * len(wings) + 2, len(wings) + 1))
                 b.drop("grad_inner")
             else:
                 works.append(self.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
-                b.drop(*("gate", "up") if self.gated else ("up",))
+                b.drop(*wings)
             self._temporary(component)
             b.make("grad_hidden", n * H * self.c.b)
             works += self._products(n, component, True, *self.up)
-            done = ("gate", "up") if fused else ("grad_inner", "silu") if self.gated else ("grad_inner",)
+            done = wings if self.fused_gate else ("grad_inner", "silu") if self.gated else ("grad_inner",)
             b.drop(*done, "hidden")
             works.append(self.norm_backward(n, H))
             b.drop("grad_hidden")

@@ -1,0 +1,54 @@
+"""Predicted against tracked memory of networks of the GPT kind: as test_memory_parity."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
+from tests.parity.test_memory_parity import FULL, SMALL, TWO, _check, _check_stages, _split
+
+TWO_MATRICES = msgspec.structs.replace(
+    SMALL, ffn_matrices=2, intermediate_size=1024, moe_intermediate_size=512
+)
+"""Without a gate; FFNs wide enough that the peak is theirs."""
+PLAIN = {"num_local_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0} | {
+    "first_k_dense_replace": 0, "shared_expert_intermediate_size": 0
+}  # fmt: skip
+NETWORKS = {
+    "dense layers": TWO_MATRICES,
+    "experts": msgspec.structs.replace(TWO_MATRICES, intermediate_size=64),
+    "no experts": msgspec.structs.replace(TWO_MATRICES, **PLAIN),
+}
+networks = pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("stack", ["mopexec-flat", "mopexec-flat-nested"])
+@networks
+def test_under_mop(model: ModelSpec, stack: str, kind: str) -> None:
+    strategy = mop(2, **_spread(model), vocab_parallel=2, expert_chunk_tokens=2048)
+    strategy = msgspec.structs.replace(strategy, stack=stack)
+    _check(model, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01, kind)
+
+
+@networks
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_under_fsdp2(model: ModelSpec, recompute: Any) -> None:
+    strategy = fsdp2(2, **_spread(model), loss="chunked", loss_chunk_tokens=512, recompute=recompute)
+    _check(model, strategy, TrainSpec(seq_len=2048, global_batch=2 * strategy.data_groups), 0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"expert_parallel": 2}, TWO, TWO | FULL, {"tensor_parallel": 2, "expert_tensor_parallel": 2}],
+    ids=["experts", "tensors", "tensors, full", "experts' tensors"],
+)
+def test_under_split_modules(options: dict[str, Any]) -> None:
+    _check_stages(_split(2, {**options, "model": TWO_MATRICES}), 0.01)
+
+
+def _spread(model: ModelSpec) -> dict[str, Any]:
+    return {"expert_parallel": 2 if model.num_moe_layers else 1}
