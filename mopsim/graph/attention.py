@@ -178,7 +178,10 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     shared = model.attention == "gqa" and mine[1].bytes < mine[0].bytes
     shared = shared and (shapes.expands or not shapes.fused)
     if shapes.flash or not by_heads:
-        core = _flash(core, names, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
+        working = rows * (qk + 1) * 4 + shared * rows * (qk + v_width) * b
+        if not shapes.accumulates:
+            working = shared * (2 * mine[1].bytes + mine[2].bytes)
+        core = _flash(core, names, working, rows * 4)
     else:
         core = _kept(core, rows * seq, model.dropout > 0, b)
     home = [_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
@@ -212,7 +215,9 @@ def _whole(values: tuple[Value, ...], ranks: int) -> int:
 def _traded(
     model: ModelSpec, shapes: Shapes, values: tuple[Value, Value, Value]
 ) -> tuple[list[Kernel], tuple[Value, ...]]:
-    """What ranks of a sequence send each other before the attention, and what it reads then."""
+    """What ranks of a sequence send each other before the attention, and what it reads then. A ring has no
+    gradients of its own: those of keys and values go round within the attention's backward (`_of_blocks`).
+    """
     d, (q, k, v) = shapes.sequence, values
     if d == 1:
         return [], values
@@ -224,7 +229,7 @@ def _traded(
     if shapes.exchange == "ring":
         moving, sent = Value("moving", own, grad=False), float(own * (d - 1))
         ring = Kernel(
-            "ring", "send_recv", _C, (k.name, v.name), (moving,), bytes=sent, back_bytes=2 * sent,
+            "ring", "send_recv", _C, (), (moving,), bytes=sent, back_bytes=2 * sent,
             launches=d - 1, group="sequence",
         )  # fmt: skip
         return [ring], (*values, moving)
@@ -241,7 +246,7 @@ def _flash(core: Kernel, inputs: tuple[str, ...], working: float, sums: float) -
 
     working: bytes of its backward, which adds up the queries' gradient in fp32 (arXiv 2307.08691, algorithm
     2); FlashAttention-2, torch's kernel, also makes those of keys and values for each query head where heads
-    share them (flash_api.cpp: dq_accum, dk_expanded, dv_expanded).
+    share them (flash_api.cpp: dq_accum, softmax_d, dk_expanded, dv_expanded).
     """
     out, lse = core.writes[0], Value("lse", int(sums), grad=False)
     return replace(

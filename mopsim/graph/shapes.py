@@ -18,7 +18,8 @@ class Shapes(Struct, frozen=True):
     whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
     documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
     skips: whether its kernel leaves out what a window or a document hides. expands: its backward makes the
-    gradients of keys and values for each query head, whatever is fused.
+    gradients of keys and values for each query head, whatever is fused. accumulates: it adds gradients up
+    beside those that it returns, as flash kernels for GPUs do, which take half precision.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Shapes(Struct, frozen=True):
     documents: int = 0
     skips: bool = True
     expands: bool = False
+    accumulates: bool = True
 
     @property
     def region_tokens(self) -> int:

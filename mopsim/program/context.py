@@ -367,7 +367,7 @@ def make_context(
     shapes = Shapes(
         tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
-        documents=training.own_document,
+        documents=training.own_document, accumulates=b <= 2 and stack.attention != "cpu",
     )  # fmt: skip
     return Context(
         model, strategy, training, stack.compiling(strategy.compile),

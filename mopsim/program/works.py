@@ -101,6 +101,15 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
 
 
+def projected(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """The kernels with norms and rotations of the projections as the program composes them; the norm before
+    them, of an explicit runtime, is made by slices (mopexec.operators.rows)."""
+    run = context.stack.kernels
+    ways = {"norm": run.norm, "rotary": run.rotary}
+    first, *rest = kernels
+    return first, *composed(tuple(rest), ways, context.b, context.wide, context.model.ffn_matrices - 1)
+
+
 def attended(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """The kernels with the copies around an attention kernel that takes one width (Kernels.narrow_values)."""
     keys, values = attention_widths(context.model)

@@ -242,12 +242,12 @@ BLOCKS = {
 """Networks whose peak is in the backward of attention."""
 
 
-@pytest.mark.parametrize(("exchange", "within"), [("all_gather", 0.01), ("ring", 0.05)])
+@pytest.mark.parametrize(("exchange", "within"), [("all_gather", 0.01), ("ring", 0.012)])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_keys_and_values_that_come_again(name: str, ranks: int, exchange: Exchange, within: float) -> None:
-    """On the last rank, whose queries see all of them, as in the simulator. In a ring the gradients of the
-    own block are counted while those that went round come home."""
+    """On the last rank, whose queries see all of them, as in the simulator. Of four in a ring with as many
+    KV heads as heads, blocks merged in fp32 in the forward, not counted, have the peak."""
     strategy = fsdp2(ranks, context_parallel=ranks, context_exchange=exchange)
     plan = plan_of(BLOCKS[name], strategy, TrainSpec(seq_len=8192, global_batch=1), "cuda")
     tracked = second_step(plan, ranks - 1, MemoryTracker)

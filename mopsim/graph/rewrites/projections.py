@@ -48,7 +48,7 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, laid_out: tuple[int
     q, k, v = (values[name] for name in core.reads[:3])
     names = ("gather_kv_blocks", "ring", "sequence_to_heads")
     exchange = next((kernel for kernel in kernels if kernel.name in names), core)
-    k, v = (values[name] for name in exchange.reads[-2:]) if exchange is not core else (k, v)
+    k, v = (values[name] for name in exchange.reads[-2:] or core.reads[1:3])
     if repeated and k.bytes < q.bytes:
         times = q.bytes // k.bytes
         whole = tuple(replace(one, name=f"{one.name}_all", bytes=one.bytes * times) for one in (k, v))

@@ -25,9 +25,7 @@ class AttentionPair(Rows):
         self.kv_bytes = self.N * self.kv * self.d * context.b * D // self.kv_blocks
         self.kv_merged = self.N * self.kv * self.d * context.b
         self.sums = self.N * self.heads * context.wide
-        in_turn = (
-            context.stack.attention == "cpu" or context.b > 2
-        )  # a GPU's flash kernels take half precision
+        in_turn = not context.shapes.accumulates
         self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks)) if in_turn else 1
         self.workspace = 0 if in_turn else self._workspace()
 

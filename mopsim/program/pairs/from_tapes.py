@@ -13,7 +13,7 @@ from mopsim.program.context import Context
 from mopsim.program.fragment import kept_experts
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.taped import play
-from mopsim.program.works import attended
+from mopsim.program.works import attended, projected
 
 
 class TapedAttention:
@@ -31,9 +31,19 @@ class TapedAttention:
         self._play(layer, "recompute", True, waits)
 
     def backward(self, layer: int) -> None:
-        """The gradient of x1 becomes that of x: one takes the other's place."""
-        tape = self._tape(layer)
-        play(self.b, self.c, backward(tape, _around_core(tape)), "backward", layer)
+        """The gradient of x1 becomes that of x: one takes the other's place. The projections run again, with
+        all that autograd keeps of them, beside the gradients of their results, which go last."""
+        c, b, tape = self.c, self.b, self._tape(layer)
+        before, after = _parts(tape)
+        again = everything(before)
+        last = play(b, c, backward(after, _around_core(after)), "backward", layer)
+        last = play(b, c, forward(before, again), "backward", layer, [last])
+        for name in before.outputs:
+            b.adopt(f"{name} again", before.values[name].bytes)
+        b.drop(*(f"{name} again" for name in before.outputs))  # less is alive in what follows
+        play(b, c, backward(before, again), "backward", layer, [last])
+        b.adopt("grad_hidden", c.hidden)
+        b.drop("grad_hidden")
 
     def _play(self, layer: int, phase: str, graph: bool, waits: tuple[int | None, ...]) -> None:
         tape = self._tape(layer)
@@ -42,7 +52,17 @@ class TapedAttention:
 
     def _tape(self, layer: int) -> Tape:
         tape = attention(self.c.model, self.c.shapes, layer)
-        return replace(tape, kernels=attended(tape.kernels, self.c))
+        return replace(tape, kernels=attended(projected(tape.kernels, self.c), self.c))
+
+
+def _parts(tape: Tape) -> tuple[Tape, Tape]:
+    """What makes queries, keys and values, and what follows."""
+    names = ("sequence_to_heads", "attention_core")
+    at = next(i for i, kernel in enumerate(tape.kernels) if kernel.name in names)
+    results = tape.kernels[at].reads[:3]
+    given = tuple(tape.values[name] for name in results)
+    before = replace(tape, kernels=tape.kernels[:at], outputs=results)
+    return before, replace(tape, inputs=(*tape.inputs, *given), kernels=tape.kernels[at:])
 
 
 def _around_core(tape: Tape) -> Recomputation:
