@@ -9,7 +9,6 @@ from torch import Tensor
 from mopexec.measure.tracker import component, phase
 from mopexec.model.attention import project, value_width
 from mopexec.operators.attention import AttentionBlock, Saved, Weights
-from mopexec.operators.rows import rms_norm, rms_norm_backward_
 from mopsim.spec.model import ModelSpec
 
 _PREFIX = "attention."
@@ -41,7 +40,7 @@ class ComposedAttention(AttentionBlock):
             for name in "qkv":
                 heads = spec.num_attention_heads if name == "q" else kv_heads
                 outer.append(self.exchange.merge(packed.pop(0), heads).view(*shape, heads, widths[name]))
-            hidden = rms_norm(x, weights["attention_norm.weight"], spec.rms_norm_eps)
+            hidden = self.norms.forward(x, weights, "attention_norm")
             own = self._own(weights)
             with torch.enable_grad():
                 leaves = [hidden.view(*shape, -1).requires_grad_()]
@@ -53,17 +52,14 @@ class ComposedAttention(AttentionBlock):
             for name, value in zip(own, rest, strict=True):
                 grads[f"{_PREFIX}{name}"].add_(value)
             del rest
-            rms_norm_backward_(
-                grad, x, grad_hidden.view(x.shape), weights["attention_norm.weight"],
-                grads["attention_norm.weight"], spec.rms_norm_eps,
-            )  # fmt: skip
+            self.norms.backward_(grad, x, grad_hidden.view(x.shape), weights, grads, "attention_norm")
 
     def _heads(self, name: str) -> int:
         latent = self.spec.attention == "mla"
         return self.spec.num_attention_heads if name == "q" or latent else self.spec.num_key_value_heads
 
     def _received(self, x: Tensor, weights: Weights) -> list[Tensor]:
-        hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)
+        hidden = self.norms.forward(x, weights, "attention_norm")
         rows = hidden.view(self.exchange.batch, self.exchange.seq, -1)
         found = list(project(self.spec, self._own(weights), rows, self.cos, self.sin))
         del hidden, rows

@@ -2,15 +2,16 @@
 
 from mopexec.flat.units import Contents
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.tensors import layer_tensors
+from mopsim.spec.tensors import layer_tensors, tensors
 
 
 def outer_contents(spec: ModelSpec, rows: tuple[int, int] | None) -> tuple[Contents, Contents, Contents]:
     """Embedding, final norm and head; rows: the vocabulary interval where the head is split."""
     table = (spec.vocab_size, spec.hidden_size)
+    final = tuple((t.name, t.shape) for t in tensors(spec) if t.name.startswith("final_norm"))
     return (
         Contents("embedding", (("embedding.weight", table),)),
-        Contents("final", (("final_norm.weight", (spec.hidden_size,)),)),
+        Contents("final", final),
         Contents("head", (("head.weight", table),), rows=rows),
     )
 

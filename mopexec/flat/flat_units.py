@@ -24,9 +24,10 @@ from mopexec.operators.early_optimizer import EarlyAdamW
 from mopexec.operators.kernels import using
 from mopexec.operators.layer_inputs import LayerInputs
 from mopexec.operators.loss import Ring, chunked_loss
+from mopexec.operators.norms import LayerNorms
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.operators.rope import Positions
-from mopexec.operators.rows import rms_norm, rms_norm_backward_, row_slices
+from mopexec.operators.rows import row_slices
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import whole
 from mopsim.spec.plan import Plan
@@ -181,11 +182,11 @@ class FlatRunner:
     def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of token losses, gradient of x [N, H]); the gradient is of the mean over the global batch."""
         final, head, scale = self.model.final, self.model.head, 1.0 / self._counted
-        eps = self.plan.model.rms_norm_eps
+        norms = LayerNorms.of(self.plan.model)
         with component("vocabulary"):
             final.gather()
-            weight, rows = final.weights()["final_norm.weight"], head.weights()["head.weight"]
-            hidden = rms_norm(x, weight, eps)
+            weights, rows = final.weights(), head.weights()["head.weight"]
+            hidden = norms.forward(x, weights, "final_norm")
             grad_rows = head.open_grads()["head.weight"]
             if self.model.ring is None:
                 loss, grad = chunked_loss(hidden, targets, rows, grad_rows, scale, self.loss_chunk)
@@ -195,9 +196,8 @@ class FlatRunner:
             with phase("backward"):
                 head.release()
                 head.reduce()
-                grad_weight = final.open_grads()["final_norm.weight"]
-                rms_norm_backward_(grad, x, grad, weight, grad_weight, eps, add=False)
-                del weight, grad_weight
+                norms.backward_(grad, x, grad, weights, final.open_grads(), "final_norm", add=False)
+                del weights
                 final.release()
                 final.reduce()
         self._reducing = [head, final]

@@ -10,6 +10,7 @@ from mopexec.model.kept import product
 from mopexec.operators import kernels
 from mopexec.operators.activation import wings_of
 from mopexec.operators.fused import OPS
+from mopexec.operators.norms import layer_norm, layer_norm_backward_
 from mopexec.operators.rows import rms_norm, rms_norm_backward_
 from mopexec.operators.ungated import Ungated, plain, ungated_of
 from mopsim.spec.model import ModelSpec
@@ -50,6 +51,49 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return norm(x, self.weight, self.eps)
+
+
+class _Centred(torch.autograd.Function):
+    """LayerNorm; keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.biased = eps, bias is not None
+        return layer_norm(x, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_bias = torch.zeros_like(weight) if ctx.biased else None
+        layer_norm_backward_(grad_x, x, grads[0], weight, grad_weight, grad_bias, ctx.eps, add=False)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias over the last dimension: torch's, or a kernel each way that
+    keeps its input alone."""
+
+    def __init__(
+        self, size: int, eps: float, dtype: torch.dtype, device: torch.device, *, bias: bool
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not kernels.NOW.norm:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        found: Tensor = _Centred.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        return found
+
+
+def norm_of(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RMSNorm | LayerNorm:
+    """A norm of the network's rows."""
+    given = (spec.hidden_size, spec.rms_norm_eps, dtype, device)
+    return LayerNorm(*given, bias=spec.norm_bias) if spec.norm == "layernorm" else RMSNorm(*given)
 
 
 class _Gate(torch.autograd.Function):

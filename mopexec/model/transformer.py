@@ -13,7 +13,7 @@ from mopexec.data.dataset import IGNORED
 from mopexec.model.attention import SelfAttention
 from mopexec.model.auxiliary import Auxiliary, attach
 from mopexec.model.moe import MoE
-from mopexec.model.parts import FeedForward, RMSNorm, linear
+from mopexec.model.parts import FeedForward, linear, norm_of
 from mopexec.model.routing import Routing, balance_step, balance_told
 from mopexec.model.support import check_model
 from mopexec.operators.documents import Documents
@@ -41,9 +41,9 @@ class DecoderLayer(nn.Module):
         self, spec: ModelSpec, index: int, moe: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
+        self.attention_norm = norm_of(spec, dtype, device)
         self.attention = SelfAttention(spec, index, dtype, device)
-        self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
+        self.ffn_norm = norm_of(spec, dtype, device)
         self.is_moe = moe
         if moe:
             self.moe = MoE(spec, dtype, device)
@@ -70,7 +70,7 @@ class Mtp(nn.Module):
 
     def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        norms = [RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device) for _ in range(3)]
+        norms = [norm_of(spec, dtype, device) for _ in range(3)]
         self.embedding_norm, self.hidden_norm = norms[0], norms[1]
         self.projection = linear(2 * spec.hidden_size, spec.hidden_size, dtype, device)
         layer = spec.num_hidden_layers + index
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
             DecoderLayer(spec, index, spec.is_moe_layer(index), dtype, device)
             for index in range(spec.num_hidden_layers)
         )
-        self.final_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
+        self.final_norm = norm_of(spec, dtype, device)
         self.head = linear(spec.hidden_size, spec.vocab_size, dtype, device)
         if spec.tie_word_embeddings:
             self.head.weight = self.embedding.weight

@@ -11,6 +11,7 @@ from torch import Tensor
 from mopexec.measure.tracker import component, phase
 from mopexec.operators import kernels
 from mopexec.operators.attention_core import Core, causal_backward, causal_forward
+from mopexec.operators.norms import LayerNorms
 from mopexec.operators.rope import Positions, rope_tables, rotate_, softmax_scale
 from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.operators.ulysses import SequenceExchange, project_backward
@@ -30,7 +31,7 @@ class AttentionBlock:
     def __init__(
         self, spec: ModelSpec, exchange: SequenceExchange, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.spec, self.exchange = spec, exchange
+        self.spec, self.exchange, self.norms = spec, exchange, LayerNorms.of(spec)
         self.core = Core(softmax_scale(spec))
         start = exchange.group.place * exchange.seq
         self.positions = Positions(partial(rope_tables, spec, start, start + exchange.seq, dtype, device))
@@ -71,7 +72,7 @@ class AttentionBlock:
         """
         with component("attention"), phase("backward"):
             dq, dk, dv = self._core_backward(grad, saved.pop(), weights, grads)
-            hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)
+            hidden = self.norms.forward(x, weights, "attention_norm")
             grad_hidden = self._projection_backward("q", dq, hidden, weights, grads, None)
             del dq
             grad_hidden = self._projection_backward("k", dk, hidden, weights, grads, grad_hidden)
@@ -86,10 +87,7 @@ class AttentionBlock:
                 grad_hidden,
             )
             del merged, hidden
-            rms_norm_backward_(
-                grad, x, grad_hidden, weights["attention_norm.weight"], grads["attention_norm.weight"],
-                self.spec.rms_norm_eps,
-            )  # fmt: skip
+            self.norms.backward_(grad, x, grad_hidden, weights, grads, "attention_norm")
 
     def _core(self, x: Tensor, weights: Weights) -> Saved:
         """q, k, v and output, each [B, S, heads of this rank, d], and what flash attention saves."""
@@ -100,7 +98,7 @@ class AttentionBlock:
     def _received(self, x: Tensor, weights: Weights) -> list[Tensor]:
         """q, k and v of all positions of this rank's heads."""
         exchange, size = self.exchange, self.spec.head_dim
-        hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)
+        hidden = self.norms.forward(x, weights, "attention_norm")
         packed = [self._project(name, hidden, weights) for name in "qkv"]
         del hidden
         received = []

@@ -21,8 +21,9 @@ from mopexec.operators.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.operators.fused import OPS, split_packed
 from mopexec.operators.least_loaded import Foreign
 from mopexec.operators.looped_products import experts_backward_, experts_forward_
+from mopexec.operators.norms import LayerNorms
 from mopexec.operators.routes import RoutePlanner, Routes
-from mopexec.operators.rows import rms_norm, rms_norm_backward_, row_slices
+from mopexec.operators.rows import row_slices
 from mopexec.operators.ungated import ungated_of
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
@@ -79,6 +80,7 @@ class MoEBlock:
 
     def __init__(self, spec: ModelSpec, planner: RoutePlanner, shared_tokens: int) -> None:
         self.spec, self.planner, self.shared_tokens = spec, planner, shared_tokens
+        self.norms = LayerNorms.of(spec)
         self.num_chunks, self.how, self.ungated = planner.num_chunks, activation_of(spec), ungated_of(spec)
 
     def forward_(
@@ -201,15 +203,16 @@ class MoEBlock:
     def _dispatch(self, index: int, now: Pass, x: Tensor, weights: Weights, grad: Tensor | None) -> Chunk:
         """Send a chunk's tokens and route weights (and, in the backward, output gradients) to the experts."""
         exchange, tokens = now.exchanges[index], self._rows(x, index)
-        scale, eps = weights["ffn_norm.weight"], self.spec.rms_norm_eps
+        eps = self.spec.rms_norm_eps
         given = None if grad is None else self._rows(grad, index)
         own, top_k = self._rows(now.route_weights, index), self.spec.num_experts_per_tok
-        if kernels.NOW.norm:
+        if kernels.NOW.norm and not self.norms.centred:
             with component("experts"), category("dispatch"):
+                scale = weights["ffn_norm.weight"]
                 rows = OPS.pack_routes(tokens, scale, eps, given, own, exchange.order, top_k)
                 return Chunk(exchange, [exchange.start(rows.pop(0)) for _ in range(len(rows))])
         with component("router"):
-            hidden = rms_norm(tokens, scale, eps)
+            hidden = self.norms.forward(tokens, weights, "ffn_norm")
         with component("experts"), category("dispatch"):
             rows = OPS.pack_routes(hidden, None, eps, given, own, exchange.order, top_k)
             del hidden
@@ -263,7 +266,8 @@ class MoEBlock:
                 else:
                     grad_hidden = self._sum_routes(rows, inverse, start, stop)
             with component("router"):
-                self._norm_backward(target[start:stop], tokens[start:stop], grad_hidden, weights, grads)
+                rows_of = target[start:stop], tokens[start:stop]
+                self.norms.backward_(*rows_of, grad_hidden, weights, grads, "ffn_norm")
 
     def _sum_routes(self, rows: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
         """Sum over the routes of tokens [start, stop): [stop - start, H]."""
@@ -276,7 +280,7 @@ class MoEBlock:
             return
         with component("shared_experts"):
             for rows in slice_rows(self._rows(x, index), self.shared_tokens):
-                hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                hidden = self.norms.forward(rows, weights, "ffn_norm")
                 add_shared_(rows, hidden, weights, self.ungated)
                 del hidden
 
@@ -288,15 +292,8 @@ class MoEBlock:
             for rows, target in zip(
                 tokens, slice_rows(self._rows(grad, index), self.shared_tokens), strict=True
             ):
-                hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                hidden = self.norms.forward(rows, weights, "ffn_norm")
                 grad_hidden = shared_backward(target, hidden, weights, grads, self.ungated)
                 del hidden
-                self._norm_backward(target, rows, grad_hidden, weights, grads)
+                self.norms.backward_(target, rows, grad_hidden, weights, grads, "ffn_norm")
                 del grad_hidden
-
-    def _norm_backward(
-        self, target: Tensor, x: Tensor, grad: Tensor, weights: Weights, grads: Weights
-    ) -> None:
-        rms_norm_backward_(
-            target, x, grad, weights["ffn_norm.weight"], grads["ffn_norm.weight"], self.spec.rms_norm_eps
-        )

@@ -13,7 +13,8 @@ from mopexec.operators.activation import (
     fused_backward_,
     wings_of,
 )
-from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_
+from mopexec.operators.norms import LayerNorms
+from mopexec.operators.rows import add_matmul
 from mopexec.operators.ungated import Ungated, ungated_of
 from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
@@ -25,13 +26,13 @@ class DenseBlock:
     """The FFN half of a dense layer: x2 = x1 + ffn(norm(x1)), `chunk_tokens` tokens at a time (0 = all)."""
 
     def __init__(self, spec: ModelSpec, chunk_tokens: int) -> None:
-        self.chunk_tokens, self.eps, self.how = chunk_tokens, spec.rms_norm_eps, ungated_of(spec)
+        self.chunk_tokens, self.norms, self.how = chunk_tokens, LayerNorms.of(spec), ungated_of(spec)
 
     def forward_(self, x: Tensor, weights: Weights) -> None:
         """x1 [N, H] becomes x2 in place."""
         with component("dense_ffn"):
             for start, stop in layout.token_slices(x.shape[0], self.chunk_tokens):
-                hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.eps)
+                hidden = self.norms.forward(x[start:stop], weights, "ffn_norm")
                 add_ffn_(x[start:stop], hidden, weights, "ffn", self.how)
                 del hidden
 
@@ -39,13 +40,10 @@ class DenseBlock:
         """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads += the weights'."""
         with component("dense_ffn"), phase("backward"):
             for start, stop in layout.token_slices(x.shape[0], self.chunk_tokens):
-                hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.eps)
+                hidden = self.norms.forward(x[start:stop], weights, "ffn_norm")
                 grad_hidden = ffn_backward(grad[start:stop], hidden, weights, grads, "ffn", self.how)
                 del hidden
-                rms_norm_backward_(
-                    grad[start:stop], x[start:stop], grad_hidden, weights["ffn_norm.weight"],
-                    grads["ffn_norm.weight"], self.eps,
-                )  # fmt: skip
+                self.norms.backward_(grad[start:stop], x[start:stop], grad_hidden, weights, grads, "ffn_norm")
                 del grad_hidden
 
 

@@ -14,6 +14,7 @@ from mopexec.operators.dtypes import wide
 from mopexec.operators.fused import OPS
 from mopexec.operators.grouped import ends_of
 from mopexec.operators.least_loaded import Counted, Moves, placed
+from mopexec.operators.norms import LayerNorms
 from mopexec.operators.router import (
     choose_experts,
     logits_backward,
@@ -22,7 +23,7 @@ from mopexec.operators.router import (
     weights_of_logits,
 )
 from mopexec.operators.router_losses import RouterLosses
-from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.operators.rows import add_matmul, row_slices
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routing_counts
@@ -84,7 +85,7 @@ class RoutePlanner:
         platform: Platform, how: Experts, losses: RouterLosses,
     ) -> None:  # fmt: skip
         self.spec, self.group, self.routing, self.num_chunks = spec, group, routing, num_chunks
-        self.local = spec.num_local_experts // group.size
+        self.local, self.norms = spec.num_local_experts // group.size, LayerNorms.of(spec)
         self.profile, self.platform, self.how, self.losses = profile, platform, how, losses
         self.places = how.balance == "least_loaded" and group.size > 1
         self._stated: Routes | None = None
@@ -111,7 +112,7 @@ class RoutePlanner:
         with component("router"):
             found: list[Tensor] = []
             for start, stop in row_slices(x.shape[0], 0 if kernels.NOW.router else SLICE_ROWS):
-                hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                hidden = self.norms.forward(x[start:stop], weights, "ffn_norm")
                 logits, chosen = router_logits(hidden, weights), experts[start:stop]
                 del hidden
                 if choose_by is not None:
@@ -135,7 +136,7 @@ class RoutePlanner:
             shares = self.losses.shares(experts, router.t())
             for start, stop in row_slices(x.shape[0], FUSED_ROWS if kernels.NOW.router else SLICE_ROWS):
                 rows = slice(start, stop)
-                hidden = rms_norm(x[rows], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                hidden = self.norms.forward(x[rows], weights, "ffn_norm")
                 logits = router_logits(hidden, weights)
                 grad_logits = logits_backward(grad_weights[rows], logits, experts[rows], self.spec)
                 self.losses.add_gradient_(grad_logits, logits, shares, start)
@@ -144,10 +145,7 @@ class RoutePlanner:
                 del hidden
                 if "moe.router.bias" in grads:
                     grads["moe.router.bias"].add_(grad_logits.sum(0))
-                rms_norm_backward_(
-                    grad[rows], x[rows], grad_logits @ router, weights["ffn_norm.weight"],
-                    grads["ffn_norm.weight"], self.spec.rms_norm_eps,
-                )  # fmt: skip
+                self.norms.backward_(grad[rows], x[rows], grad_logits @ router, weights, grads, "ffn_norm")
 
     def _stated_counts(self, num_tokens: int) -> Counted:
         spec, group, local = self.spec, self.group, self.local

@@ -90,7 +90,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     router's product has a bias. ffn_bias: the products of dense FFNs have a bias.
     ffn_matrices: matrices of an FFN: 3 with a gate (SwiGLU), 2 without. ffn_activation: function between two
     matrices without a gate, in the words of Hugging Face's `hidden_act`. norm: the kind of norm in the
-    layers.
+    layers. norm_bias: LayerNorms have a bias.
     num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: function from the router's logits to
     weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: factor
     of these weights. topk_method: `greedy`: experts are chosen among all. `group_limited_greedy`: in the
@@ -142,6 +142,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     ffn_activation: Literal["gelu", "gelu_pytorch_tanh", "relu2", "relu"] = "gelu"
     ffn_bias: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_bias: bool = True
     learned_positions: int = 0
     num_nextn_predict_layers: int = 0
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"

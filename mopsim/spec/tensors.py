@@ -94,7 +94,8 @@ def active_params(model: ModelSpec) -> int:
 
 def _norm(model: ModelSpec, name: str, size: int, component: str, layer: int = -1) -> list[Tensor]:
     found = [Tensor(f"{name}.weight", (size,), component, layer)]
-    return found + [Tensor(f"{name}.bias", (size,), component, layer)] * (model.norm == "layernorm")
+    biased = model.norm == "layernorm" and model.norm_bias
+    return found + [Tensor(f"{name}.bias", (size,), component, layer)] * biased
 
 
 def _linear(

@@ -79,7 +79,8 @@ CASES: dict[str, tuple[Plan, str]] = {
     ),
     "two matrices": (
         compiled(
-            shard(expert_parallel=2, recompute="none"), replace(MODEL, ffn_matrices=2, ffn_activation="relu2")
+            shard(expert_parallel=2, recompute="none"),
+            replace(MODEL, ffn_matrices=2, norm="layernorm"),
         ),
         "learned",
     ),

@@ -32,7 +32,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Kernels
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
-from tests.exec.flat_plans import make_plan
+from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.kernel_counts import KERNELS, counted_step, layer_kernels
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO
@@ -45,6 +45,7 @@ LATENT: dict[str, Any] = {
     "attention": "mla", "num_key_value_heads": 8, "head_dim": 24, "q_lora_rank": 48, "kv_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "rope_interleave": True,
 }  # fmt: skip
+GPT: dict[str, Any] = {"norm": "layernorm", "ffn_matrices": 2, "ffn_activation": "gelu_pytorch_tanh"}
 MOST = {0: 165, 8192: 210, 2048: 400}
 """By tokens of a chunk: as few as were reached."""
 
@@ -69,8 +70,10 @@ def test_a_layer_launches_few_kernels(chunk_tokens: int, options: dict[str, Any]
     assert 100 < sum(counted.values()) <= MOST[chunk_tokens], counted
 
 
-def test_all_mechanisms_by_the_fused_kernels() -> None:
-    plan = make_plan(2, ALL_TWO, micro_batch=2, device_kind="cuda")
+@pytest.mark.parametrize("changes", [{}, GPT], ids=["usual", "GPT"])
+def test_all_mechanisms_by_the_fused_kernels(changes: dict[str, Any]) -> None:
+    model = msgspec.structs.replace(MODEL, **changes)
+    plan = make_plan(2, ALL_TWO, micro_batch=2, device_kind="cuda", model=model)
     for worst in pool(2).run("tests.exec.flat_parity", "compare", plan, "learned"):
         assert max(worst.values()) <= 1e-9, worst
 
@@ -266,7 +269,7 @@ def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
 PART = {"partial_rotary_factor": 0.5, "rope_interleave": True}
 
 
-@pytest.mark.parametrize("changes", [{}, LATENT, PART], ids=["grouped queries", "latents", "part of a head"])
+@pytest.mark.parametrize("changes", [{}, LATENT, PART, GPT], ids=["usual", "latents", "part", "GPT"])
 def test_modules_compute_the_same_by_fused_kernels(changes: dict[str, Any]) -> None:
     model = Transformer(small(**changes), torch.float64)
     fill(model, Seeded(0))
@@ -303,6 +306,10 @@ def _arguments() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "rms_norm_strided": [(torch.randn(tokens, 80).bfloat16()[:, :64], scale, 1e-6)],
         "rms_norm_backward_": [(strided(), strided(), strided(), scale, of_scale, 1e-6, True)],
+        "layer_norm_strided": [(torch.randn(tokens, 80).bfloat16()[:, :64], scale, scale, 1e-6)],
+        "layer_norm_backward_": [
+            (strided(), strided(), strided(), scale, of_scale, torch.zeros(64), 1e-6, True)
+        ],
         "rotate_": [(heads.clone(), part, part, True) for part in (angle, angle[:, :2].contiguous())],
         "rotate": [(heads, part, part, True) for part in (angle, angle[:, :2].contiguous())],
         "swiglu": [(wing(), wing())],

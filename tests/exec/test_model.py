@@ -14,6 +14,8 @@ from mopexec.model.swiglu import activate
 from mopexec.operators.activation import activated, activated_backward, fused_backward_
 from mopexec.operators.attention_core import Core
 from mopexec.operators.documents import cumulative
+from mopexec.operators.kernels import using
+from mopexec.operators.norms import LayerNorms
 from mopexec.operators.router import route_weights, route_weights_backward, router_scores
 from mopexec.operators.swiglu import Clamp
 from mopexec.operators.ungated import Ungated
@@ -23,6 +25,7 @@ from mopsim import graph
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.stacks import load_stack
 from tests.routed import routed_expert
 
 
@@ -72,6 +75,8 @@ def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
         {**LATENT, "num_nextn_predict_layers": 2},
         {**LATENT, "q_lora_rank": 0},
         {"ffn_matrices": 2, "expert_bias": True},
+        {**LATENT, "num_nextn_predict_layers": 1, "norm": "layernorm"},
+        {"norm": "layernorm", "norm_bias": False},
         NO_EXPERTS | {"ffn_matrices": 2, "ffn_bias": True},
     ):
         model = Transformer(spec(**changes), torch.float32)
@@ -189,7 +194,6 @@ def test_balancing_raises_the_bias_of_underused_experts() -> None:
     ("field", "value"),
     [
         ("learned_positions", 64),
-        ("norm", "layernorm"),
         ("dropout", 0.1),
     ],
 )
@@ -282,6 +286,27 @@ def test_an_activation_without_a_gate_equals_autograd(function: str, formula: An
     for one, other in zip((weighted[0], of_share), wanted, strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(weighted[1], expected * share[:, None])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("way", ["composed", "one kernel"])
+def test_layer_norm_equals_torchs(way: str, biased: bool) -> None:
+    torch.manual_seed(0)
+    x, given = (torch.randn(70, 12, dtype=torch.float64)[::2] for _ in "xg")
+    weight, bias = (torch.randn(12, dtype=torch.float64, requires_grad=True) for _ in "wb")
+    leaves = [x.clone().requires_grad_(), weight, *([bias] if biased else [])]
+    expected = F.layer_norm(leaves[0], (12,), weight, bias if biased else None, 1e-5)
+    wanted = torch.autograd.grad(expected, leaves, given)
+    names = ["norm.weight", *(["norm.bias"] if biased else [])]
+    weights = {name: one.detach() for name, one in zip(names, leaves[1:], strict=True)}
+    grads = {name: torch.zeros_like(one) for name, one in weights.items()}
+    norms, target = LayerNorms(1e-5, centred=True), torch.ones_like(x)
+    with using(load_stack("mopexec-flat").on_kind("cpu" if way == "composed" else "cuda").kernels):
+        for rows in (x, x.contiguous()):
+            torch.testing.assert_close(norms.forward(rows, weights, "norm"), expected)
+        norms.backward_(target, x, given, weights, grads, "norm")
+    for one, other in zip((target - 1, *grads.values()), wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("counted", [12, 1])

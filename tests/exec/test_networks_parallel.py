@@ -87,6 +87,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "gated shared expert": {"shared_expert_gate": True},
     "two matrices": {"ffn_matrices": 2, "ffn_activation": "relu2", "expert_bias": True},
+    "LayerNorm": {"norm": "layernorm", "ffn_matrices": 2},
+    "LayerNorm without a bias": {"norm": "layernorm", "norm_bias": False, "attention_bias": "qkv"},
     "two matrices, gated": {"ffn_matrices": 2, "shared_expert_gate": True},
     "biases": {"attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True},
     "two MTP modules": {"num_nextn_predict_layers": 2},

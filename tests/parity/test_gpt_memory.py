@@ -20,6 +20,8 @@ PLAIN = {"num_local_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_siz
 NETWORKS = {
     "dense layers": TWO_MATRICES,
     "experts": msgspec.structs.replace(TWO_MATRICES, intermediate_size=64),
+    "LayerNorm": msgspec.structs.replace(TWO_MATRICES, norm="layernorm", intermediate_size=64),
+    "no experts, LayerNorm": msgspec.structs.replace(TWO_MATRICES, norm="layernorm", **PLAIN),
     "no experts": msgspec.structs.replace(TWO_MATRICES, **PLAIN),
 }
 networks = pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
@@ -46,8 +48,9 @@ def test_under_fsdp2(model: ModelSpec, recompute: Any) -> None:
     [{"expert_parallel": 2}, TWO, TWO | FULL, {"tensor_parallel": 2, "expert_tensor_parallel": 2}],
     ids=["experts", "tensors", "tensors, full", "experts' tensors"],
 )
-def test_under_split_modules(options: dict[str, Any]) -> None:
-    _check_stages(_split(2, {**options, "model": TWO_MATRICES}), 0.01)
+@pytest.mark.parametrize("model", [TWO_MATRICES, NETWORKS["LayerNorm"]], ids=["RMSNorm", "LayerNorm"])
+def test_under_split_modules(model: ModelSpec, options: dict[str, Any]) -> None:
+    _check_stages(_split(2, {**options, "model": model}), 0.01)
 
 
 def _spread(model: ModelSpec) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def _mixed() -> ModelSpec:
 
 
 MODELS = [
-    load_model("tiny"), _dense(), _mixed(), replace(_mixed(), name="two matrices", ffn_matrices=2)
+    load_model("tiny"), _dense(), _mixed(),
+    replace(_mixed(), name="two matrices", ffn_matrices=2, norm="layernorm"),
 ]  # fmt: skip
 
 

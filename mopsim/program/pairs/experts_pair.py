@@ -214,7 +214,7 @@ class ExpertsPair(Rows):
     def _dispatch(self, i: int, layer: int, phase: str) -> int | None:
         """Sends a chunk to its experts."""
         b, (n, sent, arrived, _), names = self.b, self._sizes(i), self._sent(phase)
-        normed = not self.fused_norm and "rows" in names
+        normed = (self.centred or not self.fused_norm) and "rows" in names
         works = [self.norm(n, self.H, "hidden")] if normed else []
         for name, size in names.items():
             b.make(f"{name}_sent.{i}", sent * size, _D)

@@ -24,6 +24,7 @@ class Rows:
         self.fused_norm, self.fused_rotary = kernels.norm == "fused", kernels.rotary == "fused"
         self.fused_routes, self.fused_router = kernels.expert_rows == "fused", kernels.router == "fused"
         self.fused_gate = kernels.activation == "fused"
+        self.centred = context.model.norm == "layernorm"
 
     def works(self, tape: Tape, backward: bool, *names: str) -> list[Work]:
         """The works of one pass of the named kernels of a tape."""
@@ -39,8 +40,8 @@ class Rows:
             self.b.spike(size * self.c.b, category)
 
     def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
-        """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
-        by the caller)."""
+        """A norm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back by
+        the caller)."""
         b, part = self.b, slice_rows(rows)
         out = rows * size * self.width
         if self.fused_norm:
@@ -53,16 +54,18 @@ class Rows:
         else:
             b.spike(out, category)
         b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
-        return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
+        passes, launches = (9, 12) if self.centred else (4, 8)
+        return self.pass_(rows, size, 3 * self.width + passes * self.wide, launches, 1 + self.centred)
 
     def norm_backward(self, rows: int, size: int, heads: int = 1) -> Work:
-        """Gradient of RMSNorm added into a buffer that is there already. heads: normed one by one."""
+        """Gradient of a norm added into a buffer that is there already. heads: normed one by one."""
         if self.fused_norm:
             return memory_work(float(rows * size * 6 * self.width), 4)
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
         held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * heads * self.wide
         self.b.spike(held + (1 + self.cast) * size // heads * self.wide, "activations")
-        return self.pass_(rows, size, 4 * self.width + 16 * self.wide, 15, 2)
+        narrow, passes, launches = (7, 22, 20) if self.centred and heads == 1 else (4, 16, 15)
+        return self.pass_(rows, size, narrow * self.width + passes * self.wide, launches, 2 + self.centred)
 
     def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:
         """Memory-bound work of `launches` kernels per slice and `once` more, with `bytes_each` per element
