@@ -181,8 +181,12 @@ def _exchanged(found: Strategy, row: Row, model: ModelSpec, stack: Stack) -> Str
 
 def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec, stack: Stack) -> Vocabulary:
     """`fused` is a cross entropy fused with the projection where the program has one, else one that is a
-    single kernel on whole logits, where that is its loss. Raises SpecError where it has neither."""
+    single kernel on whole logits, where that is its loss; `full` is whole rows, of which a rank that splits
+    products has its slice in a program that says so, unless its own loss gathers them. Raises SpecError where
+    it has neither."""
     kind = row.get("loss", "")
+    if kind == "full" and "vocab_parallel" in stack.has.get("vocabulary.loss", ()):
+        kind = kind if stack.kernels.loss == "gathered" else "unknown"
     had = stack.has.get("vocabulary.loss", LOSSES)
     if kind == "fused" and "chunked" not in had and stack.kernels.loss in ("fused", "native"):
         kind = "unknown"

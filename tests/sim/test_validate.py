@@ -84,6 +84,18 @@ def test_a_row_becomes_the_strategy_it_describes() -> None:
     assert found.measured.peak_memory == 40 * UNITS["GiB"]
 
 
+@pytest.mark.parametrize(
+    ("stack", "tp", "loss"),
+    [("torchtitan", "2", "vocab_parallel"), ("torchtitan", "1", "full"), ("generic-eager", "2", "full"),
+     ("kempnerforge", "2", "full")],
+)  # fmt: skip
+def test_whole_rows_of_logits_are_split_where_the_program_does(stack: str, tp: str, loss: str) -> None:
+    """A described program that splits them, unless its ranks gather them (kempnerforge)."""
+    cells = row(tp=tp, dp=str(8 // int(tp)), loss="full", recompute="none", stack=stack)
+    found = read_case(cells, MODELS).strategy.vocabulary
+    assert (found.loss, found.vocab_parallel) == (loss, int(tp) if loss == "vocab_parallel" else 1)
+
+
 def test_megatron_degrees_and_padded_vocabulary() -> None:
     found = read_case(
         row(tp="2", pp="2", vp="2", dp="2", sharding="zero1", precision="fp8", stack="megatron-bridge"),
