@@ -22,7 +22,7 @@ from mopsim.spec.placement import Placement, at_home, least_loaded
 from mopsim.spec.routing import RoutingProfile, routing_counts
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Experts, Precision, Strategy, Tier
+from mopsim.spec.strategy import CAST, Experts, Precision, Strategy, Tier
 from mopsim.spec.training import TrainSpec
 
 
@@ -150,6 +150,21 @@ class Context:
             return ()
         never = self.stack.host.counts_read == "never"
         return tuple(one for one in self.stack.kernels.beside_rows if not (never and one == "counts"))
+
+    @property
+    def casts_experts(self) -> bool:
+        """Whether products of routed experts are in 8 or 4 bits."""
+        return self.strategy.precision.matmul in CAST and "experts" not in self.stack.kernels.exact
+
+    @property
+    def aligns_rows(self) -> bool:
+        """Whether rows of experts are padded for products in 8 or 4 bits. HybridEP's kernels bring them so;
+        those of a capacity are as many as it says, and a graph of the whole step has no host that knows
+        them."""
+        host = self.stack.host
+        known = host.counts_read != "never" and not {"step", "experts"} & set(host.graphs)
+        padded = self.stack.kernels.expert_padding == "aligned" and self.casts_experts
+        return padded and known and self.strategy.experts.token_dispatcher != "hybridep"
 
     @property
     def looped(self) -> bool:

@@ -109,8 +109,8 @@ class Passes:
 
     def _narrow_weights(self, layer: int) -> int:
         """Bytes of the casts of a layer's weights, which chunks of its tokens share."""
-        each = narrow_weight(self.context)
-        return sum({one.name: weights_narrow(one, each) for one in self.tape(layer).kernels}.values())
+        each, exact = narrow_weight(self.context), self.context.stack.kernels.exact
+        return sum({one.name: weights_narrow(one, each, exact) for one in self.tape(layer).kernels}.values())
 
     @cached_property
     def held_logits(self) -> int:
@@ -166,8 +166,8 @@ class Passes:
             tape = replace(tape, kernels=with_routes_read(tape.kernels))
         precision = c.strategy.precision
         if precision.matmul in CAST and c.stack.kernels.casts == "kept":
-            share = DTYPE_BYTES[precision.matmul] / c.b
-            tape = quantized(tape, share, c.strategy.activations.modules, c.stack.kernels.norm_within)
+            share, how = DTYPE_BYTES[precision.matmul] / c.b, c.stack.kernels
+            tape = quantized(tape, share, c.strategy.activations.modules, how.norm_within, how.exact)
         tape = self._added_up(tape)
         if not c.stack.recompute.gathers_again:
             activations = c.strategy.activations

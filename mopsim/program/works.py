@@ -26,7 +26,7 @@ from mopsim.graph.rewrites.projections import (
     tables_gathered,
     values_padded,
 )
-from mopsim.graph.rewrites.quantized import EXACT, cast_from_kept, cast_once, weights_cast
+from mopsim.graph.rewrites.quantized import cast_from_kept, cast_once, weights_cast
 from mopsim.graph.rewrites.roomy import all_moved, with_room
 from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
@@ -61,7 +61,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         del ways["head_norms"]
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
-    if _aligns(context):
+    if context.aligns_rows:
         kernels = rows_aligned(kernels)
     elif run.expert_padding in ("busiest", "fresh"):
         everyone = context.tokens * context.strategy.experts.expert_parallel
@@ -118,15 +118,6 @@ def attended(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...
     return values_padded(kernels, keys / values)
 
 
-def _aligns(context: Context) -> bool:
-    """Whether rows of experts are padded for products in 8 or 4 bits. HybridEP's kernels bring them so; those
-    of a capacity are as many as it says, and a graph of the whole step has no host that knows them."""
-    host, strategy = context.stack.host, context.strategy
-    known = host.counts_read != "never" and not {"step", "experts"} & set(host.graphs)
-    padded = context.stack.kernels.expert_padding == "aligned" and strategy.precision.matmul in CAST
-    return padded and known and strategy.experts.token_dispatcher != "hybridep"
-
-
 def _cast(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """The kernels with what Kernels.casts and weight_casts say of torchao's."""
     run, recipe = context.stack.kernels, context.strategy.precision.matmul
@@ -134,8 +125,8 @@ def _cast(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     if recipe not in CAST:
         return kernels
     narrow = DTYPE_BYTES[recipe]
-    kernels = cast_from_kept(kernels, narrow / context.b) if run.casts == "made" else kernels
-    return weights_cast(kernels, narrow_weight(context)) if run.weight_casts == "kept" else kernels
+    kernels = cast_from_kept(kernels, narrow / context.b, run.exact) if run.casts == "made" else kernels
+    return weights_cast(kernels, narrow_weight(context), run.exact) if run.weight_casts == "kept" else kernels
 
 
 def narrow_weight(context: Context) -> float:
@@ -161,7 +152,8 @@ def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, .
     narrow = own or ("cast" in run and recipe == "fp8")
     rows = DTYPE_BYTES[recipe] / context.b if narrow else 1.0
     ordered = "ordered" in run and strategy.micro_batch > 1 and not strategy.overlap.tensor
-    return rows_exchanged(kernels, ordered, rows, rows * (1 + (own and recipe != "fp8")))
+    grads = rows * (1 + (own and recipe != "fp8"))
+    return rows_exchanged(kernels, ordered, rows, grads, context.stack.kernels.exact)
 
 
 def _laid_out(context: Context) -> tuple[int, int]:
@@ -195,7 +187,7 @@ def roomy(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """The kernels, of which tensors of routed experts' rows have room for more than come."""
     run, strategy, room = context.stack.kernels, context.strategy, context.rows_room
     stash = room * run.expert_stash / run.expert_room if run.expert_stash else 0.0
-    kernels = with_room(kernels, room, stash * (strategy.precision.matmul in CAST))
+    kernels = with_room(kernels, room, stash * context.casts_experts)
     return all_moved(kernels, room, not strategy.experts.sends_once) if context.moves_room else kernels
 
 
@@ -367,7 +359,8 @@ def _casts(
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     eight_bit = kernel.component == "vocabulary" and precision.vocabulary == "matmul"
-    dtype = precision.compute if kernel.component in EXACT and not eight_bit else precision.products
+    exact = kernel.component in context.stack.kernels.exact and not eight_bit
+    dtype = precision.compute if exact else precision.products
     looped = kernel.kind == "grouped_matmul" and context.looped
     found = []
     for place, one in enumerate(kernel.matmuls):

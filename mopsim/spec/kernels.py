@@ -20,6 +20,8 @@ query heads of a KV head one after another. masked: torch's under a mask, of the
 memory, no flash kernel."""
 Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
 """Products of the layers' tapes that come after a norm, in joined projections."""
+EXACT = ("router", "vocabulary")
+"""Components whose products are in the compute dtype under an 8-bit or 4-bit recipe."""
 MOST_ROOM = 1000
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
@@ -55,6 +57,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_products: `grouped`: one kernel. `torch`: torch's grouped kernel. `looped`: expert by expert
     (Transformer Engine's GroupedLinear). `modules`: expert by expert, each expert a module of its own
     (transformers 4). `batched`: experts with equal rows as one batch, at the pace of plain products.
+    expert_dtype: products of routed experts under an 8-bit or 4-bit recipe. `recipe`: in its dtype.
+    `compute`: in the compute dtype.
     expert_capacity: experts have room for this many times their share of each sequence's balanced load.
     They compute all of this room, whatever is routed to them, and no more. 0: no capacity, experts compute
     the rows that arrive.
@@ -196,6 +200,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"
     expert_products: Literal["grouped", "torch", "looped", "modules", "batched"] = "grouped"
+    expert_dtype: Literal["recipe", "compute"] = "recipe"
     expert_capacity: float = 0.0
     expert_masks: bool = False
     expert_buffers: Literal["fit", "worst"] = "fit"
@@ -253,6 +258,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     deterministic: bool = False
     compiled: bool = False
     fills: bool = False
+
+    @property
+    def exact(self) -> tuple[str, ...]:
+        """EXACT, and what the kernels have beside them."""
+        return (*EXACT, "experts") if self.expert_dtype == "compute" else EXACT
 
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "logit_passes")

@@ -8,8 +8,8 @@ from msgspec.structs import replace
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine import SimResult, simulate
 from mopsim.graph import tensors
-from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.program import lower
+from mopsim.spec.kernels import EXACT
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.eager import SUM
-from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.rewrites.tensor_passes import each, made
 from mopsim.graph.tape import Kernel, Value
 
@@ -192,19 +191,19 @@ def gathered_kept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
 
 
 def rows_exchanged(
-    kernels: tuple[Kernel, ...], ordered: bool, rows: float, grads: float
+    kernels: tuple[Kernel, ...], ordered: bool, rows: float, grads: float, exact: Collection[str]
 ) -> tuple[Kernel, ...]:
     """What tensor-parallel ranks exchange under sequence parallelism. ordered: gathered rows are copied into
     the order of their sequences, and rows to scatter into that of the ranks. rows, grads: bytes of what is
-    gathered over those in the compute dtype, of products that take it so.
+    gathered over those in the compute dtype, of products that take it so: but of those of the components
+    `exact`.
     """
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
         gathers, back = kernel.kind == "all_gather", kernel.back_moved
         if kernel.group != "tensor" or not kernel.back_kind:
             return (kernel,)
-        exact = kernel.component in EXACT
-        less, fewer = (1.0, 1.0) if exact else (rows, grads)
+        less, fewer = (1.0, 1.0) if kernel.component in exact else (rows, grads)
         first, second = (kernel.bytes * less, back) if gathers else (kernel.bytes, back * fewer)
         kernel = replace(kernel, bytes=first, back_bytes=second)
         copy = Kernel(

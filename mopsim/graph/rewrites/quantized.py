@@ -6,24 +6,25 @@ from msgspec.structs import replace
 
 from mopsim.graph.rewrites.recompute import DISCARDED, members
 from mopsim.graph.tape import Kernel, Tape, Value
-
-EXACT = ("router", "vocabulary")
-"""Components whose products stay in the compute dtype under an 8-bit or 4-bit recipe."""
+from mopsim.spec.kernels import EXACT
 
 
-def quantized(tape: Tape, share: float, modules: Sequence[str], within: Collection[str]) -> Tape:
+def quantized(
+    tape: Tape, share: float, modules: Sequence[str], within: Collection[str], exact: Collection[str] = EXACT
+) -> Tape:
     """The tape with a cast copy, `share` of the bytes of what is cast, kept for each product instead of its
     input (Transformer Engine saves the columnwise copy of an input, never the input).
 
     modules: recomputed ones. A product whose input such a module makes and discards keeps the input, which is
-    made again (Megatron-Core sets save_original_input there). within: as in `plan`.
+    made again (Megatron-Core sets save_original_input there). within: as in `plan`. exact: components
+    whose products are not cast.
     """
     values = tape.values
     places = {i for module in modules if module in DISCARDED for i in members(tape, module, within)}
     again = {value.name for i in places for value in tape.kernels[i].writes}
 
     def change(kernel: Kernel) -> Kernel:
-        if not kernel.matmuls or kernel.component in EXACT or kernel.saves[0] in again:
+        if not kernel.matmuls or kernel.component in exact or kernel.saves[0] in again:
             return kernel
         return _cast(kernel, values[kernel.saves[0]], share)
 
@@ -40,14 +41,14 @@ def cast_once(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     )
 
 
-def cast_from_kept(kernels: tuple[Kernel, ...], share: float) -> tuple[Kernel, ...]:
+def cast_from_kept(kernels: tuple[Kernel, ...], share: float, exact: Collection[str]) -> tuple[Kernel, ...]:
     """Products whose weight gradient reads a cast that a compiler makes again from what a norm or a gate has
     kept for its own backward; of what keeps nothing (a copy) the cast is kept, `share` of its bytes."""
     makers = {value.name: kernel for kernel in kernels for value in kernel.writes}
 
     def change(kernel: Kernel) -> Kernel:
         maker = makers.get(kernel.saves[0]) if kernel.matmuls and kernel.saves else None
-        if maker is None or kernel.component in EXACT or maker.kind != "memory_bound":
+        if maker is None or kernel.component in exact or maker.kind != "memory_bound":
             return kernel
         if maker.saves:
             return replace(kernel, saves=(*maker.saves, *kernel.saves[1:]))
@@ -56,18 +57,18 @@ def cast_from_kept(kernels: tuple[Kernel, ...], share: float) -> tuple[Kernel, .
     return tuple(map(change, kernels))
 
 
-def weights_cast(kernels: tuple[Kernel, ...], narrow: float) -> tuple[Kernel, ...]:
+def weights_cast(kernels: tuple[Kernel, ...], narrow: float, exact: Collection[str]) -> tuple[Kernel, ...]:
     """Products whose cast weights, `narrow` bytes for each, stay from the forward to the backward."""
-    sizes = ((one, weights_narrow(one, narrow)) for one in kernels)
+    sizes = ((one, weights_narrow(one, narrow, exact)) for one in kernels)
     return tuple(
         one.keeping(Value(f"{one.name}_cast", size, "gathered", grad=False)) if size else one
         for one, size in sizes
     )
 
 
-def weights_narrow(kernel: Kernel, narrow: float) -> int:
+def weights_narrow(kernel: Kernel, narrow: float, exact: Collection[str]) -> int:
     """Bytes of a product's cast weights, `narrow` bytes for each."""
-    cast = kernel.component not in EXACT
+    cast = kernel.component not in exact
     return int(sum(one.elements for one in kernel.matmuls if one.weight) * narrow) if cast else 0
 
 
