@@ -15,6 +15,7 @@ from mopexec.run.environment import launcher, place
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import StopRequest, end_on_interrupts
 from mopsim.common import io
+from mopsim.common.garbage import all_stays, collected_seldom
 from mopsim.common.outputs import lasting_streams
 from mopsim.common.processes import end_with_parent
 
@@ -27,9 +28,10 @@ def run_rank(options: TrainOptions) -> failures.Failure | None:
 
     own = place()
     try:
-        plan = plans.read_plan(Path(options.plan), options.settings)
+        plan, build = plans.read_plan(Path(options.plan), options.settings), _builder(options)
+        all_stays()
         with join(meet()) as job, StopRequest() as stop:  # before, a signal ends the process: no step to end
-            train(options, plan, job, _builder(options), stop)
+            train(options, plan, job, build, stop)
     except Exception as error:
         failure = failures.report(Path(options.out) / failures.LOGS, own.rank, error)
         if failure.user_mistake:
@@ -49,7 +51,7 @@ def main() -> None:
     end_on_interrupts()
     if attempts.left("mistake"):
         os._exit(2)
-    with lasting_streams():
+    with lasting_streams(), collected_seldom():
         failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
     os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit
 

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from mopsim.common.errors import MistakesError, MopError, one_line, shown, told
+from mopsim.common.garbage import collected_seldom
 from mopsim.common.outputs import lasting_streams
 
 REPEAT_SECONDS = 2.0
@@ -32,7 +33,7 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
     _forget_sizes()
     try:
         _refuse_empty(given)
-        with lasting_streams(), _noting_signals(signals):
+        with lasting_streams(), collected_seldom(), _noting_signals(signals):
             code = app(given, standalone_mode=False)
     except Exception as error:
         if signals:  # what an interruption became on its way, in an import or a library

@@ -1,5 +1,6 @@
 """A runner of one weight per token id, for tests of what surrounds it; fails on request."""
 
+import gc
 import os
 import signal
 import time
@@ -9,10 +10,12 @@ import torch.distributed as dist
 
 from mopexec.run import checkpoint
 from mopexec.run.runner import StepResult
+from mopsim.common.garbage import USUAL
 from tests.patience import HANG
 
 
 def build(plan, platform, *, routing, seed):
+    assert gc.get_threshold() == USUAL, "a command's: tensors in cycles would stay for long"
     return FakeRunner(plan, seed)
 
 

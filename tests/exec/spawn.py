@@ -76,6 +76,7 @@ IMPORTED = (
     "fsspec",
     "pydantic",
     "tokenizers",
+    "typer._adapters",
     "typer.main",
     "mopexec.modules.fully_shard",
     "mopexec.modules.split_modules",
@@ -92,7 +93,7 @@ IMPORTED = (
 def fork_server() -> ForkServerContext:
     """What forks processes of this test process from one that has imported all of IMPORTED."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(["tests.exec.preloaded"])
     return context
 
 
