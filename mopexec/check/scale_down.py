@@ -15,6 +15,7 @@ _LATENT_DIM, _WINDOW, _LIMIT = 12, 5, 0.01  # a window shorter than a sequence, 
 _LATENT = {
     "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6
 }  # fmt: skip
+_POSITIONS = 64  # of the longest sequence
 _EXCHANGES = {"ulysses": "Ulysses", "ring": "ring attention", "all_gather": "keys and values gathered"}
 _CLIP_NORM = 0.05  # far below the norm of the first gradients, so that clipping is at work
 
@@ -75,6 +76,9 @@ def mechanisms(plan: Plan) -> list[str]:
         "sliding windows": m.sliding_window > 0,
         "dense layers between MoE layers": len(m.mlp_only_layers) > 0,
         "attention sinks": m.attention_sinks,
+        "LayerNorm": m.norm == "layernorm",
+        "feed-forwards without a gate": m.ffn_matrices == 2,
+        "learned positions": m.learned_positions > 0,
         f"rotary positions scaled by {m.rope_scaling.rope_type}": m.rope_scaling.rope_type != "default",
         "rotary positions of part of a head": m.partial_rotary_factor < 1.0,
         "clamped SwiGLU": m.swiglu_limit > 0,
@@ -234,6 +238,7 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
         else max(min(kv, 2), strategy.dense.tensor_parallel),
         head_dim=_LATENT_DIM if latent else _HEAD_DIM,
         swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,
+        learned_positions=min(model.learned_positions, _POSITIONS),
         num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
         vocab_size=vocab_size,
         intermediate_size=2 * _INNER if model.intermediate_size else 0,

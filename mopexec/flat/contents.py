@@ -1,6 +1,6 @@
 """What the flat units hold: the network's parameters, in the order of its forward pass."""
 
-from mopexec.flat.units import Contents
+from mopexec.flat.units import Contents, Shape
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.tensors import layer_tensors, tensors
 
@@ -8,10 +8,13 @@ from mopsim.spec.tensors import layer_tensors, tensors
 def outer_contents(spec: ModelSpec, rows: tuple[int, int] | None) -> tuple[Contents, Contents, Contents]:
     """Embedding, final norm and head; rows: the vocabulary interval where the head is split."""
     table = (spec.vocab_size, spec.hidden_size)
-    final = tuple((t.name, t.shape) for t in tensors(spec) if t.name.startswith("final_norm"))
+
+    def named(start: str) -> tuple[tuple[str, Shape], ...]:
+        return tuple((t.name, t.shape) for t in tensors(spec) if t.name.startswith(start))
+
     return (
-        Contents("embedding", (("embedding.weight", table),)),
-        Contents("final", final),
+        Contents("embedding", named("embedding.")),
+        Contents("final", named("final_norm.")),
         Contents("head", (("head.weight", table),), rows=rows),
     )
 

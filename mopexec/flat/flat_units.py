@@ -23,6 +23,7 @@ from mopexec.operators.adamw import clip_factor
 from mopexec.operators.early_optimizer import EarlyAdamW
 from mopexec.operators.kernels import using
 from mopexec.operators.layer_inputs import LayerInputs
+from mopexec.operators.learned_positions import add_positions, position_ids, positions_backward
 from mopexec.operators.loss import Ring, chunked_loss
 from mopexec.operators.norms import LayerNorms
 from mopexec.operators.optimizer import FlatAdamW
@@ -162,14 +163,20 @@ class FlatRunner:
         self._backward(grad)
         if last:
             self.optimizer.preload()
-        self._embedding_backward(batch.tokens.flatten(), grad)
+        self._embedding_backward(batch, grad)
         return loss
 
     def _forward(self, batch: Batch) -> Tensor:
         model = self.model
         model.positions.use(batch.documents)
         with component("embedding"):
-            x = F.embedding(batch.tokens.flatten(), model.embedding.weights()["embedding.weight"])
+            weights = model.embedding.weights()
+            x = F.embedding(batch.tokens.flatten(), weights["embedding.weight"])
+            if "embedding.positions" in weights:
+                rows = x.view(*batch.tokens.shape, -1)
+                x = add_positions(rows, weights["embedding.positions"], self._ids(batch)).view_as(x)
+                del rows
+            del weights
             model.embedding.release()
         prefetch = 0 if self.optimizer.held_up else self.prefetch
         for index, layer in enumerate(model.layers):
@@ -216,14 +223,24 @@ class FlatRunner:
                 self._reducing = list(layers[index].units)
                 del x
 
-    def _embedding_backward(self, tokens: Tensor, grad: Tensor) -> None:
-        embedding = self.model.embedding
+    def _ids(self, batch: Batch) -> Tensor:
+        """Of learned positions of this rank's slice."""
+        seq = batch.tokens.shape[1]
+        start = self.model.layers[0].attention.exchange.group.place * seq
+        return position_ids(start, start + seq, self.platform.device, batch.documents)
+
+    def _embedding_backward(self, batch: Batch, grad: Tensor) -> None:
+        embedding, tokens = self.model.embedding, batch.tokens.flatten()
         with component("embedding"), phase("backward"):
             self._finish_reducing()
-            table = embedding.open_grads()["embedding.weight"]
+            grads = embedding.open_grads()
+            table = grads["embedding.weight"]
             for start, stop in row_slices(grad.shape[0]):
                 table.index_put_((tokens[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
-            del table
+            if "embedding.positions" in grads:
+                rows = grad.view(*batch.tokens.shape, -1)
+                positions_backward(grads["embedding.positions"], rows, self._ids(batch))
+            del table, grads
             embedding.reduce()
         self._reducing = [embedding]
         self._finish_reducing()

@@ -170,7 +170,8 @@ class OwnRows:
 def project(
     spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: QueryRows | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], and values, of normed x [B, S, H].
+    """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], not rotated where positions are learned,
+    and values, of normed x [B, S, H].
 
     weights: of the block, by their names in it; of as many heads as they have.
     """
@@ -190,6 +191,8 @@ def _grouped(
             rows = normed(rows, norm, spec.rms_norm_eps)
         found.append(rows)
     q, k, v = found
+    if spec.learned_positions:
+        return q, k, v
     return rotated(q, cos, sin, spec.rope_interleave), rotated(k, cos, sin, spec.rope_interleave), v
 
 

@@ -4,6 +4,7 @@ against.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mopexec.model.routing import Routing, balance_step, balance_told
 from mopexec.model.support import check_model
 from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import wide
+from mopexec.operators.learned_positions import add_positions, position_ids, positions_backward
 from mopexec.operators.rope import rope_tables
 from mopsim.spec.model import ModelSpec
 
@@ -25,13 +27,14 @@ from mopsim.spec.model import ModelSpec
 @dataclass(frozen=True)
 class Given:
     """What all layers of a forward share. cos, sin [S, rotated / 2], of each sequence [B, ..] where it has
-    documents; experts [N, top_k] where a profile chose them.
+    documents; experts [N, top_k] where a profile chose them; ids of learned positions.
     """
 
     cos: Tensor
     sin: Tensor
     experts: Tensor | None = None
     documents: Documents = ()
+    ids: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -108,6 +111,46 @@ def next_tokens(tokens: Tensor, targets: Tensor) -> Tensor:
     return torch.where(following < 0, targets[:, :-1], following).clamp_(min=0)
 
 
+class _Placed(torch.autograd.Function):
+    """Keeps which rows it adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = table.shape
+        return add_positions(x, table, ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        of_table = grads[0].new_zeros(ctx.shape)
+        positions_backward(of_table, grads[0], ids)
+        return grads[0], of_table, None
+
+
+class TokenEmbedding(nn.Embedding):
+    """weight [V, H] of the vocabulary; positions [P, H] where the network learns them."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        table = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        super().__init__(spec.vocab_size, spec.hidden_size, _weight=table)
+        self.positions: nn.Parameter | None = None
+        if spec.learned_positions:
+            rows = torch.empty(spec.learned_positions, spec.hidden_size, dtype=dtype, device=device)
+            self.positions = nn.Parameter(rows)
+
+    def forward(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Tokens [B, S] to [B, S, H]; ids: of their positions, where these are learned."""
+        return self.placed(super().forward(tokens), ids)
+
+    def placed(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """Embeddings [B, S, H] at their positions."""
+        if self.positions is None or ids is None:
+            return x
+        found: Tensor = _Placed.apply(x, self.positions, ids)  # type: ignore[no-untyped-call]
+        return found
+
+
 class Transformer(nn.Module):
     """Decoder-only transformer of a ModelSpec. Parameter names and shapes are those of
     `mopsim.spec.tensors.parameters`.
@@ -127,8 +170,7 @@ class Transformer(nn.Module):
         super().__init__()
         device = torch.device(device)
         self.spec, self.routing, self.auxiliary = spec, routing, Auxiliary()
-        table = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
-        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=table)
+        self.embedding = TokenEmbedding(spec, dtype, device)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, index, spec.is_moe_layer(index), dtype, device)
             for index in range(spec.num_hidden_layers)
@@ -167,7 +209,13 @@ class Transformer(nn.Module):
         experts = None
         if not self.routing.learned and self.spec.num_moe_layers:
             experts = self.routing.experts(self.spec, batch, seq, weight.device)
-        return Given(cos, sin, experts, documents)
+        return Given(cos, sin, experts, documents, self.ids(start, start + seq, documents))
+
+    def ids(self, start: int, stop: int, documents: Documents = ()) -> Tensor | None:
+        """Of learned positions [start, stop); None without."""
+        if not self.spec.learned_positions:
+            return None
+        return position_ids(start, stop, self.embedding.weight.device, documents)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Normed hidden states [B, S, H] of tokens [B, S]; start: position of the first token (a sequence's
@@ -176,7 +224,7 @@ class Transformer(nn.Module):
         return self._hidden(tokens, self.given(tokens, start))
 
     def _hidden(self, tokens: Tensor, given: Given) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.embedding(tokens, given.ids)
         for layer in self.layers:
             x = layer(x, given)
         hidden: Tensor = self.final_norm(x)

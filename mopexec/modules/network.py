@@ -29,6 +29,7 @@ from mopexec.modules.tensor_parallel import split_layer
 from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
 from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import of_name
+from mopexec.operators.learned_positions import position_ids
 from mopexec.operators.rope import Positions, rope_tables
 from mopexec.run.runner import Batch
 from mopexec.weights.source import Source
@@ -195,7 +196,8 @@ class RankNetwork:
         if not model.routing.learned and model.spec.num_moe_layers:
             rows = seq // self._mesh.tensor.size
             experts = model.routing.experts(model.spec, batch, rows, device)
-        return Given(self._positions.cos, self._positions.sin, experts, documents)
+        ids = position_ids(start, start + seq, device, documents) if model.spec.learned_positions else None
+        return Given(self._positions.cos, self._positions.sin, experts, documents, ids)
 
     def _attach_loss(self, first_row: int) -> None:
         model, vocabulary, mesh = self.model, self._plan.strategy.vocabulary, self._mesh
@@ -217,8 +219,9 @@ class RankNetwork:
         ) -> Tensor:  # fmt: skip
             start = mesh.place.context * tokens.shape[1]
             if self.pipeline is not None:
-                x = model.embedding(tokens) if x is None else x
-                x = self._through(chunk, x, self._given(tokens, start, documents))
+                given = self._given(tokens, start, documents)
+                x = model.embedding(tokens, given.ids) if x is None else x
+                x = self._through(chunk, x, given)
                 return head([Term(model.final_norm(x), targets, scale)]) if self._is_last(chunk) else x
             ids = with_following(tokens, targets, len(model.mtp), mesh.sequence)
             return cast(Tensor, head(model.terms(*ids, start, scale, documents)))

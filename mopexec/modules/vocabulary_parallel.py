@@ -29,14 +29,17 @@ class SplitEmbedding:
     def __init__(self, module: Any, start: int, group: Group) -> None:
         self._module, self._start, self._group = module, start, group
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, s] to this rank's part [B, s / n, H] of their embeddings."""
+    def __call__(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Tokens [B, s], and ids of learned positions, to this rank's part [B, s / n, H] of what they embed
+        to."""
         weight = self._module.weight
         local = by_rank(tokens, self._group) - self._start
         away = (local < 0) | (local >= weight.shape[0])
         found = F.embedding(local.masked_fill(away, 0), weight).masked_fill(away[..., None], 0)
         there, back = (partial(one, group=self._group) for one in (scatter_first, gather_first))
-        return exchange(found, there, back)
+        own = None if ids is None else ids.chunk(self._group.size, dim=-1)[self._group.place]
+        result: Tensor = self._module.placed(exchange(found, there, back), own)
+        return result
 
 
 class _Loss(torch.autograd.Function):

@@ -130,7 +130,8 @@ class AttentionBlock:
                     part.copy_(
                         rms_norm(part, weights[f"attention.{name}_norm.weight"], self.spec.rms_norm_eps)
                     )
-        rotate_(self._by_position(packed), self.cos, self.sin, self._rows)
+        if not self.spec.learned_positions:
+            rotate_(self._by_position(packed), self.cos, self.sin, self._rows)
         return packed
 
     def _output(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
@@ -174,7 +175,7 @@ class AttentionBlock:
 
     def _unrotate_(self, packed: list[Tensor]) -> None:
         """Gradients of rotated queries and keys become those before the rotation."""
-        for part in packed:
+        for part in [] if self.spec.learned_positions else packed:
             rotate_(self._by_position(part), self.cos, self.sin, self._rows, inverse=True)
 
     def _projection_backward(

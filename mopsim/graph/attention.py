@@ -86,8 +86,9 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
         kernels = [*first, joint]
     normed = model.qk_norm != "none"
     kernels += [_head_norm(name, model, N, int(sizes[name]), b) for name in "qk"] if normed else []
-    if shapes.fused and model.learned_positions:
-        return kernels, (made["q"], made["k"], made["v"])
+    if model.learned_positions:
+        q, k = (Value(f"{name}{int(normed)}", made[name].bytes) for name in "qk")
+        return kernels, (q, k, made["v"])
     sources = tuple(f"{name}{int(normed)}" for name in "qk")
     q, k = (Value(f"{name}r", made[name].bytes) for name in "qk")
     if shapes.fused:

@@ -33,7 +33,7 @@ def tensors(model: ModelSpec) -> tuple[Tensor, ...]:
     H = model.hidden_size
     found = [Tensor("embedding.weight", (model.vocab_size, H), "embedding")]
     if model.learned_positions:
-        found += _linear("position_embedding", model.learned_positions, H, "embedding", -1, whole=True)
+        found.append(Tensor("embedding.positions", (model.learned_positions, H), "embedding", whole=True))
     for layer in range(model.num_hidden_layers):
         found += layer_tensors(model, layer, f"layers.{layer}", model.is_moe_layer(layer))
     found += _norm(model, "final_norm", H, "vocabulary")

@@ -76,7 +76,7 @@ def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
         {**LATENT, "q_lora_rank": 0},
         {"ffn_matrices": 2, "expert_bias": True},
         {**LATENT, "num_nextn_predict_layers": 1, "norm": "layernorm"},
-        {"norm": "layernorm", "norm_bias": False},
+        {"norm": "layernorm", "norm_bias": False, "learned_positions": 64},
         NO_EXPERTS | {"ffn_matrices": 2, "ffn_bias": True},
     ):
         model = Transformer(spec(**changes), torch.float32)
@@ -190,16 +190,9 @@ def test_balancing_raises_the_bias_of_underused_experts() -> None:
     assert router.load.sum() == 0
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("learned_positions", 64),
-        ("dropout", 0.1),
-    ],
-)
-def test_unsupported_models_are_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(SpecError, match=f"model.{field}"):
-        Transformer(spec(**{field: value}), torch.float32)
+def test_unsupported_models_are_refused_by_name() -> None:
+    with pytest.raises(SpecError, match=r"model\.dropout"):
+        Transformer(spec(dropout=0.1), torch.float32)
 
 
 def plain_attention(

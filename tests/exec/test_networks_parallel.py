@@ -89,6 +89,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "two matrices": {"ffn_matrices": 2, "ffn_activation": "relu2", "expert_bias": True},
     "LayerNorm": {"norm": "layernorm", "ffn_matrices": 2},
     "LayerNorm without a bias": {"norm": "layernorm", "norm_bias": False, "attention_bias": "qkv"},
+    "learned positions": {"learned_positions": 64, "num_nextn_predict_layers": 0},
     "two matrices, gated": {"ffn_matrices": 2, "shared_expert_gate": True},
     "biases": {"attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True},
     "two MTP modules": {"num_nextn_predict_layers": 2},
@@ -149,6 +150,29 @@ def test_gradients_below_the_limit_are_not_scaled(family: Any) -> None:
     strategy = family(2, expert_parallel=2, dtype="float64")
     plan = small(load_model("tiny"), strategy)
     check(replace(plan, training=replace(plan.training, clip_norm=1e3)))
+
+
+GPT: dict[str, Any] = {
+    "learned_positions": 64, "norm": "layernorm", "ffn_matrices": 2, "attention_bias": "qkvo",
+    "num_nextn_predict_layers": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ["causal", "document"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        fsdp2(2, **EVERYTHING),
+        mop(2, **FLAT),
+        split(2, dtype="float64", tensor_parallel=2, expert_parallel=2),
+        split(2, dtype="float64", context_parallel=2, context_exchange="ulysses"),
+        split(2, dtype="float64", pipeline_parallel=2),
+        split(2, dtype="float64", tensor_parallel=2, expert_tensor_parallel=2, recompute="full"),
+    ],
+    ids=["fully_shard", "flat_units", "tensors", "context", "stages", "experts' tensors"],
+)
+def test_learned_positions_restart_with_each_document(strategy: Strategy, mask: str) -> None:
+    check(small(replace(load_model("tiny"), **GPT), replace(strategy, micro_batch=2), attention_mask=mask))
 
 
 @pytest.mark.parametrize("name", ["gpt_oss_20b", "deepseek_v3", "qwen3_30b_a3b"])

@@ -22,8 +22,19 @@ NETWORKS = {
     "experts": msgspec.structs.replace(TWO_MATRICES, intermediate_size=64),
     "LayerNorm": msgspec.structs.replace(TWO_MATRICES, norm="layernorm", intermediate_size=64),
     "no experts, LayerNorm": msgspec.structs.replace(TWO_MATRICES, norm="layernorm", **PLAIN),
+    "learned positions": msgspec.structs.replace(
+        TWO_MATRICES, norm="layernorm", attention_bias="qkvo", learned_positions=8192, **PLAIN
+    ),
+    "learned positions, norms of heads": msgspec.structs.replace(
+        TWO_MATRICES, learned_positions=8192, intermediate_size=64, moe_intermediate_size=16
+    ),
     "no experts": msgspec.structs.replace(TWO_MATRICES, **PLAIN),
 }
+GPT = msgspec.structs.replace(
+    NETWORKS["LayerNorm"], attention_bias="qkvo", ffn_bias=True, tie_word_embeddings=True,
+    learned_positions=8192,
+)  # fmt: skip
+"""As GPT-3, with experts."""
 networks = pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
 
 
@@ -48,7 +59,7 @@ def test_under_fsdp2(model: ModelSpec, recompute: Any) -> None:
     [{"expert_parallel": 2}, TWO, TWO | FULL, {"tensor_parallel": 2, "expert_tensor_parallel": 2}],
     ids=["experts", "tensors", "tensors, full", "experts' tensors"],
 )
-@pytest.mark.parametrize("model", [TWO_MATRICES, NETWORKS["LayerNorm"]], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("model", [TWO_MATRICES, NETWORKS["LayerNorm"], GPT], ids=["two", "norms", "GPT"])
 def test_under_split_modules(model: ModelSpec, options: dict[str, Any]) -> None:
     _check_stages(_split(2, {**options, "model": model}), 0.01)
 

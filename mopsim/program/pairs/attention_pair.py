@@ -76,7 +76,7 @@ class AttentionPair(Rows):
             works += self.kernels(layer, False, f"{name}_proj") * copies
             if name != "v":
                 works += self._head_norm(name)
-                works.append(self._rotate(size))
+                works += self._rotate(size)
         b.compute("projections", _C, phase, layer, works, *waits)
         b.drop("hidden")
         waiting = None
@@ -165,7 +165,7 @@ class AttentionPair(Rows):
         b.drop("grad_out", "q", "k", "v", "out", "sums")
         for name, size in whole.items():
             waiting = self._to_positions(layer, f"{name}_whole", name, size)
-        works = [self._rotate(local_q), self._rotate(local_kv)]
+        works = self._rotate(local_q) + self._rotate(local_kv)
         b.compute("rotate", _C, phase, layer, works, waiting)
 
     def _to_positions(self, layer: int, source: str, target: str, size: int) -> int | None:
@@ -221,16 +221,17 @@ class AttentionPair(Rows):
         self.b.spike(slice_rows(self.N) * width * (self.c.b + self.c.wide))
         return [self.pass_(self.N, width * self.D, 5 * self.c.b + 4 * self.c.wide, 9 * self.D)]
 
-    def _rotate(self, size: int) -> Work:
+    def _rotate(self, size: int) -> list[Work]:
         """Rotation in place, slice by slice of positions: one and a half slices of temporaries, of the part
-        of a head that turns."""
+        of a head that turns. None with learned positions."""
+        if self.c.model.learned_positions:
+            return []
         size = size * self.c.model.rotary_dim // self.d
         if self.fused_rotary:
-            return Work("memory_bound", bytes=2.0 * size, launches=2)
+            return [Work("memory_bound", bytes=2.0 * size, launches=2)]
         positions = self.c.training.seq_len // self.D
         part = slice_rows(positions)
         self.b.spike(1.5 * size * part / positions / 1)
         elements = size / self.c.b
-        return Work(
-            "memory_bound", bytes=6.0 * size, launches=6 * max(1, -(-positions // part)) if elements else 0
-        )
+        launches = 6 * max(1, -(-positions // part)) if elements else 0
+        return [Work("memory_bound", bytes=6.0 * size, launches=launches)]
