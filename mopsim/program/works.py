@@ -17,6 +17,7 @@ from mopsim.graph.rewrites.projections import (
     gathered_kept,
     gradients_added,
     heads_apart,
+    inputs_copied,
     lengths_read,
     rows_apart,
     rows_exchanged,
@@ -178,6 +179,8 @@ def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager
     if run.gate_up in ("added", "ffn_added") and any(one.name == "qkv_proj" for one in kernels):
         counted = {"qkv_proj": 3 if run.gate_up == "added" else 1, "up_proj": wings}
     found = summed_apart(kernels, counted) if run.region_sums == "each" else kernels
+    if run.region_inputs == "copied":
+        found = inputs_copied(found, counted)
     if run.region_rows != "once":
         found = rows_apart(found, counted, run.region_rows == "each")
     return gradients_added(found, counted, eager)

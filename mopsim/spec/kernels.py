@@ -112,6 +112,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     (plain autograd).
     region_backward: in the backward a region gathers its rows again and scatters the gradient of their
     input. `beside`: beside the products. `in_turn`: one after the other.
+    region_inputs: without sequence parallelism, the input of a region. `shared`: its products read it.
+    `copied`: each product that gate_up makes separate reads and keeps a copy of its own, and the gradient of
+    what ends a region is copied (Paddle's c_identity).
     region_sums: without sequence parallelism, the sum of the gradient of a region's input. `once`: one sum.
     `each`: one for each product that gate_up makes separate.
     region_rows: under sequence parallelism, such separate products. `once`: they share the gathered rows
@@ -220,6 +223,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     sequence_exchange: Built = "fused"
     gathered_rows: Literal["again", "kept"] = "again"
     region_backward: Literal["beside", "in_turn"] = "beside"
+    region_inputs: Literal["shared", "copied"] = "shared"
     region_sums: Literal["once", "each"] = "once"
     region_rows: Literal["once", "scattered", "each"] = "once"
     exchanged_rows: tuple[Literal["ordered", "cast", "quantized", "routed"], ...] = ()
