@@ -160,35 +160,34 @@ def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple
 def inputs_copied(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple[Kernel, ...]:
     """Tensor-parallel regions without sequence parallelism whose products each read, and keep, a copy of
     their own of the input; the gradient of what ends a region is copied too. parts: as in summed_apart."""
-    values = made(kernels)
-    readers = {kernel.reads[0]: kernel.name for kernel in reversed(kernels) if kernel.matmuls}
-    sums = [one for one in kernels if one.kind == "all_reduce" and one.group == "tensor" and not one.writes]
-    begun = {one.reads[0]: one for one in sums if not one.bytes and one.reads[0] in values}
-    ends = {one.name for one in sums if one.bytes and one.back_bytes == 0.0}
-
-    def change(kernel: Kernel) -> tuple[Kernel, ...]:
+    values, found = made(kernels), list[Kernel]()
+    copies: dict[str, str] = {}
+    for place, kernel in enumerate(kernels):
         name = kernel.reads[0] if kernel.reads else ""
-        if name in begun and kernel is begun[name]:
-            times, whole = parts.get(readers.get(name, ""), 1), values[name]
-            copies = replace(whole, name=f"{name}_copied", bytes=times * whole.bytes, grad=False)
+        in_place = kernel.kind == "all_reduce" and kernel.group == "tensor" and not kernel.writes
+        if kernel.matmuls and name in copies:
+            saves = tuple(copies[name] if one == name else one for one in kernel.saves)
+            kernel = replace(kernel, reads=(*kernel.reads, copies[name]), saves=saves)
+        found.append(kernel)
+        if not in_place or name not in values:
+            continue
+        size = values[name].bytes
+        if kernel.bytes:  # a region ends
+            back = 2.0 * size
             copy = Kernel(
-                f"{kernel.name}_copy", "memory_bound", kernel.component, (name,), (copies,),
-                bytes=2.0 * copies.bytes, launches=times, back_bytes=0.0, back_launches=0,
-            )  # fmt: skip
-            return kernel, copy
-        if kernel.name in ends:
-            size = 2 * kernel.bytes
-            back = Kernel(
                 f"{kernel.name}_copy", "memory_bound", kernel.component, (name,), (), launches=0,
-                back_bytes=size, back_launches=1,
+                back_bytes=back, back_launches=1,
             )  # fmt: skip
-            return kernel, back
-        if kernel.matmuls and name in begun:
-            saves = tuple(f"{name}_copied" if one == name else one for one in kernel.saves)
-            return (replace(kernel, reads=(*kernel.reads, f"{name}_copied"), saves=saves),)
-        return (kernel,)
-
-    return each(kernels, change)
+        else:
+            reader = next((one.name for one in kernels[place:] if one.matmuls and name == one.reads[0]), "")
+            times, copies[name] = parts.get(reader, 1), f"{name}_copied"
+            whole = Value(copies[name], times * size, values[name].category, grad=False)
+            copy = Kernel(
+                f"{kernel.name}_copy", "memory_bound", kernel.component, (name,), (whole,),
+                bytes=2.0 * whole.bytes, launches=times, back_bytes=0.0, back_launches=0,
+            )  # fmt: skip
+        found.append(copy)
+    return tuple(found)
 
 
 def rows_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int], gathers: bool) -> tuple[Kernel, ...]:
