@@ -68,8 +68,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         everyone = context.tokens * context.strategy.experts.expert_parallel
         most = everyone if run.expert_padding == "fresh" else 0
         kernels = padded_to_busiest(kernels, context.own_experts, most)
-    if run.expert_weights == "stacked":
-        kernels = weights_stacked(kernels, context.b)
+    kernels = weights_stacked(kernels, context.b) if run.expert_weights == "stacked" else kernels
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
@@ -179,10 +178,8 @@ def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager
     if run.gate_up in ("added", "ffn_added") and any(one.name == "qkv_proj" for one in kernels):
         counted = {"qkv_proj": 3 if run.gate_up == "added" else 1, "up_proj": wings}
     found = summed_apart(kernels, counted) if run.region_sums == "each" else kernels
-    if run.region_inputs == "copied":
-        found = inputs_copied(found, counted)
-    if run.region_rows != "once":
-        found = rows_apart(found, counted, run.region_rows == "each")
+    found = inputs_copied(found, counted) if run.region_inputs == "copied" else found
+    found = rows_apart(found, counted, run.region_rows == "each") if run.region_rows != "once" else found
     return gradients_added(found, counted, eager)
 
 

@@ -61,7 +61,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "Megatron-SWIFT", "zero1", "megatron-core"),
         ("new", "Megatron-SWIFT of 2026-04", "zero1", "megatron-swift"),
         ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
-        ("new", "Megatron-Bridge in nemo:25.09, recipe qwen3_4b_pretrain", "zero1", "megatron-bridge-library"),
+        ("new", "Megatron-Bridge, recipe qwen3_4b_pretrain", "zero1", "megatron-bridge-library"),
         ("new", "PaddlePaddle 2.5.1, AMP O2", "zero2", "paddlenlp-2.5"),
         ("new", "PaddleNLP of 2024-01", "zero1", "paddlenlp"),
         ("new", "KempnerForge, eager", "zero3", "kempnerforge"),
