@@ -48,7 +48,18 @@ class DenseBlock:
 
 
 def _wings(hidden: Tensor, weights: Weights, prefix: str, how: Ungated | None) -> list[Tensor]:
-    return [hidden @ weights[f"{prefix}.{name}_proj.weight"].t() for name in wings_of(how)]
+    return [_product(hidden, weights, f"{prefix}.{name}_proj") for name in wings_of(how)]
+
+
+def _product(rows: Tensor, weights: Weights, name: str) -> Tensor:
+    weight, bias = weights[f"{name}.weight"].t(), weights.get(f"{name}.bias")
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+
+
+def _add_bias(grads: Weights, name: str, grad: Tensor) -> None:
+    """The gradient of a bias, if there is one, from that of its product."""
+    if f"{name}.bias" in grads:
+        grads[f"{name}.bias"].add_(grad.sum(0))
 
 
 def add_ffn_(target: Tensor, hidden: Tensor, weights: Weights, prefix: str, how: Ungated | None) -> None:
@@ -57,6 +68,8 @@ def add_ffn_(target: Tensor, hidden: Tensor, weights: Weights, prefix: str, how:
     inner = fused_(wings, None, how) if kernels.NOW.activation else activated_(wings, how)
     del wings
     target.addmm_(inner, weights[f"{prefix}.down_proj.weight"].t())
+    if f"{prefix}.down_proj.bias" in weights:
+        target.add_(weights[f"{prefix}.down_proj.bias"])
 
 
 def ffn_backward(
@@ -69,6 +82,7 @@ def ffn_backward(
     2 n I, then n I and the result.
     """
     wings, down = _wings(hidden, weights, prefix, how), weights[f"{prefix}.down_proj.weight"]
+    _add_bias(grads, f"{prefix}.down_proj", grad)
     if kernels.NOW.activation:
         grad_inner = grad @ down
         fused_backward_(grad_inner, wings, None, how)
@@ -85,6 +99,7 @@ def ffn_backward(
     names = wings_of(how)
     for name, one in zip(names, found, strict=True):
         add_matmul(grads[f"{prefix}.{name}_proj.weight"], one.t(), hidden)
+        _add_bias(grads, f"{prefix}.{name}_proj", one)
     result = found[0] @ weights[f"{prefix}.{names[0]}_proj.weight"]
     for name, one in zip(names[1:], found[1:], strict=True):
         result.addmm_(one, weights[f"{prefix}.{name}_proj.weight"])

@@ -45,7 +45,9 @@ LATENT: dict[str, Any] = {
     "attention": "mla", "num_key_value_heads": 8, "head_dim": 24, "q_lora_rank": 48, "kv_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "rope_interleave": True,
 }  # fmt: skip
-GPT: dict[str, Any] = {"norm": "layernorm", "ffn_matrices": 2, "ffn_activation": "gelu_pytorch_tanh"}
+GPT: dict[str, Any] = {
+    "norm": "layernorm", "ffn_matrices": 2, "ffn_activation": "gelu_pytorch_tanh", "ffn_bias": True,
+}  # fmt: skip
 MOST = {0: 165, 8192: 210, 2048: 400}
 """By tokens of a chunk: as few as were reached."""
 

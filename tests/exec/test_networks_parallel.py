@@ -154,7 +154,7 @@ def test_gradients_below_the_limit_are_not_scaled(family: Any) -> None:
 
 GPT: dict[str, Any] = {
     "learned_positions": 64, "norm": "layernorm", "ffn_matrices": 2, "attention_bias": "qkvo",
-    "num_nextn_predict_layers": 0,
+    "ffn_bias": True, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ NETWORKS = {
     "LayerNorm": msgspec.structs.replace(TWO_MATRICES, norm="layernorm", intermediate_size=64),
     "no experts, LayerNorm": msgspec.structs.replace(TWO_MATRICES, norm="layernorm", **PLAIN),
     "learned positions": msgspec.structs.replace(
-        TWO_MATRICES, norm="layernorm", attention_bias="qkvo", learned_positions=8192, **PLAIN
+        TWO_MATRICES, norm="layernorm", attention_bias="qkvo", ffn_bias=True, learned_positions=8192, **PLAIN
     ),
     "learned positions, norms of heads": msgspec.structs.replace(
         TWO_MATRICES, learned_positions=8192, intermediate_size=64, moe_intermediate_size=16

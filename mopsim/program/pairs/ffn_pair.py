@@ -38,6 +38,8 @@ class FfnPair(Rows):
             works.append(self._activation(size))
             works += self._products(n, component, False, "down_proj")
             works.append(self.elementwise(n * H * self.c.b, 1, 0))
+            if self._biased(component):
+                works.append(self.elementwise(n * H * self.c.b, 2, 1))
             b.drop("gate" if self.gated else "up", "hidden")
             b.compute("ffn", component, "forward", layer, works, *waits)
 
@@ -72,6 +74,8 @@ class FfnPair(Rows):
             works += self._products(n, component, True, *self.up)
             done = wings if self.fused_gate else ("grad_inner", "silu") if self.gated else ("grad_inner",)
             b.drop(*done, "hidden")
+            if self._biased(component):  # a sum of each product's gradients
+                works.append(self.elementwise(len(wings) * size + n * H * self.c.b, 1, 2 * (len(wings) + 1)))
             works.append(self.norm_backward(n, H))
             b.drop("grad_hidden")
             b.compute("ffn", component, "backward", layer, works)
@@ -82,6 +86,9 @@ class FfnPair(Rows):
             return
         run = self.backward if backward else self.forward
         run(tokens or self.c.tokens, "shared_experts", layer)
+
+    def _biased(self, component: str) -> bool:
+        return self.c.model.ffn_bias and component == "dense_ffn"
 
     def _activation(self, size: int, passes: int = 2) -> Work:
         """SiLU and a product, or GELU, over `size` bytes."""
