@@ -2,7 +2,7 @@
 
 from mopexec.flat.units import Contents, Shape
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.tensors import layer_tensors, tensors
+from mopsim.spec.tensors import tensors
 
 
 def outer_contents(spec: ModelSpec, rows: tuple[int, int] | None) -> tuple[Contents, Contents, Contents]:
@@ -20,11 +20,15 @@ def outer_contents(spec: ModelSpec, rows: tuple[int, int] | None) -> tuple[Conte
 
 
 def layer_contents(spec: ModelSpec, index: int, degree: int, place: int) -> tuple[Contents, Contents | None]:
-    """A layer's dense unit, and its experts unit at `place` of `degree` where it is MoE."""
-    prefix, moe, experts = f"layers.{index}.", spec.is_moe_layer(index), spec.num_local_experts
-    found, local = layer_tensors(spec, index, f"layers.{index}", moe), experts // degree
-    dense = Contents(f"{prefix}dense", tuple((t.name, t.shape) for t in found if not t.routed), prefix)
-    if not moe:
-        return dense, None
+    """A layer's dense unit, and its experts unit at `place` of `degree` where it is MoE. From the layer count
+    on: of MTP modules, whose own parameters are in the dense unit.
+    """
+    found = [tensor for tensor in tensors(spec) if tensor.layer == index]
+    module, local = index - spec.num_hidden_layers, spec.num_local_experts // degree
+    prefix, key = f"layers.{index}." if module < 0 else f"mtp.{module}.layer.", f"layers.{index}."
+    dense = Contents(f"{key}dense", tuple((t.name, t.shape) for t in found if not t.routed), prefix)
     names = tuple((t.name, t.shape[1:]) for t in found if t.routed)
-    return dense, Contents(f"{prefix}experts", names, prefix, local, place * local, experts)
+    if not names:
+        return dense, None
+    total = spec.num_local_experts
+    return dense, Contents(f"{key}experts", names, prefix, local, place * local, total)

@@ -4,6 +4,7 @@ docs/flat-units.md is this file in words; the simulator lowers the same schedule
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import state as training_state
 from mopexec.flat.layer import LayerSchedule
+from mopexec.flat.mtp import MtpSchedule
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, component, phase
+from mopexec.model.following import next_tokens, with_following
 from mopexec.model.routing import balance_step, balance_told
 from mopexec.operators.adamw import clip_factor
 from mopexec.operators.early_optimizer import EarlyAdamW
@@ -25,19 +28,20 @@ from mopexec.operators.kernels import using
 from mopexec.operators.layer_inputs import LayerInputs
 from mopexec.operators.learned_positions import add_positions, position_ids, positions_backward
 from mopexec.operators.loss import Ring, chunked_loss
-from mopexec.operators.norms import LayerNorms
+from mopexec.operators.norms import LayerNorms, Weights
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.operators.rope import Positions
 from mopexec.operators.rows import row_slices
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import whole
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 
 
 @dataclass
 class FlatModel:
     """One rank's units and schedules; positions: what its attention shares. balance_bias and load [MoE
-    layers, E] float32.
+    layers, E] float32, those of MTP modules last.
     """
 
     embedding: Unit
@@ -48,11 +52,12 @@ class FlatModel:
     ring: Ring | None
     balance_bias: Tensor
     load: Tensor
+    modules: list[MtpSchedule]
     units: list[Unit] = field(init=False)
     positions: Positions = field(init=False)
 
     def __post_init__(self) -> None:
-        inner = [unit for layer in self.layers for unit in layer.units]
+        inner = [unit for layer in (*self.layers, *self.modules) for unit in layer.units]
         self.units = [self.embedding, *inner, self.final, self.head]
         self.positions = self.layers[0].attention.positions
 
@@ -62,6 +67,11 @@ class FlatModel:
         backward = ([self.head, self.final], *(layer.units for layer in self.layers[::-1]), [self.embedding])
         places = {id(unit): place for place, unit in enumerate(self.units)}
         return [[places[id(unit)] for unit in units] for units in backward]
+
+
+def routed_layers(spec: ModelSpec) -> list[int]:
+    """Layers with a router, those of MTP modules last."""
+    return list(filter(spec.is_moe_layer, range(spec.num_hidden_layers + spec.num_nextn_predict_layers)))
 
 
 class FlatRunner:
@@ -80,7 +90,10 @@ class FlatRunner:
         self.prefetch, self.loss_chunk = strategy.dense.prefetch, strategy.vocabulary.chunk_tokens
         self.num_tokens = self._counted = training.global_batch * training.seq_len
         self._reducing: list[Unit] = []
-        self._rows = {layer: row for row, layer in enumerate(plan.model.moe_layers)}
+        self._rows = {layer: row for row, layer in enumerate(routed_layers(plan.model))}
+        self._trained: list[LayerSchedule] = list(model.layers)
+        if training.mtp_loss_coef:
+            self._trained += model.modules
 
     @torch.no_grad()
     def step(self, batches: list[Batch]) -> StepResult:
@@ -113,7 +126,7 @@ class FlatRunner:
         self._counted = batches[0].num_targets or self.num_tokens
         total = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
         for batch in batches:
-            loss, _ = self._loss(self._forward(batch), batch.targets.flatten())
+            loss, _ = self._loss(self._forward(batch, self.model.layers), batch.targets.flatten())
             self._finish_reducing()
             for unit in (self.model.final, self.model.head):
                 unit.forget_grads()
@@ -155,50 +168,72 @@ class FlatRunner:
 
     def _microbatch(self, batch: Batch, *, last: bool) -> Tensor:
         """Forward, loss, backward; returns the sum of this rank's token losses. last: of the step."""
-        x = self._forward(batch)
+        x = self._forward(batch, self._trained)
         if last:
             self.optimizer.begin_backward()
-        loss, grad = self._loss(x, batch.targets.flatten())
+        if len(self._trained) > len(self.model.layers):
+            loss, grad = self._losses(x, batch)
+        else:
+            loss, grad = self._loss(x, batch.targets.flatten())
         del x
         self._backward(grad)
         if last:
             self.optimizer.preload()
-        self._embedding_backward(batch, grad)
+        self._embedding_backward(batch.tokens, grad, self._ids(batch))
+        self._finish_reducing()
         return loss
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, trained: Sequence[LayerSchedule]) -> Tensor:
+        """trained: layers and modules, of which the layers run here."""
         model = self.model
         model.positions.use(batch.documents)
-        with component("embedding"):
-            weights = model.embedding.weights()
-            x = F.embedding(batch.tokens.flatten(), weights["embedding.weight"])
-            if "embedding.positions" in weights:
-                rows = x.view(*batch.tokens.shape, -1)
-                x = add_positions(rows, weights["embedding.positions"], self._ids(batch)).view_as(x)
-                del rows
-            del weights
-            model.embedding.release()
-        prefetch = 0 if self.optimizer.held_up else self.prefetch
+        x = self._embedded(batch.tokens, self._ids(batch))
         for index, layer in enumerate(model.layers):
-            for ahead in model.layers[index : index + 1 + prefetch]:
-                ahead.gather()
+            self._gather(trained[index : index + 1 + self._ahead])
             model.inputs.put(index, x)
             x = layer.forward(x, *self._router_state(index))
         return x
 
+    @property
+    def _ahead(self) -> int:
+        """Layers that are gathered ahead in a forward."""
+        return 0 if self.optimizer.held_up else self.prefetch
+
+    @staticmethod
+    def _gather(layers: Sequence[LayerSchedule]) -> None:
+        for layer in layers:
+            layer.gather()
+
+    def _ids(self, batch: Batch) -> Tensor | None:
+        """Of learned positions of this rank's slice, None where there are none."""
+        if not self.plan.model.learned_positions:
+            return None
+        seq = batch.tokens.shape[1]
+        start = self.model.layers[0].attention.exchange.group.place * seq
+        return position_ids(start, start + seq, self.platform.device, batch.documents)
+
+    def _embedded(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Rows [N, H] of the embedding for tokens [B, s]; with ids at their learned positions."""
+        with component("embedding"):
+            weights = self.model.embedding.weights()
+            x = F.embedding(tokens.flatten(), weights["embedding.weight"])
+            if ids is not None:
+                rows = x.view(*tokens.shape, -1)
+                x = add_positions(rows, weights["embedding.positions"], ids).view_as(x)
+                del rows
+            del weights
+            self.model.embedding.release()
+        return x
+
     def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of token losses, gradient of x [N, H]); the gradient is of the mean over the global batch."""
-        final, head, scale = self.model.final, self.model.head, 1.0 / self._counted
-        norms = LayerNorms.of(self.plan.model)
+        final, head, norms = self.model.final, self.model.head, LayerNorms.of(self.plan.model)
         with component("vocabulary"):
             final.gather()
             weights, rows = final.weights(), head.weights()["head.weight"]
             hidden = norms.forward(x, weights, "final_norm")
             grad_rows = head.open_grads()["head.weight"]
-            if self.model.ring is None:
-                loss, grad = chunked_loss(hidden, targets, rows, grad_rows, scale, self.loss_chunk)
-            else:
-                loss, grad = self.model.ring.loss(hidden, targets, rows, grad_rows, scale)
+            loss, grad = self._term(hidden, targets, rows, grad_rows, 1.0)
             del hidden, rows, grad_rows
             with phase("backward"):
                 head.release()
@@ -210,40 +245,103 @@ class FlatRunner:
         self._reducing = [head, final]
         return loss, grad
 
+    def _term(
+        self, hidden: Tensor, targets: Tensor, rows: Tensor, grad_rows: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """One cross entropy of the objective and the gradient of its normed hidden [N, H]."""
+        scale = weight / self._counted
+        if self.model.ring is None:
+            return chunked_loss(hidden, targets, rows, grad_rows, scale, self.loss_chunk)
+        return self.model.ring.loss(hidden, targets, rows, grad_rows, scale)
+
+    def _losses(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `_loss`, with MTP modules: their forward, all losses, their backward."""
+        model, final, seq = self.model, self.model.final, batch.tokens.shape[1]
+        count, layers = len(model.modules), len(model.layers)
+        ids, targets = with_following(batch.tokens, batch.targets, count, self.mesh.sequence)
+        following = next_tokens(ids, targets).unfold(1, seq, 1).unbind(1)
+        final.gather()
+        outputs, norms = [x], [final.weights()]
+        for depth, module in enumerate(model.modules):
+            self._gather(self._trained[layers + depth : layers + depth + 1 + self._ahead])
+            given = module.join(outputs[-1], norms[-1], self._embedded(following[depth]))
+            model.inputs.put(layers + depth, given)
+            outputs.append(module.forward(given, *self._router_state(layers + depth)))
+            norms.append(module.norm)
+            del given
+        wanted = [part.flatten() for part in targets.unfold(1, seq, 1).unbind(1)]
+        loss, grads = self._terms(outputs, norms, wanted)
+        for depth in reversed(range(count)):
+            self._module_backward(depth, outputs, norms, grads, following[depth])
+        with component("vocabulary"), phase("backward"):
+            (grad,), norm = grads, LayerNorms.of(self.plan.model)
+            norm.backward_(grad, x, grad, norms[0], final.open_grads(), "final_norm", add=False)
+            del norms
+            final.release()
+            final.reduce()
+        self._reducing.append(final)
+        return loss, grad
+
+    def _terms(
+        self, outputs: list[Tensor], norms: list[Weights], targets: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The model's loss, and the gradient of each normed output."""
+        head, norm = self.model.head, LayerNorms.of(self.plan.model)
+        weight, found = self.plan.training.mtp_loss_coef / max(1, len(outputs) - 1), []
+        with component("vocabulary"):
+            rows, grad_rows = head.weights()["head.weight"], head.open_grads()["head.weight"]
+            for place, (x, weights) in enumerate(zip(outputs, norms, strict=True)):
+                hidden = norm.forward(x, weights, "final_norm")
+                found.append(self._term(hidden, targets[place], rows, grad_rows, weight if place else 1.0))
+                del hidden
+            del rows, grad_rows
+            with phase("backward"):
+                head.release()
+                head.reduce()
+        self._reducing = [head]
+        return found[0][0], [grad for _, grad in found]
+
+    def _module_backward(
+        self, depth: int, outputs: list[Tensor], norms: list[Weights], grads: list[Tensor], ids: Tensor
+    ) -> None:
+        """Of the last module that is left, whose output and gradient are the last ones."""
+        module, place, grad = self.model.modules[depth], len(self.model.layers) + depth, grads.pop()
+        with phase("backward"):
+            module.final_backward(grad, outputs.pop())
+            self._gather(self._trained[max(0, place - self.prefetch) : place + 1][::-1])
+            x, before = self.model.inputs.take(place), (outputs[-1], norms[depth], grads[-1])
+            module.module_backward(x, grad, *before, self._finish_reducing)
+            self._reducing = list(module.units)
+            del x, before
+        self._embedding_backward(ids, grad)
+
     def _backward(self, grad: Tensor) -> None:
         """grad [N, H] of the last layer's output becomes that of the first layer's input, in place."""
-        layers, inputs = self.model.layers, self.model.inputs
+        layers, inputs = self.model.layers, self.model.inputs  # modules, which come after, are done
         with phase("backward"):
             for index in reversed(range(len(layers))):
-                for ahead in layers[max(0, index - self.prefetch) : index + 1][::-1]:
-                    ahead.gather()
+                self._gather(layers[max(0, index - self.prefetch) : index + 1][::-1])
                 x = inputs.take(index)
                 prefetch = functools.partial(inputs.prefetch, index - 1)
                 layers[index].backward(x, grad, self._finish_reducing, prefetch)
                 self._reducing = list(layers[index].units)
                 del x
 
-    def _ids(self, batch: Batch) -> Tensor:
-        """Of learned positions of this rank's slice."""
-        seq = batch.tokens.shape[1]
-        start = self.model.layers[0].attention.exchange.group.place * seq
-        return position_ids(start, start + seq, self.platform.device, batch.documents)
-
-    def _embedding_backward(self, batch: Batch, grad: Tensor) -> None:
-        embedding, tokens = self.model.embedding, batch.tokens.flatten()
+    def _embedding_backward(self, tokens: Tensor, grad: Tensor, ids: Tensor | None = None) -> None:
+        """From the gradient [N, H] of `_embedded`, which is on its way then."""
+        embedding, flat = self.model.embedding, tokens.flatten()
         with component("embedding"), phase("backward"):
             self._finish_reducing()
             grads = embedding.open_grads()
             table = grads["embedding.weight"]
             for start, stop in row_slices(grad.shape[0]):
-                table.index_put_((tokens[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
-            if "embedding.positions" in grads:
-                rows = grad.view(*batch.tokens.shape, -1)
-                positions_backward(grads["embedding.positions"], rows, self._ids(batch))
+                table.index_put_((flat[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
+            if ids is not None:
+                rows = grad.view(*tokens.shape, -1)
+                positions_backward(grads["embedding.positions"], rows, ids)
             del table, grads
             embedding.reduce()
         self._reducing = [embedding]
-        self._finish_reducing()
 
     def _finish_reducing(self) -> None:
         """Wait for the gradients on their way, so that no more than one layer's full gradients are alive."""

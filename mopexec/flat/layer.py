@@ -72,6 +72,9 @@ class LayerSchedule:
         own, group = contents.by_copy(unit.full), self.moe.planner.group
         return Foreign(own, contents.first, views, group, routes.moves, unit.reduce_dtype)
 
+    def _begins(self, grad: Tensor, weights: Weights, grads: Weights) -> None:
+        """The backward of what is before the layer in its unit; grad [N, H] is that of its input."""
+
     def forget(self) -> None:
         """Drop what the forward kept for a backward that will not come."""
         self._routes = None
@@ -109,6 +112,7 @@ class LayerSchedule:
         del inner
         prefetch()
         self.attention.backward(grad, x, kept, weights, grads)
+        self._begins(grad, weights, grads)
         del grads, weights
         with phase("backward"):
             self.dense.release()

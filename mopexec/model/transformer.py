@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mopexec.data.dataset import IGNORED
 from mopexec.model.attention import SelfAttention
 from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.following import next_tokens
 from mopexec.model.moe import MoE
 from mopexec.model.parts import FeedForward, linear, norm_of
 from mopexec.model.routing import Routing, balance_step, balance_told
@@ -101,14 +102,6 @@ class Term:
     hidden: Tensor
     targets: Tensor
     weight: float
-
-
-def next_tokens(tokens: Tensor, targets: Tensor) -> Tensor:
-    """The token after each position but the last, [B, n - 1] of tokens and targets [B, n], whether or not it
-    counts in the loss; 0 where neither says it, as nothing that counts comes after.
-    """
-    following = tokens[:, 1:]
-    return torch.where(following < 0, targets[:, :-1], following).clamp_(min=0)
 
 
 class _Placed(torch.autograd.Function):

@@ -14,6 +14,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
+from mopexec.model.following import with_following
 from mopexec.model.moe import Router
 from mopexec.model.transformer import Given, Term
 from mopexec.modules.compiled import compile_blocks
@@ -23,7 +24,7 @@ from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.hooks import name_components, recompute
 from mopexec.modules.loss import chunked_loss, compute_losses, full_loss
 from mopexec.modules.pipeline import Links, Part, StagePipeline
-from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
+from mopexec.modules.sequence import UlyssesAttention, auxiliary
 from mopexec.modules.slices import Block, block_of
 from mopexec.modules.tensor_parallel import split_layer
 from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss

@@ -3,10 +3,8 @@ traded back."""
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from mopexec.data.dataset import IGNORED
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import causal_attention
@@ -42,24 +40,6 @@ class UlyssesAttention:
         """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads), or the inverse."""
         there, back = (partial(trade, group=self._group, to_heads=way) for way in (to_heads, not to_heads))
         return exchange(x, there, back)
-
-
-def with_following(tokens: Tensor, targets: Tensor, depth: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Tokens and targets [B, s] of this rank's positions and of the `depth` after them, [B, s + depth];
-    IGNORED beyond the sequence's end. group: of the ranks that share the sequence.
-    """
-    if not depth:
-        return tokens, targets
-    both = torch.cat((tokens, targets))
-    seq = tokens.shape[1]
-    ends = both.new_full((len(both), depth), IGNORED)
-    if group.size > 1:
-        everyone = both.new_empty((group.size, len(both), seq))
-        collectives.all_gather_single(everyone.view(-1, seq), both, group.handle)
-        whole = torch.cat((*everyone.unbind(0), ends), dim=1)
-        ends = whole[:, (group.place + 1) * seq : (group.place + 1) * seq + depth]
-    tokens, targets = torch.cat((both, ends), dim=1).chunk(2)
-    return tokens, targets
 
 
 def auxiliary(training: TrainSpec, group: Group) -> Auxiliary:

@@ -10,8 +10,9 @@ from mopexec.distributed.tiers import Platform
 from mopexec.flat import state
 from mopexec.flat.composed import ComposedAttention, needs_composed
 from mopexec.flat.contents import layer_contents, outer_contents
-from mopexec.flat.flat_units import FlatModel, FlatRunner
+from mopexec.flat.flat_units import FlatModel, FlatRunner, routed_layers
 from mopexec.flat.layer import LayerSchedule
+from mopexec.flat.mtp import MtpSchedule
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category
 from mopexec.model.routing import profile_experts
@@ -30,6 +31,7 @@ from mopexec.run.supported import check_supported
 from mopexec.weights.source import Seeded, Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
+from mopsim.spec.tensors import buffers
 
 RoutingChoice = Literal["learned", "profile"]
 
@@ -78,20 +80,22 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
     size = num_tokens * spec.hidden_size * compute.itemsize
     on_host = count_on_host(strategy.activations, spec.num_hidden_layers, size)
     with category("params"):
-        shape = (max(1, spec.num_moe_layers), max(1, spec.num_local_experts))
+        shape = (max(1, len(routed_layers(spec))), max(1, spec.num_local_experts))
         balance_bias, load = (torch.zeros(shape, dtype=torch.float32, device=platform.device) for _ in "bl")
+    layers = _layers(plan, mesh, platform, routing, compute)
     model = FlatModel(
         embedding=embedding,
-        layers=_layers(plan, mesh, platform, routing, compute),
+        layers=layers[: spec.num_hidden_layers],
         final=final,
         head=head,
         inputs=LayerInputs(platform, (num_tokens, spec.hidden_size), compute, on_host),
         ring=_ring(plan, mesh, num_tokens),
         balance_bias=balance_bias,
         load=load,
+        modules=[module for module in layers if isinstance(module, MtpSchedule)],
     )
-    for row, layer in enumerate(spec.moe_layers):
-        bias = source.buffer(f"layers.{layer}.moe.router.balance_bias")
+    for row, name in enumerate(buffers(spec)):
+        bias = source.buffer(name)
         if bias is not None:
             balance_bias[row].copy_(bias)
     runner = FlatRunner(plan, mesh, platform, model, learned=routing == "learned")
@@ -127,15 +131,24 @@ def _layers(
         attention = block(spec, exchange, dtype, platform.device)
     ffn = DenseBlock(spec, strategy.dense.chunk_tokens)
     moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None
-    found, early = [], strategy.optimizer.overlap == "backward"
-    for index in range(spec.num_hidden_layers):
+    found: list[LayerSchedule] = []
+    early = strategy.optimizer.overlap == "backward"
+    for index in range(spec.num_hidden_layers + spec.num_nextn_predict_layers):
         dense, experts = layer_contents(spec, index, strategy.experts.expert_parallel, mesh.experts.place)
         given: dict[str, Any] = {"precision": strategy.precision, "platform": platform, "transient": early}
         unit = Unit(dense, mesh.dense_shard, mesh.dense_replicas, **given)
         expert_unit = None
         if experts is not None:
             expert_unit = Unit(experts, mesh.expert_shard, mesh.expert_replicas, **given)
-        found.append(LayerSchedule(unit, expert_unit, attention.windowed(spec.window(index)), ffn, moe))
+        parts = (unit, expert_unit, attention.windowed(spec.window(index)), ffn, moe)
+        module = index - spec.num_hidden_layers
+        if module < 0:
+            found.append(LayerSchedule(*parts))
+            continue
+        found.append(MtpSchedule(*parts, index=module, norms=ffn.norms))
+        if not training.mtp_loss_coef:  # no loss reaches it
+            for one in found[-1].units:
+                one.undecayed = [(0, one.valid)]
     return found
 
 

@@ -10,6 +10,7 @@ from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import flat_host, prepared, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
+from mopsim.program.further import FurtherLayers
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
 from mopsim.program.units import ShardedUnit, joined, of_component
@@ -18,7 +19,7 @@ from mopsim.program.workload import Work
 from mopsim.spec.strategy import Dense, Experts
 
 
-class Shards:
+class Shards(FurtherLayers):
     """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full
     gradient is reduced right after its backward.
 
@@ -166,9 +167,6 @@ class Shards:
         self._release(unit, phase, ready)
         if self.each and phase == "backward":
             self._reduce(unit, ready)
-
-    def begin(self, name: str) -> None:
-        """Before the backward of the embedding."""
 
     def _begin_loss(self, _: int) -> None:
         """A loss in strips makes the head's gradient in its forward."""

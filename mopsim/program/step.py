@@ -14,7 +14,7 @@ from mopsim.program.passes import Passes
 from mopsim.program.reads import LOSS, GradNorms
 from mopsim.program.split_backward import second_half
 from mopsim.program.stage import Stage
-from mopsim.program.template import Hooks, Memory, Ops
+from mopsim.program.template import Memory, Ops, merged
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec import pipeline_order
@@ -136,7 +136,7 @@ class StageStep:
         ready = self._embed() if part == 0 else self._receive("forward", microbatch, part)
         for layer in self.stage.chunks[chunk]:
             self._visit("forward", layer)
-            waits = self.shards.before(layer, "forward", self.stage.chunks[chunk])
+            waits = self.shards.before(layer, "forward", self.shards.forward_order(layer, chunk))
             updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
             self.boundaries.before("forward", microbatch, layer, ready)
             template = self.passes.forward(layer)
@@ -155,8 +155,9 @@ class StageStep:
             return
         ready = self._loss(ready, "norm")
         for layer in self.stage.extra:  # each predicts from the hidden state before it
-            ready = issue.play(self.passes.projection("forward"), layer, ready)
-            template, waits = self.passes.forward(layer), self.shards.before(layer, "forward", [layer])
+            ready = self.shards.projected(self.passes.projection("forward"), layer, "forward", ready)
+            template, order = self.passes.forward(layer), self.shards.forward_order(layer, chunk)
+            waits = self.shards.before(layer, "forward", order)
             hooks = self.shards.beside(template, layer, "forward")
             ready = issue.play(template, layer, (*ready, *waits), hooks)
             self.shards.after(layer, "forward")
@@ -214,7 +215,8 @@ class StageStep:
         issue.hold(self.passes.left)
 
     def _loss_backward(self, microbatch: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
-        """All cross entropies, then MTP layers, then the model's final norm."""
+        """All cross entropies, then MTP layers, whose gradient of a hidden state is added to its loss's,
+        then the model's final norm."""
         c, issue, extra = self.c, self.issue, self.stage.extra
         if not extra:
             ready = issue.play(self.passes.loss("backward"), -1, ready)
@@ -228,8 +230,9 @@ class StageStep:
         for layer in reversed(extra):
             ready = issue.play(self.passes.loss("backward", "norm"), -1, ready)
             ready = self._layer_backward(microbatch, layer, ready, order, final)
-            ready = issue.play(self.passes.projection("backward"), layer, ready)
-            # the two gradients of one hidden state are added
+            ready = self.shards.projected(self.passes.projection("backward"), layer, "backward", ready)
+            if self.shards.adds_in_place:
+                continue
             add, memory = (Work("memory_bound", bytes=3.0 * c.hidden),), (("activations", -c.hidden - kept),)
             ready = (issue.add("gradients added", "compute", "vocabulary", "backward", add, ready, memory),)
         return issue.play(self.passes.loss("backward", "norm"), -1, ready)
@@ -258,7 +261,7 @@ class StageStep:
         waits = self.shards.before(layer, "backward", order)
         waits += self.boundaries.before("backward", microbatch, layer, ready)
         template = self.passes.backward(layer)
-        beside = _merged(
+        beside = merged(
             self.shards.beside(template, layer, "backward"), self.boundaries.beside(template, layer)
         )
         ready = self.issue.play(template, layer, (*ready, *waits), beside)
@@ -392,8 +395,3 @@ class StageStep:
                 self.issue.add("gather parameters", stream_of(sent.group), part, "forward", (sent,))
                 for part, sent in gathering(self.c, [unit])
             )
-
-
-def _merged(first: Hooks, second: Hooks) -> Hooks:
-    """Hooks of both, at one place those of the first before the others."""
-    return {place: (*first.get(place, ()), *second.get(place, ())) for place in {**first, **second}}

@@ -16,6 +16,11 @@ Hooks = Mapping[int, Sequence[Callable[[int], None]]]
 """What is issued inside a template, by the place that it comes before; it gets the op of the place before."""
 
 
+def merged(first: Hooks, second: Hooks) -> Hooks:
+    """Hooks of both, at one place those of the first before the others."""
+    return {place: (*first.get(place, ()), *second.get(place, ())) for place in {**first, **second}}
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """Ops recorded once and issued for every layer and microbatch that runs alike.

@@ -16,7 +16,7 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, mop
+from mopsim.strategies import fsdp2, mop, zero_offload
 from tests.exec.spawn import pool
 from tests.plans import plan_of, split
 
@@ -50,8 +50,8 @@ def modules(name: str) -> Plan:
 
 
 def flat(name: str) -> Plan | None:
-    """Without MTP modules; None where flat_units refuses the network."""
-    model = replace(load_model(name), num_nextn_predict_layers=0)
+    """None where flat_units refuses the network."""
+    model = load_model(name)
     strategy = mop(2, **_fitting(model, FLAT))
     return small(model, strategy, **AUXILIARY) if runnable(strategy, model) is None else None
 
@@ -112,17 +112,27 @@ def test_what_no_preset_has(switch: str) -> None:
     stages = split(2, dtype="float64", pipeline_parallel=2)
     for strategy in (mop(2, **FLAT), stages, split(2, dtype="float64", expert_parallel=2)):
         if runnable(strategy, model) is None:
-            check(small(model, strategy))
+            check(small(model, strategy, **AUXILIARY))
 
 
 @pytest.mark.parametrize(
     "strategy",
     [
         fsdp2(2, **EVERYTHING),
+        mop(2, **FLAT),
+        mop(2, **FLAT | {"context_parallel": 1}, fsdp=1),
+        zero_offload(2, dtype="float64", loss="full"),
         split(2, dtype="float64", context_parallel=2),
         split(2, dtype="float64", tensor_parallel=2),
     ],
-    ids=["fully_shard", "split_modules, context", "split_modules, tensor"],
+    ids=[
+        "fully_shard",
+        "flat_units",
+        "flat_units, whole",
+        "ZeRO-Offload",
+        "split_modules, context",
+        "split_modules, tensor",
+    ],
 )
 def test_mtp_modules_read_tokens_that_do_not_count(strategy: Strategy) -> None:
     model = replace(load_model("tiny"), num_nextn_predict_layers=2)
@@ -133,11 +143,12 @@ def test_mtp_modules_read_tokens_that_do_not_count(strategy: Strategy) -> None:
     "strategy",
     [
         fsdp2(2, **EVERYTHING),
+        mop(2, **FLAT),
         split(2, dtype="float64"),
         split(2, dtype="float64", tensor_parallel=2, expert_parallel=2),
         split(2, dtype="float64", expert_parallel=2, optimizer_on_host=1.0),
     ],
-    ids=["fully_shard", "split_modules", "split_modules, tensor", "split_modules, host"],
+    ids=["fully_shard", "flat_units", "split_modules", "split_modules, tensor", "split_modules, host"],
 )
 def test_what_no_loss_reaches_is_left_as_it_is(strategy: Strategy) -> None:
     """No weight decay either, as of torch's AdamW: MTP modules without weight shrank with every step."""

@@ -54,6 +54,9 @@ def cases(world: int) -> dict[str, Plan]:
             ),
             batch=2 * world,
         ),
+        "mop_mtp": plan(
+            strategies.mop(world, **everything), "60/3", model=replace(MODEL, num_nextn_predict_layers=2)
+        ),
         "mop_nested": plan(nested(strategies.mop(world, **everything)), "60/3"),
         "mop_host_update": plan(strategies.mop(world, **everything, optimizer="host")),
         "mop_microbatches": plan(strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world),
@@ -95,9 +98,9 @@ def trained(world: int) -> dict[str, Plan]:
     return found | {"mop_moved_experts": plan(moved, "95/4")}  # ranks hold different experts
 
 
-def plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
-    """A plan for MODEL on CPUs."""
+def plan(strategy: Strategy, routing: str = "balanced", batch: int = 0, model: ModelSpec = MODEL) -> Plan:
+    """A plan on CPUs."""
     smallest = strategy.data_groups * strategy.micro_batch
     clip = float(strategy.optimizer.overlap != "backward")
     training = TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing, clip_norm=clip)
-    return plan_of(MODEL, strategy, training, "cpu")
+    return plan_of(model, strategy, training, "cpu")

@@ -91,6 +91,9 @@ def test_support_names_the_field() -> None:
         "strategy.dense.tensor_parallel",
         "strategy.dense.zero",
     } <= fields
-    reason = runnable(mop(2), load_model("deepseek_v3"))
+    reason = runnable(mop(2), load_model("llama4_maverick"))
     assert reason is not None
-    assert reason.field == "model.num_nextn_predict_layers"
+    assert reason.field == "model.attention_chunk_size"
+    reason = runnable(mop(2, optimizer_overlap="backward"), load_model("deepseek_v3"))
+    assert reason is not None
+    assert reason.field == "strategy.optimizer.overlap"

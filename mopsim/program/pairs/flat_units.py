@@ -35,6 +35,8 @@ class FlatUnits(Shards):
     gradient is zeroed once the layer before it has been reduced, under whose recomputation that reduction
     ran. Memory is that of named buffers, moved as the host issues the ops."""
 
+    adds_in_place = True
+
     def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
         super().__init__(context, issue, stage)
         self.reducing: list[tuple[ShardedUnit, int | None]] = []
@@ -52,6 +54,24 @@ class FlatUnits(Shards):
             self._gather(unit, phase)
         self.ahead(layer, phase, order)
         return self._wait(self.c.layers[layer][0], phase)
+
+    def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
+        """See `FurtherLayers`. They are gathered like others."""
+        return (*self.stage.chunks[chunk], *self.stage.extra)
+
+    def after(self, layer: int, phase: str, ready: Ops = ()) -> None:
+        """See `Shards`. Rows of the embedding get their gradients from an MTP layer."""
+        super().after(layer, phase, ready)
+        if phase == "backward" and layer in self.stage.extra:
+            self.begin("embedding")
+
+    def projecting(self, template: Template, layer: int, phase: str) -> tuple[Ops, Hooks]:
+        """See `FurtherLayers`. The embedding is there to be read, and is reduced in a backward."""
+        unit = self.c.edges["embedding"]
+        if phase == "backward":
+            return (), {len(template.pieces): (lambda _: self._reduce(unit, ()),)}
+        waits = (*self.before(layer, phase, self.forward_order(layer, 0)), *self._wait(unit, phase))
+        return waits, {template.marks["embedded"]: (lambda _: self._release(unit, phase),)}
 
     def beside(self, template: Template, layer: int, phase: str) -> Hooks:
         """What happens inside of a layer, or of the loss (layer -1)."""

@@ -14,6 +14,7 @@ from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.flat_units import FlatUnits
 from mopsim.program.pairs.flat_update import PairUpdate
 from mopsim.program.pairs.from_tapes import TapedAttention, TapedExperts
+from mopsim.program.pairs.joined_pair import JoinedPair
 from mopsim.program.pairs.nested_experts import NestedExperts
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.passes import Passes
@@ -83,6 +84,30 @@ class Pairs(Passes):
             return super().embedding(direction)
         return self._made(("embedding",), self._embedding)
 
+    keeps_normed = False
+
+    def projection(self, direction: str) -> Template:
+        """Before an MTP layer; backward, of its tokens' embeddings: the rest is the layer's."""
+        make = self._joined if direction == "forward" else self._looked_up
+        return self._made(("projection", direction), make)
+
+    def _joined(self) -> Template:
+        c, b = self.context, self.recorder()
+        JoinedPair(c, b).forward(START)
+        return b.template()
+
+    def _looked_up(self) -> Template:
+        b = self.recorder()
+        b.adopt("grad", self.context.hidden)
+        self._add_rows(b)
+        b.drop("grad")
+        return b.template()
+
+    def backward(self, layer: int) -> Template:
+        """That of an MTP layer also goes through what is before it."""
+        further = layer >= self.context.model.num_hidden_layers
+        return self._made(("backward", self.key(layer), further), lambda: self._backward(layer))
+
     def _forward(self, layer: int) -> Template:
         c, b = self.context, self.recorder()
         b.adopt("x", c.hidden)
@@ -121,6 +146,8 @@ class Pairs(Passes):
         b.drop("x1")
         b.cut("experts")
         attention.backward(layer)
+        if layer >= c.model.num_hidden_layers:
+            JoinedPair(c, b).backward(layer)
         b.drop("x")
         return b.template()
 
@@ -155,9 +182,14 @@ class Pairs(Passes):
         return b.template()
 
     def _embedding(self) -> Template:
-        c, b = self.context, self.recorder()
+        b = self.recorder()
+        self._add_rows(b)
+        return b.template()
+
+    def _add_rows(self, b: Recorder) -> None:
+        """Gradients of tokens are added to those of the embedding's rows, slice by slice."""
+        c = self.context
         if c.reduce != c.b:
             b.spike(slice_rows(c.tokens) * c.model.hidden_size * c.reduce)
         work = Work("memory_bound", bytes=3.0 * c.hidden)
         b.compute("embedding", "embedding", "backward", -1, [work], START)
-        return b.template()

@@ -1,0 +1,32 @@
+"""What a stage's shards do around MTP layers, which predict further tokens and live beside the loss."""
+
+from collections.abc import Sequence
+
+from mopsim.program.builder import Builder
+from mopsim.program.stage import Stage
+from mopsim.program.template import Hooks, Ops, Template
+
+
+class FurtherLayers:
+    """Their parameters are gathered when they run. adds_in_place: whether the two gradients of a hidden state
+    that such a layer reads are one buffer."""
+
+    adds_in_place = False
+    stage: Stage
+    issue: Builder
+
+    def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
+        """Layers, of which `layer` is one, the next of which are gathered ahead in a forward."""
+        return [layer] if layer in self.stage.extra else self.stage.chunks[chunk]
+
+    def begin(self, name: str) -> None:
+        """Before the backward of the embedding."""
+
+    def projected(self, template: Template, layer: int, phase: str, ready: Ops) -> Ops:
+        """What is before such a layer runs."""
+        waits, hooks = self.projecting(template, layer, phase)
+        return self.issue.play(template, layer, (*ready, *waits), hooks)
+
+    def projecting(self, template: Template, layer: int, phase: str) -> tuple[Ops, Hooks]:
+        """What the projection before such a layer, a lookup among it, waits for, and what happens beside."""
+        return (), {}
