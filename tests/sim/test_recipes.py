@@ -279,3 +279,31 @@ def test_layers_of_stages_are_nvidias_recipes_in_programs_on_megatron_core_alone
     ):
         found = facts(row(model="deepseek_v3", num_layers="61", stack=stack, pp="8", vp="1"))
         assert ("strategy.pipeline.layers" in found.settings) == told, stack
+
+
+def test_primus_has_a_network_of_its_own_by_the_name_of_gpt_oss() -> None:
+    """MLPerf's file has windows and no shared expert, the others a shared expert and no windows."""
+    for notes, window, shared in (("MLPerf", 128, 0), ("the preset", 0, 2880)):
+        cells = row(model="gpt_oss_20b", stack="primus-2026", sharding="zero1", routing="forced", notes=notes)
+        found = read_case(cells | {"gpu": "mi355x-288g", "ep": "8"}, MODELS).network()
+        assert (found.qk_norm, found.expert_bias, found.swiglu_limit) == ("head", False, 0)
+        assert (found.sliding_window, found.shared_expert_intermediate_size) == (window, shared)
+        assert found.attention_sinks == (shared > 0)
+
+
+@pytest.mark.parametrize(
+    ("month", "notes", "moments"),
+    [("202604", "", "bfloat16"), ("202603", "", "stack"), ("202604", "fp32 gradients", "stack")],
+)
+def test_primus_has_narrow_states_by_its_files_since_april_2026(month: str, notes: str, moments: str) -> None:
+    cells = row(
+        model="deepseek_v3", stack="primus-2026", sharding="zero1", routing="forced", source_ref=month
+    )
+    found = facts(cells | {"gpu": "mi355x-288g", "notes": notes}).settings
+    assert found.get("strategy.precision.moments", "stack") == moments
+
+
+def test_a_run_without_checks_reads_nothing_for_them() -> None:
+    cells = row(stack="megatron-core", sharding="zero1", notes="no check for NaN in loss and gradients")
+    host = read_case(cells, MODELS).program().host
+    assert (host.loss_read, host.grads_read) == (False, False)
