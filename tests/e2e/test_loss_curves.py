@@ -47,7 +47,7 @@ def baseline(precision: DType) -> Strategy:
 
 def losses(folder: Path, strategy: Strategy, steps: int) -> list[float]:
     """The losses of `steps` optimizer steps of the real command on two ranks."""
-    training = TrainSpec(seq_len=64, global_batch=4, learning_rate=3e-3, clip_norm=0.5, seed=1)
+    training = TrainSpec(seq_len=64, global_batch=2, learning_rate=3e-3, clip_norm=0.5, seed=1)
     io.write_yaml(
         folder / "plan.yaml",
         Plan(

@@ -15,14 +15,16 @@ from mopsim.common.errors import MopError
 from tests.exec.spawn import run_command
 from tests.exec.test_other_strategy import fsdp2_plan, in_float64, split_plan
 from tests.exec.train_plans import small_plan
-from tests.exec.train_runs import UNTIMED, common, losses, train_as_ranks, write_inputs
+from tests.exec.train_runs import TRAINING, UNTIMED, common, losses, train_as_ranks, write_inputs
 
 
 @pytest.mark.parametrize("runtime", ["flat_units", "fully_shard"])
 def test_evaluation_disturbs_nothing(runtime, tmp_path):
     inputs = write_inputs(tmp_path)
     (inputs / "held.txt").write_text("a line of other text, some 12 words long, 1 of many\n" * 200)
-    plan = in_float64(small_plan(2)) if runtime == "flat_units" else fsdp2_plan(2, recompute="full")
+    plan = (
+        in_float64(small_plan(2, **TRAINING)) if runtime == "flat_units" else fsdp2_plan(2, recompute="full")
+    )
     io.write_yaml(inputs / "plan.yaml", plan)
     asked = ["--eval-data", str(inputs / "held.txt"), "--eval-every", "1", "--eval-batches", "2"]
     for name, arguments in (("plain", []), ("asked", asked)):
@@ -61,7 +63,7 @@ def test_a_batch_of_which_nothing_counts_counts_as_nothing(tmp_path):
     chats(tmp_path / "chats.jsonl", ["because of 9"] * 30)
     found = {}
     for name, plan in {
-        "flat": in_float64(small_plan(2, warmup_steps=2)),
+        "flat": in_float64(small_plan(2, **TRAINING)),
         "fsdp2": fsdp2_plan(2),
         "split": split_plan(2, pipeline_parallel=2),
     }.items():

@@ -8,7 +8,7 @@ from mopsim.common import io
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Precision
 from tests.exec.train_plans import small_plan
-from tests.exec.train_runs import UNTIMED, losses, train_as_ranks, write_inputs
+from tests.exec.train_runs import TRAINING, UNTIMED, losses, train_as_ranks, write_inputs
 from tests.plans import split
 
 FLOAT64 = Precision(compute="float64", param="float64", reduce="float64", grad="float64", master="param",
@@ -22,23 +22,23 @@ def in_float64(plan):
 def fsdp2_plan(world_size, **options):
     strategy = strategies.fsdp2(world_size, dtype="float64", **options)
     return msgspec.structs.replace(
-        small_plan(warmup_steps=2), strategy=strategy, stack=load_stack(strategy.stack)
+        small_plan(**TRAINING), strategy=strategy, stack=load_stack(strategy.stack)
     )
 
 
 def split_plan(world_size, **options):
     strategy = split(world_size, dtype="float64", **options)
     stack = load_stack(strategy.stack)
-    return msgspec.structs.replace(small_plan(warmup_steps=2), strategy=stack.resolve(strategy), stack=stack)
+    return msgspec.structs.replace(small_plan(**TRAINING), strategy=stack.resolve(strategy), stack=stack)
 
 
 def test_the_losses_go_on_as_if_undisturbed(tmp_path):
     inputs = write_inputs(tmp_path)
     plans = [
-        in_float64(small_plan(2, warmup_steps=2)),
+        in_float64(small_plan(2, **TRAINING)),
         fsdp2_plan(4, tensor_parallel=2, context_parallel=2, context_exchange="ring", expert_parallel=2),
         split_plan(4, pipeline_parallel=2, tensor_parallel=2, expert_tensor_parallel=2),
-        in_float64(small_plan(1, warmup_steps=2)),
+        in_float64(small_plan(1, **TRAINING)),
     ]
     out, whole = tmp_path / "parts", tmp_path / "whole"
     for number, plan in enumerate(plans):

@@ -23,6 +23,7 @@ from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
 from tests.exec.train_runs import (
     TEXT,
+    TRAINING,
     UNTIMED,
     common,
     fake_as_ranks,
@@ -222,7 +223,7 @@ def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, caps
     before = sorted(whole[0].rglob("*"))
     other = tmp_path / "inputs"
     shutil.copytree(inputs, other)
-    io.write_yaml(other / "plan.yaml", small_plan(warmup_steps=2, seq_len=32))
+    io.write_yaml(other / "plan.yaml", small_plan(**TRAINING, seq_len=32))
     assert "is not empty" in refused(inputs, "--steps", "6")
     line = refused(other, "--steps", "9", "--resume")
     assert "plan.training.seq_len: 32 is not the 64 that checkpoint" in line

@@ -21,9 +21,13 @@ UNTIMED = ("--profile-steps", "0")
 """Of a run whose measurement is not read: a step whose kernels are timed takes several times as long."""
 
 
+TRAINING = {"warmup_steps": 2, "global_batch": 2}
+"""Two microbatches of a step: their gradients are added, and more take longer and do the same again."""
+
+
 def write_inputs(folder):
     """plan.yaml and text.txt in `folder`, where the cache of the runs goes too; returns it."""
-    io.write_yaml(folder / "plan.yaml", small_plan(warmup_steps=2))
+    io.write_yaml(folder / "plan.yaml", small_plan(**TRAINING))
     (folder / "text.txt").write_text(TEXT)
     return folder
 
