@@ -307,3 +307,14 @@ def test_a_run_without_checks_reads_nothing_for_them() -> None:
     cells = row(stack="megatron-core", sharding="zero1", notes="no check for NaN in loss and gradients")
     host = read_case(cells, MODELS).program().host
     assert (host.loss_read, host.grads_read) == (False, False)
+
+
+def test_legacy_grouped_products_of_primus_are_in_bf16_and_add_their_gradients() -> None:
+    cells = row(
+        model="qwen3_30b_a3b", stack="primus-2026", sharding="zero1", routing="forced", precision="fp8"
+    )
+    for notes, dtype, added in (("legacy grouped products", "compute", "composed"), ("", "recipe", "fused")):
+        kernels = (
+            read_case(cells | {"gpu": "mi355x-288g", "ep": "8", "notes": notes}, MODELS).program().kernels
+        )
+        assert (kernels.expert_dtype, kernels.weight_grads) == (dtype, added)
