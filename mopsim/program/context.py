@@ -237,6 +237,12 @@ class Context:
         return self.stack.gathered(self.strategy.precision) if unit.layer >= 0 else self.b
 
     @property
+    def one_weight(self) -> bool:
+        """Whether embedding and head share a weight, of which both gradients are added before anything gets
+        them (Sharding.tied)."""
+        return self.stack.sharding.tied == "one" and self.model.tie_word_embeddings
+
+    @property
     def one_by_one(self) -> bool:
         """Whether parameters are gathered, used and freed one after the other (Sharding.groups)."""
         return self.stack.sharding.groups == "each" and self.reshards

@@ -278,8 +278,8 @@ class Passes:
             rows = c.edges["embedding"].padded
             moved = 2.0 * rows * (c.b + c.grad) if self._in_buffers else 0.0  # zeros, rows, and their sum
             work = Work("memory_bound", bytes=3.0 * c.hidden + moved)
-            added = self._in_buffers or (not c.shards_params and c.training.num_microbatches(c.strategy) > 1)
-            whole = rows * c.b if added else 0
+            again = not c.shards_params and c.training.num_microbatches(c.strategy) > 1
+            whole = rows * c.b if self._in_buffers or again or c.one_weight else 0
             made = (("grads", whole), ("grads", -whole)) if whole else ()
             memory = (*made, *self._input)  # torch makes the whole gradient before it is added to its sum
             draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), memory)

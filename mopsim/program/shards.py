@@ -11,6 +11,7 @@ from mopsim.program.context import Context
 from mopsim.program.data_parallel import flat_host, prepared, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.further import FurtherLayers
+from mopsim.program.shared_weight import Edges
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
 from mopsim.program.units import ShardedUnit, joined, of_component
@@ -19,7 +20,7 @@ from mopsim.program.workload import Work
 from mopsim.spec.strategy import Dense, Experts
 
 
-class Shards(FurtherLayers):
+class Shards(FurtherLayers, Edges):
     """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full
     gradient is reduced right after its backward.
 
@@ -106,7 +107,8 @@ class Shards(FurtherLayers):
         if not self.copied:
             return {}
         if layer < 0:
-            early = self._has_head and self.c.strategy.vocabulary.loss in ("chunked", "ring")
+            early = self._has_head or (self.stage.is_last and self.c.one_weight)
+            early = early and self.c.strategy.vocabulary.loss in ("chunked", "ring")
             return {0: (self._begin_loss,)} if early and phase == "forward" else {}
         found: dict[int, list[Callable[[int], None]]] = {}
 
@@ -138,26 +140,20 @@ class Shards(FurtherLayers):
 
     def edge(self, name: str, phase: str) -> Ops:
         """Gathers that the embedding or the head waits for."""
-        if name not in self.c.edges or not self.c.shards_params:
+        here = name in self.c.edges or (self.copied and self.c.one_weight)
+        if not here or not self.c.shards_params:
             return ()
         return self._wait(self.edge_unit(name), phase)
-
-    def edge_unit(self, name: str) -> ShardedUnit:
-        """torch's FSDP2 has final norm and head in one group of parameters, unless other ranks share the
-        head."""
-        unit, final = self.c.edges.get(name), self.c.edges["final"]
-        if name != "head" or not self.copied or (unit and unit.group != final.group):
-            assert unit is not None
-            return unit
-        if unit is None:
-            return final
-        return replace(joined([final, unit]), name=unit.name)
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """The embedding or the head has run; its full gradient came and went if this was its backward."""
         if name not in self.c.edges:
+            if self.c.one_weight and phase == "backward":
+                self.weight_waits(phase)
             return
         unit = self.edge_unit(name)
+        if self.c.one_weight and name == "embedding" and phase == "backward":
+            self.weight_done()
         if self.copied and phase == "backward":
             self._reduce(unit, ready)
             return
@@ -170,6 +166,9 @@ class Shards(FurtherLayers):
 
     def _begin_loss(self, _: int) -> None:
         """A loss in strips makes the head's gradient in its forward."""
+        if self.c.one_weight:
+            self.weight_waits("forward")
+            return
         unit = self.edge_unit("head")
         if unit.name not in self._opened:
             self._make_gradients(unit, unit.numel, "forward")
@@ -299,7 +298,8 @@ class Shards(FurtherLayers):
     def _release(self, unit: ShardedUnit, phase: str, ready: Ops = ()) -> None:
         """Full parameters are freed, where they are."""
         root = unit.layer < 0 and self.c.stack.sharding.fsdp
-        root = root and not (unit.name == "embedding" and self._modules) and not self.c.one_by_one
+        alone = unit.name == "embedding" and self._modules and not self.c.one_weight
+        root = root and not alone and not self.c.one_by_one
         kept = root or not self.c.reshards if phase == "forward" else self.sums.stays
         if kept or self._there.pop(unit.name, None) is None:
             return  # FSDP's root is gathered once a microbatch

@@ -105,6 +105,10 @@ class Sharding(Spec, frozen=True, kw_only=True):
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards). false: each is sharded over as many ranks as the strategy asks.
     agreements: at the end of a step ranks sum the loss and each router's load, in one exchange each.
+    tied: embedding and head that share a weight. `apart`: the weight is gathered for each, and each makes
+    and sums a gradient of it. `one`: they are one group with the final norm, which stays from the
+    embedding's forward to its backward; the gradient that the head makes waits for the embedding's, as
+    torch's autograd adds both before anything gets them.
     groups: parameters that are gathered and reduced together. `layers`: those of a layer, and those of the
     root, which is gathered once a microbatch. `modules`: as `layers`, and the embedding, the head with the
     final norm, and a layer's routed experts are separate groups too. `each`: every module is a group, and
@@ -140,6 +144,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     loop_copies: float = 0.0
     one_mesh: bool = False
     agreements: bool = False
+    tied: Literal["apart", "one"] = "apart"
     groups: Literal["layers", "modules", "each"] = "layers"
 
     @property

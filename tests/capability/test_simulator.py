@@ -283,8 +283,8 @@ def left_to_the_stack() -> dict[str, Job]:
     ranks, and norms, run again; products in 8 bits; narrow moments and parameters on the host; tensor ranks
     that split rows of two sequences or hold all rows, and two readers of each; sends of an interleaved
     pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that HybridEP brings;
-    heads' norms; layers that are turns of a loop, and experts of a fixed room; rotary embeddings by torch;
-    values that are narrower than keys.
+    heads' norms; a weight that embedding and head share; layers that are turns of a loop, and experts of a
+    fixed room; rotary embeddings by torch; values that are narrower than keys.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -332,6 +332,7 @@ def left_to_the_stack() -> dict[str, Job]:
         "rows of HybridEP": replace(
             job, strategy=megatron(8, expert_parallel=2, token_dispatcher="hybridep", recompute="none")
         ),
+        "one weight": replace(whole, model=structs.replace(whole.model, tie_word_embeddings=True)),
         "norms of heads": replace(job, model=structs.replace(job.model, qk_norm="head")),
         "looped": replace(
             whole,
