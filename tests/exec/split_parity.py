@@ -8,11 +8,11 @@ from mopsim.spec.plan import Plan
 from tests.exec.flat_parity import differences, make_tokens, my_batches, reference
 from tests.exec.spawn import end_groups
 
-STEPS = 3
+STEPS = 2
 
 
 def compare(platform: Platform, cases: dict[str, tuple[Plan, str]]) -> dict[str, dict[str, float]]:
-    """By case, on the first rank, the largest relative differences: of loss and norm of three clipped
+    """By case, on the first rank, the largest relative differences: of loss and norm of two clipped
     steps, of the loss of an evaluation in between, of each gradient and each weight of the last.
     """
     found = {}

@@ -1,5 +1,5 @@
 """Every mechanism of split_modules, and those that fully_shard shares with it, alone and together, equal the
-single-device model: loss, gradients, weights after three clipped steps.
+single-device model: loss, gradients, weights after two clipped steps.
 """
 
 from collections.abc import Callable

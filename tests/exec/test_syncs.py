@@ -112,12 +112,12 @@ def test_what_waits_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_that_is_added_to_a_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ffn.add_swiglu_
+    plain = ffn.add_ffn_
 
-    def with_sync(target: Tensor, hidden: Tensor, weights: Any, prefix: str) -> None:
-        plain(target, hidden, weights, prefix)
+    def with_sync(target: Tensor, *given: Any) -> None:
+        plain(target, *given)
         assert target.sum().item() == 0
 
-    monkeypatch.setattr(ffn, "add_swiglu_", with_sync)
+    monkeypatch.setattr(ffn, "add_ffn_", with_sync)
     with pytest.raises(HostSync, match=r"dense_ffn|shared_experts"):
         _step("cuda", {})
