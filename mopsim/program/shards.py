@@ -97,9 +97,11 @@ class Shards(FurtherLayers, Edges):
             self.ahead(-1, "forward", order)
 
     def turn(self, order: Sequence[int]) -> None:
-        """The forward is over: torch's FSDP2 gathers for the backward's first layers beside the loss."""
+        """The forward is over: torch's FSDP2 gathers for the backward's first layers beside the loss, unless
+        its group is the embedding's, after which no layer goes backward."""
         if self.copied:
             self._free_deferred("forward")
+        if self.copied and not self.c.one_weight:
             self.ahead(-1, "backward", order)
 
     def beside(self, template: Template, layer: int, phase: str) -> Hooks:

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests.parity.test_memory_parity import FULL, SMALL, TWO, _check, _check_stages, _split
@@ -86,6 +87,13 @@ def test_one_weight_under_fsdp2(options: dict[str, Any], loss: Any) -> None:
         options = options | {"loss_chunk_tokens": 128}
     strategy = fsdp2(2, **options, loss=loss)
     _check(TIED, strategy, TrainSpec(seq_len=512, global_batch=2 * strategy.data_groups), 0.01)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_published_width(recompute: Any) -> None:
+    """The peak is in the loss, beside which nothing is gathered for the backward."""
+    model = msgspec.structs.replace(load_model("gpt_h1024_l12"), num_hidden_layers=4)
+    _check(model, fsdp2(8, recompute=recompute), TrainSpec(seq_len=1024, global_batch=16), 0.003)
 
 
 def test_one_weight_under_split_modules() -> None:
