@@ -9,21 +9,10 @@ from torch import Tensor
 from mopexec.measure.tracker import component, phase
 from mopexec.model.attention import project, value_width
 from mopexec.operators.attention import AttentionBlock, Saved, Weights
-from mopsim.spec.model import ModelSpec
 
 _PREFIX = "attention."
 _AFTER = ("o_proj.weight", "o_proj.bias", "sinks")
 """Parameters that the projections do not use."""
-
-
-def needs_composed(spec: ModelSpec) -> bool:
-    """Whether the network's projections are more than products, a norm of each head and rotated halves."""
-    return (
-        spec.attention == "mla"
-        or spec.attention_bias != "none"
-        or spec.qk_norm == "full"
-        or spec.rope_interleave
-    )
 
 
 class ComposedAttention(AttentionBlock):

@@ -72,8 +72,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if not kernels.NOW.rotary:
         return rotate(x, cos, sin, interleaved)
     width = 2 * cos.shape[-1]
-    pairs = (x[..., 0:width:2], x[..., 1:width:2], x[..., width:])
-    halves = torch.cat(pairs, dim=-1) if interleaved else x
+    pairs, rest = (x[..., 0:width:2], x[..., 1:width:2]), x[..., width:]
+    halves = torch.cat((*pairs, rest) if rest.shape[-1] else pairs, dim=-1) if interleaved else x
     found: Tensor = _Rotation.apply(halves, cos, sin)  # type: ignore[no-untyped-call]
     return found
 

@@ -280,6 +280,7 @@ def _cuda_backward(
             **_sides(q, core),
         )  # fmt: skip
         return found[0].view(q.shape), found[1].view(k.shape), found[2].view(v.shape)
+    inside = [] if q.is_cuda else _workspace(q, k)
     if _windowed(q, core):
         lse, seed, unused = saved
         grads: tuple[Tensor, Tensor, Tensor] = _ATEN._flash_attention_backward(
@@ -287,7 +288,6 @@ def _cuda_backward(
             scale=core.scale, **_sides(q, core),
         )  # fmt: skip
         return grads
-    inside = [] if q.is_cuda else _workspace(q, k)
     lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
     dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
         grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),

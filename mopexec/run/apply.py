@@ -8,7 +8,7 @@ import torch
 from mopexec.distributed.mesh import Mesh, build_mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import state
-from mopexec.flat.composed import ComposedAttention, needs_composed
+from mopexec.flat.composed import ComposedAttention
 from mopexec.flat.contents import layer_contents, outer_contents
 from mopexec.flat.flat_units import FlatModel, FlatRunner, routed_layers
 from mopexec.flat.layer import LayerSchedule
@@ -127,7 +127,7 @@ def _layers(
     degree = strategy.attention.context_parallel
     exchange = SequenceExchange(mesh.sequence, strategy.micro_batch, training.seq_len // degree)
     with category("activations"):
-        block = ComposedAttention if needs_composed(spec) else AttentionBlock
+        block = ComposedAttention if spec.composes_projections else AttentionBlock
         attention = block(spec, exchange, dtype, platform.device)
     ffn = DenseBlock(spec, strategy.dense.chunk_tokens)
     moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None

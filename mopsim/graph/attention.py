@@ -181,7 +181,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     if shapes.flash or not by_heads:
         working = rows * (qk + 1) * 4 + shared * rows * (qk + v_width) * b
         if not shapes.accumulates:
-            working = shared * (2 * mine[1].bytes + mine[2].bytes)
+            working = _in_turn(mine, seq, model.window(layer), b) if shared or model.window(layer) else 0.0
         core = _flash(core, names, working, rows * 4)
     else:
         core = _kept(core, rows * seq, model.dropout > 0, b)
@@ -189,6 +189,15 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     if by_heads:
         return [*before, core, *home]
     return [*before, *_of_blocks(core, values, before[0])]
+
+
+def _in_turn(values: tuple[Value, ...], seq: int, window: int, b: int) -> float:
+    """Bytes of the gradients of the query heads that share keys one to one, and of these keys and values: of
+    a block of a window's queries alone, with its mask (mopexec/operators/attention_core.py: _cpu_backward).
+    """
+    (_, k, v), rows, keys = values, min(window or seq, seq), min(2 * window - 1 if window else seq, seq)
+    each = 1 if rows == seq else keys / seq
+    return k.bytes * (rows / seq + each) + v.bytes * each + (rows * keys * b if rows < seq else 0)
 
 
 def _of_blocks(core: Kernel, values: tuple[Value, ...], exchange: Kernel) -> list[Kernel]:

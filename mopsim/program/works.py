@@ -18,10 +18,13 @@ from mopsim.graph.rewrites.projections import (
     gradients_added,
     heads_apart,
     inputs_copied,
+    latents_split,
     lengths_read,
+    norms_after,
     rows_apart,
     rows_exchanged,
     rows_fused,
+    sliced,
     split,
     summed_apart,
     tables_gathered,
@@ -81,6 +84,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         kernels = gated_within(kernels)
     once = context.strategy.experts.sends_once
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm, once)
+    if run.rotary == "wide":
+        found = sliced(found, model.rotary_dim / model.head_dim, model.rope_interleave)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:
         found = sinks_apart(found, run.compiled)
@@ -105,9 +110,11 @@ def projected(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ..
     """The kernels with norms and rotations of the projections as the program composes them; the norm before
     them, of an explicit runtime, is made by slices (mopexec.operators.rows)."""
     run = context.stack.kernels
-    ways = {"norm": run.norm, "rotary": run.rotary}
-    first, *rest = kernels
-    return first, *composed(tuple(rest), ways, context.b, context.wide, context.model.ffn_matrices - 1)
+    ways = {"norm": run.norm, "rotary": run.rotary, "sequence_exchange": run.sequence_exchange}
+    model = context.model
+    first, *rest = norms_after(latents_split(kernels))
+    found = composed(tuple(rest), ways, context.b, context.wide, model.ffn_matrices - 1)
+    return first, *sliced(found, model.rotary_dim / model.head_dim, model.rope_interleave)
 
 
 def attended(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

@@ -172,11 +172,14 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     @property
     def rotary_dim(self) -> int:
         """Elements of a head that rotary positions turn."""
-        return (
-            self.qk_rope_head_dim
-            if self.attention == "mla"
-            else int(self.head_dim * self.partial_rotary_factor)
-        )
+        latent = self.attention == "mla"
+        return self.qk_rope_head_dim if latent else int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def composes_projections(self) -> bool:
+        """Whether they are more than products, a norm of each head and rotated halves."""
+        more = self.attention_bias != "none" or self.qk_norm == "full" or self.rope_interleave
+        return more or self.attention == "mla"
 
     @property
     def num_dense_layers(self) -> int:

@@ -64,6 +64,17 @@ multi_latent_attention.py): pairs put apart, two products, half of one negated, 
 concatenations of the queries' 64 alone, as of the keys' that all heads share; then queries and keys put
 together, values made contiguous. Back: products, a difference and slices of these 64; gradients of both
 projections put together. Little of it is contiguous."""
+CHUNKS = ComposedKernel(
+    TensorPasses(9, 0, 7, strided=2 + JOINED, along=6), TensorPasses(8.5, 0, 8, strided=2, along=5),
+    working=(1.0, 0.0), back_working=(1.0, 0.0),
+)  # fmt: skip
+WIDE_CHUNKS = ComposedKernel(
+    TensorPasses(3, 8, 8, strided=2 + JOINED, along=2, along_wide=2),
+    TensorPasses(6.5, 8, 13, strided=2, along=2, along_wide=2), working=(0.0, 2.0), back_working=(-0.5, 2.0),
+)  # fmt: skip
+"""Halves as torch.chunk gives them, whose gradients are put together, times tables in fp32: products, a
+difference and a sum are in fp32 too, their concatenation is cast, and so is the gradient of each product
+(mopexec/operators/rope.py: rotate)."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
 WEIGHTED = TensorPasses(2, 0, 1, strided=1, along=2)
@@ -341,6 +352,12 @@ def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return (LATENT_HALVES if len(kernel.writes) == 3 else HALVES).of(kernel, wider, wings)
 
 
+def _chunks(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Of latents only a part is rotated, before keys and values are made: in less than these take."""
+    found = (WIDE_CHUNKS if wider > 1 else CHUNKS).of(kernel, wider, wings)
+    return replace(found, scratch=(), back_scratch=()) if len(kernel.writes) == 3 else found
+
+
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return beside(kernel, kernel.writes[0].bytes, None, SUM)
 
@@ -353,6 +370,7 @@ _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, 
     ("rotary", "by_token"): (lambda one: one.name == "rope" and len(one.reads) == 2, BY_TOKEN.of),
     ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
     ("rotary", "gathered"): (lambda one: one.name.startswith("rope"), _halves),
+    ("rotary", "wide"): (lambda one: one.name.startswith("rope"), _chunks),
     ("rotary", "composed"): (lambda one: one.name == "rope", ROTARY.of),
     ("activation", "composed"): (lambda one: one.name == "act", GATED.of),
     ("activation", "strided"): (lambda one: one.name == "act", STRIDED.of),

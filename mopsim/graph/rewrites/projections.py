@@ -105,6 +105,50 @@ def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ..
     return each(kernels, change)
 
 
+def norms_after(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Norms of queries and keys, each right after the product that makes them."""
+    found = [kernel for kernel in kernels if kernel.name not in ("q_norm", "k_norm")]
+    for norm in (kernel for kernel in kernels if kernel.name in ("q_norm", "k_norm")):
+        source = next(i for i, one in enumerate(found) if norm.reads[0] in (v.name for v in one.writes))
+        found.insert(source + 1, norm)
+    return tuple(found)
+
+
+def sliced(kernels: tuple[Kernel, ...], share: float, neighbours: bool) -> tuple[Kernel, ...]:
+    """Rotations of queries and keys apart, of which a share turns, or neighbours do: autograd writes the
+    gradient of each slice into zeros and adds both. What is in fp32 is of the share, and the rest of a head
+    is put beside it."""
+
+    def one(kernel: Kernel) -> Kernel:
+        apart = neighbours or (share < 1.0 and kernel.back_scratch)  # one kernel turns a part where it lies
+        if not kernel.name.startswith("rope_") or not apart:
+            return kernel
+        size = kernel.writes[0].bytes
+        if not kernel.back_scratch:
+            return replace(kernel, back_scratch=(("activations", (2 + (share < 1.0)) * size),))
+        inside, back = (sum(each for _, each in steps) for steps in (kernel.scratch, kernel.back_scratch))
+        least = round((1.0 + share) / 2.0 * inside)
+        again = max(2 * size, round((1.0 + share) / 2.0 * (back + size / 2) + share * size / 2) - size)
+        return replace(kernel, scratch=(("activations", least),), back_scratch=(("activations", again),))
+
+    return tuple(map(one, kernels))
+
+
+def latents_split(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Latent attention whose queries are split by views: the backward makes the gradient of their projection
+    where it comes to it, after those of keys and values."""
+    place = next((i for i, kernel in enumerate(kernels) if kernel.name == "rope"), 0)
+    if not place or "q0" not in kernels[place].reads:
+        return kernels
+    parts = replace(made(kernels)["q0"], name="q_parts", bytes=0)
+    split = Kernel("q_split", "view", kernels[place].component, ("q0",), (parts,))
+    rotated = kernels[place]
+    first = next(i for i, kernel in enumerate(kernels) if kernel.writes[:1] == (made(kernels)["q0"],)) + 1
+    reads = tuple("q_parts" if name == "q0" else name for name in rotated.reads)
+    around = (*kernels[:first], split, *kernels[first:])
+    return tuple(replace(one, reads=reads) if one is rotated else one for one in around)
+
+
 def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]) -> tuple[Kernel, ...]:
     """Rows of products that are apart, in one kernel each: the rotary embedding of queries and of keys, and
     gates of these names, SiLU and product, which keep what they read."""

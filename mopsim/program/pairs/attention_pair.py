@@ -27,13 +27,6 @@ class AttentionPair(Rows):
         self.sums = self.N * self.heads * context.wide
         in_turn = not context.shapes.accumulates
         self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks)) if in_turn else 1
-        self.workspace = 0 if in_turn else self._workspace()
-
-    def _workspace(self) -> int:
-        """Of FlashAttention-2's backward: dq and its row sums in fp32, and dk and dv of every query head."""
-        elements = self.N * self.heads * self.d
-        expanded = 0 if self.heads // self.D == self.kv // self.kv_blocks else 2 * elements * self.c.b
-        return elements * 4 + self.N * self.heads * 4 + expanded
 
     def kernels(self, layer: int, backward: bool, *names: str) -> list[Work]:
         return self.works(attention(self.c.model, self.c.shapes, layer), backward, *names)
@@ -155,9 +148,8 @@ class AttentionPair(Rows):
         whole = {"dq": local_q, "dk": local_kv, "dv": local_kv}
         for name, size in whole.items():
             b.make(f"{name}_whole", size)
-        b.spike(self.workspace)
-        if self.repeats > 1:
-            b.spike(local_q // self.repeats + 2 * local_kv)
+        core = attention(self.c.model, self.c.shapes, layer).by_name["attention_core"]
+        b.spike(sum(size for _, size in core.back_scratch))
         works = self.kernels(layer, True, "attention_core")
         if self.repeats > 1:
             works.append(self.elementwise(local_q + 3 * local_kv * self.repeats, 2, 3 * self.repeats))

@@ -1,5 +1,5 @@
-"""Parts of a layer of which no pair is written, from their tapes: attention other than grouped queries, and
-experts whose backward autograd runs."""
+"""Parts of a layer of which no pair is written, from their tapes: attention whose projections autograd runs,
+and experts whose backward autograd runs."""
 
 from msgspec.structs import replace
 
@@ -7,7 +7,7 @@ from mopsim.graph.attention import attention
 from mopsim.graph.experts import router
 from mopsim.graph.liveness import NOTHING, Recomputation, backward, everything, forward
 from mopsim.graph.rewrites.recompute import plan
-from mopsim.graph.tape import Tape
+from mopsim.graph.tape import Kernel, Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.fragment import kept_experts
@@ -34,14 +34,15 @@ class TapedAttention:
         """The gradient of x1 becomes that of x: one takes the other's place. The projections run again, with
         all that autograd keeps of them, beside the gradients of their results, which go last."""
         c, b, tape = self.c, self.b, self._tape(layer)
-        before, after = _parts(tape)
-        again = everything(before)
+        before, after = _parts(tape, c.stack.kernels.rotary == "wide" and c.wide > c.b)
+        again, values = everything(before), before.values
         last = play(b, c, backward(after, _around_core(after)), "backward", layer)
         last = play(b, c, forward(before, again), "backward", layer, [last])
-        for name in before.outputs:
-            b.adopt(f"{name} again", before.values[name].bytes)
-        b.drop(*(f"{name} again" for name in before.outputs))  # less is alive in what follows
         play(b, c, backward(before, again), "backward", layer, [last])
+        for name in before.outputs:
+            b.adopt(f"{name} again", values[name].bytes)
+            b.adopt(f"grad {name}", values[name].bytes)
+        b.drop(*(f"{word}" for name in before.outputs for word in (f"{name} again", f"grad {name}")))
         b.adopt("grad_hidden", c.hidden)
         b.drop("grad_hidden")
 
@@ -52,17 +53,32 @@ class TapedAttention:
 
     def _tape(self, layer: int) -> Tape:
         tape = attention(self.c.model, self.c.shapes, layer)
-        return replace(tape, kernels=attended(projected(tape.kernels, self.c), self.c))
+        kernels = attended(projected(tape.kernels, self.c), self.c)
+        split = any(kernel.name == "q_split" for kernel in kernels)
+        return replace(tape, kernels=kernels, held=(("q0", "rope"),) if split else ())
 
 
-def _parts(tape: Tape) -> tuple[Tape, Tape]:
-    """What makes queries, keys and values, and what follows."""
-    names = ("sequence_to_heads", "attention_core")
+def _parts(tape: Tape, cast: bool) -> tuple[Tape, Tape]:
+    """What makes queries, keys and values, and what follows. cast: rotations are in a wider dtype."""
+    names = ("stack", "attention_core")
     at = next(i for i, kernel in enumerate(tape.kernels) if kernel.name in names)
-    results = tape.kernels[at].reads[:3]
+    traded = [kernel.reads[0] for kernel in tape.kernels[at:] if kernel.name == "stack"]
+    results = tuple(traded[:3]) or tape.kernels[at].reads[:3]
     given = tuple(tape.values[name] for name in results)
-    before = replace(tape, kernels=tape.kernels[:at], outputs=results)
+    held = tuple(_held(kernel, results, cast) for kernel in tape.kernels[:at])
+    before = replace(tape, kernels=held, outputs=results)
     return before, replace(tape, inputs=(*tape.inputs, *given), kernels=tape.kernels[at:])
+
+
+def _held(kernel: Kernel, results: tuple[str, ...], cast: bool) -> Kernel:
+    """Whoever asks for the backward holds the gradients of results until its end, those too that a rotation
+    would be done with once they are cast."""
+    if kernel.writes[0].name not in results:
+        return kernel
+    early = cast and kernel.name.startswith("rope_")
+    more = (("activations", kernel.writes[0].bytes),) if early else ()
+    given = tuple(replace(one, grad=False) for one in kernel.writes)
+    return replace(kernel, writes=given, back_scratch=(*kernel.back_scratch, *more))
 
 
 def _around_core(tape: Tape) -> Recomputation:
@@ -70,9 +86,9 @@ def _around_core(tape: Tape) -> Recomputation:
     core = next(i for i, kernel in enumerate(tape.kernels) if kernel.name == "attention_core")
     kept = frozenset(tape.kernels[core].saves)
     dropped = frozenset(tape.kept) - kept
-    makers = {i for i, kernel in enumerate(tape.kernels) if dropped & {value.name for value in kernel.writes}}
-    regions = ({i for i in makers if i < core}, {i for i in makers if i > core})
-    return Recomputation(dropped, tuple(frozenset(region) for region in regions if region), kept)
+    product = next(i for i, kernel in enumerate(tape.kernels) if kernel.name == "o_proj")
+    home = frozenset(i for i in range(core + 1, product) if tape.kernels[i].writes)
+    return Recomputation(dropped, (home,) if home else (), kept)
 
 
 class TapedExperts(Rows):

@@ -156,7 +156,7 @@ class Pairs(Passes):
         return (NestedExperts if nested else ExpertsPair)(self.context, b, ffn)
 
     def _attention(self, b: Recorder) -> AttentionPair | TapedAttention:
-        kind = AttentionPair if self.context.model.attention == "gqa" else TapedAttention
+        kind = TapedAttention if self.context.model.composes_projections else AttentionPair
         return kind(self.context, b)
 
     def _loss_forward(self) -> Template:

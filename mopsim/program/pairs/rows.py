@@ -62,7 +62,7 @@ class Rows:
         if self.fused_norm:
             return memory_work(float(rows * size * 6 * self.width), 4)
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
-        held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * heads * self.wide
+        held = (3 if slices > 1 else 2) * part * (size + heads) * self.wide
         self.b.spike(held + (1 + self.cast) * size // heads * self.wide, "activations")
         narrow, passes, launches = (7, 22, 20) if self.centred and heads == 1 else (4, 16, 15)
         return self.pass_(rows, size, narrow * self.width + passes * self.wide, launches, 2 + self.centred)
