@@ -74,6 +74,8 @@ def mechanisms(plan: Plan) -> list[str]:
         f"runtime {plan.stack.runtime or 'none'}": True,
         "latent attention": m.attention == "mla",
         "sliding windows": m.sliding_window > 0,
+        "attention within chunks": m.attention_chunk_size > 0,
+        "layers without rotary positions": not m.full_attention_rotary,
         "dense layers between MoE layers": len(m.mlp_only_layers) > 0,
         "attention sinks": m.attention_sinks,
         "LayerNorm": m.norm == "layernorm",

@@ -170,8 +170,9 @@ def _unseen(plan: Plan, name: str) -> bool:
     """Whether the loss does not depend on a parameter that every token reads: the bias of keys that are not
     rotated moves all scores of a query alike, and its gradient is rounding."""
     model = plan.model
-    plain = model.learned_positions and not model.attention_sinks and model.qk_norm == "none"
-    return bool(plain) and name.endswith("k_proj.bias")
+    plain = not model.attention_sinks and model.qk_norm == "none" and name.endswith("k_proj.bias")
+    layer = int(name.split(".")[1]) if name.startswith("layers.") else model.num_hidden_layers
+    return plain and not model.rotates(layer)
 
 
 def _relative(ours: Tensor, theirs: Tensor, least: float) -> float:

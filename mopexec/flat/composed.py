@@ -35,7 +35,7 @@ class ComposedAttention(AttentionBlock):
                 leaves = [hidden.view(*shape, -1).requires_grad_()]
                 leaves += [value.detach().requires_grad_() for value in own.values()]
                 named = dict(zip(own, leaves[1:], strict=True))
-                found = project(spec, named, leaves[0], self.cos, self.sin)
+                found = project(spec, named, leaves[0], self.cos, self.sin, rotates=self.rotates)
             grad_hidden, *rest = torch.autograd.grad(found, leaves, outer)
             del found, outer, leaves, named
             for name, value in zip(own, rest, strict=True):
@@ -50,7 +50,8 @@ class ComposedAttention(AttentionBlock):
     def _received(self, x: Tensor, weights: Weights) -> list[Tensor]:
         hidden = self.norms.forward(x, weights, "attention_norm")
         rows = hidden.view(self.exchange.batch, self.exchange.seq, -1)
-        found = list(project(self.spec, self._own(weights), rows, self.cos, self.sin))
+        own = self._own(weights)
+        found = list(project(self.spec, own, rows, self.cos, self.sin, rotates=self.rotates))
         del hidden, rows
         received = []
         while found:

@@ -16,7 +16,7 @@ from mopexec.operators.again import kept
 from mopexec.operators.attention_core import Core, causal_backward, causal_forward
 from mopexec.operators.documents import Documents
 from mopexec.operators.fused import OPS
-from mopexec.operators.rope import rotate, softmax_scale
+from mopexec.operators.rope import rotate
 from mopsim.spec.model import ModelSpec
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor, Core, Tensor | None], Tensor]
@@ -85,7 +85,7 @@ class SelfAttention(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
-        self.what = Core(softmax_scale(spec), spec.window(layer))
+        self.what, self.rotates = Core.of(spec, layer), spec.rotates(layer)
         (_add_latent if spec.attention == "mla" else _add_grouped)(self, spec, dtype, device)
         width = spec.num_attention_heads * value_width(spec)
         output_bias = spec.attention_bias == "qkvo"
@@ -100,7 +100,9 @@ class SelfAttention(nn.Module):
         """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
         documents.
         """
-        q, k, v = project(self.spec, dict(self.named_parameters()), x, cos, sin, self.rows)
+        q, k, v = project(
+            self.spec, dict(self.named_parameters()), x, cos, sin, self.rows, rotates=self.rotates
+        )
         out = self.core(q, k, v, replace(self.what, documents=documents), self.sinks)
         del q, k, v
         result: Tensor = self.o_proj(out.flatten(2))
@@ -168,18 +170,20 @@ class OwnRows:
 
 
 def project(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: QueryRows | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: QueryRows | None = None, *,
+    rotates: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], not rotated where positions are learned,
     and values, of normed x [B, S, H].
 
     weights: of the block, by their names in it; of as many heads as they have.
     """
-    return (_latent if spec.attention == "mla" else _grouped)(spec, weights, x, cos, sin, rows or OwnRows())
+    given = (spec, weights, x, cos, sin, rows or OwnRows())
+    return _latent(*given) if spec.attention == "mla" else _grouped(*given, rotates)
 
 
 def _grouped(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: QueryRows
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: QueryRows, rotates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = []
     for name, rows in zip("qkv", source.products(weights, ("q_proj", "k_proj", "v_proj"), x), strict=True):
@@ -191,7 +195,7 @@ def _grouped(
             rows = normed(rows, norm, spec.rms_norm_eps)
         found.append(rows)
     q, k, v = found
-    if spec.learned_positions:
+    if not rotates:
         return q, k, v
     return rotated(q, cos, sin, spec.rope_interleave), rotated(k, cos, sin, spec.rope_interleave), v
 

@@ -44,7 +44,7 @@ def _graph(function: Function) -> Function:
 def _queries(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block = layer.attention
     weights = dict(block.named_parameters())
-    return project(block.spec, weights, layer.attention_norm(x), cos, sin, block.rows)
+    return project(block.spec, weights, layer.attention_norm(x), cos, sin, block.rows, rotates=block.rotates)
 
 
 @_graph

@@ -12,7 +12,7 @@ from mopexec.measure.tracker import component, phase
 from mopexec.operators import kernels
 from mopexec.operators.attention_core import Core, causal_backward, causal_forward
 from mopexec.operators.norms import LayerNorms
-from mopexec.operators.rope import Positions, rope_tables, rotate_, softmax_scale
+from mopexec.operators.rope import Positions, rope_tables, rotate_
 from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.operators.ulysses import SequenceExchange, project_backward
 from mopsim.spec.layout import SLICE_ROWS
@@ -25,22 +25,22 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...]]
 class AttentionBlock:
     """Attention of every layer for one microbatch shape.
 
-    core: of a full layer; `windowed` gives the block of a layer with a window.
+    `of_layer` gives the block of a layer, which has a `core` and rotates queries and keys or not.
     """
 
     def __init__(
         self, spec: ModelSpec, exchange: SequenceExchange, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.spec, self.exchange, self.norms = spec, exchange, LayerNorms.of(spec)
-        self.core = Core(softmax_scale(spec))
+        self.core, self.rotates = Core.of(spec, 0), spec.rotates(0)
         start = exchange.group.place * exchange.seq
         self.positions = Positions(partial(rope_tables, spec, start, start + exchange.seq, dtype, device))
         self._rows = row_slices(exchange.seq)
 
-    def windowed(self, window: int) -> "AttentionBlock":
-        """The same block for layers that attend to `window` tokens (0: all)."""
+    def of_layer(self, layer: int) -> "AttentionBlock":
+        """The same block for a layer: its window or chunks, with or without rotary positions."""
         block = copy.copy(self)
-        block.core = Core(self.core.scale, window)
+        block.core, block.rotates = Core.of(self.spec, layer), self.spec.rotates(layer)
         return block
 
     @property
@@ -130,7 +130,7 @@ class AttentionBlock:
                     part.copy_(
                         rms_norm(part, weights[f"attention.{name}_norm.weight"], self.spec.rms_norm_eps)
                     )
-        if not self.spec.learned_positions:
+        if self.rotates:
             rotate_(self._by_position(packed), self.cos, self.sin, self._rows)
         return packed
 
@@ -175,7 +175,7 @@ class AttentionBlock:
 
     def _unrotate_(self, packed: list[Tensor]) -> None:
         """Gradients of rotated queries and keys become those before the rotation."""
-        for part in [] if self.spec.learned_positions else packed:
+        for part in packed if self.rotates else []:
             rotate_(self._by_position(part), self.cos, self.sin, self._rows, inverse=True)
 
     def _projection_backward(

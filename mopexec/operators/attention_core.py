@@ -6,6 +6,7 @@ float32 and float64, so there (tests only) the quadratic formula stands in. Shap
 padded with zeros on the way in.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from mopexec.operators import cudnn, kernels
 from mopexec.operators import sinks as attention_sinks
 from mopexec.operators.documents import Documents, cumulative, spans
 from mopexec.operators.kernels import HALF, on_gpu
+from mopexec.operators.rope import softmax_scale
+from mopsim.spec.model import ModelSpec
 
 _ATEN: Any = torch.ops.aten
 Saved = tuple[Any, ...]
@@ -27,14 +31,36 @@ Saved = tuple[Any, ...]
 @dataclass(frozen=True)
 class Core:
     """What a layer's attention computes beyond its inputs. scale: of the products of queries and keys.
-    window: tokens that a query attends to, itself included; 0: all before it. documents: that it does not
-    leave. causal: False where every query attends to all keys (a block of keys before them).
+    window: tokens that a query attends to, itself included; 0: all before it. chunk: tokens of the chunks of
+    a sequence within which it attends; 0: it is one. documents: that it does not leave. causal: False where
+    every query attends to all keys (a block of keys before them).
     """
 
     scale: float
     window: int = 0
     documents: Documents = ()
     causal: bool = True
+    chunk: int = 0
+
+    @classmethod
+    def of(cls, spec: ModelSpec, layer: int) -> "Core":
+        """Of a layer of the network."""
+        width, chunked = spec.window(layer), spec.attention_chunk_size > 0
+        return cls(softmax_scale(spec), 0 if chunked else width, chunk=width if chunked else 0)
+
+    def over(self, q: Tensor) -> "Core":
+        """The same for queries [B, S, ..]: chunks are documents, within those that there are."""
+        batch, length = q.shape[:2]
+        if not 0 < self.chunk < length:
+            return self
+        return replace(
+            self, documents=_in_chunks(self.documents or ((length,),) * batch, self.chunk), chunk=0
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _in_chunks(documents: Documents, chunk: int) -> Documents:
+    return tuple(tuple(sorted({*ends, *range(chunk, ends[-1], chunk)})) for ends in documents)
 
 
 def causal_forward(
@@ -44,6 +70,7 @@ def causal_forward(
 
     sinks: a logit for each query head that takes attention away.
     """
+    core = core.over(q)
     if core.documents and not _packed_kernel(q, sinks):
         return _documents_forward(q, k, v, core, sinks)
     if q.is_cuda and q.dtype not in HALF:
@@ -63,6 +90,7 @@ def causal_backward(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and the sinks from that of `out`; all as the inputs' shapes."""
+    core = core.over(q)
     if core.documents and not _packed_kernel(q, sinks):
         return _documents_backward(grad, q, k, v, out, saved, core, sinks)
     if q.is_cuda and q.dtype not in HALF:
@@ -100,7 +128,7 @@ def _cudnn_backward(
 
 def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
     """Whether one kernel takes all documents of a microbatch, by their ends."""
-    return q.is_cuda and q.dtype in HALF and sinks is None
+    return on_gpu(q) and q.dtype in HALF and sinks is None
 
 
 def _documents_forward(
@@ -251,7 +279,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, 
     them: of documents [B * S, heads, d], one behind the other.
     """
     if core.documents:
-        ends, longest = cumulative(core.documents, q.device)
+        ends, longest = _ends(core, q)
         out, *rest = _ATEN._flash_attention_forward(
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, longest, longest, 0.0, True, False,
             scale=core.scale, **_sides(q, core),
@@ -271,22 +299,24 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, 
 def _cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inside = [] if q.is_cuda else _workspace(q, k)
     if core.documents:
         lse, seed, unused, ends = saved
-        longest = cumulative(core.documents, q.device)[1]
+        longest = _ends(core, q)[1]
         flat = (t.flatten(0, 1) for t in (grad, q, k, v, out))
         found = _ATEN._flash_attention_backward(
             *flat, lse, ends, ends, longest, longest, 0.0, True, seed, unused, scale=core.scale,
             **_sides(q, core),
         )  # fmt: skip
+        del inside
         return found[0].view(q.shape), found[1].view(k.shape), found[2].view(v.shape)
-    inside = [] if q.is_cuda else _workspace(q, k)
     if _windowed(q, core):
         lse, seed, unused = saved
         grads: tuple[Tensor, Tensor, Tensor] = _ATEN._flash_attention_backward(
             grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, unused,
             scale=core.scale, **_sides(q, core),
         )  # fmt: skip
+        del inside
         return grads
     lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
     dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
@@ -295,6 +325,12 @@ def _cuda_backward(
     )  # fmt: skip
     del inside
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _ends(core: Core, q: Tensor) -> tuple[Tensor, int]:
+    """`cumulative` of the documents; tensors without data are of one run alone, and not kept for another."""
+    found = cumulative.__wrapped__ if isinstance(q, FakeTensor) else cumulative
+    return found(core.documents, q.device)
 
 
 def _sides(q: Tensor, core: Core) -> dict[str, int]:

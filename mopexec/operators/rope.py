@@ -13,7 +13,8 @@ from mopexec.operators import kernels
 from mopexec.operators.documents import Documents, positions
 from mopexec.operators.dtypes import wide
 from mopexec.operators.fused import OPS
-from mopsim.spec.model import ModelSpec, RopeScaling
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.rope import RopeScaling
 
 
 def rope_tables(

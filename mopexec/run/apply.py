@@ -140,7 +140,7 @@ def _layers(
         expert_unit = None
         if experts is not None:
             expert_unit = Unit(experts, mesh.expert_shard, mesh.expert_replicas, **given)
-        parts = (unit, expert_unit, attention.windowed(spec.window(index)), ffn, moe)
+        parts = (unit, expert_unit, attention.of_layer(index), ffn, moe)
         module = index - spec.num_hidden_layers
         if module < 0:
             found.append(LayerSchedule(*parts))

@@ -20,7 +20,10 @@ _FIXED = ("seq_len", "global_batch", "routing", "document_tokens", "seed")
 """Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
 
 
-_LATER = ("mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor")
+_LATER = (
+    "mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor", "ffn_activation",
+    "norm_bias", "full_attention_rotary", "attn_temperature_tuning", "expert_inputs_weighted",
+)  # fmt: skip
 """Fields of ModelSpec that no digest of all of them had."""
 
 

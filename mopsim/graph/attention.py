@@ -19,7 +19,8 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     N, H, b = shapes.tokens, model.hidden_size, shapes.width
     x, y = Value("x", N * H * b), Value("y", N * H * b)
     kernels = [norm("attention_norm", "x", "h", N, H, b, _C)]
-    projected, values = (_mla if model.attention == "mla" else _gqa)(model, shapes)
+    rotates = model.rotates(layer)
+    projected, values = _mla(model, shapes) if model.attention == "mla" else _gqa(model, shapes, rotates)
     kernels += projected
     kernels += _core(model, shapes, layer, values)
     _, v_width = attention_widths(model)
@@ -69,7 +70,7 @@ def linear(
     )  # fmt: skip
 
 
-def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+def _gqa(model: ModelSpec, shapes: Shapes, rotates: bool) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
     """fused: one product for q, k and v, and one kernel that rotates q and k."""
     N, H, b, d = shapes.region_tokens, model.hidden_size, shapes.width, model.head_dim
     heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
@@ -86,7 +87,7 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
         kernels = [*first, joint]
     normed = model.qk_norm != "none"
     kernels += [_head_norm(name, model, N, int(sizes[name]), b) for name in "qk"] if normed else []
-    if model.learned_positions:
+    if not rotates:
         q, k = (Value(f"{name}{int(normed)}", made[name].bytes) for name in "qk")
         return kernels, (q, k, made["v"])
     sources = tuple(f"{name}{int(normed)}" for name in "qk")

@@ -132,18 +132,19 @@ def llama4_layers(r: ConfigReader) -> Fields:
     step = period_of(r, "interleave_moe_layer_step")
     listed, rotary = layer_list(r, "moe_layers"), layer_flags(r, "no_rope_layers")
     period = period_of(r, "no_rope_layer_interval")
-    r.read |= {"attn_temperature_tuning", "floor_scale", "attn_scale"}
-    left = ["layers without rotary positions are taken with them, their attention as not tempered"]
-    left += ["norms of queries and keys, which have no weights, are left out"] * r.flag("use_qk_norm")
-    left += ["the weights of experts multiply their outputs, not their inputs"]
+    r.read |= {"floor_scale", "attn_scale"}
+    key = "attn_temperature_tuning"  # older configs have a number
+    tuned = r.flag(key) if isinstance(r.word(key), bool) else r.integer(key) > 0
+    left = ["norms of queries and keys, which have no weights, are left out"] * r.flag("use_qk_norm")
     routed = dense_layers(r, lambda at: at in listed if r.has("moe_layers") else (at + 1) % step == 0)
     chunks = _chunks(r, lambda at: rotary[at] == 1 if rotary else (at + 1) % period != 0)
-    return {"assumptions": tuple(left), **routed, **chunks}
+    full = len(chunks.get("layer_types", ())) > 0 or chunks.get("sliding_window_period", 1) > 1
+    apart = {"full_attention_rotary": not full, "attn_temperature_tuning": full and tuned}
+    return {"assumptions": tuple(left), **apart, **routed, **chunks}
 
 
 def _chunks(r: ConfigReader, usual: Callable[[int], bool]) -> Fields:
-    """Of layers that attend within chunks, which mopexec refuses; without any it would train what is left out
-    here."""
+    """Of layers that attend within chunks; without any all would be without rotary positions."""
     key = "attention_chunk_size"
     found = {} if r.is_null(key) else windows(r, usual, key)
     if not found:

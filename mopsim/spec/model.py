@@ -7,49 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 from mopsim.common.errors import Rules, require_name
 from mopsim.common.io import Spec
+from mopsim.spec.rope import RopeScaling
 
 DESCRIPTION = ("name", "source", "assumptions", "total_params", "active_params")
 """Fields of a ModelSpec that say something about the network and do not change it."""
-
-
-class RopeScaling(Spec, frozen=True, kw_only=True):
-    """Scaling of rotary frequencies, in the keys of Hugging Face's `rope_scaling`. They change numbers, no
-    shapes.
-
-    rope_type: `default`: no scaling. `yarn`: YaRN (arXiv 2309.00071), which interpolates low frequencies and
-    keeps high ones. `llama3`: Llama 3.1's, the same with other bounds. factor: how much longer sequences may
-    be than original_max_position_embeddings. original_max_position_embeddings: tokens of a sequence in the
-    first training. beta_fast: YaRN keeps a frequency that makes more turns than this within that length.
-    beta_slow: YaRN interpolates a frequency that makes fewer turns. truncate: YaRN's bounds are rounded to
-    whole pairs of elements. mscale: weight of the length in the size of the rotated vectors (YaRN in
-    DeepSeek's configs); 0: YaRN's own rule. mscale_all_dim: the same in the scale of the softmax.
-    low_freq_factor: Llama 3.1 interpolates a frequency that makes fewer turns. high_freq_factor: Llama 3.1
-    keeps a frequency that makes more turns.
-    """
-
-    rope_type: Literal["default", "yarn", "llama3"] = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-
-    def _rules(self) -> Rules:
-        for field, low, high in (
-            ("factor", 1.0, 1e6), ("original_max_position_embeddings", 0, 2**40), ("beta_fast", 1e-3, 1e6),
-            ("beta_slow", 1e-3, 1e6), ("mscale", 0.0, 100.0), ("mscale_all_dim", 0.0, 100.0),
-            ("low_freq_factor", 1e-3, 1e6), ("high_freq_factor", 1e-3, 1e6),
-        ):  # fmt: skip
-            yield low <= getattr(self, field) <= high, field, f"must lie between {low:g} and {high:g}"
-        known = self.rope_type == "default" or self.original_max_position_embeddings >= 1
-        rule = f"must be at least 1 with rope_type {self.rope_type!r}"
-        yield known, "original_max_position_embeddings", rule
-        rule = f"must be below high_freq_factor {self.high_freq_factor:g}"
-        yield self.low_freq_factor < self.high_freq_factor, "low_freq_factor", rule
 
 
 MOST_LAYERS, MOST_TOKENS = 10_000, 2**40
@@ -97,14 +58,17 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     groups with the best expert (DeepSeek-V2). `noaux_tc`: in the groups with the best two experts together
     (DeepSeek-V3). n_group: groups of experts. topk_group: groups that a token is limited to. swiglu_limit:
     limit that clamps the gate and up products of experts, with up + 1, as in GPT-OSS; 0: plain SwiGLU.
-    swiglu_alpha: factor of the gate in its sigmoid, if there is a limit. rms_norm_eps: term that a norm adds
-    to the mean of squares. rope_theta: base of rotary angles. rope_interleave: rotary positions turn
+    swiglu_alpha: factor of the gate in its sigmoid, if there is a limit. expert_inputs_weighted: the weights
+    of the chosen experts multiply their inputs, not their outputs (Llama 4). rms_norm_eps: term that a norm
+    adds to the mean of squares. rope_theta: base of rotary angles. rope_interleave: rotary positions turn
     neighbouring elements, not elements half a head apart. partial_rotary_factor: part of a head that is
-    turned, without MLA. rope_scaling: scaling of rotary frequencies, for longer sequences than in the first
-    training. dropout: rate for the outputs of attention and FFN, and for the attention weights where they are
-    kept. total_params: the published count, which is compared and never used in a calculation. active_params:
-    the same of active parameters. source: where the numbers are from. assumptions: facts that the source does
-    not state.
+    turned, without MLA. full_attention_rotary: layers without a window have rotary positions; False: only
+    windowed ones (arXiv 2501.18795). attn_temperature_tuning: queries of layers without them are scaled by
+    their position (Llama 4). rope_scaling: scaling of rotary frequencies, for longer sequences than in the
+    first training. dropout: rate for the outputs of attention and FFN, and for the attention weights where
+    they are kept. total_params: the published count, which is compared and never used in a calculation.
+    active_params: the same of active parameters. source: where the numbers are from. assumptions: facts that
+    the source does not state.
     """
 
     name: str
@@ -152,12 +116,15 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
     n_group: int = 1
     topk_group: int = 1
+    expert_inputs_weighted: bool = False
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 1.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_interleave: bool = False
     partial_rotary_factor: float = 1.0
+    full_attention_rotary: bool = True
+    attn_temperature_tuning: bool = False
     rope_scaling: RopeScaling = RopeScaling()
     total_params: float | None = None
     active_params: float | None = None
@@ -210,6 +177,10 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         if self.layer_types:
             return width if self.layer_types[layer] != "full_attention" else 0
         return width if layer % self.sliding_window_period == 0 else 0
+
+    def rotates(self, layer: int) -> bool:
+        """Whether queries and keys of `layer` have rotary positions."""
+        return not self.learned_positions and (self.full_attention_rotary or self.window(layer) > 0)
 
     @property
     def layer_words(self) -> list[LayerType]:
@@ -364,6 +335,11 @@ def _attention(m: ModelSpec) -> Rules:
     even = bool(m.learned_positions) or (m.rotary_dim >= 2 and m.rotary_dim % 2 == 0)
     of = f" of head_dim {m.head_dim}" if part != 1 else ""
     yield even, rotated, f"must be even{of}: rotary positions turn pairs of elements"
+    windowed = bool(m.sliding_window or m.attention_chunk_size)
+    rule = "must be True where no layer has a window: no layer would have rotary positions"
+    yield m.full_attention_rotary or windowed, "full_attention_rotary", rule
+    tuned = m.attn_temperature_tuning and m.full_attention_rotary
+    yield not tuned, "attn_temperature_tuning", "needs full_attention_rotary False: it is of the others"
     if not latent:
         for field in _MLA:
             yield getattr(m, field) == 0, field, "must be 0 for gqa"

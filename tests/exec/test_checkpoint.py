@@ -231,7 +231,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_field(field, value, line):
     assert line in str(refusal.value)
 
 
-LATER = ("mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor")
+LATER = (
+    "mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor", "ffn_activation",
+    "norm_bias", "full_attention_rotary", "attn_temperature_tuning", "expert_inputs_weighted",
+)  # fmt: skip
 """Fields from after there were checkpoints."""
 
 

@@ -97,6 +97,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "rotation of part of a head": {"partial_rotary_factor": 0.5},
     "rotation of neighbours in part of a head": {"partial_rotary_factor": 0.5, "rope_interleave": True},
     "dense layers between": {"num_hidden_layers": 5, "mlp_only_layers": (2, 4)},
+    "layers within chunks, others without rotation": {
+        "attention_chunk_size": 7, "full_attention_rotary": False, "attention_bias": "none",
+        "layer_types": (*["chunked_attention"] * 3, "full_attention"),
+    },
     "windows of some layers": {
         "sliding_window": 5, "layer_types": (*["sliding_attention"] * 3, "full_attention"),
     },

@@ -320,20 +320,6 @@ def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
 
 
 MOP_OPTIONS: dict[str, Any] = {"expert_parallel": 2, "context_parallel": 2, "expert_chunk_tokens": 512}
-
-
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("loss", ["ring", "chunked", "full"])
-@pytest.mark.parametrize("modules", [1, 2])
-def test_mtp_modules_under_mop(modules: int, loss: str, kind: str) -> None:
-    how: dict[str, Any] = {"loss": loss, "vocab_parallel": 1 + (loss == "ring")}
-    how |= {"chunk_tokens": 700 * (loss == "chunked")}
-    options = MOP_OPTIONS | {"optimizer": "device", "offload_inputs": False}
-    strategy = changed(mop(2, **options), vocabulary=how)
-    model = msgspec.structs.replace(MTP, num_nextn_predict_layers=modules)
-    _check(model, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01, kind)
-
-
 MOP = mop(2, **MOP_OPTIONS, vocab_parallel=2)
 
 

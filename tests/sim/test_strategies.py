@@ -93,7 +93,7 @@ def test_support_names_the_field() -> None:
     } <= fields
     reason = runnable(mop(2), load_model("llama4_maverick"))
     assert reason is not None
-    assert reason.field == "model.attention_chunk_size"
+    assert reason.field == "model.expert_inputs_weighted"
     reason = runnable(mop(2, optimizer_overlap="backward"), load_model("deepseek_v3"))
     assert reason is not None
     assert reason.field == "strategy.optimizer.overlap"

@@ -69,7 +69,7 @@ class AttentionPair(Rows):
             works += self.kernels(layer, False, f"{name}_proj") * copies
             if name != "v":
                 works += self._head_norm(name)
-                works += self._rotate(size)
+                works += self._rotate(size, layer)
         b.compute("projections", _C, phase, layer, works, *waits)
         b.drop("hidden")
         waiting = None
@@ -157,7 +157,7 @@ class AttentionPair(Rows):
         b.drop("grad_out", "q", "k", "v", "out", "sums")
         for name, size in whole.items():
             waiting = self._to_positions(layer, f"{name}_whole", name, size)
-        works = self._rotate(local_q) + self._rotate(local_kv)
+        works = self._rotate(local_q, layer) + self._rotate(local_kv, layer)
         b.compute("rotate", _C, phase, layer, works, waiting)
 
     def _to_positions(self, layer: int, source: str, target: str, size: int) -> int | None:
@@ -213,10 +213,10 @@ class AttentionPair(Rows):
         self.b.spike(slice_rows(self.N) * width * (self.c.b + self.c.wide))
         return [self.pass_(self.N, width * self.D, 5 * self.c.b + 4 * self.c.wide, 9 * self.D)]
 
-    def _rotate(self, size: int) -> list[Work]:
+    def _rotate(self, size: int, layer: int) -> list[Work]:
         """Rotation in place, slice by slice of positions: one and a half slices of temporaries, of the part
-        of a head that turns. None with learned positions."""
-        if self.c.model.learned_positions:
+        of a head that turns. None in layers without rotary positions."""
+        if not self.c.model.rotates(layer):
             return []
         size = size * self.c.model.rotary_dim // self.d
         if self.fused_rotary:

@@ -1,0 +1,44 @@
+"""Predicted against tracked memory of MTP modules under the explicit schedule, and of layers that attend
+within chunks or have no rotary positions: as test_memory_parity."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
+from tests.parity.test_memory_parity import FULL, MOP_OPTIONS, MTP, SMALL, _check, _check_stages, _split
+from tests.plans import changed
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("loss", ["ring", "chunked", "full"])
+@pytest.mark.parametrize("modules", [1, 2])
+def test_mtp_modules_under_mop(modules: int, loss: str, kind: str) -> None:
+    how: dict[str, Any] = {"loss": loss, "vocab_parallel": 1 + (loss == "ring")}
+    how |= {"chunk_tokens": 700 * (loss == "chunked")}
+    options = MOP_OPTIONS | {"optimizer": "device", "offload_inputs": False}
+    strategy = changed(mop(2, **options), vocabulary=how)
+    model = msgspec.structs.replace(MTP, num_nextn_predict_layers=modules)
+    _check(model, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01, kind)
+
+
+CHUNKS = msgspec.structs.replace(
+    SMALL, attention_chunk_size=2048, sliding_window_period=2, full_attention_rotary=False,
+    num_attention_heads=32, moe_intermediate_size=16, shared_expert_intermediate_size=0,
+    intermediate_size=64,
+)  # fmt: skip
+"""Its peak is in the backward of attention."""
+
+
+def test_chunks_under_mop() -> None:
+    """By a GPU's kernel, which takes all chunks at once: a CPU's takes them one by one."""
+    strategy = mop(2, **MOP_OPTIONS, vocab_parallel=2)
+    _check(CHUNKS, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01)
+
+
+@pytest.mark.parametrize("recompute", [{"recompute": "none"}, FULL], ids=str)
+def test_chunks_under_modules(recompute: Any) -> None:
+    _check(CHUNKS, fsdp2(2, **recompute), TrainSpec(seq_len=8192, global_batch=2), 0.01)
+    _check_stages(_split(2, recompute | {"model": CHUNKS}), 0.01)
