@@ -20,7 +20,7 @@ _FIXED = ("seq_len", "global_batch", "routing", "document_tokens", "seed")
 """Of the plan's training, what a run cannot change (`check_state`), or what only a simulation reads."""
 
 
-_LATER = (
+LATER = (
     "mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor", "ffn_activation",
     "norm_bias", "full_attention_rotary", "attn_temperature_tuning", "expert_inputs_weighted",
 )  # fmt: skip
@@ -88,7 +88,7 @@ def _earlier_digests(model: ModelSpec) -> tuple[str, ...]:
     """Of all fields that there were, without notes; with the one on keys of a config that were not read; and
     from before there was one."""
     notes = [note for note in model.assumptions if not note.startswith(UNREAD)]
-    there = {k: v for k, v in io.to_plain(model).items() if k not in _LATER or k in sparse(model)}
+    there = {k: v for k, v in io.to_plain(model).items() if k not in LATER or k in sparse(model)}
     trained = {k: v for k, v in there.items() if k not in DESCRIPTION}
     return io.digest(trained), io.digest(there), io.digest({**there, "assumptions": notes})
 
