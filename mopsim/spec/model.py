@@ -335,6 +335,7 @@ def _attention(m: ModelSpec) -> Rules:
     even = bool(m.learned_positions) or (m.rotary_dim >= 2 and m.rotary_dim % 2 == 0)
     of = f" of head_dim {m.head_dim}" if part != 1 else ""
     yield even, rotated, f"must be even{of}: rotary positions turn pairs of elements"
+    yield not (latent and m.learned_positions), "learned_positions", "must be 0 for mla"
     windowed = bool(m.sliding_window or m.attention_chunk_size)
     rule = "must be True where no layer has a window: no layer would have rotary positions"
     yield m.full_attention_rotary or windowed, "full_attention_rotary", rule
@@ -371,6 +372,9 @@ def _groups(m: ModelSpec) -> Rules:
 def _numbers(m: ModelSpec) -> Rules:
     for field, low, high in _RANGES:
         yield low <= getattr(m, field) <= high, field, f"must lie between {low:g} and {high:g}"
+    gate, other = m.ffn_matrices == 3, "must be 'gelu', the default, where ffn_matrices is 3: SwiGLU's gate"
+    yield gate or not m.swiglu_limit, "swiglu_limit", "must be 0 where ffn_matrices is 2: there is no gate"
+    yield m.ffn_activation == "gelu" or not gate, "ffn_activation", other
     gated = "gates nothing: shared_expert_intermediate_size is 0"
     yield m.shared_expert_intermediate_size >= 1 or not m.shared_expert_gate, "shared_expert_gate", gated
     yield 0 <= m.dropout < 1, "dropout", "must lie in [0, 1)"

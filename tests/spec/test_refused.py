@@ -263,6 +263,8 @@ def test_a_missing_field_is_named(name: str) -> None:
             r"layer_types: .* which needs a sliding_window",
         ),
         ("model", ("partial_rotary_factor",), 0.5, r"partial_rotary_factor: 0\.5 must be 1 for mla"),
+        ("model", ("learned_positions",), 64, r"learned_positions: 64 must be 0 for mla"),
+        ("model", ("ffn_activation",), "relu2", r"ffn_activation: 'relu2' must be 'gelu'"),
         ("model", ("num_local_experts",), 0, r"must be 0 where num_local_experts is 0"),
         ("training", ("routing",), "101/2", r"training\.routing: '101/2' must be"),
         ("training", ("beta1",), 1.0, r"training\.beta1: 1\.0 must lie in \[0, 1\)"),
@@ -366,6 +368,12 @@ def test_fully_shard_shards_gradients(zero: Literal[0, 1]) -> None:
     rule = f"strategy.dense.zero: {zero} must be 2 or 3 under the stack mopexec-fsdp2"
     with pytest.raises(MopError, match=rule):
         load_stack("mopexec-fsdp2").check_strategy(strategy)
+
+
+def test_a_gate_is_clamped_where_there_is_one() -> None:
+    data = to_plain(load_model("nemotron_8b")) | {"swiglu_limit": 7.0}
+    with pytest.raises(MopError, match=r"model\.swiglu_limit: 7\.0 must be 0 where ffn_matrices is 2"):
+        convert(data, ModelSpec, "model", "model")
 
 
 def test_a_collective_that_is_missing_is_named() -> None:
