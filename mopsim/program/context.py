@@ -238,9 +238,9 @@ class Context:
 
     @property
     def one_weight(self) -> bool:
-        """Whether embedding and head share a weight, of which both gradients are added before anything gets
-        them (Sharding.tied)."""
-        return self.stack.sharding.tied == "one" and self.model.tie_word_embeddings
+        """Whether embedding and head of a stage share a weight, and its gradients a sum (Sharding.tied)."""
+        one = self.stack.sharding.tied == "one" and self.strategy.pipeline.pipeline_parallel == 1
+        return one and self.model.tie_word_embeddings
 
     @property
     def one_by_one(self) -> bool:
