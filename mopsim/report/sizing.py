@@ -152,7 +152,8 @@ def _failures(bill: Figures) -> str:
         return ""
     return (
         f"a failure every {format_number(good.mtbf / 3600)} h, a checkpoint of "
-        f"{format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}; "
+        f"{format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}"
+        f"{'' if good.asynchronous else ', for which training waits ' + format_seconds(good.blocked)}; "
     )
 
 

@@ -223,10 +223,11 @@ def _late(request: Request, bill: Figures) -> str:
 def step_of(request: Request, result: SimResult) -> Step:
     """What the run repeats, of a simulated step."""
     checkpoint = state_bytes(total_params(request.model), result.strategy.precision)
+    room = result.host_limit - result.host.quantile(SURE)
     if "step_time_spread" in request.assumptions.given:
-        return Step(result.tokens_per_second, checkpoint)
+        return Step(result.tokens_per_second, checkpoint, room)
     low, high = (seconds / result.step_time for seconds in result.step_time_interval(LEVEL))
-    return Step(result.tokens_per_second, checkpoint, low, high)
+    return Step(result.tokens_per_second, checkpoint, room, low, high)
 
 
 def _small_batch(training: TrainSpec, result: SimResult) -> str:

@@ -154,12 +154,14 @@ def rated(hardware: HardwareProfile, a: Assumptions) -> float | None:
 
 @dataclass(frozen=True)
 class Step:
-    """What a run repeats. tokens_per_second: of the whole cluster, while it trains. checkpoint: bytes. low,
-    high: factors of the step time between which it lies with probability LEVEL; None: by
-    `step_time_spread`."""
+    """What a run repeats. tokens_per_second: of the whole cluster, while it trains. checkpoint: bytes.
+    host_room: bytes that the plan leaves of a rank's host. low, high: factors of the step time between which
+    it lies with probability LEVEL; None: by `step_time_spread`.
+    """
 
     tokens_per_second: float
     checkpoint: float = 0.0
+    host_room: float = math.inf
     low: float | None = None
     high: float | None = None
 
@@ -185,7 +187,7 @@ def figures(
     rated power x draw x PUE x seconds of all of them, switches too.
     """
     a = (assumptions or assume()).at(site)
-    good = goodput(hardware, num_nodes, step.checkpoint, a)
+    good = goodput(hardware, num_nodes, step.checkpoint, a, step.host_room)
     billed = whole_racks(hardware, num_nodes + good.spares)
     devices = billed * hardware.devices_per_node
     seconds = goal.tokens / (step.tokens_per_second * good.share) * step.middle
@@ -270,7 +272,7 @@ def _spread(
     rate = 0.0
     if a.utilisation is None and "failure_rate" not in a.given:
         ends = [
-            goodput(hardware, nodes, step.checkpoint, a.with_(failure_rate=one)).share
+            goodput(hardware, nodes, step.checkpoint, a.with_(failure_rate=one), step.host_room).share
             for one in (known()["failure_rate"].low, known()["failure_rate"].high)
         ]
         rate = deviation(ends[1], ends[0])

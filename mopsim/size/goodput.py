@@ -24,10 +24,11 @@ LONGEST = 86400.0
 class Goodput:
     """share: of the wall clock that trains at the simulated speed. lost: the rest of it by cause. mtbf:
     seconds between interruptions of the job. interval: seconds of training between checkpoints; blocked: that
-    training waits for one; write: until it is on storage; restart: from a failure until training goes on, the
-    checkpoint read. deviation: of the wall clock of one training second, standard, per root second: what
-    chance adds (times the root of the seconds). spares: nodes that stand by; ready: probability that they
-    replace all that are broken at one time, which the job waits for otherwise."""
+    training waits for one; write: until it is on storage; asynchronous: whether it is written beside
+    training, from a copy on the host; restart: from a failure until training goes on, the checkpoint read.
+    deviation: of the wall clock of one training second, standard, per root second: what chance adds (times
+    the root of the seconds). spares: nodes that stand by; ready: probability that they replace all that are
+    broken at one time, which the job waits for otherwise."""
 
     share: float
     lost: dict[str, float]
@@ -36,6 +37,7 @@ class Goodput:
     interval: float
     blocked: float
     write: float
+    asynchronous: bool
     restart: float
     deviation: float
     spares: int
@@ -91,12 +93,16 @@ def spare_nodes(nodes: int, hardware: HardwareProfile, a: Assumptions) -> tuple[
     return least, chances[least]
 
 
-def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumptions) -> Goodput:
-    """Goodput of `nodes` whose checkpoints have `checkpoint` bytes in all.
+def goodput(
+    hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumptions, host_room: float = math.inf
+) -> Goodput:
+    """Goodput of `nodes` whose checkpoints have `checkpoint` bytes in all. host_room: bytes that the plan
+    leaves of a rank's host.
 
     A checkpoint is written by all devices at once at `checkpoint_bandwidth` each. Asynchronous: training
     waits for the copy to the host, the next one waits until the last is written, and what is read after a
-    failure is older by the write. Synchronous: it waits for the write. Either way it waits for
+    failure is older by the write. Synchronous, and where the host has no room for the copy, which is kept
+    from one checkpoint to the next (mopexec/run/saver.py): it waits for the write. Either way it waits for
     `checkpoint_stall` at least, on however many devices: ranks agree on what each of them writes. The
     simulated step waits for the slowest device already: only a spread of speeds that is not the profile's
     costs, or gains. `Assumptions.utilisation` replaces the share, not the rest.
@@ -105,7 +111,8 @@ def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumpt
     mtbf = HOUR / (devices * a.failure_rate) if a.failure_rate else math.inf
     write = checkpoint / (devices * a.checkpoint_bandwidth)
     copy = checkpoint / devices * hardware.host.link_sharing / hardware.host.link_d2h.si
-    moved, old = (copy, write) if a.checkpoint_asynchronous >= 0.5 else (max(copy, write), 0.0)
+    beside = a.checkpoint_asynchronous >= 0.5 and checkpoint / devices <= host_room
+    moved, old = (copy, write) if beside else (max(copy, write), 0.0)
     blocked = max(moved, a.checkpoint_stall)
     restart = a.restart_time + write + old
     best = LONGEST if math.isinf(mtbf) else checkpoint_interval(blocked, mtbf)
@@ -124,6 +131,7 @@ def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumpt
         interval=interval,
         blocked=blocked,
         write=write,
+        asynchronous=beside,
         restart=restart,
         deviation=math.sqrt(square / mtbf),
         spares=spares,

@@ -102,6 +102,15 @@ def test_every_end_of_what_if_moves_the_bill(nodes: int) -> None:
             assert same == (name == "rent_spread"), (name, value)
 
 
+def test_without_room_for_its_copy_on_the_host_training_waits_for_a_checkpoint() -> None:
+    """1.6 TB on 16 devices are 100 GB of each one's host: as if it were synchronous."""
+    room, none = (goodput(H100, 2, 1.6e12, assume(), one) for one in (100e9, 99e9))
+    asked = goodput(H100, 2, 1.6e12, assume({"checkpoint_asynchronous": 0}))
+    assert (room.asynchronous, none.asynchronous) == (True, False)
+    assert none == asked
+    assert none.blocked > 10 * room.blocked
+
+
 def test_only_speeds_that_the_profile_does_not_know_cost_goodput() -> None:
     """The simulated step waits for the slowest device of the profile's spread."""
     known, wider, alike = (
