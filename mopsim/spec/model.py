@@ -336,6 +336,7 @@ def _attention(m: ModelSpec) -> Rules:
     of = f" of head_dim {m.head_dim}" if part != 1 else ""
     yield even, rotated, f"must be even{of}: rotary positions turn pairs of elements"
     yield not (latent and m.learned_positions), "learned_positions", "must be 0 for mla"
+    yield m.full_attention_rotary or not latent, "full_attention_rotary", "must be True for mla"
     windowed = bool(m.sliding_window or m.attention_chunk_size)
     rule = "must be True where no layer has a window: no layer would have rotary positions"
     yield m.full_attention_rotary or windowed, "full_attention_rotary", rule

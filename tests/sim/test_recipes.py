@@ -303,8 +303,11 @@ def test_primus_has_narrow_states_by_its_files_since_april_2026(month: str, note
     assert found.get("strategy.precision.moments", "stack") == moments
 
 
-def test_a_run_without_checks_reads_nothing_for_them() -> None:
-    cells = row(stack="megatron-core", sharding="zero1", notes="no check for NaN in loss and gradients")
+@pytest.mark.parametrize(
+    "notes", ["no check for NaN in loss and gradients", "--no-check-for-nan-in-loss-and-grad"]
+)
+def test_a_run_without_checks_reads_nothing_for_them(notes: str) -> None:
+    cells = row(stack="megatron-core", sharding="zero1", notes=notes)
     host = read_case(cells, MODELS).program().host
     assert (host.loss_read, host.grads_read) == (False, False)
 
