@@ -78,7 +78,7 @@ def search(
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
     ] = False,
-    budget: Annotated[int, o.budget_of("of each family, 4 times as many to prove the best")] = 100,
+    budget: Annotated[int, o.budget_of("of each family, of fsdp2 twice, 4 times to prove the best")] = 100,
     jobs: o.Jobs = 0,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",

@@ -165,6 +165,7 @@ def fsdp2(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     virtual_stages: int = 1,
+    stage_layers: tuple[int, ...] = (),
     context_parallel: int = 1,
     context_exchange: Exchange = "ulysses",
     expert_parallel: int = 1,
@@ -190,13 +191,14 @@ def fsdp2(
     experts; 0: all of their replicas. offload: parameters, gradients and optimizer are on the host and
     updated there (CPUOffloadPolicy). context_exchange: how context-parallel ranks exchange a sequence.
     tensor_parallel above 1 has sequence parallelism and the loss over the split vocabulary, whatever
-    `loss` says. virtual_stages: parts of a pipeline rank, interleaved. recompute_modules: modules that
-    `selective` runs again; empty: the stack's. save_ops: kernels that `full` does not run again."""
+    `loss` says. virtual_stages: parts of a pipeline rank, interleaved. stage_layers: decoder layers of each
+    part; empty: as evenly as possible. recompute_modules: modules that `selective` runs again; empty: the
+    stack's. save_ops: kernels that `full` does not run again."""
     stage_ranks, split = _rest(world_size, pipeline_parallel), tensor_parallel > 1
     wide, tier = _wide(dtype), _tier(offload)
     return Strategy(
         name=name, world_size=world_size, micro_batch=micro_batch, stack=STACKS["fsdp2"],
-        pipeline=_pipeline(pipeline_parallel, virtual_stages),
+        pipeline=_pipeline(pipeline_parallel, virtual_stages, stage_layers),
         dense=Dense(
             tensor_parallel=tensor_parallel, fsdp=fsdp or _rest(stage_ranks, tensor_parallel),
             reshard_after_forward=reshard_after_forward, prefetch=prefetch, param_tier=tier, grad_tier=tier,

@@ -11,12 +11,15 @@ from typing import Literal
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
+from mopsim.search.axes import within
 from mopsim.search.had import Key, Value, axes_of, columns_of, exchanges, names
 from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 
 _TIERS = {"device": DEVICE, "host": HOST}
+_NOT_SWEPT = {"pipeline": 1, "expert_tensor": 1, "modules": 0, "saved": 0}
+"""Columns of FSDP2's space that no source's sweep varies."""
 
 
 class Contender(Spec, frozen=True, kw_only=True):
@@ -46,13 +49,12 @@ class Contender(Spec, frozen=True, kw_only=True):
         most = max(1, int(self.within * node)) if self.within else problem.world_size
         changed: Axes = {
             key: values
-            for key, values in axes.items()
-            if key
-            not in (("sequence", "exchange"), "dense_shard", ("loss", "loss_slices"), ("offload", "state"))
+            for key, values in within(axes, _NOT_SWEPT).items()
+            if key not in ("tensor", ("sequence", "exchange"))
         }
-        changed["tensor", "dense_shard", "exchange", "sequence"] = [
-            (tensor, shard, exchange, sequence)
-            for tensor, shard in _tensor(problem)
+        changed["tensor", "exchange", "sequence"] = [
+            (tensor, exchange, sequence)
+            for tensor in _tensor(problem)
             for exchange, sequence in self._sequences(problem)
             if tensor * sequence <= most
         ]
@@ -116,18 +118,10 @@ def _rings(problem: Problem, axes: Axes) -> Axes:
     return {**axes, "vocabulary": [degree for degree in axes["vocabulary"] if degree in rings]}
 
 
-def _tensor(problem: Problem) -> list[tuple[int, int]]:
-    """(tensor degree within a node, ranks that share one copy of the rest)."""
-    node, world = problem.hardware.devices_per_node, problem.world_size
+def _tensor(problem: Problem) -> list[int]:
+    """Tensor degrees within a node."""
     heads = problem.model.num_attention_heads
-    return sorted(
-        {
-            (tensor, ranks // tensor)
-            for tensor in divisors(node)
-            for ranks in (world, node)
-            if heads % tensor == 0 and world % ranks == 0
-        }
-    )
+    return [d for d in divisors(problem.hardware.devices_per_node) if heads % d == 0]
 
 
 def _only(pairs: Sequence[object], place: int, allowed: Sequence[int]) -> list[tuple[int, ...]]:

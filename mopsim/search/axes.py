@@ -1,8 +1,11 @@
 """The axes of the families' spaces: what is decided, which values it may take, in which families."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
+
+import numpy as np
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.problem import (
@@ -19,6 +22,7 @@ from mopsim.search.problem import (
     RECOMPUTED,
     RING,
     RINGS,
+    SAVED,
     STREAMED,
     ULYSSES,
     UNDER_BACKWARD,
@@ -27,7 +31,7 @@ from mopsim.search.problem import (
     Values,
     divisors,
 )
-from mopsim.search.stages import IDEAL, RULES, VIRTUAL
+from mopsim.search.stages import ENDS, EVEN, IDEAL, RULES, VIRTUAL
 from mopsim.spec.capability.expressions import holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.layout import ceil_div
@@ -35,7 +39,9 @@ from mopsim.strategies import CHUNK_TOKENS, mop
 
 MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron",)
 FLAT = (*MOP, *ZERO)
-ALL = (*FLAT, *FSDP2, *MEGATRON)
+SPLIT = (*FSDP2, *MEGATRON)
+"""Families whose tensors and layers may be split over ranks."""
+ALL = (*FLAT, *SPLIT)
 MOST_CONTEXT = 64
 """Ranks of a context-parallel group that exchanges blocks of keys, at most."""
 
@@ -116,8 +122,9 @@ def _dense_shards(problem: Problem) -> list[int]:
     return sorted({world, node if world % node == 0 else world, 1 if small else world}, reverse=True)
 
 
-def _whole_or_node(problem: Problem) -> list[int]:
-    return [shard for shard in _dense_shards(problem) if shard > 1 or problem.world_size == 1]
+def _copies(problem: Problem) -> list[int]:
+    """One copy of the state for all ranks that may share it, or one in each node."""
+    return [0, 1] if problem.num_nodes > 1 else [0]
 
 
 def _expert_pairs(problem: Problem) -> list[tuple[int, ...]]:
@@ -126,26 +133,22 @@ def _expert_pairs(problem: Problem) -> list[tuple[int, ...]]:
     return sorted({pair for d in _expert_degrees(problem) for pair in ((d, world // d), (d, 1))})
 
 
-def _shared_experts(problem: Problem) -> list[tuple[int, ...]]:
-    return [(degree, problem.world_size // degree) for degree in _expert_degrees(problem)]
-
-
 def _apart(values: Callable[[Problem], Values]) -> Callable[[Problem], Values]:
     """Of experts or of the rest, where each has its own shards."""
-    return lambda problem: [] if _one_mesh(problem) else values(problem)
+    return lambda problem: [] if one_mesh(problem) else values(problem)
 
 
 def _of_a_mesh(shards: Callable[[Problem], list[int]]) -> Callable[[Problem], Values]:
     """(degree, shard, ranks that share one copy of the rest), where experts have as many copies."""
 
     def values(problem: Problem) -> list[tuple[int, ...]]:
-        pairs = product(_expert_degrees(problem), shards(problem) if _one_mesh(problem) else ())
+        pairs = product(_expert_degrees(problem), shards(problem) if one_mesh(problem) else ())
         return [(degree, shard // degree, shard) for degree, shard in pairs if shard % degree == 0]
 
     return values
 
 
-def _one_mesh(problem: Problem) -> bool:
+def one_mesh(problem: Problem) -> bool:
     """Whether one degree replicates experts and the rest, or there are none to shard in another way."""
     return not problem.model.num_local_experts or bool(problem.stack and problem.stack.sharding.one_mesh)
 
@@ -171,8 +174,32 @@ def _stages(problem: Problem) -> list[tuple[int, ...]]:
     return [(virtual, layout) for virtual in VIRTUAL for layout in RULES]
 
 
+def _few_stages(problem: Problem) -> list[tuple[int, ...]]:
+    """The same of published recipes of FSDP2."""
+    return [(virtual, layout) for virtual in (1, 2) for layout in (EVEN, ENDS)]
+
+
 def _modules(problem: Problem) -> list[int]:
-    """Sets of modules that the network has."""
+    """Sets of modules that the network has, as Megatron's recipes choose them."""
+    return [code for code in _there(problem) if not {"mlp", "moe"} <= {*RECOMPUTED[code]}]
+
+
+def _wrapped(problem: Problem) -> list[int]:
+    """None, attention's core, and all that is beside attention: torch's checkpoint stands around modules."""
+    model = problem.model
+    ffn = tuple(
+        name for name, count in (("mlp", model.num_dense_layers), ("moe", model.num_local_experts)) if count
+    )
+    return sorted(RECOMPUTED.index(one) for one in ((), ("core_attn",), ffn))
+
+
+def _saved(problem: Problem) -> list[int]:
+    """Sets of kernels that the network has."""
+    routed = problem.model.num_local_experts > 0
+    return [code for code, names in enumerate(SAVED) if routed or set(names) <= {"attention_core"}]
+
+
+def _there(problem: Problem) -> list[int]:
     model = problem.model
     has = {
         "mla_up_proj": model.attention == "mla", "moe": model.num_local_experts > 0,
@@ -270,19 +297,17 @@ def _just(*values: int | tuple[int, ...]) -> Callable[[Problem], Values]:
 
 AXES: tuple[Axis, ...] = (
     Axis(("micro_batch",), _micro_batches, ALL),
-    Axis(("tensor",), _tensor, MEGATRON),
-    Axis(("pipeline",), _pipelines, MEGATRON),
+    Axis(("tensor",), _tensor, SPLIT),
+    Axis(("pipeline",), _pipelines, SPLIT),
     Axis(("sequence",), _sequences, FLAT),
     Axis(("sequence", "exchange"), _exchanged, FSDP2),
     Axis(("sequence",), _contexts, MEGATRON),
     Axis(("experts", "expert_shard"), _apart(_expert_pairs), FLAT),
-    Axis(("experts", "expert_shard"), _apart(_shared_experts), FSDP2),
     Axis(("experts", "expert_shard", "dense_shard"), _of_a_mesh(_dense_shards), FLAT),
-    Axis(("experts", "expert_shard", "dense_shard"), _of_a_mesh(_whole_or_node), FSDP2),
-    Axis(("experts", "expert_tensor"), _split_experts, MEGATRON),
+    Axis(("experts", "expert_tensor"), _split_experts, SPLIT),
+    Axis(("in_node",), _copies, FSDP2),
     Axis(("vocabulary",), _rings, MOP),
     Axis(("dense_shard",), _apart(_dense_shards), FLAT),
-    Axis(("dense_shard",), _apart(_whole_or_node), FSDP2),
     Axis(("chunks",), _chunks, MOP),
     Axis(("loss",), _just(RING), MOP),
     Axis(("loss", "loss_slices"), _just((FULL, 1), (CHUNKED, 8), (CHUNKED, 32)), FSDP2),
@@ -292,12 +317,15 @@ AXES: tuple[Axis, ...] = (
     Axis(("offload", "state"), _just((0, DEVICE), (1, HOST)), FSDP2),
     Axis(("boundary_host", "boundary_parts"), _boundaries, FLAT),
     Axis(("boundary_host",), _just(0, 1), MEGATRON),
-    Axis(("recompute",), _just(0, 1), (*FSDP2, *MEGATRON)),
+    Axis(("recompute",), _just(0, 1), SPLIT),
     Axis(("reshard",), _just(0, 1), FSDP2),
     Axis(("zero",), _just(1), MEGATRON),
     Axis(("reshard",), _just(0), MEGATRON),
     Axis(("virtual_stages", "layout"), _stages, MEGATRON, ((1, IDEAL),), (1, IDEAL)),
+    Axis(("virtual_stages", "layout"), _few_stages, FSDP2, ((1, IDEAL),), (1, IDEAL)),
     Axis(("modules",), _modules, MEGATRON, ((0,),), (LEANEST,), traded=True),
+    Axis(("modules",), _wrapped, FSDP2, ((0,),), (LEANEST,), traded=True),
+    Axis(("saved",), _saved, FSDP2, ((0,),), (0,), traded=True),
     Axis(("dispatcher",), _dispatchers, MEGATRON, ((1,),), (1,)),
     Axis(("overlap",), _overlaps, MEGATRON, ((1,),), (0,)),
     Axis(("exchange",), _just(RINGS, ALL_GATHER, ULYSSES), MEGATRON, ((RINGS,),), (RINGS,)),
@@ -307,4 +335,63 @@ AXES: tuple[Axis, ...] = (
     Axis(("loss_slices",), _just(1, 8), MOP, ((1,),), (8,)),
 )
 """In order of effect."""
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Of a column that no axis sets in these families: it follows from the others."""
+
+    families: tuple[str, ...]
+    of: Callable[[Problem, Mapping[str, Any]], Any]
+
+
+def _copy(problem: Problem, c: Mapping[str, Any]) -> Any:
+    """Ranks of a copy of the state: of a stage, or those of them in a node."""
+    stage = problem.world_size // c["pipeline"]
+    return stage + c["in_node"] * (problem.hardware.devices_per_node - stage)
+
+
+def _dense_ranks(problem: Problem, c: Mapping[str, Any]) -> Any:
+    return np.maximum(_copy(problem, c) // c["tensor"], 1)
+
+
+def _expert_ranks(problem: Problem, c: Mapping[str, Any]) -> Any:
+    """The replicas of an expert share its state, where programs shard it; where one mesh has all weights,
+    those in a copy; without experts as many as of the rest."""
+    if not problem.model.num_local_experts:
+        return _dense_ranks(problem, c)
+    if problem.stack and not problem.stack.sharding.experts:
+        return np.ones_like(c["experts"])
+    ranks = _copy(problem, c) if one_mesh(problem) else problem.world_size // c["pipeline"]
+    return np.maximum(ranks // (c["experts"] * c["expert_tensor"]), 1)
+
+
+FOLLOWERS = {
+    "dense_shard": Follower(FSDP2, _dense_ranks),
+    "expert_shard": Follower(FSDP2, _expert_ranks),
+}
+
+
+def followed(problem: Problem, family: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns, or a row, of a family with those that follow from the others."""
+    mine = {name: one.of(problem, columns) for name, one in FOLLOWERS.items() if family in one.families}
+    return {**columns, **mine}
+
+
 MINOR = {axis.key: axis for axis in AXES if axis.fast}
+
+FIRST = {
+    family: {"tensor": 1, "pipeline": 1, "expert_tensor": 1, "modules": 0, "saved": 0} for family in FSDP2
+}
+"""Values of columns that make a part of a family's space, hunted alone before all else: more axes are never
+worse than none."""
+
+
+def within(axes: Axes, only: Mapping[str, int]) -> Axes:
+    """Axes with those of their values that some columns have."""
+
+    def has(key: str | tuple[str, ...], value: Any) -> bool:
+        names, parts = ((key,), (value,)) if isinstance(key, str) else (key, value)
+        return all(only.get(name, part) == part for name, part in zip(names, parts, strict=True))
+
+    return {key: [one for one in values if has(key, one)] for key, values in axes.items()}  # type: ignore[misc]

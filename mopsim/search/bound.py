@@ -11,19 +11,16 @@ from functools import cached_property
 import numpy as np
 
 from mopsim.cost.communication import host_rate
-from mopsim.cost.compute import chunk_cat, matmul_curve
+from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
-from mopsim.program.fsdp2_copies import bytes_arrived, bytes_reduced, bytes_sent
-from mopsim.program.pairs.flat_units import bytes_added, bytes_cast, bytes_first
+from mopsim.search.copies import Copies
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.footprint import Footprint
-from mopsim.search.problem import DEVICE, HOST, STREAMED, ULYSSES
+from mopsim.search.problem import DEVICE, HOST, SAVED, STREAMED, ULYSSES
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, laid, load, parts_of
 from mopsim.search.wires import Message, Reals
 from mopsim.spec.categories import RUNTIMES
-from mopsim.spec.sharding import during
 
 ROUTED = 2
 """Exchanges of experts in a pass, there and back; recomputation repeats one at least, in the backward."""
@@ -66,7 +63,7 @@ def bounders(space: Space, given: SpaceFacts | None = None) -> Iterator["Bounder
         yield Bounder(space.part(start, start + BLOCK), given)
 
 
-class Bounder(Footprint):
+class Bounder(Copies):
     """Of a step of each row of a space, at least."""
 
     def all(self) -> Bounds:
@@ -77,7 +74,7 @@ class Bounder(Footprint):
         """The slowest stream, or compute with the exchanges that it waits for; then the optimizer. Compute
         loses `communication_share` to a busy fabric."""
         talks, layers, head = self.talks(), self.layer_seconds(), self.head_seconds()
-        busy, idle = self.slowest(layers, head) + self.copies(), self.awaited()
+        busy, idle = self.with_copies(layers, head), self.awaited()
         alone = busy + self.updates()
         busy = busy + idle + self.hardware.communication_share * np.maximum(talks - idle, 0.0)
         chain = self.slowest(self.in_turn(), np.where(self.c["overlap"] == 1, 0.0, head))
@@ -98,9 +95,6 @@ class Bounder(Footprint):
     def constant(self) -> float:
         """Calibrated seconds per step: what any runtime needs at least."""
         return min(self.hardware.step_overhead(runtime) for runtime in RUNTIMES)
-
-    def scale(self, kind: str) -> float:
-        return self.wires.scale(kind)
 
     def layer_seconds(self) -> list[Reals]:
         """Of each kind of layer, on the rank that has one, all microbatches."""
@@ -134,10 +128,28 @@ class Bounder(Footprint):
             share * flops / (curve.peak.si * min(curve.efficiency, curve.held)) * self.scale("matmul")
         )
 
-    def slowest(self, layers: Sequence[Reals], head: Reals, filled: Reals | float = 1.0) -> Reals:
+    def slowest(
+        self,
+        layers: Sequence[Reals],
+        head: Reals,
+        filled: Reals | float = 1.0,
+        also: Sequence[Reals | float] | None = None,
+    ) -> Reals:
         """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric.
-        filled: as in `slowest_stage`."""
-        return np.maximum(*(self.slowest_stage(layers, head, once, filled) for once in self.exchanged))
+        filled: as in `slowest_stage`; also: of each kind of layer, on the rank that has one."""
+        more = also or [0.0] * len(layers)
+        every = ([one + own for one, own in zip(once, more, strict=True)] for once in self.exchanged)
+        return np.maximum(*(self.slowest_stage(layers, head, once, filled) for once in every))
+
+    def with_copies(self, layers: Sequence[Reals], head: Reals) -> Reals:
+        """Seconds of the slowest stage with what it copies, which of several stages may go while it waits for
+        others."""
+        stages = self.c["pipeline"] > 1
+        if not (self.copied_shards and stages.any()):
+            return self.slowest(layers, head) + self.copies(self.layers_dense, self.sizes.experts)
+        each = [np.where(stages, self.copies(*self.sizes.layers[kind]), 0.0) for kind in kinds(self.model)]
+        alone = np.where(stages, 0.0, self.copies(self.layers_dense, self.sizes.experts))
+        return np.maximum(self.slowest(layers, head), self.slowest(layers, head, 0.0, each)) + alone
 
     @cached_property
     def exchanged(self) -> tuple[list[Reals], list[Reals]]:
@@ -221,10 +233,11 @@ class Bounder(Footprint):
         if not (c["zero"] == 3).all():
             return []
         layers = float(m.num_hidden_layers)
-        dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers / c["tensor"]
+        dense = self.layers_dense / layers / c["tensor"]
         gathers = self.gathers()
-        unit = self.sizes.largest_expert_unit / c["experts"]
-        times, experts = layers * self.microbatches, self.sizes.moe_layers * self.microbatches
+        unit = self.sizes.largest_expert_unit / (c["experts"] * c["expert_tensor"])
+        each = self.microbatches / c["pipeline"]
+        times, experts = layers * each, self.sizes.moe_layers * each
         shard, copies = c["dense_shard"], c["expert_shard"]
         apart = np.where(c["strided"] == 1, 1, c["experts"] * c["expert_tensor"])
         sums = self.reductions()
@@ -234,59 +247,6 @@ class Bounder(Footprint):
             Message("all_gather", unit * self.sent, copies, experts * gathers, apart),
             Message("reduce_scatter", unit * self.reduce, copies, experts * sums, apart),
         ]
-
-    def gathers(self) -> Reals:
-        """How often a layer's weights are gathered for a microbatch: for its forward and, freed after that,
-        its backward, if no pass before has left them there."""
-        reshard, many = self.c["reshard"], self.microbatches
-        stays = during(self.space.stack.sharding.stays, self.c["pipeline"])
-        return np.asarray(np.where(stays, reshard + 1 / many, reshard + 1))
-
-    def reductions(self) -> Reals:
-        """How often a layer's gradients are reduced for a microbatch."""
-        once = during(self.space.stack.sharding.whole_sums, self.c["pipeline"])
-        return np.asarray(np.where(once, 1 / self.microbatches, 1.0))
-
-    def _reduced(self) -> Reals:
-        """Bytes moved for each gradient of a microbatch that torch's FSDP2 copies to be reduced, or adds to
-        the sum of those before, which is copied once."""
-
-        def copied(width: float) -> float:
-            moved = bytes_reduced(width, self.reduce)
-            return max(moved, self.scale("memory_bound") * chunk_cat(moved) / self.traffic)
-
-        many, wider = self.microbatches, self.compute != self.reduce
-        sums = (self.compute + self.reduce) * wider + (many - 1) * (self.compute + 2 * self.reduce)
-        once = (sums + copied(self.reduce)) / many
-        apart = (self.reductions() == 1) | (many == 1)
-        return np.asarray(np.where(apart, copied(self.compute), once))
-
-    def copies(self) -> Reals:
-        """Seconds in which torch's FSDP2, or flat units, cast, zero, copy and add on the compute stream what
-        they gather and reduce of the layers, of the mean stage."""
-        c, found = self.c, np.zeros(len(self.space))
-        flat = self.flat
-        if not ((flat or self.space.stack.sharding.copies) and (c["zero"] == 3).all()):
-            return found
-        dense = (self.sizes.dense - self.model.vocab_size * self.model.hidden_size) / c["tensor"]
-        routed = self.sizes.experts / (c["experts"] * c["expert_tensor"])
-        for params, shard in ((dense, c["dense_shard"]), (routed, c["expert_shard"])):
-            if flat:
-                gathered = bytes_cast(self.param, self.compute) / shard
-                added, first = (one(self.reduce, self.grad) for one in (bytes_added, bytes_first))
-                summed = added - self.early * (added - first) / self.microbatches
-                reduced = summed / shard + self.reduce
-            else:
-                gathered = bytes_sent(self.param, self.sent) / shard + bytes_arrived(self.sent)
-                reduced = self._reduced()
-            each = self.gathers() * gathered + reduced
-            found = found + np.where(shard > 1, params * each, 0.0)
-        return np.asarray(found / c["pipeline"] * self.microbatches * self.traffic)
-
-    @property
-    def traffic(self) -> float:
-        """Seconds of a byte of memory traffic."""
-        return self.scale("memory_bound") / self.hardware.device.memory_bandwidth.si
 
     def ring_blocks(self) -> list[Message]:
         """Blocks of the output projection or of the tokens that go round the vocabulary ring."""
@@ -307,7 +267,7 @@ class Bounder(Footprint):
         sent = tokens * m.num_attention_heads * min(qk, v) * self.compute
         routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
         moe_layers = self.sizes.moe_layers / c["pipeline"] * np.maximum(c["chunks"], 1)
-        times = self.microbatches * moe_layers * (2 * ROUTED + c["recompute"])
+        times = self.microbatches * moe_layers * (2 * ROUTED + self.sent_again)
         heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)
         far = np.where(c["strided"] == 1, self.stage / c["experts"], c["expert_tensor"])
         once = np.where(c["dispatcher"] > 0, m.num_experts_per_tok, 0)
@@ -328,6 +288,12 @@ class Bounder(Footprint):
             Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]
 
+    @property
+    def sent_again(self) -> Reals:
+        """Exchanges of experts that recomputation repeats."""
+        saved = np.array(["dispatch" in names for names in SAVED])
+        return np.asarray(self.c["recompute"] * ~saved[self.space.columns["saved"]])
+
     def in_turn(self) -> list[Reals]:
         """Seconds of each kind of layer, all microbatches, with the exchanges that compute waits for: forward
         and backward in turn, of those that are woven the backward alone. Experts that go chunk by chunk
@@ -336,7 +302,7 @@ class Bounder(Footprint):
         sequence, experts, _ = (sum(self.busy([one])) * c["pipeline"] for one in self.exchanges())
         sequence = sequence / self.model.num_hidden_layers
         experts = experts / max(self.sizes.moe_layers, 1) * (c["chunks"] <= 1)
-        behind = (ROUTED + c["recompute"]) / (2 * ROUTED + c["recompute"])  # of the experts' exchanges
+        behind = (ROUTED + self.sent_again) / (2 * ROUTED + self.sent_again)  # of the experts' exchanges
         found = []
         for place, kind in enumerate(kinds(self.model)):
             back = self._busy[:, 1, place] + sequence / 2 + kind.routed * experts * behind

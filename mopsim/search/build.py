@@ -19,6 +19,7 @@ from mopsim.search.problem import (
     LEANEST,
     PARTS,
     RECOMPUTED,
+    SAVED,
     STATES,
     Problem,
     offloaded,
@@ -103,6 +104,7 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
         "full" if row["recompute"] else "selective" if row["modules"] else "none"
     ),
     "recompute_modules": lambda problem, row: RECOMPUTED[row["modules"] % LEANEST],
+    "save_ops": lambda problem, row: SAVED[row["saved"]] if row["recompute"] else (),
     "offload": lambda problem, row: bool(row["offload"]),
     "reshard_after_forward": lambda problem, row: bool(row["reshard"]),
     "dtype": lambda problem, row: problem.compute,

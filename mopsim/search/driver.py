@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mopsim.common.garbage import collected_later
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult
-from mopsim.search.bound import bound
+from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
 from mopsim.search.had import left_out
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting
@@ -24,8 +24,8 @@ from mopsim.search.problem import Problem
 from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.simulating import chosen, keep_closest, ranked
-from mopsim.search.space import IN_8_BITS
-from mopsim.search.staged import candidates
+from mopsim.search.space import IN_8_BITS, Space
+from mopsim.search.staged import parts
 from mopsim.search.ties import TIED, rows
 from mopsim.spec.capability import runnable
 from mopsim.spec.strategy import CAST
@@ -59,10 +59,11 @@ def search(
         tell(one.found)
         best = _faster(best, one.found.best)
     for family, one in done.items():
-        if one.hunt is not None:
-            if best is not None:
-                one.hunt.prove(best, tell)
-            done[family] = _settled(one.hunt)
+        if one.hunts:
+            for hunt in one.hunts:
+                if best is not None:
+                    hunt.prove(best, tell)
+            done[family] = _settled(one.hunts)
     result = _merged([done[family] for family in options.families], options, SearchResult(problem.model))
     result.best_by_family = {family: done[family].found.best for family in options.families}
     result.lacking = {
@@ -77,7 +78,7 @@ def search(
 class Hunted:
     """What one family found. least, expected: of the step times of what was not simulated, the lower bound
     and the least that is expected, infinite where nothing is left. open: lower bounds of what may beat the
-    best of the family by more than a tie; reason: why it was not tried. hunt: where no plan of its own fits,
+    best of the family by more than a tie; reason: why it was not tried. hunts: where no plan of its own fits,
     to be held against the best of the others."""
 
     found: SearchResult
@@ -85,7 +86,7 @@ class Hunted:
     expected: float = math.inf
     open: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     reason: str = GAVE_UP
-    hunt: Hunt | None = None
+    hunts: Sequence[Hunt] = ()
 
     @property
     def moved(self) -> float:
@@ -100,19 +101,27 @@ def hunted(
 ) -> Hunted:
     """Search one family. tell: called with what is found after each simulation."""
     started, found = time.perf_counter(), SearchResult(problem.model)
-    hunt = _hunt(problem, family, options, found)
+    hunts = _hunts(problem, family, options, found)
     found.bound_seconds = time.perf_counter() - started
-    if hunt is None:
+    if not hunts:
         return Hunted(found)
-    hunt.run(tell)
+    later = []
+    for hunt in hunts:
+        hunt.run(tell)
+        if found.best is None:
+            later.append(hunt)
+        else:
+            hunt.prove(found.best, tell)
     if found.best is None:
-        if options.nearest and not found.played and hunt.pool.taken.all():
-            find_closest(hunt.pool.space, bound(hunt.pool.space), found)
-        return Hunted(found, hunt=hunt)
-    hunt.prove(found.best, tell)
-    if options.prove:
+        if options.nearest and not found.played and all(hunt.pool.taken.all() for hunt in hunts):
+            for hunt in hunts:
+                find_closest(hunt.pool.space, bound(hunt.pool.space), found)
+        return Hunted(found, hunts=hunts)
+    for hunt in later:
+        hunt.prove(found.best, tell)
+    for hunt in hunts if options.prove else ():
         try_restricted(hunt, tell)
-    return _settled(hunt)
+    return _settled(hunts)
 
 
 def _each(
@@ -178,19 +187,21 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     return result
 
 
-def _settled(hunt: Hunt) -> Hunted:
+def _settled(hunts: Sequence[Hunt]) -> Hunted:
     """Count what was not simulated and is, by its bound, slower than the last ranked, or no gain."""
-    found, left = hunt.found, hunt.left()
-    slower, may_gain = left >= hunt.last(), left * Hunted(found).moved < _gains(found.best)
-    short = sum(int((one.over & one.short).sum()) for one in hunt.pools)
+    found, left = hunts[0].found, np.concatenate([hunt.left() for hunt in hunts])
+    slower, may_gain = left >= hunts[0].last(), left * Hunted(found).moved < _gains(found.best)
+    pools = [one for hunt in hunts for one in hunt.pools]
+    short = sum(int((one.over & one.short).sum()) for one in pools)
     found.rejected["host memory, bound: with pinned blocks and the process"] += short
     found.rejected["device memory, bound: layers and loss"] += (
-        sum(int(one.over.sum()) for one in hunt.pools) - short
+        sum(int(one.over.sum()) for one in pools) - short
     )
     found.rejected[SLOWER_BOUND] += int(slower.sum())
     found.rejected[NO_GAIN_IN_FAMILY] += int((~slower & ~may_gain).sum())
-    reason = SPENT if found.simulated >= hunt.options.budget else GAVE_UP
-    return Hunted(found, float(min(left, default=math.inf)), hunt.expected(), left[may_gain], reason)
+    reason = SPENT if any(hunt.simulated >= hunt.options.budget for hunt in hunts) else GAVE_UP
+    expected = min(hunt.expected() for hunt in hunts)
+    return Hunted(found, float(min(left, default=math.inf)), expected, left[may_gain], reason)
 
 
 def _behind(done: Mapping[str, Hunted], best: SimResult | None) -> dict[str, float]:
@@ -215,27 +226,34 @@ def _gap(least: float, best: SimResult | None) -> float | None:
     return max(0.0, best.ranked_time / least - 1) if best else None
 
 
-def _hunt(problem: Problem, family: str, options: Options, result: SearchResult) -> Hunt | None:
-    """Generate and bound a family; count what memory rules out. None where nothing is left."""
-    space, rest = candidates(problem, family, options.axes, options.rows)
-    every = len(space) + len(rest.time)
-    result.candidates += every + space.rejected.total()
-    result.rejected.update(space.rejected)
+def _hunts(problem: Problem, family: str, options: Options, result: SearchResult) -> list[Hunt]:
+    """Generate and bound each part of a family; count what memory rules out. None where nothing is left."""
+    found = parts(problem, family, options.axes, options.rows)
+    every = sum(len(space) + len(rest.time) for space, rest in found)
+    for space, _ in found:
+        result.candidates += space.rejected.total()
+        result.rejected.update(space.rejected)
+    result.candidates += every
     result.left_out += left_out(problem, family)
+    space = found[0][0]
     if not len(space):
-        return None
+        return []
     if problem.precision in CAST and family not in IN_8_BITS:
         result.rejected[f"{family}: has no products in {problem.precision}"] += every
-        return None
+        return []
     reason = runnable(space.build(0), problem.model, stack=space.stack) if problem.runnable else None
     if reason is not None:
         result.rejected[f"{NOT_RUN}: {reason}"] += every
-        return None
-    bounds = bound(space)
+        return []
     result.bounded += every
-    keep = fitting(bounds, space, result)
-    if not len(keep):
-        if options.nearest:
-            find_closest(space, bounds, result)
-        return None
-    return Hunt(Pool.of(space, bounds, keep), options, result, rest)
+    hunts, over = list[Hunt](), list[tuple[Space, Bounds]]()
+    for space, rest in found:
+        bounds = bound(space)
+        keep = fitting(bounds, space, result)
+        if len(keep):
+            hunts.append(Hunt(Pool.of(space, bounds, keep), options, result, rest))
+        else:
+            over.append((space, bounds))
+    for space, bounds in over if options.nearest and not hunts else ():
+        find_closest(space, bounds, result)
+    return hunts

@@ -12,10 +12,11 @@ from mopsim.search.facts import SpaceFacts
 from mopsim.search.layer import Layer, recomputed
 from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, UNDER_BACKWARD, Column, offloaded
 from mopsim.search.space import Space
-from mopsim.search.stages import kinds, of_stage, under_way
+from mopsim.search.stages import IDEAL, kinds, of_stage, under_way
 from mopsim.search.wires import Reals, Wires
 from mopsim.spec.capability.expressions import holds
 from mopsim.spec.capability.job import Job
+from mopsim.spec.sharding import during
 from mopsim.spec.strategy import Optimizer
 
 SLOTS = Optimizer().slots
@@ -59,7 +60,7 @@ class Footprint:
         self.microbatches = space.microbatches()
         self.ring = c["loss"] == RING
         layers = self.model.num_hidden_layers
-        self.again = recomputed(space.columns["recompute"], space.columns["modules"])
+        self.again = recomputed(space.columns)
         self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
         """Share of the layer inputs that goes to the host."""
         self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
@@ -203,18 +204,33 @@ class Footprint:
         return np.asarray((many * self.left()).sum(axis=1) - self.away * many.sum(axis=1) * row)
 
     def of_stage(self, resident: Reals, stage: int) -> Reals:
-        """Bytes of weights, gradients and optimizer state of a stage, and of all weights
-        that stay gathered until the backward."""
+        """Bytes of weights, gradients and optimizer state of a stage, and of all weights that stay gathered
+        until the backward. resident: of the mean stage."""
         c, sizes = self.c, self.sizes
         dense, routed = (np.array([sizes.layers[kind][at] for kind in kinds(self.model)]) for at in (0, 1))
         count = self.laid(lambda laid, *_: of_stage(self.model, *laid, stage % laid[0]))
         edge = {0: sizes.embedding, LAST: sizes.head}.get(stage, 0)
         below = self.replicated(count @ dense + edge, count @ routed)
         spread = c["experts"] * c["expert_tensor"]
-        kept = np.where(c["dense_shard"] > 1, count @ dense, 0.0)
+        kept = np.where(c["dense_shard"] > 1, count @ dense / c["tensor"], 0.0)
         kept = kept + np.where(c["expert_shard"] > 1, count @ routed / spread, 0.0)
         gathered = np.where(c["reshard"] == 0, kept, 0.0) * self.sent
-        return np.asarray(np.where(c["zero"] == 3, resident + gathered, below))
+        shards = (count @ dense + edge) / (c["tensor"] * c["dense_shard"])
+        shards = shards + count @ routed / spread / c["expert_shard"]
+        here = c["offload"] == 0
+        grads = shards * np.where(here, self.grad * self.summed, 0.0)
+        mine = shards * (np.where(here, self.param, 0.0) + self.optimizer_here())
+        mine = mine + np.where(self.gathers_parts, np.maximum(gathered, grads), gathered + grads)
+        mine = np.where(c["pipeline"] == 1, resident + gathered, mine)
+        return np.asarray(np.where(c["zero"] == 3, mine, below))
+
+    @property
+    def gathers_parts(self) -> NDArray[np.bool_]:
+        """Whether a backward frees what other parts of its stage had gathered: later ones have gradients of
+        all parts, and weights of few."""
+        stays = during(self.space.stack.sharding.stays, self.c["pipeline"])
+        parts = (self.c["virtual_stages"] > 1) | (self.c["layout"] == IDEAL)
+        return np.asarray(parts & np.logical_not(stays))
 
     def replicated(self, dense: Reals | float, routed: Reals | float) -> Reals:
         """Bytes of weights and gradients, and the share of optimizer state on the device, below ZeRO-3, of
@@ -244,6 +260,7 @@ class Footprint:
         c, layers = self.c, float(self.model.num_hidden_layers)
         experts = self.sizes.experts / (c["experts"] * c["expert_tensor"])
         whole = (self.sizes.dense / c["tensor"] + experts) * self.sent
-        each = np.minimum(whole, 2 * whole / layers) * self.by_layer
+        each = np.minimum(whole / c["pipeline"], 2 * whole / layers) * self.by_layer
+        whole = whole / c["pipeline"]
         held = np.where(c["reshard"] == 1, each, whole)
         return np.asarray(np.where(c["zero"] == 3, held, 0.0))

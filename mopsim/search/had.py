@@ -13,7 +13,7 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from mopsim.common.errors import SpecError
-from mopsim.search.axes import every_axis
+from mopsim.search.axes import every_axis, followed
 from mopsim.search.build import build
 from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values, once
 from mopsim.search.result import NOT_RUN
@@ -208,7 +208,9 @@ class _Trials:
         asked = frozenset(columns.items())
         if asked not in self.built:
             try:
-                self.built[asked] = build(self.family, self.problem, DEFAULTS | columns)
+                row = followed(self.problem, self.family, DEFAULTS | columns)
+                row = {name: int(value) for name, value in row.items()}
+                self.built[asked] = build(self.family, self.problem, row)
             except SpecError:
                 self.built[asked] = None
         strategy = self.built[asked]

@@ -57,12 +57,14 @@ Progress = Callable[[SearchResult], None]
 
 @dataclass
 class Hunt:
-    """One family, alone: what other families find moves nothing here, so that more families are never worse.
+    """One part of a family, alone: what other families find moves nothing here, so that more families are
+    never worse.
 
     First the textbook layouts, then by turns a neighbour of the fastest so far and the candidate of the least
     expected time. found: of this family alone. rest: what was not multiplied out; pools: what the hunt and
     the proof chose from. near: neighbours of the BEAM fastest, and of those that were. idle: simulations
-    since a faster one; spent: effort before it. misses: logarithms by which simulated (step times, peaks)
+    since a faster one; spent: effort before it; before: simulations of parts before, and how many
+    were played. misses: logarithms by which simulated (step times, peaks)
     were not as expected.
     """
 
@@ -73,6 +75,7 @@ class Hunt:
     near: NDArray[np.bool_] = field(init=False)
     idle: int = 0
     spent: float = 0.0
+    before: tuple[int, int] = (0, 0)
     misses: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -82,9 +85,10 @@ class Hunt:
 
     def run(self, progress: Progress) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
+        self.before = (self.found.simulated, len(self.found.played))
         patience = max(LEAST_PATIENCE, round(PATIENCE * self.options.budget))
         while (
-            self.found.simulated < self.options.budget
+            self.simulated < self.options.budget
             and self.idle < patience
             and not (self.found.top and self._effort() > self.spent + IDLE_OPS)
         ):
@@ -92,6 +96,11 @@ class Hunt:
             if position is None:
                 break
             self.simulate(self.pool, position, progress)
+
+    @property
+    def simulated(self) -> int:
+        """Simulations of this part."""
+        return self.found.simulated - self.before[0]
 
     def prove(self, best: SimResult, progress: Progress) -> None:
         """Multiply out what may be faster by more than a tie than the best, of this family where it has one,
@@ -119,7 +128,7 @@ class Hunt:
         """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
         them were no faster."""
         self.idle = 0
-        while self.found.top and self.idle < LATELY and self.found.simulated < self.options.budget:
+        while self.found.top and self.idle < LATELY and self.simulated < self.options.budget:
             hoped = self._hoped()
             if hoped is None:
                 break
@@ -145,7 +154,7 @@ class Hunt:
         open_, played = self.open(below), self.found.played
         ops = open_ * np.mean([one.num_events for one in played]) if played else 0.0
         most = self.options.budget * (PROOFS if self.options.prove else 1)
-        few = self.found.simulated + open_ <= most and ops <= PROOF_OPS
+        few = self.simulated + open_ <= most and ops <= PROOF_OPS
         return bool(few and not rough)
 
     def open(self, below: float) -> int:
@@ -204,12 +213,12 @@ class Hunt:
         if seed is not None:
             return seed
         turns = max([TURNS, *(one.num_events / TURN_OPS for one in self.found.played[-1:])])
-        if self.found.top and self.found.simulated % 4 == 2:
+        if self.found.top and self.simulated % 4 == 2:
             slack = min(SLACK, self._missed()[1])
             bold = pool.next(math.inf, turns, hoped=self._fastest(), slack=slack)
             if bold is not None:
                 return bold
-        near = self._neighbour(below) if self.found.simulated % 2 else None
+        near = self._neighbour(below) if self.simulated % 2 else None
         if near is not None:
             return near
         found = pool.next(below, turns)
@@ -237,7 +246,7 @@ class Hunt:
 
     def _effort(self) -> float:
         """Simulated ops, and refinements in as many."""
-        return sum(one.num_events for one in self.found.played) + TURN_OPS * self.pool.turns
+        return sum(one.num_events for one in self.found.played[self.before[1] :]) + TURN_OPS * self.pool.turns
 
     def _neighbour(self, below: float) -> int | None:
         """The neighbour of the least expected time, its bounds refined, if it promises."""

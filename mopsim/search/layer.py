@@ -1,7 +1,7 @@
 """What a layer takes at least, by the pieces of reference rows: bytes kept for its backward, and seconds in
 which the compute stream is busy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -10,7 +10,7 @@ import numpy as np
 
 from mopsim.search.had import exchanges, offered, refused_beside
 from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
-from mopsim.search.problem import EXCHANGES, LEANEST, RING, ULYSSES, Column, once
+from mopsim.search.problem import EXCHANGES, LEANEST, RING, SAVED, ULYSSES, Column, once
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds
 from mopsim.search.wires import Reals
@@ -136,14 +136,18 @@ class Layer:
         """Seconds in which the compute stream is, of each row, way (WAYS) and kind of layer, one
         microbatch."""
         each = self.routed.at(_expert_shapes(space))
-        each[:, 1] += self.again[recomputed(space.columns["recompute"], space.columns["modules"])]
+        each[:, 1] += self.again[recomputed(space.columns)]
         found = self.fixed.at(_dense_shapes(space)) + each * _tokens(space)[:, None, None]
         return np.asarray(BEST * found)
 
 
-def recomputed(recompute: Column, modules: Column) -> Column:
-    """Places in `Layer.kept`, `height` and `again`: all is recomputed, or modules of a code."""
-    return np.where(recompute == 1, 0, 1 + modules)
+def recomputed(columns: Mapping[str, Column]) -> Column:
+    """Places in `Layer.kept`, `height` and `again`: all is recomputed, or all but kernels of a code, or
+    modules of a code."""
+    saved = columns["saved"]
+    return np.where(
+        columns["recompute"] == 1, np.where(saved > 0, 1 + LEANEST + saved, 0), 1 + columns["modules"]
+    )
 
 
 def _tokens(space: Space) -> Column:
@@ -195,7 +199,7 @@ def _reference(space: Space, codes: Column, *first: Column) -> Space:
     whole &= ~refused_beside(space.problem, space.family, "exchange", traded)
     ways = exchanges(space.problem, space.family) or [ULYSSES]
     usual = {
-        "virtual_stages": 1, "layout": 0, "boundary_host": 0, "overlap": 0, "modules": 0,
+        "virtual_stages": 1, "layout": 0, "boundary_host": 0, "overlap": 0, "modules": 0, "saved": 0,
         "recompute": c["recompute"].min(), "ffn_slices": 1,
         "exchange": np.where(whole & (ULYSSES in ways), ULYSSES, ways[-1]),
         "dispatcher": np.where(rows.columns["experts"] > 1, once, 0),
@@ -257,20 +261,25 @@ def _loss(row: Space) -> float:
 
 def _by_recomputation(row: Space, each: float) -> tuple[Reals, Reals, Reals]:
     order = kinds(row.problem.model)
-    kept, again = np.zeros((2, LEANEST + 2, len(order)))
-    height = np.zeros(LEANEST + 2)
+    kept, again = np.zeros((2, LEANEST + 1 + len(SAVED), len(order)))
+    height = np.zeros(len(kept))
     if row.stack.explicit:
         return kept, height, again
     tokens, hidden = float(_tokens(row)[0]), row.problem.model.hidden_size * each
-    made, least = [], Pieces(row).layers(0)
-    for code in range(LEANEST + 1):
-        chosen = {"recompute": 1} if code == 0 else {"recompute": 0, "modules": code - 1}
-        layers = Pieces(row.having(**chosen)).layers(0)
+    made, least, asked = [], Pieces(row).layers(0), (row.problem, row.family)
+    for chosen in (
+        *({"recompute": 1, "modules": 0, "saved": one} for one in sorted(offered(*asked, "saved"))),
+        *({"recompute": 0, "modules": one, "saved": 0} for one in sorted(offered(*asked, "modules"))),
+    ):
+        few = row.having(**chosen)
+        code, layers = int(recomputed(few.columns)[0]), Pieces(few).layers(0)
         if layers and least:
-            made.append(code)
+            if not chosen["recompute"]:
+                made.append(code)
             kept[code] = [max(0.0, layers[kind].left / tokens - hidden) for kind in order]
             height[code] = max(0.0, min(one.height for one in layers.values()) / tokens)
             again[code] = [max(0.0, layers[kind].busy - least[kind].busy) / tokens for kind in order]
-    some = made[1:] or [0]
-    kept[-1], height[-1], again[-1] = (found[some].min(axis=0) for found in (kept, height, again))
+    some, leanest = made or [0], 1 + LEANEST
+    for found in (kept, height, again):
+        found[leanest] = found[some].min(axis=0)
     return kept, height, again

@@ -5,11 +5,21 @@ from functools import cache
 import numpy as np
 
 from mopsim.common.errors import MopError
-from mopsim.search.axes import every_axis
+from mopsim.search.axes import every_axis, followed
 from mopsim.search.build import Row, build
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.pieces import Pieces
-from mopsim.search.problem import DEFAULTS, DEVICE, DISPATCHERS, EXCHANGES, HOST, PARTS, RECOMPUTED, Problem
+from mopsim.search.problem import (
+    DEFAULTS,
+    DEVICE,
+    DISPATCHERS,
+    EXCHANGES,
+    HOST,
+    PARTS,
+    RECOMPUTED,
+    SAVED,
+    Problem,
+)
 from mopsim.search.refined import Refined
 from mopsim.search.space import Space
 from mopsim.search.stages import BALANCED, IDEAL, WEIGHTED, WEIGHTS, layers_of
@@ -35,7 +45,8 @@ def _row(problem: Problem, s: Strategy) -> Row | None:
     stages, virtual = s.pipeline.pipeline_parallel, s.pipeline.virtual_stages
     layout, modules = _layout(problem.model, stages, virtual, s.pipeline.layers), s.activations.modules
     dispatcher = s.experts.token_dispatcher
-    known = modules in RECOMPUTED and dispatcher in DISPATCHERS
+    saved = s.activations.save_ops
+    known = modules in RECOMPUTED and saved in SAVED and dispatcher in DISPATCHERS
     if s.name not in FAMILIES or layout is None or not known:
         return None
     fixed = {
@@ -52,10 +63,12 @@ def _row(problem: Problem, s: Strategy) -> Row | None:
         "expert_tensor": s.experts.expert_tensor_parallel,
         "dispatcher": DISPATCHERS.index(dispatcher),
         "recompute": int(s.activations.recompute == "full"), "modules": RECOMPUTED.index(modules),
+        "saved": SAVED.index(saved),
         "boundary_host": int(s.activations.layer_inputs == "host"),
         "state": HOST if away else DEVICE, "state_parts": round(PARTS * s.optimizer.host_fraction),
         "overlap": int(bool(s.overlap.experts)),
     }  # fmt: skip
+    row = {name: int(value) for name, value in followed(problem, s.name, row).items()}
     try:
         return row if build(s.name, problem, row) == s else None
     except MopError:

@@ -26,7 +26,7 @@ from mopsim.spec.model import LayerKind
 
 LAYER = (
     "micro_batch", "tensor", "sequence", "exchange", "experts", "expert_tensor", "strided", "dispatcher",
-    "chunks", "ffn_slices", "recompute", "modules", "boundary_host",
+    "chunks", "ffn_slices", "recompute", "modules", "saved", "boundary_host",
 )  # fmt: skip
 """Columns that a layer's templates depend on."""
 LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices")

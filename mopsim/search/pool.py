@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.search.axes import FOLLOWERS
 from mopsim.search.bound import Bounds
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
@@ -25,6 +26,7 @@ _TOGETHER = {
     "boundary_parts": "boundary_host",
     "layout": "virtual_stages",
     "modules": "recompute",
+    "saved": "recompute",
     "bucket": "state",
     "beside": "state",
     "state_parts": "state",
@@ -32,7 +34,7 @@ _TOGETHER = {
     "loss_slices": "loss",
 }
 #: Columns that decide how large transients are beside the tokens of a rank.
-_TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules")
+_TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules", "saved")
 _WAITS = ("overlap", "tensor", "expert_tensor", "exchange", "dispatcher")
 """Columns that decide what compute waits for."""
 _SHARDS = ("tensor", "experts", "expert_tensor", "dense_shard", "expert_shard")
@@ -254,8 +256,9 @@ class Pool:
         """Positions one decision away from `position`."""
         index = int(self.rows[position])
         groups: dict[str, NDArray[np.bool_]] = {}
+        followers = {name for name, one in FOLLOWERS.items() if self.space.family in one.families}
         for name, column in self.space.columns.items():
-            if not column.strides[0]:  # one value
+            if not column.strides[0] or name in followers:  # one value
                 continue
             group = _TOGETHER.get(name, name)
             differs = column[self.rows] != column[index]

@@ -46,19 +46,26 @@ NEXT_FORWARD, UNDER_BACKWARD = 1, 2
 RECOMPUTED: tuple[tuple[str, ...], ...] = (
     (), ("core_attn",), ("layernorm",), ("moe_act",), ("layernorm", "moe_act"), ("mla_up_proj",), ("mlp",),
     ("mla_up_proj", "mlp"), ("mla_up_proj", "layernorm", "moe_act"), ("moe",), ("mla_up_proj", "moe"),
+    ("mlp", "moe"),
 )  # fmt: skip
 """Modules that selective recomputation runs again, by the code in the `modules` column: those of the
 recipes in recipes.yaml, of a stack's default, and whole experts."""
 LEANEST = len(RECOMPUTED)
 """Code of no set: of what keeps least whatever is recomputed, where it is not chosen yet."""
 
+SAVED: tuple[tuple[str, ...], ...] = (
+    (), ("attention_core",), ("attention_core", "dispatch", "experts_gate", "experts_up"),
+)  # fmt: skip
+"""Kernels that full recomputation does not run again, by the code in the `saved` column: attention, whose
+output is small for what it takes, and what experts wait for and take."""
+
 DEFAULTS = {
     "micro_batch": 1, "tensor": 1, "pipeline": 1, "virtual_stages": 1, "layout": 0, "sequence": 1,
     "exchange": ULYSSES, "experts": 1, "expert_tensor": 1, "expert_shard": 1, "strided": 0, "dispatcher": 0,
     "vocabulary": 1, "dense_shard": 1, "chunks": 0, "ffn_slices": 1, "loss": FULL, "loss_slices": 1,
     "state": DEVICE, "state_parts": PARTS, "bucket": 100_000_000, "beside": 0, "boundary_host": 0,
-    "boundary_parts": PARTS, "recompute": 1, "modules": 0, "reshard": 1, "offload": 0, "zero": 3,
-    "overlap": 0,
+    "boundary_parts": PARTS, "recompute": 1, "modules": 0, "saved": 0, "reshard": 1, "offload": 0, "zero": 3,
+    "overlap": 0, "in_node": 0,
 }  # fmt: skip
 """Columns of a space, and what each is where no axis sets it."""
 

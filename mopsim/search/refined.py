@@ -127,7 +127,7 @@ class Refined(Bounder):
         """Layers and loss in turn, with what each waits for, woven where they are; or as long as they compute
         beside busy fabrics; or as the host issues their kernels. Then the optimizer. A closed form may be
         more, where streams are busy for longer."""
-        busy = self._all(lambda piece: piece.busy) + self.copies()
+        busy = self.with_copies(*self._parts(lambda piece: piece.busy))
         idle, alone = self.awaited(), busy + self.updates()
         step = busy + idle + self.hardware.communication_share * np.maximum(self.talks() - idle, 0.0)
         chain = np.maximum(
@@ -291,8 +291,14 @@ class Refined(Bounder):
     ) -> Reals:
         """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds. filled:
         as in `slowest_stage`."""
+        return self.slowest(*self._parts(what, factor), filled)
+
+    def _parts(
+        self, what: Callable[[LayerPiece], float], factor: Reals | float = 1.0
+    ) -> tuple[list[Reals], Reals]:
+        """(Of each kind of layer, all microbatches; of the losses and of MTP layers)."""
         every = [self.microbatches * self._layer(kind, what) * factor for kind in kinds(self.model)]
-        return self.slowest(every, self._head(what, factor), filled)
+        return every, self._head(what, factor)
 
     def _layer(self, kind: LayerKind, what: Callable[[LayerPiece], float]) -> Reals:
         return self.parts.each(lambda one: what(one.layers[kind]))
@@ -335,8 +341,11 @@ class Refined(Bounder):
         ahead = min(self.prefetch, self.model.num_hidden_layers - 1)
         least = np.min([np.add(*self._full(other)) for other in kinds(self.model)], axis=0) * used
         dense = dense + np.where(self.c["pipeline"] == 1, ahead, 0) * least
-        if not self.flat:
-            return [dense + routed, dense]
+        if (
+            not self.flat
+        ):  # experts are freed before the rest goes on, whether they were gathered again or not
+            stayed = np.where(zero3, (1 - self.c["reshard"]) * self.sent * self.by_layer, 0.0)
+            return [dense + routed, dense - self._full(kind)[1] * stayed]
         grads = grads * self.reduce
         return [dense + routed, dense + routed + grads, dense + grads]
 

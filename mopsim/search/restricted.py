@@ -56,7 +56,7 @@ def try_restricted(hunt: Hunt, progress: Callable[[SearchResult], None]) -> None
         may = _may(hunt.pool, one)
         for _ in range(TRIES):
             known = [done.step_time for done in hunt.found.played if done.sure and one.kept(done, model)]
-            if hunt.found.simulated >= PROOFS * hunt.options.budget:
+            if hunt.simulated >= PROOFS * hunt.options.budget:
                 return
             position = hunt.fastest(may)
             if position is None or hunt.pool.expected()[position] * (1 + LEEWAY) > min(known, default=np.inf):

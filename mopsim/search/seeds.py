@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.search.problem import DEVICE, RECOMPUTED
+from mopsim.search.problem import DEVICE, FULL, RECOMPUTED
 from mopsim.search.space import Space
 from mopsim.search.stages import LAYOUTS
 from mopsim.search.wires import Reals
@@ -28,6 +28,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
     """A published layout: see recipes.yaml. hardware, devices, seq_len, global_batch: of the run. The others
     are columns of a space, of which DEGREES say what they are themselves."""
 
+    family: str = "megatron"
     model: str
     parameters: float
     hardware: str
@@ -45,13 +46,16 @@ class Recipe(Spec, frozen=True, kw_only=True):
     expert_tensor: int = 1
     dispatcher: Literal["alltoall", "once"] = "alltoall"
     overlap: bool = False
+    recompute: bool = False
+    reshard: bool = False
     modules: tuple[str, ...] = ()
 
     def masks(self, space: Space) -> Iterator[tuple[str, Mask]]:
         """(Column, whether each row has what the recipe says of it)."""
         wanted = {name: getattr(self, name) for name in DEGREES} | {
             "layout": LAYOUTS.index(self.layout), "overlap": int(self.overlap),
-            "modules": RECOMPUTED.index(self.modules), "recompute": 0, "boundary_host": 0, "state": DEVICE,
+            "modules": RECOMPUTED.index(self.modules), "recompute": int(self.recompute), "saved": 0,
+            "boundary_host": 0, "state": DEVICE, "reshard": int(self.reshard), "loss": FULL, "in_node": 0,
         }  # fmt: skip
         for name, value in wanted.items():
             yield name, space.columns[name] == value
@@ -80,7 +84,7 @@ def published(space: Space, likely: Reals, free: Collection[str] = ()) -> list[i
     def apart(recipe: Recipe) -> float:
         return abs(math.log(space.problem.total_params / (recipe.parameters * 1e9)))
 
-    alike = [one for one in recipes() if space.family == "megatron" and apart(one) <= math.log(ALIKE)]
+    alike = [one for one in recipes() if one.family == space.family and apart(one) <= math.log(ALIKE)]
     for recipe in sorted(alike, key=lambda one: (one.model != model, apart(one))):
         masks = [mask for name, mask in recipe.masks(space) if name not in free]
         first = _first(np.logical_and.reduce(masks), likely)

@@ -2,20 +2,20 @@
 minor ones, and those that promise most are multiplied by these."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import cast
 
 import numpy as np
 
-from mopsim.search.axes import MINOR, Axis
+from mopsim.search.axes import FIRST, MINOR, Axis, within
 from mopsim.search.balance import balanced
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
-from mopsim.search.had import axes_of, each
-from mopsim.search.legal import expanded, minor_of, multiplied, trunk
+from mopsim.search.had import axes_of, each, names
+from mopsim.search.legal import expanded, keeping, minor_of, multiplied, trunk
 from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
@@ -40,18 +40,41 @@ Change = Callable[[Problem, Axes], Axes]
 
 @dataclass
 class Rest:
-    """Rows of a trunk that are not multiplied out, and lower bounds of their step times, the least first."""
+    """Rows of a trunk that are not multiplied out, and lower bounds of their step times, the least first.
+    but: of what they are multiplied out to, rows of these values are left out."""
 
     trunk: Space
     axes: Axes
     time: Reals
+    but: Mapping[str, int] = field(default_factory=dict)
 
     def under(self, below: float, most: int) -> Space | None:
         """Multiply out those whose bound is under `below` seconds, the least first, to about `most` rows;
         they are no longer of the rest. None where there are none."""
         parts, done = _multiplied(self.trunk.part(0, int(np.searchsorted(self.time, below))), self.axes, most)
         self.trunk, self.time = self.trunk.part(done, len(self.time)), self.time[done:]
-        return _joined(parts) if parts else None
+        return _without(_joined(parts), self.but) if parts else None
+
+
+def parts(
+    problem: Problem, family: str, change: Change | None = None, most: int = Options.rows
+) -> list[tuple[Space, Rest]]:
+    """`candidates` of each part of a family's space that has any, in the order in which they are hunted. What
+    a part leaves out is in the `rejected` of the last. Columns of an axis that a caller made are no part's:
+    it searched them so before."""
+    whole, own = _axes(problem, family, change), axes_of(problem, family)
+    made = {name for key in whole if key not in own for name in names(key)}
+    first = {name: value for name, value in FIRST.get(family, {}).items() if name not in made}
+    axes = within(whole, first)
+    if not first or axes == whole:
+        return [_candidates(problem, family, whole, most)]
+    found = [_candidates(problem, family, axes, most)] if all(axes.values()) else []
+    found = [(replace(space, rejected=Counter()), rest) for space, rest in found if len(space)]
+    last = _candidates(problem, family, whole, most, first if found else {})
+    if len(last[0]) or not found:
+        return [*found, last]
+    found[-1][0].rejected.update(last[0].rejected)
+    return found
 
 
 def candidates(
@@ -59,17 +82,34 @@ def candidates(
 ) -> tuple[Space, Rest]:
     """(Legal candidates of a family, what was not multiplied out): all and none, where they are not more than
     `most`. What cannot fit whatever the minor axes are is in `rejected`, and counted once there."""
+    return _candidates(problem, family, _axes(problem, family, change), most)
+
+
+def _axes(problem: Problem, family: str, change: Change | None) -> Axes:
     axes = axes_of(problem, family)
-    axes = change(problem, axes) if change else axes
-    first = trunk(problem, family, axes)
+    return change(problem, axes) if change else axes
+
+
+def _candidates(
+    problem: Problem, family: str, axes: Axes, most: int, but: Mapping[str, int] | None = None
+) -> tuple[Space, Rest]:
+    """The same of some axes. but: rows of these values are left out."""
+    first, but = trunk(problem, family, axes), but or {}
     step = max(1, len(first) // SAMPLE)
     some = first.take(np.arange(0, len(first), step))
     if len(multiplied(some, axes)) * step <= most:
-        return expanded(first, axes), Rest(first.part(0, 0), axes, np.zeros(0))
-    return _staged(first, axes, most)
+        return _without(expanded(first, axes), but), Rest(first.part(0, 0), axes, np.zeros(0), but)
+    return _staged(first, axes, most, but)
 
 
-def _staged(first: Space, axes: Axes, most: int) -> tuple[Space, Rest]:
+def _without(space: Space, but: Mapping[str, int]) -> Space:
+    if not but:
+        return space
+    mine = np.logical_and.reduce([space.columns[name] == value for name, value in but.items()])
+    return replace(space.take(np.flatnonzero(~mine)), rejected=space.rejected)
+
+
+def _staged(first: Space, axes: Axes, most: int, but: Mapping[str, int]) -> tuple[Space, Rest]:
     time, miss = bounds_of(first, axes)
     fits = np.flatnonzero(miss <= 1)
     if not len(fits):
@@ -80,9 +120,9 @@ def _staged(first: Space, axes: Axes, most: int) -> tuple[Space, Rest]:
     parts, done = _multiplied(kept.take(order), axes, most)
     later = order[done:]
     later = later[np.argsort(time[fits][later], kind="stable")]
-    found = _joined(parts)
+    found = _without(_joined(parts), but)
     found.rejected.update(first.rejected + over)
-    return found, Rest(kept.take(later), axes, time[fits][later])
+    return found, Rest(kept.take(later), axes, time[fits][later], but)
 
 
 def _multiplied(rows: Space, axes: Axes, most: int) -> tuple[list[Space], int]:
@@ -137,13 +177,26 @@ def _of_fitting(first: Space, axes: Axes, minor: Sequence[Axis]) -> tuple[Reals,
     time, least = np.full(len(first), np.inf), np.full(len(first), np.inf)
     for traded in _combinations([(axis, _values(axis, axes)) for axis in minor if axis.traded]):
         mine = first.having(**traded)
+        rows = np.flatnonzero(_chosen(mine, minor))
+        if not len(rows):
+            continue
+        mine = mine.take(rows)
         found = [Bounder(mine.having(**corner), given) for corner in fast]
         host = np.minimum.reduce([one.host_memory() for one in found])
         host = host / max(first.problem.hardware.host_limit(), 1)
         miss = np.maximum(_device(mine.having(**lean), given), host)
-        least = np.minimum(least, miss)
-        time = np.minimum(time, np.where(miss <= 1, np.minimum.reduce([one.time() for one in found]), np.inf))
+        least[rows] = np.minimum(least[rows], miss)
+        seconds = np.minimum.reduce([one.time() for one in found])
+        time[rows] = np.minimum(time[rows], np.where(miss <= 1, seconds, np.inf))
     return time, least
+
+
+def _chosen(space: Space, minor: Sequence[Axis]) -> Mask:
+    """Rows in which the values of what is traded mean something beside the trunk's."""
+    names, later = (
+        {name for axis in minor if axis.traded is traded for name in axis.columns} for traded in (True, False)
+    )
+    return keeping(space, names, later)
 
 
 def facts_of(first: Space, axes: Axes) -> SpaceFacts:
@@ -227,7 +280,7 @@ def _with_room(kept: Space, axes: Axes) -> tuple[Reals, Space]:
     for value in sorted(values, key=lambda one: one != leanest):
         mine = kept.having(**value)
         room = _device(mine.having(**lean), given) * enough <= 1
-        rows = np.flatnonzero(room | (value == leanest))
+        rows = np.flatnonzero(room & _chosen(mine, minor) | (value == leanest))
         seconds = guess(mine.take(rows))
         better = (seconds < found[rows]) | np.isinf(found[rows])
         found[rows[better]] = seconds[better]

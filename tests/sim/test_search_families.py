@@ -165,7 +165,8 @@ def test_the_microbatch_may_be_the_whole_local_batch() -> None:
     model, hardware = load_model("olmoe_1b_7b"), load_profile("rtx4090-24g")
     training = TrainSpec(seq_len=4096, global_batch=24 * 8)
     space = generate(Problem(model, hardware, 1, training), "fsdp2")
-    data_parallel = space.columns["sequence"] == 1
+    c = space.columns
+    data_parallel = c["sequence"] * c["tensor"] * c["pipeline"] == 1
     assert int(space.columns["micro_batch"][data_parallel].max()) == 24
     assert {1, 2, 4, 8, 12, 16, 24} - {12, 16} <= set(space.columns["micro_batch"].tolist())
 

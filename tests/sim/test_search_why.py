@@ -286,7 +286,7 @@ def test_a_late_host_is_told_with_the_stack_whose_kernels_are_in_graphs() -> Non
 
 def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
     options = replace(OPTIONS, families=("mop", "fsdp2"))
-    found, problem = given(12e6, options)
+    found, problem = given(10e6, options)
     assert found.best is None
     assert why(found, problem) == []
     lines = would_fit(found, problem, options)
@@ -324,7 +324,7 @@ def test_a_batch_that_divides_over_no_ranks_is_told_which_do(batch: int, works: 
 
 
 def test_a_refusal_says_what_it_counts() -> None:
-    job: dict[str, Any] = {"seq_len": 4096, "nodes": 16, "families": ["fsdp2"], "budget": 1}
+    job: dict[str, Any] = {"seq_len": 4096, "nodes": 16, "families": ["zero_offload"], "budget": 1}
     found = mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=63, **job)
     assert re.search(r"data groups; 32 or 64 will do \([\d,]+ candidates\)", found.verdict)
     assert mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=64, **job).top
@@ -335,7 +335,7 @@ def test_a_refusal_says_what_it_counts() -> None:
 def test_why_is_asked_for_only_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     ranking = mopsim.search("tiny", "cpu-2core", seq_len=512, global_batch=4, families=["fsdp2"], budget=3)
     monkeypatch.setattr("mopsim.api.results.why", lambda *_: pytest.fail("why is asked"))
-    assert ranking.simulated == 3
+    assert ranking.simulated == 3 + 3  # of each part
     assert ranking.gap is None or ranking.gap >= 0
     monkeypatch.setattr("mopsim.api.results.why", lambda *_: ["because"])
     assert ranking.why == ["because"]
