@@ -87,6 +87,18 @@ def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, .
     return (Work("memory_bound", bytes=size, launches=2),) if size else ()
 
 
+def scaled(context: Context, units: Sequence[ShardedUnit], *, summed: bool = False) -> tuple[Work, ...]:
+    """Multiplies whole gradients of units, before they are summed or after (see Sharding.scaled)."""
+    way, strategy = context.stack.sharding.scaled, context.strategy
+    ranks = strategy.dense_replicas
+    if way == "none" or strategy.dense.zero >= 2 or summed != (way == "tokens"):
+        return ()
+    if way == "experts":
+        units = [one for one in units if one.component == "experts" and one.copies != ranks]
+    elements = sum(unit.padded for unit in units) if summed or ranks > 1 else 0
+    return (Work("memory_bound", bytes=2.0 * elements * context.grad),) if elements else ()
+
+
 def flat_host(context: Context, unit: ShardedUnit, part: str, started: int = 0) -> float:
     """What a unit of FSDP1 takes of the host beside the copies and collectives that it starts. The root is
     one unit, whose time lies on the embedding, unless stages of a pipeline share it."""

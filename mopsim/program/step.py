@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mopsim.program import outputs, scales
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, grad_passes, reduction, shared_embedding
+from mopsim.program.data_parallel import gathering, grad_passes, reduction, scaled, shared_embedding
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
@@ -370,6 +370,9 @@ class StageStep:
             read = any(one.launches > 1 for one in norms)
             op = self.issue.add("whole gradients", "compute", part, "backward", work, ready, awaited=read)
             ready = (op,)
+        if work := scaled(self.c, units):
+            part = units[0].component
+            ready = (self.issue.add("scaled gradients", "compute", part, "backward", work, ready),)
         for part, sent in messages:
             stream = stream_of(sent.group)
             op = self.issue.add("reduce gradients", stream, part, "backward", (sent,), ready)

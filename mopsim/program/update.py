@@ -8,7 +8,7 @@ from mopsim.graph.host_costs import COLLECTION
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering
+from mopsim.program.data_parallel import gathering, scaled
 from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
 from mopsim.program.update_host import UpdateHost
@@ -56,6 +56,9 @@ class Update:
 
     def run(self, reductions: Sequence[int]) -> None:
         """Ops after all gradients (`reductions`) are summed."""
+        if work := scaled(self.c, self.stage.units, summed=True):
+            ready = (*reductions, *self.b.tail())
+            reductions = (self.b.add("scaled gradients", "compute", _O, _O, work, ready),)
         last = self._logged("zeros", self._clipped(reductions))
         if any(self.away):
             last = self._streamed(last) if self.optimizer.update_on == "device" else self._by_host(last)

@@ -61,6 +61,11 @@ class Sharding(Spec, frozen=True, kw_only=True):
     updated tensors one after the other.
     grad_passes: bytes moved for each gradient of a rank after the backward that precedes its reduction: it
     is copied into the buffers of reductions and back, scaled, and counted into a norm while it is whole.
+    scaled: below ZeRO-2, whole gradients are multiplied where they lie, each read and written once as wide as
+    it is kept, for their mean. `none`: the reductions take the mean. `all`: before they are summed, if ranks
+    have other tokens. `experts`: the reductions take the mean over their own ranks, and gradients of routed
+    experts are scaled, if they have fewer copies than the other weights. `tokens`: all after they are summed,
+    by the tokens of a step.
     microbatch_grads: if gradients are summed in a wider dtype than the products' and no rank shards them.
     `added`: each gradient of a backward is added and freed at once. `kept`: all are added after the
     backward, each from a copy in the sums' dtype. They live until the next backward begins, through
@@ -127,6 +132,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     reductions: Literal["hidden", "asked"] = "hidden"
     owners: bool = False
     grad_passes: float = 0.0
+    scaled: Literal["none", "all", "experts", "tokens"] = "none"
     microbatch_grads: Literal["added", "kept"] = "added"
     zero_grad: Literal["fills", "frees", "buffers", "copied"] = "fills"
     update_copies: float = 0.0
