@@ -3,16 +3,57 @@ biases, a norm over the full projection. What lies before the exchange is the re
 again in the backward with a graph of its own that lives no longer.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mopexec.measure.tracker import component, phase
-from mopexec.model.attention import project, value_width
+from mopexec.model.attention import OwnRows, project, value_width
 from mopexec.operators.attention import AttentionBlock, Saved, Weights
 
 _PREFIX = "attention."
 _AFTER = ("o_proj.weight", "o_proj.bias", "sinks")
 """Parameters that the projections do not use."""
+
+
+def _leaf(value: Tensor, take: Callable[[Tensor], Any]) -> Tensor:
+    """A leaf whose gradient is taken as soon as it is there: `torch.autograd.grad` holds all to its end."""
+    leaf = value.detach().requires_grad_()
+
+    def taken(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        take(leaf.grad)
+        leaf.grad = None
+
+    leaf.register_post_accumulate_grad_hook(taken)  # type: ignore[no-untyped-call]
+    return leaf
+
+
+class _Inputs(OwnRows):
+    """Each product reads a leaf of its own, whose gradients are added in place one after the other. So does
+    autograd with those of one leaf, but not under a dispatch mode, as a tracker is.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def leaf(self, x: Tensor) -> Tensor:
+        return _leaf(x, self._add)
+
+    def product(self, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+        """See `OwnRows.product`."""
+        return super().product(weights, name, x if x.requires_grad else self.leaf(x))
+
+    def taken(self) -> Tensor:
+        """The sum, given away."""
+        found, self._sum = self._sum, None
+        assert found is not None
+        return found
+
+    def _add(self, grad: Tensor) -> None:
+        self._sum = grad if self._sum is None else self._sum.add_(grad)
 
 
 class ComposedAttention(AttentionBlock):
@@ -30,17 +71,15 @@ class ComposedAttention(AttentionBlock):
                 heads = spec.num_attention_heads if name == "q" else kv_heads
                 outer.append(self.exchange.merge(packed.pop(0), heads).view(*shape, heads, widths[name]))
             hidden = self.norms.forward(x, weights, "attention_norm")
-            own = self._own(weights)
+            own, rows = self._own(weights), _Inputs()
             with torch.enable_grad():
-                leaves = [hidden.view(*shape, -1).requires_grad_()]
-                leaves += [value.detach().requires_grad_() for value in own.values()]
-                named = dict(zip(own, leaves[1:], strict=True))
-                found = project(spec, named, leaves[0], self.cos, self.sin, rotates=self.rotates)
-            grad_hidden, *rest = torch.autograd.grad(found, leaves, outer)
-            del found, outer, leaves, named
-            for name, value in zip(own, rest, strict=True):
-                grads[f"{_PREFIX}{name}"].add_(value)
-            del rest
+                named = {name: _leaf(value, grads[f"{_PREFIX}{name}"].add_) for name, value in own.items()}
+                whole = hidden.view(*shape, -1)
+                read = rows.leaf(whole) if spec.attention == "mla" else whole
+                found = project(spec, named, read, self.cos, self.sin, rows, rotates=self.rotates)
+            torch.autograd.backward(found, outer)
+            del found, outer, named, read, whole
+            grad_hidden = rows.taken()
             self.norms.backward_(grad, x, grad_hidden.view(x.shape), weights, grads, "attention_norm")
 
     def _heads(self, name: str) -> int:

@@ -40,6 +40,8 @@ KINDS = {
     "windows": _kind("shared heads", **WINDOW),
     "windows alone": _kind("heads", sliding_window=64),
     "windows and sinks": _kind("shared heads", attention_bias="qkvo", attention_sinks=True, **WINDOW | WIDE),
+    "learned positions": _kind("heads", learned_positions=8192, attention_bias="qkv", **WIDE),
+    "learned positions, norms": _kind("shared heads", learned_positions=8192, qk_norm="full"),
     "latents": _kind("latents"),
     "latents of keys": _kind("latents", q_lora_rank=0),
     "narrow values": _kind("narrow values"),
@@ -65,3 +67,33 @@ def test_attention_of_every_kind(name: str, runtime: str, dtype: str, kind: str)
     result = simulate(plan.model, machine(memory=1000), 1, strategy, plan.training, plan.stack)
     assert tracked.peak_component == "attention" or kind == "cpu" or dtype == "float32"
     assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=0.01)
+
+
+WIDTH = ModelSpec(
+    name="dense", hidden_size=4096, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32,
+    head_dim=128, vocab_size=32_000, intermediate_size=8192, ffn_matrices=2,
+)  # fmt: skip
+COMPOSED: dict[str, dict[str, Any]] = {
+    "GPT": {"norm": "layernorm", "attention_bias": "qkvo", "ffn_bias": True, "learned_positions": 8192},
+    "biases": {"attention_bias": "qkv"},
+    "shared heads": {"attention_bias": "qkv", "num_key_value_heads": 8},
+    "norms": {"qk_norm": "full"},
+    "neighbours": {"rope_interleave": True},
+    "latents": {
+        "attention": "mla", "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "head_dim": 192,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_projections_that_run_again_at_a_published_width(name: str, dtype: Any) -> None:
+    """Gradients of their weights, 32 MiB each in bf16, were all held to the end of the backward, and one of a
+    product's beside that of its input was not simulated: peaks were up to 8 % low."""
+    model = msgspec.structs.replace(WIDTH, **COMPOSED[name])
+    strategy = mop(8, loss_chunk_tokens=2048, vocab_parallel=8, expert_chunk_tokens=0, dtype=dtype)
+    plan = plan_of(model, strategy, TrainSpec(seq_len=8192, global_batch=8), "cuda")
+    tracked = second_step(plan, 7, MemoryTracker)
+    result = simulate(model, machine(memory=1000), 1, strategy, plan.training, plan.stack)
+    assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=0.002)

@@ -65,17 +65,26 @@ def _parts(tape: Tape, cast: bool) -> tuple[Tape, Tape]:
     traded = [kernel.reads[0] for kernel in tape.kernels[at:] if kernel.name == "stack"]
     results = tuple(traded[:3]) or tape.kernels[at].reads[:3]
     given = tuple(tape.values[name] for name in results)
-    held = tuple(_held(kernel, results, cast) for kernel in tape.kernels[:at])
+    held = tuple(_held(_at_once(kernel), results, cast) for kernel in tape.kernels[:at])
     before = replace(tape, kernels=held, outputs=results)
     return before, replace(tape, inputs=(*tape.inputs, *given), kernels=tape.kernels[at:])
 
 
+def _at_once(kernel: Kernel) -> Kernel:
+    """One node of autograd makes a product's gradients of input and weight before either is added."""
+    if not kernel.matmuls or not kernel.weight_grad:
+        return kernel
+    own = ("activations", kernel.weight_grad)
+    return replace(kernel, weight_grad=0, back_scratch=(*kernel.back_scratch, own))
+
+
 def _held(kernel: Kernel, results: tuple[str, ...], cast: bool) -> Kernel:
     """Whoever asks for the backward holds the gradients of results until its end, those too that a rotation
-    would be done with once they are cast."""
+    would be done with once they are cast, or a composed norm."""
     if kernel.writes[0].name not in results:
         return kernel
-    early = cast and kernel.name.startswith("rope_")
+    composed = kernel.name.endswith("_norm") and bool(kernel.back_scratch)
+    early = composed or (cast and kernel.name.startswith("rope_"))
     more = (("activations", kernel.writes[0].bytes),) if early else ()
     given = tuple(replace(one, grad=False) for one in kernel.writes)
     return replace(kernel, writes=given, back_scratch=(*kernel.back_scratch, *more))
