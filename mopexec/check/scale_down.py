@@ -239,6 +239,7 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
         if kv == heads or latent
         else max(min(kv, 2), strategy.dense.tensor_parallel),
         head_dim=_LATENT_DIM if latent else _HEAD_DIM,
+        partial_rotary_factor=_part(model.partial_rotary_factor),
         swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,
         learned_positions=min(model.learned_positions, _POSITIONS),
         num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
@@ -253,6 +254,11 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
         **sizes,
         **_layers(model, strategy.pipeline.pipeline_parallel * strategy.pipeline.virtual_stages),
     )
+
+
+def _part(part: float) -> float:
+    """The part of a small head nearest to one so large that turns pairs, but not all of them."""
+    return min(max(2 * round(_HEAD_DIM * part / 2), 2), _HEAD_DIM - 2) / _HEAD_DIM if part < 1 else 1.0
 
 
 def _layers(model: ModelSpec, parts: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from mopsim.common.errors import Rules, require_name
@@ -134,7 +135,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     def _rules(self) -> Rules:
         yield from _sizes(self)
         require_name(self.name)
-        yield from chain(_layers(self), _attention(self), _numbers(self), _groups(self))
+        yield from chain(_layers(self), _rotary(self), _attention(self), _numbers(self), _groups(self))
 
     @property
     def rotary_dim(self) -> int:
@@ -268,6 +269,12 @@ _RANGES = (
     ("swiglu_limit", 0.0, 1e6), ("swiglu_alpha", 1e-3, 1e3),
 )  # fmt: skip
 
+_ROTARY = {
+    "rope_theta": 10000.0, "rope_interleave": False, "partial_rotary_factor": 1.0,
+    "full_attention_rotary": True, "rope_scaling.rope_type": "default",
+}  # fmt: skip
+"""Fields of rotary positions, and what they are of a network that has none."""
+
 
 def _sizes(m: ModelSpec) -> Rules:
     for field in _NEEDED:
@@ -328,14 +335,6 @@ def _attention(m: ModelSpec) -> Rules:
         value = getattr(m, field)
         yield value is None or 1 <= value <= 1e18, field, "must lie between 1 and 1e18"
     latent = m.attention == "mla"
-    part = m.partial_rotary_factor
-    yield 0 < part <= 1, "partial_rotary_factor", "must be above 0 and at most 1"
-    yield part == 1 or not latent, "partial_rotary_factor", "must be 1 for mla"
-    rotated = "qk_rope_head_dim" if latent else "head_dim" if part == 1 else "partial_rotary_factor"
-    even = bool(m.learned_positions) or (m.rotary_dim >= 2 and m.rotary_dim % 2 == 0)
-    of = f" of head_dim {m.head_dim}" if part != 1 else ""
-    yield even, rotated, f"must be even{of}: rotary positions turn pairs of elements"
-    yield not (latent and m.learned_positions), "learned_positions", "must be 0 for mla"
     yield m.full_attention_rotary or not latent, "full_attention_rotary", "must be True for mla"
     windowed = bool(m.sliding_window or m.attention_chunk_size)
     rule = "must be True where no layer has a window: no layer would have rotary positions"
@@ -350,6 +349,24 @@ def _attention(m: ModelSpec) -> Rules:
         yield getattr(m, field) >= 1, field, "must be at least 1 for mla"
     parts = m.qk_nope_head_dim + m.qk_rope_head_dim
     yield m.head_dim == parts, "head_dim", "must be qk_nope_head_dim + qk_rope_head_dim for mla"
+
+
+def _rotary(m: ModelSpec) -> Rules:
+    """Positions that are not learned turn pairs of elements."""
+    latent, part, pairs = m.attention == "mla", m.partial_rotary_factor, "rotary positions turn pairs"
+    yield not (latent and m.learned_positions), "learned_positions", "must be 0 for mla"
+    for field, usual in _ROTARY.items() if m.learned_positions else ():
+        rule = f"must be {usual!r}, the default, beside learned_positions: nothing is rotated"
+        yield attrgetter(field)(m) == usual, field, rule
+    yield 0 < part <= 1, "partial_rotary_factor", "must be above 0 and at most 1"
+    yield part == 1 or not latent, "partial_rotary_factor", "must be 1 for mla"
+    turned = m.qk_rope_head_dim if latent else m.head_dim * part
+    even = m.rotary_dim >= 2 and m.rotary_dim % 2 == 0 and abs(turned - m.rotary_dim) < 1e-6
+    name, rule = "qk_rope_head_dim" if latent else "head_dim", f"must be even: {pairs} of elements"
+    if part < 1:
+        name, rule = "partial_rotary_factor", f"turns {turned:g} of the {m.head_dim} elements of a head, "
+        rule += f"which must be an even number: {pairs}"
+    yield even or m.learned_positions > 0, name, rule
 
 
 def _groups(m: ModelSpec) -> Rules:
@@ -376,6 +393,8 @@ def _numbers(m: ModelSpec) -> Rules:
     gate, other = m.ffn_matrices == 3, "must be 'gelu', the default, where ffn_matrices is 3: SwiGLU's gate"
     yield gate or not m.swiglu_limit, "swiglu_limit", "must be 0 where ffn_matrices is 2: there is no gate"
     yield m.ffn_activation == "gelu" or not gate, "ffn_activation", other
+    biased = m.norm_bias or m.norm == "layernorm"
+    yield biased, "norm_bias", f"must be True, the default, where norm is {m.norm!r}, which has no bias"
     gated = "gates nothing: shared_expert_intermediate_size is 0"
     yield m.shared_expert_intermediate_size >= 1 or not m.shared_expert_gate, "shared_expert_gate", gated
     yield 0 <= m.dropout < 1, "dropout", "must lie in [0, 1)"

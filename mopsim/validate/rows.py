@@ -271,7 +271,7 @@ def _model(known: RowFacts, models: dict[str, Row]) -> tuple[str | ModelSpec, Ch
 def _priced(model: ModelSpec) -> ModelSpec:
     """The network without what no step's time or memory depends on."""
     return replace(
-        model, source="", assumptions=(), rms_norm_eps=1e-6, rope_theta=1.0, routed_scaling_factor=1.0
+        model, source="", assumptions=(), rms_norm_eps=1e-6, rope_theta=1e4, routed_scaling_factor=1.0
     )
 
 

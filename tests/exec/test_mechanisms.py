@@ -43,3 +43,10 @@ def test_nested_checkpoints_are_named_also_scaled_down() -> None:
     for one in (plan("mopexec-flat-nested"), scale_down(plan("mopexec-flat-nested"), 2)):
         assert name in mechanisms(one)
     assert name not in mechanisms(plan("mopexec-flat"))
+
+
+@pytest.mark.parametrize(("size", "part"), [(80, 0.4), (128, 0.75), (256, 0.125), (32, 0.9375)])
+def test_a_part_of_a_head_is_one_of_a_small_head_too(size: int, part: float) -> None:
+    one = plan("mopexec-flat")
+    model = replace(one.model, head_dim=size, partial_rotary_factor=part)
+    assert 0 < scale_down(replace(one, model=model), 2).model.partial_rotary_factor < 1

@@ -370,18 +370,6 @@ def test_fully_shard_shards_gradients(zero: Literal[0, 1]) -> None:
         load_stack("mopexec-fsdp2").check_strategy(strategy)
 
 
-def test_a_gate_is_clamped_where_there_is_one() -> None:
-    data = to_plain(load_model("nemotron_8b")) | {"swiglu_limit": 7.0}
-    with pytest.raises(MopError, match=r"model\.swiglu_limit: 7\.0 must be 0 where ffn_matrices is 2"):
-        convert(data, ModelSpec, "model", "model")
-
-
-def test_latent_attention_has_rotary_positions_in_every_layer() -> None:
-    changes = {"sliding_window": 128, "sliding_window_period": 2, "full_attention_rotary": False}
-    with pytest.raises(MopError, match=r"model\.full_attention_rotary: False must be True for mla"):
-        convert(to_plain(load_model("deepseek_v3")) | changes, ModelSpec, "model", "model")
-
-
 def test_a_collective_that_is_missing_is_named() -> None:
     fields = plain(_profile())
     del fields["scale_out"]["collectives"]["all_to_all"]
