@@ -13,7 +13,7 @@ from mopsim.graph.rewrites.migration import Migration, host_work
 from mopsim.graph.shapes import Shapes
 from mopsim.program.row_chunks import row_chunks
 from mopsim.program.topology import process_groups
-from mopsim.program.units import ShardedUnit, edge_units, layer_units
+from mopsim.program.units import ShardedUnit, all_layer_units, edge_units
 from mopsim.program.workload import CommGroup
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.layout import num_chunks, offloaded_boundaries
@@ -47,9 +47,8 @@ class Context:
     @cached_property
     def layers(self) -> dict[int, list[ShardedUnit]]:
         """Units of every layer."""
-        count = self.model.num_hidden_layers + self.model.num_nextn_predict_layers
-        apart = max(1, self.expert_modules)
-        return {layer: layer_units(self.model, self.strategy, layer, apart=apart) for layer in range(count)}
+        apart, joined = max(1, self.expert_modules), self.stack.sharding.mtp_projection == "whole"
+        return all_layer_units(self.model, self.strategy, apart=apart, joined=joined)
 
     @property
     def tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from msgspec import Struct, structs
@@ -61,11 +62,13 @@ def _by_layer(model: ModelSpec) -> dict[int, list[Tensor]]:
 
 
 @lru_cache(maxsize=1024)
-def _sizes(model: ModelSpec, tensor: int, split: int) -> dict[int, list[Size]]:
+def _sizes(model: ModelSpec, tensor: int, split: int, joined: bool) -> dict[int, list[Size]]:
     """Of each layer the sizes of the dense part split over `tensor` ranks, then of the routed experts split
-    over `split`, where there are any."""
+    over `split`, where there are any. joined: every rank has the projection before an MTP layer whole."""
     found: dict[int, list[Size]] = {}
     for layer, mine in _by_layer(model).items():
+        if joined:
+            mine = [replace(t, whole=True) if t.name.endswith(PROJECTION) else t for t in mine]
         routed = [t.numel for t in mine if t.routed]
         found[layer] = [_size([t for t in mine if not t.routed], tensor)]
         if routed:
@@ -82,6 +85,8 @@ def _size(mine: list[Tensor], split: int) -> Size:
 
 JOINED = (".k_proj", ".v_proj", ".gate_proj")
 """Tensors that are one with another where projections are joined."""
+PROJECTION = ".projection.weight"
+"""That before the layer of an MTP module."""
 
 
 @lru_cache(maxsize=1024)
@@ -96,11 +101,13 @@ def of_component(model: ModelSpec, layer: int, component: str) -> int:
     return sum(tensor.numel for tensor in _by_layer(model)[layer] if tensor.component == component)
 
 
-def layer_units(model: ModelSpec, strategy: Strategy, layer: int, *, apart: int = 1) -> list[ShardedUnit]:
+def layer_units(
+    model: ModelSpec, strategy: Strategy, layer: int, *, apart: int = 1, joined: bool = False
+) -> list[ShardedUnit]:
     """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts, of which so many
-    (`apart`) have parameters of their own."""
+    (`apart`) have parameters of their own. joined: see `_sizes`."""
     split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
-    dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split)[layer]
+    dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split, joined)[layer]
     found = [_dense(strategy, f"layers.{layer}.dense", "attention", layer, dense)]
     for numel, largest, count, last in routed:
         found.append(
@@ -111,6 +118,14 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int, *, apart: int 
             )
         )  # fmt: skip
     return found
+
+
+def all_layer_units(
+    model: ModelSpec, strategy: Strategy, *, apart: int, joined: bool
+) -> dict[int, list[ShardedUnit]]:
+    """`layer_units` of every layer."""
+    count = model.num_hidden_layers + model.num_nextn_predict_layers
+    return {layer: layer_units(model, strategy, layer, apart=apart, joined=joined) for layer in range(count)}
 
 
 def edge_units(model: ModelSpec, strategy: Strategy, *, whole: bool = False) -> dict[str, ShardedUnit]:

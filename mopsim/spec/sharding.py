@@ -97,6 +97,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     experts that are spread over ranks are plain tensors, whole on every replica. `shared`: sharded if
     expert_fsdp is above 1, plain tensors if it is 1.
     embedding: `split`: tensor-parallel ranks split the token embedding. `whole`: each has it whole.
+    mtp_projection: `split`: tensor-parallel ranks split the projection before an MTP layer. `whole`: each
+    has it whole.
     prefetch: when FSDP2 gathers a layer's parameters in the forward. `told`: while it runs the layer
     before. `reached`: when the host is there (FSDP2's default), as far ahead as the host runs without
     waiting for the device. `split`: as `told` if ranks split the routed experts, else as `reached`.
@@ -145,6 +147,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     host_moments: Literal["asked", "masters"] = "asked"
     experts: bool | Literal["shared"] = True
     embedding: Literal["split", "whole"] = "split"
+    mtp_projection: Literal["split", "whole"] = "split"
     prefetch: Literal["told", "reached", "split"] = "told"
     loop: Literal["none", "pipelined", "apart", "together"] = "none"
     loop_copies: float = 0.0

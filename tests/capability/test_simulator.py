@@ -281,10 +281,10 @@ def left_to_the_stack() -> dict[str, Job]:
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added and sinks applied, and how a clamped gate is made; experts over tensor
     ranks, and norms, run again; products in 8 bits; narrow moments and parameters on the host; tensor ranks
-    that split rows of two sequences or hold all rows, and two readers of each; sends of an interleaved
-    pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that HybridEP brings;
-    heads' norms; a weight that embedding and head share; layers that are turns of a loop, and experts of a
-    fixed room; rotary embeddings by torch; values that are narrower than keys.
+    that split rows of two sequences or, with MTP, hold all rows, and two readers of each; sends of an
+    interleaved pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that
+    HybridEP brings; heads' norms; a weight that embedding and head share; layers that are turns of a loop,
+    and experts of a fixed room; rotary embeddings by torch; values that are narrower than keys.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -304,6 +304,7 @@ def left_to_the_stack() -> dict[str, Job]:
     rows = megatron(8, tensor_parallel=2)
     rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
     own = structs.replace(job.software, kernels=Kernels(gate_up="added"))
+    further = structs.replace(job.model, num_nextn_predict_layers=1)
     eight = structs.replace(whole.strategy.precision, matmul="fp8")
     hosted = megatron(8, expert_parallel=2)
     by_host = structs.replace(hosted.optimizer, state_tier="host", update_on="host")
@@ -311,7 +312,7 @@ def left_to_the_stack() -> dict[str, Job]:
     hosted = structs.replace(hosted, optimizer=by_host, precision=short)
     return {
         "rows split": replace(job, strategy=megatron(8, tensor_parallel=2, micro_batch=2), stack=own),
-        "rows held": replace(job, strategy=rows, stack=own),
+        "rows held, MTP": replace(job, model=further, strategy=rows, stack=own),
         "8 bits": replace(whole, strategy=structs.replace(whole.strategy, precision=eight)),
         "moments on the host": replace(job, strategy=hosted),
         "woven": replace(job, strategy=megatron(8, expert_parallel=2, overlap=Overlap(experts=True))),
