@@ -8,7 +8,7 @@ import pytest
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, mop
+from mopsim.strategies import fsdp2, mop, zero_offload
 from tests.parity.test_memory_parity import FULL, SMALL, TWO, _check, _check_stages, _split
 
 TWO_MATRICES = msgspec.structs.replace(
@@ -101,6 +101,23 @@ def test_one_weight_under_split_modules() -> None:
     their sum: autograd adds in place, but not under a dispatch mode, as a tracker is."""
     model = msgspec.structs.replace(TIED, vocab_size=8192)
     _check_stages(_split(2, {"recompute": "full", "model": model}), 0.01)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("matrices", [2, 3])
+def test_biases_of_experts(matrices: int, dtype: Any, kind: str) -> None:
+    """Beside grouped products they are gathered for every row: 7.9 % of ZeRO-Offload's peak lacked."""
+    model = msgspec.structs.replace(
+        SMALL, hidden_size=256, intermediate_size=64, ffn_matrices=matrices, expert_bias=True,
+        shared_expert_intermediate_size=0, num_local_experts=4,
+    )  # fmt: skip
+    training = TrainSpec(seq_len=8192, global_batch=2)
+    for degree in (1, 2):
+        strategy = zero_offload(2, expert_parallel=degree, loss="chunked", dtype=dtype)
+        _check(model, strategy, training, 0.003, kind)
+    nested = mop(2, expert_parallel=2, expert_chunk_tokens=0, vocab_parallel=2, dtype=dtype)
+    _check(model, msgspec.structs.replace(nested, stack="mopexec-flat-nested"), training, 0.01, kind)
 
 
 def _spread(model: ModelSpec) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.experts import experts, router
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.pairs.expert_biases import ExpertBiases
 from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.moved_experts import moved_experts
 from mopsim.program.pairs.rows import Rows, slice_rows
@@ -47,6 +48,7 @@ class ExpertsPair(Rows):
         degree = context.strategy.experts.expert_parallel
         whole = context.stack.kernels.expert_products in ("grouped", "torch") and context.b == 2
         self.grouped = whole and not self.moved
+        self.biases = ExpertBiases(self, context, len(self.up), self.inner, grouped=self.grouped)
         self.split = degree > 1
         self.ordered = self.split and (self.E // degree > 1 or bool(self.moved))
         self._router: dict[int, dict[str, list[Work]]] = {}
@@ -269,6 +271,7 @@ class ExpertsPair(Rows):
         self.b.spike(len(self.up) * rows * self.inner * c.b)
         works = [*works, *self._products(i, False, *self.up, "experts_down")]
         active = sum(1 for rows in c.routes(i) if rows)
+        works += self.biases.forward(received, active)
         passes = 7 if len(self.up) == 2 else 4
         if self.grouped:
             passes, active = len(self.up) + 1, 1
@@ -318,6 +321,7 @@ class ExpertsPair(Rows):
         if not self.grouped and c.strategy.precision.reduce != c.strategy.precision.compute:
             b.spike(((2 + len(self.up)) * most + self.H) * self.inner * c.b)
         active = sum(1 for rows in c.routes(i) if rows)
+        works += self.biases.backward(received, most, active)
         if self.grouped:
             matrices = len(self.up) + 1
             works.append(self.elementwise(received * self.inner, 2 * matrices * c.b, matrices))
