@@ -30,12 +30,16 @@ from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
 TOLERANCE = 1e-9  # relative, in float64
+ROUNDED = sys.float_info.epsilon / TOLERANCE
+"""Of the norm: a gradient may differ by its rounding. That is all there is to one of what the loss does not
+depend on: keys' bias without rotation, or the router whose one expert's weight is normalised to 1 (1e-19 of
+the norm, where the least of others are 1e-5)."""
 
 
 class Differences(Spec, frozen=True, kw_only=True):
     """Largest differences over the steps: the loss's and the norm's relative to themselves, each gradient's
-    and each weight's to the largest entry of that tensor; of one that the loss does not depend on to the norm
-    and to the learning rate."""
+    and each weight's to the largest entry of that tensor, which counts as ROUNDED of the norm, and as the
+    learning rate, at least."""
 
     loss: float
     grad_norm: float
@@ -120,12 +124,11 @@ def compare(plan: Plan, job: RankJob, steps: int, targets_of: Targets = targets_
         found["loss"] = max(found["loss"], abs(result.loss - loss) / abs(loss))
         found["grad_norm"] = max(found["grad_norm"], abs(result.grad_norm - norm) / norm)
         for name, weight in reference.model.named_parameters():
-            unseen = _unseen(plan, name)
             for kind, ours, theirs, least in (
-                ("gradients", gradients[name], reference.gradients[name], norm),
+                ("gradients", gradients[name], reference.gradients[name], ROUNDED * norm),
                 ("weights", weights[name], weight.detach(), plan.training.learning_rate),
             ):
-                worst[kind] = max(worst[kind], (_relative(ours, theirs, least * unseen), name))
+                worst[kind] = max(worst[kind], (_relative(ours, theirs, least), name))
     if reference is None:
         return None
     return Differences(
@@ -164,15 +167,6 @@ def _batches(plan: Plan, tokens: Tensor, targets: Tensor, documents: Documents, 
         mine, next_ones = (values[rows, start:stop].contiguous().to(device) for values in (tokens, targets))
         found.append(Batch(mine, next_ones, counted, documents[rows]))
     return found
-
-
-def _unseen(plan: Plan, name: str) -> bool:
-    """Whether the loss does not depend on a parameter that every token reads: the bias of keys that are not
-    rotated moves all scores of a query alike, and its gradient is rounding."""
-    model = plan.model
-    plain = not model.attention_sinks and model.qk_norm == "none" and name.endswith("k_proj.bias")
-    layer = int(name.split(".")[1]) if name.startswith("layers.") else model.num_hidden_layers
-    return plain and not model.rotates(layer)
 
 
 def _relative(ours: Tensor, theirs: Tensor, least: float) -> float:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from msgspec.structs import replace
 
 from mopexec.check.scale_down import scale_down
-from mopexec.check.verify import TOLERANCE
+from mopexec.check.verify import ROUNDED, TOLERANCE, _relative
 from mopexec.run.supported import check_supported
 from mopsim.common import io
 from mopsim.spec.capability import model_refusals, runnable
@@ -158,6 +159,25 @@ def test_what_no_loss_reaches_is_left_as_it_is(strategy: Strategy) -> None:
     """No weight decay either, as of torch's AdamW: MTP modules without weight shrank with every step."""
     model = replace(load_model("tiny"), num_nextn_predict_layers=2)
     check(small(model, strategy, weight_decay=0.5, mtp_loss_coef=0.0))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [fsdp2(2, **EVERYTHING), mop(2, **FLAT), split(2, dtype="float64", expert_parallel=2)],
+    ids=["fully_shard", "flat_units", "split_modules"],
+)
+def test_what_the_loss_does_not_depend_on(strategy: Strategy) -> None:
+    """The weight of a token's one expert is 1 whatever the router says, whose gradient is rounding."""
+    model = replace(load_model("tiny"), num_experts_per_tok=1, norm_topk_prob=True, router_bias=True)
+    check(small(model, strategy))
+
+
+def test_a_gradient_that_is_more_than_rounding_differs() -> None:
+    """Of one that is rounding itself, and of others."""
+    for largest, wrong in ((1e-19, 1e-14), (1.0, 1e-8)):
+        theirs = torch.tensor([largest, 0.0], dtype=torch.float64)
+        assert _relative(theirs + wrong, theirs, ROUNDED) > TOLERANCE
+    assert _relative(torch.tensor([2e-19]), torch.tensor([1e-19], dtype=torch.float64), ROUNDED) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", [fsdp2, mop, split])
