@@ -128,8 +128,9 @@ def _missed(
     held: NDArray[np.float64], experts: float, choices: float | NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Share of rows that chose none of `held` among so many experts."""
-    missed = binom(experts - held, choices) / binom(experts, choices)
-    return np.asarray(np.where(choices < experts - held + 1, missed, 0.0))
+    possible = np.asarray(choices < experts - held + 1)
+    ways = np.where(possible, binom(experts, choices), 1.0)
+    return np.asarray(np.where(possible, binom(experts - held, choices) / ways, 0.0))
 
 
 def sent_once(fabric: Fabric) -> CollectiveCurve:

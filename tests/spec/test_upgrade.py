@@ -148,7 +148,7 @@ def test_an_old_plan_of_fully_shard_runs_as_it_ran(kind: str) -> None:
     read, software = read_strategy({**plain, "runtime": "fully_shard", "unfused": EAGER}, "a.yaml")
     kernels = software.on_kind(kind).kernels
     assert runnable(read, load_model("tiny"), stack=software.on_kind(kind)) is None
-    assert (kernels.norm, kernels.rotary, kernels.activation) == ("composed", "halves", "composed")
+    assert (kernels.norm, kernels.rotary, kernels.activation) == ("composed", "wide", "composed")
     now = load_stack("mopexec-fsdp2").on_kind(kind)
     assert (software.on_kind(kind).behaviour == now.behaviour) == (kind == "cpu")
 
