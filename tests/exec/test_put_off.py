@@ -10,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mopexec.model.parts import FeedForward, RMSNorm
 from mopexec.operators.put_off import PutOff, planned
+from mopsim.spec.presets import load_model
+
+TINY = load_model("tiny")
 
 
 class Block(nn.Module):
@@ -17,8 +20,8 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = RMSNorm(8, 1e-6, torch.float64, torch.device("cpu"))
-        self.ffn = FeedForward(8, 12, torch.float64, torch.device("cpu"), bias=True)
+        self.norm = RMSNorm(TINY.hidden_size, 1e-6, torch.float64, torch.device("cpu"))
+        self.ffn = FeedForward(TINY, 12, torch.float64, torch.device("cpu"), bias=True)
         for parameter in self.ffn.parameters():
             nn.init.normal_(parameter)
         self.runs = 0
@@ -36,7 +39,7 @@ def _grads(block: Block) -> dict[str, Tensor]:
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 def test_both_halves_make_what_one_backward_makes(again: bool) -> None:
     torch.manual_seed(3)
-    block, x = Block(), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    block, x = Block(), torch.randn(5, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
     run: Callable[[Tensor], Tensor] = partial(checkpoint, block, use_reentrant=False) if again else block
     block(x).square().sum().backward()
     expected, of_input = _grads(block), x.grad
@@ -56,7 +59,7 @@ def test_both_halves_make_what_one_backward_makes(again: bool) -> None:
 
 
 def test_nothing_is_put_off_elsewhere() -> None:
-    block, x = Block(), torch.randn(5, 8, dtype=torch.float64)
+    block, x = Block(), torch.randn(5, TINY.hidden_size, dtype=torch.float64)
     with PutOff() as later:
         block(x)
     block(x).sum().backward()

@@ -40,5 +40,9 @@ def test_norms_of_gradients_are_waited_for_by_bucket_before_they_are_reduced(
         assert buckets == [1]
     reduced = [op for op in found[True] if op.name == "reduce gradients"]
     assert bool(reduced) == (tensor == 1)
-    assert all({norm.index for norm in norms} & set(op.deps) for op in reduced)
+    after = [op for op in found[True] if op.name == "scaled gradients"]
+    assert len(after) == len(norms) * (tensor == 1)
+    read, scaled = ({op.index for op in some} for some in (norms, after))
+    assert all(read & set(op.deps) for op in after)
+    assert all(scaled & set(op.deps) for op in reduced)
     assert len(found[True]) - len(found[False]) == len(norms)
