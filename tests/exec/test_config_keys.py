@@ -38,7 +38,7 @@ REFUSED = {
     "num_attention_heads", "num_key_value_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_k",
     "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
-    "n_group", "topk_group", "use_sliding_window", "layer_types",
+    "n_group", "topk_group", "use_sliding_window", "layer_types", "head_dim",
 }  # fmt: skip
 """Without which a config of some architecture is refused."""
 

@@ -181,7 +181,7 @@ def test_the_host_reads_a_map_of_routes_that_torch_makes() -> None:
 def test_a_network_without_rotary_embedding_pays_the_host_for_none() -> None:
     stack = load_stack("megatron-core")
     eager = replace(stack, kernels=replace(stack.kernels, rotary="halves"))
-    learned = replace(MODEL, learned_positions=4096)
+    learned = replace(MODEL, learned_positions=4096, rope_theta=10000.0)
     assert kinds_of(MODEL, eager)["attention"] == modules.KINDS["rotary"]
     assert kinds_of(learned, eager) == kinds_of(MODEL, stack)
 
