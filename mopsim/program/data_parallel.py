@@ -80,10 +80,11 @@ def _broadcast(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
 
 def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, ...]:
     """What is done with whole gradients before they are reduced (see Sharding.grad_passes)."""
-    sharding, scaled = context.stack.sharding, 2.0 * context.b
+    sharding, read_and_written = context.stack.sharding, 2.0 * context.b
     room = sharding.reduce_buffer or math.inf
     whole = [unit.numel for unit in units if unit.largest * context.b > room] if sharding.grad_passes else []
-    size = sharding.grad_passes * (sum(unit.numel for unit in units) - sum(whole)) + scaled * sum(whole)
+    others = sum(unit.numel for unit in units) - sum(whole)
+    size = sharding.grad_passes * others + read_and_written * sum(whole)
     return (Work("memory_bound", bytes=size, launches=2),) if size else ()
 
 

@@ -87,9 +87,7 @@ def kinds_of(
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0
-    composed = (
-        stack.kernels.rotary in ("composed", "halves", "wide", "gathered") and not model.learned_positions
-    )
+    composed = stack.kernels.rotary not in ("fused", "by_token") and not model.learned_positions
     rotary = "latent_rotary" if latent else "rotary"
     mine = {
         "attention": ("latent",) * latent + (rotary,) * composed,
