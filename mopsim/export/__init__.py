@@ -1,17 +1,12 @@
 """A plan in the language of what people already run. What a target can't express is refused, or listed."""
 
 from mopsim.common.errors import MopError, SpecError
-from mopsim.export.deepspeed import DEEPSPEED
-from mopsim.export.megatron_bridge import MEGATRON_BRIDGE
-from mopsim.export.target import Target
-from mopsim.export.torchtitan import TORCHTITAN
-from mopsim.export.torchtitan_main import TORCHTITAN_MAIN
-from mopsim.spec.capability import Job, refusals
+from mopsim.export.forms import text_of
+from mopsim.export.target import Target, target
+from mopsim.spec.capability import EXPORTS, Job, refusals
 from mopsim.spec.plan import Plan
 
-TARGETS: dict[str, Target] = {
-    target.name: target for target in (TORCHTITAN, TORCHTITAN_MAIN, MEGATRON_BRIDGE, DEEPSPEED)
-}
+TARGETS: dict[str, Target] = {name: target(name) for name in EXPORTS}
 
 
 def target_of(to: str) -> Target:
@@ -33,11 +28,11 @@ def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[SpecE
     refuses) and, unless `lossy`, for one that the target cannot express: one line that names the first field,
     and how many more there are.
     """
-    target = target_of(to)
+    target_of(to)
     for refused in refusals(plan, by="simulator"):
         raise refused
-    gaps = list(refusals(plan, by=target.name))
+    gaps = list(refusals(plan, by=to))
     if gaps and not lossy:
         more = f" (and {len(gaps) - 1} more: {', '.join(gap.field for gap in gaps[1:])})" if gaps[1:] else ""
         raise MopError(f"{gaps[0]}{more}; --lossy writes the rest")
-    return target.render(plan, gaps), gaps
+    return text_of(to, plan, gaps), gaps

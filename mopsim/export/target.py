@@ -1,38 +1,104 @@
-"""A configuration language, and the header of every file in one. What a language cannot say of a plan is in
-`mopsim.spec.capability`: each gap is the SpecError that names the field of the plan, its value, and why."""
+"""A configuration language: a YAML file here, whose sections and remarks are expressions of a plan, as those
+of the capability table. What a language cannot say of a plan is in that table (`mopsim.spec.capability`):
+each gap is the SpecError that names the field of the plan, its value, and why."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import msgspec
 
 from mopsim.common.errors import SpecError
-from mopsim.common.shipped import kept
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.common.units import format_probability
 from mopsim.export.described import elsewhere
-from mopsim.spec.capability import SIDES, Side
+from mopsim.spec.capability import SIDES, Job, Side
+from mopsim.spec.capability.expressions import compiled
 from mopsim.spec.plan import Plan
 
+Keys = Mapping[str, Any]
 
-@dataclass(frozen=True)
-class Target:
-    """One configuration language. checked: the release or commit its keys were checked against.
 
-    render: the file's text, given what it cannot say of the plan.
-    """
+class Remark(Spec, frozen=True, kw_only=True, rename={"when": "if"}):
+    """A line for people, with expressions in braces. when: where it is told (`written`: the sections)."""
 
-    name: Side
+    say: str
+    when: str = "True"
+
+
+class Target(Spec, frozen=True, kw_only=True):
+    """checked: the release or commit its keys were checked against. form: of its files (mopsim.export.forms).
+    sections: keys by section; a text is an expression, `if EXPRESSION` holds keys that are there where it is
+    true. let: names of expressions. like: keys of sections that are another target's. left: a field of the
+    plan -> keys ("section.key") or whole sections that have the target's (or a recipe's) default where the
+    field is not expressed. tables: what its form needs beside."""
+
+    title: str
     checked: str
-    render: Callable[[Plan, Sequence[SpecError]], str]
+    form: Literal["toml", "module", "yaml", "json"]
+    sections: dict[str, Any]
+    let: dict[str, str] = msgspec.field(default_factory=dict)
+    like: dict[str, dict[str, tuple[str, ...]]] = msgspec.field(default_factory=dict)
+    left: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    remarks: tuple[Remark | str, ...] = ()
+    tables: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def sections_of(self, plan: Plan) -> dict[str, Any]:
+        """Sections and keys of a plan's configuration."""
+        found: dict[str, Any] = {}
+        for other, sections in self.like.items():
+            theirs = target(other).sections_of(plan)
+            for name, keys in sections.items():
+                found[name] = {key: theirs[name][key] for key in keys if key in theirs[name]}
+        self._put(found, self.sections, Job(plan.model, plan.strategy, plan.training, plan.stack))
+        return found
+
+    def _put(self, found: dict[str, Any], said: Keys, job: Job) -> None:
+        for key, value in said.items():
+            condition = key.removeprefix("if ")
+            if condition != key:
+                if compiled(condition, self.let)(job):
+                    self._put(found, value, job)
+            elif isinstance(value, dict):
+                self._put(found.setdefault(key, {}), value, job)
+            else:
+                found[key] = compiled(value, self.let)(job) if isinstance(value, str) else value
+
+    def said(self, plan: Plan, gaps: Sequence[SpecError]) -> dict[str, Any]:
+        """The same without the keys of fields that are not expressed: no file asks for what its first lines
+        say it does not. Degrees whose ranks the others share stay."""
+        gone = {key for gap in gaps for key in self.left.get(gap.field, ())}
+        return {
+            name: {key: value for key, value in section.items() if f"{name}.{key}" not in gone}
+            if isinstance(section, dict)
+            else section
+            for name, section in self.sections_of(plan).items()
+            if name not in gone
+        }
+
+    def remarks_of(self, plan: Plan, written: Keys) -> Iterator[str]:
+        """What is told of a plan's file beside its header."""
+        job, let = Job(plan.model, plan.strategy, plan.training, plan.stack), {**self.let, "written": "value"}
+        for one in self.remarks:
+            remark = Remark(say=one) if isinstance(one, str) else one
+            if compiled(remark.when, let)(job, written):
+                yield compiled(remark.say, let, message=True)(job)
 
 
-def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError], side: Side) -> list[str]:
-    """The lines that begin every file: what it is, what its keys were checked against, what is missing.
-    side: what the capability table calls the target."""
-    hardware, prediction = plan.hardware, plan.prediction
+@cache
+def target(name: Side) -> Target:
+    """The target of a side of the capability table."""
+    return convert(shipped("mopsim.export", f"{name}.yaml"), Target, name, f"{name}.yaml")
+
+
+def header(side: Side, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
+    """The lines that begin every file: what it is, what its keys were checked against, what is missing."""
+    known, hardware, prediction = target(side), plan.hardware, plan.prediction
     ranks = f"{plan.strategy.world_size} ranks ({hardware.num_nodes} nodes of {hardware.name})"
     lines = [
-        f"{target} configuration of the plan {plan.strategy.name} for {plan.model.name} on {ranks}",
-        f"Keys checked against {checked}",
+        f"{known.title} configuration of the plan {plan.strategy.name} for {plan.model.name} on {ranks}",
+        f"Keys checked against {known.checked}",
     ]
     if prediction:
         need, limit = prediction.peak_memory / 1024**3, hardware.memory_limit / 1024**3
@@ -55,23 +121,3 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError], sid
         lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")
         lines += filter(None, [elsewhere(plan, SIDES[side]["stacks"])])
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]
-
-
-def keys_of(side: Side) -> dict[str, Any]:
-    """What a target's configuration is made of (keys.yaml)."""
-    return kept("mopsim.export", "keys.yaml")[side]  # type: ignore[no-any-return]
-
-
-def unsaid(found: dict[str, Any], gaps: Sequence[SpecError], side: Side) -> dict[str, Any]:
-    """Sections without the keys ("section.key") or whole sections of fields that are not expressed: no file
-    asks for what its first lines say it does not. Degrees whose ranks the others share stay.
-    """
-    left = keys_of(side)["left"]
-    gone = {key for gap in gaps for key in left.get(gap.field, ())}
-    return {
-        name: {key: value for key, value in section.items() if f"{name}.{key}" not in gone}
-        if isinstance(section, dict)
-        else section
-        for name, section in found.items()
-        if name not in gone
-    }

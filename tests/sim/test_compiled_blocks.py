@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
-from mopsim.export.torchtitan import sections
+from mopsim.export.target import target
 from mopsim.graph import host_costs
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.line import describe
@@ -94,8 +94,9 @@ def test_a_child_has_its_parents_compiled_entries(tmp_path: Path) -> None:
 
 def test_exported_to_torchtitan_alone() -> None:
     plan = plan_of(TINY, COMPILED, TRAINING)
-    assert sections(plan)["compile"]["enable"]
-    assert not sections(plan_of(TINY, replace(COMPILED, compile="none"), TRAINING))["compile"]["enable"]
+    assert target("torchtitan").sections_of(plan)["compile"]["enable"]
+    eager = plan_of(TINY, replace(COMPILED, compile="none"), TRAINING)
+    assert not target("torchtitan").sections_of(eager)["compile"]["enable"]
     for side in ("megatron-bridge", "deepspeed"):
         assert any(one.field == "strategy.compile" for one in refusals(plan, by=side))
     for side in ("torchtitan", "torchtitan-main"):

@@ -1,14 +1,14 @@
 """Expressions of the table's data, compiled to functions of a job."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from mopsim.common.shipped import kept
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
-from mopsim.spec.layout import interval
+from mopsim.spec.layout import ceil_div, even_parts, interval
 from mopsim.spec.strategy import CAST
 
 _PARTS = ("model", "strategy", "training", "hardware", "fsdp", "chunks")
@@ -47,16 +47,25 @@ def experts_of(side: str, name: str) -> str | None:
     return next((preset for start, preset in presets.items() if name.startswith(start)), None)
 
 
+def flavor_of(side: str, name: str) -> Sequence[str]:
+    """A side's name and flavor of a network, both empty where it has none."""
+    found: Sequence[str] = SIDES[side]["flavors"].get(name, ("", ""))
+    return found
+
+
 def code_has(side: str, name: str, what: str) -> bool:
     """Whether a side's code of a network has something; yes of a network without a flavor."""
-    code = SIDES[side]["code"].get(SIDES[side]["flavors"].get(name, [""])[0])
+    code = SIDES[side]["code"].get(flavor_of(side, name)[0])
     return code is None or what in code
 
 
 _CALLED = {
     "holds_rows": holds_rows,
     "experts_of": experts_of,
+    "flavor_of": flavor_of,
     "code_has": code_has,
+    "ceil_div": ceil_div,
+    "even_parts": even_parts,
     "MODULES": MODULES,
     "CAST": CAST,
 }
