@@ -37,6 +37,8 @@ _LOSSES: dict[str, tuple[TensorPasses, TensorPasses]] = {
     **dict.fromkeys(("fused", "upcast", "compiled"), _ONE),
 }
 """Passes of a loss over the logits, forward and backward, where they are not `_APART`."""
+CASTS = ("composed", "shifted", "loss_parallel", "in_place", "slices_in_place")
+"""Losses that torch's operators make on a copy of the logits."""
 
 
 Half = Literal["", "norm", "terms"]
@@ -80,7 +82,7 @@ def logit_elements(context: Context) -> int:
 def cast_logits(context: Context) -> int:
     """Bytes of logits that torch's loss casts to fp32 and whose caller does not hold them."""
     kernels = context.stack.kernels
-    cast = kernels.loss in ("composed", "shifted", "loss_parallel", "in_place") and kernels.loss_copy
+    cast = kernels.loss in CASTS and kernels.loss_copy
     freed = not _apart(context) and cast and context.logits_held is not True
     return logit_elements(context) * context.b if freed else 0
 
@@ -95,10 +97,17 @@ def gathered_logits(context: Context) -> int:
 
 
 def _apart(context: Context) -> bool:
-    """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32."""
-    dense, vocabulary = context.strategy.dense, context.strategy.vocabulary
+    """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32. Losses
+    that are neither it nor torch's overwrite the logits beside whole parameters."""
+    kernel, vocabulary, dense = (
+        context.stack.kernels.loss,
+        context.strategy.vocabulary,
+        context.strategy.dense,
+    )
     split = vocabulary.loss == "vocab_parallel" and dense.tensor_parallel > 1
-    return dense.zero < 2 or (context.stack.kernels.loss == "in_place" and split)
+    if kernel in CASTS:
+        return kernel in ("in_place", "shifted") or (kernel == "slices_in_place" and split)
+    return dense.zero < 2
 
 
 def loss_tape(context: Context) -> Tape:

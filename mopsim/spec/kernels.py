@@ -162,14 +162,15 @@ class Kernels(Spec, frozen=True, kw_only=True):
     then stored as the bits that the parameter lacks (Transformer Engine).
     ring_blocks: how blocks of keys and values are merged under context parallelism. `fused`: one kernel.
     `composed`: kernels as eager torch composes them.
-    loss: cross entropy. `composed`: several kernels with copies in fp32. `shifted`: as `composed`, and the
-    maximum is subtracted from the copy into another one (Megatron-LM from 2022 to June 2024). `fused`: one
-    kernel that overwrites the logits. `upcast`: one kernel on a copy of the logits in fp32. `compiled`:
-    kernels that torch compiles. `native`: Megatron-Core's compiled kernels, whose gradient takes a second
-    copy. `gathered`: torch's, on a copy in fp32 of logits that every tensor-parallel rank gathers whole.
+    loss: cross entropy. `composed`: torch's, several kernels with copies in fp32. `in_place`: Megatron-LM's
+    vocab_parallel_cross_entropy, in place on one copy in fp32 of the logits or a rank's slice of them.
+    `shifted`: so, and the maximum is subtracted from the copy into another one (Megatron-LM from 2022 to
+    June 2024). `slices_in_place`: `in_place` of slices, whole logits as `composed`. `fused`: one kernel that
+    overwrites the logits. `upcast`: one kernel on a copy of the logits in fp32. `compiled`: kernels that
+    torch compiles. `native`: Megatron-Core's compiled kernels, whose gradient takes a second copy.
+    `gathered`: torch's, on a copy in fp32 of logits that every tensor-parallel rank gathers whole.
     `loss_parallel`: torch's, on a copy in fp32 of a rank's slice of the logits (torch.distributed.tensor;
-    whole logits as `composed`). `in_place`: in place on a copy in fp32 of a rank's slice of the logits, as
-    Megatron-LM's vocab_parallel_cross_entropy (whole logits as `composed`).
+    whole logits as `composed`).
     loss_copy: torch's cross entropy works on a copy in fp32; false: on the logits in their own dtype.
     logits_held: what the caller of a loss that works on a copy of the logits holds. true: the logits.
     `copy`: that copy. `pipelines`: the logits, in pipelines alone. false: neither.
@@ -250,6 +251,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
         "gathered",
         "loss_parallel",
         "in_place",
+        "slices_in_place",
     ] = "composed"
     loss_copy: bool = True
     logits_held: bool | Literal["copy", "pipelines"] = True

@@ -162,7 +162,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         return replace(
             self, fsdp=False, copies=False, optional=False, whole_sums="never", stays="never", bucketed=True,
             loop="pipelined" if self.loop_copies else "none",
-            zero_grad="fills" if self.zero_grad == "buffers" else self.zero_grad,
+            zero_grad={"buffers": "fills", "fills": "frees"}.get(self.zero_grad, self.zero_grad),
         )  # fmt: skip
 
     def told(self, strategy: Strategy) -> bool:

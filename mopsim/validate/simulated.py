@@ -17,6 +17,7 @@ from mopsim.program.workload import Workload
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.reading import Reading
 from mopsim.validate.case import Case
+from mopsim.validate.workspaces import workspaces
 
 ISSUES = (35e-6, 0.0, 100e-6, 60e-6, 20e-6, 10e-6)
 """Seconds of the host for each kernel that are simulated for the calibration: first one that is above all
@@ -40,6 +41,7 @@ class Simulated:
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
     does not matter. Bytes: peak_memory of the ranks whose memory is read; fullest: of the fullest rank;
+    libraries: what torch's allocator has beside tensors (mopsim.validate.workspaces).
     idle_blocks, communication: see mopsim.engine.upper; above: what may come on top of the fullest, at most;
     limit: what a device may use. p_host: probability that the host has enough. busy, exposed: seconds by
     kind.
@@ -50,6 +52,7 @@ class Simulated:
     peak_memory: int = 0
     fullest: int = 0
     idle_blocks: int = 0
+    libraries: int = 0
     communication: int = 0
     above: int = 0
     limit: int = 0
@@ -90,7 +93,7 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         peak = _first_step(result)
     return Simulated(
         step_time=result.step_time, paces=paces, peak_memory=peak, fullest=result.peak_memory,
-        idle_blocks=result.reserved_memory - result.peak_memory,
+        idle_blocks=result.reserved_memory - result.peak_memory, libraries=workspaces(stack, model, hardware),
         communication=result.above_peak.get("communication", 0), above=sum(result.above_peak.values()),
         limit=result.memory_limit, p_host=result.p_host, fits=result.fits,
         busy=dict(result.busy), exposed=dict(result.exposed),
@@ -187,10 +190,10 @@ def _collect(results: Iterable[Simulated], total: int, progress: Progress | None
 
 def as_read(result: Simulated, reading: Reading, hardware: HardwareProfile) -> float:
     """Bytes that the source's instrument would show for a simulated peak of live tensors. The allocator gives
-    blocks that serve nobody back before it runs out of memory."""
+    blocks that serve nobody back before it runs out of memory. A profile's `reserved` has the libraries'."""
     if reading.memory == "allocated":
-        return float(result.peak_memory)
+        return float(result.peak_memory + result.libraries)
     blocks = (result.peak_memory + result.idle_blocks) * RESERVED[reading.segments]
     blocks = min(blocks, float(max(result.peak_memory, result.limit)))
     beside = hardware.device.reserved.si + max(0, result.communication - COMMUNICATORS)
-    return blocks + beside if reading.memory == "device" else blocks
+    return blocks + beside if reading.memory == "device" else blocks + result.libraries

@@ -16,6 +16,7 @@ from mopsim.graph.tape import Tape
 from mopsim.program import lower
 from mopsim.program.context import make_context
 from mopsim.spec.presets import load_model
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy, Vocabulary
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
@@ -223,20 +224,34 @@ def test_logits_may_be_held_in_pipelines_alone(stages: int) -> None:
     strategy = with_(fsdp2(2 * stages, fsdp=2, expert_fsdp=2), pipeline=Pipeline(pipeline_parallel=stages))
     training = TrainSpec(seq_len=4096, global_batch=8)
     for held in (True, False, "pipelines"):
-        software = unfused("copies", kernels={"logits_held": held}, sharding={"fsdp": True})
+        kernels = {"logits_held": held, "loss": "composed"}
+        software = unfused("copies", kernels=kernels, sharding={"fsdp": True})
         result = simulate(deep(2, vocab_size=32_000), MACHINE, 1, strategy, training, software)
         took[held] = result.peak_by_stage[-1]
     assert took["pipelines"] == took[stages > 1]
     assert took[True] - took[False] == 4096 * 32_000 * 2
 
 
-@pytest.mark.parametrize(("loss", "bytes_each"), [("gathered", 2 + 3 * 4), ("composed", (2 + 4) / 4)])
+@pytest.mark.parametrize(("loss", "bytes_each"), [("gathered", 2 + 3 * 4), ("in_place", (2 + 4) / 4)])
 def test_logits_that_every_tensor_rank_gathers_are_whole(loss: str, bytes_each: float) -> None:
     """Of torch's cross entropy as above, at any degree; Megatron-LM splits logits and softmax."""
     software = unfused(kernels={"loss": loss})
     model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=1)
     result = simulate(model, MACHINE, 1, megatron(4, tensor_parallel=4), training, software)
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
+
+
+def test_a_loss_is_the_programs_whoever_shards_state() -> None:
+    """Megatron-LM's is in place on the copy under Megatron-FSDP too; torch's on one rank makes its gradient
+    and that of its copy beside it, when no gradient of a weight is there yet."""
+    model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=4)
+    software = unfused("copies", sharding={"fsdp": True})
+    result = simulate(model, MACHINE, 1, fsdp2(4, fsdp=4, expert_fsdp=4), training, software)
+    assert result.highest_by_category["logits"] == 4096 * 32_000 * (2 + 4)
+    eager, training = load_stack("generic-eager"), TrainSpec(seq_len=4096, global_batch=1)
+    result = simulate(model, MACHINE, 1, megatron(1), training, eager)
+    assert result.highest_by_category["logits"] == 4096 * 32_000 * (2 + 3 * 4)
+    assert "grads" not in result.memory_by_category
 
 
 @pytest.mark.parametrize(("loss", "tensors"), [("composed", 3), ("loss_parallel", 4), ("compiled", 2)])

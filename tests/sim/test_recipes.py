@@ -16,6 +16,7 @@ from mopsim.validate.models import from_row, read_rows
 from mopsim.validate.rows import read_case
 from mopsim.validate.simulated import Simulated, as_read
 from mopsim.validate.tables import UnsupportedError
+from mopsim.validate.workspaces import workspaces
 from tests.sim.test_validate import MODELS, row
 
 GOLDEN = Path(__file__).parent / "data" / "golden_models.csv"
@@ -268,6 +269,28 @@ def test_blocks_that_are_read_are_by_the_programs_segments() -> None:
         assert as_read(read, found, profile) == pytest.approx(ratio * read.peak_memory)
         allocated = replace(found, memory="allocated")
         assert as_read(read, allocated, profile) == read.peak_memory
+
+
+def test_torchs_allocator_counts_workspaces_of_its_libraries() -> None:
+    """Of a thread's handle each, and of Transformer Engine, with one for each stream of its grouped
+    products; a device's `reserved` has them."""
+    model, experts = load_model("llama3_8b"), load_model("qwen3_30b_a3b")
+    for machine, stack, trained, mib in (
+        ("h100-sxm-80g", "torchtitan", model, 64),
+        ("h100-sxm-80g", "megatron-lm", model, 96),
+        ("h100-sxm-80g", "megatron-lm", experts, 224),
+        ("a100-sxm-80g", "megatron-lm", model, 20.25),
+        ("mi300x-192g", "torchtitan", model, 256),
+        ("h100-sxm-80g", "maxtext", model, 0),
+    ):
+        profile, program = load_profile(machine), load_stack(stack)
+        found = workspaces(program, trained, profile)
+        assert found == mib * 2**20, (machine, stack)
+        read = replace(program.reading, memory="allocated")
+        assert as_read(Simulated(peak_memory=2**30, libraries=found), read, profile) == 2**30 + found
+        read, bare = replace(read, memory="device"), Simulated(peak_memory=2**30, limit=60 * 2**30)
+        kept = Simulated(peak_memory=2**30, limit=60 * 2**30, libraries=found)
+        assert as_read(kept, read, profile) == as_read(bare, read, profile)
 
 
 def test_layers_of_stages_are_nvidias_recipes_in_programs_on_megatron_core_alone() -> None:
