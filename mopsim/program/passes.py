@@ -180,9 +180,9 @@ class Passes:
         kernels = roomy(kernels, c) if routes and c.rows_room else kernels
         tape = replace(tape, kernels=kernels, held=frames)
         tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
-        if c.stack.kernels.ring_blocks == "composed":
+        if (way := c.stack.kernels.ring_blocks) != "fused":
             ranks = c.strategy.attention.context_parallel
-            tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide))
+            tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide, way == "scripted"))
         if 0 < c.strategy.dense.chunk_tokens < c.tokens:
             kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
             tape = replace(tape, kernels=kernels)

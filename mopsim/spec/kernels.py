@@ -161,7 +161,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `widened`: in one kernel on fp32 copies of narrower moments, parameter by parameter; a wider master is
     then stored as the bits that the parameter lacks (Transformer Engine).
     ring_blocks: how blocks of keys and values are merged under context parallelism. `fused`: one kernel.
-    `composed`: kernels as eager torch composes them.
+    `composed`: kernels as eager torch composes them. `scripted`: in one kernel that torch fuses, after a
+    cast to fp32 (ring-flash-attn).
     loss: cross entropy. `composed`: torch's, several kernels with copies in fp32. `in_place`: Megatron-LM's
     vocab_parallel_cross_entropy, in place on one copy in fp32 of the logits or a rank's slice of them.
     `shifted`: so, and the maximum is subtracted from the copy into another one (Megatron-LM from 2022 to
@@ -240,7 +241,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_casts: Literal["step", "pass", "kept", "cached"] = "step"
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
-    ring_blocks: Built = "fused"
+    ring_blocks: Literal["fused", "composed", "scripted"] = "fused"
     loss: Literal[
         "composed",
         "shifted",

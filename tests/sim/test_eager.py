@@ -285,6 +285,15 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
     assert merge.back_bytes == out * (4 * 5 + 5) + keys * (4 * 9 + 5) + 3 * 2 * keys
     alone = decoder_layer(model, Shapes(tokens=64, seq_len=64, fused=True), 0).kernels
     assert in_blocks(alone, 1, 2, 4) == alone
+    # blocks that go round are merged alike; a script merges a block in four passes and packs nothing
+    rings = Shapes(tokens=64, seq_len=256, sequence=ranks, exchange="ring", fused=True)
+    around = decoder_layer(model, rings, 0).kernels
+    composed, scripted = (in_blocks(around, ranks, 2, 4, way) for way in (False, True))
+    place = next(i for i, kernel in enumerate(around) if kernel.name == "attention_core")
+    assert (composed[place + 1].bytes, composed[place + 1].back_bytes) == (merge.bytes, merge.back_bytes)
+    assert composed[place].back_scratch[1:] == found[core].back_scratch[1:]
+    assert scripted[place + 1].bytes == out * (4 + 1 + 2 * (3 * 4 + 2))
+    assert scripted[place + 1].back_bytes == (out + keys) * (4 * 5 + 1)
 
 
 def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> None:

@@ -63,6 +63,8 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
         ("new", "Megatron-Bridge, recipe qwen3_4b_pretrain", "zero1", "megatron-bridge-library"),
         ("new", "PaddlePaddle 2.5.1, AMP O2", "zero2", "paddlenlp-2.5"),
+        ("new", "EasyContext of 2024-04, DeepSpeed ZeRO-3", "zero3", "easycontext"),
+        ("new", "TinyLlama, lit-gpt fork under Lightning Fabric", "zero3", "tinyllama"),
         ("new", "PaddleNLP of 2024-01", "zero1", "paddlenlp"),
         ("new", "KempnerForge, eager", "zero3", "kempnerforge"),
         ("new", "prime-rl SFT", "zero3", "prime-rl"),

@@ -94,6 +94,9 @@ MERGE = TensorPasses(1, 9, 10)
 """A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
 ADD, ADD_SENT = TensorPasses(1, 2, 1), TensorPasses(1, 4, 3)
 """A block's gradient added to a sum in fp32; that of keys and values packed for the next rank too."""
+MERGE_SCRIPTED = TensorPasses(1, 4, 2)
+"""A block's output cast by torch, whose fuser of scripts takes no bf16 (torch/csrc/jit/passes/
+tensorexpr_fuser.cpp), then merged in one kernel."""
 
 
 def composed(
@@ -215,39 +218,45 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
     return each(kernels, change)
 
 
-def in_blocks(kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int) -> tuple[Kernel, ...]:
+def in_blocks(
+    kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int, scripted: bool = False
+) -> tuple[Kernel, ...]:
     """A tape's kernels with what torch's context parallelism does around the attention of every block of keys
-    and values (torch.distributed.tensor.experimental._attention): in fp32 and eagerly, it merges a block's
-    output into those before, and in the backward adds the gradients of queries, keys and values.
+    and values (torch.distributed.tensor.experimental._attention), gathered at once or going round: in fp32
+    and eagerly, it merges a block's output into those before, and in the backward adds the gradients of
+    queries, keys and values.
 
     ranks: that share a sequence, one block each. b, wide: bytes of an element in the compute dtype and in
-    fp32.
+    fp32. scripted: as ring-flash-attn, whose merge is a script that torch fuses, and which packs nothing.
     """
-    gather = next((kernel for kernel in kernels if kernel.name == "gather_kv_blocks"), None)
-    if gather is None:
+    came = next((kernel for kernel in kernels if kernel.name in ("gather_kv_blocks", "ring")), None)
+    if came is None:
         return kernels
-    place = next(i for i, kernel in enumerate(kernels) if kernel.name == "attention_core")
-    out, own, wider = kernels[place].writes[0].bytes, gather.bytes / ranks, wide / b
-    later = ranks - 1
+    place, later = next(i for i, kernel in enumerate(kernels) if kernel.name == "attention_core"), ranks - 1
+    rings = came.name == "ring"
+    out, own, wider = kernels[place].writes[0].bytes, came.bytes / (later if rings else ranks), wide / b
+    merged, sent = (MERGE_SCRIPTED, ADD) if scripted else (MERGE, ADD_SENT)
+    packed = 0 if scripted else 2 * own * later
+    ends = 1.0 if scripted else 1 + 2 * wider  # the sums cast back, and, where no block begins them, zeroed
     merge = Kernel(
-        "merge_blocks", "memory_bound", gather.component, ("o",), (),
-        bytes=out * (MERGE.narrow * ranks + 1 + (MERGE.wide * later + 2) * wider)
-        + 2 * own * later,
-        launches=MERGE.launches * later + 5,
-        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(ADD_SENT, own, own * wider))
-        + 2 * own * later + (out + own) * (1 + 2 * wider),
-        back_launches=(ADD.launches + ADD_SENT.launches) * ranks + 6,
+        "merge_blocks", "memory_bound", came.component, ("o",), (),
+        bytes=out * (merged.narrow * ranks + 1 + (merged.wide * later + 2) * wider) + packed,
+        launches=merged.launches * later + 5,
+        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(sent, own, own * wider))
+        + packed + (out + own) * ends,
+        back_launches=(ADD.launches + sent.launches) * ranks + 6,
     )  # fmt: skip
-    # Beside what is gathered (back, where gradients go round by blocks, in the place of those of all keys and
+    # Beside what came (back, where gradients go round by blocks, in the place of those of all keys and
     # values), and what a block's kernel needs: forward, the sum, the one before, and two of
     # what lies between, in fp32; back, keys and values packed to be sent, and in fp32 the queries' gradient
     # and theirs, as summed, packed and received (_templated_ring_attention of torch 2.13 on four CPU ranks).
     core = kernels[place]
     queries = next(value.bytes for one in kernels for value in one.writes if value.name == core.reads[0])
-    whole = ("activations", int(gather.bytes + own) + queries)
+    whole = ("activations", int((own if rings else came.bytes) + own) + queries)
     back = [one for one in core.back_scratch if one != whole]
     back += scratch(int(out * wider + own * (2 + 3 * wider)))
-    core = replace(core, scratch=(*core.scratch, *scratch(int(4 * out * wider))), back_scratch=tuple(back))
+    sums = scratch(int((3 if scripted else 4) * out * wider))
+    core = replace(core, scratch=(*core.scratch, *sums), back_scratch=tuple(back))
     return (*kernels[:place], core, merge, *kernels[place + 1 :])
 
 
