@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _PLAIN: dict[type, bool] = {}
+_DEVICE = torch.ops.prim.device.default
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -30,6 +31,15 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+def device_read(func: Any, args: Any) -> torch.device | None:
+    """The device of the fake tensor of which `func` reads it, as torch's fake mode tells it; None for another
+    op. These reads are dispatched as ops are, and as many as a third of them."""
+    if func is not _DEVICE or type(args[0]) is not FakeTensor:
+        return None
+    inside: bool = args[0].fake_mode.in_kernel_invocation
+    return torch.device("meta") if inside else args[0].fake_device
 
 
 def plain_types(types: Sequence[type]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from mopexec.measure.dispatch import returns_alias, tensors_in, writes
+from mopexec.measure.dispatch import device_read, returns_alias, tensors_in, writes
 from mopexec.measure.shapes import CACHED, IN_PLACE, RUN, how_run, key_of
 
 _VIEW = "view"
@@ -25,7 +25,14 @@ class QuickFakeMode(FakeTensorMode):
         self._how: dict[Any, str] = {}
         self._outputs: dict[Any, list[_Output]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as EagerMode
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = device_read(func, args)
+        if device is not None:
+            return device
         kwargs = kwargs or {}
         how = self._how.get(func)
         if how is None:

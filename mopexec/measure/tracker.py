@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.measure.dispatch import EagerMode, plain_tensors, plain_types, returns_alias, tensors_in
+from mopexec.measure.dispatch import (
+    EagerMode,
+    device_read,
+    plain_tensors,
+    plain_types,
+    returns_alias,
+    tensors_in,
+)
 from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
 from mopexec.measure.shapes import ShapeCache
 from mopsim.common.errors import MopError
@@ -185,6 +192,9 @@ class MemoryTracker(EagerMode):
         if NOW.uncounted:
             return func(*args, **(kwargs or {}))
         self.num_ops += 1
+        device = device_read(func, args)
+        if device is not None:
+            return device
         effect = _EFFECTS.get(func)
         if effect is None:
             effect = _EFFECTS[func] = _effect(func)

@@ -1,14 +1,16 @@
 """Fake tensors without torch's bookkeeping are what torch's are: shapes, strides, storages, known values."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 
 from mopexec.measure.fakes import QuickFakeMode
+from mopexec.measure.tracker import MemoryTracker
 
 
 def _views(x: Tensor) -> list[Tensor]:
@@ -69,6 +71,18 @@ def _told(mode: Any, work: Callable[[Tensor], list[Tensor]]) -> list[Any]:
 @pytest.mark.parametrize("work", WORKS)
 def test_ops_make_what_they_make_in_torchs_mode(work: str) -> None:
     assert _told(QuickFakeMode, WORKS[work]) == _told(FakeTensorMode, WORKS[work])
+
+
+@pytest.mark.parametrize("watch", [nullcontext, MemoryTracker])
+def test_a_device_is_that_of_torchs_mode(watch: Any) -> None:
+    """Also where a kernel reads it, which runs on meta tensors."""
+    for device in ("cpu", "cuda"):
+        for mode in (FakeTensorMode, QuickFakeMode):
+            with mode() as fakes, watch():
+                x = torch.empty(2, 3, device=device)
+                assert {one.device.type for one in (x, x.t(), x + 1, torch.nn.Parameter(x))} == {device}
+                with in_kernel_invocation_manager(fakes):
+                    assert x.device.type == "meta"
 
 
 def test_gradients_have_the_shapes_of_what_they_are_of() -> None:
