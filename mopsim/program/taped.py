@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
+from mopsim.graph.experts import EXCHANGES
 from mopsim.graph.tape import GATE_CLAMPS, Kernel, Played, Step
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
@@ -20,7 +21,8 @@ _AWAITED = (*_READ[1:], GATE_CLAMPS)
 
 class TapeDraft(Recorder):
     """A template being made. ready: what the next piece waits for. back: what of a kernel's backward is
-    made; without its weight gradients these come later."""
+    made; without its weight gradients these come later. late: weight gradients of experts that are made once
+    those of their inputs have left (see Host.delayed_grads)."""
 
     def __init__(self, context: Context, back: Part = "backward") -> None:
         super().__init__(context.groups)
@@ -29,6 +31,7 @@ class TapeDraft(Recorder):
         self.joined: list[Played] = []
         self.coming: dict[str, int] = {}
         self.counted = context.stack.host.counts_read == "never"
+        self.late: list[Played] = []
 
     def close(self, back: str) -> None:
         """Compute kernels gathered so far become one piece."""
@@ -77,10 +80,30 @@ class TapeDraft(Recorder):
             self.close(back)
         if name in _READ:  # the host reads what has been made so far
             self.awaited()
-        self.joined.append(item)
+        self.joined.append(self._halved(item))
         if name in _AWAITED and not item.backward:
             self.close(back)
             self.awaited()
+
+    def _halved(self, item: Played) -> Played:
+        """An item whose weight gradients come late, as the half before them: what both need stays."""
+        kernel, context = item.kernel, self.context
+        delays = context.weaves and context.stack.host.delayed_grads and not self.split
+        if not (delays and item.backward and kernel.kind == "grouped_matmul"):
+            return item
+        if context.groups["experts"].size == 1:
+            return item
+        made, of_weights, gone = _halves(item)
+        self.late.append(replace(item, memory=(*of_weights, *gone)))
+        return replace(item, memory=tuple(made))
+
+    def weights(self, back: str) -> None:
+        """Weight gradients that are late, beside what comes next."""
+        if self.late:
+            first, self.late, late = self.late[0].kernel, [], self.late
+            work = [one for item in late for one in works(item.kernel, "weight_grad", self.context)]
+            memory = [step for item in late for step in item.memory]
+            self.add(first.name, "compute", first.component, back, work, self.ready, memory)
 
     def blocks(self, item: Played, following: Played | None, place: int, back: str) -> set[int]:
         """A collective in blocks beside the product after it, or that before; places of what is done too."""
@@ -98,7 +121,9 @@ class TapeDraft(Recorder):
     def exchange(self, item: Played, back: str) -> None:
         """A collective that what follows waits for, or runs beside until it needs what comes."""
         self.close(back)
-        counted = item.kernel.name == "dispatch" and not item.backward
+        if item.backward and item.kernel.name == EXCHANGES[0]:
+            self.weights(back)
+        counted = item.kernel.name == EXCHANGES[0] and not item.backward
         if counted and item.kernel.kind == "all_to_all":
             self.read_counts(item, back)
         op = self.talk(item, back, self.ready, item.memory)
@@ -117,6 +142,8 @@ class TapeDraft(Recorder):
             self.ready = (*self.ready, *sorted(arrived))
 
     def part(self, item: Played) -> Part:
+        if item.backward and any(one.kernel is item.kernel for one in self.late):
+            return "input_grad"
         return self.back if item.backward else "forward"
 
     def gather_again(self, source: Kernel) -> list[Step]:
@@ -179,10 +206,28 @@ def template(
         else:
             draft.join(item, following, direction)
     draft.close(direction)
+    assert not draft.late, "weight gradients that no exchange was to hide"
     draft.ready = (*draft.ready, *sorted(set(draft.coming.values())))
     if last:
         draft.end_with(last)
     return draft.template(draft.ready)
+
+
+def _of_weights(item: Played) -> tuple[list[Step], list[Step]]:
+    """Memory steps of a product's backward: without, and of, a weight gradient that comes and goes."""
+    size = item.kernel.weight_grad
+    steps, found = list(item.memory), [("activations", size), ("activations", -size)] if size else []
+    for step in found:
+        steps.remove(step)
+    return steps, found
+
+
+def _halves(item: Played) -> tuple[list[Step], list[Step], list[Step]]:
+    """Memory steps of a product's backward: what its first half makes, what comes and goes with its weight
+    gradient, what is freed once both are there."""
+    steps, of_weights = _of_weights(item)
+    made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))
+    return made, of_weights, gone
 
 
 def _brings(item: Played) -> list[str]:
@@ -278,10 +323,8 @@ def _column(draft: TapeDraft, item: Played, gathered: Played) -> None:
     rows = () if draft.split or (keeps(kernel) and not in_turn) else works(again, "forward", context)
     whole = [("activations", int(again.bytes))] if rows else []
     steps, of_weights = list(item.memory), list[Step]()
-    if in_turn and kernel.weight_grad:
-        of_weights = [("activations", size) for size in (kernel.weight_grad, -kernel.weight_grad)]
-        for step in of_weights:
-            steps.remove(step)
+    if in_turn:
+        steps, of_weights = _of_weights(item)
     summed = [step for step in steps if step[0] == "gathered_grads"]  # gradients of the unit, so far
     steps = [step for step in steps if step not in summed]
     made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))

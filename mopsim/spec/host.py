@@ -36,7 +36,8 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next. A mean step
     has its part of the time. 0: none.
     delayed_grads: if exchanges of experts hide behind another microbatch, weight gradients are computed
-    separately from those of inputs (Megatron-Core's delay_wgrad_compute).
+    separately from those of inputs (Megatron-Core's delay_wgrad_compute), those of experts beside the
+    exchange of their inputs'.
     woven_grads: when the tensors that the parts of such a layer hand each other (inputs, gradients) are
     freed. `layer`: with the layer's backward. `chunk`: with the model chunk's.
     logs: values that the program counts and reads at the end of a step for its log alone. `zeros`: the
