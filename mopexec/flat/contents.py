@@ -1,22 +1,23 @@
 """What the flat units hold: the network's parameters, in the order of its forward pass."""
 
-from mopexec.flat.units import Contents, Shape
+from mopexec.flat.units import Contents
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.tensors import tensors
 
 
-def outer_contents(spec: ModelSpec, rows: tuple[int, int] | None) -> tuple[Contents, Contents, Contents]:
-    """Embedding, final norm and head; rows: the vocabulary interval where the head is split."""
-    table = (spec.vocab_size, spec.hidden_size)
+def outer_contents(spec: ModelSpec, rows: tuple[int, int] | None) -> dict[str, Contents]:
+    """By key: embedding, learned positions, final norm and head, of which a network may lack the second, and
+    has no fourth where embedding and head share a weight. rows: the vocabulary interval where it is split.
+    """
+    split = "embedding" if spec.tie_word_embeddings else "head"
 
-    def named(start: str) -> tuple[tuple[str, Shape], ...]:
-        return tuple((t.name, t.shape) for t in tensors(spec) if t.name.startswith(start))
+    def named(key: str, start: str) -> Contents | None:
+        names = tuple((t.name, t.shape) for t in tensors(spec) if t.name.startswith(start))
+        return Contents(key, names, rows=rows if key == split else None) if names else None
 
-    return (
-        Contents("embedding", named("embedding.")),
-        Contents("final", named("final_norm.")),
-        Contents("head", (("head.weight", table),), rows=rows),
-    )
+    parts = {"embedding": "embedding.weight", "positions": "embedding.positions", "final": "final_norm."}
+    found = {key: named(key, start) for key, start in (*parts.items(), ("head", "head."))}
+    return {key: contents for key, contents in found.items() if contents is not None}
 
 
 def layer_contents(spec: ModelSpec, index: int, degree: int, place: int) -> tuple[Contents, Contents | None]:

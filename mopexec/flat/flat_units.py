@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Mesh
@@ -18,6 +17,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.flat import state as training_state
 from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.mtp import MtpSchedule
+from mopexec.flat.token_rows import TokenRows
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.following import next_tokens, with_following
@@ -26,12 +26,11 @@ from mopexec.operators.adamw import clip_factor
 from mopexec.operators.early_optimizer import EarlyAdamW
 from mopexec.operators.kernels import using
 from mopexec.operators.layer_inputs import LayerInputs
-from mopexec.operators.learned_positions import add_positions, position_ids, positions_backward
+from mopexec.operators.learned_positions import position_ids
 from mopexec.operators.loss import Ring, chunked_loss
 from mopexec.operators.norms import LayerNorms, Weights
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.operators.rope import Positions
-from mopexec.operators.rows import row_slices
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import whole
 from mopsim.spec.model import ModelSpec
@@ -41,10 +40,10 @@ from mopsim.spec.plan import Plan
 @dataclass
 class FlatModel:
     """One rank's units and schedules; positions: what its attention shares. balance_bias and load [MoE
-    layers, E] float32, those of MTP modules last.
+    layers, E] float32, those of MTP modules last. head: the embedding where they share a weight.
     """
 
-    embedding: Unit
+    rows: TokenRows
     layers: list[LayerSchedule]
     final: Unit
     head: Unit
@@ -58,13 +57,24 @@ class FlatModel:
 
     def __post_init__(self) -> None:
         inner = [unit for layer in (*self.layers, *self.modules) for unit in layer.units]
-        self.units = [self.embedding, *inner, self.final, self.head]
+        self.units = [*self.rows.units, *inner, self.final, *self.apart]
         self.positions = self.layers[0].attention.positions
+
+    @property
+    def apart(self) -> list[Unit]:
+        """The head, where it is a unit of its own."""
+        return [] if self.rows.shared else [self.head]
+
+    @property
+    def projection(self) -> str:
+        """The name of what projects on the vocabulary."""
+        return self.head.contents.names[0][0]
 
     @property
     def groups(self) -> list[list[int]]:
         """Places of units whose gradients are summed together, in the order of the backward."""
-        backward = ([self.head, self.final], *(layer.units for layer in self.layers[::-1]), [self.embedding])
+        inner = (layer.units for layer in self.layers[::-1])
+        backward = ([*self.apart, self.final], *inner, self.rows.units)
         places = {id(unit): place for place, unit in enumerate(self.units)}
         return [[places[id(unit)] for unit in units] for units in backward]
 
@@ -187,7 +197,7 @@ class FlatRunner:
         """trained: layers and modules, of which the layers run here."""
         model = self.model
         model.positions.use(batch.documents)
-        x = self._embedded(batch.tokens, self._ids(batch))
+        x = model.rows.forward(batch.tokens, self._ids(batch))
         for index, layer in enumerate(model.layers):
             self._gather(trained[index : index + 1 + self._ahead])
             model.inputs.put(index, x)
@@ -212,38 +222,31 @@ class FlatRunner:
         start = self.model.layers[0].attention.exchange.group.place * seq
         return position_ids(start, start + seq, self.platform.device, batch.documents)
 
-    def _embedded(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Rows [N, H] of the embedding for tokens [B, s]; with ids at their learned positions."""
-        with component("embedding"):
-            weights = self.model.embedding.weights()
-            x = F.embedding(tokens.flatten(), weights["embedding.weight"])
-            if ids is not None:
-                rows = x.view(*tokens.shape, -1)
-                x = add_positions(rows, weights["embedding.positions"], ids).view_as(x)
-                del rows
-            del weights
-            self.model.embedding.release()
-        return x
-
     def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of token losses, gradient of x [N, H]); the gradient is of the mean over the global batch."""
         final, head, norms = self.model.final, self.model.head, LayerNorms.of(self.plan.model)
+        name = self.model.projection
         with component("vocabulary"):
             final.gather()
-            weights, rows = final.weights(), head.weights()["head.weight"]
+            weights, rows = final.weights(), head.weights()[name]
             hidden = norms.forward(x, weights, "final_norm")
-            grad_rows = head.open_grads()["head.weight"]
+            grad_rows = head.open_grads()[name]
             loss, grad = self._term(hidden, targets, rows, grad_rows, 1.0)
             del hidden, rows, grad_rows
             with phase("backward"):
-                head.release()
-                head.reduce()
+                self._head_done()
                 norms.backward_(grad, x, grad, weights, final.open_grads(), "final_norm", add=False)
                 del weights
                 final.release()
                 final.reduce()
-        self._reducing = [head, final]
+        self._reducing = [*self.model.apart, final]
         return loss, grad
+
+    def _head_done(self) -> None:
+        """All losses are; the gradient of a head that is the embedding too is not."""
+        self.model.head.release()
+        for unit in self.model.apart:
+            unit.reduce()
 
     def _term(
         self, hidden: Tensor, targets: Tensor, rows: Tensor, grad_rows: Tensor, weight: float
@@ -264,7 +267,7 @@ class FlatRunner:
         outputs, norms = [x], [final.weights()]
         for depth, module in enumerate(model.modules):
             self._gather(self._trained[layers + depth : layers + depth + 1 + self._ahead])
-            given = module.join(outputs[-1], norms[-1], self._embedded(following[depth]))
+            given = module.join(outputs[-1], norms[-1], model.rows.forward(following[depth]))
             model.inputs.put(layers + depth, given)
             outputs.append(module.forward(given, *self._router_state(layers + depth)))
             norms.append(module.norm)
@@ -286,19 +289,18 @@ class FlatRunner:
         self, outputs: list[Tensor], norms: list[Weights], targets: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The model's loss, and the gradient of each normed output."""
-        head, norm = self.model.head, LayerNorms.of(self.plan.model)
+        head, norm, name = self.model.head, LayerNorms.of(self.plan.model), self.model.projection
         weight, found = self.plan.training.mtp_loss_coef / max(1, len(outputs) - 1), []
         with component("vocabulary"):
-            rows, grad_rows = head.weights()["head.weight"], head.open_grads()["head.weight"]
+            rows, grad_rows = head.weights()[name], head.open_grads()[name]
             for place, (x, weights) in enumerate(zip(outputs, norms, strict=True)):
                 hidden = norm.forward(x, weights, "final_norm")
                 found.append(self._term(hidden, targets[place], rows, grad_rows, weight if place else 1.0))
                 del hidden
             del rows, grad_rows
             with phase("backward"):
-                head.release()
-                head.reduce()
-        self._reducing = [head]
+                self._head_done()
+        self._reducing = list(self.model.apart)
         return found[0][0], [grad for _, grad in found]
 
     def _module_backward(
@@ -313,7 +315,7 @@ class FlatRunner:
             module.module_backward(x, grad, *before, self._finish_reducing)
             self._reducing = list(module.units)
             del x, before
-        self._embedding_backward(ids, grad)
+        self._embedding_backward(ids, grad, last=False)
 
     def _backward(self, grad: Tensor) -> None:
         """grad [N, H] of the last layer's output becomes that of the first layer's input, in place."""
@@ -327,21 +329,12 @@ class FlatRunner:
                 self._reducing = list(layers[index].units)
                 del x
 
-    def _embedding_backward(self, tokens: Tensor, grad: Tensor, ids: Tensor | None = None) -> None:
-        """From the gradient [N, H] of `_embedded`, which is on its way then."""
-        embedding, flat = self.model.embedding, tokens.flatten()
-        with component("embedding"), phase("backward"):
-            self._finish_reducing()
-            grads = embedding.open_grads()
-            table = grads["embedding.weight"]
-            for start, stop in row_slices(grad.shape[0]):
-                table.index_put_((flat[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
-            if ids is not None:
-                rows = grad.view(*tokens.shape, -1)
-                positions_backward(grads["embedding.positions"], rows, ids)
-            del table, grads
-            embedding.reduce()
-        self._reducing = [embedding]
+    def _embedding_backward(
+        self, tokens: Tensor, grad: Tensor, ids: Tensor | None = None, *, last: bool = True
+    ) -> None:
+        """See `TokenRows.backward`."""
+        self._finish_reducing()
+        self._reducing = self.model.rows.backward(tokens, grad, ids, last=last)
 
     def _finish_reducing(self) -> None:
         """Wait for the gradients on their way, so that no more than one layer's full gradients are alive."""

@@ -155,6 +155,7 @@ class Unit:
 
     def forget_grads(self) -> None:
         """What a loss without a step has left of gradients is in nobody's way."""
+        self._full_grads = None
         if self.transient:
             self._grads = None
 
@@ -271,6 +272,10 @@ class Unit:
                     self.shard_numel * self.shard.size, dtype=self.reduce_dtype, device=self.platform.device
                 )
         return self.contents.views(self._full_grads)
+
+    def opened_grads(self) -> dict[str, Tensor]:
+        """Views of the full gradient buffer, which may be open already."""
+        return self.open_grads() if self._full_grads is None else self.contents.views(self._full_grads)
 
     def reduce(self) -> None:
         """Start summing the full gradients over the shard's ranks."""

@@ -123,7 +123,7 @@ class Ring:
     ) -> Tensor:  # fmt: skip
         with category("activations"):
             grad_hidden = torch.zeros_like(hidden)
-        travelling = _Travelling(self)
+        travelling = Travelling(self)
         for round_, (here,) in self._rounds([block]):
             own, first = torch.zeros_like(here, dtype=grad_block.dtype), self._rows(round_)[0]
             block_backward(hidden, targets, normaliser, here, first, scale, self.chunk, grad_hidden, own)
@@ -147,7 +147,7 @@ class Ring:
         self, hidden: Tensor, targets: Tensor, normaliser: Tensor, block: Tensor, grad_block: Tensor,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        first, travelling = self._rows(0)[0], _Travelling(self)
+        first, travelling = self._rows(0)[0], Travelling(self)
         for _, (here, wanted, sums) in self._rounds([hidden, targets, normaliser]):
             own = torch.zeros_like(here)
             block_backward(here, wanted, sums, block, first, scale, self.chunk, own, grad_block)
@@ -159,7 +159,7 @@ class Ring:
         return grad_hidden
 
 
-class _Travelling:
+class Travelling:
     """A gradient that goes around the ring with its tensor, each place adding its own part, and
     comes home.
     """

@@ -13,6 +13,7 @@ from mopexec.flat.contents import layer_contents, outer_contents
 from mopexec.flat.flat_units import FlatModel, FlatRunner, routed_layers
 from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.mtp import MtpSchedule
+from mopexec.flat.token_rows import TokenRows
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category
 from mopexec.model.routing import profile_experts
@@ -23,6 +24,7 @@ from mopexec.operators.ffn import DenseBlock
 from mopexec.operators.layer_inputs import LayerInputs, count_on_host
 from mopexec.operators.loss import Ring
 from mopexec.operators.nested_experts import NestedMoEBlock
+from mopexec.operators.ring_rows import RowsRing
 from mopexec.operators.router_losses import RouterLosses
 from mopexec.operators.routes import RoutePlanner
 from mopexec.operators.ulysses import SequenceExchange
@@ -75,8 +77,10 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
     with platform.bookkeeping():
         mesh = build_mesh(plan.strategy, platform)
     spec, strategy = plan.model, plan.strategy
-    embedding, final, head = _outer_units(plan, mesh, platform)
+    outer = _outer_units(plan, mesh, platform)
+    embedding = outer["embedding"]
     num_tokens, compute = plan.training.tokens_per_rank(strategy), embedding.compute
+    ring = _ring(plan, mesh, num_tokens)
     size = num_tokens * spec.hidden_size * compute.itemsize
     on_host = count_on_host(strategy.activations, spec.num_hidden_layers, size)
     with category("params"):
@@ -84,12 +88,17 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
         balance_bias, load = (torch.zeros(shape, dtype=torch.float32, device=platform.device) for _ in "bl")
     layers = _layers(plan, mesh, platform, routing, compute)
     model = FlatModel(
-        embedding=embedding,
+        rows=TokenRows(
+            embedding,
+            outer.get("positions"),
+            ring if isinstance(ring, RowsRing) else None,
+            shared="head" not in outer,
+        ),
         layers=layers[: spec.num_hidden_layers],
-        final=final,
-        head=head,
+        final=outer["final"],
+        head=outer.get("head", embedding),
         inputs=LayerInputs(platform, (num_tokens, spec.hidden_size), compute, on_host),
-        ring=_ring(plan, mesh, num_tokens),
+        ring=ring,
         balance_bias=balance_bias,
         load=load,
         modules=[module for module in layers if isinstance(module, MtpSchedule)],
@@ -104,20 +113,20 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
     return runner
 
 
-def _outer_units(plan: Plan, mesh: Mesh, platform: Platform) -> tuple[Unit, Unit, Unit]:
-    """Embedding, final norm and head."""
+def _outer_units(plan: Plan, mesh: Mesh, platform: Platform) -> dict[str, Unit]:
+    """Of `outer_contents`."""
     strategy, dense = plan.strategy, (mesh.dense_shard, mesh.dense_replicas)
     rows = None
     if strategy.vocabulary.loss == "ring":
         rows = layout.interval(plan.model.vocab_size, strategy.vocabulary.vocab_parallel, mesh.ring.place)
-    embedding, final, head = outer_contents(plan.model, rows)
-    head_groups = dense if rows is None else (mesh.ring_shard, mesh.alone)
     early = strategy.optimizer.overlap == "backward"
-    return (
-        Unit(embedding, *dense, strategy.precision, platform, transient=early),
-        Unit(final, *dense, strategy.precision, platform, transient=early),
-        Unit(head, *head_groups, strategy.precision, platform, transient=early),
-    )
+    return {
+        key: Unit(
+            contents, *(dense if contents.rows is None else (mesh.ring_shard, mesh.alone)),
+            strategy.precision, platform, transient=early,
+        )
+        for key, contents in outer_contents(plan.model, rows).items()
+    }  # fmt: skip
 
 
 def _layers(
@@ -179,4 +188,5 @@ def _ring(plan: Plan, mesh: Mesh, num_tokens: int) -> Ring | None:
     if vocabulary.loss != "ring":
         return None
     moves_weights = layout.ring_moves_weights(num_tokens, plan.model.vocab_size, vocabulary.vocab_parallel)
-    return Ring(mesh.ring, plan.model.vocab_size, vocabulary.chunk_tokens, moves_weights=moves_weights)
+    kind = RowsRing if plan.model.tie_word_embeddings else Ring
+    return kind(mesh.ring, plan.model.vocab_size, vocabulary.chunk_tokens, moves_weights=moves_weights)

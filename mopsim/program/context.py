@@ -13,9 +13,9 @@ from mopsim.graph.rewrites.migration import Migration, host_work
 from mopsim.graph.shapes import Shapes
 from mopsim.program.row_chunks import row_chunks
 from mopsim.program.topology import process_groups
-from mopsim.program.units import ShardedUnit, all_layer_units, edge_units
+from mopsim.program.units import ShardedUnit, all_layer_units, edge_units, looked_up
 from mopsim.program.workload import CommGroup
-from mopsim.spec.capability import Job, refusals
+from mopsim.spec.capability import Job, holds, refusals
 from mopsim.spec.layout import num_chunks, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.placement import Placement, at_home, least_loaded
@@ -221,7 +221,7 @@ class Context:
 
     def units(self) -> list[ShardedUnit]:
         """All units of the rank in forward order."""
-        first = [self.edges["embedding"]]
+        first = looked_up(self.edges)
         middle = [unit for layer in sorted(self.layers) for unit in self.layers[layer]]
         return first + middle + [self.edges[name] for name in ("final", "head") if name in self.edges]
 
@@ -377,7 +377,8 @@ def make_context(
     stack.check_strategy(strategy)
     training.check_strategy(strategy)
     training.check_model(model)
-    for refused in refusals(Job(model, strategy, training, stack), by="simulator"):
+    job = Job(model, strategy, training, stack)
+    for refused in refusals(job, by="simulator"):
         raise refused
     precision = strategy.precision
     b = int(DTYPE_BYTES[precision.compute])
@@ -392,7 +393,7 @@ def make_context(
     return Context(
         model, strategy, training, stack.compiling(strategy.compile),
         _groups(model, strategy, domain, stack, training.routing), shapes,
-        edge_units(model, strategy, whole=stack.sharding.embedding == "whole"),
+        edge_units(model, strategy, whole=stack.sharding.embedding == "whole", apart=holds("pairs")(job)),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
         int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),
         int(DTYPE_BYTES[precision.reduce]),

@@ -9,7 +9,7 @@ from mopsim.graph.tape import Step
 from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
 from mopsim.program.loss import logit_elements
-from mopsim.program.units import ShardedUnit, owned_numels
+from mopsim.program.units import ShardedUnit, looked_up, owned_numels
 from mopsim.spec.layout import stage_layers
 
 
@@ -92,7 +92,7 @@ class Stage:
         """Units in forward order."""
         edges, found = self.context.edges, []
         if self.is_first:
-            found.append(edges["embedding"])
+            found += looked_up(edges)
         for layer in (*(layer for chunk in self.every for layer in chunk), *self.extra):
             found += self.context.layers[layer]
         if self.is_last:

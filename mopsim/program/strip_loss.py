@@ -24,6 +24,8 @@ def passes(c: Context, n: float, V: float) -> tuple[Work, Work]:
 class StripLoss(Rows):
     """From `hidden` (the normed last output) to `grad`, its gradient; adds to the head's gradient buffer."""
 
+    component = _C
+
     def __init__(self, context: Context, builder: Builder) -> None:
         super().__init__(context, builder)
         self.N, self.H, self.V = context.tokens, context.model.hidden_size, context.model.vocab_size
@@ -100,23 +102,30 @@ class StripLoss(Rows):
                 self.weight_gradient(self.rows * self.H, _L)
                 b.drop("strip")
                 b.compute("strip", _C, "backward", -1, works, coming)
-            add = [Work("memory_bound", bytes=3.0 * size)]
-            b.compute(
-                "join", _C, "backward", -1, add if turn else [Work("memory_bound", bytes=float(size))],
-                travelling,
-            )  # fmt: skip
-            if turn:
-                b.drop("incoming", "sent")
-            b.make("incoming", size, _L)
-            travelling = b.issue("ring gradient", "send_recv", size, "vocabulary", _C, "backward")
-            b.rename("own", "sent")
+            travelling = self._join(size, turn, travelling)
             coming = following
             self._next()
         self._last()
         if not weights:
             b.make("grad", c.hidden)
-        b.compute("arrive", _C, "backward", -1, [Work("memory_bound", bytes=3.0 * size)], travelling)
-        b.drop("incoming", "sent")
+        self._arrive(size, travelling)
+
+    def _join(self, size: int, turn: int, travelling: int | None) -> int | None:
+        """This place's part of the gradient that goes around is added to what has come, and sent on."""
+        b, add = self.b, [Work("memory_bound", bytes=float(size * (3 if turn else 1)))]
+        b.compute("join", self.component, "backward", -1, add, travelling)
+        if turn:
+            b.drop("incoming", "sent")
+        b.make("incoming", size, _L)
+        sent = b.issue("ring gradient", "send_recv", size, "vocabulary", self.component, "backward")
+        b.rename("own", "sent")
+        return sent
+
+    def _arrive(self, size: int, travelling: int | None) -> None:
+        """It has come home."""
+        work = [Work("memory_bound", bytes=3.0 * size)]
+        self.b.compute("arrive", self.component, "backward", -1, work, travelling)
+        self.b.drop("incoming", "sent")
 
     def _send(self, weights: bool, turn: int, phase: str, targets: int) -> int | None:
         """The next round's block (or tokens), on its way."""
@@ -124,7 +133,7 @@ class StripLoss(Rows):
             return None
         size = self.rows * self.H * self.c.b if weights else self.c.hidden + targets * self.N
         self.b.make("coming", size, _L)
-        return self.b.issue("ring", "send_recv", size, "vocabulary", _C, phase)
+        return self.b.issue("ring", "send_recv", size, "vocabulary", self.component, phase)
 
     def _next(self) -> None:
         """What has come takes the place of what was here."""
@@ -137,7 +146,7 @@ class StripLoss(Rows):
     def _last(self) -> None:
         if "here" in self.b.alive:
             self.b.drop("here")
-        self.b.flush(_C, "forward")
+        self.b.flush(self.component, "forward")
 
     def _pass_numbers(self, before: int | None) -> int | None:
         """The three numbers go on with their tokens."""

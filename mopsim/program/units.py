@@ -128,28 +128,43 @@ def all_layer_units(
     return {layer: layer_units(model, strategy, layer, apart=apart, joined=joined) for layer in range(count)}
 
 
-def edge_units(model: ModelSpec, strategy: Strategy, *, whole: bool = False) -> dict[str, ShardedUnit]:
+def edge_units(
+    model: ModelSpec, strategy: Strategy, *, whole: bool = False, apart: bool = False
+) -> dict[str, ShardedUnit]:
     """Units outside the layers: embedding (whole: on every tensor rank), final norm, head (absent when
-    tied)."""
+    tied). apart: learned positions, beside the embedding, are one too."""
     by_name = {tensor.name: tensor for tensor in _by_layer(model)[-1]}
     found, split = {}, strategy.dense.tensor_parallel
     embedding = [t for name, t in by_name.items() if "embedding" in name]
+    rows = "embedding" if model.tie_word_embeddings else "head"
+    positions = [embedding.pop()] if apart and len(embedding) > 1 else []
     found["embedding"] = _dense(
         strategy, "embedding", "embedding", -1, _size(embedding, 1 if whole else split)
     )
+    if positions:
+        found["positions"] = _dense(strategy, "positions", "embedding", -1, _size(positions, split))
     final = [t for name, t in by_name.items() if name.startswith("final_norm")]
     found["final"] = _dense(strategy, "final", "vocabulary", -1, _size(final, split))
     if "head.weight" in by_name:
-        head, degree = by_name["head.weight"], strategy.vocabulary.vocab_parallel
-        if strategy.vocabulary.loss == "ring":
-            rows, copies = ceil_div(model.vocab_size, degree), strategy.stage_ranks // degree
-            found["head"] = ShardedUnit(
-                "head", "vocabulary", -1, rows * model.hidden_size, copies, copies, "vocabulary_shard", "",
-                rows * model.hidden_size,
-            )  # fmt: skip
-        else:
-            found["head"] = _dense(strategy, "head", "vocabulary", -1, _size([head], split))
+        found["head"] = _dense(strategy, "head", "vocabulary", -1, _size([by_name["head.weight"]], split))
+    if strategy.vocabulary.loss == "ring":
+        found[rows] = _of_ring(model, strategy, found[rows])
     return found
+
+
+def looked_up(edges: dict[str, ShardedUnit]) -> list[ShardedUnit]:
+    """Units of a token's rows: the embedding, and learned positions where they are one."""
+    return [edges[name] for name in ("embedding", "positions") if name in edges]
+
+
+def _of_ring(model: ModelSpec, strategy: Strategy, unit: ShardedUnit) -> ShardedUnit:
+    """The vocabulary's matrix split over the ranks of a ring."""
+    degree = strategy.vocabulary.vocab_parallel
+    numel, copies = ceil_div(model.vocab_size, degree) * model.hidden_size, strategy.stage_ranks // degree
+    return structs.replace(
+        unit, numel=numel, largest=numel, last=0, shard=copies, copies=copies, group="vocabulary_shard",
+        replicas="",
+    )  # fmt: skip
 
 
 def _dense(strategy: Strategy, name: str, component: str, layer: int, size: Size) -> ShardedUnit:

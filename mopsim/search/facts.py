@@ -18,7 +18,7 @@ from mopsim.spec.tensors import tensors
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of a model by how they are sharded. layers: (dense, routed) of the smallest layer of each
-    kind."""
+    kind. rows: of what projects on the vocabulary, the head or the embedding."""
 
     dense: int
     experts: int
@@ -26,6 +26,7 @@ class Sizes:
     largest_expert_unit: int
     moe_layers: int
     embedding: int
+    rows: int
     layers: dict[LayerKind, tuple[int, int]]
 
     @staticmethod
@@ -44,7 +45,8 @@ class Sizes:
         experts = sum(routed.values())
         dense = sum(tensor.numel for tensor in found) - experts - head
         embedding = model.vocab_size * model.hidden_size
-        return Sizes(dense, experts, head, max(routed.values(), default=0), len(routed), embedding, layers)
+        largest = max(routed.values(), default=0)
+        return Sizes(dense, experts, head, largest, len(routed), embedding, head or embedding, layers)
 
 
 def surely(space: Space, on_top: float = 0.0) -> float:

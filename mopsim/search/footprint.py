@@ -77,8 +77,9 @@ class Footprint:
         c, split, zero3 = self.c, self.c["pipeline"] * self.c["tensor"], self.c["zero"] == 3
         dense_shard = np.where(zero3, c["dense_shard"], self.stage / c["tensor"])
         replicas = self.stage / (c["experts"] * c["expert_tensor"])
-        sharded = self.sizes.dense / (split * dense_shard)
-        sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * dense_shard)
+        sizes = self.sizes
+        sharded = (sizes.dense + sizes.head - sizes.rows) / (split * dense_shard)
+        sharded = sharded + sizes.rows / np.where(self.ring, self.stage, split * dense_shard)
         experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
         return np.asarray(sharded), np.asarray(experts / np.where(zero3, c["expert_shard"], replicas))
 

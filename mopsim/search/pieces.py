@@ -31,8 +31,8 @@ LAYER = (
 """Columns that a layer's templates depend on."""
 LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices")
 """Those of the loss."""
-EMBEDDING = ("micro_batch", "tensor", "sequence")
-"""Those of the embedding."""
+EMBEDDING = ("micro_batch", "tensor", "sequence", "vocabulary", "loss")
+"""Those of the embedding, which a ring may split too."""
 BLOCKS = (
     "micro_batch", "tensor", "pipeline", "sequence", "experts", "expert_tensor", "expert_shard", "strided",
     "vocabulary", "loss", "dense_shard", "zero",
@@ -135,15 +135,19 @@ class Pieces:
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
-        kind, turns, *_ = self.key(index, ("loss", "vocabulary"))
-        long = kind == RING and turns > TURNS
-        shorter = max(one for one in range(1, TURNS + 1) if turns % one == 0) if long else turns
+        turns, long = self._turns(index)
 
         def make(passes: Passes) -> LayerPiece:
             found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
             return replace(found, left=0, starts=(0,), heights=(0,)) if long else found
 
-        return self._known(LOSS, index, make, vocabulary=shorter)
+        return self._known(LOSS, index, make, vocabulary=turns)
+
+    def _turns(self, index: int) -> tuple[int, bool]:
+        """(Ranks that share the vocabulary, at most TURNS of a ring; whether a ring is longer)."""
+        kind, turns, *_ = self.key(index, ("loss", "vocabulary"))
+        long = kind == RING and turns > TURNS
+        return max(one for one in range(1, TURNS + 1) if turns % one == 0) if long else turns, long
 
     def woven(self, index: int, ahead: PipelinePart, back: PipelinePart) -> Alone:
         """A forward through one part woven with a backward through another, of a row that no rule refuses."""
@@ -206,7 +210,7 @@ class Pieces:
         def make(passes: Passes) -> LayerPiece:
             return self._piece(passes.embedding("forward"), passes.embedding("backward"))
 
-        return self._known(EMBEDDING, index, make)
+        return self._known(EMBEDDING, index, make, vocabulary=self._turns(index)[0])
 
     def pinned(self, index: int) -> dict[str, float]:
         """Pinned bytes of a row on the host over those of its tensors (mopsim.program.pinned); nothing where

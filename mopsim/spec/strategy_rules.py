@@ -132,8 +132,6 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
         yield _divides(experts, degree, field, f"num_local_experts {experts}")
     else:
         yield degree == 1, field, "must be 1 for a model without experts"
-    head = "needs a head of its own, but model.tie_word_embeddings is true"
-    yield s.vocabulary.loss != "ring" or not model.tie_word_embeddings, "vocabulary.loss", head
     tensor = s.dense.tensor_parallel
     if s.attention.cp_comm_type == "ulysses":
         rule = f"times dense.tensor_parallel {tensor} does not divide num_attention_heads {heads}"

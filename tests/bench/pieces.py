@@ -64,8 +64,8 @@ def _mesh(strategy: Strategy, rank: int) -> meshes.Mesh:
 def _flat(spec: ModelSpec, strategy: Strategy, mesh: meshes.Mesh) -> Iterator[Held]:
     dense = (mesh.dense_shard, mesh.dense_replicas)
     rows = layout.interval(spec.vocab_size, strategy.vocabulary.vocab_parallel, mesh.ring.place)
-    embedding, final, head = outer_contents(spec, rows)
-    units = [(embedding, dense), (final, dense), (head, (mesh.ring_shard, mesh.alone))]
+    outer = outer_contents(spec, rows).values()
+    units = [(one, dense if one.rows is None else (mesh.ring_shard, mesh.alone)) for one in outer]
     for layer in range(spec.num_hidden_layers):
         own, experts = layer_contents(spec, layer, strategy.experts.expert_parallel, mesh.experts.place)
         units.append((own, dense))

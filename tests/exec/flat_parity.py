@@ -141,6 +141,20 @@ def compare(platform: Platform, plan: Plan, routing: Any, steps: int = STEPS) ->
     return worst
 
 
+def evaluated(platform: Platform, plan: Plan) -> dict[str, float]:
+    """As `compare`, with an evaluation on the step's own batches after each step."""
+    rank, worst = int(os.environ["RANK"]), {"loss": 0.0, "norm": 0.0, "evaluation": 0.0}
+    runner = apply.build(plan, platform, seed=7)
+    for step, expected in enumerate(reference(plan, "learned", platform.device, STEPS)):
+        batches = my_batches(plan, make_tokens(plan, step), rank, platform.device)
+        result, later = runner.step(batches), runner.evaluate(batches)
+        told = {"loss": result.loss, "norm": result.grad_norm, "evaluation": later}
+        wanted = {"loss": expected.loss, "norm": expected.norm, "evaluation": expected.evaluation}
+        for kind, found in told.items():
+            worst[kind] = max(worst[kind], abs(found - wanted[kind]) / abs(wanted[kind]))
+    return worst
+
+
 class Throttled(Platform):
     """Copies between the tiers take longer than a whole step, so that what should wait for one and does not
     reads what is not there yet."""

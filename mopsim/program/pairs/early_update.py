@@ -8,7 +8,7 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.flat_update import PairUpdate
 from mopsim.program.stage import Stage
-from mopsim.program.units import ShardedUnit
+from mopsim.program.units import ShardedUnit, looked_up
 from mopsim.program.workload import Work
 from mopsim.spec.layout import Bucket, early_buckets
 
@@ -31,10 +31,8 @@ class EarlyUpdate(PairUpdate):
         edges, layers = context.edges, [layer for chunk in stage.every for layer in chunk]
         first = [edges[name] for name in ("head", "final") if name in edges]
         places = {unit.name: place for place, unit in enumerate(stage.units)}
-        self.groups = [
-            [places[unit.name] for unit in units]
-            for units in (first, *(context.layers[layer] for layer in layers[::-1]), [edges["embedding"]])
-        ]
+        inner = (context.layers[layer] for layer in layers[::-1])
+        self.groups = [[places[u.name] for u in units] for units in (first, *inner, looked_up(edges))]
         found = early_buckets(self.groups, self.numels, self.optimizer.bucket_params)
         self.buckets = [bucket for buckets in found for bucket in buckets]
         self._left = deque(len(buckets) for buckets in found)

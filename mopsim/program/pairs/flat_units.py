@@ -9,7 +9,7 @@ from mopsim.program.pairs.early_update import EarlyUpdate, sum_of
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops, Template
-from mopsim.program.units import ShardedUnit
+from mopsim.program.units import ShardedUnit, looked_up
 from mopsim.program.workload import Work
 
 
@@ -63,13 +63,15 @@ class FlatUnits(Shards):
         """See `Shards`. Rows of the embedding get their gradients from an MTP layer."""
         super().after(layer, phase, ready)
         if phase == "backward" and layer in self.stage.extra:
-            self.begin("embedding")
+            self.finish()
+            self._open(self.c.edges["embedding"])
 
     def projecting(self, template: Template, layer: int, phase: str) -> tuple[Ops, Hooks]:
         """See `FurtherLayers`. The embedding is there to be read, and is reduced in a backward."""
         unit = self.c.edges["embedding"]
         if phase == "backward":
-            return (), {len(template.pieces): (lambda _: self._reduce(unit, ()),)}
+            whole = {len(template.pieces): (lambda _: self._reduce(unit, ()),)}
+            return (), whole if unit is not self._head else {}
         waits = (*self.before(layer, phase, self.forward_order(layer, 0)), *self._wait(unit, phase))
         return waits, {template.marks["embedded"]: (lambda _: self._release(unit, phase),)}
 
@@ -109,7 +111,9 @@ class FlatUnits(Shards):
         """What the embedding, or final norm and head, wait for; before their backward, zeroed gradients."""
         edges = self.c.edges
         if name == "embedding":
-            return self._wait(edges[name], phase)
+            for unit in looked_up(edges):
+                self._gather(unit, phase)
+            return tuple(op for unit in looked_up(edges) for op in self._wait(unit, phase))
         if phase == "forward":
             self._loss_begins = self.issue.so_far()
             self._gather(edges["final"], phase)
@@ -123,16 +127,16 @@ class FlatUnits(Shards):
         return ()
 
     def begin(self, name: str) -> None:
-        """Before the backward of the embedding."""
+        """Before the backward of the embedding, whose gradient is open already where it is the head."""
         self.finish()
-        self._open(self.c.edges[name])
+        self._open(*looked_up(self.c.edges))
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """The embedding, or final norm and head, have run."""
-        unit = self.c.edges["final" if name == "head" else name]
-        self._release(unit, "backward")
-        if phase == "backward":
-            self._reduce(unit, ready)
+        for unit in [self.c.edges["final"]] if name == "head" else looked_up(self.c.edges):
+            self._release(unit, "backward")
+            if phase == "backward":
+                self._reduce(unit, ready)
 
     def finish(self) -> Ops:
         """Wait for the reductions on their way, add them to the shards and free the buffers."""

@@ -4,6 +4,7 @@ projection in two products."""
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Recorder
 from mopsim.program.context import Context
+from mopsim.program.pairs.ring_rows import look_up
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.workload import Work
 from mopsim.program.works import Part, works
@@ -28,8 +29,7 @@ class JoinedPair(Rows):
     def forward(self, *waits: int | None) -> None:
         """Makes `embedded`, which stays, and the layer's input."""
         b, N, H, hidden = self.b, self.N, self.H, self.c.hidden
-        b.make("embedded", hidden)
-        b.compute("embedding", "embedding", "forward", -1, [Work("memory_bound", bytes=2.0 * hidden)], *waits)
+        look_up(self.c, b, "embedded", *waits)
         self.recorder.cut("embedded")
         found = [self.norm(N, H, "hidden"), self.norm(N, H, "normed")]
         b.make("z", hidden)

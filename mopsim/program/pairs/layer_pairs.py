@@ -16,12 +16,12 @@ from mopsim.program.pairs.flat_update import PairUpdate
 from mopsim.program.pairs.from_tapes import TapedAttention, TapedExperts
 from mopsim.program.pairs.joined_pair import JoinedPair
 from mopsim.program.pairs.nested_experts import NestedExperts
-from mopsim.program.pairs.rows import Rows, slice_rows
+from mopsim.program.pairs.ring_rows import add_rows, look_up
+from mopsim.program.pairs.rows import Rows
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
 from mopsim.program.strip_loss import StripLoss
 from mopsim.program.template import EXPERTS, START, Template
-from mopsim.program.workload import Work
 from mopsim.spec.pipeline_order import Slot
 
 _V = "vocabulary"
@@ -80,9 +80,8 @@ class Pairs(Passes):
         return self._made(("loss", direction), make)
 
     def embedding(self, direction: str) -> Template:
-        if direction == "forward":
-            return super().embedding(direction)
-        return self._made(("embedding",), self._embedding)
+        make = self._looked if direction == "forward" else self._embedding
+        return self._made(("embedding", direction), make)
 
     keeps_normed = False
 
@@ -99,7 +98,7 @@ class Pairs(Passes):
     def _looked_up(self) -> Template:
         b = self.recorder()
         b.adopt("grad", self.context.hidden)
-        self._add_rows(b)
+        add_rows(self.context, b, START)
         b.drop("grad")
         return b.template()
 
@@ -181,15 +180,12 @@ class Pairs(Passes):
         b.drop("x")
         return b.template()
 
-    def _embedding(self) -> Template:
+    def _looked(self) -> Template:
         b = self.recorder()
-        self._add_rows(b)
+        look_up(self.context, b, "x", START)
         return b.template()
 
-    def _add_rows(self, b: Recorder) -> None:
-        """Gradients of tokens are added to those of the embedding's rows, slice by slice."""
-        c = self.context
-        if c.reduce != c.b:
-            b.spike(slice_rows(c.tokens) * c.model.hidden_size * c.reduce)
-        work = Work("memory_bound", bytes=3.0 * c.hidden)
-        b.compute("embedding", "embedding", "backward", -1, [work], START)
+    def _embedding(self) -> Template:
+        b = self.recorder()
+        add_rows(self.context, b, START)
+        return b.template()
