@@ -70,6 +70,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 5, "max_window_layers": 1,
         },
     ),
+    "qwen3, one weight": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 40, "tie_word_embeddings": True},
+    ),
     "dots1": (
         "Dots1",
         {

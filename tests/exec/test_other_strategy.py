@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from mopsim import strategies
 from mopsim.common import io
@@ -33,13 +34,31 @@ def split_plan(world_size, **options):
 
 
 def test_the_losses_go_on_as_if_undisturbed(tmp_path):
-    inputs = write_inputs(tmp_path)
     plans = [
         in_float64(small_plan(2, **TRAINING)),
         fsdp2_plan(4, tensor_parallel=2, context_parallel=2, context_exchange="ring", expert_parallel=2),
         split_plan(4, pipeline_parallel=2, tensor_parallel=2, expert_tensor_parallel=2),
         in_float64(small_plan(1, **TRAINING)),
     ]
+    _check(plans, tmp_path)
+
+
+def test_so_do_those_of_a_weight_that_embedding_and_head_share(tmp_path):
+    """It is one in every checkpoint, however it was split."""
+    plans = [
+        in_float64(small_plan(4, **TRAINING)),
+        fsdp2_plan(2, expert_parallel=2, recompute="full"),
+        in_float64(small_plan(2, **TRAINING)),
+        split_plan(2, tensor_parallel=2),
+        in_float64(small_plan(1, **TRAINING)),
+    ]
+    gpt = {"tie_word_embeddings": True, "learned_positions": 64}
+    _check([replace(plan, model=replace(plan.model, **gpt)) for plan in plans], tmp_path)
+
+
+def _check(plans, tmp_path):
+    """The losses of two steps under each plan are those of all under the first."""
+    inputs = write_inputs(tmp_path)
     out, whole = tmp_path / "parts", tmp_path / "whole"
     for number, plan in enumerate(plans):
         io.write_yaml(inputs / "plan.yaml", plan)
@@ -47,5 +66,5 @@ def test_the_losses_go_on_as_if_undisturbed(tmp_path):
         done = train_as_ranks(inputs, out, "--steps", str(2 * number + 2), *UNTIMED, *resume)
         assert done.returncode == 0, done.stderr
     io.write_yaml(inputs / "plan.yaml", plans[0])
-    assert train_as_ranks(inputs, whole, "--steps", "8", *UNTIMED).returncode == 0
+    assert train_as_ranks(inputs, whole, "--steps", str(2 * len(plans)), *UNTIMED).returncode == 0
     assert losses(out) == pytest.approx(losses(whole), rel=1e-9)
