@@ -57,6 +57,10 @@ def cases(world: int) -> dict[str, Plan]:
         "mop_mtp": plan(
             strategies.mop(world, **everything), "60/3", model=replace(MODEL, num_nextn_predict_layers=2)
         ),
+        "mop_one_weight": plan(
+            strategies.mop(world, **everything),
+            model=replace(MODEL, tie_word_embeddings=True, learned_positions=SEQ),
+        ),
         "mop_nested": plan(nested(strategies.mop(world, **everything)), "60/3"),
         "mop_host_update": plan(strategies.mop(world, **everything, optimizer="host")),
         "mop_microbatches": plan(strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world),
