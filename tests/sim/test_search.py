@@ -40,6 +40,7 @@ CASES = (
     ("qwen3_30b_a3b", "h100-sxm-80g", 2, 8192, 32, "bfloat16"),
     ("mop_120b", "h200-sxm-141g", 2, 131072, 16, "bfloat16"),
     ("qwen3_30b_a3b", "mi300x-192g", 2, 8192, 32, "bfloat16"),
+    ("gpt3_5b", "h100-sxm-80g", 2, 2048, 64, "bfloat16"),
 )
 
 
