@@ -133,12 +133,11 @@ class Loop:
         self.console.print(f"  {text}: {time.perf_counter() - started:.1f} s")
 
 
-def run(out: str, seed: int, steps: int, result: str | None = None) -> None:
-    """The whole loop; writes the report into `out` and prints the winner. result: where its figures go, as
-    JSON."""
+def run(out: str, seed: int, steps: int, json: str | None = None) -> None:
+    """The whole loop; writes the report into `out` and prints the winner. json: where its figures go."""
     folder = Path(out)
-    work = _work_directory(folder, result)
-    console = human(result)
+    work = _work_directory(folder, json)
+    console = human(json)
     loop = Loop(folder, work, seed, steps, console)
     console.print("The closed loop on this machine", style="bold")
     started = time.perf_counter()
@@ -150,8 +149,8 @@ def run(out: str, seed: int, steps: int, result: str | None = None) -> None:
         f"{report.warning()}{report.verdict()}\nReport: {folder / 'index.md'} and index.html, "
         f"{time.perf_counter() - started:.0f} s in all"
     )
-    if result:
-        io.write_json(result, report.to_json())
+    if json:
+        io.write_json(json, report.to_json())
 
 
 def _work_directory(out: Path, result: str | None) -> Path:

@@ -9,13 +9,13 @@ from mopsim.common.units import format_bytes, parse_bytes
 
 
 def run(
-    path: Path, rank: int, device_limit: str | None, host_limit: str | None, program: str | None,
+    plan: Path, rank: int, device_limit: str | None, host_limit: str | None, program: str | None,
     json: str | None,
 ) -> None:  # fmt: skip
     """Print (or write as JSON) the bytes of `rank` by category; write the ops that were played."""
     check_outputs({"--program": program, "--json": json})
-    plan = plans.read_plan(path)
-    plans.check_supported(plan)
+    whole = plans.read_plan(plan)
+    plans.check_supported(whole)
     device = None if device_limit is None else parse_bytes(device_limit, "--device-limit")
     host = None if host_limit is None else parse_bytes(host_limit, "--host-limit")
     from rich.table import Table
@@ -24,14 +24,16 @@ def run(
     from mopexec.measure.program import PlayedOps
 
     played = PlayedOps() if program else None
-    result = dry_run(plan, rank, device, host, played)
+    result = dry_run(whole, rank, device, host, played)
     if program and played:
-        subject = {"model": plan.model.name, "strategy": plan.strategy.name, "stack": plan.stack.name}
-        ranks = {"rank": rank, "world_size": plan.strategy.world_size}
+        subject = {"model": whole.model.name, "strategy": whole.strategy.name, "stack": whole.stack.name}
+        ranks = {"rank": rank, "world_size": whole.strategy.world_size}
         io.write_text(Path(program), io.as_json(subject | ranks | played.to_json()) + "\n")
     if json is not None:
         io.write_json(json, result.to_json())
-    table = Table(title=f"rank {rank} of {plan.strategy.world_size}: {plan.model.name}, {plan.strategy.name}")
+    table = Table(
+        title=f"rank {rank} of {whole.strategy.world_size}: {whole.model.name}, {whole.strategy.name}"
+    )
     table.add_column("category")
     for column in ("device, at the peak", "device, resident", "host"):
         table.add_column(column, justify="right")

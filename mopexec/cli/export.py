@@ -8,12 +8,12 @@ from mopsim.common.outputs import check_outputs, say
 from mopsim.common.units import format_bytes
 
 
-def run(directory: Path, out: Path, dtype: str | None, json: str | None) -> None:
-    """Write `out`, say what it is."""
+def run(run: Path, out: Path, to: str, dtype: str | None, json: str | None) -> None:
+    """Write `out`, say what it is. to: its format, of which there is one."""
     check_outputs({"--json": json}, {"--out": out})
     from mopexec.weights.export import export
 
-    found = export(directory, out, dtype)
+    found = export(run, out, dtype)
     for problem in found.passed:
         print(f"mopexec: {problem}; the one before is written", file=sys.stderr)
     if json is not None:

@@ -50,22 +50,29 @@ torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
 _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 
 
-def run(path: Path, kind: Kind, script: str | None, options: Sequence[str], json: str | None = None) -> None:
+def run(
+    plan: Path, options: Sequence[str] | None, slurm: bool, torchrun: bool, script: str | None,
+    json: str | None,
+) -> None:  # fmt: skip
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
+    if slurm == torchrun:
+        raise MopError("launch: give one of --slurm and --torchrun")
+    kind: Kind = "slurm" if slurm else "torchrun"
+    path, options = plan, options or []
     check_outputs({"--script": script or STDOUT, "--json": json}, stdout=("--script", "--json"))
     given = check_train_options(path, options)
-    plan = plans.read_supported(path, given.settings)
+    whole = plans.read_supported(path, given.settings)
     if given.init_from and Path(given.init_from).is_dir():
         from mopexec.weights.begin import open_weights
 
-        open_weights(Path(given.init_from), plan).files.close()
-    text = render(plan, path, kind, options, given.out)
+        open_weights(Path(given.init_from), whole).files.close()
+    text = render(whole, path, kind, options, given.out)
     if script in (None, STDOUT):
         print(text, end="", flush=True)
     else:
         io.write_text(Path(str(script)), text)
     if json:
-        nodes, devices = _nodes(plan)
+        nodes, devices = _nodes(whole)
         found = {"kind": kind, "script": script or STDOUT, "nodes": nodes, "ranks_per_node": devices}
         io.write_json(
             json,

@@ -12,7 +12,7 @@ from mopsim.common.units import format_bytes, parse_bytes, parse_count
 
 
 def run(
-    paths: list[Path],
+    plan: list[Path],
     device_limit: str,
     host_limit: str,
     quantum: str,
@@ -24,9 +24,9 @@ def run(
     """Bisect every plan by dry run, confirm by real steps, write `out`/reach.md and reach.json. Returns the
     exit code: 3 where no plan fits at any length."""
     check_outputs({"--json": json}, {"--out": out})
-    chosen = [plans.read_plan(path) for path in paths]
-    for plan in chosen:
-        plans.check_supported(plan)
+    chosen = [plans.read_plan(path) for path in plan]
+    for one in chosen:
+        plans.check_supported(one)
     limits_text = (parse_bytes(device_limit, "--device-limit"), parse_bytes(host_limit, "--host-limit"))
     step = parse_count(quantum, "--quantum")
     if confirm and data != PYTHON:
@@ -39,9 +39,9 @@ def run(
     limits = Limits(*limits_text)
     console = plain_console(stderr=json == "-")
     found = []
-    for plan in chosen:
-        with console.status(f"{plan.strategy.name} on {plan.strategy.world_size} ranks"):
-            found.append(reach(plan, limits, step, train_one_step(data) if confirm else None))
+    for one in chosen:
+        with console.status(f"{one.strategy.name} on {one.strategy.world_size} ranks"):
+            found.append(reach(one, limits, step, train_one_step(data) if confirm else None))
         result = found[-1]
         console.print(
             f"{result.strategy} on {result.world_size} ranks: {result.longest:,} tokens fit "
@@ -56,4 +56,4 @@ def run(
     if json is not None:
         write_json(json, payload)
     console.print(f"wrote {out / 'reach.md'}")
-    return 0 if any(one.longest for one in found) else NOTHING_FITS
+    return 0 if any(each.longest for each in found) else NOTHING_FITS

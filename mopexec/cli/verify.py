@@ -18,13 +18,13 @@ from mopsim.spec.plan import Plan
 _ROWS = (("loss", ""), ("grad_norm", ""), ("gradients", "worst_gradient"), ("weights", "worst_weight"))
 
 
-def run(path: Path, steps: int, max_ranks: int | None, json: str | None) -> int:
+def run(plan: Path, steps: int, ranks: int | None, json: str | None) -> int:
     """Returns 0 where parallel equals single-device within the tolerance, 1 where it does not or a rank
     failed."""
     check_outputs({"--json": json})
-    plan = plans.read_plan(path)
-    plans.check_supported(plan)
-    small = scale_down(plan, max_ranks or 4)
+    whole = plans.read_plan(plan)
+    plans.check_supported(whole)
+    small = scale_down(whole, ranks or 4)
     plans.check_supported(small)
     plans.check_compiler(small)
     from mopexec.run.launch import RankError, signal_code

@@ -37,3 +37,7 @@ EXPLORE = paired(
     )
 )
 PROFILE_NEW = paired(apart("--near", "--architecture"))
+OF = {
+    "compare": COMPARE, "size": SIZE, "validate": VALIDATE, "explore": EXPLORE, "profile new": PROFILE_NEW,
+}  # fmt: skip
+"""By command."""

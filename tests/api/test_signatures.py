@@ -30,7 +30,7 @@ def test_a_function_says_what_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["simulate", "search", "size"])
 def test_the_command_line_and_python_have_the_same_defaults(name: str) -> None:
-    command = inspect.signature(getattr(cli, name)).parameters
+    command = cli.COMMANDS[name].options
     for parameter in inspect.signature(getattr(mopsim, name)).parameters.values():
         other = command.get(parameter.name)
         if parameter.name == "jobs":  # a process each core, and none unasked for

@@ -64,7 +64,7 @@ def test_the_loop_closes(
     for name, value in SMALLER.items():
         monkeypatch.setattr(loop, name, value)
     monkeypatch.setattr(loop.Loop, "run", forked(loop.Loop.run, monkeypatch))
-    loop.run("reports/demo", seed=0, steps=6, result="demo.json")
+    loop.run("reports/demo", seed=0, steps=6, json="demo.json")
     shown = capsys.readouterr().out
     assert any(said in shown for said in ("Winner:", "Fastest in these runs, ", "A tie on this machine:"))
     report = tmp_path / "reports" / "demo"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mopsim.cli import CONTENDERS, main
+from mopsim.cli import COMMANDS, main
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_count
 from mopsim.context.contenders import Contender, contenders
@@ -219,7 +219,7 @@ def test_the_command_writes_its_curves(
 
 
 def test_the_help_names_the_contenders() -> None:
-    choices, always = CONTENDERS.split("; ")[:2]
+    choices, always = COMMANDS["context"].options["contender"].help.split("; ")[:2]
     assert choices.rpartition(": ")[2].split(", ") == list(NAMES)
     assert always == f"{' and '.join(one.name for one in contenders() if one.always)} always run"
 
