@@ -55,10 +55,11 @@ def compare(platform: Platform, plan: Plan, routing: str, backend: str = "aot_ea
 
 
 def verified(platform: Platform, plan: Plan) -> dict[str, float | str] | None:
-    """What `mopexec verify` finds, and the graphs that were made."""
+    """What `mopexec verify` finds, the graphs that were made, and their breaks."""
     _begin()
     found = network_parity.differences(platform, plan)
-    return None if found is None else found | {"graphs": _graphs()}
+    made = {"graphs": _graphs(), "breaks": sum(counters["graph_break"].values())}
+    return None if found is None else found | made
 
 
 def watched(platform: Platform, plan: Plan) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Strategy
 from mopsim.strategies import fsdp2, mop
 from tests.exec.spawn import pool
-from tests.exec.split_plans import BIASED, DENSE, LATENT, MODEL, plan_of
+from tests.exec.split_plans import DENSE, LATENT, MODEL, plan_of
 from tests.parity.test_memory_parity import LATENT as LATENT_LAYERS
 from tests.parity.test_memory_parity import SMALL
 from tests.plans import changed, split
@@ -70,8 +70,10 @@ CASES: dict[str, tuple[Plan, str]] = {
         compiled(shard(expert_parallel=2, recompute="none"), WITHOUT_MTP, routing="95/4"),
         "profile",
     ),
-    "biases and sinks": (compiled(shard(expert_parallel=2), BIASED), "learned"),
-    "dense": (compiled(shard(recompute="none"), DENSE), "learned"),
+    "dense": (
+        compiled(shard(recompute="none"), replace(DENSE, ffn_bias=True, tie_word_embeddings=True)),
+        "learned",
+    ),
     "split": (compiled(parts(expert_parallel=2, recompute="full", micro_batch=2)), "learned"),
     "split, some modules again": (
         compiled(parts(expert_parallel=2, recompute="selective", recompute_modules=PARTS)),
@@ -94,6 +96,12 @@ def check(found: dict[str, float], tolerance: float) -> None:
     assert (found["later"], found["breaks"]) == (0, 0), found
     worst = max(found[name] for name in ("loss", "norm", "evaluation", "gradients", "weights"))
     assert worst <= tolerance, found
+
+
+def check_verified(found: dict[str, Any]) -> None:
+    assert 0 < found["graphs"] <= GRAPHS
+    assert found["breaks"] == 0
+    assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -126,18 +134,14 @@ def test_graphs_keep_what_is_predicted_of_them(model: ModelSpec) -> None:
 def test_verify_is_of_the_compiled_plan() -> None:
     small = scale_down(compiled(shard(expert_parallel=2)), 2)
     assert "decoder layers compiled" in mechanisms(small)
-    found = pool(2).run(WORKER, "verified", small)[0]
-    assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
-    assert found["graphs"] > 0
+    check_verified(pool(2).run(WORKER, "verified", small)[0])
 
 
 def test_packed_documents_are_trained_apart() -> None:
     """Rotary tables are of each sequence; with windows, sinks and biases."""
     strategy = replace(shard(expert_parallel=2, context_parallel=2), micro_batch=2)
     plan = compiled(strategy, load_model("gpt_oss_20b"), attention_mask="document", seq_len=32)
-    found = pool(2).run(WORKER, "verified", scale_down(plan, 2))[0]
-    assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
-    assert found["graphs"] > 0
+    check_verified(pool(2).run(WORKER, "verified", scale_down(plan, 2))[0])
 
 
 def test_a_watched_step_compiles_nothing() -> None:
