@@ -30,7 +30,7 @@ from mopsim.graph.rewrites.projections import (
     tables_gathered,
     values_padded,
 )
-from mopsim.graph.rewrites.quantized import cast_from_kept, cast_once, weights_cast
+from mopsim.graph.rewrites.quantized import cast_from_kept, cast_once, under_autocast, weights_cast
 from mopsim.graph.rewrites.roomy import all_moved, with_room
 from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
@@ -57,7 +57,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     losses = training.router_aux_loss_coef > 0, training.router_z_loss_coef > 0
     kernels = router_losses(kernels, *losses, context.strategy.micro_batch) if any(losses) else kernels
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
-    run = context.stack.kernels
+    run, sharding = context.stack.kernels, context.stack.sharding
     ways = {name: getattr(run, name) for name in run.__struct_fields__}
     if not model.swiglu_limit:
         del ways["clamped_gate"]
@@ -100,7 +100,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = updated(_cast(found, context), context)
     found = _biased(found, context) if model.expert_bias else found
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
-    sharding = context.stack.sharding
+    found = under_autocast(found, context.param / context.b if sharding.bucketed else 1)
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found

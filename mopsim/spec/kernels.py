@@ -44,7 +44,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     halves in eager torch. `wide`: as `halves`, in fp32. `gathered`: as `halves`, on tables of a microbatch's
     positions that each layer gathers and keeps.
     activation: `fused`: one kernel. `composed`: kernels as eager torch composes them. `strided`: as torch
-    composes it on halves of one tensor.
+    composes it on halves of one tensor. `tanh`: as `composed`, and without a gate GELU's tanh form operation
+    by operation, of which most results are kept (transformers' gelu_new). `tanh_wide`: so in fp32, as
+    autocast has it.
     residual: `fused`: one kernel. `composed`: kernels as eager torch composes them.
     stream: dtype of the residual stream. `compute`: that of the products. `float32`: fp32, which autocast
     leaves if weights are fp32.
@@ -200,7 +202,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm_within: tuple[Normed, ...] = ()
     head_norms: Literal["fused", "summed"] = "fused"
     rotary: Literal["fused", "by_token", "composed", "halves", "wide", "gathered"] = "fused"
-    activation: Literal["fused", "composed", "strided"] = "fused"
+    activation: Literal["fused", "composed", "strided", "tanh", "tanh_wide"] = "fused"
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"

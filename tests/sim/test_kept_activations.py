@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 from msgspec.structs import replace
 
+from mopsim.engine import simulate
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.liveness import forward
 from mopsim.graph.rewrites.quantized import quantized
@@ -14,6 +15,7 @@ from mopsim.program.context import make_context
 from mopsim.program.passes import Passes
 from mopsim.program.works import Part, works
 from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Experts
 from mopsim.spec.training import TrainSpec
@@ -209,3 +211,36 @@ def test_split_experts_route_the_tokens_of_all_their_ranks() -> None:
     assert {"gather_rows", "scatter_rows"} & set(apart) - set(whole) == {"gather_rows", "scatter_rows"}
     assert (whole["gather_tokens"].bytes, whole["routes_sum"].back_bytes) == (64 * 64 * 2, 64 * 2 * 64 * 2)
     assert whole["gather_tokens"].back_bytes == whole["routes_sum"].bytes == 0
+
+
+@pytest.mark.parametrize(("activation", "kept"), [("composed", 4), ("tanh", 10), ("tanh_wide", 16)])
+def test_gelu_of_operators_keeps_their_results(activation: str, kept: int) -> None:
+    """Bytes of an element between two products in bf16, as transformers' NewGELUActivation and torch's own
+    gelu save them (torch.autograd.graph.saved_tensors_hooks, torch 2.13; of autocast on GPUs the cube is in
+    fp32)."""
+    model = replace(load_model("gpt3_175b"), num_hidden_layers=2)
+    stack, training = (
+        changed("generic-eager", kernels={"activation": activation}),
+        TrainSpec(seq_len=256, global_batch=1),
+    )
+    passes = Passes(make_context(model, megatron(1), training, 1, stack))
+    held: dict[str, int] = {}
+    for item in forward(tape := passes.tape(0), plan(tape, "none", ())):
+        held[item.kernel.name] = sum(size for _, size in item.memory)
+    assert held["act"] + held["up_proj"] == kept * 256 * model.intermediate_size
+
+
+@pytest.mark.parametrize(("recompute", "layers"), [("none", 2), ("full", 1)])
+def test_casts_of_weights_under_autocast_are_kept(recompute: Literal["none", "full"], layers: int) -> None:
+    """As a linear layer of torch saves the cast of its weight under torch.autocast, never the weight; where
+    layers are made again, those of one."""
+    model = replace(load_model("llama3_8b"), num_hidden_layers=2, vocab_size=1000)
+    each = (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) * 2
+    strategy = megatron(1, recompute=recompute)
+    for param, casts in (("float32", layers * each + (layers - 1) * 4096 * 1000 * 2), ("bfloat16", 0)):
+        precision = replace(strategy.precision, param=param, grad=param, master="param")
+        result = simulate(
+            model, load_profile("h200-sxm-141g"), 1, replace(strategy, precision=precision),
+            TrainSpec(seq_len=256, global_batch=1), load_stack("generic-eager"),
+        )  # fmt: skip
+        assert result.highest_by_category["gathered"] == casts

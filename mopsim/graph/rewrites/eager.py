@@ -10,7 +10,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.gates import APART, CLAMPED, CLAMPED_AGAIN, GATED, SHIFTED, STRIDED
+from mopsim.graph.rewrites.gates import ACTIVATIONS, APART, CLAMPED, CLAMPED_AGAIN, GATED, SHIFTED
 from mopsim.graph.rewrites.tensor_passes import (
     JOINED,
     ComposedKernel,
@@ -381,8 +381,10 @@ _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, 
     ("rotary", "gathered"): (lambda one: one.name.startswith("rope"), _halves),
     ("rotary", "wide"): (lambda one: one.name.startswith("rope"), _chunks),
     ("rotary", "composed"): (lambda one: one.name == "rope", ROTARY.of),
-    ("activation", "composed"): (lambda one: one.name == "act", GATED.of),
-    ("activation", "strided"): (lambda one: one.name == "act", STRIDED.of),
+    **{
+        ("activation", way): (lambda one: one.name in ("act", "gelu"), it.of)
+        for way, it in ACTIVATIONS.items()
+    },
     ("head_norms", "summed"): (lambda one: one.name in ("q_norm", "k_norm"), _head_norm),
     ("residual", "composed"): (lambda one: one.name.endswith("residual"), _summed),
     ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", CLAMPED.of),

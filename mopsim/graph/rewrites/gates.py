@@ -21,6 +21,25 @@ STRIDED = ComposedKernel(
 )  # fmt: skip
 """The same of halves of one tensor, whose gradients are put together: all but the product of the gradient
 and what SiLU gave follow strides."""
+TANH = replace(
+    GATED,
+    ungated=ComposedKernel(
+        TensorPasses(18, 0, 8), TensorPasses(28, 0, 11), _halves("tanh", "half", "sum"), whole=True
+    ),
+)
+TANH_WIDE = replace(
+    GATED,
+    ungated=ComposedKernel(
+        TensorPasses(6, 16, 10), TensorPasses(13, 23, 15),
+        (("exact", 0.0, 1.0), ("tanh", 0.0, 1.0), ("half", 1.0, 0.0), ("sum", 0.0, 1.0)), whole=False,
+    ),
+)  # fmt: skip
+"""GELU's tanh form as transformers' NewGELUActivation writes it: a cube, its scale, a sum, a scale, tanh, one
+more, half of the input, their product; back each's gradient, and three of the input added. Of an element in
+bf16 10 bytes are kept with the result, 16 under autocast, which cubes in fp32 and leaves it so
+(torch.autograd.graph.saved_tensors_hooks, torch 2.13)."""
+ACTIVATIONS = {"composed": GATED, "strided": STRIDED, "tanh": TANH, "tanh_wide": TANH_WIDE}
+"""By Kernels.activation."""
 CLAMPED = ComposedKernel(
     TensorPasses(18, 0, 7, strided=2, along=6), TensorPasses(50, 0, 18, strided=7, along=18.5),
     _halves("gate", "sigmoid", "glu", "up"), gradients="dispatch",

@@ -1,10 +1,12 @@
-"""What is kept of the inputs of products in 8 or 4 bits: the cast copy that the weight gradient reads."""
+"""What is kept of the operands of products: of inputs in 8 or 4 bits the cast copy that the weight gradient
+reads; of weights under autocast their casts."""
 
 from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.recompute import DISCARDED, members
+from mopsim.graph.rewrites.tensor_passes import each
 from mopsim.graph.tape import Kernel, Tape, Value
 from mopsim.spec.kernels import EXACT
 
@@ -75,3 +77,20 @@ def weights_narrow(kernel: Kernel, narrow: float, exact: Collection[str]) -> int
 def _cast(kernel: Kernel, source: Value, share: float) -> Kernel:
     copy = Value(f"{kernel.name}_in", int(source.bytes * share), source.category, grad=False)
     return replace(kernel, writes=(*kernel.writes, copy), saves=(copy.name, *kernel.saves[1:]))
+
+
+def under_autocast(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
+    """Each product's weight is cast before it, and the cast is kept for the backward, in which the weight's
+    gradient is cast back. wider: an element of a weight over one of its cast; 1: none is cast. Casts live as
+    long as what saved them (torch, aten/src/ATen/autocast_mode.cpp, cached_cast); those of no_grad, to the
+    end of the forward, are not counted."""
+
+    def one(kernel: Kernel) -> tuple[Kernel, ...]:
+        if not (kernel.matmuls and kernel.weight_grad):
+            return (kernel,)
+        moved, cast = kernel.weight_grad * (1 + wider), f"{kernel.name}_cast"
+        weight = Value(cast, kernel.weight_grad, "gathered", grad=False)
+        made = Kernel(cast, "memory_bound", kernel.component, (), (), bytes=moved, back_bytes=moved)
+        return made.keeping(weight), kernel
+
+    return each(kernels, one) if wider > 1 else kernels
