@@ -1,7 +1,5 @@
 """Memory parity of every kind of attention in a network that has little else."""
 
-from collections.abc import Iterable
-from itertools import product
 from typing import Any
 
 import msgspec
@@ -14,7 +12,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests.parity.test_memory_parity import BLOCKS
-from tests.parity.tracked import second_step
+from tests.parity.tracked import halved, second_step
 from tests.plans import plan_of
 from tests.sim.toys import machine
 
@@ -53,13 +51,7 @@ RUNTIMES = {
     "flat, ulysses": lambda dtype: mop(2, context_parallel=2, dtype=dtype),
     "modules": lambda dtype: fsdp2(1, dtype=dtype),
 }
-AXES: tuple[Iterable[str], ...] = (KINDS, RUNTIMES, ("bfloat16", "float32"), ("cuda", "cpu"))
-CASES = [
-    tuple(value for _, value in case)
-    for case in product(*map(enumerate, AXES))
-    if sum(place for place, _ in case) % 2 == 0
-]
-"""Half of all that there are, in which any value of one goes with any of any two others."""
+CASES = halved(KINDS, RUNTIMES, ("bfloat16", "float32"), ("cuda", "cpu"))
 
 
 @pytest.mark.parametrize(("name", "runtime", "dtype", "kind"), CASES)

@@ -1,6 +1,8 @@
 """Memory parity where attention's backward has the peak: values padded for the kernel, fp32, a CPU's kernels,
 projections that run again."""
 
+from typing import Any
+
 import pytest
 
 from mopexec.measure.tracker import MemoryTracker
@@ -9,7 +11,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests.parity.test_memory_parity import BLOCKS, FULL, HALVES, STAGES, TWO, _check_stages, _halves
-from tests.parity.tracked import second_step
+from tests.parity.tracked import halved, second_step
 from tests.plans import changed, plan_of, split
 from tests.sim.toys import machine
 
@@ -33,19 +35,13 @@ def test_every_stage_whose_values_are_padded(name: str) -> None:
     _check_stages(plan_of(BLOCKS["narrow values"], strategy, training, "cuda"), 0.005)
 
 
-AGAIN: dict[str, tuple[Strategy, str]] = {
-    f"{kind} {dtype} {ranks}": (mop(2, expert_parallel=2, context_parallel=ranks, dtype=dtype), kind)
-    for kind in ("cuda", "cpu")
-    for dtype in ("bfloat16", "float32")
-    for ranks in (1, 2)
-}
+CASES = halved(("latents", "narrow values"), ("cuda", "cpu"), ("bfloat16", "float32"), (1, 2))
 
 
-@pytest.mark.parametrize("again", AGAIN)
-@pytest.mark.parametrize("name", ["latents", "narrow values"])
-def test_latents_whose_projections_run_again(name: str, again: str) -> None:
+@pytest.mark.parametrize(("name", "kind", "dtype", "ranks"), CASES)
+def test_latents_whose_projections_run_again(name: str, kind: str, dtype: Any, ranks: int) -> None:
     """Their results are there once more, and on a CPU what composed norms keep: peaks were up to 13 % low."""
-    strategy, kind = AGAIN[again]
+    strategy = mop(2, expert_parallel=2, context_parallel=ranks, dtype=dtype)
     training = TrainSpec(seq_len=4096, global_batch=strategy.data_groups)
     plan = plan_of(BLOCKS[name], strategy, training, kind)
     tracked = second_step(plan, strategy.world_size - 1, MemoryTracker)

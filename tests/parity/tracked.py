@@ -1,6 +1,8 @@
-"""A step on tensors without data, tracked."""
+"""A step on tensors without data, tracked; half of what axes make."""
 
-from typing import TypeVar
+from collections.abc import Iterable
+from itertools import product
+from typing import Any, TypeVar
 
 from mopexec.check import dry_run
 from mopexec.measure.tracker import MemoryTracker
@@ -21,3 +23,9 @@ def second_step(plan: Plan, rank: int, kind: type[Tracker]) -> Tracker:
         runner.step(batches)
         del runner
     return tracker
+
+
+def halved(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Half of what the axes make, in which any values of all but one of them go together."""
+    every = product(*map(enumerate, axes))
+    return [tuple(value for _, value in one) for one in every if sum(place for place, _ in one) % 2 == 0]
