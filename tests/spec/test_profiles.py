@@ -31,6 +31,7 @@ NAMES = [
     "b200-sxm-192g",
     "b300-sxm-288g",
     "gh200-96g",
+    "gh200-96g-slingshot",
     "gb200-186g",
     "gb300-288g",
     "mi300x-192g",

@@ -280,9 +280,11 @@ def _timed_out(machine: Entry, known: OverNodes) -> Fabric:
 
 
 def _scale_out(machine: Entry) -> Fabric:
-    """Over the NIC: a rate of its own where an op has one in `out`, and the size at half rate there."""
+    """Over the NIC: a rate of its own where an op has one in `out`, and the size at half rate there. What
+    leaves neighbouring domains shares the `spine`, if there is one."""
     peak = _given(machine["nic"])
     given = machine.get("out", {})
+    leaf, blocked, _ = machine.get("spine", (1, 1.0, ""))
     source = f"{SCALE_OUT_FRACTION} of the NIC, as NCCL's all-to-all over 32 H100 in 4 nodes (components.csv)"
     latency = "a hop over NIC and switch; no multi-node curve was published"
     rate = round_to(peak.si / 1e9 * SCALE_OUT_FRACTION)
@@ -297,4 +299,4 @@ def _scale_out(machine: Entry) -> Fabric:
         )
         for op in COLLECTIVES
     }
-    return Fabric(peak=peak, collectives=curves)
+    return Fabric(peak=peak, oversubscription=blocked, domains_per_leaf=leaf, collectives=curves)
