@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from mopsim.spec import layout
-from mopsim.spec.model import ModelSpec, dense_fields
+from mopsim.spec.layer_fields import dense_fields
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Precision, Strategy
 
@@ -16,6 +17,7 @@ _LATENT = {
     "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6
 }  # fmt: skip
 _POSITIONS = 64  # of the longest sequence
+_FLOOR = 3  # positions of one scale of queries
 _EXCHANGES = {"ulysses": "Ulysses", "ring": "ring attention", "all_gather": "keys and values gathered"}
 _CLIP_NORM = 0.05  # far below the norm of the first gradients, so that clipping is at work
 
@@ -76,6 +78,8 @@ def mechanisms(plan: Plan) -> list[str]:
         "sliding windows": m.sliding_window > 0,
         "attention within chunks": m.attention_chunk_size > 0,
         "layers without rotary positions": not m.full_attention_rotary,
+        "queries scaled by their position": m.attn_temperature_tuning,
+        "weighted inputs of experts": routed and m.expert_inputs_weighted,
         "dense layers between MoE layers": len(m.mlp_only_layers) > 0,
         "attention sinks": m.attention_sinks,
         "LayerNorm": m.norm == "layernorm",
@@ -241,6 +245,7 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
         head_dim=_LATENT_DIM if latent else _HEAD_DIM,
         partial_rotary_factor=_part(model.partial_rotary_factor),
         swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,
+        floor_scale=_FLOOR if model.attn_temperature_tuning else model.floor_scale,
         learned_positions=min(model.learned_positions, _POSITIONS),
         num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
         vocab_size=vocab_size,

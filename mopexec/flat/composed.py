@@ -76,11 +76,15 @@ class ComposedAttention(AttentionBlock):
                 named = {name: _leaf(value, grads[f"{_PREFIX}{name}"].add_) for name, value in own.items()}
                 whole = hidden.view(*shape, -1)
                 read = rows.leaf(whole) if spec.attention == "mla" else whole
-                found = project(spec, named, read, self.cos, self.sin, rows, rotates=self.rotates)
+                found = project(spec, named, read, self.cos, self.sin, rows, **self._how)
             torch.autograd.backward(found, outer)
             del found, outer, named, read, whole
             grad_hidden = rows.taken()
             self.norms.backward_(grad, x, grad_hidden.view(x.shape), weights, grads, "attention_norm")
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"rotates": self.rotates, "factors": self.factors}
 
     def _heads(self, name: str) -> int:
         latent = self.spec.attention == "mla"
@@ -90,7 +94,7 @@ class ComposedAttention(AttentionBlock):
         hidden = self.norms.forward(x, weights, "attention_norm")
         rows = hidden.view(self.exchange.batch, self.exchange.seq, -1)
         own = self._own(weights)
-        found = list(project(self.spec, own, rows, self.cos, self.sin, rotates=self.rotates))
+        found = list(project(self.spec, own, rows, self.cos, self.sin, **self._how))
         del hidden, rows
         received = []
         while found:
@@ -102,7 +106,7 @@ class ComposedAttention(AttentionBlock):
         return received
 
     def _unrotate_(self, packed: list[Tensor]) -> None:
-        """Nothing: the graph of the projections has the rotation."""
+        """Nothing: the graph of the projections has the rotation and the factors."""
 
     @staticmethod
     def _own(weights: Weights) -> Weights:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopexec.model.kept import product
-from mopexec.model.parts import RMSNorm, linear
+from mopexec.model.parts import RMSNorm, linear, unweighted_norm
 from mopexec.model.parts import norm as normed
 from mopexec.operators import kernels
 from mopexec.operators.again import kept
@@ -17,6 +17,7 @@ from mopexec.operators.attention_core import Core, causal_backward, causal_forwa
 from mopexec.operators.documents import Documents
 from mopexec.operators.fused import OPS
 from mopexec.operators.rope import rotate
+from mopexec.operators.temperature import tempered
 from mopsim.spec.model import ModelSpec
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor, Core, Tensor | None], Tensor]
@@ -78,6 +79,24 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return found
 
 
+class _Tempered(torch.autograd.Function):
+    """Keeps the factors alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        return tempered(q, factors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tempered(grads[0], *ctx.saved_tensors), None
+
+
+def _scaled(q: Tensor, factors: Tensor) -> Tensor:
+    scaled: Tensor = _Tempered.apply(q, factors)  # type: ignore[no-untyped-call]
+    return scaled
+
+
 class SelfAttention(nn.Module):
     """Causal attention of one layer. `core` may be replaced (sequence parallelism), and `rows` (tensor
     parallelism)."""
@@ -86,6 +105,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.spec = spec
         self.what, self.rotates = Core.of(spec, layer), spec.rotates(layer)
+        self.tempers = spec.tempers(layer)
         (_add_latent if spec.attention == "mla" else _add_grouped)(self, spec, dtype, device)
         width = spec.num_attention_heads * value_width(spec)
         output_bias = spec.attention_bias == "qkvo"
@@ -96,13 +116,15 @@ class SelfAttention(nn.Module):
         self.core: AttentionCore = causal_attention
         self.rows: QueryRows = OwnRows()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = ()) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = (), factors: Tensor | None = None
+    ) -> Tensor:
         """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
-        documents.
+        documents; factors of queries, which this layer takes or not.
         """
-        q, k, v = project(
-            self.spec, dict(self.named_parameters()), x, cos, sin, self.rows, rotates=self.rotates
-        )
+        factors = factors if self.tempers else None
+        weights = dict(self.named_parameters())
+        q, k, v = project(self.spec, weights, x, cos, sin, self.rows, rotates=self.rotates, factors=factors)
         out = self.core(q, k, v, replace(self.what, documents=documents), self.sinks)
         del q, k, v
         result: Tensor = self.o_proj(out.flatten(2))
@@ -123,7 +145,7 @@ def _add_grouped(block: nn.Module, spec: ModelSpec, dtype: torch.dtype, device: 
     }
     for name, width in widths.items():
         block.add_module(f"{name}_proj", linear(spec.hidden_size, width, dtype, device, bias))
-    for name in () if spec.qk_norm == "none" else "qk":
+    for name in "qk" if spec.qk_norm in ("head", "full") else ():
         width = size if spec.qk_norm == "head" else widths[name]
         block.add_module(f"{name}_norm", RMSNorm(width, spec.rms_norm_eps, dtype, device))
 
@@ -171,15 +193,16 @@ class OwnRows:
 
 def project(
     spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: QueryRows | None = None, *,
-    rotates: bool = True,
+    rotates: bool = True, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], not rotated where positions are learned,
-    and values, of normed x [B, S, H].
+    and values, of normed x [B, S, H]. factors: of the queries' positions, where the layer scales them.
 
     weights: of the block, by their names in it; of as many heads as they have.
     """
     given = (spec, weights, x, cos, sin, rows or OwnRows())
-    return _latent(*given) if spec.attention == "mla" else _grouped(*given, rotates)
+    q, k, v = _latent(*given) if spec.attention == "mla" else _grouped(*given, rotates)
+    return q if factors is None else _scaled(q, factors), k, v
 
 
 def _grouped(
@@ -197,7 +220,10 @@ def _grouped(
     q, k, v = found
     if not rotates:
         return q, k, v
-    return rotated(q, cos, sin, spec.rope_interleave), rotated(k, cos, sin, spec.rope_interleave), v
+    q, k = (rotated(rows, cos, sin, spec.rope_interleave) for rows in (q, k))
+    if spec.qk_norm == "unweighted":
+        q, k = (unweighted_norm(rows, spec.rms_norm_eps) for rows in (q, k))
+    return q, k, v
 
 
 def _latent(

@@ -74,7 +74,7 @@ class RoutedExperts(nn.Module):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         count, hidden, inner = spec.num_local_experts, spec.hidden_size, spec.moe_intermediate_size
-        self.how = activation_of(spec)
+        self.how, self.inputs_weighted = activation_of(spec), spec.expert_inputs_weighted
         wings = wings_of(self.how)
         for name, shape in (*((name, (hidden, inner)) for name in wings), ("down", (inner, hidden))):
             stack = torch.empty((count, *shape), dtype=dtype, device=device)
@@ -92,8 +92,8 @@ Dispatch = Callable[[Tensor, Tensor, Tensor, RoutedExperts], Tensor]
 
 
 def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: RoutedExperts) -> Tensor:
-    """Sum over a token's routes of weight times expert output: x [N, H], experts and weights [N, top_k] to
-    [N, H].
+    """Sum over a token's routes of weight times expert output, or of the output of weight times input:
+    x [N, H], experts and weights [N, top_k] to [N, H].
     """
     flat = experts.flatten()
     order = flat.argsort(stable=True)
@@ -101,9 +101,12 @@ def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Routed
     counts = torch.zeros((1, stack.shape[0]), dtype=torch.int64, device=x.device)
     count_routes(counts[0], experts)
     token = order // experts.shape[1]
-    out = module(x[token], RowCounts(counts.tolist(), counts))
+    rows, share = x[token], weights.flatten()[order, None]
+    if module.inputs_weighted:
+        rows, share = (rows * share).to(x.dtype), torch.ones_like(share)
+    out = module(rows, RowCounts(counts.tolist(), counts))
     routed = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
-    return routed.index_add(0, token, out * weights.flatten()[order, None]).to(x.dtype)
+    return routed.index_add(0, token, out * share).to(x.dtype)
 
 
 @contextmanager

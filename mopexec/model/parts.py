@@ -41,6 +41,13 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return found
 
 
+def unweighted_norm(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, as `norm`."""
+    if not kernels.NOW.norm:
+        return F.rms_norm(x, x.shape[-1:], None, eps)
+    return norm(x, x.new_ones(x.shape[-1]), eps)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32 (float64 in float64)."""
 

@@ -22,13 +22,15 @@ from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import wide
 from mopexec.operators.learned_positions import add_positions, position_ids, positions_backward
 from mopexec.operators.rope import rope_tables
+from mopexec.operators.temperature import temperatures
 from mopsim.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
 class Given:
     """What all layers of a forward share. cos, sin [S, rotated / 2], of each sequence [B, ..] where it has
-    documents; experts [N, top_k] where a profile chose them; ids of learned positions.
+    documents; experts [N, top_k] where a profile chose them; ids of learned positions; temperature [S] or
+    [B, S]: factors of queries.
     """
 
     cos: Tensor
@@ -36,6 +38,7 @@ class Given:
     experts: Tensor | None = None
     documents: Documents = ()
     ids: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -57,7 +60,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, given: Given) -> Tensor:
         """[B, S, H] to [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), given.cos, given.sin, given.documents)
+        x = x + self.attention(
+            self.attention_norm(x), given.cos, given.sin, given.documents, given.temperature
+        )
         hidden: Tensor = self.ffn_norm(x)
         if self.is_moe:
             moe = self.moe(hidden.flatten(0, 1), given.experts, x.shape[0])
@@ -198,11 +203,12 @@ class Transformer(nn.Module):
         """What the layers share in a forward of tokens [B, S] at positions from `start` on."""
         batch, seq = tokens.shape
         weight = self.embedding.weight
-        cos, sin = rope_tables(self.spec, start, start + seq, weight.dtype, weight.device, documents)
+        of = (self.spec, start, start + seq, weight.dtype, weight.device, documents)
         experts = None
         if not self.routing.learned and self.spec.num_moe_layers:
             experts = self.routing.experts(self.spec, batch, seq, weight.device)
-        return Given(cos, sin, experts, documents, self.ids(start, start + seq, documents))
+        ids = self.ids(start, start + seq, documents)
+        return Given(*rope_tables(*of), experts, documents, ids, temperatures(*of))
 
     def ids(self, start: int, stop: int, documents: Documents = ()) -> Tensor | None:
         """Of learned positions [start, stop); None without."""

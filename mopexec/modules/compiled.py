@@ -41,10 +41,13 @@ def _graph(function: Function) -> Function:
 
 
 @_graph
-def _queries(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _queries(
+    layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     block = layer.attention
-    weights = dict(block.named_parameters())
-    return project(block.spec, weights, layer.attention_norm(x), cos, sin, block.rows, rotates=block.rotates)
+    weights, normed = dict(block.named_parameters()), layer.attention_norm(x)
+    how: dict[str, Any] = {"rotates": block.rotates, "factors": factors}
+    return project(block.spec, weights, normed, cos, sin, block.rows, **how)
 
 
 @_graph
@@ -88,7 +91,8 @@ class CompiledBlock:
         if EagerMode.entered:
             return self._plain(x, given)
         block = self._layer.attention
-        q, k, v = _queries(self._layer, x, given.cos, given.sin)
+        factors = given.temperature if block.tempers else None
+        q, k, v = _queries(self._layer, x, given.cos, given.sin, factors)
         out = block.core(q, k, v, replace(block.what, documents=given.documents), block.sinks)
         del q, k, v
         x, hidden = _attended(self._layer, x, out)

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
+from mopexec.model.moe import RoutedExperts
 from mopexec.model.routing import Routing
 from mopexec.modules.exchange import exchange
 from mopexec.operators.again import once
@@ -23,6 +24,7 @@ from mopexec.operators.dispatch import sum_routes, to_ranks
 from mopexec.operators.grouped import RowCounts, expert_order
 from mopexec.operators.router import count_routes
 from mopexec.operators.routes import exchanged
+from mopexec.operators.weighted_inputs import spread, spread_backward
 from mopsim.spec.routing import routing_counts
 
 
@@ -40,6 +42,39 @@ class _Spread(torch.autograd.Function):
         with category("dispatch"):
             (inverse,) = ctx.saved_tensors
             return sum_routes(grads[0], inverse, ctx.top_k), None, None, None
+
+
+class _SpreadWeighted(torch.autograd.Function):
+    """As `_Spread`, each row times the weight of its route; keeps the tokens and the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights, inverse)
+        return spread(x, weights, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with category("dispatch"):
+            x, weights, inverse = ctx.saved_tensors
+            each = grads[0].index_select(0, inverse).view(*weights.shape, -1)
+            return *spread_backward(each, x, weights), None, None
+
+
+class _SumRoutes(torch.autograd.Function):
+    """Rows [R, H] in expert order to the sum of each token's [N, H]: `_Spread` the other way round. What a
+    checkpoint makes again is there before the gradients of rows are, and is booked as what it is."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return sum_routes(rows, inverse, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        with category("dispatch"):
+            return grads[0].index_select(0, order // ctx.top_k), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -89,7 +124,7 @@ class ExpertDispatch:
         self._platform, self._beside = platform, beside if beside and beside.size > 1 else None
         self._stated: tuple[list[int], RowCounts] | None = None
 
-    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, module: RoutedExperts) -> Tensor:
         """x [N, H], experts and weights [N, top_k] to the weighted sum of the experts' outputs [N, H]."""
         num_tokens, top_k = experts.shape
         spread = self._group.size > 1
@@ -99,7 +134,10 @@ class ExpertDispatch:
             there = partial(_to_ranks, received=received, sent=sent, group=self._group)
             back = partial(_to_ranks, received=sent, sent=received, group=self._group)
             order, inverse = _with_inverse(experts.flatten().argsort(stable=True))
-            rows = apply(_Spread, x, order, inverse, top_k)
+            if module.inputs_weighted:
+                rows = apply(_SpreadWeighted, x, weights, order, inverse)
+            else:
+                rows = apply(_Spread, x, order, inverse, top_k)
             grouped = by_expert(counts)
             if spread:
                 rows = exchange(rows, there, back, booked="dispatch", name="dispatch")
@@ -111,6 +149,8 @@ class ExpertDispatch:
                 rows = permute(rows, *reversed(grouped))
             if spread:
                 rows = exchange(rows, back, there, booked="dispatch", name="combine")
+            if module.inputs_weighted:
+                return apply(_SumRoutes, rows, order, inverse, top_k)
             rows = permute(rows, inverse, order)  # the name is reused: what came back is freed here
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)

@@ -3,7 +3,6 @@ loss of a microbatch. Where parameters, gradients and optimizer states are store
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,7 @@ from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
 from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import of_name
 from mopexec.operators.learned_positions import position_ids
-from mopexec.operators.rope import Positions, rope_tables
+from mopexec.operators.rope import Positions
 from mopexec.run.runner import Batch
 from mopexec.weights.source import Source
 from mopsim.spec import layout
@@ -190,15 +189,15 @@ class RankNetwork:
         (batch, seq), model, device = tokens.shape, self.model, tokens.device
         dtype = of_name(self._plan.strategy.precision.param)
         if self._positions is None:  # those of all microbatches
-            tables = partial(rope_tables, model.spec, start, start + seq, dtype, device)
-            self._positions = Positions(tables, documents)
+            self._positions = Positions(model.spec, start, start + seq, dtype, device, documents)
         self._positions.use(documents)
         experts = None
         if not model.routing.learned and model.spec.num_moe_layers:
             rows = seq // self._mesh.tensor.size
             experts = model.routing.experts(model.spec, batch, rows, device)
         ids = position_ids(start, start + seq, device, documents) if model.spec.learned_positions else None
-        return Given(self._positions.cos, self._positions.sin, experts, documents, ids)
+        now = self._positions
+        return Given(now.cos, now.sin, experts, documents, ids, now.temperature)
 
     def _attach_loss(self, first_row: int) -> None:
         model, vocabulary, mesh = self.model, self._plan.strategy.vocabulary, self._mesh

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from mopexec.measure.tracker import component, phase
 from mopexec.operators import kernels
 from mopexec.operators.attention_core import Core, causal_backward, causal_forward
 from mopexec.operators.norms import LayerNorms
-from mopexec.operators.rope import Positions, rope_tables, rotate_
+from mopexec.operators.rope import Positions, rotate_
 from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.operators.temperature import temper_
 from mopexec.operators.ulysses import SequenceExchange, project_backward
 from mopsim.spec.layout import SLICE_ROWS
 from mopsim.spec.model import ModelSpec
@@ -32,15 +32,16 @@ class AttentionBlock:
         self, spec: ModelSpec, exchange: SequenceExchange, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.spec, self.exchange, self.norms = spec, exchange, LayerNorms.of(spec)
-        self.core, self.rotates = Core.of(spec, 0), spec.rotates(0)
+        self.core, self.rotates, self.tempers = Core.of(spec, 0), spec.rotates(0), spec.tempers(0)
         start = exchange.group.place * exchange.seq
-        self.positions = Positions(partial(rope_tables, spec, start, start + exchange.seq, dtype, device))
+        self.positions = Positions(spec, start, start + exchange.seq, dtype, device)
         self._rows = row_slices(exchange.seq)
 
     def of_layer(self, layer: int) -> "AttentionBlock":
         """The same block for a layer: its window or chunks, with or without rotary positions."""
         block = copy.copy(self)
         block.core, block.rotates = Core.of(self.spec, layer), self.spec.rotates(layer)
+        block.tempers = self.spec.tempers(layer)
         return block
 
     @property
@@ -50,6 +51,11 @@ class AttentionBlock:
     @property
     def sin(self) -> Tensor:
         return self.positions.sin
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Of queries by their positions, where the layer scales them."""
+        return self.positions.temperature if self.tempers else None
 
     @property
     def _now(self) -> Core:
@@ -132,6 +138,8 @@ class AttentionBlock:
                     )
         if self.rotates:
             rotate_(self._by_position(packed), self.cos, self.sin, self._rows)
+        if name == "q" and self.factors is not None:
+            temper_(self._by_position(packed), self.factors)
         return packed
 
     def _output(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
@@ -174,7 +182,9 @@ class AttentionBlock:
         return result[0], result[1], result[2]
 
     def _unrotate_(self, packed: list[Tensor]) -> None:
-        """Gradients of rotated queries and keys become those before the rotation."""
+        """Gradients of queries and keys become those before the rotation and the queries' factors."""
+        if self.factors is not None:
+            temper_(self._by_position(packed[0]), self.factors)
         for part in packed if self.rotates else []:
             rotate_(self._by_position(part), self.cos, self.sin, self._rows, inverse=True)
 

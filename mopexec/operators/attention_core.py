@@ -9,7 +9,7 @@ padded with zeros on the way in.
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Core:
         return cls(softmax_scale(spec), 0 if chunked else width, chunk=width if chunked else 0)
 
     def over(self, q: Tensor) -> "Core":
-        """The same for queries [B, S, ..]: chunks are documents, within those that there are."""
+        """The same for queries [B, S, ..]: chunks are documents, which begin anew with each that there is."""
         batch, length = q.shape[:2]
         if not 0 < self.chunk < length:
             return self
@@ -60,7 +60,10 @@ class Core:
 
 @functools.lru_cache(maxsize=4)
 def _in_chunks(documents: Documents, chunk: int) -> Documents:
-    return tuple(tuple(sorted({*ends, *range(chunk, ends[-1], chunk)})) for ends in documents)
+    def cut(start: int, end: int) -> tuple[int, ...]:
+        return (*range(start + chunk, end, chunk), end)
+
+    return tuple(tuple(chain.from_iterable(map(cut, (0, *ends), ends))) for ends in documents)
 
 
 def causal_forward(

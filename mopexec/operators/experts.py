@@ -2,9 +2,9 @@
 its backward.
 
 x2 = x1 + sum over routes of weight * expert(norm(x1)) + shared experts(norm(x1)). The weight travels with the
-token and is applied at the expert, so combining is a sum. The backward sends inputs and output gradients
-again, chunk by chunk, and recomputes gate and up only: the output of an expert is not needed, since <dy, a W>
-= <dy W^T, a>. `nested_experts` has another backward.
+token and is applied at the expert, so combining is a sum; or it is applied before (`weighted_inputs`). The
+backward sends inputs and output gradients again, chunk by chunk, and recomputes gate and up only: the output
+of an expert is not needed, since <dy, a W> = <dy W^T, a>. `nested_experts` has another backward.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from mopexec.operators.norms import LayerNorms
 from mopexec.operators.routes import RoutePlanner, Routes
 from mopexec.operators.rows import row_slices
 from mopexec.operators.ungated import ungated_of
+from mopexec.operators.weighted_inputs import spread_backward
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 
@@ -130,7 +131,9 @@ class MoEBlock:
                 lambda index, exchange, rows: self._products_backward(
                     begun, index, exchange, rows, held_grads
                 ),
-                lambda returned: self._combine_backward(returned, grad, grad_weights, x, weights, grads),
+                lambda returned: self._combine_backward(
+                    returned, grad, grad_weights, begun.route_weights, x, weights, grads
+                ),
             )
             begun.exchanges.clear()
             del begun.route_weights
@@ -205,16 +208,17 @@ class MoEBlock:
         exchange, tokens = now.exchanges[index], self._rows(x, index)
         eps = self.spec.rms_norm_eps
         given = None if grad is None else self._rows(grad, index)
-        own, top_k = self._rows(now.route_weights, index), self.spec.num_experts_per_tok
+        own = self._rows(now.route_weights, index)
+        how = exchange.order, self.spec.num_experts_per_tok, self.spec.expert_inputs_weighted
         if kernels.NOW.norm and not self.norms.centred:
             with component("experts"), category("dispatch"):
                 scale = weights["ffn_norm.weight"]
-                rows = OPS.pack_routes(tokens, scale, eps, given, own, exchange.order, top_k)
+                rows = OPS.pack_routes(tokens, scale, eps, given, own, *how)
                 return Chunk(exchange, [exchange.start(rows.pop(0)) for _ in range(len(rows))])
         with component("router"):
             hidden = self.norms.forward(tokens, weights, "ffn_norm")
         with component("experts"), category("dispatch"):
-            rows = OPS.pack_routes(hidden, None, eps, given, own, exchange.order, top_k)
+            rows = OPS.pack_routes(hidden, None, eps, given, own, *how)
             del hidden
             return Chunk(exchange, [exchange.start(rows.pop(0)) for _ in range(len(rows))])
 
@@ -245,23 +249,35 @@ class MoEBlock:
         returned: Returned,
         grad: Tensor,
         grad_weights: Tensor,
+        route_weights: Tensor,
         x: Tensor,
         weights: Weights,
         grads: Weights,
     ) -> None:
-        """Gradients of a chunk's tokens from their routes, through the norm, into grad; those of their route
-        weights into grad_weights [N, top_k].
+        """Gradients of a chunk's tokens from their routes, through the norm, into grad; those of
+        route_weights [N, top_k] into grad_weights.
         """
         top_k, inverse = self.spec.num_experts_per_tok, returned.exchange.inverse
-        tokens, target, own = (self._rows(one, returned.index) for one in (x, grad, grad_weights))
+        given = (x, grad, grad_weights, route_weights)
+        tokens, target, own, share = (self._rows(one, returned.index) for one in given)
+        inputs_weighted = self.spec.expert_inputs_weighted
         with component("experts"), category("dispatch"):
             rows, of_weights = returned.rows.take_weighted()
-            if not kernels.NOW.rows:
+            if not kernels.NOW.rows and not inputs_weighted:
                 own.copy_(of_weights.index_select(0, inverse).view(own.shape))
         for start, stop in row_slices(target.shape[0], FUSED_ROWS if kernels.NOW.rows else SLICE_ROWS):
+            hidden = None
+            if inputs_weighted:
+                with component("router"):
+                    hidden = self.norms.forward(tokens[start:stop], weights, "ffn_norm")
             with component("experts"), category("dispatch"):
-                if kernels.NOW.rows:
-                    places = inverse[start * top_k : stop * top_k]
+                places = inverse[start * top_k : stop * top_k]
+                if hidden is not None:
+                    grad_hidden = _weighted_rows_backward(
+                        own[start:stop], rows, hidden, share[start:stop], places
+                    )
+                    del hidden
+                elif kernels.NOW.rows:
                     grad_hidden = OPS.take_routes_(own[start:stop], rows, of_weights, places, top_k)
                 else:
                     grad_hidden = self._sum_routes(rows, inverse, start, stop)
@@ -297,3 +313,17 @@ class MoEBlock:
                 del hidden
                 self.norms.backward_(target, rows, grad_hidden, weights, grads, "ffn_norm")
                 del grad_hidden
+
+
+def _weighted_rows_backward(
+    grad_weights: Tensor, rows: Tensor, hidden: Tensor, weights: Tensor, places: Tensor
+) -> Tensor:
+    """See `weighted_inputs.take_weighted_`, in one kernel or composed."""
+    top_k = weights.shape[1]
+    if kernels.NOW.rows:
+        grad_hidden: Tensor = OPS.take_weighted_(grad_weights, rows, hidden, weights, places, top_k)
+        return grad_hidden
+    each = rows.index_select(0, places).view(-1, top_k, rows.shape[1])
+    grad_hidden, of_weights = spread_backward(each, hidden, weights)
+    grad_weights.copy_(of_weights)
+    return grad_hidden

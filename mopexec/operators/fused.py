@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mopexec.operators import compiler
 from mopexec.operators.dtypes import wide
+from mopexec.operators.weighted_inputs import take_weighted_, weigh_
 from mopsim.spec import layout
 
 _LIBRARY: Any = torch.library.Library("mop", "DEF")  # type: ignore[no-untyped-call]
@@ -230,27 +231,33 @@ def _packed(x: Tensor, num_rows: int) -> Tensor:
 
 def _pack_routes(
     x: Tensor, scale: Tensor | None, eps: float, grad: Tensor | None, weights: Tensor, order: Tensor,
-    top_k: int,
+    top_k: int, weighted: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Packed rows (see `split_packed`) of the routes of `order`, token and slot in one: the row of x [n, H],
-    normed where a scale is given, and the weight of weights [n, top_k]. Then the rows of grad where given.
+    normed where a scale is given, and the weight of weights [n, top_k], which has multiplied the row and is 1
+    where `weighted`. Then the rows of grad where given.
     """
     token = order // top_k
     packed = _packed(x, order.shape[0])
     rows, own = split_packed(packed, x.shape[1])
     torch.index_select(x if scale is None else _rms_norm(x, scale, eps), 0, token, out=rows)
     own.copy_(weights[token, order % top_k])
+    if weighted:
+        weigh_(rows, own)
     return [packed] if grad is None else [packed, grad.index_select(0, token)]
 
 
 def _pack_routes_compiled(
     x: Tensor, scale: Tensor | None, eps: float, grad: Tensor | None, weights: Tensor, order: Tensor,
-    top_k: int,
+    top_k: int, weighted: bool,
 ) -> list[Tensor]:  # fmt: skip
     """A row is normed where it is gathered: no normed copy of x is made."""
     token = order // top_k
     rows = x[token] if scale is None else _rms_norm(x[token], scale, eps)
-    packed = _joined(rows, weights[token, order % top_k])
+    own = weights[token, order % top_k]
+    if weighted:
+        rows, own = (rows * own[:, None]).to(rows.dtype), torch.ones_like(own)
+    packed = _joined(rows, own)
     return [packed] if grad is None else [packed, grad[token]]
 
 
@@ -353,8 +360,11 @@ define("add_routes_(Tensor(a!) target, Tensor rows, Tensor inverse, int top_k) -
 define("take_routes_(Tensor(a!) grad_weights, Tensor rows, Tensor of_weights, Tensor inverse, int top_k) "
         "-> Tensor", _take_routes_,
         lambda grad_weights, rows, *_: rows.new_empty(grad_weights.shape[0], rows.shape[1]))  # fmt: skip
+define("take_weighted_(Tensor(a!) grad_weights, Tensor rows, Tensor x, Tensor weights, Tensor inverse, "
+        "int top_k) -> Tensor", take_weighted_,
+        lambda grad_weights, rows, x, *_: torch.empty_like(x))  # fmt: skip
 define("pack_routes(Tensor x, Tensor? scale, float eps, Tensor? grad, Tensor weights, Tensor order, "
-        "int top_k) -> Tensor[]", _pack_routes, _pack_routes_meta,
+        "int top_k, bool weighted) -> Tensor[]", _pack_routes, _pack_routes_meta,
         compiled=_pack_routes_compiled)  # fmt: skip
 define("pack_back(Tensor rows, Tensor weights, Tensor? order) -> Tensor", _pack_back,
         lambda rows, *_: _packed(rows, rows.shape[0]), compiled=_pack_back_compiled)  # fmt: skip

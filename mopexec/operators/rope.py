@@ -4,7 +4,6 @@ part of a head where the tables are of that part, as in GLM-4.5.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from mopexec.operators import kernels
 from mopexec.operators.documents import Documents, positions
 from mopexec.operators.dtypes import wide
 from mopexec.operators.fused import OPS
+from mopexec.operators.temperature import temperatures
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.rope import RopeScaling
 
@@ -40,21 +40,26 @@ def rope_tables(
 
 
 class Positions:
-    """Rotary tables of some positions, and the documents of the microbatch that runs. Tables of sequences
-    that are trained as one are made once and stay. tables: `rope_tables` of all but the documents.
+    """Rotary tables of some positions, the factors of queries there, and the documents of the microbatch that
+    runs. Tables of sequences that are trained as one are made once and stay.
     """
 
     def __init__(
-        self, tables: Callable[[Documents], tuple[Tensor, Tensor]], documents: Documents = ()
-    ) -> None:
-        self._tables, self.documents = tables, documents
-        self.cos, self.sin = tables(documents)
+        self, spec: ModelSpec, start: int, stop: int, dtype: torch.dtype, device: torch.device,
+        documents: Documents = (),
+    ) -> None:  # fmt: skip
+        self._of, self.documents = (spec, start, stop, dtype, device), documents
+        self._make()
 
     def use(self, documents: Documents) -> None:
         """Those of a microbatch, from its forward to its backward."""
         if documents != self.documents:
             self.documents = documents
-            self.cos, self.sin = self._tables(documents)
+            self._make()
+
+    def _make(self) -> None:
+        self.cos, self.sin = rope_tables(*self._of, self.documents)
+        self.temperature = temperatures(*self._of, self.documents)
 
 
 def frequencies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -37,6 +37,10 @@ def _dense(model: ModelSpec) -> list[int]:
     return [layer for layer in range(model.num_hidden_layers) if not model.is_moe_layer(layer)]
 
 
+def _routed(model: ModelSpec) -> list[int]:
+    return list(model.moe_layers)
+
+
 _COMMON: dict[str, Value] = {
     "hidden_act": "silu",
     **{
@@ -128,6 +132,15 @@ KEYS: dict[str, Mapping[str, Value]] = {
     "Dots1ForCausalLM": _EXPERTS | {
         "model_type": "dots1", "head_dim": ".head_dim", "attention_bias": _biased, "layer_types": _kinds,
         "sliding_window": _window,
+    },
+    "Llama4ForCausalLM": {
+        "model_type": "llama4_text", "head_dim": ".head_dim", "intermediate_size_mlp": ".intermediate_size",
+        "intermediate_size": ".moe_intermediate_size", "num_local_experts": ".num_local_experts",
+        "num_experts_per_tok": ".num_experts_per_tok", "moe_layers": _routed, "attention_bias": _biased,
+        "attention_chunk_size": ".attention_chunk_size", "layer_types": _kinds,
+        "no_rope_layers": lambda m: [int(m.rotates(layer)) for layer in range(m.num_hidden_layers)],
+        "use_qk_norm": lambda m: m.qk_norm == "unweighted", "floor_scale": ".floor_scale",
+        "attn_scale": ".attn_scale", "attn_temperature_tuning": ".attn_temperature_tuning",
     },
     "Ernie4_5_MoeForCausalLM": {
         "model_type": "ernie4_5_moe", "intermediate_size": ".intermediate_size", "head_dim": ".head_dim",

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class TensorPlace:
     """Where a parameter (of a stack: one expert's matrix) lies. transposed: the file has [outputs, inputs].
-    first, step: it is every step-th element of the last dimension, from the first on. row: the file has it as
-    a matrix of one row.
+    first, step: it is every step-th element of the last dimension, from the first on. part, parts: it is one
+    of so many equal parts of the last dimension. row: the file has it as a matrix of one row.
     """
 
     tensor: str
@@ -20,6 +20,8 @@ class TensorPlace:
     transposed: bool = False
     first: int = 0
     step: int = 1
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,25 @@ _GPT_OSS = {
 }
 """All experts in one tensor [E, inputs, outputs], gate and up in turn."""
 
+_LLAMA4_FFN = f"{_LAYER}feed_forward."
+_LLAMA4 = {
+    **_places(_with_bias(_SWIGLU), _LLAMA4_FFN, "layers.*.ffn."),
+    "layers.*.moe.router.weight": TensorPlace(f"{_LLAMA4_FFN}router.weight"),
+    **_places(
+        {f"{name}.weight": f"{name}.weight" for name in _SWIGLU},
+        f"{_LLAMA4_FFN}shared_expert.",
+        "layers.*.moe.shared.",
+    ),
+    **{
+        f"layers.*.moe.experts.{name}_proj": TensorPlace(
+            f"{_LLAMA4_FFN}experts.gate_up_proj", part=part, parts=2
+        )
+        for part, name in enumerate(("gate", "up"))
+    },
+    "layers.*.moe.experts.down_proj": TensorPlace(f"{_LLAMA4_FFN}experts.down_proj"),
+}
+"""All experts in one tensor [E, inputs, outputs], gate before up."""
+
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
@@ -184,6 +205,7 @@ FAMILIES: dict[str, Family] = {
             _TIED,
         ),
         Family("DeepseekV2ForCausalLM", _DEEPSEEK, _TIED),
+        Family("Llama4ForCausalLM", _BASE | _GROUPED | _LLAMA4, _TIED),
         Family("Dots1ForCausalLM", _GROUPED_DEEPSEEK | _CORRECTION, _TIED),
         Family(
             "Glm4MoeForCausalLM",

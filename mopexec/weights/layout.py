@@ -74,6 +74,8 @@ class Layout:
             tensor = tensor[expert]
         if place.step > 1:
             tensor = tensor[..., place.first :: place.step]
+        if place.parts > 1:
+            tensor = tensor.chunk(place.parts, dim=-1)[place.part]
         return tensor.t() if place.transposed else tensor
 
     def wanted(self) -> dict[str, Wanted]:
@@ -119,4 +121,4 @@ class Layout:
             shape = shape[1:]
         if place.transposed:
             shape = shape[::-1]
-        return (1,) * place.row + (*shape[:-1], shape[-1] * place.step)
+        return (1,) * place.row + (*shape[:-1], shape[-1] * place.step * place.parts)

@@ -22,6 +22,13 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     rotates = model.rotates(layer)
     projected, values = _mla(model, shapes) if model.attention == "mla" else _gqa(model, shapes, rotates)
     kernels += projected
+    if model.tempers(layer):
+        q = Value("qt", values[0].bytes)
+        kernels.append(
+            Kernel("temperature", "memory_bound", _C, (values[0].name,), (q,), bytes=2 * q.bytes,
+                   back_bytes=2 * q.bytes)
+        )  # fmt: skip
+        values = (q, *values[1:])
     kernels += _core(model, shapes, layer, values)
     _, v_width = attention_widths(model)
     k = model.num_attention_heads * v_width / shapes.tensor
@@ -85,7 +92,7 @@ def _gqa(model: ModelSpec, shapes: Shapes, rotates: bool) -> tuple[list[Kernel],
             matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
         )  # fmt: skip
         kernels = [*first, joint]
-    normed = model.qk_norm != "none"
+    normed = model.qk_norm in ("head", "full") or (model.qk_norm == "unweighted" and rotates)
     kernels += [_head_norm(name, model, N, int(sizes[name]), b) for name in "qk"] if normed else []
     if not rotates:
         q, k = (Value(f"{name}{int(normed)}", made[name].bytes) for name in "qk")
@@ -110,8 +117,9 @@ def _gqa(model: ModelSpec, shapes: Shapes, rotates: bool) -> tuple[list[Kernel],
 
 def _head_norm(name: str, model: ModelSpec, tokens: int, size: int, b: int) -> Kernel:
     """That of q or k, head by head or over all of them."""
-    heads = size / model.head_dim if model.qk_norm == "head" else 1
-    return norm(f"{name}_norm", f"{name}0", f"{name}1", tokens, size, b, _C, heads)
+    heads = 1 if model.qk_norm == "full" else size / model.head_dim
+    found = norm(f"{name}_norm", f"{name}0", f"{name}1", tokens, size, b, _C, heads)
+    return replace(found, weight_grad=0) if model.qk_norm == "unweighted" else found
 
 
 def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:

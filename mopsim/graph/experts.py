@@ -44,13 +44,17 @@ BESIDE_ROWS = {"counts": "all counts", "weights": "sent weights"}
 
 def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
     """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category
-    dispatch)."""
+    dispatch). They read their weights where these multiply them."""
     row = model.hidden_size * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
+    read = [Value("h", tokens * row)]
+    if model.expert_inputs_weighted:
+        read.append(Value("weight", sent * max(b, 4)))
+    reads = tuple(one.name for one in read)
     kernels = (
         Kernel(
-            "permute", "memory_bound", _C, ("h",), (Value("sent", sent * row, "dispatch"),),
+            "permute", "memory_bound", _C, reads, (Value("sent", sent * row, "dispatch"),),
             bytes=2 * sent * row, launches=4, indexed=True,
         ),
         _exchange("dispatch", "sent", "arrived", sent * row, arrived * row, split),
@@ -59,7 +63,7 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) ->
             bytes=2 * arrived * row, launches=2, indexed=True,
         ),
     )  # fmt: skip
-    return Tape((Value("h", tokens * row),), kernels, ("rows",))
+    return Tape(tuple(read), kernels, ("rows",))
 
 
 def beside_rows(model: ModelSpec, routes: int, ranks: int, sent: Collection[str]) -> tuple[Kernel, ...]:

@@ -85,7 +85,7 @@ def _moe(
     rows, home = dispatch(model, N, arrived, b, split), combine(model, N, arrived, b, split)
     if gathers:
         rows, home = gathered(model, shapes, sum(routes), gathers)
-    sent = _renamed(rows, "sent_", keep | {"rows": "rows"})
+    sent = _renamed(rows, "sent_", keep | {"rows": "rows", "weight": "weight"})
     if split and deduplicated:
         once = min(arrived, _distinct(model, N, len(routes))) * H * b
         copy = replace(sent[0].sized(lambda _: 0), kind="view", bytes=0, launches=0)  # the exchange's own

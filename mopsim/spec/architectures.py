@@ -128,19 +128,18 @@ def alternating_windows(r: ConfigReader) -> Fields:
 
 
 def llama4_layers(r: ConfigReader) -> Fields:
-    """Layers with experts, layers that attend within chunks, and what is left out."""
+    """Layers with experts, layers that attend within chunks, and what the others do instead of rotating."""
     step = period_of(r, "interleave_moe_layer_step")
     listed, rotary = layer_list(r, "moe_layers"), layer_flags(r, "no_rope_layers")
     period = period_of(r, "no_rope_layer_interval")
-    r.read |= {"floor_scale", "attn_scale"}
     key = "attn_temperature_tuning"  # older configs have a number
     tuned = r.flag(key) if isinstance(r.word(key), bool) else r.integer(key) > 0
-    left = ["norms of queries and keys, which have no weights, are left out"] * r.flag("use_qk_norm")
     routed = dense_layers(r, lambda at: at in listed if r.has("moe_layers") else (at + 1) % step == 0)
     chunks = _chunks(r, lambda at: rotary[at] == 1 if rotary else (at + 1) % period != 0)
     full = len(chunks.get("layer_types", ())) > 0 or chunks.get("sliding_window_period", 1) > 1
-    apart = {"full_attention_rotary": not full, "attn_temperature_tuning": full and tuned}
-    return {"assumptions": tuple(left), **apart, **routed, **chunks}
+    apart: Fields = {"full_attention_rotary": not full, "attn_temperature_tuning": full and tuned}
+    scales: Fields = {"floor_scale": r.integer("floor_scale"), "attn_scale": r.number("attn_scale")}
+    return {**apart, **(scales if full and tuned else {}), **routed, **chunks}
 
 
 def _chunks(r: ConfigReader, usual: Callable[[int], bool]) -> Fields:

@@ -1,6 +1,6 @@
 """ModelSpec: the dimensions of a transformer, in Hugging Face field names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
 from operator import attrgetter
@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from mopsim.common.errors import Rules, require_name
 from mopsim.common.io import Spec
+from mopsim.spec.layer_fields import WINDOWS, LayerType, window_fields
 from mopsim.spec.rope import RopeScaling
 
 DESCRIPTION = ("name", "source", "assumptions", "total_params", "active_params")
@@ -15,11 +16,6 @@ DESCRIPTION = ("name", "source", "assumptions", "total_params", "active_params")
 
 
 MOST_LAYERS, MOST_TOKENS = 10_000, 2**40
-LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
-WINDOWS: dict[str, LayerType] = {
-    "sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"
-}  # fmt: skip
-"""Fields that say how wide a window is, and the words for layers that have such a one."""
 
 
 class LayerKind(NamedTuple):
@@ -44,7 +40,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     attention: grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank, qk_nope_head_dim,
     qk_rope_head_dim, v_head_dim: a size of MLA, as in DeepSeek's configs. attention_bias: which projections
     have a bias. attention_sinks: each head has a learned logit that takes a part of the attention. qk_norm:
-    queries and keys are normalised in each head, or over the full projection. sliding_window: tokens that a
+    queries and keys are normalised in each head, or over the full projection, or in each head without
+    weights where they are rotated, after it (`unweighted`: Llama 4). sliding_window: tokens that a
     windowed layer attends to. attention_chunk_size: tokens of the chunks that these layers attend within,
     instead of a window. sliding_window_period: one layer in this many is windowed, from the first.
     layer_types: the kind of each layer, if no period describes it. learned_positions: rows of a learned table
@@ -65,11 +62,12 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     neighbouring elements, not elements half a head apart. partial_rotary_factor: part of a head that is
     turned, without MLA. full_attention_rotary: layers without a window have rotary positions; False: only
     windowed ones (arXiv 2501.18795). attn_temperature_tuning: queries of layers without them are scaled by
-    their position (Llama 4). rope_scaling: scaling of rotary frequencies, for longer sequences than in the
-    first training. dropout: rate for the outputs of attention and FFN, and for the attention weights where
-    they are kept. total_params: the published count, which is compared and never used in a calculation.
-    active_params: the same of active parameters. source: where the numbers are from. assumptions: facts that
-    the source does not state.
+    their position (Llama 4): log(1 + floor((position + 1) / floor_scale)) * attn_scale + 1, positions from 0.
+    floor_scale: positions of one scale. attn_scale: how much it grows. rope_scaling: scaling of rotary
+    frequencies, for longer sequences than in the first training. dropout: rate for the outputs of attention
+    and FFN, and for the attention weights where they are kept. total_params: the published count, which is
+    compared and never used in a calculation. active_params: the same of active parameters. source: where the
+    numbers are from. assumptions: facts that the source does not state.
     """
 
     name: str
@@ -96,7 +94,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     v_head_dim: int = 0
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
     attention_sinks: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm: Literal["none", "head", "full", "unweighted"] = "none"
     sliding_window: int = 0
     attention_chunk_size: int = 0
     sliding_window_period: int = 1
@@ -126,6 +124,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     partial_rotary_factor: float = 1.0
     full_attention_rotary: bool = True
     attn_temperature_tuning: bool = False
+    floor_scale: int = 8192
+    attn_scale: float = 0.1
     rope_scaling: RopeScaling = RopeScaling()
     total_params: float | None = None
     active_params: float | None = None
@@ -146,7 +146,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     @property
     def composes_projections(self) -> bool:
         """Whether they are more than products, a norm of each head and rotated halves."""
-        more = self.attention_bias != "none" or self.qk_norm == "full" or self.rope_interleave
+        normed = self.qk_norm in ("full", "unweighted")
+        more = self.attention_bias != "none" or normed or self.rope_interleave
         return more or self.attention == "mla"
 
     @property
@@ -182,6 +183,10 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     def rotates(self, layer: int) -> bool:
         """Whether queries and keys of `layer` have rotary positions."""
         return not self.learned_positions and (self.full_attention_rotary or self.window(layer) > 0)
+
+    def tempers(self, layer: int) -> bool:
+        """Whether queries of `layer` are scaled by their position."""
+        return self.attn_temperature_tuning and not self.rotates(layer)
 
     @property
     def layer_words(self) -> list[LayerType]:
@@ -229,27 +234,6 @@ def every_kind(model: ModelSpec) -> tuple[LayerKind, ...]:
     return tuple(model.layer_kind(layer) for layer in range(count))
 
 
-def dense_fields(dense: Iterable[int], layers: int) -> dict[str, Any]:
-    """The fields that say which of the decoder layers of a network with experts are dense."""
-    found = set(dense)
-    leading = next((layer for layer in range(layers) if layer not in found), layers)
-    return {"first_k_dense_replace": leading, "mlp_only_layers": tuple(sorted(found - set(range(leading))))}
-
-
-def window_fields(windowed: Sequence[bool], width: int, field: str = "sliding_window") -> dict[str, Any]:
-    """The fields that say which decoder layers have a window of so many tokens; the period where one says
-    it."""
-    if not any(windowed):
-        return {}
-    for period in range(1, len(windowed) + 1):
-        if all(one == (layer % period == 0) for layer, one in enumerate(windowed)):
-            return {field: width, "sliding_window_period": period}
-    return {
-        field: width,
-        "layer_types": tuple(WINDOWS[field] if one else "full_attention" for one in windowed),
-    }
-
-
 _NEEDED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
@@ -266,7 +250,8 @@ _RANGES = (
     ("rms_norm_eps", 1e-12, 0.1), ("routed_scaling_factor", 1e-3, 1e3), ("rope_theta", 1.0, 1e12),
     ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),
     ("num_nextn_predict_layers", 0, 100), ("n_group", 1, 2**16), ("topk_group", 1, 2**16),
-    ("swiglu_limit", 0.0, 1e6), ("swiglu_alpha", 1e-3, 1e3),
+    ("swiglu_limit", 0.0, 1e6), ("swiglu_alpha", 1e-3, 1e3), ("floor_scale", 1, MOST_TOKENS),
+    ("attn_scale", 0.0, 1e3),
 )  # fmt: skip
 
 _ROTARY = {

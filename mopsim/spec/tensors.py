@@ -112,7 +112,7 @@ def _gqa(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     found = []
     for name, out in (("q", q), ("k", kv), ("v", kv)):
         found += _linear(f"{prefix}.{name}_proj", out, H, "attention", layer, bias)
-    if model.qk_norm != "none":
+    if model.qk_norm in ("head", "full"):
         sizes = (d, d) if model.qk_norm == "head" else (q, kv)
         found += [
             Tensor(f"{prefix}.{n}_norm.weight", (s,), "attention", layer)

@@ -93,9 +93,9 @@ def test_masks_of_experts_are_not_of_kernels_that_move_rows_themselves() -> None
 
 
 def test_a_refusal_names_field_value_and_what_works() -> None:
-    job = Job(load_model("llama4_maverick"), mop(8))
+    job = Job(structs.replace(load_model("tiny"), dropout=0.1), mop(8))
     first = next(refusals(job, by="flat_units"))
-    assert str(first) == "model.expert_inputs_weighted: True is not run by flat_units, only False"
+    assert str(first) == "model.dropout: 0.1 is not run by flat_units, only 0.0"
 
 
 def test_export_sides_are_the_targets() -> None:

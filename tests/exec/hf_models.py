@@ -120,6 +120,25 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "llama4": (
+        "Llama4Text",
+        {
+            "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 40,
+            "intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2, "attention_chunk_size": 7, "no_rope_layers": [1, 1, 0, 1],
+            "floor_scale": 3, "attn_scale": 0.5, "use_qk_norm": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+    "llama4, two experts without norms": (
+        "Llama4Text",
+        {
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 40, "intermediate_size": 20,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "moe_layers": [0, 2], "attention_chunk_size": 7,
+            "no_rope_layers": [0, 1, 0], "floor_scale": 3, "attn_scale": 0.5, "use_qk_norm": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
     "deepseek_v2": ("DeepseekV2", _LATENT | {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3", _LATENT | {"num_mtp_layers": 0, "norm_topk_prob": True}),
 }  # fmt: skip
@@ -130,7 +149,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     name, fields = CONFIGS[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(_COMMON | fields | changes))
-    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():

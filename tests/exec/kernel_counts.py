@@ -20,8 +20,8 @@ _FREE = frozenset(
 
 KERNELS = {
     "rms_norm_backward_": 8, "rotate_": 2, "swiglu_backward_": 3, "route_weights": 6,
-    "route_weights_backward": 8, "add_routes_": 4, "take_routes_": 3, "chunk_orders": 2, "arrival_order": 3,
-    "rms_norm_strided": 3, "pack_routes": 6, "pack_back": 4, "rotate": 2,
+    "route_weights_backward": 8, "add_routes_": 4, "take_routes_": 3, "take_weighted_": 4, "chunk_orders": 2,
+    "arrival_order": 3, "rms_norm_strided": 3, "pack_routes": 6, "pack_back": 4, "rotate": 2,
     "ungated_backward_": 2, "layer_norm_strided": 4, "layer_norm_backward_": 11,
 }  # fmt: skip
 """The most kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a

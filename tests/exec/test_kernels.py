@@ -179,7 +179,8 @@ def test_rows_travel_with_their_weights(dtype: torch.dtype, hidden: int) -> None
     x, top_k, chunks = torch.randn(18, hidden, dtype=dtype), 2, 3
     weights = torch.rand(18, top_k, dtype=wide(dtype))
     order = torch.randperm(12)
-    packed, grads = OPS.pack_routes(x[1::chunks], None, 0.0, x[2::chunks], weights[1::chunks], order, top_k)
+    given = x[1::chunks], None, 0.0, x[2::chunks], weights[1::chunks], order, top_k
+    packed, grads = OPS.pack_routes(*given, False)
     rows, own = split_packed(packed, hidden)
     assert packed.shape[1] * packed.element_size() % 16 == 0
     assert torch.equal(rows, x[1::chunks][order // 2])
@@ -193,6 +194,9 @@ def test_rows_travel_with_their_weights(dtype: torch.dtype, hidden: int) -> None
     home = torch.empty(18, top_k, dtype=wide(dtype))
     assert torch.equal(OPS.take_routes_(home[1::chunks], rows, own, inverse, top_k), total)
     assert torch.equal(home[1::chunks], weights[1::chunks])
+    weighted, ones = split_packed(OPS.pack_routes(*given, True)[0], hidden)
+    assert torch.equal(ones, torch.ones_like(own))
+    assert torch.equal(weighted, (rows * own[:, None]).to(dtype))
 
 
 def test_other_dtypes_run_expert_by_expert() -> None:
@@ -333,7 +337,11 @@ def _arguments() -> dict[str, list[tuple[Any, ...]]]:
         "route_weights_backward": [(weights, logits, chosen, True, True, 1.0)],
         "add_routes_": [(strided(), rows, routes, top_k)],
         "take_routes_": [(torch.empty_like(weights), rows, torch.rand(len(rows)), routes, top_k)],
-        "pack_routes": [(rows[:tokens], scale, 1e-6, rows[:tokens], weights, routes, top_k)],
+        "take_weighted_": [(torch.empty_like(weights), rows, rows[:tokens], weights, routes, top_k)],
+        "pack_routes": [
+            (rows[:tokens], scale, 1e-6, rows[:tokens], weights, routes, top_k, weighted)
+            for weighted in (False, True)
+        ],
         "pack_back": [(rows, torch.rand(len(rows)), routes)],
         "route_cells": [(chosen, chunks, experts)],
         "chunk_orders": [(routes, chunks, top_k)],

@@ -102,6 +102,19 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 7, "full_attention_rotary": False, "attention_bias": "none",
         "layer_types": (*["chunked_attention"] * 3, "full_attention"),
     },
+    "norms without weights, queries scaled by position": {
+        "qk_norm": "unweighted", "attention_chunk_size": 7, "full_attention_rotary": False,
+        "layer_types": (*["chunked_attention"] * 3, "full_attention"), "attn_temperature_tuning": True,
+        "attention_bias": "none",
+    },
+    "queries scaled by position in the explicit block": {
+        "attention_chunk_size": 7, "full_attention_rotary": False, "attention_bias": "none",
+        "layer_types": (*["chunked_attention"] * 3, "full_attention"), "attn_temperature_tuning": True,
+    },
+    "weighted inputs of experts": {"expert_inputs_weighted": True, "norm_topk_prob": False},
+    "weighted inputs, LayerNorm": {
+        "expert_inputs_weighted": True, "norm": "layernorm", "expert_bias": True, "shared_expert_gate": True,
+    },
     "windows of some layers": {
         "sliding_window": 5, "layer_types": (*["sliding_attention"] * 3, "full_attention"),
     },

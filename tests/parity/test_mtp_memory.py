@@ -1,5 +1,5 @@
-"""Predicted against tracked memory of MTP modules under the explicit schedule, and of layers that attend
-within chunks or have no rotary positions: as test_memory_parity."""
+"""Predicted against tracked memory of MTP modules under the explicit schedule, of layers that attend within
+chunks or have no rotary positions, and of what Llama 4 alone has: as test_memory_parity."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 
 from mopexec.measure.tracker import MemoryTracker
 from mopsim.engine import simulate
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests.parity.test_memory_parity import FULL, MOP_OPTIONS, MTP, SMALL, _check, _check_stages, _split
@@ -52,6 +53,31 @@ CHUNKS = msgspec.structs.replace(
     intermediate_size=64,
 )  # fmt: skip
 """Its peak is in the backward of attention."""
+
+
+LLAMA4 = msgspec.structs.replace(
+    SMALL, num_hidden_layers=4, num_experts_per_tok=1, scoring_func="sigmoid", norm_topk_prob=False,
+    expert_inputs_weighted=True, rope_interleave=True, qk_norm="unweighted", attention_chunk_size=2048,
+    layer_types=(*["chunked_attention"] * 3, "full_attention"), full_attention_rotary=False,
+    attn_temperature_tuning=True,
+)  # fmt: skip
+SEVERAL = msgspec.structs.replace(LLAMA4, num_experts_per_tok=4)
+
+
+@pytest.mark.parametrize("model", [LLAMA4, SEVERAL], ids=["one expert", "several"])
+@pytest.mark.parametrize("chunk_tokens", [0, 1024])
+def test_llama4_under_mop(model: ModelSpec, chunk_tokens: int) -> None:
+    strategy = mop(2, **MOP_OPTIONS | {"expert_chunk_tokens": chunk_tokens}, vocab_parallel=2)
+    _check(model, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01)
+
+
+@pytest.mark.parametrize("model", [LLAMA4, SEVERAL], ids=["one expert", "several"])
+@pytest.mark.parametrize("recompute", [{"recompute": "none"}, FULL], ids=str)
+def test_llama4_under_modules(model: ModelSpec, recompute: Any) -> None:
+    training = TrainSpec(seq_len=8192, global_batch=2)
+    _check(model, fsdp2(2, **recompute, expert_parallel=2), training, 0.01)
+    _check(model, split(2, **recompute, expert_parallel=2), training, 0.01)
+    _check(model, split(2, **recompute, tensor_parallel=2, expert_tensor_parallel=2), training, 0.01)
 
 
 def test_chunks_under_mop() -> None:

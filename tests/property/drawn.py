@@ -8,7 +8,8 @@ import msgspec
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.program.context import make_context
-from mopsim.spec.model import ModelSpec, dense_fields, window_fields
+from mopsim.spec.layer_fields import dense_fields, window_fields
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy

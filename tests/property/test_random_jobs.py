@@ -15,7 +15,8 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.engine import SimResult, simulate
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
-from mopsim.spec.model import ModelSpec, dense_fields
+from mopsim.spec.layer_fields import dense_fields
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

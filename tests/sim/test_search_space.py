@@ -24,7 +24,8 @@ from mopsim.search.seeds import Recipe, published, recipes, textbook
 from mopsim.search.space import Space
 from mopsim.search.staged import bounds_of, candidates, facts_of
 from mopsim.search.stages import BALANCED, ENDS, EVEN, FRONT, WEIGHTED, layers_of, lighter
-from mopsim.spec.model import ModelSpec, dense_fields
+from mopsim.spec.layer_fields import dense_fields
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec

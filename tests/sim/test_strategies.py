@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from mopsim.common.errors import SpecError
 from mopsim.common.io import convert, to_plain
@@ -91,9 +92,10 @@ def test_support_names_the_field() -> None:
         "strategy.dense.tensor_parallel",
         "strategy.dense.zero",
     } <= fields
-    reason = runnable(mop(2), load_model("llama4_maverick"))
+    assert runnable(mop(2), load_model("llama4_maverick")) is None
+    reason = runnable(mop(2), replace(tiny, dropout=0.1))
     assert reason is not None
-    assert reason.field == "model.expert_inputs_weighted"
+    assert reason.field == "model.dropout"
     reason = runnable(mop(2, optimizer_overlap="backward"), load_model("deepseek_v3"))
     assert reason is not None
     assert reason.field == "strategy.optimizer.overlap"

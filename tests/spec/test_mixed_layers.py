@@ -80,16 +80,14 @@ def test_windows_anywhere(config: dict[str, Any], windowed: Collection[int], tmp
 
 
 def test_chunks_are_attended_each_by_itself(tmp_path: Path) -> None:
-    """As many pairs as sequences of a chunk have; what mopexec does not do of the network is told by name."""
+    """As many pairs as sequences of a chunk have."""
     model = load_model(told.write(tmp_path, told.LLAMA4))
     assert causal_pairs(2 * 8192 + 5, 8192, chunked=True) == 2 * causal_pairs(8192) + causal_pairs(5)
     short, long = (flops_per_token(model, seq_len)["attention_core"] for seq_len in (8192, 32768))
     assert long / short == pytest.approx((36 + 12 * 32769 / 8193) / 48)
     assert [layer for layer in range(8) if not model.rotates(layer)] == [3, 7]
-    assert [str(refused) for refused in model_refusals(model)] == [
-        "model.expert_inputs_weighted: True is not run by mopexec, only False",
-        "model.attn_temperature_tuning: True is not run by mopexec, only False",
-    ]
+    assert [layer for layer in range(8) if model.tempers(layer)] == [3, 7]
+    assert not list(model_refusals(model))
 
 
 def test_part_of_a_head_is_rotated(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
 from mopsim.spec.documents import training_fields
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
-from mopsim.spec.model import ModelSpec, dense_fields, window_fields
+from mopsim.spec.layer_fields import dense_fields, window_fields
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import LONGEST, SHORTEST, HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
@@ -85,7 +86,7 @@ def models(draw: Any) -> ModelSpec:
         head_dim=2 * draw(st.integers(1, 2**39)),
         vocab_size=draw(size),
         intermediate_size=draw(size),
-        qk_norm=draw(st.sampled_from(["none", "head", "full"])),
+        qk_norm=draw(st.sampled_from(["none", "head", "full", "unweighted"])),
         tie_word_embeddings=draw(st.booleans()),
         rope_theta=draw(st.floats(1, 1e12)),
         rms_norm_eps=draw(st.floats(1e-12, 0.1)),

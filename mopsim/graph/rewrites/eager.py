@@ -23,6 +23,7 @@ from mopsim.graph.rewrites.tensor_passes import (
     scratch,
     traffic,
 )
+from mopsim.graph.rewrites.weighted_inputs import WEIGHTED, WEIGHTED_BACKWARD, summed_at_home, weighed_first
 from mopsim.graph.tape import Kernel, Value
 
 NORM = TensorPasses(2, 8, 7, strided=2, along_wide=4)
@@ -77,9 +78,6 @@ difference and a sum are in fp32 too, their concatenation is cast, and so is the
 (mopexec/operators/rope.py: rotate)."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
-WEIGHTED = TensorPasses(2, 0, 1, strided=1, along=2)
-WEIGHTED_BACKWARD = TensorPasses(5, 0, 3, strided=1, along=2)
-"""Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
 HEAD_NORM_SUM = 70.0
 """One block of Transformer Engine's backward of a norm over a head adds up what some 2,000 blocks found
 for its weight (rmsnorm_bwd_finalize_general_kernel): 61 and 80 us on H100, 74 and 75 on an earlier
@@ -149,12 +147,14 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) ->
     where rows are put in the order of their tokens and summed by one product with the weights, for whose
     gradient autograd keeps them, in numbers `wider` than they came. Before such an exchange ranks tell each
     other how many rows go where; rows that do not travel lie in the order of experts already. added: no such
-    product (see _added)."""
+    product (see _added). Weights that rows read before they leave multiply them there, for whose gradient
+    their tokens are kept, and nothing at home."""
     last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
     if last is None:
         return kernels
     out = last.writes[0].bytes
     sent = int(last.bytes - out) // 2
+    first = any(kernel.name == "permute" and "weight" in kernel.reads for kernel in kernels)
     travels = any(kernel.name == "combine" and kernel.kind == "all_to_all" for kernel in kernels)
     found: list[Kernel] = []
     for kernel in kernels:
@@ -164,6 +164,7 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) ->
             routes = next(one for one in kernels if one.name == "top_k").writes[0].bytes // 8
             index = Value("route_order", 16 * routes, "dispatch", grad=False)
             kernel = replace(kernel.keeping(index), scratch=(("dispatch", 8 * routes),))
+            kernel = weighed_first(kernel) if first else kernel
         if kernel.name == "permute" and travels and last.bytes != 2.0 * out:
             router = next(one for one in kernels if one.name == "router")
             found.append(
@@ -172,8 +173,10 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) ->
                     back_bytes=0.0, group=next(one.group for one in kernels if one.name == "combine"),
                 )
             )  # fmt: skip
-        elif kernel.name == "unsort" and last.bytes == 2.0 * out:
+        elif kernel.name == "unsort" and last.bytes == 2.0 * out and not first:
             kernel = beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
+        elif kernel is last and last.bytes != 2.0 * out and first:
+            kernel = summed_at_home(kernel, sent)
         elif kernel is last and last.bytes != 2.0 * out and not added:
             home = Value("home", int(sent * wider), "dispatch")
             moved = 2.0 * sent + ((1.0 + wider) * sent if wider > 1.0 else 0.0)

@@ -70,6 +70,8 @@ class AttentionPair(Rows):
             if name != "v":
                 works += self._head_norm(name)
                 works += self._rotate(size, layer)
+            if name == "q":
+                works += self._temper(size, layer)
         b.compute("projections", _C, phase, layer, works, *waits)
         b.drop("hidden")
         waiting = None
@@ -157,7 +159,7 @@ class AttentionPair(Rows):
         b.drop("grad_out", "q", "k", "v", "out", "sums")
         for name, size in whole.items():
             waiting = self._to_positions(layer, f"{name}_whole", name, size)
-        works = self._rotate(local_q, layer) + self._rotate(local_kv, layer)
+        works = self._temper(local_q, layer) + self._rotate(local_q, layer) + self._rotate(local_kv, layer)
         b.compute("rotate", _C, phase, layer, works, waiting)
 
     def _to_positions(self, layer: int, source: str, target: str, size: int) -> int | None:
@@ -227,3 +229,7 @@ class AttentionPair(Rows):
         elements = size / self.c.b
         launches = 6 * max(1, -(-positions // part)) if elements else 0
         return [Work("memory_bound", bytes=6.0 * size, launches=launches)]
+
+    def _temper(self, size: int, layer: int) -> list[Work]:
+        """Queries times their positions' factors, in place."""
+        return [self.elementwise(size, 2, 1)] if self.c.model.tempers(layer) else []

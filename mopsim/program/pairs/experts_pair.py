@@ -339,16 +339,27 @@ class ExpertsPair(Rows):
         b, (n, sent, _, _) = self.b, self._sizes(i)
         self._arrive("grads", i)
         part = slice_rows(n, FUSED_ROWS if self.fused_routes else SLICE_ROWS)
-        if not self.fused_routes:
+        inputs_weighted = self.c.model.expert_inputs_weighted
+        if not self.fused_routes and not inputs_weighted:
             b.spike(sent * self.c.wide, _D)
+        works = self._inputs_weighted(n, part) if inputs_weighted else []
         b.make("grad_hidden", part * self.row, _D)
         if not self.fused_routes:
             b.spike(part * self.k * self.row, _D)
-        works = [*self._sum_routes(n, 1), self.elementwise(sent, 8 + 2 * self.c.wide, 1)]
+        works += [*self._sum_routes(n, 1), self.elementwise(sent, 8 + 2 * self.c.wide, 1)]
         b.compute("combine", _E, phase, layer, works, arrived)
+        if inputs_weighted:
+            b.drop("hidden")
         norm = self.norm_backward(part, self.H)
         b.compute("combine", _R, phase, layer, [replace(norm, bytes=norm.bytes * n / part)])
         b.drop("grad_hidden", f"grads_back.{i}", *(() if self.split else (f"grad_weights.{i}",)))
+
+    def _inputs_weighted(self, tokens: int, part: int) -> list[Work]:
+        """Tokens normed once more, slice by slice, and read with the gradients of their rows for those of the
+        weights."""
+        norm = self.norm(part, self.H, "hidden")
+        read = self.elementwise(tokens * self.k * self.H, 2 * self.c.b, 1)
+        return [replace(norm, bytes=norm.bytes * tokens / part), read]
 
     def _router_backward(self, layer: int) -> None:
         """Gradients of all tokens from their route weights, and the router's own, slice by slice."""
