@@ -14,6 +14,7 @@ from mopsim.graph.host_costs import (
     DISPATCHERS,
     DOCUMENTS,
     DTENSOR,
+    EXCHANGED,
     HOOKS,
     KINDS,
     LAUNCHES,
@@ -75,7 +76,10 @@ def maps_routes(strategy: Strategy, stack: Stack) -> bool:
 
 def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
-    layers = (op.index for op in program.ops if op.layer >= 0)
+    layers = [op.index for op in program.ops if op.layer >= 0]
+    if stack.host.modules == "routed":
+        routed = {program.ops[place].layer for place in layers if program.ops[place].component == "experts"}
+        layers = [place for place in layers if program.ops[place].layer in routed]
     return replace(program, ops=hosted(program.ops, layers, stack, around))
 
 
@@ -84,6 +88,10 @@ def kinds_of(
 ) -> Costs:
     """Linears that a network's kind of layers adds to each component of the plain one; a strategy's
     context-parallel ranks to attention, its dispatcher to experts. woven: `Context.weaves`."""
+    if strategy and stack.host.layers.startswith("torchtitan"):
+        routed = strategy.experts
+        sends = routed.expert_parallel > 1 and routed.token_dispatcher == "alltoall"
+        return {"experts": EXCHANGED} if sends else {}
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0

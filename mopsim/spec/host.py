@@ -14,9 +14,10 @@ MOST_READS, MOST_DOCUMENTS = 1000, 1e6
 class HostCosts(Spec, frozen=True, kw_only=True):
     """What a program's Python costs the host.
 
-    modules: layers are Python modules under autograd, so the host does more than start kernels.
+    modules: layers are Python modules under autograd, so the host does more than start kernels. `routed`:
+    layers with routed experts alone, where a compiler makes one call of every other.
     layers: whose modules the layers are, which decides their host time. `mopexec`: its own. `compiled`: those
-    between graphs of TorchInductor.
+    between graphs of TorchInductor. `torchtitan_compiled`: its layers with experts, compiled by modules.
     tensor: what splits the layers' products over tensor-parallel ranks, which decides its host time.
     `dtensor`: torch's parallelize_module. `plain`: nothing, or not known.
     hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
@@ -47,8 +48,10 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     graphs: components whose kernels CUDA graphs replay. `step`: one graph of the whole step.
     """
 
-    modules: bool = False
-    layers: Literal["transformers", "transformer_engine", "mopexec", "compiled"] = "transformers"
+    modules: bool | Literal["routed"] = False
+    layers: Literal[
+        "transformers", "transformer_engine", "torchtitan", "torchtitan_compiled", "mopexec", "compiled"
+    ] = "transformers"
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False

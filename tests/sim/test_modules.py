@@ -106,6 +106,32 @@ def test_what_kinds_of_layers_add_is_the_committed_measurement() -> None:
         assert costs == pytest.approx((found["forward"], found["backward"]), abs=0.05), kind
 
 
+def test_what_experts_of_torchtitan_take_is_the_committed_measurement() -> None:
+    found = json.loads((Path(__file__).parents[2] / "reports/host/titan_moe.json").read_text())["titan"]
+    plain, parallel = ((found[name]["forward"], found[name]["backward"]) for name in ("plain", "parallel"))
+    for name in ("torchtitan", "torchtitan_compiled"):
+        assert modules.LAYERS[name][False]["experts"] == pytest.approx(plain, abs=0.6)
+    exchanged = [whole - alone for whole, alone in zip(parallel, plain, strict=True)]
+    assert pytest.approx(exchanged, abs=0.6) == modules.EXCHANGED
+
+
+def test_experts_of_torchtitan_are_dispatched_by_python_where_layers_are_compiled() -> None:
+    """Of a compiled network the layers with experts alone take the host's time, and more where ranks share
+    experts by all-to-all."""
+    job = training(4096, 32), 8
+    model = load_model("deepseek_v3")  # its first three layers are dense
+    for stack, dense in (("torchtitan", True), ("torchtitan-compile", False)):
+        shared = replace(fsdp2(8, expert_parallel=8), stack=stack)
+        alone = replace(fsdp2(8), stack=stack)
+        took = linears(lower(model, shared, *job, compose=False), 5)
+        own = linears(lower(model, alone, *job, compose=False), 5)
+        for place, phase in enumerate(("forward", "backward")):
+            more = took[phase, "experts"] - own[phase, "experts"]
+            assert more == pytest.approx(modules.EXCHANGED[place], abs=4)  # and what starts the exchanges
+        first = linears(lower(model, shared, *job, compose=False), 0)
+        assert (first["forward", "attention"] > modules.LAYER["attention"][0] / 2) == dense
+
+
 def test_a_kind_of_layer_takes_the_host_more_and_whatever_its_kernels_are() -> None:
     """Latent attention, groups of experts and shared ones; rotary embedding as torch composes it."""
     job = training(4096, 32), 8
