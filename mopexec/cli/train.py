@@ -143,6 +143,7 @@ def _as_rank(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     plan = plans.read_supported(Path(options.plan), options.settings)
     plans.check_world(plan, place().world_size)
     check_host()
+    _check_memory(options, plan, place().local_size)
     from mopexec.run.worker import run_rank
 
     first = place().rank == 0
@@ -165,8 +166,7 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     import torch
 
     plans.check_devices(plan, torch.cuda.device_count())
-    if not torch.cuda.is_available():
-        plans.check_memory(plan, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    _check_memory(options, plan, plan.strategy.world_size)
     if options.init_from:
         from mopexec.weights.begin import open_weights
 
@@ -177,6 +177,14 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
         from mopexec.run.evaluation import open_held_out
 
         open_held_out(Path(options.eval_tokens), options, plan, seed)
+
+
+def _check_memory(options: TrainOptions, plan: Plan, ranks: int) -> None:
+    import torch
+
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shared, copied = not torch.cuda.is_available(), options.checkpoint_async
+    plans.check_memory(plan, machine, ranks=ranks, shared=shared, copied=copied)
 
 
 def _say_unexportable(options: TrainOptions, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from mopsim.common.units import format_bytes
 from mopsim.spec import layout
 from mopsim.spec.capability import ROWS, job_of
 from mopsim.spec.plan import Plan
-from mopsim.spec.tensors import tensors
+from mopsim.spec.tensors import checkpoint_bytes, tensors
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 
@@ -122,19 +122,22 @@ def check_devices(plan: Plan, num_devices: int) -> None:
         )
 
 
-def check_memory(plan: Plan, machine: int) -> None:
-    """Refuse ranks on a CPU that would need more than this machine's memory (`machine` bytes): what is
-    predicted for device and host, on as many ranks, lies in it.
+def check_memory(plan: Plan, machine: int, *, ranks: int, shared: bool, copied: bool) -> None:
+    """Refuse `ranks` that would need more than the `machine` bytes of this host: what is predicted for the
+    host, for the device too where both are one (shared: a CPU), and their part of the copy of a checkpoint
+    that is written beside the steps (copied). Raises MopError.
     """
     if plan.prediction is None:
         return
-    ranks = plan.strategy.world_size
-    wanted = ranks * (plan.prediction.peak_memory + plan.prediction.host_memory)
+    wanted = ranks * (plan.prediction.host_memory + (plan.prediction.peak_memory if shared else 0.0))
+    limit = f"of memory, and this machine has {format_bytes(machine)}"
     if wanted > machine:
-        rule = (
-            f"ranks would need {format_bytes(wanted)} of memory, and this machine has {format_bytes(machine)}"
-        )
-        raise SpecError("plan.strategy.world_size", ranks, rule)
+        raise SpecError("plan.strategy.world_size", ranks, f"ranks would need {format_bytes(wanted)} {limit}")
+    strategy = plan.strategy
+    wanted += copied * ranks / strategy.world_size * checkpoint_bytes(plan.model, strategy.precision)
+    if wanted > machine:
+        rule = f"with its copy on the host {ranks} ranks would need {format_bytes(wanted)} {limit}"
+        raise MopError(f"--checkpoint-async: {rule}")
 
 
 def holds_run(path: Path) -> bool:

@@ -11,13 +11,12 @@ from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.carry import carried, played, slower
 from mopsim.size.figures import LEVEL, Figures, Step, figures
-from mopsim.size.goodput import state_bytes
 from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import total_params
+from mopsim.spec.tensors import checkpoint_bytes
 from mopsim.spec.training import TrainSpec
 
 ROWS = 40_000
@@ -222,7 +221,7 @@ def _late(request: Request, bill: Figures) -> str:
 
 def step_of(request: Request, result: SimResult) -> Step:
     """What the run repeats, of a simulated step."""
-    checkpoint = state_bytes(total_params(request.model), result.strategy.precision)
+    checkpoint = checkpoint_bytes(request.model, result.strategy.precision)
     room = result.host_limit - result.host.quantile(SURE)
     if "step_time_spread" in request.assumptions.given:
         return Step(result.tokens_per_second, checkpoint, room)

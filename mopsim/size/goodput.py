@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from scipy.special import pdtr
 
-from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.stack import slowest, speed_spread
 from mopsim.size.assumptions import Assumptions
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.strategy import Precision
 
 HOUR = 3600.0
 LONGEST = 86400.0
@@ -42,15 +40,6 @@ class Goodput:
     deviation: float
     spares: int
     ready: float
-
-
-def state_bytes(parameters: float, precision: Precision) -> float:
-    """Bytes of a checkpoint: master weights (or the weights themselves) and both moments of AdamW."""
-    return parameters * (_bytes(precision.masters) + 2 * _bytes(precision.moments))
-
-
-def _bytes(dtype: str) -> float:
-    return DTYPE_BYTES.get(dtype, 4.0)
 
 
 def checkpoint_interval(blocked: float, mtbf: float) -> float:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,13 @@ def buffers(model: ModelSpec) -> dict[str, tuple[int, ...]]:
 def total_params(model: ModelSpec) -> int:
     """Parameters as published totals count them: all but the MTP layers, which serve training only."""
     return sum(tensor.numel for tensor in tensors(model) if not tensor.name.startswith("mtp."))
+
+
+def checkpoint_bytes(model: ModelSpec, precision: Precision) -> float:
+    """Bytes of a checkpoint: of every parameter, also MTP's, the master (or the weight itself) and both of
+    AdamW's moments. A dtype left to the stack counts as float32."""
+    kept = (precision.masters, precision.moments, precision.moments)
+    return sum(tensor.numel for tensor in tensors(model)) * sum(DTYPE_BYTES.get(one, 4.0) for one in kept)
 
 
 def active_params(model: ModelSpec) -> int:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import parse_bytes
 from mopsim.spec.plan import Prediction
+from mopsim.spec.tensors import checkpoint_bytes
 from tests.exec.forking import Program
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import environment, finish
@@ -341,6 +343,7 @@ def test_ranks_that_outgrow_this_machine_are_refused() -> None:
     from mopexec.run.plans import check_memory
 
     plan = small_plan()
+    ranks = plan.strategy.world_size
     prediction = Prediction(
         step_time=1.0,
         tokens_per_second=1.0,
@@ -350,10 +353,18 @@ def test_ranks_that_outgrow_this_machine_are_refused() -> None:
         time_by_kind={},
     )
     big = msgspec.structs.replace(plan, prediction=prediction)
-    check_memory(msgspec.structs.replace(plan, prediction=None), machine=1)
-    check_memory(big, machine=2**31 * plan.strategy.world_size)
+    check = partial(check_memory, ranks=ranks, shared=True, copied=False)
+    check(msgspec.structs.replace(plan, prediction=None), machine=1)
+    check(big, machine=2**31 * ranks)
     with pytest.raises(SpecError, match=r"plan.strategy.world_size.*this machine has 1.00 GiB"):
-        check_memory(big, machine=2**30)
+        check(big, machine=2**30)
+    on_cards = partial(check, machine=2**30 * ranks, shared=False)  # what the device holds is not the host's
+    on_cards(big)
+    copy = checkpoint_bytes(plan.model, plan.strategy.precision)
+    with pytest.raises(MopError, match="--checkpoint-async: with its copy on the host"):
+        on_cards(big, copied=True)
+    on_cards(big, machine=2**30 * ranks + int(copy), copied=True)
+    on_cards(big, machine=2**30 + int(copy / ranks) + 1, ranks=1, copied=True)  # one of them on this node
 
 
 def test_what_a_run_without_a_step_leaves_is_no_run(tmp_path) -> None:
