@@ -349,8 +349,9 @@ def test_a_plan_of_no_cluster_is_not_written_and_the_exit_code_is_3(
     plan = tmp_path / "never.yaml"
     assert call(monkeypatch, *JOB, "--tokens", "100T", "--days", "1", "--plan", str(plan)) == 3
     err = capsys.readouterr().err
-    assert f"--plan: {plan} not written: no cluster of at most" in err
-    assert len(err.strip().splitlines()) == 1
+    said = [line for line in err.splitlines() if not line.startswith("mopsim: sizing: ")]  # a slow machine's
+    assert len(said) == 1
+    assert f"--plan: {plan} not written: no cluster of at most" in said[0]
     assert not plan.exists()
 
 
