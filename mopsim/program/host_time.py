@@ -76,10 +76,7 @@ def maps_routes(strategy: Strategy, stack: Stack) -> bool:
 
 def by_modules(program: Program, stack: Stack, around: Around) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels."""
-    layers = [op.index for op in program.ops if op.layer >= 0]
-    if stack.host.modules == "routed":
-        routed = {program.ops[place].layer for place in layers if program.ops[place].component == "experts"}
-        layers = [place for place in layers if program.ops[place].layer in routed]
+    layers = (op.index for op in program.ops if op.layer >= 0)
     return replace(program, ops=hosted(program.ops, layers, stack, around))
 
 
@@ -148,8 +145,13 @@ def _of_experts(model: ModelSpec, stack: Stack, experts: int) -> list[tuple[floa
 def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Around) -> tuple[Op, ...]:
     """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
-    It lies on one op of each component, in the middle of those on the compute stream.
+    It lies on one op of each component, in the middle of those on the compute stream. Where modules are of
+    layers with routed experts alone, others take nothing.
     """
+    if stack.host.modules == "routed":
+        places = tuple(places)
+        routed = {given[place].layer for place in places if given[place].component == "experts"}
+        places = [place for place in places if given[place].layer in routed]
     layers = LAYER.keys() | around.kinds.keys()
     passes: dict[tuple[int, int, str], dict[str, list[int]]] = {}
     groups, last = dict[str, list[int]](), (-1, -1, "")

@@ -81,6 +81,16 @@ def test_torchtitan_by_hand() -> None:
     assert "v0.2.2" in text.splitlines()[1]
 
 
+@pytest.mark.parametrize(
+    ("stack", "compiled"),
+    [("torchtitan", False), ("torchtitan-compile", True), ("torchtitan-compile-2026", True)],
+)
+def test_torchtitan_compiles_what_the_stack_has_compiled(stack: str, compiled: bool) -> None:
+    """Also where layers with experts are compiled module by module."""
+    given = plan(replace(fsdp_context(), stack=stack))
+    assert tomllib.loads(export(given, "torchtitan", lossy=True)[0])["compile"]["enable"] is compiled
+
+
 def test_what_torchtitan_keeps_in_its_selective_mode() -> None:
     kept = load_stack("torchtitan").recompute.kept
     strategy = changed(fsdp_context(), activations={"recompute": "full", "save_ops": list(kept)})

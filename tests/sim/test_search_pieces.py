@@ -1,5 +1,7 @@
 """Parts of candidates stand for those alone that have them, whatever was asked before."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from tests.sim.spaces import generate, spread
+from tests.software import changed
 
 
 def asked(model: str, nodes: int, batch: int, seq_len: int = 2048, stack: str | None = None) -> Problem:
@@ -46,6 +49,17 @@ def test_a_plain_row_has_not_what_weaving_takes_of_the_host(first: str) -> None:
         found = simulate(problem.model, problem.hardware, 2, space.build(at), problem.training, space.stack)
         assert bound <= found.step_time * (1 + 1e-9)
     assert len(alike(space.take(np.array(rows)))[1]) == 2
+
+
+def test_dense_layers_have_not_what_modules_of_experts_take_of_the_host() -> None:
+    """Of a program whose layers with experts are compiled module by module; a whole layer is one call."""
+    made = []
+    for modules in ("routed", False):
+        problem = replace(
+            asked("llama3_8b", 1, 8), stack=changed("torchtitan-compile", host={"modules": modules})
+        )
+        made.append(Pieces(generate(problem, "fsdp2")).layers(0))
+    assert made[0] == made[1]
 
 
 def test_a_bound_is_the_same_after_another_batch() -> None:
