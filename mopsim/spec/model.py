@@ -259,6 +259,8 @@ _ROTARY = {
     "full_attention_rotary": True, "rope_scaling.rope_type": "default",
 }  # fmt: skip
 """Fields of rotary positions, and what they are of a network that has none."""
+_TEMPERATURE = {"floor_scale": 8192, "attn_scale": 0.1}
+"""Fields of queries scaled by their position, and what they are of a network that scales none."""
 
 
 def _sizes(m: ModelSpec) -> Rules:
@@ -326,6 +328,9 @@ def _attention(m: ModelSpec) -> Rules:
     yield m.full_attention_rotary or windowed, "full_attention_rotary", rule
     tuned = m.attn_temperature_tuning and m.full_attention_rotary
     yield not tuned, "attn_temperature_tuning", "needs full_attention_rotary False: it is of the others"
+    for field, usual in _TEMPERATURE.items() if not m.attn_temperature_tuning else ():
+        rule = f"must be {usual!r}, the default, where attn_temperature_tuning is False: nothing is scaled"
+        yield getattr(m, field) == usual, field, rule
     if not latent:
         for field in _MLA:
             yield getattr(m, field) == 0, field, "must be 0 for gqa"
@@ -343,6 +348,9 @@ def _rotary(m: ModelSpec) -> Rules:
     for field, usual in _ROTARY.items() if m.learned_positions else ():
         rule = f"must be {usual!r}, the default, beside learned_positions: nothing is rotated"
         yield attrgetter(field)(m) == usual, field, rule
+    unturned = m.qk_norm == "unweighted" and m.learned_positions > 0
+    rule = "is of rotated queries and keys, and beside learned_positions nothing is rotated"
+    yield not unturned, "qk_norm", rule
     yield 0 < part <= 1, "partial_rotary_factor", "must be above 0 and at most 1"
     yield part == 1 or not latent, "partial_rotary_factor", "must be 1 for mla"
     turned = m.qk_rope_head_dim if latent else m.head_dim * part

@@ -38,6 +38,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 4096}},
         r"rope_scaling\.rope_type: 'yarn' must be 'default', the default, beside learned",
     ),
+    ("gpt_h1024_l12", {"qk_norm": "unweighted"}, "qk_norm: 'unweighted' is of rotated queries and keys"),
+    (
+        "llama4_maverick",
+        {"attn_temperature_tuning": False, "floor_scale": 4},
+        "floor_scale: 4 must be 8192, the default, where attn_temperature_tuning is False",
+    ),
+    ("mixtral_8x7b", {"attn_scale": 0.2}, r"attn_scale: 0\.2 must be 0\.1, the default"),
     (
         "mixtral_8x7b",
         {"norm_bias": False},
