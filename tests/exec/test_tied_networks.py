@@ -9,7 +9,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from mopexec.distributed.mesh import Group
 from mopexec.flat.contents import outer_contents
+from mopexec.operators.ring_rows import RowsRing
 from mopsim.spec.model import ModelSpec
 from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.spawn import pool
@@ -126,6 +128,15 @@ def test_gradients_of_both_uses_are_summed_in_the_dtype_of_reductions() -> None:
         for worst in pool(world).run("tests.exec.flat_parity", "compare", plan, "learned"):
             assert worst["loss"] < 1e-3, worst
             assert worst["norm"] < 0.02, worst
+
+
+@pytest.mark.parametrize("moves_weights", [True, False])
+def test_what_is_added_to_a_row_is_added_in_the_dtype_of_reductions(moves_weights: bool) -> None:
+    """Where bf16 would stay at 256: one word in 600 tokens, the embedding's own row."""
+    ring = RowsRing(Group((0,), 0, None), 5, 0, moves_weights=moves_weights)
+    table, ids = torch.zeros(5, 3), torch.full((600,), 4)
+    ring.rows_backward(ids, torch.ones(600, 3, dtype=torch.bfloat16), table)
+    assert table.tolist() == [*[[0.0] * 3] * 4, [600.0] * 3]
 
 
 def test_one_weight_is_one_unit() -> None:
