@@ -37,11 +37,7 @@ PAIRS = {
 
 def run(command: str, given: dict[str, Any]) -> int | None:
     """Run mopexec.cli.COMMAND, which takes the options by name and returns the exit code."""
-    module = import_module(f"mopexec.cli.{command}")
-    if command == "train":
-        code: int | None = module.run(module.options_of(given), given["json"], given["max_restarts"])
-    else:
-        code = module.run(**given)
+    code: int | None = import_module(f"mopexec.cli.{command}").run(**given)
     return code
 
 

@@ -1,6 +1,5 @@
 """`mopexec train`: hold the plan, the text and the directory against the rules, then start the ranks."""
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -39,7 +38,12 @@ class Earlier:
                 io.write_text(path, text)
 
 
-def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
+def run(**given: Any) -> int:
+    """See `train`."""
+    return train(options_of(given), given["json"], given["max_restarts"])
+
+
+def train(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     """The whole command; returns the exit code: 0, 1 a rank failed, 2 (raised) a mistake, 128 + n for signal
     n.
     """
@@ -182,9 +186,10 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
 def _check_memory(options: TrainOptions, plan: Plan, ranks: int) -> None:
     import torch
 
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from mopexec.measure.probe_machine import machine_memory
+
     shared, copied = not torch.cuda.is_available(), options.checkpoint_async
-    plans.check_memory(plan, machine, ranks=ranks, shared=shared, copied=copied)
+    plans.check_memory(plan, machine_memory(), ranks=ranks, shared=shared, copied=copied)
 
 
 def _say_unexportable(options: TrainOptions, plan: Plan) -> None:

@@ -130,10 +130,10 @@ def check_memory(plan: Plan, machine: int, *, ranks: int, shared: bool, copied: 
     if plan.prediction is None:
         return
     wanted = ranks * (plan.prediction.host_memory + (plan.prediction.peak_memory if shared else 0.0))
-    limit = f"of memory, and this machine has {format_bytes(machine)}"
+    limit, strategy = f"of memory, and this machine has {format_bytes(machine)}", plan.strategy
     if wanted > machine:
-        raise SpecError("plan.strategy.world_size", ranks, f"ranks would need {format_bytes(wanted)} {limit}")
-    strategy = plan.strategy
+        rule = f"puts {ranks} ranks here, which would need {format_bytes(wanted)} {limit}"
+        raise SpecError("plan.strategy.world_size", strategy.world_size, rule)
     wanted += copied * ranks / strategy.world_size * checkpoint_bytes(plan.model, strategy.precision)
     if wanted > machine:
         rule = f"with its copy on the host {ranks} ranks would need {format_bytes(wanted)} {limit}"

@@ -12,6 +12,7 @@ import pytest
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
 from mopexec.run import plans
+from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import parse_bytes
@@ -365,6 +366,22 @@ def test_ranks_that_outgrow_this_machine_are_refused() -> None:
         on_cards(big, copied=True)
     on_cards(big, machine=2**30 * ranks + int(copy), copied=True)
     on_cards(big, machine=2**30 + int(copy / ranks) + 1, ranks=1, copied=True)  # one of them on this node
+    with pytest.raises(
+        SpecError, match=rf"world_size: {ranks} puts 1 ranks here.* need 2\.00 GiB"
+    ):
+        check(big, machine=2**30, ranks=1)
+
+
+def test_what_ranks_need_is_held_against_the_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's part of a larger machine is all that they may use."""
+    from mopexec.cli.train import _check_memory
+    from mopexec.measure import probe_machine
+
+    plan, options = small_plan(), TrainOptions(plan="p", out="o", steps=1)
+    _check_memory(options, plan, 2)
+    monkeypatch.setattr(probe_machine, "_cgroup", lambda path: "1048576")
+    with pytest.raises(SpecError, match=r"would need 2\.00 MiB of memory, and this machine has 1\.00 MiB"):
+        _check_memory(options, plan, 2)
 
 
 def test_what_a_run_without_a_step_leaves_is_no_run(tmp_path) -> None:

@@ -48,13 +48,13 @@ def small_plan(world_size=2, **training):
 
 
 def main(arguments):
-    from mopexec.cli.train import run
+    from mopexec.cli.train import train
     from mopexec.run.options import TrainOptions
 
     options = json.loads(arguments[0])
     restarts = options.pop("restarts", 0)
     options["build"] = "tests.exec.fake_runner:build"
-    sys.exit(run(io.convert(options, TrainOptions, "options"), None, restarts))
+    sys.exit(train(io.convert(options, TrainOptions, "options"), None, restarts))
 
 
 if __name__ == "__main__":
