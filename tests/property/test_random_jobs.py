@@ -90,6 +90,13 @@ def model(draw: random.Random) -> dict[str, Any]:
             "moe_intermediate_size": draw.choice((1, 64, 768)),
             **draw.choice(({}, {"first_k_dense_replace": 1}, dense_fields(range(0, layers, 2), layers))),
             "shared_expert_intermediate_size": draw.choice((0, 64)), "expert_bias": draw.random() < 0.2,
+            "expert_inputs_weighted": draw.random() < 0.2,
+        }  # fmt: skip
+    if draw.random() < 0.15:
+        fields |= {
+            "qk_norm": draw.choice(("none", "unweighted")), "sliding_window": 0, "learned_positions": 0,
+            "attention_chunk_size": draw.choice((1, 128)), "full_attention_rotary": False,
+            "attn_temperature_tuning": draw.random() < 0.7,
         }  # fmt: skip
     if draw.random() < 0.2:
         fields |= {
