@@ -74,10 +74,12 @@ def mechanisms(plan: Plan) -> list[str]:
     exchange = _EXCHANGES.get(s.attention.cp_comm_type, s.attention.cp_comm_type)
     found = {
         f"runtime {plan.stack.runtime or 'none'}": True,
+        "embedding and head that share a weight": m.tie_word_embeddings,
         "latent attention": m.attention == "mla",
         "sliding windows": m.sliding_window > 0,
         "attention within chunks": m.attention_chunk_size > 0,
         "layers without rotary positions": not m.full_attention_rotary,
+        "norms of queries and keys without weights": m.qk_norm == "unweighted",
         "queries scaled by their position": m.attn_temperature_tuning,
         "weighted inputs of experts": routed and m.expert_inputs_weighted,
         "dense layers between MoE layers": len(m.mlp_only_layers) > 0,

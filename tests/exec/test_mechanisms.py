@@ -38,6 +38,20 @@ def test_a_mechanism_is_named(changes: dict[str, Any], name: str) -> None:
     assert name not in mechanisms(plan())
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"tie_word_embeddings": True}, "embedding and head that share a weight"),
+        ({"qk_norm": "unweighted"}, "norms of queries and keys without weights"),
+    ],
+)
+def test_a_part_of_a_network_is_named(changes: dict[str, Any], name: str) -> None:
+    whole = plan("mopexec-flat")
+    changed = replace(whole, model=replace(whole.model, **changes))
+    assert name in mechanisms(scale_down(changed, 2))
+    assert name not in mechanisms(scale_down(whole, 2))
+
+
 def test_nested_checkpoints_are_named_also_scaled_down() -> None:
     name = "nested checkpoints of expert chunks"
     for one in (plan("mopexec-flat-nested"), scale_down(plan("mopexec-flat-nested"), 2)):
