@@ -58,11 +58,11 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     kernels = router_losses(kernels, *losses, context.strategy.micro_batch) if any(losses) else kernels
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     run, sharding = context.stack.kernels, context.stack.sharding
-    ways = {name: getattr(run, name) for name in run.__struct_fields__}
-    if not model.swiglu_limit:
-        del ways["clamped_gate"]
-    if model.qk_norm != "head":
-        del ways["head_norms"]
+    gone = {
+        "clamped_gate": not model.swiglu_limit, "head_norms": model.qk_norm != "head",
+        "activation": run.activation.startswith("tanh") and model.ffn_activation.startswith("relu"),
+    }  # fmt: skip
+    ways = {name: getattr(run, name) for name in run.__struct_fields__ if not gone.get(name)}
     if run.norm == "upcast" and context.strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
     if context.aligns_rows:

@@ -1,6 +1,6 @@
 """What a layer keeps for its backward, with and without recomputation, against formulas and hand counts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
@@ -213,12 +213,15 @@ def test_split_experts_route_the_tokens_of_all_their_ranks() -> None:
     assert whole["gather_tokens"].back_bytes == whole["routes_sum"].bytes == 0
 
 
-@pytest.mark.parametrize(("activation", "kept"), [("composed", 4), ("tanh", 10), ("tanh_wide", 16)])
-def test_gelu_of_operators_keeps_their_results(activation: str, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("activation", "function", "kept"),
+    [("composed", "gelu", 4), ("tanh", "gelu", 10), ("tanh_wide", "gelu", 16), ("tanh", "relu2", 4)],
+)
+def test_gelu_of_operators_keeps_their_results(activation: str, function: Any, kept: int) -> None:
     """Bytes of an element between two products in bf16, as transformers' NewGELUActivation and torch's own
     gelu save them (torch.autograd.graph.saved_tensors_hooks, torch 2.13; of autocast on GPUs the cube is in
     fp32)."""
-    model = replace(load_model("gpt3_175b"), num_hidden_layers=2)
+    model = replace(load_model("gpt3_175b"), num_hidden_layers=2, ffn_activation=function)
     stack, training = (
         changed("generic-eager", kernels={"activation": activation}),
         TrainSpec(seq_len=256, global_batch=1),
@@ -228,6 +231,17 @@ def test_gelu_of_operators_keeps_their_results(activation: str, kept: int) -> No
     for item in forward(tape := passes.tape(0), plan(tape, "none", ())):
         held[item.kernel.name] = sum(size for _, size in item.memory)
     assert held["act"] + held["up_proj"] == kept * 256 * model.intermediate_size
+
+
+@pytest.mark.parametrize("rows", ["composed", "wide"])
+def test_gates_of_a_program_with_such_a_gelu_are_composed(rows: str) -> None:
+    """Of dense layers and of experts."""
+    model, made = replace(load_model("qwen3_30b_a3b"), num_hidden_layers=1), []
+    for activation in ("composed", "tanh", "tanh_wide"):
+        stack = changed("generic-eager", kernels={"activation": activation, "expert_rows": rows})
+        context = make_context(model, megatron(1), TrainSpec(seq_len=256, global_batch=1), 1, stack)
+        made.append(Passes(context).tape(0).kernels)
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.parametrize(("recompute", "layers"), [("none", 2), ("full", 1)])

@@ -108,10 +108,10 @@ def composed(
     layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
     sent_once: rows come home summed (Experts.sends_once).
     """
-
     rows = ways.get("expert_rows")
     if rows in ("wide", "added"):  # of the weights alone
-        ways = {**ways, "expert_rows": ways.get("activation")}
+        gate = "composed" if ways.get("activation") in ("tanh", "tanh_wide") else ways.get("activation")
+        ways = {**ways, "expert_rows": gate}
 
     def one(kernel: Kernel) -> Kernel:
         for (operation, way), (belongs, change) in _PARTS.items():
