@@ -134,11 +134,10 @@ def search(
     first; `.best.save_plan(path)` writes the first one's plan.
 
     families: some of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: number of strategies
-    to rank. budget: most simulations of each family (of FSDP2 twice as many), so that more families
-    are never worse; up to four times as many if these prove the best. runnable: rank only plans that mopexec
-    runs. at_risk: rank by speed alone, also plans that fit with a lower probability. any_routing: rank only
-    plans that fit however unevenly the router chooses. progress: called as progress(simulated, best so far).
-    jobs: processes that search families side by side, with the same result.
+    to rank. budget: most simulations of each family, so that more families are never worse. runnable: rank
+    only plans that mopexec runs. at_risk: rank by speed alone, also plans that fit with a lower probability.
+    any_routing: rank only plans that fit however unevenly the router chooses. progress: called as
+    progress(simulated, best so far). jobs: processes that search families side by side, with the same result.
 
     The other arguments are those of mopsim.simulate. Raises MopError. That nothing fits is a result."""
     inputs = read_inputs(

@@ -383,8 +383,8 @@ MINOR = {axis.key: axis for axis in AXES if axis.fast}
 FIRST = {
     family: {"tensor": 1, "pipeline": 1, "expert_tensor": 1, "modules": 0, "saved": 0} for family in FSDP2
 }
-"""Values of columns that make a part of a family's space, hunted alone before all else: more axes are never
-worse than none."""
+"""Values of columns that make a part of a family's space, hunted before all else as if it were alone: more
+axes are never worse than none."""
 
 
 def within(axes: Axes, only: Mapping[str, int]) -> Axes:

@@ -21,6 +21,7 @@ from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
+from mopsim.search.proof import prove
 from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.simulating import chosen, keep_closest, ranked
@@ -60,9 +61,8 @@ def search(
         best = _faster(best, one.found.best)
     for family, one in done.items():
         if one.hunts:
-            for hunt in one.hunts:
-                if best is not None:
-                    hunt.prove(best, tell)
+            if best is not None:
+                prove(one.hunts, best, tell)
             done[family] = _settled(one.hunts)
     result = _merged([done[family] for family in options.families], options, SearchResult(problem.model))
     result.best_by_family = {family: done[family].found.best for family in options.families}
@@ -105,20 +105,14 @@ def hunted(
     found.bound_seconds = time.perf_counter() - started
     if not hunts:
         return Hunted(found)
-    later = []
     for hunt in hunts:
         hunt.run(tell)
-        if found.best is None:
-            later.append(hunt)
-        else:
-            hunt.prove(found.best, tell)
     if found.best is None:
         if options.nearest and not found.played and all(hunt.pool.taken.all() for hunt in hunts):
             for hunt in hunts:
                 find_closest(hunt.pool.space, bound(hunt.pool.space), found)
         return Hunted(found, hunts=hunts)
-    for hunt in later:
-        hunt.prove(found.best, tell)
+    prove(hunts, found.best, tell)
     for hunt in hunts if options.prove else ():
         try_restricted(hunt, tell)
     return _settled(hunts)
@@ -199,7 +193,7 @@ def _settled(hunts: Sequence[Hunt]) -> Hunted:
     )
     found.rejected[SLOWER_BOUND] += int(slower.sum())
     found.rejected[NO_GAIN_IN_FAMILY] += int((~slower & ~may_gain).sum())
-    reason = SPENT if any(hunt.simulated >= hunt.options.budget for hunt in hunts) else GAVE_UP
+    reason = SPENT if found.simulated >= hunts[0].options.budget else GAVE_UP
     expected = min(hunt.expected() for hunt in hunts)
     return Hunted(found, float(min(left, default=math.inf)), expected, left[may_gain], reason)
 
@@ -254,6 +248,8 @@ def _hunts(problem: Problem, family: str, options: Options, result: SearchResult
             hunts.append(Hunt(Pool.of(space, bounds, keep), options, result, rest))
         else:
             over.append((space, bounds))
+    for hunt in hunts[:-1]:
+        hunt.last_part = False
     for space, bounds in over if options.nearest and not hunts else ():
         find_closest(space, bounds, result)
     return hunts

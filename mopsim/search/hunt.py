@@ -35,17 +35,11 @@ DOUBT, LATELY, EFFORT = 0.005, 8, 500_000
 more, of memory too; effort after which nothing slower than that is tried."""
 LEEWAY = 0.05
 """Part by which a layout that is tried first may be expected to take longer than the least expected."""
-PIECES, ENOUGH_PIECES = 10, 40
-"""Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
-open, and where a proof is asked for and so many leave nothing rough."""
-LARGE = 200_000
-"""Candidates among which a refinement takes twice as long."""
-PROOFS, PROOF_OPS = 4, 3_000_000
-"""Times the budget that a family's simulations may be where a proof is asked for and they complete it;
-simulated ops, some 15 us each, that these may take."""
 TURN_OPS, THOROUGH = 2_500, 250
 """Simulated ops that take as long as a turn of refinements (mopsim.search.pool), which are as many as a
 simulation is long; turns before a hunt ends."""
+KEPT = 0.25
+"""Part of a family's budget that a part of it leaves to the next."""
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
@@ -64,8 +58,8 @@ class Hunt:
     expected time. found: of this family alone. rest: what was not multiplied out; pools: what the hunt and
     the proof chose from. near: neighbours of the BEAM fastest, and of those that were. idle: simulations
     since a faster one; spent: effort before it; before: simulations of parts before, and how many
-    were played. misses: logarithms by which simulated (step times, peaks)
-    were not as expected.
+    were played. last_part: whether no part of the family comes after this. misses: logarithms by which
+    simulated (step times, peaks) were not as expected.
     """
 
     pool: Pool
@@ -76,6 +70,7 @@ class Hunt:
     idle: int = 0
     spent: float = 0.0
     before: tuple[int, int] = (0, 0)
+    last_part: bool = True
     misses: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,9 +81,11 @@ class Hunt:
     def run(self, progress: Progress) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
         self.before = (self.found.simulated, len(self.found.played))
-        patience = max(LEAST_PATIENCE, round(PATIENCE * self.options.budget))
+        budget = self.options.budget
+        most = budget if self.last_part else max(1, budget - math.ceil(KEPT * budget))
+        patience = max(LEAST_PATIENCE, round(PATIENCE * budget))
         while (
-            self.simulated < self.options.budget
+            self.found.simulated < most
             and self.idle < patience
             and not (self.found.top and self._effort() > self.spent + IDLE_OPS)
         ):
@@ -102,33 +99,11 @@ class Hunt:
         """Simulations of this part."""
         return self.found.simulated - self.before[0]
 
-    def prove(self, best: SimResult, progress: Progress) -> None:
-        """Multiply out what may be faster by more than a tie than the best, of this family where it has one,
-        and refine its bounds, the least first. If what this leaves is not too much to simulate, simulate it;
-        of more, the slowest would still be open.
-
-        What is not multiplied out keeps its bound: above that nothing is gained.
-        """
-        below = best.step_time / (1 + TIE)
-        self._multiply_out(below)
-        below = min(below, *self.rest.time[:1], *(min(one.rest, default=below) for one in self.pools))
-        enough = 1.0 if self.options.risk or not best.sure else surely(self.pool.space)
-        rough = sorted((*one, at) for at, pool in enumerate(self.pools) for one in pool.rough(below, enough))
-        longer = 1 + sum(len(one.rows) for one in self.pools) / LARGE
-        if not self.options.prove or len(rough) * longer > ENOUGH_PIECES * self.options.budget:
-            rough = rough[: PIECES * self.options.budget]
-        for at, pool in enumerate(self.pools):
-            pool.refine(*(position for _, position, place in rough if place == at))
-        self._resume(progress)
-        below = min(below, self._fastest() / (1 + TIE))
-        while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
-            self.simulate(*found, progress)
-
-    def _resume(self, progress: Progress) -> None:
+    def resume(self, progress: Progress) -> None:
         """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
         them were no faster."""
         self.idle = 0
-        while self.found.top and self.idle < LATELY and self.simulated < self.options.budget:
+        while self.found.top and self.idle < LATELY and self.found.simulated < self.options.budget:
             hoped = self._hoped()
             if hoped is None:
                 break
@@ -147,21 +122,12 @@ class Hunt:
                 least, found = float(expected[position]), (pool, position)
         return found
 
-    def _may_be_proven(self, below: float, enough: float) -> bool:
-        """Whether all candidates whose bound is under `below` seconds are refined and few enough to be
-        simulated."""
-        rough = any(one.rough(below, enough) for one in self.pools)
-        open_, played = self.open(below), self.found.played
-        ops = open_ * np.mean([one.num_events for one in played]) if played else 0.0
-        most = self.options.budget * (PROOFS if self.options.prove else 1)
-        few = self.simulated + open_ <= most and ops <= PROOF_OPS
-        return bool(few and not rough)
-
     def open(self, below: float) -> int:
         """Candidates whose bound is under `below` seconds and that were not simulated."""
         return sum(int((~one.taken & (one.time < below)).sum()) for one in self.pools)
 
-    def _multiply_out(self, below: float) -> None:
+    def multiply_out(self, below: float) -> None:
+        """What was not multiplied out and whose bound is under `below` seconds."""
         space = self.rest.under(below, self.options.rows)
         if space is None:
             return
@@ -176,12 +142,6 @@ class Hunt:
             more = Pool.of(space, bounds, fast)
             more.enough = self.pool.enough
             self.pools.append(more)
-
-    def _least(self, below: float) -> tuple[Pool, int] | None:
-        """The pool and the position of the least bound under `below` seconds."""
-        every = [(pool, pool.least(below)) for pool in self.pools]
-        found = [(pool, position) for pool, position in every if position is not None]
-        return min(found, key=lambda one: one[0].time[one[1]], default=None)
 
     def simulate(self, pool: Pool, position: int, progress: Progress) -> None:
         """Simulate a candidate of a pool, learn from it and rank it."""

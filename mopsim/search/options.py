@@ -10,8 +10,8 @@ from mopsim.strategies import FAMILIES
 
 @dataclass(frozen=True)
 class Options:
-    """top: how many are ranked. budget: simulations at most of each family, or of each part that is hunted
-    alone (FIRST of `mopsim.search.axes`); prove: up to PROOFS times as many where these prove what was found.
+    """top: how many are ranked. budget: simulations at most of each family. prove: refine more bounds
+    where that may prove what was found, and try the best without what a user may rule out.
 
     risk: rank plans that fit, as described, with a probability below SURE like the others;
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopsim.engine import SimResult
-from mopsim.search.hunt import LEEWAY, PROOFS, Hunt
+from mopsim.search.hunt import LEEWAY, Hunt
 from mopsim.search.pool import Pool
 from mopsim.search.problem import DEVICE
 from mopsim.search.result import SearchResult
@@ -47,7 +47,7 @@ RESTRICTIONS = {
 
 def try_restricted(hunt: Hunt, progress: Callable[[SearchResult], None]) -> None:
     """Simulate, of each restriction that the best of the family does not keep, what keeps it and is expected
-    to be fastest, until it is slower than one that was simulated, or as many were as a proof may take."""
+    to be fastest, until it is slower than one that was simulated, or the budget of the family is spent."""
     model = hunt.found.model
     for one in RESTRICTIONS.values():
         best = hunt.found.best
@@ -56,7 +56,7 @@ def try_restricted(hunt: Hunt, progress: Callable[[SearchResult], None]) -> None
         may = _may(hunt.pool, one)
         for _ in range(TRIES):
             known = [done.step_time for done in hunt.found.played if done.sure and one.kept(done, model)]
-            if hunt.simulated >= PROOFS * hunt.options.budget:
+            if hunt.found.simulated >= hunt.options.budget:
                 return
             position = hunt.fastest(may)
             if position is None or hunt.pool.expected()[position] * (1 + LEEWAY) > min(known, default=np.inf):

@@ -21,6 +21,7 @@ import mopsim
 from mopsim.common.io import read_yaml, write_text
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
+from mopsim.search import Options
 from mopsim.search.result import format_gap
 from mopsim.spec.line import describe
 from mopsim.strategies import AS_STACK
@@ -124,8 +125,8 @@ def main(folder: Path, jobs: int) -> None:
         print(found[-1].row, flush=True)
     load = os.getloadavg()[1]
     said = (
-        f"All families, 100 simulations of each at most, in {jobs} processes (load {load:.1f} on "
-        f"{os.cpu_count()} cores)."
+        f"All families, {Options.budget} simulations of each at most, in {jobs} processes "
+        f"(load {load:.1f} on {os.cpu_count()} cores)."
     )
     lines = [
         "# Searches",

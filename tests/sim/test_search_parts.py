@@ -15,6 +15,7 @@ from mopsim.search.space import Space
 from mopsim.search.staged import candidates, parts
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
@@ -28,6 +29,11 @@ def asked(nodes: int = 1) -> Problem:
 
 def alone(problem: Problem, axes: Axes) -> Axes:
     return within(axes, FIRST[FSDP2])
+
+
+def in_first(one: Strategy) -> bool:
+    whole = one.dense.tensor_parallel == one.pipeline.pipeline_parallel == 1
+    return whole and one.activations.recompute != "selective" and not one.activations.save_ops
 
 
 def rows(*spaces: Space) -> list[tuple[int, ...]]:
@@ -63,14 +69,27 @@ def test_a_family_that_learned_nothing_has_one_part() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_more_axes_are_never_worse(nodes: int) -> None:
-    """The first part is hunted as it would be alone, whatever comes after it."""
+    """The first part is hunted as it would be alone with its share of the budget, whatever comes after it."""
     few = hunted(asked(nodes), FSDP2, Options(budget=12, axes=alone)).found
-    many = hunted(asked(nodes), FSDP2, Options(budget=12)).found
+    many = hunted(asked(nodes), FSDP2, Options(budget=16)).found
     assert few.best
     assert many.best
     assert [one.strategy for one in many.played[: len(few.played)]] == [one.strategy for one in few.played]
-    assert len(many.played) > len(few.played)
+    assert len(few.played) < len(many.played) <= 16
     assert many.best.step_time <= few.best.step_time * (1 + TIE)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 40])
+def test_a_family_has_one_budget(budget: int) -> None:
+    """Whatever its parts are and whether a proof is asked for; each part has some of two simulations."""
+    problem = Problem(
+        load_model("tiny"), load_profile("cpu-2core"), 2, TrainSpec(seq_len=512, global_batch=4)
+    )
+    one = hunted(problem, FSDP2, Options(budget=budget, prove=True))
+    assert one.found.simulated <= budget
+    first = [in_first(played.strategy) for played in one.found.played]
+    assert any(first)
+    assert all(first) == (budget == 1)
 
 
 @pytest.mark.parametrize(
