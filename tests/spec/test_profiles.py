@@ -248,6 +248,18 @@ def test_a_network_that_was_not_fitted_is_met_by_another_and_its_delay() -> None
     assert statistics.median(errors) < 0.2
 
 
+def test_an_exchange_over_slingshot_slows_with_the_nodes_as_on_alps() -> None:
+    profile = load_profile("gh200-96g-slingshot")
+    errors: dict[str, list[float]] = {"16": [], "32": []}
+    for row in read_csv(DATA / "exchanges_on_alps.csv", ("num_gpus", "size_bytes", "seconds")):
+        group = CommGroup(int(row["num_gpus"]), 4)
+        predicted = seconds_of(Work("all_to_all", bytes=float(row["size_bytes"]), group=group), profile)
+        errors[row["num_gpus"]].append(predicted / float(row["seconds"]) - 1)
+    assert [len(some) for some in errors.values()] == [23, 23]
+    assert statistics.median(errors["16"]) == pytest.approx(-0.06, abs=0.01)
+    assert statistics.median(errors["32"]) == pytest.approx(0.07, abs=0.01)
+
+
 def test_rows_that_go_once_to_a_node_take_what_the_kernels_for_it_do() -> None:
     """A dispatch and a combine of default chunks on p6-b200, in bf16: UCCL's and NVSHMEM's, half as fast to
     twice as fast as each other; in their means, within a tenth."""

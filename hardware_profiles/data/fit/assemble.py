@@ -280,13 +280,13 @@ def _timed_out(machine: Entry, known: OverNodes) -> Fabric:
 
 
 def _scale_out(machine: Entry) -> Fabric:
-    """Over the NIC: a rate of its own where an op has one in `out`, and the size at half rate there. What
-    leaves neighbouring domains shares the `spine`, if there is one."""
+    """Over the NIC: a rate of its own where an op has one in `out`, and the size at half rate and the delays'
+    source there. What leaves neighbouring domains shares the `spine`, if there is one."""
     peak = _given(machine["nic"])
     given = machine.get("out", {})
     leaf, blocked, _ = machine.get("spine", (1, 1.0, ""))
     source = f"{SCALE_OUT_FRACTION} of the NIC, as NCCL's all-to-all over 32 H100 in 4 nodes (components.csv)"
-    latency = "a hop over NIC and switch; no multi-node curve was published"
+    latency = given.get("delays", "a hop over NIC and switch; no multi-node curve was published")
     rate = round_to(peak.si / 1e9 * SCALE_OUT_FRACTION)
     per_rank = {"all_to_all": 2.0, "send_recv": 0.0}
     curves = {
