@@ -4,6 +4,8 @@ the answer, and the nearest rivals of other families."""
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert, to_plain
 from mopsim.common.units import format_bytes, format_probability, format_seconds
@@ -64,7 +66,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     lines += [_safer(best, found.played)]
     lines += [_memory(best, found.played, where) for where in ("device", "host")]
     lines += [_faster(best, others, problem, name) for name in _links(problem)]
-    lines += _graphs(best, problem)
+    lines += [_overlapped(best, others, problem), *_graphs(best, problem)]
     return [*filter(None, lines), *_rivals(best, others)]
 
 
@@ -216,6 +218,30 @@ def _graphs(best: SimResult, problem: Problem) -> Iterator[str]:
         of = " and ".join(stack.host.graphs)
         fits = "" if again.fits else ", which does not fit"
         yield f"with CUDA graphs of {of} (--stack {stack.name}) it {_takes(best, again)}{fits}"
+
+
+def apart(best: SimResult, problem: Problem) -> SimResult | None:
+    """The same plan whose exchanges of experts no other microbatch hides; None where none does."""
+    if not best.strategy.overlap.experts:
+        return None
+    overlap = replace(best.strategy.overlap, experts=False)
+    plan = replace(best.strategy, overlap=overlap)
+    return simulate(problem.model, problem.hardware, problem.num_nodes, plan, best.training, best.stack)
+
+
+def _overlapped(best: SimResult, others: Sequence[SimResult], problem: Problem) -> str | None:
+    """What a plan owes to exchanges that another microbatch hides: published runs that do it with several
+    tensor ranks saved less than is simulated (reports/validation/causes.yaml, overlap-of-tensor-ranks)."""
+    again = apart(best, problem)
+    if again is None:
+        return None
+    longer = again.ranked_time / best.ranked_time - 1
+    if longer <= TIE:
+        return None
+    order = _order([again, *others])
+    said = f"if no other microbatch hides experts' exchanges (overlap=experts) it takes {longer:.0%} longer"
+    doubt = "; published runs saved less by it than is simulated where ranks split tensors: measure it"
+    return f"{said}{order}{doubt if best.strategy.dense.tensor_parallel > 1 else ''}"
 
 
 def _again(problem: Problem, hardware: HardwareProfile, plans: Sequence[SimResult]) -> list[SimResult]:

@@ -9,6 +9,7 @@ from mopsim.api.on_stacks import attention_kernel, with_one_attention
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult
 from mopsim.search.result import SearchResult
+from mopsim.search.why import apart
 from mopsim.spec.line import describe
 
 PAPERS_VOCAB = 8
@@ -47,7 +48,8 @@ class Cell:
 
 def played(cell: Cell, budget: int) -> dict[str, Any]:
     """The best of each family that is sure to fit, fastest first, the lead over the next, the likeliest of
-    each other family, and MoP by the papers' rule."""
+    each other family, what the winner does where no other microbatch hides experts' exchanges (apart), and
+    MoP by the papers' rule."""
     ranking = mopsim.search(**cell.job(), budget=budget)
     found = ranking.found
     best = {family: one or _likeliest(found, family) for family, one in found.best_by_family.items()}
@@ -56,6 +58,7 @@ def played(cell: Cell, budget: int) -> dict[str, Any]:
         key=lambda item: item[1].step_time,
     )
     lead = order[0][1].times_as_fast_as(order[1][1]) if len(order) > 1 else None
+    again = apart(order[0][1], ranking.problem) if order else None
     return {
         **cell.job(), "devices": cell.devices, "cluster": cell.cluster,
         "families": {
@@ -66,6 +69,7 @@ def played(cell: Cell, budget: int) -> dict[str, Any]:
         "lead": {"ratio": lead.predicted, "interval": lead.interval(), "p_faster": lead.p_faster}
         if lead else None,
         "alike": with_one_attention(ranking.inputs, dict(order)),
+        "apart": again.tokens_per_second_per_device if again else None,
         "gap": found.gap,
         "rule": papers_rule(cell),
     }  # fmt: skip

@@ -117,6 +117,7 @@ def section(question: dict[str, Any], found: mopsim.Ranking) -> Iterable[str]:
             yield f"| {family} | {speed:,.0f} | {runs} | `{describe(one.strategy)}` |"
         else:
             yield f"| {family} | nothing fits | | |"
+    yield from (f"\nOf the answer: {line}." for line in found.why if "overlap=experts" in line)
     yield from _published(question)
 
 

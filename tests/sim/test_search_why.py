@@ -284,6 +284,21 @@ def test_a_late_host_is_told_with_the_stack_whose_kernels_are_in_graphs() -> Non
     assert not any("CUDA graphs" in line for line in told_of(late))  # no stack of mopexec has any
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_a_plan_owes_to_overlapped_exchanges_is_told(tensor: int) -> None:
+    def overlapped(world_size: int, expert_parallel: int) -> Strategy:
+        degrees = {"pipeline_parallel": 2, "virtual_stages": 2, "tensor_parallel": tensor}
+        plan = megatron(world_size, expert_parallel=4 * expert_parallel, **degrees)
+        return msgspec.structs.replace(plan, overlap=msgspec.structs.replace(plan.overlap, experts=True))
+
+    machine = faster(load_profile("h100-sxm-80g"), *LINKS[NETWORK], 0.2)
+    assert machine is not None
+    (line,) = (line for line in told_of(machine, 4, overlapped) if "overlap=experts" in line)
+    assert re.search(r"it takes [1-9]\d*% longer", line)
+    assert ("measure it" in line) == (tensor > 1)
+    assert not any("overlap=experts" in line for line in told_of(machine, 4, megatron))
+
+
 def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
     options = replace(OPTIONS, families=("mop", "fsdp2"))
     found, problem = given(10e6, options)
