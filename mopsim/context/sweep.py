@@ -98,7 +98,7 @@ class ContextPoint:
 
     @property
     def stopped_by(self) -> str:
-        """The category that crosses the limit in the strategy that misses by least."""
+        """The category that takes most at the peak of the strategy that misses by least."""
         if self.fits:
             return ""
         return self.result.over or "memory" if self.result else self.why

@@ -1,5 +1,6 @@
 """What a played step comes to: seconds, bytes by category, busy and exposed time -> SimResult."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +85,13 @@ def account(
         num_events=sum(len(one.ops) for one in workload.programs),
     )
     if result.fits and result.hopeless:
-        most = max(result.memory_by_category, key=result.memory_by_category.__getitem__, default="framework")
-        return replace(result, fits=False, over=most if result.missing_bytes[0] else "host")
+        most = _largest(result.memory_by_category) if result.missing_bytes[0] else "host"
+        return replace(result, fits=False, over=most)
     return result
+
+
+def _largest(categories: Mapping[str, int]) -> str:
+    return max(categories, key=categories.__getitem__, default="framework")
 
 
 def matmul_peak(hardware: HardwareProfile, strategy: Strategy) -> float:
@@ -148,7 +153,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
     cached = hardware.device_kind != "cpu" and not workload.stack.pool
     wires = upper.communication((work for work, _ in played.prices.values()), workload.exchange)
     idle = min(_idle(played, strategy), max(0, limit - peak - wires)) if cached else 0
-    over = ledger.over or ("framework" if peak > limit else "host" if host > host_limit else None)
+    over = _largest(categories) if peak > limit else "host" if host > host_limit else None
     return {
         "fits": over is None,
         "over": over,

@@ -24,20 +24,18 @@ class Ledger:
     gradients.
     """
 
-    def __init__(self, resident: tuple[Step, ...], limit: int, keep_curve: bool) -> None:
+    def __init__(self, resident: tuple[Step, ...], keep_curve: bool) -> None:
         self.now: list[int] = [0] * len(SLOTS)
         for category, size in resident:
             self.now[SLOT[category]] += size
         self.resident = list(self.now)
         self.high = list(self.now)
-        self.limit = limit
         self.peak, self.at_peak = sum(self.now[:NUM_DEVICE_SLOTS]), list(self.now)
         self.rest = self.peak - self.now[GATHERED] - self.now[GRADS]
         self.host_peak, self.at_host_peak = sum(self.now[NUM_DEVICE_SLOTS:]), list(self.now)
         self.by_phase: dict[str, int] = {}
         self.peak_time = 0.0
         self.peak_op: Op | None = None
-        self.over: str | None = self._largest() if self.peak > limit else None
         self.curve: list[tuple[float, tuple[int, ...]]] | None = (
             [(0.0, tuple(self.now))] if keep_curve else None
         )
@@ -81,10 +79,6 @@ class Ledger:
         if device[most] > self.peak:
             self.peak, self.at_peak = int(device[most]), held.at(most)
             self.peak_time, self.peak_op = starts[ops[most].index], ops[most]
-        if self.over is None and self.peak > self.limit:
-            first = ops[int(np.argmax(device > self.limit))]
-            grown = [(size, slot) for slot, size in first.peak if slot < NUM_DEVICE_SLOTS]
-            self.over = SLOTS[max(grown)[1]]
         self.rest = max(self.rest, int((device - held.of(GATHERED) - held.of(GRADS)).max()))
         most = int(np.argmax(host))
         if host[most] > self.host_peak:
@@ -99,9 +93,6 @@ class Ledger:
         np.minimum.at(first, phases, np.where(device > 0, np.arange(len(places)), len(places)))
         every = list(names)
         self.by_phase = {every[at]: int(most[at]) for at in np.argsort(first).tolist() if most[at] > 0}
-
-    def _largest(self) -> str:
-        return SLOTS[max(range(NUM_DEVICE_SLOTS), key=lambda slot: self.now[slot])]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class SimResult:
 
     above_peak, above_host: bytes that may come on top of the peak and of host_memory, by cause
     (mopsim.engine.upper). fits: whether the points are within the limits, and the
-    user's own runs do not say that it is `hopeless`; p_fits: the probability that what
+    user's own runs do not say that it is `hopeless`; over: the category that takes most at the peak where
+    the device is too small, `host` where the host is, None where it fits; p_fits: the probability that what
     will be measured is, of errors like those of published runs (mopsim.intervals). facts: what they are
     grouped by. each: what a device is called: a rank where devices are CPUs. routed: whether the network
     has experts."""

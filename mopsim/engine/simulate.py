@@ -69,8 +69,7 @@ def run(
     used = waiting(used, strategy.world_size)
     prices: Prices = {}
     durations = [_durations(program, used, prices) for program in workload.programs]
-    limit = used.memory_limit()
-    ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
+    ledgers = [Ledger(program.resident, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = hardware.host.cpu_launch_time.si if hardware.host.cpu_launch_time else 0.0
     end = play(

@@ -147,7 +147,7 @@ def write_context(folder: Path, study: Study, facts: dict[str, str], assumptions
         Section(
             "How far, and what stops it",
             "The table has the longest context, of lengths that double. In brackets is the category that "
-            "crosses the limit in the strategy that misses by least. A star: the length fits with a "
+            "takes most at the peak of the strategy that misses by least. A star: the length fits with a "
             "probability below 0.9. "
             f"{smaller(study)} " + as_printed(study),
             rules_table(study),

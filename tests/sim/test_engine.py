@@ -27,7 +27,7 @@ GROUPS = {"pair": CommGroup(2, 2)}
 
 def _play(builder: Builder, share: float, durations: list[float]) -> tuple[float, Record]:
     program, record = Program(tuple(builder.ops)), Record(True)
-    end = play([program], [durations], [Ledger((), 10**12, False)], [record], share)
+    end = play([program], [durations], [Ledger((), False)], [record], share)
     return end, record
 
 
@@ -67,9 +67,9 @@ def test_ledger_holds_the_height_of_an_op() -> None:
     builder.drop("a", "b")
     builder.flush("router", "forward")
     program = Program(tuple(builder.ops), resident=(("params", 7),))
-    ledger = Ledger(program.resident, 50, True)
+    ledger = Ledger(program.resident, True)
     play([program], [[1.0, 0.0]], [ledger], [Record(False)], 0.0)
-    assert (ledger.peak, ledger.over, ledger.peak_time) == (117, "activations", 0.0)
+    assert (ledger.peak, ledger.peak_time) == (117, 0.0)
     assert ledger.now == ledger.resident
 
 
@@ -79,7 +79,7 @@ def test_deadlock_names_the_ops() -> None:
 
     program = Program((op(0, "compute", (1,)), op(1, "h2d", (0,))))
     with pytest.raises(AssertionError, match=r"deadlock: 2 ops left, first 0:op0, 0:op1"):
-        play([program], [[1.0, 1.0]], [Ledger((), 1, False)], [Record(False)], 0.0)
+        play([program], [[1.0, 1.0]], [Ledger((), False)], [Record(False)], 0.0)
 
 
 def test_rendezvous_starts_both_sides_together() -> None:
@@ -99,7 +99,7 @@ def test_rendezvous_starts_both_sides_together() -> None:
         return Program(tuple(builder.ops), stage)
 
     records = [Record(True), Record(True)]
-    ledgers = [Ledger((), 1, False), Ledger((), 1, False)]
+    ledgers = [Ledger((), False), Ledger((), False)]
     end = play([program(0, True), program(1, False)], [[3.0, 1.0], [1.0]], ledgers, records, 0.0)
     assert end == 4.0
     assert records[1].spans is not None
@@ -284,7 +284,7 @@ def _kernels(index: int, launches: int) -> Op:
 def _ends(ops: list[Op], durations: list[float], issue: float) -> dict[str, float]:
     program = Program(tuple(ops))
     record = Record(keep_spans=True)
-    play([program], [durations], [Ledger((), 10**9, False)], [record], 0.0, issue)
+    play([program], [durations], [Ledger((), False)], [record], 0.0, issue)
     return {span.name: span.end for span in record.spans or []}
 
 
@@ -310,7 +310,7 @@ def test_a_graph_is_one_launch_and_a_graph_of_the_step_none() -> None:
 
     def end(graphs: tuple[str, ...]) -> float:
         record = Record(keep_spans=False)
-        ledgers = [Ledger((), 10**9, False)]
+        ledgers = [Ledger((), False)]
         return play([replace(program, graphs=graphs)], [[4.0, 0.4, 4.0]], ledgers, [record], 0.0, 3.0)
 
     assert end(()) == pytest.approx(37.0)

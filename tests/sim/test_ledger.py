@@ -10,11 +10,10 @@ STEPS = st.lists(st.tuples(st.sampled_from(SLOTS), st.integers(-50, 100)), max_s
 PHASES = ("forward", "backward", "optimizer")
 
 
-@given(STEPS, st.lists(st.tuples(STEPS, st.sampled_from(PHASES)), max_size=8), st.integers(0, 300), st.data())
+@given(STEPS, st.lists(st.tuples(STEPS, st.sampled_from(PHASES)), max_size=8), st.data())
 def test_all_moves_at_once(
     resident: tuple[tuple[str, int], ...],
     scripts: list[tuple[tuple[tuple[str, int], ...], str]],
-    limit: int,
     data: st.DataObject,
 ) -> None:
     ops = [
@@ -27,8 +26,8 @@ def test_all_moves_at_once(
     starts = [float(moves.index(op.index)) if op.peak else 0.0 for op in ops]
     ends = [float(moves.index(~op.index)) for op in ops]
     resident = tuple((slot, abs(size)) for slot, size in resident)
-    ledger = Ledger(resident, limit, True)
-    now, over, device = list(ledger.now), ledger.over, ledger.peak
+    ledger = Ledger(resident, True)
+    now, device = list(ledger.now), ledger.peak
     ledger.play(ops, moves, starts, ends)
 
     high, curve = list(now), [(0.0, tuple(now))]
@@ -49,13 +48,10 @@ def test_all_moves_at_once(
             curve.append((float(at), tuple(now)))
         if move < 0:
             continue
-        if over is None and height > limit:
-            grown = [(size, slot) for slot, size in op.peak if slot < NUM_DEVICE_SLOTS]
-            over = SLOTS[max(grown)[1]]
         most, peak_time = (height, float(at)) if height > most else (most, peak_time)
         rest.append(height - now[GATHERED] - now[GRADS])
         host.append(sum(now[NUM_DEVICE_SLOTS:]))
     assert (ledger.now, ledger.high, ledger.curve) == (now, high, curve)
-    assert (ledger.peak, ledger.peak_time, ledger.over) == (most, peak_time, over)
+    assert (ledger.peak, ledger.peak_time) == (most, peak_time)
     assert (ledger.rest, ledger.host_peak) == (max(rest), max(host))
     assert list(ledger.by_phase.items()) == list(by_phase.items())
