@@ -181,16 +181,16 @@ def _overlapped(rows: Sequence[dict[str, Any]]) -> str:
     hidden = [row for row in rows if row.get("apart")]
     split = [row for row in hidden if " TP=" in _leaders(row)[0]["strategy"]]
     other = [row for row in hidden if row["apart"] < max(map(_speed, _leaders(row)[1:]), default=0.0)]
-    won = Counter(next(iter(row["families"])) for row in rows if row["families"])
+    won = Counter(next(iter(row["families"])) for row in hidden)
     if not hidden:
         return ""
-    told = " and ".join(f"{won[family]} of {family}" for family in {next(iter(r["families"])) for r in hidden})
+    told = " and ".join(f"{count} of {family}" for family, count in won.most_common())
     return (
-        f"**Overlap of exchanges**: in {len(hidden)} of the wins ({told}) another microbatch hides experts' "
+        f"**Overlap of exchanges**: in {len(hidden)} wins ({told}) another microbatch hides experts' "
         f"exchanges (`overlap=experts`); without it {len(other)} of them would be another family's. "
         f"{len(split)} have tensor ranks: published runs like these saved 2.1 s where 5.2 are simulated "
-        "(`overlap-of-tensor-ranks` in [misses](../validation/misses.md)); those with one tensor rank are met "
-        "within 13 %"
+        "(`overlap-of-tensor-ranks` in [misses](../validation/misses.md)); those with one tensor rank are "
+        "met within 13 %"
     )
 
 

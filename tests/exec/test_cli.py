@@ -366,9 +366,7 @@ def test_ranks_that_outgrow_this_machine_are_refused() -> None:
         on_cards(big, copied=True)
     on_cards(big, machine=2**30 * ranks + int(copy), copied=True)
     on_cards(big, machine=2**30 + int(copy / ranks) + 1, ranks=1, copied=True)  # one of them on this node
-    with pytest.raises(
-        SpecError, match=rf"world_size: {ranks} puts 1 ranks here.* need 2\.00 GiB"
-    ):
+    with pytest.raises(SpecError, match=rf"world_size: {ranks} puts 1 ranks here.* need 2\.00 GiB"):
         check(big, machine=2**30, ranks=1)
 
 
