@@ -317,7 +317,7 @@ def _summary(outcome: dict[str, Any]) -> str:
         first, last = outcome["first_step"], outcome["last_step_time_s"]
         own = f" from step {first} on" if first > 1 else ""
         if last is not None:
-            own = f" over all processes of the run ({format_seconds(last)}{own})"
+            own = f" over all launches of the run ({format_seconds(last)}{own})"
         speed = (
             f"{format_seconds(outcome['step_time_s'])} a step{own}{against}, "
             f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks"

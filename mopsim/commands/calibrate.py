@@ -73,7 +73,7 @@ def _apart(run: Measurement) -> str:
     if said:
         said[-1] += f": it counts as {run.quiet:.2f} runs"
     if run.resumed:
-        said.append(f"resumed: the steps of all its {run.resumed + 1} processes count")
+        said.append(f"resumed: the steps of all its {run.resumed + 1} launches count")
     return f"run of {run.plan.strategy.name} ({io.digest(run)}): {'; '.join(said)}"
 
 

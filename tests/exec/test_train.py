@@ -92,7 +92,7 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
     measured = io.load(out / "measurement.yaml", Measurement, "measurement")
     assert (measured.steps, measured.warmup, measured.resumed) == (6, 5, 1), "three of each process at most"
     said = " ".join(done.stdout.split())
-    assert re.search(r"a step over all processes of the run \([0-9.]+ \S+ from step 4 on\)", said)
+    assert re.search(r"a step over all launches of the run \([0-9.]+ \S+ from step 4 on\)", said)
 
 
 @pytest.mark.parametrize(

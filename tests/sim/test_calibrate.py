@@ -343,7 +343,7 @@ def test_a_disturbed_run_counts_by_its_quiet_steps() -> None:
     assert "other programs had 75% of the cores: it counts as 0.25 runs" in said
     said = command._apart(disturbed)
     assert "27 of 36 steps were disturbed by other programs and are left out: it counts as 0.25 runs" in said
-    assert "resumed: the steps of all its 2 processes count" in said
+    assert "resumed: the steps of all its 2 launches count" in said
 
 
 def test_a_step_is_the_sum_of_its_rows_and_another_routing_is_told() -> None:
