@@ -99,7 +99,10 @@ def test_a_card_is_nearest_to_itself() -> None:
     for one in known:
         if one.device.architecture:
             found = nearest_card(known, figures_of(one), one.device.architecture)
-            assert figures_of(found) == figures_of(one)
+            own, its = (
+                {name: figure.si for name, figure in figures_of(card).items()} for card in (one, found)
+            )
+            assert own == its  # a card on two networks has two profiles
     with pytest.raises(mopsim.MopError, match="architecture: 'volta' is not one of ada, ampere"):
         nearest_card(known, {}, "volta")
 

@@ -46,14 +46,14 @@ def test_weights_are_gathered_as_shards_are_where_nothing_casts_them(gathers: st
 def test_a_maximum_that_is_subtracted_out_of_place_takes_another_copy() -> None:
     usual, more = (
         played(megatron(world_size=1), "megatron-lm", kernels={"loss": loss})
-        for loss in ("composed", "shifted")
+        for loss in ("in_place", "shifted")
     )
     logits = 64 * small().vocab_size * 4
     assert more.highest_by_category["logits"] == usual.highest_by_category["logits"] + logits
 
 
 def test_gradients_that_zero_grad_frees_live_from_their_backward_to_the_end_of_the_step() -> None:
-    stays, goes = (played(whole(1), "litgpt", 1, sharding={"zero_grad": how}) for how in ("fills", "frees"))
+    stays, goes = (played(whole(1), "litgpt", 1, sharding={"zero_grad": how}) for how in ("buffers", "frees"))
     assert goes.highest_by_category["grads"] == stays.highest_by_category["grads"]
     assert goes.peak_memory < stays.peak_memory
 
