@@ -47,7 +47,7 @@ NAMES = {
     "memory": "kernels bound by memory",
     "host": "waiting for the host",
     "network": "waiting for the network",
-    "copies": "waiting for copies",
+    "copies": "waiting for copies and the host's update",
 }
 """Parts of a step, in words."""
 DRAM = ("host", ("memory_bandwidth",))

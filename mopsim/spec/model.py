@@ -63,11 +63,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     turned, without MLA. full_attention_rotary: layers without a window have rotary positions; False: only
     windowed ones (arXiv 2501.18795). attn_temperature_tuning: queries of layers without them are scaled by
     their position (Llama 4): log(1 + floor((position + 1) / floor_scale)) * attn_scale + 1, positions from 0.
-    floor_scale: positions of one scale. attn_scale: how much it grows. rope_scaling: scaling of rotary
-    frequencies, for longer sequences than in the first training. dropout: rate for the outputs of attention
-    and FFN, and for the attention weights where they are kept. total_params: the published count, which is
-    compared and never used in a calculation. active_params: the same of active parameters. source: where the
-    numbers are from. assumptions: facts that the source does not state.
+    floor_scale: positions of one scale. attn_scale: how much it grows, at most 10. rope_scaling: scaling of
+    rotary frequencies, for longer sequences than in the first training. dropout: rate for the outputs of
+    attention and FFN, and for the attention weights where they are kept. total_params: the published count,
+    which is compared and never used in a calculation. active_params: the same of active parameters. source:
+    where the numbers are from. assumptions: facts that the source does not state.
     """
 
     name: str
@@ -251,7 +251,7 @@ _RANGES = (
     ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),
     ("num_nextn_predict_layers", 0, 100), ("n_group", 1, 2**16), ("topk_group", 1, 2**16),
     ("swiglu_limit", 0.0, 1e6), ("swiglu_alpha", 1e-3, 1e3), ("floor_scale", 1, MOST_TOKENS),
-    ("attn_scale", 0.0, 1e3),
+    ("attn_scale", 0.0, 10.0),
 )  # fmt: skip
 
 _ROTARY = {

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from mopsim.common.errors import MopError
 from mopsim.export import export
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Dispatcher, Strategy
+from mopsim.spec.upgrade import load_plan
 from mopsim.strategies import fsdp2
 from tests.sim.test_cli import call
 from tests.sim.test_export import plan, replace
@@ -110,3 +112,16 @@ def test_torchtitan_splits_no_sequence_that_has_windows() -> None:
         MopError, match=r"context_parallel: 2 is not simulated on .* where windowed and attention"
     ):
         export(given, "torchtitan")
+
+
+@pytest.mark.parametrize("stack", ["torchtitan", "torchtitan-compile"])
+def test_a_plan_that_was_found_for_torchtitan_exports(
+    stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What its selective recomputation keeps, or runs again, is nothing that a plan may choose."""
+    asked = "--model qwen3_30b_a3b --hardware h200-sxm-141g --nodes 2 --seq-len 32K --global-batch 64"
+    found = tmp_path / "plan.yaml"
+    call(monkeypatch, *f"search {asked} --family fsdp2 --budget 4 --stack {stack} --plan {found}".split())
+    activations = load_plan(found).strategy.activations
+    assert activations.recompute in ("none", "full")
+    assert export(load_plan(found), "torchtitan")[1] == []

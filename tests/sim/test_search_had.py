@@ -115,7 +115,8 @@ def test_ranks_that_share_kv_heads_unevenly_are_left_out_together() -> None:
 
 def test_what_is_left_out_is_named() -> None:
     assert left_out(problem("torchtitan"), "fsdp2") == [
-        "torchtitan has no attention.cp_comm_type ulysses; vocabulary.loss chunked: left out"
+        "torchtitan has no attention.cp_comm_type ulysses; vocabulary.loss chunked; "
+        "activations.modules ('core_attn',): left out"
     ]
     assert (
         "vocabulary.loss is not simulated on the stack torchtitan"
