@@ -92,33 +92,44 @@ def _gqa(model: ModelSpec, shapes: Shapes, rotates: bool) -> tuple[list[Kernel],
             matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
         )  # fmt: skip
         kernels = [*first, joint]
-    normed = model.qk_norm in ("head", "full") or (model.qk_norm == "unweighted" and rotates)
-    kernels += [_head_norm(name, model, N, int(sizes[name]), b) for name in "qk"] if normed else []
-    if not rotates:
-        q, k = (Value(f"{name}{int(normed)}", made[name].bytes) for name in "qk")
-        return kernels, (q, k, made["v"])
-    sources = tuple(f"{name}{int(normed)}" for name in "qk")
-    q, k = (Value(f"{name}r", made[name].bytes) for name in "qk")
-    if shapes.fused:
-        moved = 2 * (q.bytes + k.bytes)
-        kernels.append(
-            Kernel("rope", "memory_bound", _C, sources, (q, k), bytes=moved, back_bytes=moved, launches=2)
+    after = model.qk_norm == "unweighted" and rotates
+    normed = after or model.qk_norm in ("head", "full")
+    steps = ("rope", "norm") if after else ("norm",) * normed + ("rope",) * rotates
+    names = ["q0", "k0"]
+    for step in steps:
+        sources, names = names, [f"{name}{'r' if step == 'rope' else '1'}" for name in "qk"]
+        pairs = [(one, replace(made[one[0]], name=new)) for one, new in zip(sources, names, strict=True)]
+        kernels += (
+            _rotations(pairs, shapes)
+            if step == "rope"
+            else [_head_norm(one, new, model, N, int(sizes[one[0]]), b) for one, new in pairs]
         )
-        return kernels, (q, k, made["v"])
-    for name, source, out in zip("qk", sources, (q, k), strict=True):
-        kernels.append(
-            Kernel(
-                f"rope_{name}", "memory_bound", _C, (source,), (out,), bytes=4 * out.bytes, launches=5,
-                back_launches=7,
-            )
-        )  # fmt: skip
+    q, k = (replace(made[name[0]], name=name) for name in names)
     return kernels, (q, k, made["v"])
 
 
-def _head_norm(name: str, model: ModelSpec, tokens: int, size: int, b: int) -> Kernel:
+def _rotations(pairs: list[tuple[str, Value]], shapes: Shapes) -> list[Kernel]:
+    """Of queries and keys, (source, result) of each. fused: in one kernel."""
+    if shapes.fused:
+        results = tuple(out for _, out in pairs)
+        moved = 2 * sum(out.bytes for out in results)
+        sources = tuple(source for source, _ in pairs)
+        return [
+            Kernel("rope", "memory_bound", _C, sources, results, bytes=moved, back_bytes=moved, launches=2)
+        ]
+    return [
+        Kernel(
+            f"rope_{source[0]}", "memory_bound", _C, (source,), (out,), bytes=4 * out.bytes, launches=5,
+            back_launches=7,
+        )
+        for source, out in pairs
+    ]  # fmt: skip
+
+
+def _head_norm(source: str, out: Value, model: ModelSpec, tokens: int, size: int, b: int) -> Kernel:
     """That of q or k, head by head or over all of them."""
     heads = 1 if model.qk_norm == "full" else size / model.head_dim
-    found = norm(f"{name}_norm", f"{name}0", f"{name}1", tokens, size, b, _C, heads)
+    found = norm(f"{source[0]}_norm", source, out.name, tokens, size, b, _C, heads)
     return replace(found, weight_grad=0) if model.qk_norm == "unweighted" else found
 
 

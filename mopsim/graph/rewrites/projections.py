@@ -106,9 +106,11 @@ def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ..
 
 
 def norms_after(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """Norms of queries and keys, each right after the product that makes them."""
-    found = [kernel for kernel in kernels if kernel.name not in ("q_norm", "k_norm")]
-    for norm in (kernel for kernel in kernels if kernel.name in ("q_norm", "k_norm")):
+    """Norms of queries and keys, right after the products that make them; those after a rotation stay."""
+    turned = {value.name for one in kernels if one.name.startswith("rope_") for value in one.writes}
+    norms = [one for one in kernels if one.name in ("q_norm", "k_norm") and one.reads[0] not in turned]
+    found = [kernel for kernel in kernels if kernel not in norms]
+    for norm in norms:
         source = next(i for i, one in enumerate(found) if norm.reads[0] in (v.name for v in one.writes))
         found.insert(source + 1, norm)
     return tuple(found)

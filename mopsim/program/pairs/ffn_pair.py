@@ -3,10 +3,12 @@
 
 from mopsim.graph.ffn import ffn
 from mopsim.graph.shapes import Shapes
+from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.workload import Work
+from mopsim.program.works import Part, works
 from mopsim.spec.layout import token_slices
 
 
@@ -27,21 +29,65 @@ class FfnPair(Rows):
         b, H = self.b, self.c.model.hidden_size
         for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
             n = stop - start
-            size = n * self.inner(component) * self.c.b
+            hidden = n * H * self.c.b
             works = [self.norm(n, H, "hidden")]
-            if self.gated:
-                b.make("gate", size)
-            b.make("up", size)
-            works += self._products(n, component, False, *self.up)
-            if self.gated:
-                b.drop("up")
-            works.append(self._activation(size))
-            works += self._products(n, component, False, "down_proj")
-            works.append(self.elementwise(n * H * self.c.b, 1, 0))
+            if self._scaled(component):
+                works += self._scaled_output(n, component)
+                works += [*self._share(n, "forward"), self.elementwise(hidden, 3, 1)]
+                b.drop("shared_out", "share", "hidden")
+            else:
+                works += self._output(n, component)
+                b.drop("hidden")
             if self._biased(component):
-                works.append(self.elementwise(n * H * self.c.b, 2, 1))
-            b.drop("gate" if self.gated else "up", "hidden")
+                works.append(self.elementwise(hidden, 2, 1))
             b.compute("ffn", component, "forward", layer, works, *waits)
+
+    def _output(self, tokens: int, component: str) -> list[Work]:
+        """Added in place to what is there."""
+        b, size = self.b, tokens * self.inner(component) * self.c.b
+        if self.gated:
+            b.make("gate", size)
+        b.make("up", size)
+        works = self._products(tokens, component, False, *self.up)
+        if self.gated:
+            b.drop("up")
+        works.append(self._activation(size))
+        works += self._products(tokens, component, False, "down_proj")
+        b.drop("gate" if self.gated else "up")
+        return [*works, self.elementwise(tokens * self.c.model.hidden_size * self.c.b, 1, 0)]
+
+    def _scaled(self, component: str) -> bool:
+        return self.c.model.shared_expert_gate and component == "shared_experts"
+
+    def _scaled_output(self, tokens: int, component: str) -> list[Work]:
+        """Into `shared_out`, zeros before, as it is before the gate."""
+        size = tokens * self.c.model.hidden_size * self.c.b
+        self.b.make("shared_out", size)
+        return [self.elementwise(size, 1, 1), *self._output(tokens, component)]
+
+    def _share(self, tokens: int, part: Part) -> list[Work]:
+        """The gate's product of one column, forward with its sigmoid: `share`."""
+        shape = (Matmul(tokens, 1, self.c.model.hidden_size),)
+        found = list(
+            works(Kernel("shared_gate", "matmul", "shared_experts", (), (), matmuls=shape), part, self.c)
+        )
+        if part != "forward":
+            return found
+        self.b.make("share", tokens * self.c.b)
+        return [*found, self.elementwise(tokens * self.c.b, 2, 1)]
+
+    def _gate_backward(self, tokens: int, component: str) -> list[Work]:
+        """The output once more for the gradient of the gate's logit, and `grad_out`, that of the output
+        (mopexec.operators.ffn: shared_backward)."""
+        b, size = self.b, tokens * self.c.model.hidden_size * self.c.b
+        found = [*self._share(tokens, "forward"), *self._scaled_output(tokens, component)]
+        b.make("grad_logit", tokens * self.c.b)
+        b.spike(tokens * self.c.b)
+        b.drop("shared_out")
+        b.make("grad_out", size)
+        self.weight_gradient(self.c.model.hidden_size)
+        found += [self.elementwise(size, 6, 3), self.elementwise(tokens * self.c.b, 5, 3)]
+        return [*found, *self._share(tokens, "weight_grad"), self.elementwise(size, 2, 1)]
 
     def backward(self, tokens: int, component: str, layer: int) -> None:
         """All slices: recompute, gradients of weights and input, through the norm into the gradient."""
@@ -50,6 +96,8 @@ class FfnPair(Rows):
             n = stop - start
             size = n * self.inner(component) * self.c.b
             works = [self.norm(n, H, "hidden")]
+            if self._scaled(component):
+                works += self._gate_backward(n, component)
             wings = ("gate", "up") if self.gated else ("up",)
             kept = wings if self.fused_gate else (*wings, *(("silu",) if self.gated else ()), "inner")
             for name in kept:
@@ -73,7 +121,7 @@ class FfnPair(Rows):
             b.make("grad_hidden", n * H * self.c.b)
             works += self._products(n, component, True, *self.up)
             done = wings if self.fused_gate else ("grad_inner", "silu") if self.gated else ("grad_inner",)
-            b.drop(*done, "hidden")
+            b.drop(*done, *(("grad_out", "grad_logit", "share") if self._scaled(component) else ()), "hidden")
             if self._biased(component):  # a sum of each product's gradients
                 works.append(self.elementwise(len(wings) * size + n * H * self.c.b, 1, 2 * (len(wings) + 1)))
             works.append(self.norm_backward(n, H))
