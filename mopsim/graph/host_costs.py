@@ -26,11 +26,11 @@ LAYERS: dict[str, dict[bool, Costs]] = {
     "transformer_engine": {False: _READ["transformer_engine"], True: _READ["transformer_engine_8_bits"]},
     **{
         name: {False: _READ[name], True: _READ[name]}
-        for name in ("mopexec", "compiled", "torchtitan", "torchtitan_compiled")
+        for name in ("mopexec", "compiled", "functional", "functional_compiled")
     },
 }
 """By a stack's `host.layers`, and by whether products are in 8 bits."""
-EXCHANGED: Pair = _READ["exchanged"]
+EXCHANGED: Costs = _READ["exchanged"]
 ON_A_DEVICE: dict[str, float] = _READ["on_a_device"]
 PERMUTED: Costs = _READ["permuted"]
 TENSOR: Costs = _READ["tensor"]

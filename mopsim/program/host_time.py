@@ -85,10 +85,10 @@ def kinds_of(
 ) -> Costs:
     """Linears that a network's kind of layers adds to each component of the plain one; a strategy's
     context-parallel ranks to attention, its dispatcher to experts. woven: `Context.weaves`."""
-    if strategy and stack.host.layers.startswith("torchtitan"):
+    if strategy and stack.host.layers in EXCHANGED:
         routed = strategy.experts
         sends = routed.expert_parallel > 1 and routed.token_dispatcher == "alltoall"
-        return {"experts": EXCHANGED} if sends else {}
+        return {"experts": EXCHANGED[stack.host.layers]} if sends else {}
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0

@@ -17,7 +17,8 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     modules: layers are Python modules under autograd, so the host does more than start kernels. `routed`:
     layers with routed experts alone, where a compiler makes one call of every other.
     layers: whose modules the layers are, which decides their host time. `mopexec`: its own. `compiled`: those
-    between graphs of TorchInductor. `torchtitan_compiled`: its layers with experts, compiled by modules.
+    between graphs of TorchInductor. `functional`: experts dispatched by
+    torch's functional collectives. `functional_compiled`: so, their layers compiled by modules.
     tensor: what splits the layers' products over tensor-parallel ranks, which decides its host time.
     `dtensor`: torch's parallelize_module. `plain`: nothing, or not known.
     hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
@@ -50,7 +51,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
 
     modules: bool | Literal["routed"] = False
     layers: Literal[
-        "transformers", "transformer_engine", "torchtitan", "torchtitan_compiled", "mopexec", "compiled"
+        "transformers", "transformer_engine", "functional", "functional_compiled", "mopexec", "compiled"
     ] = "transformers"
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.context.contenders import Contender, contenders
 from mopsim.context.sweep import ContextCase
@@ -115,3 +116,12 @@ def test_context_keeps_what_it_tried(one: Contender) -> None:
     once = case.problem(one, SEQ_LEN, problem.world_size // 2)
     shared = [each for each in split if each[0] * each[1] == 2]
     assert kept(once, shared, one.at_once, {**rules, "micro_batch": [1]}) > 10
+
+
+def test_an_eager_program_is_searched_without_fsdp_too() -> None:
+    found = mopsim.search(
+        "tiny", "h200-sxm-141g", seq_len=512, global_batch=8, families="megatron", stack="generic-eager",
+        budget=4,
+    )  # fmt: skip
+    assert found.best is not None
+    assert found.best.strategy.dense.zero == 1

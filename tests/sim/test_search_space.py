@@ -390,12 +390,3 @@ def test_a_family_that_a_stack_has_nothing_of_is_refused_at_once() -> None:
     assert found.found.candidates == sum(found.found.rejected.values())
     (reason,) = found.found.rejected
     assert reason.startswith("strategy.dense.zero must be 2 or 3 under the stack torchtitan")
-
-
-def test_an_eager_program_is_searched_without_fsdp_too() -> None:
-    found = mopsim.search(
-        "tiny", "h200-sxm-141g", seq_len=512, global_batch=8, families="megatron", stack="generic-eager",
-        budget=4,
-    )  # fmt: skip
-    assert found.best is not None
-    assert found.best.strategy.dense.zero == 1
