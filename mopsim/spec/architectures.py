@@ -1,13 +1,13 @@
 """What a Hugging Face config of each known architecture says, as transformers reads it: architectures.yaml,
 with functions for what is more than a key."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import msgspec
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
 from mopsim.spec.config_parts import (
@@ -23,6 +23,7 @@ from mopsim.spec.config_parts import (
     windows,
 )
 from mopsim.spec.config_reader import Config, ConfigReader
+from mopsim.spec.layer_fields import WINDOWS
 
 
 class Architecture(Spec, frozen=True, kw_only=True):
@@ -135,11 +136,23 @@ def llama4_layers(r: ConfigReader) -> Fields:
     key = "attn_temperature_tuning"  # older configs have a number
     tuned = r.flag(key) if isinstance(r.word(key), bool) else r.integer(key) > 0
     routed = dense_layers(r, lambda at: at in listed if r.has("moe_layers") else (at + 1) % step == 0)
-    chunks = _chunks(r, lambda at: rotary[at] == 1 if rotary else (at + 1) % period != 0)
+    rotates = [rotary[at] == 1 if rotary else (at + 1) % period != 0 for at in layers_of(r)]
+    chunks = _chunks(r, lambda at: rotates[at])
     full = len(chunks.get("layer_types", ())) > 0 or chunks.get("sliding_window_period", 1) > 1
+    full = full and not all(rotates)
+    if not all(rotates) and r.has("layer_types"):
+        _rotated_within_chunks(r, rotates)
     apart: Fields = {"full_attention_rotary": not full, "attn_temperature_tuning": full and tuned}
     scales: Fields = {"floor_scale": r.integer("floor_scale"), "attn_scale": r.number("attn_scale")}
     return {**apart, **(scales if full and tuned else {}), **routed, **chunks}
+
+
+def _rotated_within_chunks(r: ConfigReader, rotates: Sequence[bool]) -> None:
+    """transformers rotates by `no_rope_layers`, or every so many, whatever `layer_types` says of chunks."""
+    if [one == WINDOWS["attention_chunk_size"] for one in r.items("layer_types")] != list(rotates):
+        said = shown([int(one) for one in rotates])
+        rule = "cannot be expressed beside layer_types: only layers that attend within chunks may rotate"
+        raise MopError(f"{r.origin}: no_rope_layers: {said} {rule}")
 
 
 def _chunks(r: ConfigReader, usual: Callable[[int], bool]) -> Fields:

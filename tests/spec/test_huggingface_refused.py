@@ -90,6 +90,14 @@ def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: 
             TEXT | {"layer_types": ["full_attention"] * 48},
             "attention_chunk_size: cannot be expressed without",
         ),
+        (
+            TEXT | {"no_rope_layers": [1, 0] * 24, "layer_types": ["chunked_attention"] * 48},
+            "no_rope_layers: .* cannot be expressed beside layer_types",
+        ),
+        (
+            TEXT | {"layer_types": ["full_attention", *["chunked_attention"] * 3] * 12},
+            "no_rope_layers: .* cannot be expressed beside layer_types",
+        ),
         (TEXT | {"no_rope_layers": [1, 2]}, r"no_rope_layers: \[1, 2\] must be 0 or 1 for each"),
         (TEXT | {"moe_layers": [48]}, r"moe_layers: \[48\] must name layers below"),
         (ERNIE | {"moe_norm_min": 0.1}, "moe_norm_min: must be at most"),
