@@ -1,6 +1,9 @@
 """Components that are one kernel or one collective: products, attention, all-to-all. Priced by
 `mopsim.cost`."""
 
+from msgspec.structs import replace
+
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost import seconds
 from mopsim.cost.communication import reached
 from mopsim.cost.compute import for_heads
@@ -27,9 +30,28 @@ def gemm(component: Component, hardware: HardwareProfile) -> float:
     m, n, k = (float(component.count(name.upper() if upper else name)) for name in ("m", "n", "k"))
     grouped = component.one_of("op", "matmul", "grouped matmul") == "grouped matmul"
     count = float(component.count("ng")) if grouped else 1.0
-    kind = "grouped_matmul" if grouped else "matmul"
-    time = seconds(Work(kind, m=m, n=n, k=k, count=count, dtype=_dtype(component)), hardware)
+    work = Work(
+        "grouped_matmul" if grouped else "matmul", m=m, n=n, k=k, count=count, dtype=_dtype(component)
+    )
+    if component.one_of("accumulate", "false", "true") == "true":
+        work = _summed(component, work)
+    time = seconds(work, _unheld(hardware) if component.does("short") else hardware)
     return time if component.metric == "latency_s" else 2 * m * n * k * count / time
+
+
+def _summed(component: Component, work: Work) -> Work:
+    """A product that adds a weight gradient to a buffer. Of experts the rows, which it sums over, are m."""
+    buffer = "main_grad_dtype" if component.states("main_grad_dtype") else "out_dtype"
+    moved = 2 * DTYPE_BYTES[DTYPES[component.one_of(buffer, "fp32", "bf16")]]
+    if work.kind == "grouped_matmul":
+        work = replace(work, m=work.n, n=work.k, k=work.m)
+    return replace(work, gradient=moved)
+
+
+def _unheld(hardware: HardwareProfile) -> HardwareProfile:
+    """The profile of a card whose products power does not hold, as long as there are few of them."""
+    curves = tuple(replace(curve, held=1.0) for curve in hardware.device.matmul)
+    return replace(hardware, device=replace(hardware.device, matmul=curves))
 
 
 def attention(component: Component, hardware: HardwareProfile) -> float:
