@@ -35,12 +35,21 @@ def parse_json(text: str, origin: str) -> Any:
 
 def read_object(path: Path, field: str) -> dict[str, Any]:
     """The object in a JSON file that another program wrote and the user named as `field`. Raises MopError."""
-    found = None
+    found, text = None, read_text(path, field)
     with suppress(msgspec.DecodeError, RecursionError):
-        found = msgspec.json.decode(read_text(path, field))
+        found = msgspec.json.decode(text)
     if not isinstance(found, dict):
-        raise MopError(f"{field}: {path}: is not a JSON object")
+        raise MopError(": ".join((field, str(path), *_why_no_object(text))))
     return found
+
+
+def _why_no_object(text: str) -> tuple[str, ...]:
+    """(field, problem) of a number that JSON does not have (NaN, which Python writes), or the rule."""
+    with suppress(ValueError, RecursionError):
+        data = json.loads(text, parse_int=_integer)
+        if isinstance(data, dict) and (problem := first_unfit(data)):
+            return problem
+    return ("is not a JSON object",)
 
 
 class KeyTwiceError(ValueError):

@@ -99,8 +99,9 @@ def test_records_without_a_document_are_too_few(tmp_path):
         ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: is not a JSON object"),
         ("tokenizer_config.json", b'{"eos_token": "\\ud83d"}', "tokenizer_config.json: is not a JSON object"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json: is not a JSON object"),
+        ("tokenizer_config.json", b'{"a": {"b": NaN}}', "tokenizer_config.json: a.b: nan must be a finite"),
     ],
-    ids=["bytes", "nested", "surrogate", "open"],
+    ids=["bytes", "nested", "surrogate", "open", "no number"],
 )
 def test_a_damaged_file_beside_a_tokenizer_is_one_line(text, tmp_path, name, content, rule):
     made = prepared(text, 300, tmp_path / "cache")

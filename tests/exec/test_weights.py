@@ -120,6 +120,9 @@ def test_damaged_directories(qwen: Path, tmp_path: Path) -> None:
     (empty / "config.json").write_text("[" * 100_000)
     with pytest.raises(MopError, match=r"config\.json: is not a JSON object"):
         read_config(empty)
+    (empty / "config.json").write_text(json.dumps(config | {"attn_scale": float("nan")}))
+    with pytest.raises(MopError, match=r"config\.json: attn_scale: nan must be a finite number"):
+        read_config(empty)
     (empty / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     assert "quantization_config: quantised weights are not read" in refusal(empty)
 
