@@ -58,6 +58,7 @@ def train(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     plan = plans.read_supported(Path(options.plan), options.settings)
     plans.check_compiler(plan)
     _check_directory(options, plan)
+    _check_machine(options, plan)
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
@@ -165,12 +166,16 @@ def _as_rank(options: TrainOptions, json: str | None, max_restarts: int) -> int:
         return _conclude(options, plan, "", json) if first else 0
 
 
-def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
-    """The refusals that need torch: devices of this machine, weights of another network, text too short."""
+def _check_machine(options: TrainOptions, plan: Plan) -> None:
+    """The refusals of this machine, before a text is read for hours: its devices and its memory."""
     import torch
 
     plans.check_devices(plan, torch.cuda.device_count())
     _check_memory(options, plan, plan.strategy.world_size)
+
+
+def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
+    """The refusals that need torch and the text: weights of another network, text too short."""
     if options.init_from:
         from mopexec.weights.begin import open_weights
 

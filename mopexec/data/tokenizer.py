@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopexec.data.chat import PLAIN, Chat
 from mopsim.common import io
-from mopsim.common.errors import MopError, SpecError, shown
+from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.json_text import read_object
 
 if TYPE_CHECKING:
@@ -115,18 +115,25 @@ def _known_end(tokenizer: "Tokenizer") -> str:
     return next((token for token in _ENDS if tokenizer.token_to_id(token) is not None), "")
 
 
+def check_trainable(vocab_size: int) -> None:
+    """Refuse a vocabulary that no tokenizer can be trained for: below 257, or above the characters that it is
+    trained from, for whose entries the trainer takes memory before it has one. Raises SpecError.
+    """
+    rule = ""
+    if vocab_size < SMALLEST_VOCABULARY:
+        rule = f"is below {SMALLEST_VOCABULARY}, the least for byte-level text"
+    elif vocab_size > _TRAINING_CHARACTERS:
+        rule = f"is above {_TRAINING_CHARACTERS}, the most a tokenizer is trained for; give --tokenizer"
+    require(not rule, "plan.model.vocab_size", vocab_size, rule)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """A byte-level BPE of at most `vocab_size` tokens, from the first 4 Mi characters of `texts`. Raises
-    SpecError for a vocabulary below 257.
+    as `check_trainable`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise SpecError(
-            "plan.model.vocab_size",
-            vocab_size,
-            f"is below {SMALLEST_VOCABULARY}, the least for byte-level text",
-        )
+    check_trainable(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -382,6 +382,17 @@ def test_what_ranks_need_is_held_against_the_containers_limit(monkeypatch: pytes
         _check_memory(options, plan, 2)
 
 
+def test_memory_is_checked_before_a_text_is_read(capsys, plan, tmp_path, monkeypatch) -> None:
+    """A text took its hours before the ranks were refused."""
+    from mopexec import data
+    from mopexec.measure import probe_machine
+
+    monkeypatch.setattr(data, "prepare_all", lambda *given: pytest.fail("the text is read first"))
+    monkeypatch.setattr(probe_machine, "_cgroup", lambda path: "1048576")
+    line = refusal(capsys, "train", "--plan", plan, "--steps", 2, "--out", tmp_path / "r")
+    assert "plan.strategy.world_size: 2 puts 2 ranks here, which would need 2.00 MiB" in line
+
+
 def test_what_a_run_without_a_step_leaves_is_no_run(tmp_path) -> None:
     (tmp_path / "plan.yaml").touch()
     with pytest.raises(MopError, match="is not empty"):

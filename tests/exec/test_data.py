@@ -102,9 +102,12 @@ def test_missing_text_and_empty_directories_are_refused(tmp_path):
         read_corpus(str(tmp_path / "void"))
 
 
-def test_a_vocabulary_below_the_bytes_and_a_short_text_are_refused(text, tmp_path):
+def test_a_vocabulary_below_the_bytes_or_without_end_and_a_short_text_are_refused(text, tmp_path):
+    """The trainer takes memory for every entry of a vocabulary, and aborts the process where it has none."""
     with pytest.raises(SpecError, match=r"plan\.model\.vocab_size: 256 is below 257"):
         prepared(text, 256, tmp_path)
+    with pytest.raises(SpecError, match=r"plan\.model\.vocab_size: 8589934592 is above 4194304"):
+        prepared(text, 1 << 33, tmp_path)
     directory = prepared(text, 300, tmp_path)
     with pytest.raises(MopError, match="too few for one sequence"):
         data.TokenDataset(directory, 1_000_000, 0)
