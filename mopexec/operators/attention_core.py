@@ -145,6 +145,7 @@ def _documents_forward(
     for at in spans(core.documents):
         part, sums = causal_forward(q[at], k[at], v[at], alone, sinks)
         out[at].copy_(part)
+        del part
         saved.extend(sums)
         sizes.append(len(sums))
     return out, (tuple(sizes), *saved)
@@ -160,12 +161,12 @@ def _documents_backward(
     rest = iter(values)
     for at, size in zip(spans(core.documents), sizes, strict=True):
         sums = tuple(islice(rest, size))
-        *parts, part_sinks = causal_backward(grad[at], q[at], k[at], v[at], out[at], sums, alone, sinks)
-        for whole, part in zip(found, parts, strict=True):
-            assert part is not None
+        parts = causal_backward(grad[at], q[at], k[at], v[at], out[at], sums, alone, sinks)
+        for whole, part in zip(found, parts[:3], strict=True):
             whole[at].copy_(part)
-        if grad_sinks is not None and part_sinks is not None:
-            grad_sinks.add_(part_sinks)
+        if grad_sinks is not None and parts[3] is not None:
+            grad_sinks.add_(parts[3])
+        del parts, part  # before those of the next one are there
     return found[0], found[1], found[2], grad_sinks
 
 
@@ -241,11 +242,10 @@ def _blocks(q: Tensor, core: Core) -> Iterator[tuple[slice, slice, Tensor | None
         return
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
-        ahead = (
-            torch.arange(first, stop, device=q.device) - torch.arange(start, stop, device=q.device)[:, None]
-        )
-        mask = torch.zeros((stop - start, stop - first), dtype=q.dtype, device=q.device)
-        mask.masked_fill_((ahead > 0) | (ahead <= -window), float("-inf"))
+        hidden = torch.full((stop - start, stop - first), float("-inf"), dtype=q.dtype, device=q.device)
+        mask = hidden.clone().triu_(start - first + 1)  # keys ahead
+        mask.add_(hidden.tril_(start - first - window))  # and those that the window has left
+        del hidden
         yield slice(start, stop), slice(first, stop), mask
 
 

@@ -201,7 +201,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     if shapes.flash or not by_heads:
         working = rows * (qk + 1) * 4 + shared * rows * (qk + v_width) * b
         if not shapes.accumulates:
-            working = _in_turn(mine, seq, model.window(layer), b) if shared or model.window(layer) else 0.0
+            core, working = _by_spans(core, mine, shapes, model, layer, shared)
         core = _flash(core, names, working, rows * 4)
     else:
         core = _kept(core, rows * seq, model.dropout > 0, b)
@@ -209,6 +209,28 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     if by_heads:
         return [*before, core, *home]
     return [*before, *_of_blocks(core, values, before[0])]
+
+
+def _by_spans(
+    core: Kernel, values: tuple[Value, ...], shapes: Shapes, model: ModelSpec, layer: int, shared: bool
+) -> tuple[Kernel, float]:
+    """The core, and bytes of its backward, where one span after the other is attended to: documents of a
+    sequence, of which one may be all of it, and chunks. Beside the whole results are those of a span
+    (mopexec/operators/attention_core.py: _documents_backward)."""
+    seq, window = shapes.seq_len, model.window(layer)
+    span, chunked = seq, bool(model.attention_chunk_size)
+    if chunked and window:
+        span, window = min(window, seq), 0
+    working = 0.0
+    apart = (shapes.packed or span < seq) and (shapes.exchange == "ulysses" or shapes.sequence == 1)
+    if apart:
+        share = span / shapes.attended
+        values = tuple(replace(value, bytes=int(value.bytes * share)) for value in values)
+        core = replace(core, scratch=(*core.scratch, ("activations", int(core.writes[0].bytes * share))))
+        working = float(sum(value.bytes for value in values))
+    if shared or 0 < window < span:
+        working += _in_turn(values, span, window, shapes.width)
+    return core, working
 
 
 def _in_turn(values: tuple[Value, ...], seq: int, window: int, b: int) -> float:

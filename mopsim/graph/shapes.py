@@ -19,7 +19,8 @@ class Shapes(Struct, frozen=True):
     documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
     skips: whether its kernel leaves out what a window or a document hides. expands: its backward makes the
     gradients of keys and values for each query head, whatever is fused. accumulates: it adds gradients up
-    beside those that it returns, as flash kernels for GPUs do, which take half precision.
+    beside those that it returns, as flash kernels for GPUs do, which take half precision. packed: a sequence
+    is of documents that attention does not cross, whether or not it is known how long they are.
     """
 
     tokens: int
@@ -39,6 +40,7 @@ class Shapes(Struct, frozen=True):
     skips: bool = True
     expands: bool = False
     accumulates: bool = True
+    packed: bool = False
 
     @property
     def region_tokens(self) -> int:

@@ -381,14 +381,14 @@ def make_context(
     for refused in refusals(job, by="simulator"):
         raise refused
     precision = strategy.precision
-    b = int(DTYPE_BYTES[precision.compute])
-    dense = strategy.dense
+    b, dense = int(DTYPE_BYTES[precision.compute]), strategy.dense
     tokens = training.tokens_per_rank(strategy) // (dense.tensor_parallel if dense.sequence_parallel else 1)
     wide = 8 if precision.compute == "float64" else 4
     shapes = Shapes(
         tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
-        documents=training.own_document, accumulates=b <= 2 and stack.attention != "cpu",
+        documents=training.own_document, packed=training.attention_mask == "document",
+        accumulates=b <= 2 and stack.attention != "cpu",
     )  # fmt: skip
     return Context(
         model, strategy, training, stack.compiling(strategy.compile),

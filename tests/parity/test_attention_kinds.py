@@ -97,3 +97,32 @@ def test_projections_that_run_again_at_a_published_width(name: str, dtype: Any) 
     tracked = second_step(plan, 7, MemoryTracker)
     result = simulate(model, machine(memory=1000), 1, strategy, plan.training, plan.stack)
     assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=0.002)
+
+
+CHUNKS = {"attention_chunk_size": 2048, "head_dim": 256}
+SPANS: dict[str, tuple[dict[str, Any], Any]] = {
+    "documents": ({}, "document"),
+    "documents, shared heads": ({"num_key_value_heads": 8, "head_dim": 256}, "document"),
+    "chunks": (CHUNKS, "causal"),
+    "chunks of documents": ({"num_key_value_heads": 8, **CHUNKS}, "document"),
+    "windows of documents": ({"sliding_window": 1000, "head_dim": 256}, "document"),
+    "norms after the rotation": ({"qk_norm": "unweighted"}, "causal"),
+    "norms of shared heads after the rotation": (
+        {"qk_norm": "unweighted", "num_key_value_heads": 8},
+        "causal",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", SPANS)
+def test_a_cpu_attends_span_by_span(name: str, dtype: Any) -> None:
+    """Beside the whole results are a span's: peaks of documents were 2.6 % low, in fp32 6. Autograd keeps no
+    normed values of a norm without a weight: 4 and 3 % high."""
+    fields, mask = SPANS[name]
+    strategy = mop(8, loss_chunk_tokens=2048, vocab_parallel=8, expert_chunk_tokens=0, dtype=dtype)
+    training = TrainSpec(seq_len=8192, global_batch=8, attention_mask=mask)
+    plan = plan_of(msgspec.structs.replace(WIDTH, **fields), strategy, training, "cpu")
+    tracked = second_step(plan, 7, MemoryTracker)
+    result = simulate(plan.model, machine(memory=1000), 1, strategy, training, plan.stack)
+    assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=0.002)

@@ -15,14 +15,13 @@ from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.biases import bias_scaled
 from mopsim.graph.rewrites.eager import (
     HEAD_NORM_SUM,
-    NORM,
-    NORM_BACKWARD,
     WEIGHTED,
     WEIGHTED_BACKWARD,
     composed,
     in_blocks,
 )
 from mopsim.graph.rewrites.gates import STRIDED
+from mopsim.graph.rewrites.norms import NORM, NORM_BACKWARD
 from mopsim.graph.rewrites.projections import gradients_added, split
 from mopsim.graph.rewrites.tensor_passes import beside, traffic
 from mopsim.graph.shapes import Shapes

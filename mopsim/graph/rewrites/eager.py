@@ -11,6 +11,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from mopsim.graph.rewrites.gates import ACTIVATIONS, APART, CLAMPED, CLAMPED_AGAIN, GATED, SHIFTED
+from mopsim.graph.rewrites.norms import UPCAST, UPCAST_AGAIN, composed_norm
 from mopsim.graph.rewrites.tensor_passes import (
     JOINED,
     ComposedKernel,
@@ -18,7 +19,6 @@ from mopsim.graph.rewrites.tensor_passes import (
     beside,
     charged,
     each,
-    instead,
     made,
     scratch,
     traffic,
@@ -26,24 +26,6 @@ from mopsim.graph.rewrites.tensor_passes import (
 from mopsim.graph.rewrites.weighted_inputs import WEIGHTED, WEIGHTED_BACKWARD, summed_at_home, weighed_first
 from mopsim.graph.tape import Kernel, Value
 
-NORM = TensorPasses(2, 8, 7, strided=2, along_wide=4)
-NORM_BACKWARD = TensorPasses(2, 24, 16, strided=4, along_wide=7)
-"""Cast, square, mean, add, root, product, cast, product; its backward by autograd. What has a number of each
-row or column is not contiguous: both products; back, their gradients, the mean's and the square's."""
-ROUNDED = TensorPasses(4, 7, 8, strided=2, along=2, along_wide=2)
-ROUNDED_BACKWARD = TensorPasses(8, 19, 15, strided=4, along=2, along_wide=5)
-"""transformers' LlamaRMSNorm: cast, square, mean, add, root, product, cast, product of narrow values. Back:
-two gradients of that and a sum; in fp32 a cast, a product's, a sum, the mean's, the square's, both added, a
-cast."""
-UPCAST = ComposedKernel(
-    TensorPasses(2, 2, 2), TensorPasses(3, 4, 3), (("wide", 0.0, 1.0),), whole=False, back_working=(0.0, 1.0)
-)
-"""Cast, and a norm of the copy, which is kept; the gradients of the copy and of the weight, each of which
-reads the copy and the output's gradient, and a cast back."""
-UPCAST_AGAIN = ComposedKernel(
-    UPCAST.forward, TensorPasses(5, 6, 5), working=(0.0, 1.0), back_working=(0.0, 2.0)
-)
-"""Keeps its input as it came, of which copy and norm are made again."""
 ROTARY = ComposedKernel(TensorPasses(2, 4, 6), TensorPasses(2, 4, 6))
 """Cast, complex product, cast, of queries and of keys; the backward is the same the other way."""
 BY_TOKEN = ComposedKernel(TensorPasses(4, 0, 2), TensorPasses(5, 0, 2))
@@ -263,25 +245,6 @@ def in_blocks(
     return (*kernels[:place], core, merge, *kernels[place + 1 :])
 
 
-def _norm(kernel: Kernel, wider: float, wings: int, rounded: bool = False) -> Kernel:
-    """Keeps its input in fp32 (a copy where it is narrower), the normed values and each row's root; the
-    product with the weight is in fp32 too; the backward holds three and a half of them at once (three).
-    rounded: the normed values are narrow again before that product."""
-    narrow = kernel.writes[0].bytes
-    size = int(narrow * wider)
-    roots = Value(f"{kernel.name}_roots", int(kernel.per_row * wider), grad=False)
-    kept = [Value(f"{kernel.name}_normed", narrow if rounded else size, grad=False), roots]
-    if wider > 1:
-        kernel = replace(kernel, saves=())
-        kept.append(Value(f"{kernel.name}_wide", size, grad=False))
-    passes = (ROUNDED, ROUNDED_BACKWARD) if rounded else (NORM, NORM_BACKWARD)
-    working = int((3.5 if wider > 1 and not rounded else 3) * size) - narrow
-    return replace(
-        instead(kernel, wider, *passes).keeping(*kept), scratch=scratch(size if wider > 1 else 0),
-        back_scratch=scratch(working),
-    )  # fmt: skip
-
-
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the copy of its input in fp32 that its product reads."""
     if wider == 1:
@@ -375,8 +338,8 @@ def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 
 _PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
-    ("norm", "composed"): (lambda one: one.name.endswith("norm"), _norm),
-    ("norm", "rounded"): (lambda one: one.name.endswith("norm"), partial(_norm, rounded=True)),
+    ("norm", "composed"): (lambda one: one.name.endswith("norm"), composed_norm),
+    ("norm", "rounded"): (lambda one: one.name.endswith("norm"), partial(composed_norm, rounded=True)),
     ("norm", "upcast"): (lambda one: one.name.endswith("norm"), UPCAST.of),
     ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), UPCAST_AGAIN.of),
     ("rotary", "by_token"): (lambda one: one.name == "rope" and len(one.reads) == 2, BY_TOKEN.of),
