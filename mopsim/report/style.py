@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -75,6 +76,8 @@ def time_scale(largest: float) -> tuple[str, float]:
     return ("s", 1.0) if largest >= 1 else ("ms", 1e-3)
 
 
+_SPARE = 3
+"""Letters fewer in a wrapped line than fit of average width."""
 _UNDATED: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """So that a figure of the same numbers is the same file."""
 
@@ -90,6 +93,7 @@ def figure(
         axes = fig.subplots(rows, columns, squeeze=False, **grid)
         yield [axis for row in axes for axis in row]
         _as_written(fig)
+        _wrap_titles(fig)
         for kind in dict.fromkeys((path.suffix[1:], *also())):
             _save(fig, path.with_suffix(f".{kind}"))
 
@@ -101,6 +105,27 @@ def _as_written(fig: Figure) -> None:
     for text in fig.findobj(Text):
         if text not in numbers:
             text.set_parse_math(False)
+
+
+def _wrap_titles(fig: Figure) -> None:
+    """Titles in as many lines as the figure's width asks for: one that is longer ends at its edge."""
+    place = matplotlib.rcParams["axes.titlelocation"]
+    titles = [
+        text
+        for axis in fig.axes
+        for text in axis.get_children()
+        if isinstance(text, Text) and text.get_text() and text.get_text() == axis.get_title(loc=place)
+    ]
+    for title in titles:
+        title.set_in_layout(False)  # else the axes make room for all of it
+    if titles:
+        fig.draw_without_rendering()
+    for title in titles:
+        title.set_in_layout(True)
+        box, lines = title.get_window_extent(), title.get_text().splitlines()
+        if box.x1 > fig.bbox.x1:
+            fits = int(max(map(len, lines)) * (fig.bbox.x1 - box.x0) / box.width) - _SPARE
+            title.set_text("\n".join(part for line in lines for part in wrap(line, max(fits, 1))))
 
 
 def _save(fig: Figure, path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from msgspec import structs
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from mopsim.report.compare import write_compare
 from mopsim.report.findings import Results, difference, finding, headline, outcome, software, summary
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
-from mopsim.report.plots import Compared, loss_lines, predicted_bars
+from mopsim.report.plots import Bar, Compared, loss_lines, predicted_bars, time_bars
 from mopsim.report.style import figure, legend_below
 from mopsim.report.sweep import Sweep, SweepPoint, over, sweep_figure, swept_rows
 from mopsim.report.tables import best_of_others, columns, comparison, describe, row
@@ -320,6 +321,23 @@ def test_timeline_title_says_which_stages_are_drawn(results: list[SimResult]) ->
     )
     staged = replace(results[0], strategy=strategy, span_stage=1, memory_stage=0)
     assert "of 2 stages: streams of stage 2, memory of stage 1" in timeline_title(staged, "megatron")
+
+
+def test_a_title_ends_within_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a step's bars was cut where two programs are compared."""
+    from mopsim.report import style
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(style, "_save", lambda fig, path: figures.append(fig))
+    long = "Simulated step: mop 1.4 % ahead of fsdp2, plan and software together, " * 2
+    bars = [Bar(name, {"experts": 1.0}, "10,000 tokens/s") for name in ("mop", "fsdp2", "megatron")]
+    time_bars(tmp_path / "time.png", bars, bars, (long, "Exposed"))
+    figures[0].draw_without_rendering()
+    for axis, lines in zip(figures[0].axes, (3, 1), strict=True):
+        title = axis.get_title(loc="left")
+        drawn = next(one for one in axis.get_children() if isinstance(one, Text) and one.get_text() == title)
+        assert drawn.get_window_extent().x1 <= figures[0].bbox.x1
+        assert len(title.splitlines()) <= lines
 
 
 @pytest.mark.parametrize("height", [3.0, 9.0])
