@@ -40,6 +40,14 @@ def test_notes_carry_what_has_no_column() -> None:
     assert from_row(ROW | {"notes": "two-matrix MLP, no biases"}).attention_bias == "none"
 
 
+def test_norms_of_latent_attention_are_its_own() -> None:
+    """Of MLA the norms of queries and keys are those of its low ranks, which its layers always have."""
+    ranks = {"kv_lora_rank": "16", "qk_nope_head_dim": "16", "qk_rope_head_dim": "8", "v_head_dim": "16"}
+    notes = {"notes": "q/k norm as in the config"}
+    assert from_row(ROW | notes).qk_norm == "head"
+    assert from_row(ROW | notes | {"attention": "mla"} | ranks).qk_norm == "none"
+
+
 @pytest.mark.parametrize(
     "notes", ["hybrid Mamba-2 / attention", "DeepSeek sparse attention", "gated-delta-net"]
 )
