@@ -35,6 +35,15 @@ SCORE_BYTES = {"forward": 4.0 + 5.0, "backward": 5.0 + 6.0}
 the scaled masked softmax reads and writes it, so does dropout, with a mask of a byte; in the backward dropout
 reads and writes its gradient and reads the mask, the softmax the same and its result. Two bytes an element.
 """
+OPERATOR_BYTES = {
+    "composed": {"forward": 4.0 + 4.0 + 4.0, "backward": 6.0 + 4.0 + 4.0},
+    "upcast": {"forward": 4.0 + 4.0 + 6.0 + 8.0 + 6.0, "backward": 6.0 + 12.0 + 6.0 + 4.0 + 4.0},
+}
+"""The same of Kernels.softmax by torch's operators: the scores scaled, masked, cast, their softmax, cast
+back; in the backward what the softmax is given with its result, casts around it, the mask's and the scale's
+(aten/src/ATen/native/SoftMax.cpp casts all but fp16 before its kernel)."""
+DROPPED_BYTES = 5.0
+"""What dropout moves of a score in either pass."""
 SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
 GROUPED_BY_TORCH: dict[str, float] = RATES["grouped_by_torch"]["slower"]
@@ -103,7 +112,8 @@ def as_used(
     if fixed and kernel == "profile":
         kernel = DETERMINISTIC_KERNEL.get(architecture, kernel)
     scores = kernel == "scores"
-    curve = _scores(hardware, head_dim, seq_len) if scores else _curve(hardware, kernel, head_dim)
+    moved = _moved(stack.kernels.softmax, model)
+    curve = _scores(hardware, head_dim, seq_len, moved) if scores else _curve(hardware, kernel, head_dim)
     if fixed and kernel != "scores":
         source = f"{curve.source}; deterministic: arXiv 2601.21824"
         curve = replace(curve, backward=curve.backward * DETERMINISTIC, tag="assumed", source=source)
@@ -184,17 +194,27 @@ def _peak(hardware: HardwareProfile) -> float:
     return max(curve.peak.si for curve in hardware.device.matmul if curve.dtype in ("bfloat16", "float16"))
 
 
-def _scores(hardware: HardwareProfile, head_dim: int, seq_len: int) -> AttentionCurve:
+def _moved(softmax: str, model: ModelSpec) -> dict[str, float]:
+    """Bytes that the softmax of a score and dropout move."""
+    if softmax == "fused":
+        return SCORE_BYTES
+    dropped = DROPPED_BYTES * (model.dropout > 0)
+    return {phase: size + dropped for phase, size in OPERATOR_BYTES[softmax].items()}
+
+
+def _scores(
+    hardware: HardwareProfile, head_dim: int, seq_len: int, moved: dict[str, float]
+) -> AttentionCurve:
     """Scores written to memory, whole square: time of a head's scores over the FLOP that a causal kernel
     would count for them. The products are narrow on one side (head_dim): the profile's curve, which is
-    fitted to measured products of that kind too, prices them.
+    fitted to measured products of that kind too, prices them. moved: bytes of a score beside the products.
     """
     S, d = seq_len, head_dim
     making, taking = (_product(hardware, S, n, k) for n, k in ((S, d), (d, S)))
     shares = {}
     for phase, products in (("forward", 2), ("backward", 5)):
         made, taken = SCORE_PRODUCTS[phase]
-        rest = SCORE_BYTES[phase] * S * S / hardware.device.memory_bandwidth.si
+        rest = moved[phase] * S * S / hardware.device.memory_bandwidth.si
         shares[phase] = (
             products * float(d) * S * S / (made * making + taken * taking + rest) / _peak(hardware)
         )

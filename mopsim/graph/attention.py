@@ -204,7 +204,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
             core, working = _by_spans(core, mine, shapes, model, layer, shared)
         core = _flash(core, names, working, rows * 4)
     else:
-        core = _kept(core, rows * seq, model.dropout > 0, b)
+        core = _kept(core, rows * seq, shapes.softmax, model.dropout > 0, b)
     home = [_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
     if by_heads:
         return [*before, core, *home]
@@ -307,16 +307,20 @@ def _flash(core: Kernel, inputs: tuple[str, ...], working: float, sums: float) -
     )  # fmt: skip
 
 
-def _kept(core: Kernel, scores: float, dropout: bool, b: int) -> Kernel:
+def _kept(core: Kernel, scores: float, softmax: str, dropout: bool, b: int) -> Kernel:
     """Keeps the softmax of the whole square of scores; with dropout also its mask, a byte, and its result
-    (5 a s^2 b in arXiv 2205.05198, 4.1). The scores themselves and their gradients come and go."""
-    kept = Value("attention_scores", int(scores * (2 * b + 1 if dropout else b)), grad=False)
-    once = int(scores * b)
+    (5 a s^2 b in arXiv 2205.05198, 4.1). The scores themselves and their gradients come and go. A softmax in
+    fp32 has its result and its gradient in fp32, and what dropout is given is not kept."""
+    wide = 4 if softmax == "upcast" and b < 4 else 0
+    size = (wide or b) + (b if dropout or wide else 0) + dropout
+    kept = Value("attention_scores", int(scores * size), grad=False)
+    more = {"fused": 0, "composed": 2, "upcast": 2 + wide // 2}[softmax]  # a scale, a mask; casts
     # two products, softmax, dropout, a copy; four products, the backward of the others, three copies
     return replace(
-        core, launches=4 + dropout, back_launches=8 + dropout,
+        core, launches=4 + dropout + more, back_launches=8 + dropout + more,
         writes=(*core.writes, kept), saves=(*core.reads, kept.name),
-        scratch=(("activations", once),), back_scratch=(("activations", 2 * once),),
+        scratch=(("activations", int(scores * (b + wide))),),
+        back_scratch=(("activations", int(scores * 2 * (wide or b))),),
     )  # fmt: skip
 
 

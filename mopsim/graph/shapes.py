@@ -13,8 +13,9 @@ class Shapes(Struct, frozen=True):
     their regions. width: bytes of an activation element. wide: bytes of the router's
     and the loss's numbers. exchange: how the ranks of a sequence trade keys and values (Attention.exchange).
     fused: one product for q, k and v, one for gate and up, one kernel for the rotary embedding and for
-    SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash. in_order: ranks that
-    trade keys and values have slices one after the other, of which the last attends to the most.
+    SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash. softmax: see
+    Kernels.softmax. in_order: ranks that trade keys and values have slices one after the other, of which the
+    last attends to the most.
     whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
     documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
     skips: whether its kernel leaves out what a window or a document hides. expands: its backward makes the
@@ -33,6 +34,7 @@ class Shapes(Struct, frozen=True):
     exchange: str = "ulysses"
     fused: bool = False
     flash: bool = True
+    softmax: str = "fused"
     sequence_parallel: bool = True
     in_order: bool = False
     whole_experts: bool = False

@@ -53,8 +53,7 @@ which they are there (the last of those that run)."""
 
 
 class Passes:
-    """Layers that are alike share their templates. split: backward and weight gradients apart (zero
-    bubble)."""
+    """Layers that are alike share templates. split: backward and weight gradients apart (zero bubble)."""
 
     def __init__(self, context: Context) -> None:
         self.context, strategy = context, context.strategy
@@ -64,6 +63,7 @@ class Passes:
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
+            softmax=kernels.softmax,
             skips=context.stack.skips_hidden(context.training.plain_attention(context.model)),
             in_order=kernels.sequence_slices == "in_order",
             fused=not apart or strategy.dense.tensor_parallel > 1,

@@ -135,6 +135,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `copied`: as `views`, and tensors that attention needs contiguous are copied too.
     grouped_heads: `shared`: keys and values that query heads share are read by all of them. `repeated`:
     they are repeated for each before the attention.
+    softmax: of attention scores that are kept (attention `scores`). `fused`: scaled and masked in one
+    kernel (Megatron-LM). `composed`: scaled, masked and their softmax by torch. `upcast`: so, and the
+    softmax is of a cast to fp32, as autocast has it too; its result is kept in fp32 and cast back.
     narrow_values: values of latent attention, which are narrower than its keys. `kept`: the attention reads
     them as they are. `padded`: its kernel takes one width: values, output and the output's gradient are
     copied beside zeros, and back.
@@ -234,6 +237,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "kept", "copied"] = "fused"
     grouped_heads: Literal["shared", "repeated"] = "shared"
+    softmax: Literal["fused", "composed", "upcast"] = "fused"
     narrow_values: Literal["kept", "padded"] = "kept"
     attention_rows: Literal["tokens", "heads", "sequences"] = "tokens"
     casts: Literal["kept", "again", "made"] = "kept"

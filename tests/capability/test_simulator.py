@@ -284,7 +284,8 @@ def left_to_the_stack() -> dict[str, Job]:
     that split rows of two sequences or, with MTP, hold all rows, and two readers of each; sends of an
     interleaved pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that
     HybridEP brings; heads' norms; a weight that embedding and head share; layers that are turns of a loop,
-    and experts of a fixed room; rotary embeddings by torch; values that are narrower than keys.
+    and experts of a fixed room; rotary embeddings by torch; values that are narrower than keys; attention
+    scores that are kept.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -347,6 +348,9 @@ def left_to_the_stack() -> dict[str, Job]:
             JOBS["mop, latent"], model=structs.replace(JOBS["mop, latent"].model, v_head_dim=16)
         ),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
+        "scores": replace(
+            job, stack=structs.replace(job.software, kernels=Kernels(attention={"default": "scores"}))
+        ),
     }
 
 
