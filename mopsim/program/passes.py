@@ -97,19 +97,19 @@ class Passes:
         layers = (*(layer for chunk in stage.every for layer in chunk), *stage.extra)
         left = (step for layer in layers for step in self._left(self.tape(layer)))
         logits = (("logits", self.held_logits),) if self.held_logits else ()
-        kept = layers if self._caches_weights else ()
-        cached = (("params", self._narrow_weights(layer)) for layer in kept)
+        cached = (("params", self._narrow_weights(layer)) for layer in layers if self._caches_weights)
         return (*stage.resident(), *(left if self._router_held else ()), *logits, *cached)
 
     @property
     def _caches_weights(self) -> bool:
         """Whether weights have casts that stay for good."""
-        cached = self.context.stack.kernels.weight_casts == "cached"
-        return cached and self.context.strategy.precision.matmul in CAST
+        how, cast = self.context.stack.kernels.weight_casts, self.context.strategy.precision.matmul in CAST
+        return cast and (how == "cached" or (how == "only" and not self.context.shards_params))
 
     def _narrow_weights(self, layer: int) -> int:
-        """Bytes of the casts of a layer's weights, which chunks of its tokens share."""
-        each, exact = narrow_weight(self.context), self.context.stack.kernels.exact
+        """Bytes of the casts of a layer's weights, which chunks share; less the parameters that they are."""
+        c, run = self.context, self.context.stack.kernels
+        each, exact = narrow_weight(c) - c.param * (run.weight_casts == "only"), run.exact
         return sum({one.name: weights_narrow(one, each, exact) for one in self.tape(layer).kernels}.values())
 
     @cached_property

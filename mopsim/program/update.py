@@ -161,8 +161,8 @@ class Update:
             b.drop("roots")
         if self.widens:
             b.drop("moments in fp32")
-            return last
-        return self._cast(params, last) if self._master else last
+        whole = self._master > (c.param if self.widens else 0)  # not what parameters lack
+        return self._cast(params, last) if whole else last
 
     @property
     def _flat(self) -> tuple[int, int]:

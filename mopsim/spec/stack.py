@@ -235,9 +235,11 @@ class Stack(Spec, frozen=True, kw_only=True):
         return DTYPE_BYTES[precision.matmul if cast else precision.compute]
 
     def own_master(self, precision: Precision, zero: int, update_on: Tier) -> int:
-        """Bytes of a master weight beside the parameter: where moments are widened, those that it lacks."""
+        """Bytes of a master weight beside the parameter: where moments are widened, those that it lacks,
+        unless weights lie in 8 or 4 bits alone (Kernels.weight_casts)."""
         lacking = precision.own_master - int(DTYPE_BYTES[precision.param])
-        widened = self.widens(precision, zero, update_on) and lacking > 0
+        cast = self.kernels.weight_casts == "only" and precision.matmul in CAST
+        widened = self.widens(precision, zero, update_on) and lacking > 0 and not cast
         return lacking if widened else precision.own_master
 
     @property

@@ -18,9 +18,11 @@ from tests.sim.toys import small
 from tests.software import changed
 
 
-def played(plan: Strategy, stack: str, batch: int = 8, **sections: dict[str, Any]) -> SimResult:
+def played(
+    plan: Strategy, stack: str, batch: int = 8, card: str = "h100-sxm-80g", **sections: dict[str, Any]
+) -> SimResult:
     training = TrainSpec(seq_len=64 if batch > 1 else 8192, global_batch=batch)
-    return simulate(small(), load_profile("h100-sxm-80g"), 1, plan, training, changed(stack, **sections))
+    return simulate(small(), load_profile(card), 1, plan, training, changed(stack, **sections))
 
 
 def whole(ranks: int) -> Strategy:
@@ -104,6 +106,22 @@ def test_cast_weights_that_modules_keep_are_there_for_good_in_both_layouts(chunk
     matrices = sum(one.numel for one in cast if one.layer >= 0)
     each = 2 * DTYPE_BYTES["fp8"]
     assert cached.resident_memory - once.resident_memory == pytest.approx(each * matrices, rel=1e-3)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_weights_that_lie_in_4_bits_alone_have_whole_masters(moments: Any) -> None:
+    """Beside moments in bf16 those of bf16 weights are what these lack (megatron-core's adamw, widened)."""
+    plan = megatron(world_size=2)
+    plan = replace(plan, precision=replace(plan.precision, matmul="nvfp4", moments=moments))
+    once, only = (
+        played(plan, "megatron-core", card="b200-sxm-192g", kernels={"weight_casts": how})
+        for how in ("step", "only")
+    )
+    every = tensors(small())
+    cast = [one for one in every if one.component not in EXACT and len(one.shape) > 1 and one.layer >= 0]
+    fewer = (2 - 2 * DTYPE_BYTES["nvfp4"]) * sum(one.numel for one in cast)
+    more = 2 * sum(one.numel for one in every) / 2 if moments == "bfloat16" else 0  # of two ranks
+    assert only.resident_memory - once.resident_memory == pytest.approx(more - fewer, rel=1e-2)
 
 
 def test_weights_of_layers_are_gathered_in_the_8_bits_that_products_read() -> None:
