@@ -56,6 +56,8 @@ class Footprint:
         plain, lacking = (float(space.stack.own_master(precision, 1, side)) for side in ("host", "device"))
         self.own_master = np.where((c["zero"] >= 1) & (c["state"] != HOST), lacking, plain)
         """Bytes of a master weight beside the parameter."""
+        self.weight = np.where(c["zero"] == 3, self.param, space.stack.held_weight(precision))
+        """Bytes of a weight on the device, at least."""
         self.stage = self.problem.world_size / c["pipeline"]
         self.microbatches = space.microbatches()
         self.ring = c["loss"] == RING
@@ -132,7 +134,7 @@ class Footprint:
         loss, is at its height."""
         c = self.c
         weights, state = self.held()
-        params = np.where(c["offload"] == 1, 0, weights * self.param)
+        params = np.where(c["offload"] == 1, 0, weights * self.weight)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         each = self.master() + self.moments
         optimizer = state * self.optimizer_here()
@@ -220,7 +222,7 @@ class Footprint:
         shards = shards + count @ routed / spread / c["expert_shard"]
         here = c["offload"] == 0
         grads = shards * np.where(here, self.grad * self.summed, 0.0)
-        mine = shards * (np.where(here, self.param, 0.0) + self.optimizer_here())
+        mine = shards * (np.where(here, self.weight, 0.0) + self.optimizer_here())
         mine = mine + np.where(self.gathers_parts, np.maximum(gathered, grads), gathered + grads)
         mine = np.where(c["pipeline"] == 1, resident + gathered, mine)
         return np.asarray(np.where(c["zero"] == 3, mine, below))
@@ -239,7 +241,7 @@ class Footprint:
         c = self.c
         each = self.optimizer_here()
         whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
-        held = self.param + self.grad * self.summed
+        held = self.weight + self.grad * self.summed
         return np.asarray(whole * held + (dense + routed) / self.stage * each)
 
     def host_memory(self) -> Reals:

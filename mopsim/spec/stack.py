@@ -242,6 +242,13 @@ class Stack(Spec, frozen=True, kw_only=True):
         widened = self.widens(precision, zero, update_on) and lacking > 0 and not cast
         return lacking if widened else precision.own_master
 
+    def held_weight(self, precision: Precision) -> float:
+        """Bytes of a weight at least, below ZeRO-3 (Kernels.weight_casts)."""
+        param, run = DTYPE_BYTES[precision.param], self.kernels
+        if run.weight_casts != "only" or precision.matmul not in CAST:
+            return param
+        return min(param, DTYPE_BYTES[precision.matmul] * (1 + (run.casts == "kept")))
+
     @property
     def behaviour(self) -> "Stack":
         """The stack without what changes no number: name, version, runtime, parent and sources."""
