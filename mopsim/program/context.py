@@ -203,7 +203,7 @@ class Context:
     @property
     def stream(self) -> int:
         """Bytes of a number of the residual stream."""
-        return self.wide if self.stack.kernels.stream == "float32" else self.b
+        return self.wide if self.stack.wide_stream(self.param > self.b) else self.b
 
     @property
     def held_output(self) -> int:
@@ -391,7 +391,7 @@ def make_context(
         accumulates=b <= 2 and stack.attention != "cpu",
     )  # fmt: skip
     return Context(
-        model, strategy, training, stack.compiling(strategy.compile),
+        model, strategy, training, stack.compiling(strategy.compile).cut(model, strategy),
         _groups(model, strategy, domain, stack, training.routing), shapes,
         edge_units(model, strategy, whole=stack.sharding.embedding == "whole", apart=holds("pairs")(job)),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,

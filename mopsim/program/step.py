@@ -151,7 +151,7 @@ class StageStep:
             return
         issue.hold((("logits", -self.passes.held_logits),))
         if not self.stage.extra:
-            self._read(self._loss(ready))
+            self._read(self._loss(ready), "forward")
             return
         ready = self._loss(ready, "norm")
         for layer in self.stage.extra:  # each predicts from the hidden state before it
@@ -164,12 +164,12 @@ class StageStep:
             ready = self._loss(ready, "norm")
         for _ in range(1 + len(self.stage.extra)):
             ready = self._loss(ready, "terms")
-        self._read(ready)
+        self._read(ready, "forward")
 
-    def _read(self, loss: Ops) -> None:
-        """The host waits for whether the loss is a number."""
-        if self.c.stack.host.loss_read:
-            self.issue.add("loss read", "compute", "vocabulary", "forward", LOSS, loss, awaited=True)
+    def _read(self, ready: Ops, phase: str) -> None:
+        """The host waits for whether the loss is a number, where it reads that at the end of this phase."""
+        if self.c.stack.host.reads_loss(phase):
+            self.issue.add("loss read", "compute", "vocabulary", phase, LOSS, ready, awaited=True)
 
     def _loss(self, ready: Ops, half: Half = "") -> Ops:
         """Final norm, projection on the vocabulary and loss of a hidden state."""
@@ -210,9 +210,9 @@ class StageStep:
         ready = issue.play(self.passes.embedding("backward"), -1, ready)
         self._reduced(ready, "embedding", final)
         self.after = (*self.after, *self.shards.finish())
-        if not self.passes.split:
-            self.kept.added(chunk, ready)
+        ready = ready if self.passes.split else self.kept.added(chunk, ready)
         issue.hold(self.passes.left)
+        self._read(ready, "backward")
 
     def _loss_backward(self, microbatch: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
         """All cross entropies, then MTP layers, whose gradient of a hidden state is added to its loss's,

@@ -30,7 +30,8 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     counts_read: in the forward of routed experts the host waits for the number of rows of each expert.
     `exchanged`: if rows are exchanged, for the messages' sizes. `always`: the products need these sizes
     too. `never`: every expert gets as many rows, padded, or only the device knows the number.
-    loss_read: the host reads the loss of every microbatch, to stop if it is not a number.
+    loss_read: the host reads the loss of every microbatch, to stop if it is not a number: before it starts
+    the backward, or (`after_backward`) once that is over.
     grads_read: the host reads the norm of each bucket of gradients before they are reduced.
     message_reads: values that the host reads from the device before a message between pipeline stages can
     come. Two messages before it give its shape.
@@ -59,7 +60,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     reads_lengths: Literal["never", "single", "every"] = "never"
     documents: float = 1.0
     counts_read: Literal["never", "exchanged", "always"] = "exchanged"
-    loss_read: bool = False
+    loss_read: bool | Literal["after_backward"] = False
     grads_read: bool = False
     message_reads: int = 0
     permutes: Literal["compiled", "triton"] = "compiled"
@@ -69,6 +70,10 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     logs: tuple[Literal["zeros", "params_norm"], ...] = ()
     frames: bool = False
     graphs: tuple[str, ...] = ()
+
+    def reads_loss(self, phase: str) -> bool:
+        """Whether the host reads the loss of a microbatch at the end of a phase."""
+        return phase == {True: "forward", "after_backward": "backward"}.get(self.loss_read, "")
 
     def __post_init__(self) -> None:
         require_known("graphs", self.graphs, ("step", *COMPONENTS))

@@ -48,8 +48,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     by operation, of which most results are kept (transformers' gelu_new). `tanh_wide`: so in fp32, as
     autocast has it.
     residual: `fused`: one kernel. `composed`: kernels as eager torch composes them.
-    stream: dtype of the residual stream. `compute`: that of the products. `float32`: fp32, which autocast
-    leaves if weights are fp32.
+    stream: dtype of the residual stream. `compute`: that of the products, but fp32 if the program runs as
+    DistributedDataParallel does (sharding.optional) on fp32 weights, as autocast leaves what embeddings give.
+    `float32`: fp32.
     expert_rows: gated activation and route weights of routed experts. `fused`: one kernel. `composed`: as
     eager torch composes both. `wide`: route weights as eager torch composes them, on a kept copy in fp32;
     the activation as the field `activation` says. `added`: as `wide`, before the kernel that adds a token's

@@ -41,6 +41,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     bucketed: DistributedDataParallel has buckets for good, as large as the gradients that several ranks
     sum. Gradients are copied into them and back (gradient_as_bucket_view is false by default). This is so
     wherever optional makes that program run.
+    bucket: bytes of parameters after which DistributedDataParallel ends a bucket (bucket_cap_mb), and
+    torch.compile a graph (torch._dynamo.config.optimize_ddp): the products of a gate that are larger lie in
+    graphs of their own, so no kernel makes all of what is between them and the next.
     copies: there are copies between shards or gradients and the buffers of collectives (torch's FSDP2).
     whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and reduced
     with the last microbatch's (FSDP2's set_requires_gradient_sync): `always`, in `pipelines` (as torch's
@@ -125,6 +128,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     fsdp: bool = False
     optional: bool = False
     bucketed: bool = False
+    bucket: float = 25 * 2**20
     copies: bool = False
     whole_sums: Deferred = "never"
     stays: Deferred = "never"
@@ -190,7 +194,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies", "norm_passes")
         require_between(self, 0, MOST_COPIES, "loop_copies")
-        require_between(self, 0, MOST_BUCKETS, "buckets", "reduce_buffer", "update_group")
+        require_between(self, 0, MOST_BUCKETS, "buckets", "bucket", "reduce_buffer", "update_group")
         whole = self.update_group == int(self.update_group)
         yield whole, "update_group", "must be 0, or a whole number of at least 1: parameters of one update"
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))

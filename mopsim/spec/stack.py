@@ -4,7 +4,7 @@ Strategy is what a user decides; a stack is what its software does anyway: which
 collectives copy, what its Python costs the host, which dtypes its state has, what its memory reading means.
 
 Every entry is data with a source (`sources`: dotted field -> where it is written, and of which version). A
-stack that nobody wrote is guessed by `generic-eager` or `generic-fused`, which are no bounds.
+stack that nobody wrote is guessed by `generic-eager`, `generic-compile` or `generic-fused`, no bounds.
 """
 
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ from mopsim.spec.kernels import BEYOND
 from mopsim.spec.kernels import DEFAULT as DEFAULT
 from mopsim.spec.kernels import AttentionKernel as AttentionKernel
 from mopsim.spec.kernels import Kernels as Kernels
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.reading import Reading as Reading
 from mopsim.spec.recompute import Recompute as Recompute
 from mopsim.spec.routing import RoutingProfile
@@ -188,6 +189,10 @@ class Stack(Spec, frozen=True, kw_only=True):
         """Whether attention scores are never kept in memory."""
         return self.attention != "scores"
 
+    def wide_stream(self, wide_weights: bool) -> bool:
+        """Whether the residual stream is in fp32. wide_weights: weights are wider than the products."""
+        return self.kernels.stream == "float32" or (self.sharding.bucketed and wide_weights)
+
     def skips_hidden(self, plain: bool) -> bool:
         """Whether attention leaves out the blocks of scores that a window or a document hides, beside the
         causal half. plain: see `on`."""
@@ -196,6 +201,17 @@ class Stack(Spec, frozen=True, kw_only=True):
     def compiling(self, how: str) -> "Stack":
         """The stack where a strategy has compiled what it says (`Strategy.compile`)."""
         return replace(self, **self._compiled(), compiled={}) if how != "none" else self
+
+    def cut(self, model: ModelSpec, strategy: Strategy) -> "Stack":
+        """The stack where the products of a compiled layer's gate lie in graphs of their own
+        (Sharding.bucket)."""
+        dense, run, sharding = strategy.dense, self.kernels, self.sharding
+        elements = model.hidden_size * model.intermediate_size / dense.tensor_parallel
+        large = elements * DTYPE_BYTES[strategy.precision.param] >= sharding.bucket
+        reduced = sharding.bucketed and dense.fsdp * strategy.dense_replicas > 1
+        if not (run.compiled and run.activation == "fused" and reduced and large):
+            return self
+        return replace(self, kernels=replace(run, activation="composed"))
 
     def _compiled(self) -> dict[str, Any]:
         """The sections that compiled blocks change. Raises SpecError for a value that no entry can have."""

@@ -32,9 +32,11 @@ def stack_names() -> dict[str, str]:
 
 
 class NamedStack(Condition, frozen=True, kw_only=True):
-    """The stack of rows of which the condition is true: see data/programs.yaml."""
+    """The stack of rows of which the condition is true: see data/programs.yaml. general: it stands for
+    programs that nobody described."""
 
     stack: str
+    general: bool = False
 
 
 class FirstMonth(Condition, frozen=True, kw_only=True):
@@ -91,7 +93,8 @@ def families() -> dict[str, FamilyHabits]:
 @cache
 def general_stacks() -> frozenset[str]:
     """The stacks that stand for programs that nobody described."""
-    return frozenset(one.stack for one in families().values())
+    of_words = {one.stack for one in programs() if one.general}
+    return frozenset({one.stack for one in families().values()} | of_words)
 
 
 def facts(row: Row) -> RowFacts:

@@ -50,6 +50,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "stack.kernels.attention": ({"default": "profile"}, {"default": "scores"}, {"blackwell": "flash2"}),
     "stack.cpu": (None, stack.Kernels(norm="composed")),
     "stack.sharding.update_group": (0.0, 2.0),
+    "stack.sharding.bucket": (0.0, 1e12),
     "stack.communication_share": ({}, {"blackwell": 0.9}),
     "stack.sources": ({}, {"kernels.norm": "a test"}),
     "stack.recompute.kept": ((), ("attention_core",)),

@@ -285,7 +285,7 @@ def left_to_the_stack() -> dict[str, Job]:
     interleaved pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that
     HybridEP brings; heads' norms; a weight that embedding and head share; layers that are turns of a loop,
     and experts of a fixed room; rotary embeddings by torch; values that are narrower than keys; attention
-    scores that are kept.
+    scores that are kept; compiled layers in copies.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -350,6 +350,13 @@ def left_to_the_stack() -> dict[str, Job]:
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
         "scores": replace(
             job, stack=structs.replace(job.software, kernels=Kernels(attention={"default": "scores"}))
+        ),
+        "compiled copies": replace(
+            job,
+            strategy=megatron(8),
+            stack=structs.replace(
+                job.software, kernels=Kernels(compiled=True), sharding=Sharding(bucketed=True, bucket=0.0)
+            ),
         ),
     }
 

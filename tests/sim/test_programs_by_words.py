@@ -85,7 +85,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "our own trainer", "zero3", "generic-eager"),
         ("new", "our own trainer", "zero1", "generic-fused"),
         ("new", "our own trainer, torch 2.5, attn_implementation eager", "zero1", "generic-fused"),
-        ("new", "our own trainer, torch.compile, 10% over eager", "zero1", "generic-fused"),
+        ("new", "our own trainer, torch.compile, 10% over eager", "zero1", "generic-compile"),
         ("new", "our own trainer, torch 2.5, eager", "zero1", "generic-eager"),
     ],
 )

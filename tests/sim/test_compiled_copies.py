@@ -1,0 +1,73 @@
+"""Plain programs of torch: under autocast, compiled, in copies, and read by a trainer."""
+
+from msgspec import structs
+
+from mopsim.program.lower import lower
+from mopsim.spec.presets import load_model
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+from mopsim.validate.facts import general_stacks
+from mopsim.validate.rows import read_case
+from tests.sim.test_validate import MODELS, row
+
+LLAMA = load_model("llama3_8b")
+
+
+def test_a_layer_larger_than_a_bucket_is_compiled_in_parts_where_copies_sum_gradients() -> None:
+    stack, many = load_stack("generic-compile").under(0), megatron(8)
+    assert stack.cut(LLAMA, many).kernels.activation == "composed"
+    assert stack.cut(LLAMA, megatron(1)) is stack
+    large = structs.replace(stack, sharding=structs.replace(stack.sharding, bucket=1e9))
+    assert large.cut(LLAMA, many) is large
+    for name in ("generic-eager", "torchtitan-compile", "megatron-core"):
+        other = load_stack(name).under(0)
+        assert other.cut(LLAMA, many) is other
+
+
+def test_autocast_leaves_the_stream_of_whole_fp32_weights_in_fp32() -> None:
+    for name, zero, wide in (
+        ("generic-eager", 0, True),
+        ("generic-eager", 3, False),
+        ("transformers-fsdp1", 0, True),
+        ("megatron-core", 0, False),
+    ):
+        stack = load_stack(name).under(zero)
+        assert stack.wide_stream(True) is wide
+        assert not stack.wide_stream(False)
+
+
+def test_a_trainer_reads_the_loss_once_its_backward_is_over() -> None:
+    def reads(stack: Stack) -> list[str]:
+        program = lower(LLAMA, megatron(2), TrainSpec(seq_len=1024, global_batch=4), 8, stack=stack)
+        return [op.phase for op in program.programs[0].ops if op.name == "loss read" and op.awaited]
+
+    trainer = load_stack("transformers-fsdp1")
+    assert set(reads(trainer)) == {"backward"}
+    assert set(reads(load_stack("megatron-core"))) == {"forward"}
+    silent = structs.replace(trainer, host=structs.replace(trainer.host, loss_read=False))
+    assert reads(silent) == []
+
+
+def test_words_say_how_plain_programs_compile_and_attend() -> None:
+    assert "generic-compile" in general_stacks()
+    told = {"source": "new", "sharding": "none"}
+    for notes, stack, loss, attention in (
+        ("torch.compile", "generic-compile", "compiled", "profile"),
+        ("torch.compile, torch 2.8 (202509)", "generic-compile", "upcast", "flash2"),
+        ("torch.compile, FA2, 2026-10", "generic-compile", "compiled", "flash2"),
+        ("own kernels", "generic-fused", "in_place", "profile"),
+    ):
+        found = read_case(row(**told, notes=notes), MODELS)
+        kernels = found.program().kernels
+        assert (found.stack, kernels.loss, kernels.attention["default"]) == (stack, loss, attention), notes
+    for notes, norm, adamw in (
+        ("Trainer, Liger kernels", "fused", "foreach"),
+        ("Trainer, torch.compile of each layer, fused AdamW", "fused", "fused"),
+        ("Trainer with Liger's cross-entropy alone, 2025-11", "rounded", "fused"),
+    ):
+        kernels = (
+            read_case(row(stack="transformers-fsdp1", sharding="none", notes=notes), MODELS).program().kernels
+        )
+        assert (kernels.norm, kernels.adamw) == (norm, adamw), notes
