@@ -20,11 +20,7 @@ DEFAULTS = {
     "mopsim/strategies.py": {"megatron-core", "mopexec-flat", "mopexec-fsdp2"},
 }
 """What a command, a family or a strategy takes where nothing is said, and what mopexec runs."""
-OTHERS = (
-    "mopsim/export/",
-    "mopsim/spec/architectures.py",
-    "mopexec/weights/config.py",
-)
+OTHERS = ("mopsim/export/", "mopsim/spec/architectures.py")
 """What others call their own: targets of exports and what these know, types of Hugging Face's configs."""
 TARGETS = {"deepspeed", "megatron-bridge", "torchtitan"}
 
