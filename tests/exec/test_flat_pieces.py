@@ -13,7 +13,7 @@ from mopexec.check.dry_run import dry_run
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from tests.exec.flat_plans import MODEL, make_plan
-from tests.exec.spawn import pool
+from tests.exec.spawn import Pool, pool
 from tests.exec.test_flat_units import ALL_FOUR, ALL_TWO, FOUR
 
 PIECES = "tests.exec.flat_pieces"
@@ -26,26 +26,28 @@ def test_dispatch_then_combine_is_the_identity(world: int, num_experts: int, rou
 
 
 def test_a_checkpoint_loads_under_another_strategy_and_world_size(tmp_path: Path) -> None:
-    loss, weights = pool(4).run(
-        PIECES, "train_and_save", make_plan(4, ALL_FOUR, micro_batch=2), tmp_path / "c"
-    )[0]
+    same: dict[str, Any] = {"micro_batch": 2, "training": {"global_batch": 8}}
+    plan = make_plan(4, ALL_FOUR, **same)
+    loss, weights = pool(4).run(PIECES, "train_and_save", plan, tmp_path / "c")[0]
     for world, changes in ((2, ALL_TWO), (2, {"vocabulary": {"loss": "ring", "vocab_parallel": 2}}), (1, {})):
-        plan = make_plan(world, changes, micro_batch=2)
+        plan = make_plan(world, changes, **same)
         again, found = pool(world).run(PIECES, "load_and_train", plan, tmp_path / "c")[0]
         assert again == pytest.approx(loss, rel=1e-12)
         for name, weight in weights.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("changes", [ALL_FOUR, FOUR["experts_all"]])
-def test_a_dry_run_has_the_memory_of_a_real_step_to_the_byte(changes: dict[str, Any]) -> None:
-    plan = make_plan(4, changes, dtype="bfloat16", micro_batch=2, training={"routing": "70/3"})
-    real = pool(4).run(PIECES, "tracked", plan)
-    for rank in (0, 3):
-        fake = dry_run(plan, rank)
-        assert fake.memory_by_category == real[rank].memory_by_category
-        assert fake.resident_by_category == real[rank].resident_by_category
-        assert fake.host_by_category == real[rank].host_by_category
+def test_a_dry_run_has_the_memory_of_a_real_step_to_the_byte() -> None:
+    ranks = Pool(4, prompt=True)
+    for changes in (ALL_FOUR, FOUR["experts_all"]):
+        plan = make_plan(4, changes, dtype="bfloat16", micro_batch=2, training={"routing": "70/3"})
+        real = ranks.run(PIECES, "tracked", plan)
+        for rank in (0, 3):
+            fake = dry_run(plan, rank)
+            assert fake.memory_by_category == real[rank].memory_by_category
+            assert fake.resident_by_category == real[rank].resident_by_category
+            assert fake.host_by_category == real[rank].host_by_category
+    ranks.close()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def planned(world: int, name: str, rank: int = 0) -> dict[str, Any]:
 @cache
 def trained(world: int) -> list[dict[str, Any]]:
     """What the tracker of each rank saw in real training, by case."""
-    ranks = Pool(world)  # of their own: nothing is cached by other tests
+    ranks = Pool(world, prompt=True)  # of their own: nothing is cached by other tests
     found = ranks.run("tests.parity.memory_worker", "track", world)
     ranks.close()
     return found

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from mopsim import strategies
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
-from tests.exec.spawn import pool
+from tests.exec.spawn import Pool, pool
 from tests.parity.memory_cases import MODEL, plan
 from tests.plans import split
 
@@ -64,12 +64,14 @@ def test_on_two_ranks_all_but_copies_of_gloo_is_seen() -> None:
     """One of three runs at most: how long a thread of gloo holds what it has sent differs from run to run."""
     left = {name: replace(plan(strategy), model=LARGER) for name, strategy in SPREAD.items()}
     lowest: dict[str, int] = {}
+    ranks = Pool(2, prompt=True)
     for _ in range(3):
-        (found, _) = pool(2).run("tests.parity.profiled_worker", "peaks", left)
+        (found, _) = ranks.run("tests.parity.profiled_worker", "peaks", left)
         lowest |= {name: min(one[2], lowest.get(name, one[2])) for name, one in found.items()}
         tracked = {name: one[0] for name, one in found.items()}
         off = {name: one / lowest[name] - 1 for name, one in tracked.items()}
         left = {name: left[name] for name in off if abs(off[name]) > INSIDE.get(name, TOLERANCE)}
         if not left:
-            return
-    raise AssertionError(off)
+            break
+    ranks.close()
+    assert not left, off
