@@ -10,6 +10,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
 from tests.parity.test_memory_parity import FULL, SMALL, TWO, _check, _check_stages, _split
+from tests.parity.tracked import halved
 
 TWO_MATRICES = msgspec.structs.replace(
     SMALL, ffn_matrices=2, intermediate_size=1024, moe_intermediate_size=512
@@ -39,10 +40,11 @@ GPT = msgspec.structs.replace(
 networks = pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
 
 
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("stack", ["mopexec-flat", "mopexec-flat-nested"])
-@networks
-def test_under_mop(model: ModelSpec, stack: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "stack", "kind"), halved(NETWORKS, ("mopexec-flat", "mopexec-flat-nested"), ("cuda", "cpu"))
+)
+def test_under_mop(name: str, stack: str, kind: str) -> None:
+    model = NETWORKS[name]
     strategy = mop(2, **_spread(model), vocab_parallel=2, expert_chunk_tokens=2048)
     strategy = msgspec.structs.replace(strategy, stack=stack)
     _check(model, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01, kind)
@@ -103,9 +105,9 @@ def test_one_weight_under_split_modules() -> None:
     _check_stages(_split(2, {"recompute": "full", "model": model}), 0.01)
 
 
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("matrices", [2, 3])
+@pytest.mark.parametrize(
+    ("matrices", "dtype", "kind"), halved((2, 3), ("bfloat16", "float32"), ("cuda", "cpu"))
+)
 def test_biases_of_experts(matrices: int, dtype: Any, kind: str) -> None:
     """Beside grouped products they are gathered for every row: 7.9 % of ZeRO-Offload's peak lacked."""
     model = msgspec.structs.replace(
