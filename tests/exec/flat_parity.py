@@ -25,7 +25,7 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.training import TrainSpec
 
-STEPS = 2
+STEPS, BIAS = 2, "balance_bias"
 
 
 def decay_groups(model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
@@ -65,13 +65,15 @@ def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> l
 
 class Step(NamedTuple):
     """What the single-device model has after a step: the mean loss and the gradient norm before clipping, the
-    unclipped gradients, the updated weights, and the mean loss that an evaluation then finds."""
+    unclipped gradients, the updated weights, the mean loss that an evaluation then finds, and what balances
+    experts."""
 
     loss: float
     norm: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     evaluation: float
+    biases: dict[str, Tensor]
 
 
 def reference(plan: Plan, routing: str, device: torch.device, steps: int) -> tuple[Step, ...]:
@@ -110,7 +112,8 @@ def _trained(
         if choice.learned and spec.num_moe_layers:
             model.update_balance(training.bias_update_rate)
         after = {name: p.detach().clone() for name, p in named.items()}
-        found.append(Step(loss.item(), norm, gradients, after, _evaluated(model, tokens)))
+        biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(BIAS)}
+        found.append(Step(loss.item(), norm, gradients, after, _evaluated(model, tokens), biases))
     return tuple(found)
 
 
@@ -125,20 +128,23 @@ def _evaluated(model: Transformer, tokens: Tensor) -> float:
     return loss.item()
 
 
-def compare(platform: Platform, plan: Plan, routing: Any, steps: int = STEPS) -> dict[str, float]:
-    """Largest relative differences over some steps: of loss, gradient norm, each gradient and each weight."""
+def compare(platform: Platform, plan: Plan, routing: Any) -> dict[str, float]:
+    """Largest relative differences over STEPS steps: of loss, gradient norm, each gradient and each weight;
+    and how far the biases that balance experts are off after the last."""
     rank = int(os.environ["RANK"])
     runner = apply.build(plan, platform, routing=routing, seed=7)
     runner.keep_gradients()
     worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
-    for step, expected in enumerate(reference(plan, routing, platform.device, steps)):
+    for step, expected in enumerate(reference(plan, routing, platform.device, STEPS)):
         result = runner.step(my_batches(plan, make_tokens(plan, step), rank, platform.device))
         worst["loss"] = max(worst["loss"], abs(result.loss - expected.loss) / abs(expected.loss))
         worst["norm"] = max(worst["norm"], abs(result.grad_norm - expected.norm) / expected.norm)
         gradients, weights = runner.full_gradients(), runner.full_parameters()
         for kind, found in differences(gradients, weights, expected).items():
             worst[kind] = max(worst[kind], found)
-    return worst
+    state = runner.state_dict()
+    apart = [(state[name] - bias).abs().max().item() for name, bias in expected.biases.items()]
+    return worst | {"balance": max(apart, default=0.0)}
 
 
 def evaluated(platform: Platform, plan: Plan) -> dict[str, float]:
@@ -250,13 +256,11 @@ def fail(platform: Platform, plan: Plan) -> str:
     return ""
 
 
-def compare_in_slices(
-    platform: Platform, plan: Plan, routing: Any, num_rows: int, steps: int = STEPS
-) -> dict[str, float]:
+def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: int) -> dict[str, float]:
     """`compare` with element-wise work cut into slices of `num_rows` rows."""
     whole, rows.SLICE_ROWS = rows.SLICE_ROWS, num_rows
     try:
-        return compare(platform, plan, routing, steps)
+        return compare(platform, plan, routing)
     finally:
         rows.SLICE_ROWS = whole
 

@@ -41,7 +41,8 @@ def make_plan(
     training: dict[str, Any] | None = None, micro_batch: int = 1, device_kind: str = "cpu",
     stack: str = DEFAULT_STACK,
 ) -> Plan:  # fmt: skip
-    """A plan of ZeRO-3 over all ranks with `changes` per component of the strategy."""
+    """A plan of ZeRO-3 over all ranks with `changes` per component of the strategy. Of microbatches it has
+    the first, one between and the last, of more than two groups of data fewer."""
     base = Strategy(
         name="test", world_size=world, micro_batch=micro_batch, precision=precision(dtype), stack=stack
     )
@@ -51,7 +52,8 @@ def make_plan(
     }
     strategy = msgspec.structs.replace(base, **fields)
     train: dict[str, Any] = {
-        "seq_len": 16, "global_batch": 8, "learning_rate": 2e-3, "clip_norm": 0.02, "bias_update_rate": 0.05,
+        "seq_len": 16, "global_batch": min(8, 3 * strategy.data_groups * micro_batch), "learning_rate": 2e-3,
+        "clip_norm": 0.02, "bias_update_rate": 0.05,
     }  # fmt: skip
     hardware = HardwareRef(
         name="test", digest="0", num_nodes=1, devices_per_node=world, memory_limit=1 << 30, host_limit=1 << 30

@@ -41,12 +41,12 @@ FLAT_PARTS: dict[str, tuple[int, dict[str, Any], str]] = {
 @pytest.mark.parametrize("routing", ["balanced", "95/4", "learned"])
 @pytest.mark.parametrize("name", FLAT_PARTS)
 def test_flat_units_equal_the_single_device_model(name: str, routing: str) -> None:
-    """Loss, gradients, and weights after three clipped steps."""
+    """Loss, gradients, and weights after two clipped steps."""
     world, changes, stack = FLAT_PARTS[name]
     how, stated = ("learned", {}) if routing == "learned" else ("profile", {"routing": routing})
     model = ONE_EXPERT if world == 4 else LLAMA4
     plan = make_plan(world, changes, model=model, training=stated, stack=stack, micro_batch=2)
-    for worst in pool(world).run("tests.exec.flat_parity", "compare", plan, how, 3):
+    for worst in pool(world).run("tests.exec.flat_parity", "compare", plan, how):
         assert max(worst.values()) <= 1e-9, worst
 
 
@@ -88,7 +88,7 @@ def test_runtimes_equal_the_single_device_model(strategy: Strategy, mask: str) -
     ids=["kept", "again, skewed"],
 )
 def test_compiled_layers_equal_the_single_device_model(plan: Plan, routing: str) -> None:
-    for found in pool(2).run("tests.exec.compiled_worker", "compare", plan, routing):
+    for found in pool(2).run("tests.exec.compiled_worker", "compare", plan, routing, routing == "learned"):
         check(found, 1e-9)
 
 

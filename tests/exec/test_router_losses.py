@@ -9,7 +9,6 @@ from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_FOUR, ALL_TWO, NO_QK_NORM
 
-STEPS = 3
 CASES: dict[str, tuple[int, dict[str, Any], ModelSpec, str]] = {
     "one rank": (1, {"experts": {"chunk_tokens": 4}}, MODEL, "learned"),
     "softmax scores": (1, {}, NO_QK_NORM, "learned"),
@@ -31,6 +30,6 @@ def test_flat_units_has_the_gradients_of_the_single_device_model(case: str, rows
     world, changes, model, routing = CASES[case]
     losses = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2, "routing": "80/3"}
     plan = make_plan(world, changes, model=model, micro_batch=2, training=losses)
-    given = ("tests.exec.flat_parity", "compare_in_slices", plan, routing, rows, STEPS)
+    given = ("tests.exec.flat_parity", "compare_in_slices", plan, routing, rows)
     for worst in pool(world).run(*given):
         assert max(worst.values()) <= 1e-9, worst
