@@ -104,7 +104,7 @@ class Passes:
     def _caches_weights(self) -> bool:
         """Whether weights have casts that stay for good."""
         how, cast = self.context.stack.kernels.weight_casts, self.context.strategy.precision.matmul in CAST
-        return cast and (how == "cached" or (how == "only" and not self.context.shards_params))
+        return cast and (how in ("cached", "rows") or (how == "only" and not self.context.shards_params))
 
     def _narrow_weights(self, layer: int) -> int:
         """Bytes of the casts of a layer's weights, which chunks share; less the parameters that they are."""

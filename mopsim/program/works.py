@@ -138,8 +138,8 @@ def _cast(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
 
 def narrow_weight(context: Context) -> float:
     """Bytes of a weight that is cast: Transformer Engine's are by rows and by columns."""
-    layouts = 1 + (context.stack.kernels.casts == "kept")
-    return DTYPE_BYTES[context.strategy.precision.matmul] * layouts
+    run, recipe = context.stack.kernels, context.strategy.precision.matmul
+    return DTYPE_BYTES[recipe] * (1 + (run.casts == "kept" and (run.weight_casts, recipe) != ("rows", "fp8")))
 
 
 def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

@@ -160,7 +160,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     never.
     weight_casts: `step`: weights are cast once a step, which is not counted. `pass`: in every forward pass.
     `kept`: there is a cast copy of each weight, kept for the backward (in both layouts if casts are kept).
-    `cached`: there is a cast copy for good. `only`: the cast copy is the parameter: none is wider.
+    `cached`: there is a cast copy for good. `rows`: so, of FP8 in one layout. `only`: the cast copy is the
+    parameter: none is wider.
     weight_grads: `fused`: gradients are added to their buffer inside the product. `composed`: after it.
     adamw: `fused`: one kernel. `foreach`: operation by operation over all tensors, with the roots of all
     second moments beside (torch's default). `looped`: over one tensor after the other, with two copies.
@@ -245,7 +246,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     cast_scales: Literal["tensor", "rows"] = "tensor"
     scale_updates: int = 0
     scale_sums: Literal["none", "tensor", "world"] = "none"
-    weight_casts: Literal["step", "pass", "kept", "cached", "only"] = "step"
+    weight_casts: Literal["step", "pass", "kept", "cached", "rows", "only"] = "step"
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
     ring_blocks: Literal["fused", "composed", "scripted"] = "fused"
