@@ -13,7 +13,9 @@ from mopsim.program.workload import FABRICS
 from mopsim.spec.hardware import HardwareProfile
 
 REACHED = ("efficiency", "forward", "backward")
-SHARES = (*REACHED, "held", "communication_share")
+BESIDE = ("communication_share", "product_share")
+"""What collectives take of the compute beside them, which has no tag of its own."""
+SHARES = (*REACHED, "held", *BESIDE)
 """Numbers of a curve that are fractions and end at 1. Those that the work reaches move together; `held`, the
 limit that power sets, is of its own."""
 Plain = dict[str, Any]
@@ -92,7 +94,7 @@ def _assumed(node: Any, path: Path) -> Iterator[Path]:
         return
     tagged = node.get("tag") == "assumed"
     for key, value in node.items():
-        if key == "communication_share" or (tagged and key in SHARES):
+        if (key in BESIDE and value) or (tagged and key in SHARES):
             yield (*path, key)
         elif key not in ("price_per_device_hour", "node_power", "power"):
             yield from _assumed(value, (*path, key))

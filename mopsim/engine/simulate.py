@@ -10,6 +10,7 @@ from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.stack import as_used, waiting
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
+from mopsim.engine.beside import beside
 from mopsim.engine.gaps import ShorterPlay, repeated, steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
@@ -72,10 +73,10 @@ def run(
     ledgers = [Ledger(program.resident, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = hardware.host.cpu_launch_time.si if hardware.host.cpu_launch_time else 0.0
+    besides = [beside(program, used, workload.stack, prices) for program in workload.programs]
     end = play(
-        workload.programs, durations, ledgers, records, used.communication_share, issue,
-        blocking=workload.stack.host.blocking,
-    )  # fmt: skip
+        workload.programs, durations, ledgers, records, besides, issue, blocking=workload.stack.host.blocking
+    )
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)

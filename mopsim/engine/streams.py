@@ -6,6 +6,7 @@ A thread of the host issues the ops (see HostThread); no stream runs what is not
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 
+from mopsim.engine.beside import Beside
 from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
@@ -38,7 +39,7 @@ class Rank:
         program: Program,
         durations: Sequence[float],
         record: Record,
-        share: float,
+        beside: Beside,
         meetings: dict[str, Meeting],
         host: HostThread | None,
     ) -> None:
@@ -53,8 +54,10 @@ class Rank:
         self.before = [-1] * len(program.ops)
         """The op that the same stream runs before each."""
         self.waiting: dict[int, list[Wake]] = {}
-        self.share = share
+        self.beside, self.lost = beside, beside.share
         self.talking: list[Op] = []
+        self.taking = 0
+        """Of the collectives that run, those that spare products no SMs."""
         self.remaining, self.since = 0.0, 0.0
         self.wake: Wake | None = None
         """Of the compute that runs."""
@@ -172,15 +175,16 @@ class Rank:
 
     def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object]]:
         """How ops of a stream begin and end."""
-        if self.share > 0.0 and stream == "compute":
+        if self.beside.most > 0.0 and stream == "compute":
             return self.compute, self.computed
-        if self.share > 0.0 and stream in FABRICS:
+        if self.beside.most > 0.0 and stream in FABRICS:
             return self.talk, self.talked
         clock = self.clock
         return lambda op, duration, wake: clock.at(clock.now + duration, wake), lambda op: None
 
     def compute(self, op: Op, duration: float, wake: Wake) -> None:
         """Wake when `duration` seconds of undisturbed compute are done."""
+        self.lost = self.beside.lost[op.index]
         self.remaining, self.since, self.wake = duration, self.clock.now, wake
         self._wake()
 
@@ -194,6 +198,7 @@ class Rank:
         """A collective begins: compute goes on at the new rate."""
         self._pause()
         self.talking.append(op)
+        self.taking += op.index not in self.beside.sparing
         self._wake()
         self.clock.at(self.clock.now + duration, wake)
 
@@ -201,13 +206,14 @@ class Rank:
         """It has ended."""
         self._pause()
         self.talking.remove(op)
+        self.taking -= op.index not in self.beside.sparing
         self._wake()
 
     def _pause(self) -> None:
         """Settle what the compute that runs has done, and do not wake it when that was thought to be all."""
         if self.wake is not None:
             self._settle()
-            if self.timer >= 0 and (not self.talking or self.share < 1.0):
+            if self.timer >= 0 and (not self.talking or self._rate() > 0.0):
                 self.clock.overtake(self.timer)
 
     def _settle(self) -> None:
@@ -215,7 +221,7 @@ class Rank:
         now = self.clock.now
         passed, self.since = now - self.since, now
         if self.talking:
-            rate = 1.0 - self.share
+            rate = self._rate()
             self.remaining -= passed * rate
             self.record.stolen(self.talking[0], passed * (1.0 - rate))
         else:
@@ -229,8 +235,12 @@ class Rank:
         left = self.remaining if self.remaining > 0.0 else 0.0
         if not self.talking:
             self.timer = self.clock.at(self.clock.now + left, wake)
-        elif self.share < 1.0:
-            self.timer = self.clock.at(self.clock.now + left / (1.0 - self.share), wake)
+        elif (rate := self._rate()) > 0.0:
+            self.timer = self.clock.at(self.clock.now + left / rate, wake)
+
+    def _rate(self) -> float:
+        """Of the compute that runs beside collectives."""
+        return 1.0 - (self.lost if self.taking else self.beside.share)
 
 
 def play(
@@ -238,7 +248,7 @@ def play(
     durations: Sequence[Sequence[float]],
     ledgers: Sequence[Ledger],
     records: Sequence[Record],
-    share: float,
+    besides: Sequence[Beside],
     issue: float = 0.0,
     *,
     blocking: bool = False,
@@ -259,8 +269,10 @@ def play(
         for program, times in zip(programs, durations, strict=True)
     ]
     ranks = [
-        Rank(clock, program, times, record, share, meetings, thread)
-        for program, times, record, thread in zip(programs, durations, records, threads, strict=True)
+        Rank(clock, program, times, record, beside, meetings, thread)
+        for program, times, record, beside, thread in zip(
+            programs, durations, records, besides, threads, strict=True
+        )
     ]
     clock.play()
     late = ((one, op) for one in ranks if not all(one.done) for op in one.program.ops)

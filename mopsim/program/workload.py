@@ -60,7 +60,8 @@ class Work(Struct, frozen=True):
     elements that several rows, sorted, add to one. serial: rows added to one row, one after the other.
     chunked: elements that torch's _chunk_cat copies. strided: elements that torch's elementwise kernels
     follow by strides, one after the other, and the bytes that these move, among the others.
-    duplex: a transfer beside another the other way, with which it shares host DRAM.
+    duplex: a transfer beside another the other way, with which it shares host DRAM. spares: a collective
+    whose program leaves its SMs out of the products beside it.
     """
 
     kind: str
@@ -86,6 +87,7 @@ class Work(Struct, frozen=True):
     strided: float = 0.0
     strided_bytes: float = 0.0
     duplex: bool = False
+    spares: bool = False
     dtype: str = ""
     group: CommGroup = CommGroup(1, 1)
 

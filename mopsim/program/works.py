@@ -246,13 +246,12 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if kernel.kind in COLLECTIVES:
         kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
         group = context.groups.get(kernel.group, CommGroup(1, 1))
-        if not size:
+        if not size or group.size == 1:
             return ()
         if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
             group = replace(group, choices=kernel.bytes / context.rows)
-        if group.size == 1:
-            return ()
-        work = Work(kind, bytes=size, launches=launches, group=group)
+        spares = bool(context.strategy.overlap.tensor) and kernel.group == "tensor"
+        work = Work(kind, bytes=size, launches=launches, group=group, spares=spares)
         hybrid = context.strategy.experts.token_dispatcher == "hybridep"
         mapped = hybrid and forward and kernel.name == "dispatch"
         return (*_map(context, group), work) if mapped else (work,)

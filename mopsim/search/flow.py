@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mopsim.cost import seconds
+from mopsim.cost.beside import lost
 from mopsim.graph.tape import Step
 from mopsim.program.builder import turn_ends
 from mopsim.program.host_time import Around, hosted
@@ -13,6 +14,8 @@ from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas,
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 
+LEAST = 1e-3
+"""Of its rate, what compute keeps beside a collective that takes all of it: it goes on after it."""
 COMPUTE, UP, OUT = (STREAMS.index(name) for name in ("compute", "scale_up", "scale_out"))
 
 
@@ -55,7 +58,8 @@ class Priced:
     """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
     at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
     compute stream, with what comes before it; rest: what comes after the last one. routed: seconds of experts
-    on it; hosts: what the host takes for each.
+    on it; slowed: those of all on it where a collective always runs beside; hosts: what the host takes for
+    each.
     """
 
     ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
@@ -64,6 +68,7 @@ class Priced:
     first: tuple[int, tuple[Step, ...]]
     rest: tuple[Step, ...]
     routed: float
+    slowed: float
     hosts: tuple[Issue, ...]
 
     @property
@@ -92,7 +97,8 @@ class Prices:
     def of(self, template: Template, around: Around | None = None) -> Priced:
         """around: of a pass of a layer, whose modules take the host's time too."""
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
-        routed, seconds = 0.0, [self._seconds(piece) for piece in template.pieces]
+        routed = slowed = 0.0
+        seconds = [self._seconds(piece) for piece in template.pieces]
         for place, (piece, took) in enumerate(zip(template.pieces, seconds, strict=True)):
             pending += template.before.get(place, ())
             steps = template.memory[place]
@@ -100,12 +106,13 @@ class Prices:
             if compute:
                 steps, pending = (*pending, *steps), ()
                 routed += took if piece.component == "experts" else 0.0
+                slowed += took / max(1 - self._lost(piece), LEAST)
                 first = first if first[0] >= 0 else (place, steps)
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
         hosts = self._hosts(template.pieces, seconds, around)
-        return Priced(tuple(ops), turns, template.ends, first, pending, routed, hosts)
+        return Priced(tuple(ops), turns, template.ends, first, pending, routed, slowed, hosts)
 
     def _hosts(self, pieces: Sequence[Op], took: Sequence[float], around: Around | None) -> tuple[Issue, ...]:
         """What the host takes for each piece. took: seconds of the device."""
@@ -123,6 +130,9 @@ class Prices:
         """Seconds in which the host starts a kernel; 0 where it starts a step as one."""
         issue = self.machine.host.cpu_launch_time
         return issue.si if issue and "step" not in self.stack.host.graphs else 0.0
+
+    def _lost(self, piece: Op) -> float:
+        return lost([self.known[id(work)] for work in piece.work], self.machine, self.stack)
 
     def _seconds(self, piece: Op) -> float:
         took = 0.0

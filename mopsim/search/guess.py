@@ -24,7 +24,7 @@ def guess(space: Space) -> Reals:
 
 def likely(one: Refined) -> Reals:
     """Seconds of rows whose parts are known."""
-    return _step(one, one.chain() * _free(one))
+    return _step(one, one.chain() * _free(one), one.taken())
 
 
 def _guess(one: Bounder) -> Reals:
@@ -34,13 +34,14 @@ def _guess(one: Bounder) -> Reals:
     return _step(one, chain + waits * (1 + _bubble(one)))
 
 
-def _step(one: Bounder, chain: Reals) -> Reals:
+def _step(one: Bounder, chain: Reals, taken: Reals | float = 0.0) -> Reals:
     """The slowest rank's passes and sends; beside them gathers, reductions and copies, mostly hidden; then
-    what is reduced over copies of shards, and the optimizer."""
+    what is reduced over copies of shards, and the optimizer. taken: of the compute, by collectives."""
     chain = chain + _sends(one)
     beside = np.maximum(sum(one.busy(one.weights())), one.copy_time())
     ring = np.maximum.reduce(one.busy(one.ring_blocks()))
-    step = np.maximum(chain, beside) + (1 - OVERLAP) * np.minimum(chain, beside + ring) + _late(one, chain)
+    taken = np.maximum(1 - OVERLAP, taken)
+    step = np.maximum(chain, beside) + taken * np.minimum(chain, beside + ring) + _late(one, chain)
     after = one.optimizer_time() + one.updates() + one.constant()
     return np.asarray(step + sum(one.busy(_copies(one))) + after)
 

@@ -94,6 +94,11 @@ class LayerPiece:
         return self.forward.busy + self.backward.busy
 
     @property
+    def slowed(self) -> float:
+        """`busy` where a collective always runs beside."""
+        return self.ahead.slowed + self.back.slowed
+
+    @property
     def issued(self) -> float:
         """Seconds of the host."""
         return self.ahead.issued + self.back.issued

@@ -32,13 +32,13 @@ class WovenRank:
     heights: dict[int, float]
 
     @staticmethod
-    def of(pieces: Pieces, given: SpaceFacts, index: int) -> "WovenRank":
+    def of(pieces: Pieces, index: int) -> "WovenRank":
         row, model = pieces.space.row(index), pieces.space.problem.model
         laid = row["pipeline"], row["virtual_stages"], row["layout"]
         count = round(float(pieces.space.part(index, index + 1).microbatches()[0]))
-        last, share = laid[0] - 1, given.hardware.communication_share
+        last = laid[0] - 1
         stages = sorted({fullest(model, laid, count), last})
-        times = tuple(RankTime.of(pieces, index, laid, count, stage, share) for stage in stages)
+        times = tuple(RankTime.of(pieces, index, laid, count, stage) for stage in stages)
         ends = {0: 0, LAST: last} if last else {0: 0}
         heights = {name: woven_height(pieces, index, laid, count, stage) for name, stage in ends.items()}
         return WovenRank(times, heights)
@@ -55,7 +55,7 @@ class Shared:
     as_long: float = 1.0
 
     @staticmethod
-    def of(pieces: Pieces, given: SpaceFacts, rows: Column) -> "Shared | None":
+    def of(pieces: Pieces, rows: Column) -> "Shared | None":
         """None where a rule refuses them."""
         first = int(rows[0])
         layers = pieces.layers(first)
@@ -66,11 +66,11 @@ class Shared:
             return Shared(layers)
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
-            woven = pieces.woven(first, PipelinePart(some), PipelinePart(some))
-            long = expected(woven, given.hardware.communication_share) / layers[some[0]].paced
+            woven, piece = pieces.woven(first, PipelinePart(some), PipelinePart(some)), layers[some[0]]
+            long = expected(woven, piece.busy, piece.slowed) / piece.paced
             return Shared(layers, None, long)
         one, place = _distinct(pieces.space, rows, (*LOSS, "boundary_parts"))
-        return Shared(layers, ([WovenRank.of(pieces, given, int(row)) for row in rows[one]], place))
+        return Shared(layers, ([WovenRank.of(pieces, int(row)) for row in rows[one]], place))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Refined(Bounder):
         found: list[Shared] = []
         for at, group in enumerate(groups):
             legal = all(losses[int(loss)] is not None for loss in np.unique(mine[at]))
-            shared = Shared.of(pieces, given, group) if legal else None
+            shared = Shared.of(pieces, group) if legal else None
             if shared is not None:
                 kept.append(at)
                 found.append(shared)
@@ -244,6 +244,10 @@ class Refined(Bounder):
         long = self.parts.each(lambda one: one.as_long)
         apart = self._all(lambda piece: piece.paced, long)
         return np.asarray(np.where(self.ranked, self._ranks(lambda rank: rank.likely), apart))
+
+    def taken(self) -> Reals:
+        """Of the compute of layers and loss, what collectives beside it take."""
+        return np.asarray(1 - self._all(lambda piece: piece.busy) / self._all(lambda piece: piece.slowed))
 
     def _ranks(self, what: Callable[[RankTime], float]) -> Reals:
         """Seconds of the slowest of some ranks, woven over a layout that is chosen, with what a microbatch

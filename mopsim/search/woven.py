@@ -40,10 +40,9 @@ class RankTime:
 
     @staticmethod
     def of(
-        pieces: Pieces, index: int, laid: tuple[int, int, int], microbatches: int, stage: int, share: float
+        pieces: Pieces, index: int, laid: tuple[int, int, int], microbatches: int, stage: int
     ) -> "RankTime":
-        """Of a row that no rule refuses. laid: (stages, virtual stages, layout). share: of the compute that
-        an exchange takes beside it."""
+        """Of a row that no rule refuses. laid: (stages, virtual stages, layout)."""
         least = likely = 0.0
         for turn, times in rank_turns(pieces.space.problem.model, laid, microbatches, stage).items():
             ahead = _passes(pieces, index, turn.ahead)
@@ -57,13 +56,14 @@ class RankTime:
             busy = sum(one.forward.busy for one in ahead) + sum(one.backward.busy for one in back)
             more = max(0.0, busy - woven.busy)  # of what is not in the pair
             least += times * (woven.chain if turn.whole else max(*apart, busy))
-            likely += times * (expected(woven, share) + more)
+            slowed = sum(one.ahead.slowed for one in ahead) + sum(one.back.slowed for one in back)
+            likely += times * (expected(woven, busy, slowed) + more)
         return RankTime(stage, least, likely)
 
 
-def expected(woven: Alone, share: float) -> float:
-    """Seconds of a pair. share: of the compute that an exchange takes beside it."""
-    return woven.paced + share * max(0.0, woven.talks - (woven.paced - woven.busy))
+def expected(woven: Alone, busy: float, slowed: float) -> float:
+    """Seconds of a pair. busy, slowed: those of its compute alone and beside exchanges."""
+    return woven.paced + (1 - busy / slowed) * max(0.0, woven.talks - (woven.paced - woven.busy))
 
 
 def woven_height(

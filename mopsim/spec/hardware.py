@@ -307,13 +307,13 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     node. scale_up_size: devices of one scale-up domain. device: each of its devices. host: the node's memory
     and links, which its devices share. scale_up: the network inside a domain. scale_out: the network between
     domains. communication_share: fraction of compute throughput lost while a collective runs beside it (SMs,
-    or CPU cores); 1: the two cannot overlap at all. price_per_device_hour: price of one device that `mopsim
-    size` charges. node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
-    corrections: calibration by kind of work. `step`, and `step_` with a runtime or a stack, are the constant
-    that each step takes. framework_memory_scale: factor of the counted memory for what a framework keeps.
-    calibrated_from: digest of the uncorrected profile that the corrections were fitted on. observed:
-    remaining errors of the calibration's runs, which decide the intervals of predictions. notes: notes for a
-    reader.
+    or CPU cores); 1: the two cannot overlap at all. product_share: the same of matrix products, where it is
+    more. price_per_device_hour: price of one device that `mopsim size` charges. node_power: rated input of a
+    whole node: devices, hosts, NICs, switches, fans. corrections: calibration by kind of work. `step`, and
+    `step_` with a runtime or a stack, are the constant that each step takes. framework_memory_scale: factor
+    of the counted memory for what a framework keeps. calibrated_from: digest of the uncorrected profile that
+    the corrections were fitted on. observed: remaining errors of the calibration's runs, which decide the
+    intervals of predictions. notes: notes for a reader.
     """
 
     name: str
@@ -325,6 +325,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     scale_up: Fabric
     scale_out: Fabric
     communication_share: float = 0.0
+    product_share: float = 0.0
     price_per_device_hour: Quantity | None = None
     node_power: Quantity | None = None
     corrections: dict[str, Correction] = msgspec.field(default_factory=dict)
@@ -352,7 +353,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
                 "scale_up.peak": self.scale_up.peak, "scale_out.peak": self.scale_out.peak,
             }  # fmt: skip
             require_slower(links, self.device.memory_bandwidth)
-        require_between(self, 0, 1, "communication_share")
+        require_between(self, 0, 1, "communication_share", "product_share")
         require_between(self, 1, 1.5, "framework_memory_scale")
         rule = f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}, nor step_ with the name of a stack"
         for kind in self.corrections:
@@ -396,5 +397,4 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
 
     def host_limit(self, ranks: int = 0) -> int:
         """Bytes of host memory that a rank may use. ranks: of the job, maybe fewer than a node's devices."""
-        sharing = min(ranks, self.devices_per_node) if ranks else self.devices_per_node
-        return int(self.host.memory.si / sharing)
+        return int(self.host.memory.si / min(ranks or self.devices_per_node, self.devices_per_node))

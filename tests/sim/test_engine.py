@@ -11,7 +11,6 @@ from mopsim.cost import seconds
 from mopsim.engine import run, simulate
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
-from mopsim.engine.streams import play
 from mopsim.program import lower
 from mopsim.program.builder import Builder
 from mopsim.program.workload import CommGroup, Op, Program, Work, Workload
@@ -19,7 +18,7 @@ from mopsim.spec.hardware import COMPUTE_KINDS, WORK_KINDS, Correction, Hardware
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
-from tests.sim.toys import machine, quantity, small
+from tests.sim.toys import machine, play, quantity, small
 
 MODEL = small()
 GROUPS = {"pair": CommGroup(2, 2)}
@@ -201,7 +200,7 @@ def test_more_memory_never_turns_fits_into_not(strategy: Strategy, routing: str,
 @given(STRATEGIES, st.integers(4, 6), st.sampled_from([0.0, 0.3, 1.0]))
 def test_composed_microbatches_equal_expanded_ones(strategy: Strategy, batches: int, share: float) -> None:
     training = _training(strategy, batches, "balanced")
-    profile = machine(share=share)
+    profile = machine(share=share, products=min(1.0, 2 * share))
     composed = run(lower(MODEL, strategy, training, 8), MODEL, profile, strategy, training)
     expanded = run(lower(MODEL, strategy, training, 8, expand=True), MODEL, profile, strategy, training)
     assert composed.step_time == pytest.approx(expanded.step_time, rel=1e-9)

@@ -11,7 +11,6 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
-from mopsim.engine.streams import play
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.eager import composed
 from mopsim.graph.shapes import Shapes
@@ -29,7 +28,7 @@ from mopsim.spec.stack import HostCosts, Kernels, Sharding, Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
-from tests.sim.toys import machine, small
+from tests.sim.toys import machine, play, small
 
 
 def _op(index: int, launches: int, stream: str = "compute", rendezvous: str = "") -> Op:

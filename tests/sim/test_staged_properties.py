@@ -149,7 +149,7 @@ def test_composed_microbatches_of_a_pipeline_equal_expanded_ones(
     stages = strategy.pipeline.pipeline_parallel
     batches = 2 * stages + more if strategy.pipeline.virtual_stages == 1 else (3 + more % 2) * stages
     training = TrainSpec(seq_len=8192, global_batch=batches * strategy.data_groups)
-    profile = machine(share=share)
+    profile = machine(share=share, products=2 * share)
     whole = run(lower(MODEL, strategy, training, 8, expand=True), MODEL, profile, strategy, training)
     brief = run(lower(MODEL, strategy, training, 8), MODEL, profile, strategy, training)
     assert brief.num_events <= whole.num_events

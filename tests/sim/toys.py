@@ -1,5 +1,12 @@
 """A toy machine whose curves are flat, so that times can be computed by hand."""
 
+from collections.abc import Sequence
+
+from mopsim.engine import streams
+from mopsim.engine.beside import Beside
+from mopsim.engine.ledger import Ledger
+from mopsim.engine.record import Record
+from mopsim.program.workload import Program
 from mopsim.spec.hardware import (
     COLLECTIVES,
     AttentionCurve,
@@ -28,10 +35,20 @@ def fabric(bandwidth: float, latency: float) -> Fabric:
     return Fabric(peak=quantity(bandwidth, "GB/s"), collectives=dict.fromkeys(COLLECTIVES, curve))
 
 
+def play(
+    programs: Sequence[Program], durations: Sequence[Sequence[float]], ledgers: Sequence[Ledger],
+    records: Sequence[Record], share: float, issue: float = 0.0, *, blocking: bool = False,
+) -> float:  # fmt: skip
+    """Programs on streams, all of whose kernels lose `share` beside a collective."""
+    besides = [Beside.even(program, share) for program in programs]
+    return streams.play(programs, durations, ledgers, records, besides, issue, blocking=blocking)
+
+
 def machine(
     *,
     memory: float = 80.0,
     share: float = 0.0,
+    products: float = 0.0,
     scale_up: float = 100.0,
     scale_out: float = 10.0,
     link: float = 50.0,
@@ -66,6 +83,7 @@ def machine(
         scale_up=fabric(scale_up, 0),
         scale_out=fabric(scale_out, 0),
         communication_share=share,
+        product_share=products,
     )
 
 

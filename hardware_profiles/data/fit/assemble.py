@@ -33,6 +33,15 @@ ADAM_BYTES = 28
 SCALE_OUT_FRACTION = 0.875
 #: Part of compute that a collective takes.
 COMMUNICATION_SHARE = (0.15, "20 of 132 SMs run a collective (Calculon ships the same), assumed.")
+#: The same of matrix products, by architecture, where it is more.
+PRODUCT_SHARE = {
+    "hopper": (
+        0.41,
+        "cuBLAS's kernels have a block for each of 132 SMs; beside an all-gather of 24 blocks the others run "
+        "in a second wave, and 80 % of the peak become 47 on H100 (forums.developer.nvidia.com, topic "
+        "337991; '2x as long' beside FSDP's collectives, pytorch issue 143988).",
+    )
+}
 #: Grouped products against dense ones where nobody measured: fraction of the efficiency, tokens at half rate.
 GROUPED_ASSUMED = (0.8, 200.0)
 GROUPED_SOURCE = (
@@ -96,6 +105,7 @@ def _given(listed: list[Any]) -> Quantity:
 def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> HardwareProfile:
     """The profile of one machine type."""
     share, why = machine.get("communication_share", COMMUNICATION_SHARE)
+    products, waves = PRODUCT_SHARE.get(machine["architecture"], (0.0, ""))
     return HardwareProfile(
         name=name,
         device_kind=machine["device_kind"],
@@ -106,9 +116,11 @@ def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> Hardwa
         scale_up=_scale_up(machine, fits),
         scale_out=_timed_out(machine, fits.network) if fits.network else _scale_out(machine),
         communication_share=share,
+        product_share=products,
         price_per_device_hour=_given(machine["price"]),
         node_power=_given(machine["node_power"]) if "node_power" in machine else None,
-        notes=f"communication_share {share}: {why}",
+        notes=f"communication_share {share}: {why}"
+        + (f" product_share {products}: {waves}" if waves else ""),
     )
 
 

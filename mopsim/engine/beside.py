@@ -1,0 +1,45 @@
+"""What the ops of a program lose to collectives that run beside them."""
+
+from dataclasses import dataclass
+
+from mopsim.cost.beside import lost
+from mopsim.engine.account import Prices
+from mopsim.program.workload import FABRICS, Program
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.stack import Stack
+
+
+@dataclass(frozen=True)
+class Beside:
+    """share: of its throughput, what a kernel loses beside any collective. lost: what each op does, by its
+    index, where one of them spares products no SMs. sparing: collectives that do."""
+
+    share: float
+    lost: list[float]
+    sparing: frozenset[int]
+
+    @staticmethod
+    def even(program: Program, share: float) -> "Beside":
+        """All kernels lose alike."""
+        return Beside(share, [share] * len(program.ops), frozenset())
+
+    @property
+    def most(self) -> float:
+        return max(self.share, max(self.lost, default=0.0))
+
+
+def beside(program: Program, hardware: HardwareProfile, stack: Stack, prices: Prices) -> Beside:
+    """prices: of all work of the program."""
+    share = hardware.communication_share
+    if hardware.product_share <= share:
+        return Beside.even(program, share)
+    found: dict[int, float] = {}
+    for op in program.ops:
+        if op.stream == "compute" and id(op.work) not in found:
+            found[id(op.work)] = lost([prices[id(work)] for work in op.work], hardware, stack)
+    each = [found[id(op.work)] if op.stream == "compute" else share for op in program.ops]
+    sparing = (
+        op.index for op in program.ops
+        if op.stream in FABRICS and op.work and all(work.spares for work in op.work)
+    )  # fmt: skip
+    return Beside(share, each, frozenset(sparing))
