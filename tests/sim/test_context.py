@@ -226,7 +226,7 @@ def test_the_help_names_the_contenders() -> None:
 
 def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = (
-        "mopsim context --model deepseek_v3 --nodes 1 --seq-len 128K --budget 1 --jobs 1 "
+        "mopsim context --model nemotron_340b --nodes 1 --seq-len 128K --budget 1 --jobs 1 "
         f"--contender fsdp2_device --out {tmp_path / 'report'}"
     )
     assert code_of(command, monkeypatch) == 3
@@ -235,11 +235,11 @@ def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one network, two lengths, three contenders and two assumptions here."""
+    """Of one network, one length, three contenders and two assumptions here."""
     place = "reports.context_throughput.make"
     some = [NAMES[name] for name in ("mop", "fsdp2", "fsdp2_device")]
     monkeypatch.setattr(f"{place}.PAPERS", (("mop_120b", 2),))
-    monkeypatch.setattr(f"{place}.LENGTHS", (128 * K, 1024 * K))
+    monkeypatch.setattr(f"{place}.LENGTHS", (128 * K,))
     monkeypatch.setattr(f"{place}.VARIANTS", (VARIANTS[0], VARIANTS[4]))
     monkeypatch.setattr(f"{place}.contenders", lambda: some)
     monkeypatch.setattr("sys.argv", f"make --budget 1 --jobs 1 --out {tmp_path}".split())
