@@ -249,7 +249,7 @@ def test_the_search_offers_them(monkeypatch: pytest.MonkeyPatch) -> None:
     space = spread(Problem(grouped, H100, 4, training), "megatron")
     assert set(space.columns["boundary_host"].tolist()) == {0}
     monkeypatch.setattr(staged, "KNOWN", 100)  # fewer layers tell what promises most
-    best = search(Problem(model, H100, 4, training), Options(("megatron",), budget=8, rows=40_000)).best
+    best = search(Problem(model, H100, 4, training), Options(("megatron",), budget=2, rows=20_000)).best
     assert best is not None
     assert best.strategy.activations.layer_inputs == "device"
     activations = msgspec.structs.replace(best.strategy.activations, layer_inputs="host")
