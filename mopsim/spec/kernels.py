@@ -57,6 +57,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     rows; a compiler keeps the rows alone. `shifted`: gate and weight, half of it shifted (no
     bias_activation_fusion). `interleaved`: gate and up are halves in turns; in MXFP8 the activation is
     within the products, else rows are separated, gated and weighed (Transformer Engine's op fuser).
+    weighted_inputs: what is kept for the gradient of route weights that multiply the inputs of experts.
+    `tokens`: those whose rows are made anew. `rows`: rows as they came to their experts, where torch weighs
+    them in fp32. `wide`: a copy of the rows in fp32, which are weighed before they leave.
     expert_products: `grouped`: one kernel. `torch`: torch's grouped kernel. `looped`: expert by expert
     (Transformer Engine's GroupedLinear). `modules`: expert by expert, each expert a module of its own
     (transformers 4). `batched`: experts with equal rows as one batch, at the pace of plain products.
@@ -211,6 +214,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     residual: Built = "fused"
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"
+    weighted_inputs: Literal["tokens", "rows", "wide"] = "tokens"
     expert_products: Literal["grouped", "torch", "looped", "modules", "batched"] = "grouped"
     expert_dtype: Literal["recipe", "compute"] = "recipe"
     expert_capacity: float = 0.0

@@ -258,3 +258,22 @@ def test_casts_of_weights_under_autocast_are_kept(recompute: Literal["none", "fu
             TrainSpec(seq_len=256, global_batch=1), load_stack("generic-eager"),
         )  # fmt: skip
         assert result.highest_by_category["gathered"] == casts
+
+
+@pytest.mark.parametrize(
+    ("stack", "passes"),
+    [("megatron-core", 1), ("torchtitan", 2), ("torchtitan-2026", 2), ("torchtitan-compile", 0)],
+)
+def test_weights_that_multiply_inputs_keep_what_they_multiply(stack: str, passes: int) -> None:
+    """Rows as they came (Megatron-Core), or in fp32 (torchtitan): neither was simulated. A compiler makes
+    them anew."""
+    network = small(first_k_dense_replace=0, expert_inputs_weighted=True)
+    make = megatron if stack == "megatron-core" else fsdp2
+    strategy, training = make(4, expert_parallel=2, recompute="none"), TrainSpec(seq_len=32, global_batch=4)
+    kept = []
+    for way in (load_stack(stack).kernels.weighted_inputs, "tokens"):
+        software = changed(stack, kernels={"weighted_inputs": way})
+        tape = Passes(make_context(network, strategy, training, 4, software)).tape(0)
+        kept.append(sum(tape.values[name].bytes for name in set(tape.kept) - {"weight"}))
+        assert [one.name for one in tape.kernels].count("weigh_inputs") == (way != "tokens")
+    assert kept[0] - kept[1] == passes * 32 * network.num_experts_per_tok * network.hidden_size * 2

@@ -23,7 +23,13 @@ from mopsim.graph.rewrites.tensor_passes import (
     scratch,
     traffic,
 )
-from mopsim.graph.rewrites.weighted_inputs import WEIGHTED, WEIGHTED_BACKWARD, summed_at_home, weighed_first
+from mopsim.graph.rewrites.weighted_inputs import (
+    WEIGHTED,
+    WEIGHTED_BACKWARD,
+    summed_at_home,
+    weighed_apart,
+    weighed_first,
+)
 from mopsim.graph.tape import Kernel, Value
 
 ROTARY = ComposedKernel(TensorPasses(2, 4, 6), TensorPasses(2, 4, 6))
@@ -105,8 +111,13 @@ def composed(
     found = tuple(one(kernel) for kernel in kernels)
     if ways.get("sequence_exchange") == "composed":
         found = each(found, _traded)
+    inputs = str(ways.get("weighted_inputs", "tokens"))
     if rows in ("composed", "wide", "added"):
-        found = _weighted(found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once)
+        found = _weighted(
+            found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once, inputs == "tokens"
+        )
+    if inputs != "tokens":
+        found = weighed_apart(found, inputs, wide / b)
     if rows == "added" and not sent_once:
         found = _added(found, wide / b, bool(ways.get("compiled")))
     return _shared_gradients(found) if ways.get("residual") == "composed" else found
@@ -124,13 +135,15 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     return tuple(replace(one, writes=tuple(map(shared, one.writes))) for one in kernels)
 
 
-def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) -> tuple[Kernel, ...]:
+def _weighted(
+    kernels: tuple[Kernel, ...], wider: float, added: bool = False, anew: bool = True
+) -> tuple[Kernel, ...]:
     """Route weights outside of the products: before an exchange that sums what it returns; else at home,
     where rows are put in the order of their tokens and summed by one product with the weights, for whose
     gradient autograd keeps them, in numbers `wider` than they came. Before such an exchange ranks tell each
     other how many rows go where; rows that do not travel lie in the order of experts already. added: no such
     product (see _added). Weights that rows read before they leave multiply them there, for whose gradient
-    their tokens are kept, and nothing at home."""
+    their tokens are kept where their rows are made anew, and nothing at home."""
     last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
     if last is None:
         return kernels
@@ -146,7 +159,7 @@ def _weighted(kernels: tuple[Kernel, ...], wider: float, added: bool = False) ->
             routes = next(one for one in kernels if one.name == "top_k").writes[0].bytes // 8
             index = Value("route_order", 16 * routes, "dispatch", grad=False)
             kernel = replace(kernel.keeping(index), scratch=(("dispatch", 8 * routes),))
-            kernel = weighed_first(kernel) if first else kernel
+            kernel = weighed_first(kernel) if first and anew else kernel
         if kernel.name == "permute" and travels and last.bytes != 2.0 * out:
             router = next(one for one in kernels if one.name == "router")
             found.append(
