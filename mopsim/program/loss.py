@@ -97,17 +97,14 @@ def gathered_logits(context: Context) -> int:
 
 
 def _apart(context: Context) -> bool:
-    """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32. Losses
-    that are neither it nor torch's overwrite the logits beside whole parameters."""
-    kernel, vocabulary, dense = (
-        context.stack.kernels.loss,
-        context.strategy.vocabulary,
-        context.strategy.dense,
-    )
+    """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32, or one
+    that is neither it nor torch's and overwrites the logits (Kernels.logit_grads)."""
+    run, vocabulary, dense = context.stack.kernels, context.strategy.vocabulary, context.strategy.dense
+    kernel, where = run.loss, run.logit_grads
     split = vocabulary.loss == "vocab_parallel" and dense.tensor_parallel > 1
     if kernel in CASTS:
         return kernel in ("in_place", "shifted") or (kernel == "slices_in_place" and split)
-    return dense.zero < 2
+    return where == "in_place" or (where == "in_place_if_whole" and dense.zero < 2)
 
 
 def loss_tape(context: Context) -> Tape:

@@ -53,9 +53,9 @@ rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; 
 
 def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """A layer's or the loss's kernels as the program runs them."""
-    model, training = context.model, context.training
+    model, training, strategy = context.model, context.training, context.strategy
     losses = training.router_aux_loss_coef > 0, training.router_z_loss_coef > 0
-    kernels = router_losses(kernels, *losses, context.strategy.micro_batch) if any(losses) else kernels
+    kernels = router_losses(kernels, *losses, strategy.micro_batch) if any(losses) else kernels
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     run, sharding = context.stack.kernels, context.stack.sharding
     gone = {
@@ -63,34 +63,34 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         "activation": run.activation.startswith("tanh") and model.ffn_activation.startswith("relu"),
     }  # fmt: skip
     ways = {name: getattr(run, name) for name in run.__struct_fields__ if not gone.get(name)}
-    if run.norm == "upcast" and context.strategy.activations.recompute != "full":
+    if run.norm == "upcast" and strategy.activations.recompute != "full":
         ways["norm"] = "upcast_again"  # a full one makes it again itself
+    if run.residual == "routed":
+        ways["residual"] = "composed" if "router" in {one.component for one in kernels} else "fused"
     if context.aligns_rows:
         kernels = rows_aligned(kernels)
     elif run.expert_padding in ("busiest", "fresh"):
-        everyone = context.tokens * context.strategy.experts.expert_parallel
-        most = everyone if run.expert_padding == "fresh" else 0
+        most = (run.expert_padding == "fresh") * context.tokens * strategy.experts.expert_parallel
         kernels = padded_to_busiest(kernels, context.own_experts, most)
     kernels = weights_stacked(kernels, context.b) if run.expert_weights == "stacked" else kernels
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
-    if context.rooms and run.expert_masks and not context.strategy.experts.sends_once:
+    if context.rooms and run.expert_masks and not strategy.experts.sends_once:
         kernels = by_masks(kernels, context.rooms, context.b)
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", _laid_out(context))
     kernels = attended(kernels, context)
-    if run.expert_rows == "interleaved" and context.strategy.precision.matmul == "mxfp8":
+    if run.expert_rows == "interleaved" and strategy.precision.matmul == "mxfp8":
         del ways["expert_rows"]
         kernels = gated_within(kernels)
-    once = context.strategy.experts.sends_once
-    found = composed(kernels, ways, context.b, context.wide, wings, layernorm, once)
+    found = composed(kernels, ways, context.b, context.wide, wings, layernorm, strategy.experts.sends_once)
     if run.rotary == "wide":
         found = sliced(found, model.rotary_dim / model.head_dim, model.rope_interleave)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:
         found = sinks_apart(found, run.compiled)
     found = gathered_kept(found) if run.gathered_rows == "kept" else found
-    found = _read_apart(found, context, wings, run.residual == "composed")
+    found = _read_apart(found, context, wings, ways["residual"] == "composed")
     found = _exchanged(found, context) if run.exchanged_rows else found
     found = lengths_read(found) if _reads_lengths(context) else found
     if run.rotary == "gathered":
@@ -99,8 +99,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = found if how == "fused" else split(found, how == "copied", how == "kept")
     found = updated(_cast(found, context), context)
     found = _biased(found, context) if model.expert_bias else found
-    found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
-    found = under_autocast(found, context.param / context.b if sharding.bucketed else 1)
+    found = chunked(found, context, "permute" if strategy.activations.recompute == "full" else "")
+    found = under_autocast(found, context.param / context.b if context.stack.autocasts else 1)
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found

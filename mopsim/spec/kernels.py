@@ -47,10 +47,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     composes it on halves of one tensor. `tanh`: as `composed`, and without a gate GELU's tanh form operation
     by operation, of which most results are kept (transformers' gelu_new). `tanh_wide`: so in fp32, as
     autocast has it.
-    residual: `fused`: one kernel. `composed`: kernels as eager torch composes them.
-    stream: dtype of the residual stream. `compute`: that of the products, but fp32 if the program runs as
-    DistributedDataParallel does (sharding.optional) on fp32 weights, as autocast leaves what embeddings give.
-    `float32`: fp32.
+    residual: `fused`: one kernel. `composed`: kernels as eager torch composes them. `routed`: so in layers
+    with routed experts, of which a compiler has no whole graph.
+    stream: dtype of the residual stream. `compute`: that of the products, but fp32 if weights that no
+    rank shards are fp32, and cast for each product (autocast), as what embeddings give is not. `float32`:
+    fp32.
     expert_rows: gated activation and route weights of routed experts. `fused`: one kernel. `composed`: as
     eager torch composes both. `wide`: route weights as eager torch composes them, on a kept copy in fp32;
     the activation as the field `activation` says. `added`: as `wide`, before the kernel that adds a token's
@@ -165,6 +166,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `kept`: there is a cast copy of each weight, kept for the backward (in both layouts if casts are kept).
     `cached`: there is a cast copy for good. `rows`: so, of FP8 in one layout. `only`: the cast copy is the
     parameter: none is wider.
+    autocast: weights that no rank shards are cast for each product, and the casts are kept for the backward
+    (torch.autocast), where state is wider than the products.
     weight_grads: `fused`: gradients are added to their buffer inside the product. `composed`: after it.
     adamw: `fused`: one kernel. `foreach`: operation by operation over all tensors, with the roots of all
     second moments beside (torch's default). `looped`: over one tensor after the other, with two copies.
@@ -183,6 +186,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `loss_parallel`: torch's, on a copy in fp32 of a rank's slice of the logits (torch.distributed.tensor;
     whole logits as `composed`).
     loss_copy: torch's cross entropy works on a copy in fp32; false: on the logits in their own dtype.
+    logit_grads: where the gradient of logits is made by losses that are one kernel (`fused`, `upcast`,
+    `compiled`, `native`, `gathered`). `in_place`: over the logits. `apart`: in a tensor of its own.
+    `in_place_if_whole`: over the logits unless ranks shard gradients.
     logits_held: what the caller of a loss that works on a copy of the logits holds. true: the logits.
     `copy`: that copy. `pipelines`: the logits, in pipelines alone. false: neither.
     logits_until: how long held logits stay. `backward`: until the loss's backward is done. `next`: until
@@ -211,7 +217,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     head_norms: Literal["fused", "summed"] = "fused"
     rotary: Literal["fused", "by_token", "composed", "halves", "wide", "gathered"] = "fused"
     activation: Literal["fused", "composed", "strided", "tanh", "tanh_wide"] = "fused"
-    residual: Built = "fused"
+    residual: Literal["fused", "composed", "routed"] = "fused"
     stream: Literal["compute", "float32"] = "compute"
     expert_rows: Literal["fused", "composed", "wide", "added", "shifted", "interleaved"] = "fused"
     weighted_inputs: Literal["tokens", "rows", "wide"] = "tokens"
@@ -251,6 +257,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     scale_updates: int = 0
     scale_sums: Literal["none", "tensor", "world"] = "none"
     weight_casts: Literal["step", "pass", "kept", "cached", "rows", "only"] = "step"
+    autocast: bool = False
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
     ring_blocks: Literal["fused", "composed", "scripted"] = "fused"
@@ -267,6 +274,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
         "slices_in_place",
     ] = "composed"
     loss_copy: bool = True
+    logit_grads: Literal["in_place", "apart", "in_place_if_whole"] = "in_place_if_whole"
     logits_held: bool | Literal["copy", "pipelines"] = True
     logits_until: Literal["backward", "next"] = "backward"
     logits_cut: bool = False

@@ -13,6 +13,8 @@ class Reading(Spec, frozen=True, kw_only=True):
     blocks. `device`: the whole device as NVML has it.
     segments: segments that the allocator's blocks are parts of. `fixed`: one size each (torch's default).
     `expandable`: they grow (PYTORCH_CUDA_ALLOC_CONF).
+    workspaces: what the libraries of matrix products keep, which the allocator counts. `torch`: cuBLAS's and
+    hipBLAS's handles. `transformer_engine`: beside them its own, and one for each stream of grouped products.
     first_stage: the peak is of the first pipeline stage only.
     last_stage: the peak is of the last pipeline stage only.
     first_step: the peak is of a first step, whose forward and backward run before the update that makes
@@ -21,6 +23,7 @@ class Reading(Spec, frozen=True, kw_only=True):
 
     memory: Literal["allocated", "reserved", "device"] = "allocated"
     segments: Literal["fixed", "expandable"] = "fixed"
+    workspaces: Literal["torch", "transformer_engine"] = "torch"
     first_stage: bool = False
     last_stage: bool = False
     first_step: bool = False

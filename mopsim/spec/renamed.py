@@ -63,9 +63,12 @@ def stack(data: Any, field: str) -> Any:
 
 
 def _kernels(data: Any) -> Any:
-    """A stack whose kernels are what the runtime runs, and which says whether a compiler makes them."""
+    """A stack whose kernels are what the runtime runs, and which says whether a compiler makes them, whether
+    weights that no rank shards are cast for each product (until 2026-11-30 those of every program that may
+    have them whole), and whose workspaces there are (those of Transformer Engine's modules)."""
     if not isinstance(data, dict):
         return data
+    whole = _entry(data, "sharding", "optional") is True or _entry(data, "sharding", "bucketed") is True
     names = _NAMES["kernels"].get(str(data.get("runtime")), {})
     found = dict(data)
     for section in ("kernels", "cpu"):
@@ -74,8 +77,16 @@ def _kernels(data: Any) -> Any:
             now = {key: names[key].get(str(value), value) for key, value in given.items() if key in names}
             eager = given.get("activation", "fused") != "fused"
             left = given.get("expert_rows") == "added" or given.get("sinks") == "composed"
-            found[section] = {"compiled": left and not eager, **given, **now}
+            found[section] = {"compiled": left and not eager, "autocast": whole, **given, **now}
+    if _entry(data, "host", "layers") == "transformer_engine":
+        found["reading"] = {"workspaces": "transformer_engine", **(data.get("reading") or {})}
     return found
+
+
+def _entry(data: dict[str, Any], section: str, field: str) -> Any:
+    """An entry of a stack of plain objects; None where there is none."""
+    given = data.get(section)
+    return given.get(field) if isinstance(given, dict) else None
 
 
 def _inputs(data: Any) -> Any:

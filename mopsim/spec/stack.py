@@ -191,7 +191,12 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def wide_stream(self, wide_weights: bool) -> bool:
         """Whether the residual stream is in fp32. wide_weights: weights are wider than the products."""
-        return self.kernels.stream == "float32" or (self.sharding.bucketed and wide_weights)
+        return self.kernels.stream == "float32" or (self.autocasts and wide_weights)
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether products cast the weights that they read (Kernels.autocast), which are whole."""
+        return self.kernels.autocast and not self.sharding.fsdp
 
     def skips_hidden(self, plain: bool) -> bool:
         """Whether attention leaves out the blocks of scores that a window or a document hides, beside the

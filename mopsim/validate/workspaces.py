@@ -26,7 +26,7 @@ def workspaces(stack: Stack, model: ModelSpec, hardware: HardwareProfile) -> int
         return 0
     of = hardware.device.architecture
     size = HANDLES * TORCH.get(of, TORCH_ELSE)
-    if stack.host.layers == "transformer_engine":
+    if stack.reading.workspaces == "transformer_engine":
         grouped = model.num_local_experts and stack.kernels.expert_products == "looped"
         size += ENGINE.get(of, ENGINE_ELSE) * (1 + (STREAMS if grouped else 0))
     return int(size * UNITS["MiB"])

@@ -347,6 +347,13 @@ def left_to_the_stack() -> dict[str, Job]:
         "narrow values": replace(
             JOBS["mop, latent"], model=structs.replace(JOBS["mop, latent"].model, v_head_dim=16)
         ),
+        "inputs weighed": replace(job, model=structs.replace(job.model, expert_inputs_weighted=True)),
+        "one loss": replace(job, stack=structs.replace(job.software, kernels=Kernels(loss="fused"))),
+        "autocast": replace(
+            job,
+            strategy=structs.replace(job.strategy, precision=structs.replace(precision, param="float32")),
+            stack=structs.replace(job.software, kernels=Kernels()),
+        ),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
         "scores": replace(
             job, stack=structs.replace(job.software, kernels=Kernels(attention={"default": "scores"}))

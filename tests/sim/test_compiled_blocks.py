@@ -10,6 +10,8 @@ from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
 from mopsim.export.target import target
 from mopsim.graph import host_costs
+from mopsim.program.context import make_context
+from mopsim.program.passes import Passes
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.line import describe
 from mopsim.spec.presets import load_model
@@ -19,6 +21,8 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.plans import plan_of
+from tests.sim.toys import small
+from tests.software import changed
 
 MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/mopexec_layers.json").read_text())
 TINY = load_model("tiny")
@@ -90,6 +94,19 @@ def test_a_child_has_its_parents_compiled_entries(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nversion: one\nextends: mopexec-fsdp2\n")
     assert load_stack(path).compiled == load_stack("mopexec-fsdp2").compiled
+
+
+def test_residuals_of_routed_layers_alone_lie_between_graphs() -> None:
+    """A dense layer is one graph, of a network of routed ones too."""
+    training, strategy = TrainSpec(seq_len=32, global_batch=4), fsdp2(4, recompute="none")
+    back = {}
+    for way in ("fused", "composed", "routed"):
+        stack = changed("torchtitan-compile", kernels={"residual": way})
+        passes = Passes(make_context(small(), strategy, training, 4, stack))
+        tapes = [passes.tape(layer).by_name for layer in (0, 1)]
+        back[way] = [tape["attention_residual"].back_moved for tape in tapes]
+    assert back["fused"] != back["composed"]
+    assert back["routed"] == [back["fused"][0], back["composed"][1]]
 
 
 def test_exported_to_torchtitan_alone() -> None:

@@ -273,6 +273,18 @@ def test_torchs_compiled_loss_holds_logits_and_their_gradient() -> None:
     assert result.highest_by_category["logits"] == 4096 * 32_000 * (2 + 2)
 
 
+@pytest.mark.parametrize(("where", "tensors"), [("in_place", 1), ("apart", 2), ("in_place_if_whole", 2)])
+def test_a_stack_says_where_a_fused_loss_makes_its_gradient(where: str, tensors: int) -> None:
+    """ZeRO-3 stood for it, which no kernel knows of; where a stack says nothing it does still."""
+    kernels = {"loss": "fused", "logit_grads": where}
+    software = unfused("copies", kernels=kernels, sharding={"fsdp": True})
+    model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=8)
+    result = simulate(model, MACHINE, 1, fsdp2(8), training, software)
+    assert result.highest_by_category["logits"] == 4096 * 32_000 * 2 * tensors
+    whole = simulate(model, MACHINE, 1, megatron(8), training, unfused(kernels=kernels))
+    assert whole.highest_by_category["logits"] == 4096 * 32_000 * 2 * (1 + (where == "apart"))
+
+
 def test_a_residual_stream_in_fp32_is_kept_as_wide() -> None:
     """Layers' inputs under full recomputation, of which one is kept for each layer; no byte is left over."""
     model, training = deep(4, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=8)
