@@ -179,7 +179,7 @@ class Passes:
         kernels = shared_stay(kernels) if c.weaves or "router" in c.stack.host.graphs else kernels
         kernels = roomy(kernels, c) if routes and c.rows_room else kernels
         tape = replace(tape, kernels=kernels, held=frames)
-        tape = widened(tape, c.stream // c.b) if c.stream > c.b else tape
+        tape = widened(tape, c.stream // c.b, not c.stack.kernels.compiled) if c.stream > c.b else tape
         if (way := c.stack.kernels.ring_blocks) != "fused":
             ranks = c.strategy.attention.context_parallel
             tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide, way == "scripted"))

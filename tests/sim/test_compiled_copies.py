@@ -2,6 +2,8 @@
 
 from msgspec import structs
 
+from mopsim.graph.rewrites.stream import widened
+from mopsim.graph.tape import Kernel, Matmul, Tape, Value
 from mopsim.program.lower import lower
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
@@ -36,6 +38,32 @@ def test_autocast_leaves_the_stream_of_whole_fp32_weights_in_fp32() -> None:
         stack = load_stack(name).under(zero)
         assert stack.wide_stream(True) is wide
         assert not stack.wide_stream(False)
+
+
+def test_each_product_keeps_a_cast_of_a_wide_norm_unless_a_compiler_makes_them_one_kernel() -> None:
+    """Of transformers' Llama layer under autocast, on fp32 weights, products keep 6 rows in bf16, one of them
+    the attention's output, and a norm keeps what it makes before its weight in fp32; compiled 3, and nothing
+    of norms (torch.autograd.graph.saved_tensors_hooks on torch 2.13)."""
+    kept = {}
+    for compiled in (False, True):
+        made = [Value(name, 8) for name in ("h", "q", "k", "norm_normed")]
+        tape = Tape(
+            (Value("x", 8),),
+            (
+                Kernel("norm", "memory_bound", "attention", ("x",), (made[0], made[3]), ("x", "norm_normed")),
+                Kernel("q_proj_sum", "memory_bound", "attention", ("h",), (), back_bytes=24.0),
+                Kernel("q_proj", "matmul", "attention", ("h",), (made[1],), ("h",), (Matmul(1, 1, 1),)),
+                Kernel("k_proj", "matmul", "attention", ("h",), (made[2],), ("h",), (Matmul(1, 1, 1),)),
+            ),
+            (),
+        )
+        wide = widened(tape, 2, not compiled)
+        sizes = {one.name: one.bytes for kernel in wide.kernels for one in kernel.writes} | {"x": 16}
+        saved = {name for kernel in wide.kernels for name in kernel.saves}
+        kept[compiled] = sum(sizes[name] for name in saved)
+        assert sizes["h"] == (8 if compiled else 16)
+        assert max(kernel.back_bytes or 0 for kernel in wide.kernels) == (24 if compiled else 48)
+    assert kept == {False: 16 + 16 + 8 + 8, True: 16 + 8 + 8}
 
 
 def test_a_trainer_reads_the_loss_once_its_backward_is_over() -> None:
