@@ -1,18 +1,22 @@
 """The legal candidates of a family: the product of its axes, less the rows that break a relation."""
 
+import ast
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
+from types import CodeType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.shipped import kept
 from mopsim.common.working import near_batches
 from mopsim.search.axes import FSDP2, MINOR, followed, one_mesh
 from mopsim.search.balance import balanced
 from mopsim.search.had import had, names
-from mopsim.search.problem import CHUNKED, DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
+from mopsim.search.problem import CHUNKED, DEFAULTS, ULYSSES, Axes, Problem, Values
 from mopsim.search.space import Columns, Space, taken
 from mopsim.search.stages import BALANCED, IDEAL, laid, lighter, parts_of, plain
 from mopsim.spec.layout import MOST_MICROBATCHES
@@ -26,8 +30,11 @@ Relation = tuple[str, tuple[str, ...], Callable[[Columns], NDArray[np.bool_]]]
 """What a row breaks; the columns that it is about; whether rows keep it."""
 Relations = Callable[[Columns], Iterator[Relation]]
 """Those of a space, about some columns of it."""
-RANKS, MESH = ("pipeline", "tensor", "sequence"), ("pipeline", "experts", "expert_tensor")
-"""Columns that place all but experts, and experts."""
+_CODES: dict[str, Any] = {
+    "ULYSSES": ULYSSES, "CHUNKED": CHUNKED, "IDEAL": IDEAL, "MOST_MICROBATCHES": MOST_MICROBATCHES,
+    "LEAST_ROWS": LEAST_ROWS, "LEAST_IN_STAGES": LEAST_IN_STAGES, "max": np.maximum, "where": np.where,
+}  # fmt: skip
+"""Codes, limits and functions of expressions."""
 
 
 def trunk(problem: Problem, family: str, axes: Axes) -> Space:
@@ -130,203 +137,56 @@ def _relations(problem: Problem, family: str, axes: Axes, columns: Columns) -> I
     refused = had(problem, family).refused
     if refused:
         yield refused, (), lambda c: np.zeros(len(c["tensor"]), dtype=bool)
-    yield from _over_ranks(problem)
-    yield from _over_experts(problem)
-    yield from _over_copies(problem)
+    said = partial(_said, _words(problem) | {"first": columns["exchange"][:1]})
+    yield from said("of_ranks")
     if family in FSDP2:
-        yield from (one for one in _together(problem) if not _set_at_once(axes, one[1]))
+        yield from (one for one in said("of_fsdp2") if not _set_at_once(axes, one[1]))
     yield from _beside(problem, family)
     yield from _over_layers(problem)
-    yield (
-        "more chunks than tokens",
-        ("chunks", "ffn_slices", "loss_slices", "micro_batch", "sequence"),
-        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(problem, c),
-    )
-    yield (
-        NO_CHOICE,  # modules are recomputed where layers are not
-        ("modules", "recompute"),
-        lambda c: (c["modules"] == 0) | (c["recompute"] == 0),
-    )
-    yield (
-        NO_CHOICE,  # kernels are kept where layers are recomputed
-        ("saved", "recompute"),
-        lambda c: (c["saved"] == 0) | (c["recompute"] == 1),
-    )
-    yield (
-        NO_CHOICE,  # slices of the vocabulary have a loss of their own
-        ("loss", "tensor"),
-        lambda c: (c["loss"] != CHUNKED) | (c["tensor"] == 1),
-    )
-    yield (
-        NO_CHOICE,  # a way to reach experts is chosen where they are on other ranks
-        ("dispatcher", "experts"),
-        lambda c: (c["dispatcher"] == 0) | (c["experts"] > 1),
-    )
-    yield (
-        NO_CHOICE,  # exchanges of experts overlap where they are on other ranks, and between virtual stages
-        ("overlap", "virtual_stages", "experts", "pipeline"),
-        lambda c: (
-            (c["overlap"] == 0)
-            | ((c["experts"] > 1) & ((c["pipeline"] == 1) | (c["virtual_stages"] > 1)))
-            | (c["layout"] == IDEAL)
-        ),
-    )
-    yield (
-        NO_CHOICE,  # a way to trade a sequence is chosen where it is split
-        ("exchange", "sequence"),
-        lambda c: (c["exchange"] == columns["exchange"][0]) | (c["sequence"] > 1),
-    )
-    yield (
-        NO_CHOICE,  # a placement of experts is chosen where it differs
-        ("strided", "experts", "pipeline"),
-        lambda c: (
-            (c["strided"] == 0) | ((c["experts"] > 1) & (c["experts"] < problem.world_size // c["pipeline"]))
-        ),
-    )
+    yield from said("last")
+
+
+def _words(problem: Problem) -> dict[str, Any]:
+    """What an expression of relations.yaml reads beside columns."""
+    model, training, world = problem.model, problem.training, problem.world_size
+    return _CODES | {
+        "world": world, "node": problem.hardware.devices_per_node, "heads": model.num_attention_heads,
+        "num_experts": max(model.num_local_experts, 1), "batch": training.global_batch,
+        "seq_len": training.seq_len, "one_mesh": one_mesh(problem),
+        "near": near_batches(training.global_batch, world),
+    }  # fmt: skip
+
+
+def _said(words: Mapping[str, Any], group: str) -> Iterator[Relation]:
+    """The relations of a group of relations.yaml."""
+    for one in kept(__package__, "relations.yaml")[group]:
+        about, code = _read(one["needs"])
+        yield one.get("else", NO_CHOICE).format_map(words), about, partial(_holds, code, words)
+
+
+def _holds(code: CodeType, words: Mapping[str, Any], c: Columns) -> NDArray[np.bool_]:
+    return np.asarray(eval(code, {**words, **c}), dtype=np.bool_)
+
+
+class _Let(ast.NodeTransformer):
+    """Names of `let` become what they stand for."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        meant = kept(__package__, "relations.yaml")["let"].get(node.id)
+        return node if meant is None else self.visit(ast.parse(meant, mode="eval").body)
+
+
+@cache
+def _read(needs: str) -> tuple[tuple[str, ...], CodeType]:
+    """(the columns that an expression reads, what it compiles to)."""
+    tree = ast.fix_missing_locations(_Let().visit(ast.parse(needs, mode="eval")))
+    read = dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return tuple(name for name in read if name in DEFAULTS), compile(tree, needs, "eval")
 
 
 def _set_at_once(axes: Axes, about: Iterable[str]) -> bool:
     """Whether one axis alone varies any of these columns: who made it has chosen what goes together."""
     return sum(len(values) > 1 and not set(names(key)).isdisjoint(about) for key, values in axes.items()) == 1
-
-
-def _over_ranks(problem: Problem) -> Iterable[Relation]:
-    world, model, training = problem.world_size, problem.model, problem.training
-    batch = training.global_batch
-
-    def stage(c: Columns) -> Column:
-        return world // c["pipeline"]
-
-    def groups(c: Columns) -> Column:
-        return np.asarray(stage(c) // np.maximum(c["tensor"] * c["sequence"], 1))
-
-    yield (
-        "tensor x sequence does not divide the ranks of a stage",
-        RANKS,
-        lambda c: stage(c) % (c["tensor"] * c["sequence"]) == 0,
-    )
-    yield (
-        "tensor x sequence does not divide num_attention_heads, which Ulysses splits",
-        ("exchange", "tensor", "sequence"),
-        lambda c: (
-            (c["exchange"] != ULYSSES) | (model.num_attention_heads % (c["tensor"] * c["sequence"]) == 0)
-        ),
-    )
-    yield (
-        f"global batch is not a multiple of micro_batch x data groups{near_batches(batch, world)}",
-        ("micro_batch", *RANKS),
-        lambda c: batch % (c["micro_batch"] * np.maximum(groups(c), 1)) == 0,
-    )
-    yield (
-        f"more than {MOST_MICROBATCHES} microbatches",
-        ("micro_batch", *RANKS),
-        lambda c: batch // (c["micro_batch"] * np.maximum(groups(c), 1)) <= MOST_MICROBATCHES,
-    )
-    yield (
-        "seq_len is not a multiple of the sequence split",
-        ("tensor", "sequence"),
-        lambda c: training.seq_len % (c["sequence"] * c["tensor"]) == 0,
-    )
-    yield (
-        "microbatches are not a multiple of the stages, as interleaving needs",
-        ("virtual_stages", "micro_batch", *RANKS),
-        lambda c: (
-            (c["virtual_stages"] == 1)
-            | (batch // (c["micro_batch"] * np.maximum(groups(c), 1)) % c["pipeline"] == 0)
-        ),
-    )
-
-
-def _over_experts(problem: Problem) -> Iterable[Relation]:
-    experts = max(problem.model.num_local_experts, 1)
-
-    def stage(c: Columns) -> Column:
-        return problem.world_size // c["pipeline"]
-
-    yield (
-        "experts x expert_tensor does not divide the ranks of a stage",
-        MESH,
-        lambda c: stage(c) % (c["experts"] * c["expert_tensor"]) == 0,
-    )
-    yield (
-        "expert degree does not divide num_local_experts",
-        ("experts",),
-        lambda c: experts % c["experts"] == 0,
-    )
-    yield (
-        "expert shard does not divide the expert replicas",
-        (*MESH, "expert_shard"),
-        lambda c: stage(c) // (c["experts"] * c["expert_tensor"]) % c["expert_shard"] == 0,
-    )
-
-
-def _over_copies(problem: Problem) -> Iterable[Relation]:
-    """Of one copy of the state in each node."""
-    node, together = problem.hardware.devices_per_node, one_mesh(problem)
-
-    def share(c: Columns) -> Column:
-        return np.asarray(np.maximum(c["tensor"], together * c["experts"] * c["expert_tensor"]))
-
-    def stage(c: Columns) -> Column:
-        return problem.world_size // c["pipeline"]
-
-    yield (
-        NO_CHOICE,
-        ("in_node", "pipeline"),
-        lambda c: (c["in_node"] == 0) | ((stage(c) > node) & (stage(c) % node == 0)),
-    )
-    yield (
-        "a copy of the state in a node has not all places of its tensors and experts",
-        ("in_node", "tensor", "experts", "expert_tensor"),
-        lambda c: (c["in_node"] == 0) | ((node % c["tensor"] == 0) & (node % share(c) == 0)),
-    )
-
-
-def _together(problem: Problem) -> Iterable[Relation]:
-    """What FSDP2 is looked for beside tensors or layers that are split."""
-    training, world = problem.training, problem.world_size
-
-    def whole(c: Columns) -> NDArray[np.bool_]:
-        return np.asarray((c["tensor"] == 1) & (c["pipeline"] == 1))
-
-    def ranks(c: Columns) -> Column:
-        return np.asarray(c["sequence"] * c["tensor"])
-
-    def microbatches(c: Columns) -> Column:
-        groups = world // np.maximum(c["pipeline"] * c["tensor"] * c["sequence"], 1)
-        return np.asarray(training.global_batch // (c["micro_batch"] * np.maximum(groups, 1)))
-
-    yield (
-        NO_CHOICE,
-        ("tensor", "expert_tensor"),
-        lambda c: (c["expert_tensor"] == 1) | (c["expert_tensor"] == c["tensor"]),
-    )
-    yield NO_CHOICE, ("offload", "pipeline"), lambda c: (c["offload"] == 0) | (c["pipeline"] == 1)
-    yield (
-        NO_CHOICE,
-        ("offload", "modules", "saved"),
-        lambda c: (c["offload"] == 0) | ((c["modules"] == 0) & (c["saved"] == 0)),
-    )
-    yield (
-        NO_CHOICE,
-        ("loss", "pipeline"),
-        lambda c: (c["loss"] != CHUNKED) | (c["pipeline"] == 1),
-    )
-    yield NO_CHOICE, ("in_node", "pipeline"), lambda c: (c["in_node"] == 0) | (c["pipeline"] == 1)
-    yield (
-        NO_CHOICE,
-        RANKS,
-        lambda c: (
-            (c["sequence"] == 1)
-            | whole(c)
-            | (training.seq_len >= np.where(c["pipeline"] > 1, LEAST_IN_STAGES, LEAST_ROWS) * ranks(c))
-        ),
-    )
-    yield (
-        NO_CHOICE,  # fewer microbatches than stages
-        ("micro_batch", *RANKS),
-        lambda c: (c["pipeline"] == 1) | (microbatches(c) >= c["pipeline"]),
-    )
 
 
 def _beside(problem: Problem, family: str) -> Iterator[Relation]:
