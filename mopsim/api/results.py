@@ -24,7 +24,7 @@ from mopsim.search.miss import would_fit
 from mopsim.search.problem import Problem
 from mopsim.search.result import plan_json
 from mopsim.search.why import why
-from mopsim.spec.capability import Job
+from mopsim.spec.capability import Job, written
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.validate.sealed import seal
@@ -214,7 +214,7 @@ class Simulation(Result):
     @named
     def save_plan(self, path: str | Path) -> None:
         """Write the plan as YAML. Raises MopError where it cannot be written."""
-        io.write_yaml(Path(path), self.plan())
+        io.write_yaml(Path(path), written(self.plan()))
 
     @named
     def seal(self, path: str | Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import yaml
 from msgspec.structs import replace
 
 import mopsim
@@ -40,6 +41,19 @@ def test_a_step_has_the_keys_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp
     assert said == json.loads(json.dumps(io.to_plain(dict(step))))
     assert said["step_time_s"] == step.step_time_s == step["step_time_s"]
     assert io.load(path, Plan, "plan").strategy == step.strategy == TINY.on(2)
+
+
+@pytest.mark.parametrize(("model", "inert"), [("tiny", "ffn_activation"), ("gpt_h1024_l12", "kv_lora_rank")])
+def test_a_plan_says_no_field_of_its_model_that_acts_on_nothing(
+    model: str, inert: str, tmp_path: Path
+) -> None:
+    """Plans of gated networks named the GELU of others."""
+    step, path = mopsim.simulate(**JOB | {"model": model}, strategy=TINY), tmp_path / "plan.yaml"
+    step.save_plan(path)
+    said = yaml.safe_load(path.read_text())["model"]
+    assert inert not in said
+    assert ("ffn_activation" in said) == (step.inputs.model.ffn_matrices == 2)
+    assert io.load(path, Plan, "plan") == step.plan()
 
 
 def test_search_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ export target. Search, executor, simulator and exports read one table: a value i
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
+from typing import Any
+
+from msgspec.structs import fields
 
 from mopsim.common.errors import SpecError
-from mopsim.common.io import digest
+from mopsim.common.io import digest, to_plain
 from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.rules import RULES, no_runtime, value_at, values_had
@@ -34,6 +37,7 @@ __all__ = [
     "refusals",
     "runnable",
     "values_had",
+    "written",
 ]
 
 
@@ -81,6 +85,19 @@ def model_refusals(model: ModelSpec) -> Iterator[SpecError]:
         first = refused[0]
         if first is not None and all(refused):
             yield SpecError(first.field, first.value, first.rule.replace(RUNTIMES[0], "mopexec"))
+
+
+def written(plan: Plan) -> dict[str, Any]:
+    """A plan's plain objects, without those fields of its model that have nothing to act on there and are as
+    they are where nothing is told: a network with gates has no activation between two matrices."""
+    plain: dict[str, Any] = to_plain(plan)
+    job = job_of(plan)
+    usual = {one.name: one.default for one in fields(ModelSpec)}
+    for path, row in ROWS.items():
+        noun, _, name = path.partition(".")
+        if noun == "model" and not row.acts_in(job) and getattr(plan.model, name) == usual[name]:
+            del plain["model"][name]
+    return plain
 
 
 def runnable(
