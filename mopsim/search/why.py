@@ -114,9 +114,23 @@ def _costs(
             yield f"{name}: none of the {len(fits)} simulated plans that fit keeps to this"
             continue
         fastest = min(kept, key=lambda one: one.ranked_time)
-        slower = fastest.ranked_time / best.ranked_time - 1
-        cost = "no slower" if slower <= TIE else f"at most {slower:.0%} slower"
-        yield f"{name}: {cost}, {format_seconds(fastest.ranked_time)} a step: {fastest.line}"
+        said = f"{name}: {_slower(fastest, best)}"
+        own, within = best.strategy.name, [one for one in kept if one.strategy.name == best.strategy.name]
+        if fastest in within:
+            yield said
+        elif within:
+            nearest = min(within, key=lambda one: one.ranked_time)
+            yield f"{said}; of {own} {_slower(nearest, best)}"
+        else:
+            yield f"{said}; no simulated plan of {own} that fits keeps to this"
+
+
+def _slower(one: SimResult, best: SimResult) -> str:
+    """By how much a plan is slower than the best, and which it is."""
+    slower = one.ranked_time / best.ranked_time - 1
+    cost = "no slower" if slower <= TIE else f"at most {slower:.0%} slower"
+    another = "" if one.strategy.name == best.strategy.name else " by another family"
+    return f"{cost}{another}, {format_seconds(one.ranked_time)} a step: {one.line}"
 
 
 def _risky(best: SimResult, played: Sequence[SimResult]) -> str | None:

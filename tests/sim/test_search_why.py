@@ -31,7 +31,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES, megatron, mop
+from mopsim.strategies import FAMILIES, fsdp2, megatron, mop
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
@@ -141,6 +141,29 @@ def test_a_tie_is_led_by_what_keeps_nothing_on_the_host(found: SearchResult) -> 
         device = replace(best, step_time=seconds * 1.0045)
         assert ranked([*host, device], 1) == [device, *host[:2]]
         assert ranked([*host, device]) == [device, *host]
+
+
+def test_what_only_another_family_keeps_is_said_to_be_its(found: SearchResult, problem: Problem) -> None:
+    """What a restriction costs was told of another family's plan as if of the first's."""
+    best = found.best
+    assert best is not None
+    host = replace(best, host_memory=1)
+    other = replace(best, strategy=fsdp2(4), host_memory=0, step_time=1.5 * best.step_time)
+    name = best.strategy.name
+
+    def told(*played: SimResult) -> str:
+        (line,) = (
+            one
+            for one in why(replace(found, top=[host], played=[host, *played]), problem)
+            if one.startswith("nothing on the host: ")
+        )
+        return line
+
+    assert "at most 50% slower by another family, " in told(other)
+    assert told(other).endswith(f"; no simulated plan of {name} that fits keeps to this")
+    own = replace(best, host_memory=0, step_time=2 * best.step_time)
+    assert f"; of {name} at most 100% slower, " in told(other, own)
+    assert "family" not in told(replace(own, step_time=best.step_time))
 
 
 def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, problem: Problem) -> None:
