@@ -122,10 +122,12 @@ def as_used(
         hardware = _in_rings(hardware)
     grouped = _grouped(hardware, here)
     same = curve == hardware.device.attention and grouped == hardware.device.grouped_matmul
-    if same and share == hardware.communication_share:
+    spared = here.communication_share and not share  # no SM is taken, and no product has a second wave
+    products = 0.0 if spared else hardware.product_share
+    if same and (share, products) == (hardware.communication_share, hardware.product_share):
         return hardware
     device = replace(hardware.device, attention=curve, grouped_matmul=grouped)
-    return replace(hardware, device=device, communication_share=share)
+    return replace(hardware, device=device, communication_share=share, product_share=products)
 
 
 def _pooled(hardware: HardwareProfile, pool: float) -> HardwareProfile:

@@ -178,9 +178,9 @@ class Passes:
         frames = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
         kernels = shared_stay(kernels) if c.weaves or "router" in c.stack.host.graphs else kernels
         kernels = roomy(kernels, c) if routes and c.rows_room else kernels
-        tape = replace(tape, kernels=kernels, held=frames)
-        tape = widened(tape, c.stream // c.b, not c.stack.kernels.compiled) if c.stream > c.b else tape
-        if (way := c.stack.kernels.ring_blocks) != "fused":
+        tape, ways = replace(tape, kernels=kernels, held=frames), c.stack.kernels
+        tape = widened(tape, c.stream // c.b, ways.autocast and not ways.compiled) if c.stream > c.b else tape
+        if (way := ways.ring_blocks) != "fused":
             ranks = c.strategy.attention.context_parallel
             tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide, way == "scripted"))
         if 0 < c.strategy.dense.chunk_tokens < c.tokens:

@@ -78,8 +78,9 @@ def _kernels(data: Any) -> Any:
             eager = given.get("activation", "fused") != "fused"
             left = given.get("expert_rows") == "added" or given.get("sinks") == "composed"
             found[section] = {"compiled": left and not eager, "autocast": whole, **given, **now}
-    if _entry(data, "host", "layers") == "transformer_engine":
-        found["reading"] = {"workspaces": "transformer_engine", **(data.get("reading") or {})}
+    reading = data.get("reading", {})
+    if _entry(data, "host", "layers") == "transformer_engine" and isinstance(reading, dict):
+        found["reading"] = {"workspaces": "transformer_engine", **reading}
     return found
 
 

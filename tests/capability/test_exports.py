@@ -72,3 +72,12 @@ def test_a_field_is_written_or_refused_and_never_ignored(name: str) -> None:
         if same and variant.reads(target) and variant.acts:
             wrong.append(f"{variant}: ignored")
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_a_loss_that_is_read_after_the_backward_is_checked_too() -> None:
+    """check_for_nan_in_loss is true or false, whenever a stack reads the loss."""
+    base = plan_of(Job(load_model("qwen3_30b_a3b"), CASES["megatron-bridge"][1], TRAINING).settled)
+    for read, said in ((False, "false"), (True, "true"), ("after_backward", "true")):
+        host = replace(base.stack.host, loss_read=read)
+        text, _ = export(replace(base, stack=replace(base.stack, host=host)), "megatron-bridge")
+        assert f"check_for_nan_in_loss: {said}" in text

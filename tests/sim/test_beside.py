@@ -3,6 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
+from mopsim.cost.stack import as_used
 from mopsim.engine import run
 from mopsim.engine.beside import beside
 from mopsim.engine.ledger import Ledger
@@ -62,6 +63,17 @@ def test_a_step_is_between_those_of_even_losses(name: str) -> None:
         for profile in (machine(share=0.2), machine(share=0.2, products=0.6), machine(share=0.6))
     )
     assert low <= mixed <= high
+
+
+def test_products_lose_nothing_where_a_stack_says_that_exchanges_take_no_sms() -> None:
+    flat, training = load_stack("mopexec-flat"), TrainSpec(seq_len=512, global_batch=8)
+    card = machine(share=0.2, products=0.6)
+    found = {}
+    for share in (None, 0.0, 0.1):
+        stack = replace(flat, communication_share={} if share is None else {"default": share})
+        used = as_used(card, stack, small(), training)
+        found[share] = used.communication_share, used.product_share
+    assert found == {None: (0.2, 0.6), 0.0: (0.0, 0.0), 0.1: (0.1, 0.6)}
 
 
 def test_collectives_in_blocks_beside_products_spare_them() -> None:

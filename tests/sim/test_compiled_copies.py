@@ -4,10 +4,13 @@ from msgspec import structs
 
 from mopsim.graph.rewrites.stream import widened
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
+from mopsim.program.context import make_context
 from mopsim.program.lower import lower
+from mopsim.program.passes import Passes
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from mopsim.validate.facts import general_stacks
@@ -64,6 +67,25 @@ def test_each_product_keeps_a_cast_of_a_wide_norm_unless_a_compiler_makes_them_o
         assert sizes["h"] == (8 if compiled else 16)
         assert max(kernel.back_bytes or 0 for kernel in wide.kernels) == (24 if compiled else 48)
     assert kept == {False: 16 + 16 + 8 + 8, True: 16 + 8 + 8}
+
+
+def test_what_a_norm_makes_in_fp32_is_no_wider_beside_a_wide_stream() -> None:
+    """Eager torch's own RMSNorm casts before its product with the weight or after it: a copy in fp32 is kept
+    once. Without autocast norms return the products' dtype, whatever the stream is."""
+    training, eager = TrainSpec(seq_len=1024, global_batch=4), load_stack("generic-eager")
+    plain = structs.replace(megatron(2), stack="generic-eager")
+    wide = structs.replace(plain, precision=structs.replace(plain.precision, param="float32"))
+    manual = structs.replace(eager.kernels, stream="float32", autocast=False)
+
+    def sizes(strategy: Strategy, stack: Stack) -> tuple[int, int]:
+        kernels = Passes(make_context(LLAMA, strategy, training, 8, stack)).tape(0).kernels
+        (norm,) = (one for one in kernels if one.name == "attention_norm")
+        found = {value.name: value.bytes // (1024 * LLAMA.hidden_size) for value in norm.writes}
+        return found["h"], found["attention_norm_normed"]
+
+    assert sizes(plain, eager) == (2, 4)
+    assert sizes(wide, eager) == (4, 4)
+    assert sizes(plain, structs.replace(eager, kernels=manual)) == (2, 4)
 
 
 def test_a_trainer_reads_the_loss_once_its_backward_is_over() -> None:

@@ -124,6 +124,12 @@ def test_stacks_of_before_say_whose_workspaces_and_casts_there_are(name: str) ->
     assert io.convert(renamed.stack(older, "stack"), Stack, "stack") == load_stack(name)
 
 
+def test_a_section_of_an_older_stack_that_is_no_mapping_is_named() -> None:
+    wrong = io.to_plain(load_stack("megatron-core")) | {"reading": 5}
+    with pytest.raises(MopError, match=r"stack.*reading"):
+        io.convert(renamed.stack(wrong, "stack"), Stack, "stack")
+
+
 def strategy(**fields: Any) -> dict[str, Any]:
     return {"name": "old", "world_size": 8, **fields}
 

@@ -11,12 +11,13 @@ STREAM = ("x", "y", "z")
 def widened(tape: Tape, times: int, casts: bool = False) -> Tape:
     """A layer's tape with that stream `times` as wide. A norm that keeps its input in fp32 keeps the stream
     itself, no copy; sums move as much more as the stream is wider, what norms read more of is left out.
-    casts: no compiler makes one kernel of a norm and the casts after it, so that what a norm makes is as
-    wide as the stream, and each product that reads it keeps a cast of its own (torch, autocast_mode.cpp:
-    casts are cached of weights alone)."""
+    casts: a norm's output is cast for each product that reads it, and no compiler makes one kernel of these
+    (torch.autocast): it is as wide as the stream, and each of them keeps a cast of its own (torch,
+    autocast_mode.cpp: casts are cached of weights alone)."""
     norms = [one for one in tape.kernels if one.name.endswith("norm") and one.reads[0] in STREAM]
     wide = {norm.writes[0].name for norm in norms} if casts else set()
-    kept = {value.name for norm in norms for value in norm.writes if value.name.endswith("_normed")}
+    narrow = [value for norm in norms for value in norm.writes if value.bytes == norm.writes[0].bytes]
+    kept = {value.name for value in narrow if value.name.endswith("_normed")}  # others are in fp32 anyway
     larger = {*STREAM, *wide, *(kept if casts else ())}
 
     def size(one: Value) -> int:
