@@ -25,10 +25,13 @@ def _shared_experts(model: ModelSpec) -> Any:
     return whole // each if each and whole % each == 0 else msgspec.UNSET
 
 
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
 _FUNCTIONS: dict[str, Callable[[ModelSpec], Any]] = {
     "dense_layers()": lambda m: [one for one in range(m.num_hidden_layers) if not m.is_moe_layer(one)],
     "rotating_layers()": lambda m: [int(m.rotates(one)) for one in range(m.num_hidden_layers)],
     "shared_experts()": _shared_experts,
+    "activation()": lambda m: _ACTIVATIONS.get(m.ffn_activation, m.ffn_activation),
+    "absent()": lambda _: msgspec.UNSET,
 }
 
 

@@ -31,13 +31,17 @@ class TensorPlace(Spec, frozen=True, kw_only=True):
 
 class Family(Spec, frozen=True, kw_only=True):
     """One architecture. copies: tensors that may be in a file beside the one that they equal; written where
-    `writes_copies`. balance_bias: whether it has a place for the routers' balance bias.
+    `writes_copies`. balance_bias: whether it has a place for the routers' balance bias. base: of the names in
+    these files, which files of the network without its head do not have. masks: a pattern of names, without
+    it, of tensors that are no weights.
     """
 
     architecture: str
     table: dict[str, TensorPlace]
     copies: dict[str, str]
     writes_copies: bool
+    base: str = ""
+    masks: str = ""
 
     @property
     def balance_bias(self) -> bool:
@@ -65,7 +69,10 @@ def _family(architecture: str, groups: list[str]) -> Family:
     said = kept("mopexec.weights", "architectures.yaml")
     table = {ours: place for name in groups for ours, place in _places(said["sets"][name])}
     copies = {copy: of for name in groups for copy, of in said["copies"].get(name, {}).items()}
-    return Family(architecture=architecture, table=table, copies=copies, writes_copies="mtp" in groups)
+    bare = {key: value for name in groups for key, value in said["bare"].get(name, {}).items()}
+    return Family(
+        architecture=architecture, table=table, copies=copies, writes_copies="mtp" in groups, **bare
+    )
 
 
 FAMILIES: dict[str, Family] = {

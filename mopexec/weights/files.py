@@ -2,6 +2,7 @@
 what is never touched is never loaded.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}  # names in the files, where they are others
         self._open: dict[Path, Any] = {}
         for path, listed in self._listed():
             for name in self._names(path):
@@ -38,17 +40,29 @@ class Files:
                 if self.files.get(name) != path:
                     raise MopError(f"{folder / INDEX}: {name}: is not in {path.name}, where the index has it")
 
+    def of_family(self, base: str, masks: str) -> None:
+        """Names as a family's files have them (see Family); masks are none of them."""
+        for stored, path in list(self.files.items()):
+            plain = stored.removeprefix(base)
+            if masks and re.fullmatch(masks, plain):
+                del self.files[stored]
+            elif (
+                base and stored == plain and f"{base}{plain}" not in self.files and plain != "lm_head.weight"
+            ):
+                del self.files[stored]
+                self.files[f"{base}{plain}"], self._stored[f"{base}{plain}"] = path, stored
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
-        return tuple(self._file(name).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Of a tensor, in safetensors' words: BF16, F32, ..."""
-        return str(self._file(name).get_slice(name).get_dtype())
+        return str(self._slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, mapped from its file."""
-        found: Tensor = self._file(name).get_tensor(name)
+        found: Tensor = self._file(name).get_tensor(self._stored.get(name, name))
         return found
 
     def close(self) -> None:
@@ -81,6 +95,9 @@ class Files:
             raise MopError(f"{path}: is not a safetensors file: {error}") from None
         return list(self._open[path].keys())
 
+    def _slice(self, name: str) -> Any:
+        return self._file(name).get_slice(self._stored.get(name, name))
+
     def _file(self, name: str) -> Any:
         return self._open[self.files[name]]
 
@@ -90,6 +107,7 @@ class Weights:
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout, self.files = layout, Files(folder)
+        self.files.of_family(layout.family.base, layout.family.masks)
         check(self.files, layout)
 
     def read(

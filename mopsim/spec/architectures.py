@@ -33,9 +33,15 @@ class Architecture(Spec, frozen=True, kw_only=True):
     reads: dict[str, str]
     absent: Config
     text_of: tuple[str, ...] = ()
+    names: dict[str, str] = msgspec.field(default_factory=dict)
     needs: dict[str, tuple[Any, str]] = msgspec.field(default_factory=dict)
     fixed: Fields = msgspec.field(default_factory=dict)
     parts: tuple[str, ...] = ()
+
+    @property
+    def gated(self) -> bool:
+        """Whether its FFN has a gate."""
+        return bool(self.fixed.get("ffn_matrices", 3) == 3)
 
     def fields(self, r: ConfigReader) -> Fields:
         """The fields of ModelSpec that the architecture's own keys say. Raises MopError naming a key."""
@@ -164,6 +170,21 @@ def _chunks(r: ConfigReader, usual: Callable[[int], bool]) -> Fields:
     return found
 
 
+ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+"""Names in transformers of functions that ModelSpec has by another."""
+
+
+def plain_activation(r: ConfigReader) -> Fields:
+    """Between the two products of an FFN without a gate."""
+    given = r.word("hidden_act")
+    return {"ffn_activation": ACTIVATIONS.get(given, given) if isinstance(given, str) else given}
+
+
+def four_times_wider(r: ConfigReader) -> Fields:
+    """Of the FFN, where n_inner is null."""
+    return {"intermediate_size": r.integer("n_inner", 4 * r.integer("hidden_size"))}
+
+
 def unclipped(r: ConfigReader) -> Fields:
     if r.has("clip_qkv"):
         raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
@@ -175,6 +196,7 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
     for part in (
         sparse_steps, shared_gate, listed_windows, window_if_used, leading_dense, groups_if_limited,
         ernie_layers, alternating_windows, llama4_layers, unclipped, qwen_windows, late_windows,
+        plain_activation, four_times_wider,
     )
 }  # fmt: skip
 

@@ -24,22 +24,31 @@ _MOST = 10
 
 class ConfigReader:
     """Typed access to a config's fields. absent: what a key is that the config does not have. read: keys that
-    were asked for. passed: keys that say what is left out of the network, which its assumptions tell.
+    were asked for. passed: keys that say what is left out of the network, which its assumptions tell. names:
+    keys that the architecture's configs call otherwise.
 
     `null` of a method: what a null is, and a key that is absent in `absent` too; without it they are refused.
     """
 
-    def __init__(self, config: Config, origin: str, absent: Config | None = None) -> None:
-        self.config, self.origin, self.absent = config, origin, absent or {}
+    def __init__(
+        self, config: Config, origin: str, absent: Config | None = None, names: dict[str, str] | None = None
+    ) -> None:
+        self.config, self.origin, self.absent, self._names = config, origin, absent or {}, names or {}
         self.read: set[str] = set()
         self.passed: set[str] = set()
 
+    def named(self, key: str) -> str:
+        """A key as the architecture's configs call it."""
+        return self._names.get(key, key)
+
     def has(self, key: str) -> bool:
+        key = self.named(key)
         self.read.add(key)
         return self.config.get(key) is not None
 
     def is_null(self, key: str) -> bool:
         """Whether the config says that there is none of it; a key that is absent says nothing."""
+        key = self.named(key)
         self.read.add(key)
         return self.config.get(key, 0) is None
 
@@ -54,6 +63,7 @@ class ConfigReader:
 
     def word(self, key: str) -> Any:
         """Text that ModelSpec has the rules for."""
+        key = self.named(key)
         return self.config[key] if self.has(key) and self.config[key] != "" else self.absent[key]
 
     def _get(self, key: str, null: Any) -> Any:
@@ -70,6 +80,7 @@ class ConfigReader:
         return value
 
     def _typed(self, key: str, null: Any, kind: type | UnionType, rule: str) -> Any:
+        key = self.named(key)
         value = self._get(key, null)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise MopError(f"{self.origin}: {key}: {shown(value)} must be {rule}")
@@ -94,6 +105,7 @@ class ConfigReader:
 
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
         """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""
+        key = self.named(key)
         if self.has(key) and self.config[key] != expected:
             raise MopError(f"{self.origin}: {key}: {shown(self.config[key])} is refused: {meaning}")
 

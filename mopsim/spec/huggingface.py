@@ -24,9 +24,10 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "partial_rotary_factor" in nested:
         config = {"partial_rotary_factor": nested["partial_rotary_factor"], **config}
-    absent = EVERY | ARCHITECTURES[architecture].absent
-    reader = ConfigReader(config, origin, absent)
-    fields = common(reader) | ARCHITECTURES[architecture].fields(reader)
+    meant = ARCHITECTURES[architecture]
+    absent = EVERY | meant.absent
+    reader = ConfigReader(config, origin, absent, meant.names)
+    fields = common(reader, gated=meant.gated) | meant.fields(reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
     fields["assumptions"] = (*told, *fields.get("assumptions", ()), *reader.unread(architecture))

@@ -57,7 +57,7 @@ def test_every_field_of_a_step_is_explained() -> None:
 
 def test_families_whose_weights_are_read_are_those_of_the_table() -> None:
     text = (ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8")
-    assert re.findall(r"`(\w+ForCausalLM)`", text) == list(FAMILIES)
+    assert re.findall(r"`(\w+(?:ForCausalLM|LMHeadModel))`", text) == list(FAMILIES)
 
 
 COMMAND = re.compile(r"^(?:\.venv/bin/)?(mopsim|mopexec) +([a-z][a-z-]*)(.*)$", re.M)

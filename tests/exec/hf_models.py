@@ -25,6 +25,14 @@ _LATENT = {
     "rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 1.0},
 }  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2, two weights": (
+        "GPT2",
+        {
+            "tie_word_embeddings": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "activation_function": "gelu",
+        },
+    ),
     "llama": (
         "Llama",
         {
@@ -149,7 +157,8 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     name, fields = CONFIGS[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(_COMMON | fields | changes))
-    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).to(dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():

@@ -4,6 +4,7 @@ What a config does not say means what transformers takes it for.
 """
 
 import json
+import re
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -24,7 +25,7 @@ StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDatac
 Config = dict[str, Any]
 PUBLISHED: dict[str, Config] = {
     one["architectures"][0]: one
-    for one in (*told.CASES.values(), told.QWEN2, told.MISTRAL, told.DOTS1, told.ERNIE)
+    for one in (*told.CASES.values(), told.QWEN2, told.MISTRAL, told.DOTS1, told.ERNIE, told.GPT2)
 } | {"Llama4ForCausalLM": told.TEXT}  # type: ignore[assignment]
 SIZES: Config = {"num_attention_heads": 128, "hidden_size": 8192, "num_hidden_layers": 9}
 """Of no class, and such that every class's num_key_value_heads divides the heads."""
@@ -38,7 +39,7 @@ REFUSED = {
     "num_attention_heads", "num_key_value_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_k",
     "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
-    "n_group", "topk_group", "use_sliding_window", "layer_types", "head_dim",
+    "n_group", "topk_group", "use_sliding_window", "layer_types", "head_dim", "n_embd", "n_layer", "n_head",
 }  # fmt: skip
 """Without which a config of some architecture is refused."""
 
@@ -46,7 +47,7 @@ REFUSED = {
 def whole(architecture: str, config: Config) -> Config:
     """Every key, as transformers has it once it has read the config; MTP layers as in its training, in which
     there are those that a config says."""
-    made = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    made = getattr(transformers, re.sub("(ForCausalLM|LMHeadModel)$", "Config", architecture))
     made = made.sub_configs.get("text_config", made)
     found: Config = json.loads(made(**deepcopy(config)).to_json_string(use_diff=False))
     found["architectures"] = [architecture]
@@ -73,9 +74,11 @@ def read(config: Config) -> ModelSpec | None:
 
 def bases(architecture: str) -> list[Config]:
     published = PUBLISHED[architecture]
-    sure = [usual(architecture), published, published | LONGER]
+    sure, longer = [usual(architecture), published], published | LONGER
     assert all(map(read, sure))
-    more = [usual(architecture, **WINDOWS), published | WINDOWS, usual(architecture, **GROUPS)]
+    rotary = not ARCHITECTURES[architecture].reads.get("learned_positions")
+    assert bool(read(longer)) == rotary
+    more = [longer, usual(architecture, **WINDOWS), published | WINDOWS, usual(architecture, **GROUPS)]
     return [*sure, *filter(read, more)]
 
 

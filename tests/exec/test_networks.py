@@ -51,6 +51,10 @@ def same_gradients(model: Transformer, theirs: Any, folder: Path) -> None:
     gradients = ours(hf_models.save(hf_models.with_gradients(theirs), folder / "gradients"))
     for name, parameter in gradients.named_parameters():
         actual = model.get_parameter(name).grad
+        if model.spec.learned_positions and name.endswith("k_proj.bias"):  # it moves all scores alike
+            assert actual is not None
+            assert max(actual.abs().max(), parameter.abs().max()) < 1e-7  # rounding
+            continue
         close(torch.zeros(()) if actual is None else actual, parameter.detach(), name)
 
 

@@ -184,7 +184,10 @@ def test_presets_have_configs(name: str) -> None:
     [
         ("mop_120b", "MixtralForCausalLM, would have scoring_func 'softmax', not 'sigmoid'"),
         ("tiny", "Glm4MoeForCausalLM, would have topk_method 'noaux_tc', not 'greedy'"),
-        ("gpt3_5b", "LlamaForCausalLM, would have ffn_matrices 3, not 2; norm 'rmsnorm', not 'layernorm'"),
+        (
+            "mpt_125m",
+            "GPT2LMHeadModel, would have attention_bias 'qkvo', not 'none'; ffn_bias True, not False",
+        ),
     ],
 )
 def test_a_network_that_no_architecture_says_is_refused_with_the_nearest(name: str, nearest: str) -> None:
@@ -195,6 +198,28 @@ def test_a_network_that_no_architecture_says_is_refused_with_the_nearest(name: s
 def test_a_network_of_deepseek_v3_without_mtp_is_no_v2() -> None:
     """transformers' DeepSeek-V2 has a softmax router without a balance bias, whatever its config says."""
     assert to_config(load_model("kimi_k2"))["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
+def test_weights_of_gpt2_without_its_head_are_read(tmp_path: Path) -> None:
+    """As OpenAI's are published: names without `transformer.`, and each layer's mask beside them."""
+    folder = hf_models.save(hf_models.make("gpt2"), tmp_path / "whole")
+
+    def bare(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors |= {f"h.{layer}.attn.bias": torch.zeros(1, 1, 256, 256) for layer in range(3)}
+
+    published = changed(folder, tmp_path / "bare", bare)
+    found = [open_weights(one, plan_of(one, fsdp2(2))) for one in (folder, published)]
+    models = [Transformer(weights.layout.spec, torch.float32) for weights in found]
+    for model, weights in zip(models, found, strict=True):
+        fill(model, weights)
+    for name, value in models[0].named_parameters():
+        assert torch.equal(value, models[1].get_parameter(name)), name
+    lacking = changed(published, tmp_path / "lacking", lambda tensors: tensors.pop("h.1.ln_1.bias"))
+    assert "transformer.h.1.ln_1.bias: missing; layers.1.attention_norm.bias is read from it" in refusal(
+        lacking
+    )
 
 
 RUNTIMES = {

@@ -7,8 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from mopsim.common.errors import MopError
 from mopsim.spec.architectures import ARCHITECTURES, TEXT_OF
 from mopsim.spec.presets import load_model
+from mopsim.spec.tensors import total_params
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -173,6 +175,13 @@ OLMOE = {
     "num_experts_per_tok": 8,
     "norm_topk_prob": False,
 }
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+    "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256,
+    "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 1600, "n_head": 25,
+    "n_layer": 48, "n_positions": 1024, "output_past": True, "resid_pdrop": 0.1, "vocab_size": 50257,
+}  # fmt: skip
+"""openai-community/gpt2-xl."""
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_size": 3584,
@@ -277,6 +286,27 @@ def test_qwen2_and_mistral(tmp_path: Path) -> None:
     assert (mistral.attention_bias, mistral.sliding_window) == ("none", 4096)
 
 
+def test_gpt2_is_of_its_own_keys(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path, GPT2))
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (1600, 48, 25)
+    assert (model.intermediate_size, model.learned_positions, model.ffn_matrices) == (6400, 1024, 2)
+    assert (model.ffn_activation, model.norm, model.attention_bias) == (
+        "gelu_pytorch_tanh",
+        "layernorm",
+        "qkvo",
+    )
+    assert model.tie_word_embeddings
+    assert total_params(model) == 1_557_611_200
+    for key, value, says in (
+        ("n_embd", "wide", "n_embd: 'wide' must be an integer"),
+        ("n_layer", None, "n_layer: missing"),
+        ("activation_function", "silu", "ffn_activation: 'silu' is not one of"),
+        ("scale_attn_weights", False, "scale_attn_weights: False is refused"),
+    ):
+        with pytest.raises(MopError, match=says):
+            load_model(write(tmp_path, GPT2 | {key: value}))
+
+
 def test_mtp_layers_are_those_that_a_config_says(tmp_path: Path) -> None:
     """transformers loads none, whatever its classes' default; Kimi-K2's keys are DeepSeek-V3's otherwise."""
     for config in (DEEPSEEK_V3, GLM4_MOE, DEEPSEEK_V3 | {"model_type": "kimi_k2"}):
@@ -287,7 +317,7 @@ def test_mtp_layers_are_those_that_a_config_says(tmp_path: Path) -> None:
 
 
 def test_every_architecture_is_covered_here() -> None:
-    others = (QWEN2, MISTRAL, DOTS1, ERNIE)
+    others = (QWEN2, MISTRAL, DOTS1, ERNIE, GPT2)
     said = {config["architectures"][0] for config in (*CASES.values(), *others)}  # type: ignore[index]
     assert {TEXT_OF.get(name, name) for name in said} == set(ARCHITECTURES)
 
