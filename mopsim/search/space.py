@@ -78,12 +78,15 @@ class Space:
         groups = asked.world_size / (c["pipeline"] * c["tensor"] * c["sequence"])
         return np.asarray(asked.training.global_batch / (c["micro_batch"] * groups))
 
-    def within(self) -> tuple[Column, Column]:
+    def within(self) -> tuple[Column, Column, Column]:
         """What decides beside columns of their own what the parts of every row are: (whether a step has one
-        microbatch alone, whose gradients are added to none; whether its program weaves)."""
+        microbatch alone, whose gradients are added to none; whether its program weaves; whether no other rank
+        sums its gradients, for whose buckets a compiler may cut its graphs: Stack.cut)."""
         c = self.columns
         woven = (c["overlap"] == 1) & (c["layout"] != IDEAL) & (c["zero"] < 2)
-        return (self.microbatches() == 1).astype(np.int64), woven.astype(np.int64)
+        alone = (c["pipeline"] * c["tensor"] == self.problem.world_size) & self.stack.sharding.bucketed
+        one = self.microbatches() == 1
+        return one.astype(np.int64), woven.astype(np.int64), alone.astype(np.int64)
 
 
 def taken(columns: Columns, rows: Column) -> Columns:

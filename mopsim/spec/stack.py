@@ -213,7 +213,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         dense, run, sharding = strategy.dense, self.kernels, self.sharding
         elements = model.hidden_size * model.intermediate_size / dense.tensor_parallel
         large = elements * DTYPE_BYTES[strategy.precision.param] >= sharding.bucket
-        reduced = sharding.bucketed and dense.fsdp * strategy.dense_replicas > 1
+        reduced = sharding.bucketed and strategy.dense_replicas > 1
         if not (run.compiled and run.activation == "fused" and reduced and large):
             return self
         return replace(self, kernels=replace(run, activation="composed"))

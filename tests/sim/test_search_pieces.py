@@ -86,3 +86,17 @@ def test_the_first_row_of_a_code_is_the_least_by_one_key_after_the_other(rows: l
     order = np.lexsort((*keys[::-1], codes))
     first = order[np.unique(codes[order], return_index=True)[1]]
     assert _least(codes, *keys).tolist() == first.tolist()
+
+
+def test_layers_whose_gradients_no_other_rank_sums_are_compiled_whole() -> None:
+    """DistributedDataParallel's buckets cut a compiled layer (Stack.cut), which then keeps more."""
+    space = spread(asked("llama3_70b", 2, 64, stack="generic-compile"), "megatron")
+    pieces = Pieces(space)
+    summed: dict[tuple[int, ...], int] = {}
+    whole: dict[tuple[int, ...], int] = {}
+    for at in np.flatnonzero(space.columns["tensor"] == 8):
+        found = whole if space.columns["pipeline"][at] == 2 else summed
+        found.setdefault(tuple(int(space.columns[name][at]) for name in LAYER), int(at))
+    both = next(key for key in summed if key in whole)
+    left = [sum(one.left for one in (pieces.layers(of[both]) or {}).values()) for of in (summed, whole)]
+    assert left[0] > left[1] > 0
