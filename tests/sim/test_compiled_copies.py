@@ -106,6 +106,7 @@ def test_words_say_how_plain_programs_compile_and_attend() -> None:
     for notes, stack, loss, attention in (
         ("torch.compile", "generic-compile", "compiled", "profile"),
         ("torch.compile, torch 2.8 (202509)", "generic-compile", "upcast", "flash2"),
+        ("torch.compile, torch 2.9 (202512)", "generic-compile", "upcast", "flash2"),
         ("torch.compile, FA2, 2026-10", "generic-compile", "compiled", "flash2"),
         ("own kernels", "generic-fused", "in_place", "profile"),
     ):
