@@ -36,10 +36,11 @@ COMMUNICATION_SHARE = (0.15, "20 of 132 SMs run a collective (Calculon ships the
 #: The same of matrix products, by architecture, where it is more.
 PRODUCT_SHARE = {
     "hopper": (
-        0.41,
-        "cuBLAS's kernels have a block for each of 132 SMs; beside an all-gather of 24 blocks the others run "
-        "in a second wave, and 80 % of the peak become 47 on H100 (forums.developer.nvidia.com, topic "
-        "337991; '2x as long' beside FSDP's collectives, pytorch issue 143988).",
+        0.27,
+        "the middle of three: 0.27 by pytorch pull 172714 (8192 x 8192 x 8192 beside a gather of 64 MiB on 8 "
+        "H100: 2.96 ms one after the other, 2.02 together; the product takes 1.68 here), 0.26 by pull 179937 "
+        "(products 30 to 40 % slower beside FSDP's collectives), 0.41 of a product whose blocks fill 132 SMs "
+        "once (80 % of the peak become 47; forums.developer.nvidia.com, topic 337991).",
     )
 }
 #: Grouped products against dense ones where nobody measured: fraction of the efficiency, tokens at half rate.
