@@ -103,13 +103,13 @@ class Passes:
     @property
     def _caches_weights(self) -> bool:
         """Whether weights have casts that stay for good."""
-        how, cast = self.context.stack.kernels.weight_casts, self.context.strategy.precision.matmul in CAST
-        return cast and (how in ("cached", "rows") or (how == "only" and not self.context.shards_params))
+        c, how = self.context, self.context.stack.weights_as(self.context.strategy.dense.zero)
+        return how in ("cached", "rows", "only") and c.strategy.precision.matmul in CAST
 
     def _narrow_weights(self, layer: int) -> int:
         """Bytes of the casts of a layer's weights, which chunks share; less the parameters that they are."""
-        c, run = self.context, self.context.stack.kernels
-        each, exact = narrow_weight(c) - c.param * (run.weight_casts == "only"), run.exact
+        c, exact = self.context, self.context.stack.kernels.exact
+        each = narrow_weight(c) - c.param * (c.stack.weights_as(c.strategy.dense.zero) == "only")
         return sum({one.name: weights_narrow(one, each, exact) for one in self.tape(layer).kernels}.values())
 
     @cached_property

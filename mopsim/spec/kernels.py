@@ -165,7 +165,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_casts: `step`: weights are cast once a step, which is not counted. `pass`: in every forward pass.
     `kept`: there is a cast copy of each weight, kept for the backward (in both layouts if casts are kept).
     `cached`: there is a cast copy for good. `rows`: so, of FP8 in one layout. `only`: the cast copy is the
-    parameter: none is wider.
+    parameter: none is wider. It is made of masters that ranks shard, and `cached` where none do (ZeRO-0).
     autocast: weights that no rank shards are cast for each product, and the casts are kept for the backward
     (torch.autocast), where state is wider than the products.
     weight_grads: `fused`: gradients are added to their buffer inside the product. `composed`: after it.

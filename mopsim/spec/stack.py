@@ -263,6 +263,15 @@ class Stack(Spec, frozen=True, kw_only=True):
         widened = self.widens(precision, zero, update_on) and lacking > 0 and not cast
         return lacking if widened else precision.own_master
 
+    def weights_as(self, zero: int) -> str:
+        """`Kernels.weight_casts` at a level of ZeRO: `only` is of masters that ranks shard, which are cast
+        (Megatron-Core, training/arguments.py: fp8_param_gather asserts the distributed optimizer), not of
+        parameters that are gathered."""
+        how = self.kernels.weight_casts
+        if how != "only":
+            return how
+        return "step" if zero == 3 or self.sharding.fsdp else "only" if zero else "cached"
+
     def held_weight(self, precision: Precision) -> float:
         """Bytes of a weight at least, below ZeRO-3 (Kernels.weight_casts)."""
         param, run = DTYPE_BYTES[precision.param], self.kernels

@@ -5,7 +5,7 @@ import pytest
 from mopsim.export import export
 from mopsim.spec.capability import Job, Side
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Overlap, Strategy
+from mopsim.spec.strategy import MatmulDType, Overlap, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, zero_offload
 from tests.capability.jobs import plan_of, refusal, replace, variants
@@ -81,3 +81,17 @@ def test_a_loss_that_is_read_after_the_backward_is_checked_too() -> None:
         host = replace(base.stack.host, loss_read=read)
         text, _ = export(replace(base, stack=replace(base.stack, host=host)), "megatron-bridge")
         assert f"check_for_nan_in_loss: {said}" in text
+
+
+@pytest.mark.parametrize("matmul", ["fp8", "mxfp8", "nvfp4"])
+def test_weights_lie_in_the_recipes_dtype_under_the_distributed_optimizer_alone(matmul: MatmulDType) -> None:
+    for zero, said in ((0, "false"), (1, "true")):
+        strategy = CASES["megatron-bridge"][1]
+        strategy = replace(
+            strategy, dense=replace(strategy.dense, zero=zero),
+            precision=replace(strategy.precision, matmul=matmul),
+        )  # fmt: skip
+        text, _ = export(
+            plan_of(Job(load_model("qwen3_30b_a3b"), strategy, TRAINING).settled), "megatron-bridge"
+        )
+        assert f"{'fp4' if matmul == 'nvfp4' else 'fp8'}_param_gather: {said}" in text

@@ -167,3 +167,20 @@ def test_modules_that_are_wrapped_one_by_one_are_whole_one_by_one(what: str) -> 
         for how in ("layers", "each")
     )
     assert each < layers
+
+
+@pytest.mark.parametrize(("zero", "alike"), [(0, "cached"), (1, "only"), (3, "step")])
+def test_weights_lie_in_4_bits_alone_where_masters_are_sharded(zero: int, alike: str) -> None:
+    """Megatron-Core asserts the distributed optimizer for fp8_param_gather."""
+    plan = megatron(world_size=2)
+    plan = replace(
+        plan, dense=replace(plan.dense, zero=zero), precision=replace(plan.precision, matmul="nvfp4")
+    )
+    held = {
+        how: played(
+            plan, "megatron-core", card="b200-sxm-192g", kernels={"weight_casts": how}
+        ).resident_memory
+        for how in ("step", "cached", "only")
+    }
+    assert held["only"] == held[alike]
+    assert held["cached"] > held["step"]
