@@ -220,13 +220,15 @@ class _Trials:
         return Job(p.model, strategy, p.training, stack or self.stack, p.hardware)
 
     def _crossed(self) -> dict[str, list[Key]]:
-        """Entries of the stack whose condition several axes decide, recomputation apart, and those axes with
-        the ones of the field: no row of defaults shows what they refuse."""
+        """Entries of the stack whose condition several axes decide, recomputation apart, or one of which rows
+        of defaults have the ends only; those axes with the ones of the field."""
+        ends = self.contexts[1].keys() - self.contexts[0].keys()
         found = {}
         for entry in self.stack.has:
             path, _, where = entry.partition(" where ")
             deciding = {key for one in (fields_read(where) if where else ()) for key in self._set_by(one)}
-            if len(deciding - {"recompute", "modules"}) > 1:
+            alone = len(deciding) == 1 and any(not ends.isdisjoint(names(key)) for key in deciding)
+            if alone or len(deciding - {"recompute", "modules"}) > 1:
                 every = deciding | self._set_by(path)
                 found[entry] = [key for key in self.axes if key in every]
         return found

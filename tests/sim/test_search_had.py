@@ -16,7 +16,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES
+from mopsim.strategies import FAMILIES, megatron
 from tests.sim.spaces import generate
 
 TINY = load_model("tiny")
@@ -102,6 +102,29 @@ def test_experts_are_reached_as_the_hardware_allows(machine: str, ways: list[int
     assert had(asked, "megatron").axes["dispatcher"] == ways
     told = [one for one in left_out(asked, "megatron") if "where devices have no nvlink" in one]
     assert bool(told) == (len(ways) == 1)
+
+
+def test_deepep_leaves_a_node_from_hopper_on() -> None:
+    """Its kernels between nodes are not built for A100: a search has it within one, and 16 ranks by name."""
+    spaces = {}
+    for machine in ("a100-sxm-80g", "h100-sxm-80g"):
+        asked = Problem(replace(TINY, num_local_experts=16), load_profile(machine), 2, TRAINING)
+        columns = generate(asked, "megatron").columns
+        spaces[machine] = set(
+            (columns["experts"] * columns["expert_tensor"])[columns["dispatcher"] > 0].tolist()
+        )
+    assert spaces == {"a100-sxm-80g": {2, 4, 8}, "h100-sxm-80g": {2, 4, 8, 16}}
+    job = {"model": "qwen3_30b_a3b", "nodes": 2, "seq_len": 4096, "global_batch": 32}
+    for experts, refused_on in ((8, ()), (16, ("a100-sxm-80g",))):
+        given = megatron(16, expert_parallel=experts, token_dispatcher="deepep")
+        for machine in spaces:
+            if machine in refused_on:
+                with pytest.raises(SpecError, match=r"'deepep' .* where experts leave nvlink before hopper"):
+                    mopsim.simulate(**job, stack="megatron-core", hardware=machine, strategy=given)
+            else:
+                assert mopsim.simulate(
+                    **job, stack="megatron-core", hardware=machine, strategy=given
+                ).step_time_s
 
 
 def test_ranks_that_share_kv_heads_unevenly_are_left_out_together() -> None:
