@@ -356,7 +356,9 @@ def test_what_the_plans_own_stack_lacks_is_not_written() -> None:
 
 
 def test_an_unknown_model_has_no_flavor() -> None:
-    with pytest.raises(MopError, match=r"^model\.name: 'mop_120b' is not in TorchTitan"):
+    with pytest.raises(
+        MopError, match=r"^model\.name: 'mop_120b' has no flavor in TorchTitan that is written"
+    ):
         export(plan(fsdp2(32), "mop_120b"), "torchtitan")
     assert "model" not in tomllib.loads(export(plan(fsdp2(32), "mop_120b"), "torchtitan", lossy=True)[0])
 

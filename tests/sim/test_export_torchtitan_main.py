@@ -1,6 +1,7 @@
 """The module written for TorchTitan's main branch, run against the names and fields of that branch."""
 
 import sys
+import tomllib
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -57,6 +58,7 @@ FIELDS = {
     "distributed.activation_checkpoint": {"FullAC.Config": "", "SelectiveAC.Config": ""},
     "models.deepseek_v3.mtp": {"MTPLoss.Config": "mtp_scale global_vocab_size"},
     "models.qwen3": {"model_registry": "flavor attn_backend moe_comm_backend converters"},
+    "models.llama3": {"model_registry": "flavor attn_backend tp_gemm_backend converters"},
     "models.deepseek_v3": {
         "model_registry": (
             "flavor attn_backend moe_comm_backend non_blocking_capacity_factor converters num_mtp_layers"
@@ -104,6 +106,23 @@ def configured(strategy: Strategy, model: str = "qwen3_30b_a3b", lossy: bool = F
     found: dict[str, Any] = {}
     exec(export(plan(strategy, model), "torchtitan-main", lossy=lossy)[0], found)
     return found["plan"]()
+
+
+@pytest.mark.usefixtures("main")
+@pytest.mark.parametrize(
+    ("network", "flavor"),
+    [
+        ("llama3_8b", ["llama3", "8B"]),
+        ("llama3_70b", ["llama3", "70B"]),
+        ("qwen3_8b", ["qwen3", "8B"]),
+        ("qwen3_0_6b", ["qwen3", "0.6B"]),
+    ],
+)
+def test_dense_networks_have_flavors(network: str, flavor: list[str]) -> None:
+    dense = replace(fsdp2(32, context_parallel=2, context_exchange="all_gather"), stack="torchtitan-compile")
+    text, gaps = export(plan(dense, network), "torchtitan")
+    assert (list(tomllib.loads(text)["model"].values()), list(gaps)) == (flavor, [])
+    assert configured(replace(dense, stack="torchtitan-compile-2026"), network).model_spec.flavor == flavor[1]
 
 
 @pytest.mark.usefixtures("main")

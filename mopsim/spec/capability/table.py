@@ -21,11 +21,12 @@ EXPORTS = tuple(side for side in SIDES if side not in ("simulator", *RUNTIMES))
 @dataclass(frozen=True)
 class Cell:
     """What one side does with a field: plays every value (values None), or only these, because of `why`; or
-    it has no part in what the side does (`reads` False), because of `why`."""
+    it has no part in what the side does (`reads` False), because of `why`. says: what other values are."""
 
     values: tuple[Any, ...] | None = None
     why: str = ""
     reads: bool = True
+    says: str = "is not {does}"
 
     def refuse(self, side: Side, path: str, value: Any) -> SpecError | None:
         """The error that names the field, the values that work and the reason; None where the value works.
@@ -36,7 +37,8 @@ class Cell:
             return None
         names = " or ".join(repr(one) for one in self.values)
         reason = f": {self.why}" if self.why else ""
-        return SpecError(path, value, f"is not {SIDES[side]['does']}, only {names}{reason}")
+        said = self.says.format(does=SIDES[side]["does"])
+        return SpecError(path, value, f"{said}, only {names}{reason}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def _cell(said: Any) -> Cell:
         if "only" in said
         else None
     )
-    return Cell(values, _READ["reasons"].get(why, why), reads="skips" not in said)
+    says = said.get("says", Cell.says)
+    return Cell(values, _READ["reasons"].get(why, why), reads="skips" not in said, says=says)
 
 
 def _row(said: Mapping[str, Any], every: Mapping[str, Any]) -> FieldRow:
