@@ -64,7 +64,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     others = _others(best, found)
     lines = [_bounds(best), *_costs(best, found, problem, fits), _risky(best, found.played)]
     lines += [_safer(best, found.played)]
-    lines += [_memory(best, found.played, where) for where in ("device", "host")]
+    lines += [_memory(best, found.played, where, sure) for where in ("device", "host")]
     lines += [_faster(best, others, problem, name) for name in _links(problem)]
     lines += [_overlapped(best, others, problem), *_graphs(best, problem)]
     return [*filter(None, lines), *_rivals(best, others)]
@@ -165,23 +165,27 @@ def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:
     )
 
 
-def _memory(best: SimResult, played: Sequence[SimResult], where: str) -> str | None:
-    """The least memory that would make a faster plan fit, which misses nothing else."""
+def _memory(best: SimResult, played: Sequence[SimResult], where: str, sure: float) -> str | None:
+    """The least memory with which a faster plan, which misses nothing else, fits as surely as is asked."""
     over = []
     for one in played:
-        limits = {"device": (one.memory_limit, one.peak_memory), "host": (one.host_limit, one.host_memory)}
-        limit, used = limits.pop(where)
-        ((other, needed),) = limits.values()
-        faster = not one.fits and one.ranked_time * (1 + GAIN) < best.ranked_time
-        if faster and 0 < used - limit <= MOST_MORE * limit and needed <= other:
+        if one.fits or one.ranked_time * (1 + GAIN) >= best.ranked_time:
+            continue
+        tiers = {
+            "device": (one.memory_limit, one.device.as_described.quantile(sure)),
+            "host": (one.host_limit, one.host.quantile(sure)),
+        }
+        limit, used = tiers.pop(where)
+        ((other, needed),) = tiers.values()
+        if 0 < used - limit <= MOST_MORE * limit and needed <= other:
             over.append((used - limit, limit, one))
     if not over:
         return None
     missing, limit, one = min(over, key=lambda each: each[0])
     gain = best.ranked_time / one.ranked_time - 1
     return (
-        f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}), "
-        f"a plan fits that is {gain:.0%} faster: {one.line}"
+        f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}), a plan fits, as "
+        f"described, with probability {format_probability(sure)} that is {gain:.0%} faster: {one.line}"
     )
 
 

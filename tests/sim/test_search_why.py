@@ -13,9 +13,10 @@ import pytest
 import mopsim
 from mopsim.cli import app
 from mopsim.common.io import to_plain
-from mopsim.common.units import GIB
+from mopsim.common.units import GIB, format_bytes
 from mopsim.common.working import near_batches
 from mopsim.engine import SimResult, simulate
+from mopsim.intervals.spread import SURE
 from mopsim.report.alternatives import freedom, otherwise
 from mopsim.report.explore.steps import as_fast
 from mopsim.search import Options, SearchResult, miss, search
@@ -227,7 +228,12 @@ def test_more_memory_that_would_help_is_told(found: SearchResult, problem: Probl
         peak_memory=best.memory_limit + GIB,
     )  # fmt: skip
     lines = why(replace(found, played=[*found.played, over]), problem)
-    assert any("more device memory a rank (1.00 GiB)" in line and "100% faster" in line for line in lines)
+    needed = over.device.as_described.quantile(min(SURE, best.p_as_described)) - best.memory_limit
+    assert needed > GIB
+    said = (
+        f"more device memory a rank ({format_bytes(needed)}), a plan fits, as described, with probability 0.9"
+    )
+    assert any(said in line and "100% faster" in line for line in lines)
 
 
 def test_a_faster_plan_at_risk_is_told(found: SearchResult, problem: Problem) -> None:
