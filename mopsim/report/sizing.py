@@ -15,7 +15,7 @@ from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
 from mopsim.size.figures import DAY, Figures, rated
-from mopsim.size.points import Miss, Point, Request, Sizing
+from mopsim.size.points import Miss, Point, Request, Sizing, pareto
 from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.stacks import variants
@@ -339,13 +339,15 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
     trains = "goodput from failures, checkpoints and stragglers (--assume, --utilisation)"
     if a.utilisation is not None:
         trains = f"{a.utilisation:.0%} of the wall clock trains (--utilisation)"
+    front = pareto([point for one in sizings for point in one.tried])
+    brought = sum(point.gap is None for point in front)
     lines = [
         f"Assumed: {trains}; about {request.batch_tokens:,} tokens a step (--global-batch-tokens).",
         f"Searched: {', '.join(request.families)}, at most {request.simulations} "
         f"simulation{'s' * (request.simulations > 1)} of each at a node count that is searched "
-        f"({sum(one.simulated for one in sizings):,} in all). Other counts, and most of the Pareto front, "
-        f"have a {CARRIED}. More simulations may find a cheaper cluster "
-        "(--simulations).",
+        f"({sum(one.simulated for one in sizings):,} in all). Other counts have a "
+        f"{CARRIED}: {brought} of {len(front)} on the Pareto front. More simulations may find "
+        "a cheaper cluster (--simulations).",
     ]
     for sizing in sizings:
         here, bill = request.at(sizing.bill), sizing.bill
