@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import mopsim
+from mopsim.report.explore.page import Explorer, html
 from tests.e2e.browser import complaints, requested, size, start
 from tests.sim.explored import results
 
@@ -95,6 +96,28 @@ def test_a_line_ends_where_a_strategy_has_no_value(driver: Any, tmp_path: Path) 
     assert len(find(driver, "path.line")) == 1  # FSDP2's
     says = " ".join(one.get_attribute("textContent") for one in find(driver, "p.says"))
     assert "cross: does not fit, or no legal strategy" in says
+
+
+def test_memory_is_drawn_as_it_ends_where_a_peak_shares_its_pixel(driver: Any, tmp_path: Path) -> None:
+    """A peak of a millionth of the step has its height for a pixel; what it leaves is drawn to the end."""
+    times, sizes = [0.0, 0.5, 0.500001, 0.500002], [1, 2, 8, 1]
+    view = {
+        "kind": "timeline", "title": "Timeline", "note": "", "streams": ["compute"], "names": ["op"],
+        "components": ["experts"], "phases": ["forward"], "spans": [[0, 0.0, 1.0, 0, 0, 0, 0, 0]], "end": 1.0,
+        "limit": None, "memory": {"times": times, "categories": {"grads": [2**30 * one for one in sizes]}},
+    }  # fmt: skip
+    (tmp_path / "peak.html").write_text(html(Explorer("a step", "", [view])))
+    opened(driver, tmp_path / "peak.html")
+    corners = "return document.querySelector('path.area').getAttribute('d').match(/[-.0-9]+/g).map(Number)"
+    numbers = driver.execute_script(corners)
+    upper = list(zip(numbers[::2], numbers[1::2], strict=True))[: len(numbers) // 4]
+    base = max(y for _, y in zip(numbers[::2], numbers[1::2], strict=True))
+    heights = [base - y for _, y in upper]
+    high = [x for x, y in upper if base - y == max(heights)]
+    assert max(heights) == pytest.approx(8 * heights[0], abs=0.5)  # coordinates have a decimal
+    assert 0 < high[-1] - high[0] <= 1
+    assert heights[-1] == pytest.approx(heights[0])
+    assert complaints(driver) == []
 
 
 def test_the_policy_forbids_a_fetch(driver: Any, pages: dict[str, Path]) -> None:

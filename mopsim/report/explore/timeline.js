@@ -1,3 +1,16 @@
+// A curve of steps as [x, change]: of the changes that share a pixel the highest, then what the last of them leaves.
+function curveOf(places, totals, right) {
+  const steps = [];
+  let pixel = -1;
+  const leave = (last) => { if (steps.length && steps[steps.length - 1][1] !== last) steps.push([Math.min(pixel + 1, right), last]); };
+  places.forEach((x, change) => {
+    const here = Math.floor(x);
+    if (here !== pixel) { leave(change - 1); steps.push([x, change]); pixel = here; } else if (totals[change] > totals[steps[steps.length - 1][1]]) steps[steps.length - 1][1] = change;
+  });
+  leave(places.length - 1);
+  return steps;
+}
+
 // A simulated step: streams over time above, device memory by category below; zooms and pans.
 // spans: [stream, start, end, name, component, phase, microbatch, layer], indices into view.streams, .names and so on.
 function timeline(view) {
@@ -132,19 +145,15 @@ function timeline(view) {
   function memoryOf(root, at, left, right, top, floor) {
     const y = (bytes) => floor - (bytes / highest) * (floor - top);
     root.append(svg("text", { class: "label", x: 0, y: top - 8 }, `device memory, ${unit.name}`));
-    const first = sample(from), samples = [];
-    let pixel = -1; // of the changes that share a pixel, the highest
-    for (let index = first; index < view.memory.times.length && view.memory.times[index] <= to; index += 1) {
-      const here = Math.floor(at(Math.max(from, view.memory.times[index])));
-      if (here !== pixel) { samples.push(index); pixel = here; } else if (totals[index] > totals[samples[samples.length - 1]]) samples[samples.length - 1] = index;
-    }
+    const first = sample(from), places = view.memory.times.slice(first).filter((time) => time <= to).map((time) => at(Math.max(from, time)));
+    const samples = curveOf(places, totals.slice(first), right);
     const base = samples.map(() => 0);
     categories.forEach((name) => {
       const upper = [], lower = [];
-      samples.forEach((index, step) => {
-        const x1 = at(Math.max(from, view.memory.times[index])), x2 = step + 1 < samples.length ? at(view.memory.times[samples[step + 1]]) : right;
-        const next = base[step] + view.memory.categories[name][index];
-        lower.unshift([x2, y(base[step])], [x1, y(base[step])].map(Number));
+      samples.forEach(([x1, change], step) => {
+        const x2 = step + 1 < samples.length ? samples[step + 1][0] : right;
+        const next = base[step] + view.memory.categories[name][first + change];
+        lower.unshift([x2, y(base[step])], [x1, y(base[step])]);
         upper.push([x1, y(next)], [x2, y(next)]);
         base[step] = next;
       });
