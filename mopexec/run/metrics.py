@@ -138,6 +138,15 @@ class MetricsFile:
                 by_process.setdefault(line.get("since"), []).append(timed)
         return list(by_process.values())
 
+    def highest(self, strategy: str) -> tuple[int, int]:
+        """Peaks of device and host memory of the earlier steps under `strategy` (its digest), 0 without."""
+        kept = [line for line in self._earlier if line.get("strategy") == strategy]
+        device, host = (
+            max((int(line[name]) for line in kept if _finite(line.get(name))), default=0)
+            for name in ("peak_memory_bytes", "host_memory_bytes")
+        )
+        return device, host
+
     def close(self) -> None:
         self._file.close()
 

@@ -48,9 +48,9 @@ router that learns may need more in a later step, so what is shown says up to wh
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
     """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. step_time_s: of
-    the median step of all processes under this strategy, None (tokens_per_s too) where none ran compiled and
-    the plan compiles. last_step_time_s: of the last, which began with first_step, where others count. others,
-    expert_loads, routing: as of the Measurement."""
+    the median step of all processes under this strategy (as both peaks), None (tokens_per_s too) where none
+    ran compiled and the plan compiles. last_step_time_s: of the last, which began with first_step, where
+    others count. others, expert_loads, routing: as of the Measurement."""
 
     run: str
     steps_done: int
@@ -75,9 +75,8 @@ class TrainOutcome(Spec, frozen=True, kw_only=True):
 def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> TrainOutcome:
     """Train `plan` until options.steps optimizer steps are done in all, on every rank together.
 
-    build: `mopexec.run.apply.build`, or another that returns a Runner. stop: asked after every step.
-    Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError,
-    WorkError from the first step on."""
+    build: as `mopexec.run.apply.build`. stop: asked after every step. Writes metrics.jsonl, checkpoints/,
+    measurement.yaml and summary.json into options.out. Raises MopError, WorkError from the first step on."""
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.open_tokens(training_tokens(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
@@ -304,9 +303,10 @@ class _Loop:
 
     def conclude(self, kinds: dict[str, KindTiming]) -> TrainOutcome:
         """Write the measurement of this process's steps, and how the run ended."""
-        earlier = self.metrics.first_loss if self.metrics else None
-        compiles = bool(self.tracking.slow)
-        before = self.metrics.step_times(self.strategy, compiles=compiles) if self.metrics else []
+        metrics, compiles = self.metrics, bool(self.tracking.slow)
+        earlier = metrics.first_loss if metrics else None
+        before = metrics.step_times(self.strategy, compiles=compiles) if metrics else []
+        device, host = metrics.highest(self.strategy) if metrics else (0, 0)
         own = self.step_times or self.idle_times
         seen = agreed.peaks(self.tracking.tracker, self.watch.share())
         measured = measurement(
@@ -336,8 +336,8 @@ class _Loop:
             last_loss=measured.last_loss,
             step_time_s=measured.step_time_median or None,
             tokens_per_s=measured.tokens_per_second or None,
-            peak_memory_bytes=measured.peak_memory,
-            host_memory_bytes=measured.host_memory,
+            peak_memory_bytes=max(device, measured.peak_memory),
+            host_memory_bytes=max(host, measured.host_memory),
             memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
             predicted_step_time_s=self.predicted,
             first_step=self.first_step + 1,

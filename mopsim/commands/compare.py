@@ -8,7 +8,7 @@ from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human, say_notes
 from mopsim.commands.options import keywords
-from mopsim.commands.progress import progress
+from mopsim.commands.progress import progress, writing
 from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
@@ -38,7 +38,7 @@ def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: st
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS
     command = as_typed("mopsim")
-    with io.json_beside(json, found.to_json(command) if json else None):
+    with io.json_beside(json, found.to_json(command) if json else None), writing(console, out):
         written = found.write(out, command, kinds) if out else []
     level, refused = found.inputs.interval, list(found.refused.values())
     results = list(found.results.values())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 
 EVERY = 30.0
 """Seconds between lines."""
@@ -35,3 +36,13 @@ def progress(console: Console, what: str, total: int | None) -> Iterator[Shown]:
             print(f"mopsim: {what}{far}{more}", file=sys.stderr, flush=True)
 
     yield line
+
+
+@contextmanager
+def writing(console: Console, out: str | None) -> Iterator[None]:
+    """While a report is drawn into `out`: said on a terminal, which would show nothing for as long."""
+    if out and console.is_terminal:
+        with console.status(f"writing {escape(out)}"):
+            yield
+    else:
+        yield

@@ -8,7 +8,7 @@ from typing import Any
 from mopsim.api.inputs import busy, read_hardware, unread
 from mopsim.api.size import size
 from mopsim.commands.console import human, say_notes, say_plan, say_written
-from mopsim.commands.progress import progress
+from mopsim.commands.progress import progress, writing
 from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
@@ -74,7 +74,7 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     console.print(f"Fastest{within}{of}: {sizing.summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]
     say_notes(console, [*unread(request.model), *probed])
-    with io.json_beside(json, found.to_json() if json else None):
+    with io.json_beside(json, found.to_json() if json else None), writing(console, out):
         pages = found.write(out, as_typed("mopsim")) if out else []
     say_written(console, json, *map(str, pages))
     if chosen is None:

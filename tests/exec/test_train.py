@@ -83,8 +83,13 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
     out = tmp_path / "resumed"
     shutil.copytree(whole[0], out)
     shutil.rmtree(out / "checkpoints" / "step_00000006")
+    first, *rest = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    fuller = {**json.loads(first), "peak_memory_bytes": 2**40, "host_memory_bytes": 2**41}
+    (out / "metrics.jsonl").write_text("".join([json.dumps(fuller) + "\n", *rest]))
     done = train_as_ranks(inputs, out, "--steps", "6", "--resume")
     assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["peak_memory_bytes"], summary["host_memory_bytes"]) == (2**40, 2**41), "of all launches"
     assert "step:    4" in done.stdout
     assert "step:    3" not in done.stdout
     assert losses(out) == losses(whole[0])
