@@ -31,6 +31,7 @@ from mopsim.api.sweep import sweep as swept
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, require, require_name
 from mopsim.common.outputs import whole_directory
+from mopsim.common.units import format_nodes
 from mopsim.common.values import require_once
 from mopsim.engine import SimResult
 from mopsim.report.findings import difference, finding, lead, software, summary
@@ -59,8 +60,7 @@ class Told:
     @contextmanager
     def of(self, label: str, at: Inputs) -> Iterator[Callable[[int, SimResult | None], None]]:
         """While a label is played on a job; of a family, to be told each simulation and the best so far."""
-        nodes = f"{at.nodes} node{'s' if at.nodes > 1 else ''}"
-        what = f"{label} on {nodes}, sequences of {at.training.seq_len:,}"
+        what = f"{label} on {format_nodes(at.nodes)}, sequences of {at.training.seq_len:,}"
 
         def tell(simulated: int = 0, best: SimResult | None = None) -> None:
             if self.progress:
@@ -98,17 +98,17 @@ class Comparison(Result):
         self.notes, self.refused = list(notes), dict(refused)
         self.results = {label: one.result for label, one in simulations.items()}
         self.stacks, self.alike = list(stacks), with_one_attention(inputs, self.results)
-        self.gaps = {label: one.found.gap for label, one in simulations.items() if one.found}
+        self.searched = {label: one.found.left for label, one in simulations.items() if one.found}
 
     def to_json(self, command: str = "mopsim.compare") -> dict[str, Any]:
         """command: what made it."""
         found: dict[str, Any] = {
             "strategies": {label: one.to_json() for label, one in self.simulations.items()},
             "stack": self.inputs.stack.name if self.inputs.stack else None,
-            "finding": self._placed(finding(self.results, self.gaps, self.inputs.interval)),
+            "finding": self._placed(finding(self.results, self.searched, self.inputs.interval)),
             "lead": self._lead(),
             "software": software(self.results, self.stacks, self.alike),
-            "proven": all(exhausted(gap) for gap in self.gaps.values()),
+            "proven": all(exhausted(gap) for gap, _ in self.searched.values()),
             "difference": difference(self.results),
             "refused": self.refused,
             "facts": facts(self.inputs, command),
@@ -132,7 +132,7 @@ class Comparison(Result):
         return {"over": over, "ratio": times, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
-        said = summary(self.results, self.gaps, self.inputs.interval, self.stacks, self.alike)
+        said = summary(self.results, self.searched, self.inputs.interval, self.stacks, self.alike)
         return " ".join([self._placed(said), *(f"{label} has no strategy here." for label in self.refused)])
 
     def _placed(self, said: str) -> str:

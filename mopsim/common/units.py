@@ -134,6 +134,11 @@ def format_number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
+def format_nodes(count: int) -> str:
+    """'1 node', '1,024 nodes'."""
+    return f"{count:,} node{'' if count == 1 else 's'}"
+
+
 def format_probability(value: float) -> str:
     """'0.97', '>0.99' or '<0.01': what rounds to 0 or 1 is not certain."""
     return ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"

@@ -11,7 +11,7 @@ import msgspec
 from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.common.units import format_probability
+from mopsim.common.units import format_nodes, format_probability
 from mopsim.export.described import elsewhere
 from mopsim.spec.capability import SIDES, Job, Side
 from mopsim.spec.capability.expressions import compiled
@@ -95,7 +95,7 @@ def target(name: Side) -> Target:
 def header(side: Side, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
     """The lines that begin every file: what it is, what its keys were checked against, what is missing."""
     known, hardware, prediction = target(side), plan.hardware, plan.prediction
-    ranks = f"{plan.strategy.world_size} ranks ({hardware.num_nodes} nodes of {hardware.name})"
+    ranks = f"{plan.strategy.world_size} ranks ({format_nodes(hardware.num_nodes)} of {hardware.name})"
     lines = [
         f"{known.title} configuration of the plan {plan.strategy.name} for {plan.model.name} on {ranks}",
         f"Keys checked against {known.checked}",

@@ -10,11 +10,6 @@ from mopsim.spec.line import describe
 from mopsim.spec.strategy import Strategy
 
 Fields = Mapping[str, Any]
-IMPLIED = {
-    "attention.cp_comm_type": "CP=1", "activations.recompute": "recompute=",
-    "activations.modules": "recompute=", "experts.token_dispatcher": "EP=1",
-}  # fmt: skip
-"""Fields that one rank does not read, or that a word says already, by the beginning of that word."""
 OF = {
     "CP-by": "CP=1", "sequence-parallel": "TP=1", "dispatch": "EP=1", "experts-apart": "EP=1",
     "schedule": "PP=1", "layers": "PP=1",
@@ -30,50 +25,58 @@ MOST_TOGETHER, MOST_WORDS = 3, 4
 has all."""
 
 
-def freedom(plan: Fields, alone: Mapping[str, Sequence[Any]], together: Sequence[Fields]) -> str:
-    """'mbs=2 or mbs=4; or dense.prefetch 1 or 2; or mbs=2 with no offload': each is an alternative to the
-    row's plan (`search.result.Freedom`), of those of several fields the shortest. plan: its strategy's
-    fields."""
-    said = [_choice(plan, name, values) for name, values in alone.items()]
-    each = sorted(dict.fromkeys(tuple(otherwise(plan, fields)) for fields in together), key=len)
+def freedom(
+    plan: Fields, alone: Mapping[str, Sequence[Any]], together: Sequence[Fields], routed: bool = True
+) -> str:
+    """'mbs=2 or mbs=4; or mbs=2 with no offload': each is an alternative to the row's plan
+    (`search.result.Freedom`), of those of several fields the shortest. What no plan's line says is left out.
+    plan: its strategy's fields. routed: whether the network has experts."""
+
+    def words(changes: Fields) -> tuple[str, ...]:
+        return tuple(otherwise(plan, changes, routed))
+
+    choices = [[words({name: value}) for value in values[1:]] for name, values in alone.items()]
+    known = {one for choice in choices for one in choice} | {()}
+    each = sorted((one for one in dict.fromkeys(map(words, together)) if one not in known), key=len)
     short = [words for words in each if len(words) <= MOST_WORDS][:MOST_TOGETHER] or each[:1]
-    said += [" with ".join(filter(None, (words[0], " and ".join(words[1:])))) for words in short]
     left = len(each) - len(short)
-    if left:
-        said.append(f"one of {left} more combinations" if left > 1 else "one more combination")
-    return "; or ".join(said)
+    more = f"one of {left} more combinations" if left > 1 else "one more combination" if left else ""
+    return "; or ".join(filter(None, (*map(_choice, choices), *map(_with, short), more)))
 
 
-def _choice(plan: Fields, name: str, values: Sequence[Any]) -> str:
-    """Other values of a field, the plan's being the first; where its line does not say the field, all."""
-    words = [otherwise(plan, {name: value}) for value in values[1:]]
-    if any(f"{name} {_value(value)}" in each for value, each in zip(values[1:], words, strict=True)):
-        return f"{name} {' or '.join(map(_value, _ordered(values)))}"
-    return " or ".join(" ".join(each) for each in words)
+def _choice(values: Sequence[Sequence[str]]) -> str:
+    return " or ".join(dict.fromkeys(" ".join(words) for words in values if words))
 
 
-def otherwise(plan: Fields, changes: Fields) -> list[str]:
-    """Words of the line of a plan with these changes that the plan's own has not; then the changes that a
-    line does not say, by the fields' names."""
-    before, after = _words(plan, {}), _words(plan, changes)
+def _with(words: Sequence[str]) -> str:
+    """'mbs=2 with DP=8 and EP=8'."""
+    return " with ".join(filter(None, (words[0], " and ".join(words[1:]))))
+
+
+def otherwise(plan: Fields, changes: Fields, routed: bool = True) -> list[str]:
+    """Words of the line of a plan with these changes that the plan's own has not, and what says that one is
+    gone; of a degree where no other one changes, as the ranks are the same. None of no plan."""
+    before, after = _words(plan, {}, routed), _words(plan, changes, routed)
     if before is None or after is None:
-        return [f"{name} {_value(value)}" for name, value in changes.items()]
-    said = [word for place, word in after.items() if before.get(place) != word]
+        return []
+    said = {place: word for place, word in after.items() if before.get(place) != word}
     gone = {place: _left_out(word) for place, word in before.items() if place not in after}
-    said += [word for place, word in gone.items() if OF.get(place) not in gone.values()]
-    for name, value in changes.items():
-        if name in IMPLIED and any(word.startswith(IMPLIED[name]) for word in said):
-            continue
-        rest = {other: one for other, one in changes.items() if other != name}
-        if _words(plan, rest) == after:
-            said.append(f"{name} {_value(value)}")
-    return said
+    told = any(map(_degree, said))
+    return [*said.values(), *(
+        word for place, word in gone.items()
+        if OF.get(place) not in gone.values() and not (told and _degree(place))
+    )]  # fmt: skip
 
 
-def _words(plan: Fields, changes: Fields) -> dict[str, str] | None:
+def _degree(place: str) -> bool:
+    """'DP', 'FSDP', 'ZeRO-1'."""
+    return place.partition("-")[0] in ("ZeRO", place.upper())
+
+
+def _words(plan: Fields, changes: Fields, routed: bool) -> dict[str, str] | None:
     """The words of a plan's line by what they are of; None where there is no such plan."""
     try:
-        words = describe(changed(convert(plan, Strategy, "strategy"), changes, "strategy")).split()
+        words = describe(changed(convert(plan, Strategy, "strategy"), changes, "strategy"), routed).split()
     except MopError:
         return None
     return {_place(word.partition("=")[0]): word for word in words}
@@ -92,12 +95,3 @@ def _left_out(word: str) -> str:
     if value == "no":
         return f"{key}=yes"
     return f"{key}=1" if key.isupper() else f"no {key}"
-
-
-def _ordered(values: Sequence[Any]) -> Sequence[Any]:
-    """Numbers ascending, anything else as it came."""
-    return sorted(values) if all(isinstance(one, int | float) for one in values) else values
-
-
-def _value(value: Any) -> str:
-    return "+".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value).lower()

@@ -5,28 +5,24 @@ from collections.abc import Mapping, Sequence
 from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE, Ratio
-from mopsim.search.result import TIE, at_most, exhausted, format_gap
+from mopsim.search.result import TIE, Left, exhausted, format_gap, promises
 from mopsim.spec.categories import WAITING
 from mopsim.spec.line import waits_for
 
 Results = Mapping[str, SimResult | None]
 """Of strategies, by label; None: there is no legal one."""
-Gaps = Mapping[str, float | None]
-"""Of strategies that a search found, by label: SearchResult.gap."""
+Searched = Mapping[str, Left]
+"""Of strategies that a search found, by label: SearchResult.left."""
 SHOWN = 4
 """Stacks that are named of those that could run all strategies."""
 
 
-def finding(results: Results, gaps: Gaps | None = None, level: float = 0.9) -> str:
-    """One sentence: the winner, by how much and how surely, or that nothing fits; and whose search was not
-    exhausted. level: of the ratio's interval."""
+def finding(results: Results, searched: Searched | None = None, level: float = 0.9) -> str:
+    """One sentence: the winner, by how much and how surely, or that nothing fits; and what the searches
+    promise that were not exhausted. level: of the ratio's interval."""
     found = headline(results) + _how_surely(results, level)
-    open_gaps = {label: gap for label, gap in (gaps or {}).items() if not exhausted(gap)}
-    faster = ", ".join(f"{label} {at_most(gap)}" for label, gap in open_gaps.items() if gap)
-    fit = ", ".join(label for label, gap in open_gaps.items() if gap is None)
-    parts = (faster and f"plans left out may be faster: {faster}", fit and f"plans left out may fit: {fit}")
-    left = "; ".join(part for part in parts if part)
-    return f"{found} (not exhausted: {left})" if left else found
+    still = [(label, left) for label, left in (searched or {}).items() if not exhausted(left[0])]
+    return f"{found} ({'; '.join(promises(still))})" if still else found
 
 
 def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:
@@ -187,14 +183,14 @@ def _on_one(stacks: Sequence[str] | None) -> str:
 
 def summary(
     results: Results,
-    gaps: Gaps | None = None,
+    searched: Searched | None = None,
     level: float = 0.9,
     stacks: Sequence[str] | None = None,
     alike: str = "",
 ) -> str:
     """The finding, what of it may not fit, whether it is of plans alone, and where the difference lies."""
     found = (
-        finding(results, gaps, level),
+        finding(results, searched, level),
         risks(results),
         software(results, stacks, alike),
         difference(results),

@@ -162,7 +162,7 @@ def corrected(result: SimResult) -> str:
 
 
 def _also(result: SimResult, free: Freedom) -> str:
-    said = freedom(to_plain(result.strategy), free.alone, free.together)
+    said = freedom(to_plain(result.strategy), free.alone, free.together, result.routed)
     return f"; as fast: {said}" if said else ""
 
 

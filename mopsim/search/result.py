@@ -1,6 +1,7 @@
 """What a search found, what it left out, and how much faster what it left out can be at most."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from mopsim.spec.model import ModelSpec
 
 TIE = 0.005
 """Step times that differ by less (relative) are a tie, which memory decides."""
+Left = tuple[float | None, float | None]
+"""What a search says of the plans that it left out: `SearchResult.gap`, `SearchResult.expected_gap`."""
 LOOSE = 1.0
 """From which on a gap (how many times as fast a plan left out may be, less one) tells nothing."""
 NOT_RUN = "mopexec does not run it"
@@ -96,6 +99,10 @@ class SearchResult:
         left)."""
         return exhausted(self.gap)
 
+    @property
+    def left(self) -> Left:
+        return self.gap, self.expected_gap if self.best else None
+
     def to_json(self, level: float = 0.9) -> dict[str, object]:
         """The keys of the `search` command. level: of the intervals."""
         best = self.best
@@ -174,7 +181,7 @@ class SearchResult:
 
     def exhausted(self) -> str:
         """What is to stand beside a winner: see `promise`."""
-        said = promise(self.gap, self.expected_gap if self.best else None)
+        said = promise(*self.left)
         runs = self.best is not None and self.best.corrected_step_time is not None
         return f"{said} (ranked by your runs; plans were left out by simulated steps)" if runs else said
 
@@ -200,11 +207,19 @@ def promise(gap: float | None, expected: float | None) -> str:
     `SearchResult.expected_gap`, where it is known."""
     if expected is None or gap is None or exhausted(gap):
         return proof(gap)
-    if not expected:
-        return f"{proof(gap)}; none is expected to be faster"
-    if gap > LOOSE:
-        return f"{proof(gap)}; the best plan left out is expected to be {format_gap(expected)} faster"
-    return f"{proof(gap)}; {format_gap(expected)} is expected"
+    best = f"the best plan left out is expected to be {format_gap(expected)} faster"
+    none = "no plan left out is expected to be faster"
+    proven = f"proven is that none is more than {format_gap(gap)} faster"
+    loose = "few plans were tried, and the bounds of the others are too loose to prove anything"
+    return f"not exhausted: {best if expected else none}; {proven if gap <= LOOSE else loose}"
+
+
+def promises(searched: Sequence[tuple[str, Left]]) -> list[str]:
+    """The same of several searches, by label: 'mop, fsdp2: proven: ...', 'megatron: not exhausted: ...'."""
+    labels: dict[str, list[str]] = {}
+    for label, left in searched:
+        labels.setdefault(promise(*left), []).append(label)
+    return [f"{', '.join(of)}: {said}" for said, of in labels.items()]
 
 
 def at_most(gap: float) -> str:

@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 import mopsim
 from mopsim.cli import app
 from mopsim.common import io
+from mopsim.common.units import format_nodes
 from mopsim.report import explore
 from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import front
 from mopsim.report.explore.views import explorer, kind_of, steps_of
 from mopsim.report.tables import ENOUGH, P_FITS, comparison
+from mopsim.search.result import promise
 from mopsim.spec.profiles import load_profile
 from tests.sim.explored import JOB, results
 
@@ -89,7 +91,7 @@ def summary(data: dict[str, Any]) -> str:
 def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]]) -> None:
     """The sentence of the terminal and of `Ranking.headline`; of a comparison, for each search."""
     data = {**made["search"], "gap": 0.47, "expected_gap": 0.02}
-    left = "not exhausted: a plan left out is at most 47 % faster; 2.0 % is expected"
+    left = promise(0.47, 0.02)
     proven = "proven: no plan left out is more than 0.5 % faster"
     assert summary(data) == f"{data['verdict']}; {left}"
     assert summary({**data, "gap": 0.003}) == f"{data['verdict']}; {proven}"
@@ -167,7 +169,7 @@ def test_a_page_of_clusters_says_how_far_their_searches_are_proven(made: dict[st
     found = next(one for one in views(data) if one["title"].startswith("The step on"))
     nodes = data["hardware"][0]["best"]["nodes"]
     left = "not exhausted: a plan left out is at most 47 % faster"
-    assert found["note"].startswith(f"cpu-2core, {nodes} nodes: {left}. ")
+    assert found["note"].startswith(f"cpu-2core, {format_nodes(nodes)}: {left}. ")
     assert found["title"] == "The step on the best cluster of each machine type"
 
 

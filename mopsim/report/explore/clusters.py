@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mopsim.common.units import format_nodes
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import (
     ExplorerStep,
@@ -70,7 +71,7 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
 def _searched(result: Json) -> list[tuple[str, Json]]:
     """(cluster, what its search left out) of the best of each machine type."""
     found = [(one["name"], one["best"]) for one in result["hardware"] if one.get("best")]
-    return [(f"{name}, {best['nodes']} nodes", best) for name, best in found]
+    return [(f"{name}, {format_nodes(best['nodes'])}", best) for name, best in found]
 
 
 _UNFIT = "out of memory"
@@ -118,7 +119,7 @@ def _scatter(title: str, rows: Sequence[dict[str, Any]], result: Json) -> View:
         [
             (one["hardware"], {
                 "x": one["days"], "y": one["cost_usd"], "xr": _pair(one, "days"), "yr": _pair(one, "cost"),
-                "name": f"{one['nodes']} nodes", "mark": "", "front": ahead, "rows": _cluster_rows(one),
+                "name": format_nodes(one['nodes']), "mark": "", "front": ahead, "rows": _cluster_rows(one),
             })
             for one, ahead in zip(rows, best, strict=True)
         ],
@@ -137,7 +138,7 @@ def _scaling(rows: Sequence[dict[str, Any]]) -> View:
         [
             (one["hardware"], {
                 "x": one["nodes"], "y": one["days"], "yr": _pair(one, "days"), "mark": "",
-                "name": f"{one['nodes']} nodes", "rows": _cluster_rows(one),
+                "name": format_nodes(one['nodes']), "rows": _cluster_rows(one),
             })
             for one in sorted(rows, key=lambda one: (machines.index(one["hardware"]), one["nodes"]))
         ],

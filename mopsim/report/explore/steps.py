@@ -14,7 +14,7 @@ from mopsim.program.workload import STREAMS
 from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
 from mopsim.report.tables import ENOUGH, P_FITS, describe, rate
-from mopsim.search.result import promise
+from mopsim.search.result import Left, promise, promises
 from mopsim.spec.categories import shown_as
 from mopsim.spec.strategy import Strategy
 
@@ -107,15 +107,17 @@ def plan_of(strategy: Json | str) -> str:
 
 def proof(found: Json) -> str:
     """What its search says of the plans that it left out; nothing where none was made."""
-    return promise(found["gap"], found.get("expected_gap")) if "gap" in found else ""
+    return promise(*_left(found)) if "gap" in found else ""
 
 
 def proofs(searched: Sequence[tuple[str, Json]]) -> str:
-    """The same of several searches, by label: 'mop, fsdp2: proven: ... megatron: not exhausted: ...'."""
-    labels: dict[str, list[str]] = {}
-    for label, found in searched:
-        labels.setdefault(proof(found), []).append(label)
-    return " ".join(f"{', '.join(of)}: {said}." for said, of in labels.items() if said)
+    """The same of several searches, by label."""
+    made = [(label, _left(found)) for label, found in searched if "gap" in found]
+    return " ".join(f"{said}." for said in promises(made))
+
+
+def _left(found: Json) -> Left:
+    return found["gap"], found.get("expected_gap")
 
 
 def as_fast(found: Json) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.common.results import made_by
-from mopsim.common.units import format_seconds
+from mopsim.common.units import format_nodes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.explore.clusters import cluster_views
 from mopsim.report.explore.context import context_views, reach
@@ -155,7 +155,7 @@ def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 def _of_size(result: Json) -> list[ExplorerStep]:
     return [
-        ExplorerStep(f"{one['name']}, {one['best']['nodes']} nodes", one["best"]["result"])
+        ExplorerStep(f"{one['name']}, {format_nodes(one['best']['nodes'])}", one["best"]["result"])
         for one in result["hardware"]
         if one.get("best")
     ]
@@ -172,7 +172,7 @@ def _recommended(result: Json) -> str:
     best = result.get("recommended")
     if not best:
         return "No cluster meets the limits"
-    return f"Recommended: {best['nodes']} nodes of {best['hardware']}"
+    return f"Recommended: {format_nodes(best['nodes'])} of {best['hardware']}"
 
 
 def _said(result: Json) -> str:
