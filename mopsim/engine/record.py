@@ -10,7 +10,7 @@ from mopsim.spec.categories import WAITING
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An op on the timeline, seconds. layer: of the network, -1 for what is of none."""
+    """An op on the timeline, seconds. layer: of the network, -1 for what is of none. kind: of its work."""
 
     stream: str
     name: str
@@ -20,6 +20,12 @@ class Span:
     end: float
     microbatch: int = 0
     layer: int = -1
+    kind: str = ""
+
+    @property
+    def drawn_as(self) -> str:
+        """What a picture colours it by: of what is computed the component, of what is moved the kind."""
+        return self.component if self.stream == "compute" else self.kind or self.component
 
 
 def turns(program: Program) -> list[int]:
@@ -134,4 +140,5 @@ class Record:
             if place < 0 and end > start:
                 op = ops[~place]
                 where = op.stream, op.name, op.component, op.phase
-                self.spans.append(Span(*where, start, end, op.microbatch, op.layer))
+                kind = op.work[0].kind if op.work else ""
+                self.spans.append(Span(*where, start, end, op.microbatch, op.layer, kind))

@@ -52,7 +52,7 @@ def write_decision(folder: Path, decision: Decision) -> None:
             path = folder / f"pareto.{kind}"
             cost_time(path, decision.points, decision.front, decision.chosen, goal, level)
         if subject and decision.swings:
-            tornado(folder / f"tornado.{kind}", decision.swings, subject)
+            tornado(folder / f"tornado.{kind}", decision.swings, subject, decision.request.model.name)
     drawn = {"pareto": "", "tornado": ""}
     for path in folder.glob("*.svg"):
         text = path.read_text("utf-8")

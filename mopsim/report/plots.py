@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from mopsim.common.units import format_bytes
-from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, text_on, time_scale
+from mopsim.report.palette import SERIES, colour
+from mopsim.report.style import byte_scale, figure, legend_below, text_on, time_scale
 
 
 @dataclass(frozen=True)

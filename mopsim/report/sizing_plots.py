@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mopsim.common.units import format_number
-from mopsim.report.style import SERIES, figure, legend_below
+from matplotlib.axes import Axes
+
+from mopsim.common.units import format_nodes, format_number
+from mopsim.report.palette import SERIES
+from mopsim.report.style import figure, legend_below
 from mopsim.size.figures import DAY, LEVEL, Figures, Goal
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
+from mopsim.spec.categories import WAITS
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """One a machine, so that no colour is needed to tell them apart."""
@@ -74,37 +78,82 @@ MOST = 14
 """Inputs that a tornado shows."""
 
 
-def tornado(path: Path, swings: Sequence[Swing], point: Point) -> None:
+LEAST = 0.01
+"""Of the widest bar of a tornado: an input whose bars are shorter is left out."""
+NAMES = {
+    "failure_rate": "interruptions of the job", "hardware_share": "interruptions that need a repair",
+    "rent_spread": "price at another provider", "draw_share": "power drawn in training",
+    "node_over_devices": "rated power of a node", "pue": "power of the building",
+    "usage": "use of the cluster over its life", "residual": "value at the end", "carbon": "CO2 of the grid",
+    "support_share": "support and spare parts", "nodes": "size of the cluster",
+    "global_batch_tokens": "tokens of a step",
+}  # fmt: skip
+"""Inputs whose field is not the plainest name."""
+KINDS = {
+    **WAITS, "matmul": "matrix products", "grouped_matmul": "experts' products",
+    "memory_bound": "kernels bound by memory", "optimizer": "the optimizer's update",
+}  # fmt: skip
+"""Of work whose speed is an input."""
+UNITS_OF = {
+    "x": ((1.0, "times the profile's seconds"),),
+    "s": ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")),
+    "tokens": ((1e6, "million"), (1e3, "thousand"), (1.0, "")),
+    "B/s": ((1e9, "GB/s"), (1e6, "MB/s"), (1.0, "B/s")),
+    "1/h": ((1e-3, "in 1,000 device-hours"), (1e-6, "in a million device-hours")),
+    "W": ((1e3, "kW"), (1.0, "W")),
+    "1": ((1.0, ""),),
+}
+"""By a swing's unit the ones that it is shown in, largest first; others are shown as they are."""
+
+
+def shown_in(swing: Swing) -> tuple[float, str]:
+    """(how much one of it is in the swing's unit, its name): the largest of which the low end has one."""
+    units = UNITS_OF.get(swing.unit, ((1.0, swing.unit),))
+    ends = [end.value for end in (swing.low, swing.high) if end.value > 0]
+    return next((one for one in units if one[0] <= min(ends, default=0.0)), units[-1])
+
+
+def tornado(path: Path, swings: Sequence[Swing], point: Point, model: str) -> None:
     """What each input does to the cost and to the days, alone, at its low and its high value."""
     _, bill = point.step_and_bill
-    shown = list(swings[:MOST])[::-1]
+    widest = max((one.share(bill) for one in swings), default=0.0)
+    shown = [one for one in swings if one.share(bill) > LEAST * widest][:MOST][::-1]
     panels = [("days", bill.days, "days", 1.0)]
     if bill.cost is not None:
         scale, unit = dollars([bill.cost])
         panels.insert(0, ("cost", bill.cost / scale, f"cost, {unit}", scale))
-    with figure(path, 10, 1.6 + 0.34 * len(shown), 1, len(panels), sharey=True) as axes:
+    where = f"{format_nodes(point.num_nodes)} of {point.hardware.name}"
+    with figure(path, 10, 1.9 + 0.34 * len(shown), 1, len(panels), sharey=True) as axes:
         for axis, (name, middle, label, scale) in zip(axes, panels, strict=True):
             for row, swing in enumerate(shown):
-                for end, tint in ((swing.low, GOOD), (swing.high, BAD)):
-                    value = getattr(end, name) / scale
-                    axis.barh(row, value - middle, left=middle, color=tint, height=0.66)
-                    side = "left" if value >= middle else "right"
-                    if abs(value / middle - 1) > 0.002:
-                        axis.annotate(
-                            format_number(end.value), (value, row), (3 if side == "left" else -3, 0), ha=side,
-                            textcoords="offset points", va="center", fontsize=7.5, color="#212f3c",
-                            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
-                        )  # fmt: skip
+                _swing(axis, row, swing, name, middle, scale)
             axis.axvline(middle, color="#212f3c", linewidth=1)
             axis.margins(x=0.18)
             axis.set_xlabel(label)
             axis.grid(axis="x", alpha=0.3)
         axes[0].set_yticks(range(len(shown)), [_label(one) for one in shown], fontsize=9)
-        axes[0].set_title(
-            "blue: the input's low value, orange: its high one", fontsize=10, fontweight="normal"
-        )
+        axes[0].figure.suptitle(
+            f"What each input alone changes: {model} on {where}\n"
+            "blue: at the input's low value, orange: at its high one", fontsize=11, x=0.01, ha="left",
+        )  # fmt: skip
+
+
+def _swing(axis: Axes, row: int, swing: Swing, name: str, middle: float, scale: float) -> None:
+    size, _ = shown_in(swing)
+    for end, tint in ((swing.low, GOOD), (swing.high, BAD)):
+        value = getattr(end, name) / scale
+        axis.barh(row, value - middle, left=middle, color=tint, height=0.66)
+        side = "left" if value >= middle else "right"
+        if abs(value / middle - 1) > 0.002:
+            axis.annotate(
+                format_number(end.value / size), (value, row), (3 if side == "left" else -3, 0), ha=side,
+                textcoords="offset points", va="center", fontsize=7.5, color="#212f3c",
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
+            )  # fmt: skip
 
 
 def _label(swing: Swing) -> str:
-    name = swing.name.replace("_", " ")
-    return name if swing.unit in ("1", name) else f"{name}, {swing.unit}"
+    """'repair time, hours', 'matrix products, times the profile's seconds'."""
+    name = NAMES.get(swing.name) or KINDS.get(swing.name) or swing.name.replace("_", " ")
+    _, unit = shown_in(swing)
+    return f"{name}, {unit}" if unit else name

@@ -16,7 +16,8 @@ from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
 from mopsim.report.findings import Results, doubts, odds, outcome, unsure
 from mopsim.report.page import Table
-from mopsim.report.style import SERIES, figure, legend_below
+from mopsim.report.palette import SERIES
+from mopsim.report.style import figure, legend_below
 from mopsim.report.tables import beside, columns, plan_line, rate, row
 from mopsim.report.terminal import duration, size, table
 

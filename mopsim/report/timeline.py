@@ -8,7 +8,8 @@ from matplotlib.patches import Patch
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.program.workload import STREAMS
-from mopsim.report.style import byte_scale, colour, figure, time_scale
+from mopsim.report.palette import colour
+from mopsim.report.style import byte_scale, figure, time_scale
 
 
 def timeline_title(result: SimResult, label: str) -> str:
@@ -28,8 +29,8 @@ def timeline_title(result: SimResult, label: str) -> str:
 
 
 def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None = None) -> None:
-    """Gantt chart of a step that was simulated with its timeline, one lane per stream coloured by component,
-    over the device memory curve. limit: of that, where it is to be drawn."""
+    """Gantt chart of a step that was simulated with its timeline, one lane per stream, by component or kind
+    of transfer, over the device memory curve. limit: of that, where it is to be drawn."""
     spans, curve = result.spans, result.memory_curve
     found = {span.stream for span in spans}
     streams = [stream for stream in STREAMS if stream in found]
@@ -40,18 +41,16 @@ def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None
     ) as (lanes, memory):
         used: dict[str, str] = {}
         for row, stream in enumerate(streams):
-            for component in dict.fromkeys(span.component for span in spans if span.stream == stream):
-                chosen = [
-                    s for s in spans if s.stream == stream and s.component == component and s.end > s.start
-                ]
+            for what in dict.fromkeys(span.drawn_as for span in spans if span.stream == stream):
+                chosen = [s for s in spans if s.stream == stream and s.drawn_as == what and s.end > s.start]
                 lanes.broken_barh(
                     [(s.start / scale, (s.end - s.start) / scale) for s in chosen],
                     (row - 0.4, 0.8),
-                    color=colour(component),
+                    color=colour(what),
                     # an edge shows a copy of microseconds; on the compute lane it would hide its neighbours
                     linewidth=0.0 if stream == "compute" else 0.5,
                 )
-                used[component] = colour(component)
+                used[what] = colour(what)
         lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])
         lanes.invert_yaxis()
         lanes.set_title(timeline_title(result, label))

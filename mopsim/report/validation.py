@@ -11,7 +11,8 @@ from matplotlib.ticker import LogFormatter
 
 from mopsim.common.units import UNITS
 from mopsim.intervals.errors import Name
-from mopsim.report.style import SERIES, figure
+from mopsim.report.palette import SERIES
+from mopsim.report.style import figure
 from mopsim.spec.layout import ceil_div
 from mopsim.validate.run import Validation
 from mopsim.validate.scored import Scored

@@ -6,7 +6,8 @@ from pathlib import Path
 from mopsim.common.units import format_count
 from mopsim.context.sweep import ContextCase, Curve
 from mopsim.report.context import case_name, ratio, reach
-from mopsim.report.style import SERIES, figure, legend_below
+from mopsim.report.palette import SERIES
+from mopsim.report.style import figure, legend_below
 from reports.context_throughput.words import Study, farthest, published_of, range_of, span
 
 LINES = {

@@ -1,10 +1,7 @@
 // Stacked bars, one a strategy, with the limit where there is one; under them the same numbers as a table.
 function bars(view) {
   const parts = [...new Set(view.rows.flatMap((row) => Object.entries(row.parts).filter((one) => one[1] > 0).map((one) => one[0])))];
-  const tint = (part) => paint(colourOf(view.space, part));
   const total = (row) => Object.values(row.parts).reduce((sum, one) => sum + one, 0);
-  parts.forEach((part) => colourOf(view.space, part));
-  parts.sort((a, b) => colourOf(view.space, a) - colourOf(view.space, b));
   const limit = view.limit || null;
   const most = Math.max(...view.rows.map(total), limit || 0);
   const unit = unitOf(view.type, [most]);
@@ -23,7 +20,7 @@ function bars(view) {
       for (const part of parts) {
         const value = one.parts[part] || 0, share = value / total(one);
         if (at(value) < 0.5) continue;
-        const mark = svg("rect", { class: "part", x: at(left), y: y + 20, width: at(value), height: 22, fill: tint(part) });
+        const mark = svg("rect", { class: "part", x: at(left), y: y + 20, width: at(value), height: 22, fill: paint(part) });
         speaks(mark, [[one.name, ""], [spoken(part), `${number(value / unit.scale)} ${unit.name} (${number(100 * share, 2)} %)`]]);
         marks.push(mark);
         root.append(mark);
@@ -39,5 +36,6 @@ function bars(view) {
   const columns = [{ name: "strategy", type: "text" }, ...parts.map((name) => ({ name: spoken(name), type: view.type }))];
   const rows = view.rows.map((row) => [row.name, ...parts.map((part) => row.parts[part] ?? null)]);
   const numbers = el("details", {}, el("summary", {}, "Numbers"), ...table({ title: `${view.title}, numbers`, columns, rows }).filter(Boolean));
-  return [box, legend(parts.map(spoken), (index) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill: tint(parts[index]), stroke: "#222" })), numbers];
+  const seen = parts.filter((part) => view.rows.some((row) => (row.parts[part] || 0) > SEEN * most));
+  return [box, legend(seen.map(spoken), (index) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill: paint(seen[index]), stroke: "#222" })), numbers];
 }

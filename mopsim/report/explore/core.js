@@ -13,23 +13,17 @@ function make(space, name, attributes, children) {
 const el = (name, attributes = {}, ...children) => make(null, name, attributes, children);
 const svg = (name, attributes = {}, ...children) => make(SVG, name, attributes, children);
 
-// Okabe and Ito's palette: told apart with every kind of colour vision. After eight, stripes.
+// Of series, Okabe and Ito's palette: told apart with every kind of colour vision.
 const PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"];
-const paint = (index) => (index < PALETTE.length ? PALETTE[index] : `url(#stripe-${index % PALETTE.length})`);
-// A name has one colour in all views that speak of the same thing (`space`: components, memory, waits).
-const spaces = {};
-function colourOf(space, name) {
-  const known = (spaces[space] ??= new Map());
-  if (!known.has(name)) known.set(name, known.size);
-  return known.get(name);
+// Of components, categories of memory, waits and transfers, the figures' colours (mopsim.report.palette).
+const paint = (name) => COLOURS.named[name] ?? COLOURS.unknown;
+const SEEN = 0.002; // share of a chart from which a part is seen, and has its place in the legend
+// Whether white stands out more on a colour than black (WCAG 2.1: contrast by relative luminance).
+function isDark(colour) {
+  const [red, green, blue] = [1, 3, 5].map((place) => parseInt(colour.slice(place, place + 2), 16) / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue <= 0.179;
 }
 const spoken = (name) => name.replaceAll("_", " ");
-function stripes() {
-  const patterns = PALETTE.map((tint, index) =>
-    svg("pattern", { id: `stripe-${index}`, width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-      svg("rect", { width: 6, height: 6, fill: "#fff" }), svg("rect", { width: 3, height: 6, fill: tint })));
-  return svg("svg", { width: 0, height: 0, "aria-hidden": "true", class: "patterns" }, svg("defs", {}, ...patterns));
-}
 
 // A mark has a shape beside its colour.
 const SHAPES = [

@@ -1,7 +1,6 @@
 // Puts every view under its heading, and its name into the contents.
 const KINDS = { table, plot, bars, timeline };
 const page = JSON.parse(document.getElementById("data").textContent);
-document.body.prepend(stripes());
 page.views.forEach((view, index) => {
   const id = `view-${index + 1}`;
   document.getElementById("contents").append(el("li", {}, el("a", { href: `#${id}` }, view.title)));

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mopsim.common.errors import MopError
+from mopsim.report.palette import COLOURS, UNKNOWN
 
 View = dict[str, Any]
 SCRIPTS = ("core.js", "table.js", "plot.js", "bars.js", "timeline.js", "page.js")
@@ -33,7 +34,10 @@ def html(found: Explorer) -> str:
     """The page. Its content security policy allows the scripts and the style inside by their hash, and no
     address at all. Raises MopError for what JSON cannot hold."""
     texts = files(__package__)
-    script = "\n".join(texts.joinpath(name).read_text("utf-8") for name in SCRIPTS)
+    colours = json.dumps({"named": COLOURS, "unknown": UNKNOWN})
+    script = f"const COLOURS = {colours};\n" + "\n".join(
+        texts.joinpath(name).read_text("utf-8") for name in SCRIPTS
+    )
     script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
     style = texts.joinpath("style.css").read_text("utf-8")
     policy = (

@@ -322,7 +322,7 @@ def timeline(label: str, result: SimResult) -> View:
         [
             streams.index(one.stream), _short(one.start), _short(one.end),
             names.setdefault(one.name, len(names)),
-            components.setdefault(one.component, len(components)), phases.setdefault(one.phase, len(phases)),
+            components.setdefault(one.drawn_as, len(components)), phases.setdefault(one.phase, len(phases)),
             one.microbatch, one.layer,
         ]
         for one in result.spans

@@ -17,16 +17,14 @@ function timeline(view) {
   const box = el("div", { class: "chart timeline" }), said = el("p", { class: "selected", role: "status" }, "No op is chosen.");
   const end = view.end, least = end / 1e5;
   const lanes = view.streams.map((_, stream) => view.spans.filter((span) => span[0] === stream).sort((a, b) => a[1] - b[1]));
-  const inks = view.components.map((name) => colourOf("components", name));
+  const inks = view.components.map(paint);
   const categories = Object.keys(view.memory.categories);
-  categories.forEach((name) => colourOf("memory", name));
-  categories.sort((a, b) => colourOf("memory", a) - colourOf("memory", b));
   const totals = view.memory.times.map((_, index) => categories.reduce((sum, name) => sum + view.memory.categories[name][index], 0));
   const highest = Math.max(1, ...totals, view.limit || 0), unit = unitOf("bytes", [highest]);
   let from = 0, to = end, lane = Math.max(0, view.streams.indexOf("compute")), chosen = -1, width = 0, dragged = null;
 
   const seconds = (value) => told(value, "seconds");
-  const rowsOf = (span) => [["op", view.names[span[3]]], ["stream", view.streams[span[0]]], ["component", spoken(view.components[span[4]])],
+  const rowsOf = (span) => [["op", view.names[span[3]]], ["stream", view.streams[span[0]]], [view.streams[span[0]] === "compute" ? "component" : "kind", spoken(view.components[span[4]])],
     ["phase", view.phases[span[5]]], ["layer", span[7] < 0 ? "" : String(span[7])], ["microbatch", span[6] < 0 ? "" : String(span[6])], ["start", seconds(span[1])],
     ["duration", seconds(span[2] - span[1])], ["memory", told(totals[sample(span[1])], "bytes")]].filter((row) => row[1] !== "");
   function sample(time) { // the last change of memory that is not after `time`
@@ -57,7 +55,7 @@ function timeline(view) {
     rect.setAttribute("fill-opacity", Math.max(0.2, Math.min(1, rect.all.busy / (span[2] - first[1]))).toFixed(2));
   }
   const idle = (start, all) => Math.max(0, all.end - start - all.busy);
-  const joinedOf = (span, all) => [["ops", `${all.count} side by side`], ["stream", view.streams[span[0]]], ["component", spoken(view.components[span[4]])],
+  const joinedOf = (span, all) => [["ops", `${all.count} side by side`], ["stream", view.streams[span[0]]], [view.streams[span[0]] === "compute" ? "component" : "kind", spoken(view.components[span[4]])],
     ["start", seconds(span[1])], ["end", seconds(all.end)], ["idle between them", idle(span[1], all) > 1e-9 * end ? seconds(idle(span[1], all)) : "none"], ["", "zoom in to tell them apart"]];
   const near = (stream, time) => { const found = lanes[stream].findIndex((span) => span[2] >= time); return found < 0 ? lanes[stream].length - 1 : found; };
   const keys = {
@@ -86,12 +84,12 @@ function timeline(view) {
         if (span[2] < from || span[1] > to) return;
         const x1 = Math.max(left, at(span[1])), x2 = Math.min(right, at(span[2])), long = Math.max(0.6, x2 - x1);
         if (last && before === span[4] && x1 + long - edge < 0.7) { edge = x1 + long; join(last, span, edge); return; }
-        const rect = svg("rect", { class: "span", x: x1.toFixed(2), y: y + lift, width: long.toFixed(2), height: high, fill: paint(inks[span[4]]) });
+        const rect = svg("rect", { class: "span", x: x1.toFixed(2), y: y + lift, width: long.toFixed(2), height: high, fill: inks[span[4]] });
         rect.span = span; rect.at = [stream, index];
         root.append(rect);
         if (long > 54) {
           const room = Math.floor((long - 8) / 6.6), name = `${view.names[span[3]]}${span[7] < 0 ? "" : `, layer ${span[7]}`}`;
-          const dark = [0, 2, 5, 7].includes(inks[span[4]]);
+          const dark = isDark(inks[span[4]]);
           root.append(svg("text", { class: dark ? "name light" : "name", x: x1 + 4, y: y + lift + 15 }, name.length > room ? `${name.slice(0, room - 1)}…` : name));
         }
         last = long < 3 ? rect : null; edge = x1 + long; before = span[4];
@@ -157,7 +155,7 @@ function timeline(view) {
         upper.push([x1, y(next)], [x2, y(next)]);
         base[step] = next;
       });
-      if (upper.length) root.append(svg("path", { class: "area", fill: paint(colourOf("memory", name)), d: `${line([...upper, ...lower])}Z` }));
+      if (upper.length) root.append(svg("path", { class: "area", fill: paint(name), d: `${line([...upper, ...lower])}Z` }));
     });
     for (const [value, text] of ticksOf({}, 0, highest / unit.scale, 3))
       root.append(svg("text", { class: "tick", x: left ? left - 6 : 2, y: y(value * unit.scale) + 4, "text-anchor": left ? "end" : "start" }, text));
@@ -174,7 +172,8 @@ function timeline(view) {
   const controls = el("div", { class: "controls", role: "group", "aria-label": `Zoom of ${view.title}` },
     button("Zoom in", () => zoom(0.5, middleOf())), button("Zoom out", () => zoom(2, middleOf())), button("Earlier", () => pan(-0.5)), button("Later", () => pan(0.5)), button("Whole step", () => window_(0, end)));
   const hint = el("p", { class: "says" }, "Drag over a range, or use the buttons or the keys + and -, to zoom. Click an op, or walk with the arrow keys, to read it.");
-  const block = (place) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill: paint(place), stroke: "#222" });
-  return [controls, hint, el("h3", {}, "Components"), legend(view.components.map(spoken), (index) => block(inks[index])), box, said,
-    el("h3", {}, "Memory"), legend(categories.map(spoken), (index) => block(colourOf("memory", categories[index])))];
+  const block = (fill) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill, stroke: "#222" });
+  const seen = categories.filter((name) => view.memory.categories[name].some((bytes) => bytes > SEEN * highest));
+  return [controls, hint, el("h3", {}, "Components, and kinds of what is moved"), legend(view.components.map(spoken), (index) => block(inks[index])), box, said,
+    el("h3", {}, "Memory"), legend(seen.map(spoken), (index) => block(paint(seen[index])))];
 }
