@@ -131,7 +131,7 @@ def tornado(path: Path, swings: Sequence[Swing], point: Point, model: str) -> No
             axis.margins(x=0.18)
             axis.set_xlabel(label)
             axis.grid(axis="x", alpha=0.3)
-        axes[0].set_yticks(range(len(shown)), [_label(one) for one in shown], fontsize=9)
+        axes[0].set_yticks(range(len(shown)), [label_of(one) for one in shown], fontsize=9)
         axes[0].figure.suptitle(
             f"What each input alone changes: {model} on {where}\n"
             "blue: at the input's low value, orange: at its high one", fontsize=11, x=0.01, ha="left",
@@ -152,7 +152,7 @@ def _swing(axis: Axes, row: int, swing: Swing, name: str, middle: float, scale: 
             )  # fmt: skip
 
 
-def _label(swing: Swing) -> str:
+def label_of(swing: Swing) -> str:
     """'repair time, hours', 'matrix products, times the profile's seconds'."""
     name = NAMES.get(swing.name) or KINDS.get(swing.name) or swing.name.replace("_", " ")
     _, unit = shown_in(swing)

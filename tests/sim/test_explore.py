@@ -19,8 +19,10 @@ from mopsim.report import explore
 from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import front
 from mopsim.report.explore.views import explorer, kind_of, steps_of
+from mopsim.report.palette import COLOURS
 from mopsim.report.tables import ENOUGH, P_FITS, comparison
 from mopsim.search.result import promise
+from mopsim.spec.categories import COMPONENTS
 from mopsim.spec.profiles import load_profile
 from tests.sim.explored import JOB, results
 
@@ -74,6 +76,20 @@ def test_a_page_holds_what_it_needs_and_names_no_address(tmp_path: Path) -> None
     assert max(span[2] for span in timeline["spans"]) == pytest.approx(step.step_time_s, rel=1e-5)
     peak = max(map(sum, zip(*timeline["memory"]["categories"].values(), strict=True)))
     assert peak == step.peak_memory_bytes
+
+
+def test_a_timeline_names_what_is_computed_and_what_is_moved(tmp_path: Path) -> None:
+    """FSDP2's gathers were of the component `other`. All have a colour."""
+    mopsim.explore(mopsim.simulate(**JOB, strategy=mopsim.fsdp2(dtype="float32")), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    view = json.loads(text.split('id="data">')[1].split("</script>")[0])["views"][-1]
+    named: dict[bool, set[str]] = {True: set(), False: set()}
+    for stream, _, _, _, component, *_ in view["spans"]:
+        named[view["streams"][stream] == "compute"].add(view["components"][component])
+    assert {"attention", "experts"} <= named[True] <= set(COMPONENTS)
+    assert "all_gather" in named[False]
+    assert not named[False] & set(COMPONENTS)
+    assert named[False] | named[True] <= set(COLOURS)
 
 
 def test_text_of_a_result_stays_text(made: dict[str, dict[str, Any]]) -> None:

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopsim.common.errors import MopError
-from mopsim.report.sizing_plots import dollars
+from mopsim.report.sizing_plots import dollars, label_of
 from mopsim.size import Goal, Step, Terms, assume, figures
 from mopsim.size.assumptions import Assumptions, Site, known, node_prices, read_sites, read_values, with_capex
 from mopsim.size.fabric import network
 from mopsim.size.figures import DAY, YEAR_HOURS
 from mopsim.size.goodput import checkpoint_interval, goodput, spare_nodes, wall_clock
+from mopsim.size.whatif import End, Swing
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import list_profiles, load_profile
 from tests.sim.toys import machine, quantity
@@ -278,3 +279,15 @@ def test_a_price_may_be_of_all_machines_that_are_asked_for() -> None:
 def test_costs_are_drawn_in_a_unit_of_their_size() -> None:
     units = {2.6e4: "thousand USD", 3e6: "million USD", 12.0: "USD", 0.0: "USD"}
     assert {most: dollars([0.0, most])[1] for most in units} == units
+
+
+def test_inputs_of_a_tornado_are_in_words_and_units() -> None:
+    def said(name: str, unit: str, low: float, high: float) -> str:
+        ends = (End(value, 1.0, None, None) for value in (low, high))
+        return label_of(Swing(name, "", unit, *ends, ""))
+
+    assert said("repair_time", "s", 14400, 432000) == "repair time, hours"
+    assert said("matmul", "x", 0.9, 1.1) == "matrix products, times the profile's seconds"
+    assert said("global_batch_tokens", "tokens", 5e5, 2e6) == "tokens of a step, thousand"
+    assert said("hardware_share", "1", 0.6, 0.9) == "interruptions that need a repair"
+    assert said("failure_rate", "1/h", 1.2e-5, 3.4e-5).endswith(", in a million device-hours")
