@@ -33,7 +33,7 @@ class Architecture(Spec, frozen=True, kw_only=True):
     reads: dict[str, str]
     absent: Config
     text_of: tuple[str, ...] = ()
-    names: dict[str, str] = msgspec.field(default_factory=dict)
+    names: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     needs: dict[str, tuple[Any, str]] = msgspec.field(default_factory=dict)
     fixed: Fields = msgspec.field(default_factory=dict)
     parts: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Architecture(Spec, frozen=True, kw_only=True):
     def fields(self, r: ConfigReader) -> Fields:
         """The fields of ModelSpec that the architecture's own keys say. Raises MopError naming a key."""
         for key, (value, why) in self.needs.items():
-            r.must_be(key, value, why)
+            r.needs(key, value, why)
         found = {name: _said(r, name, how) for name, how in self.reads.items()} | self.fixed
         for name in self.parts:
             found |= PARTS[name](r)
@@ -55,6 +55,7 @@ class Architecture(Spec, frozen=True, kw_only=True):
 
 KINDS: dict[str, Callable[..., Any]] = {
     "integer": lambda r, *keys: r.integer(r.present(*keys)),
+    "count": lambda r, *keys: r.count(r.present(*keys)),
     "integer?": lambda r, key: r.integer(key, 0),
     "number": ConfigReader.number,
     "flag": ConfigReader.flag,
@@ -185,6 +186,17 @@ def four_times_wider(r: ConfigReader) -> Fields:
     return {"intermediate_size": r.integer("n_inner", 4 * r.integer("hidden_size"))}
 
 
+def equal_heads(r: ConfigReader) -> Fields:
+    """Heads of keys are those of queries, which share the hidden size, whatever a config says."""
+    heads, hidden = r.integer("num_attention_heads"), r.integer("hidden_size")
+    said, of = r.named("num_attention_heads"), r.named("hidden_size")
+    if hidden % heads:
+        raise MopError(f"{r.origin}: {of}: {hidden} must be divisible by {said} {heads}")
+    r.must_be("num_key_value_heads", heads, f"all {said} {heads} have keys and values of their own")
+    r.must_be("head_dim", hidden // heads, f"heads are {of} {hidden} / {said} {heads} wide")
+    return {}
+
+
 def unclipped(r: ConfigReader) -> Fields:
     if r.has("clip_qkv"):
         raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
@@ -196,7 +208,7 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
     for part in (
         sparse_steps, shared_gate, listed_windows, window_if_used, leading_dense, groups_if_limited,
         ernie_layers, alternating_windows, llama4_layers, unclipped, qwen_windows, late_windows,
-        plain_activation, four_times_wider,
+        plain_activation, four_times_wider, equal_heads,
     )
 }  # fmt: skip
 

@@ -16,12 +16,10 @@ Fields = dict[str, Any]
 
 def common(r: ConfigReader, *, gated: bool = True) -> Fields:
     """What configs of all architectures say. gated: the FFN has a gate, which only SiLU can be of."""
-    heads = r.integer("num_attention_heads")
+    heads = r.count("num_attention_heads")
     hidden = r.integer("hidden_size")
     if gated:
         r.must_be("hidden_act", "silu", "only SwiGLU can be expressed")
-    if heads < 1:
-        raise MopError(f"{r.origin}: num_attention_heads: {heads} must be at least 1")
     return {
         "hidden_size": hidden,
         "num_hidden_layers": r.integer("num_hidden_layers"),

@@ -25,24 +25,30 @@ _MOST = 10
 class ConfigReader:
     """Typed access to a config's fields. absent: what a key is that the config does not have. read: keys that
     were asked for. passed: keys that say what is left out of the network, which its assumptions tell. names:
-    keys that the architecture's configs call otherwise.
+    of keys that the architecture's configs call otherwise, what they are called, its own name first.
 
     `null` of a method: what a null is, and a key that is absent in `absent` too; without it they are refused.
     """
 
     def __init__(
-        self, config: Config, origin: str, absent: Config | None = None, names: dict[str, str] | None = None
+        self,
+        config: Config,
+        origin: str,
+        absent: Config | None = None,
+        names: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.config, self.origin, self.absent, self._names = config, origin, absent or {}, names or {}
         self.read: set[str] = set()
         self.passed: set[str] = set()
 
     def named(self, key: str) -> str:
-        """A key as the architecture's configs call it."""
-        return self._names.get(key, key)
+        """A key as the config calls it. Raises MopError where it has several names that differ."""
+        return self.present(*self._names[key]) if key in self._names else key
 
     def has(self, key: str) -> bool:
-        key = self.named(key)
+        return self._has(self.named(key))
+
+    def _has(self, key: str) -> bool:
         self.read.add(key)
         return self.config.get(key) is not None
 
@@ -55,10 +61,11 @@ class ConfigReader:
     def present(self, *keys: str) -> str:
         """The key of several for one thing (transformers has renamed some) that the config has, or the first.
         Raises MopError where they contradict each other."""
-        there = [key for key in keys if self.has(key)]
+        there = [key for key in keys if self._has(key)]
         for key in there[1:]:
-            rule = f"is not {there[0]} {shown(self.config[there[0]])}, which it is another name of"
-            self.must_be(key, self.config[there[0]], rule)
+            if self.config[key] != self.config[there[0]]:
+                rule = f"is not {there[0]} {shown(self.config[there[0]])}, which it is another name of"
+                raise self._refused(key, rule)
         return there[0] if there else keys[0]
 
     def word(self, key: str) -> Any:
@@ -89,6 +96,13 @@ class ConfigReader:
     def integer(self, key: str, null: int | None = None) -> int:
         return int(self._typed(key, null, int, "an integer"))
 
+    def count(self, key: str) -> int:
+        """Of something that there is."""
+        found = self.integer(key)
+        if found < 1:
+            raise MopError(f"{self.origin}: {self.named(key)}: {found} must be at least 1")
+        return found
+
     def number(self, key: str, null: float | None = None) -> float:
         return float(self._typed(key, null, int | float, "a number"))
 
@@ -106,8 +120,17 @@ class ConfigReader:
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
         """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""
         key = self.named(key)
-        if self.has(key) and self.config[key] != expected:
-            raise MopError(f"{self.origin}: {key}: {shown(self.config[key])} is refused: {meaning}")
+        if self._has(key) and self.config[key] != expected:
+            raise self._refused(key, meaning)
+
+    def needs(self, key: str, expected: Any, meaning: str) -> None:
+        """As must_be, of a key whose null is none of it (where there must be some, it is refused too)."""
+        if expected and self.is_null(key):
+            raise self._refused(key, meaning)
+        self.must_be(key, expected, meaning)
+
+    def _refused(self, key: str, meaning: str) -> MopError:
+        return MopError(f"{self.origin}: {key}: {shown(self.config[key])} is refused: {meaning}")
 
     def unread(self, architecture: str) -> tuple[str, ...]:
         """What a model assumes of the keys that nothing asked for. Raises MopError for one that says that the

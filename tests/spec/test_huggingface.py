@@ -302,9 +302,32 @@ def test_gpt2_is_of_its_own_keys(tmp_path: Path) -> None:
         ("n_layer", None, "n_layer: missing"),
         ("activation_function", "silu", "ffn_activation: 'silu' is not one of"),
         ("scale_attn_weights", False, "scale_attn_weights: False is refused"),
+        ("scale_attn_weights", None, "scale_attn_weights: None is refused"),
+        ("hidden_size", 64, "hidden_size: 64 is refused: is not n_embd 1600, which it is another name of"),
+        ("num_hidden_layers", 5, "num_hidden_layers: 5 is refused: is not n_layer 48"),
+        ("num_attention_heads", 8, "num_attention_heads: 8 is refused: is not n_head 25"),
+        ("max_position_embeddings", 128, "max_position_embeddings: 128 is refused: is not n_positions 1024"),
+        ("num_key_value_heads", 5, "num_key_value_heads: 5 is refused: all n_head 25 have keys and values"),
+        ("head_dim", 16, "head_dim: 16 is refused: heads are n_embd 1600 / n_head 25 wide"),
+        ("n_head", 0, "n_head: 0 must be at least 1"),
+        ("n_head", 3, "n_embd: 1600 must be divisible by n_head 3"),
+        ("n_positions", 0, "n_positions: 0 must be at least 1"),
+        ("n_inner", -1, r"model\.intermediate_size: -1 must not be negative \(from n_inner\)"),
     ):
         with pytest.raises(MopError, match=says):
             load_model(write(tmp_path, GPT2 | {key: value}))
+
+
+def test_gpt2_may_have_the_names_that_its_class_maps(tmp_path: Path) -> None:
+    """attribute_map of GPT2Config: both names are one."""
+    mapped = {
+        "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+    }  # fmt: skip
+    said = load_model(write(tmp_path, GPT2))
+    assert load_model(write(tmp_path, {mapped.get(key, key): value for key, value in GPT2.items()})) == said
+    both = GPT2 | {other: GPT2[key] for key, other in mapped.items()}
+    assert load_model(write(tmp_path, both | {"num_key_value_heads": 25, "head_dim": 64})) == said
 
 
 def test_mtp_layers_are_those_that_a_config_says(tmp_path: Path) -> None:
