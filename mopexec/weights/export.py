@@ -24,7 +24,7 @@ from mopexec.run.shards import ParameterPieces, Piece
 from mopexec.run.state import check_format
 from mopexec.weights.begin import architecture, check_rate
 from mopexec.weights.config import to_config
-from mopexec.weights.files import INDEX, SINGLE, read_config
+from mopexec.weights.files import DTYPES, INDEX, SINGLE, read_config
 from mopexec.weights.layout import Layout
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -34,12 +34,6 @@ from mopsim.spec.plan import Plan
 
 FILE_BYTES = 5 * 10**9
 """Largest file, as transformers' save_pretrained has it, unless one tensor is larger."""
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 class Exported(Spec, frozen=True, kw_only=True):

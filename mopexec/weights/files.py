@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mopexec.weights.layout import Layout
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.json_text import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""Of weights, as config.json names them."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -31,6 +39,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self._base = ""
         self._stored: dict[str, str] = {}  # names in the files, where they are others
         self._open: dict[Path, Any] = {}
         for path, listed in self._listed():
@@ -42,6 +51,7 @@ class Files:
 
     def of_family(self, base: str, masks: str) -> None:
         """Names as a family's files have them (see Family); masks are none of them."""
+        self._base = base
         for stored, path in list(self.files.items()):
             plain = stored.removeprefix(base)
             if masks and re.fullmatch(masks, plain):
@@ -51,6 +61,11 @@ class Files:
             ):
                 del self.files[stored]
                 self.files[f"{base}{plain}"], self._stored[f"{base}{plain}"] = path, stored
+
+    def called(self, name: str) -> str:
+        """A tensor as these files call it, or would, where they have not got it."""
+        bare = bool(self._stored) and name not in self.files
+        return self._stored.get(name, name.removeprefix(self._base) if bare else name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
@@ -128,28 +143,39 @@ class Weights:
 
 def check(files: Files, layout: Layout) -> None:
     """Raise MopError for the first tensor that is missing, that no parameter is read from, or that has
-    another shape or no floating-point numbers.
+    another shape, no floating-point numbers, or others than the one that it is a copy of.
     """
     wanted, copies = layout.wanted(), layout.copies()
     for name, want in wanted.items():
         if name not in files.files:
-            raise MopError(f"{files.folder}: {name}: missing; {want.parameter} is read from it")
+            raise MopError(f"{files.folder}: {files.called(name)}: missing; {want.parameter} is read from it")
     for name, path in files.files.items():
+        said = f"{path}: {files.called(name)}"
         if name not in wanted and name not in copies:
             architecture = layout.family.architecture
-            raise MopError(f"{path}: {name}: is no tensor of this {architecture} (config.json)")
+            raise MopError(f"{said}: is no tensor of this {architecture} (config.json)")
         shape = wanted[copies.get(name, name)].shape
         if files.shape(name) != shape:
-            raise MopError(f"{path}: {name}: shape {list(files.shape(name))} is not {list(shape)}")
+            raise MopError(f"{said}: shape {list(files.shape(name))} is not {list(shape)}")
         if files.dtype(name) not in FLOATS:
             rule = f"only {', '.join(FLOATS)} are read: dequantise the weights first"
-            raise MopError(f"{path}: {name}: dtype {files.dtype(name)}: {rule}")
+            raise MopError(f"{said}: dtype {files.dtype(name)}: {rule}")
+    for copy in copies.keys() & files.files.keys():
+        one, other = files.tensor(copy), files.tensor(copies[copy])
+        if not one.equal(other.to(one.dtype)):
+            rule = f"differs from {files.called(copies[copy])}, which this network (config.json) has for both"
+            raise MopError(f"{files.files[copy]}: {files.called(copy)}: {rule}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a directory. Raises MopError where it is none, or the weights are quantised."""
+    """config.json of a directory. Raises MopError where it is none, says a dtype that weights
+    have not, or they are quantised."""
     path = folder / "config.json"
     config = read_object(path, "--init-from")
     if config.get("quantization_config"):
         raise MopError(f"{path}: quantization_config: quantised weights are not read: dequantise them first")
+    for key in ("dtype", "torch_dtype"):
+        dtype = config.get(key)
+        if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
+            raise MopError(f"{path}: {key}: {shown(dtype)} must be one of {', '.join(DTYPES)}")
     return config

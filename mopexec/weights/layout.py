@@ -79,12 +79,15 @@ class Layout:
         return tensor.t() if place.transposed else tensor
 
     def wanted(self) -> dict[str, Wanted]:
-        """Every tensor that the files must hold. Raises MopError where a parameter has no place."""
+        """Every tensor that the files must hold. Raises MopError where a parameter has no place, or shares
+        one with others of another shape."""
         found: dict[str, Wanted] = {}
         for name, shape in self.held():
             for expert in range(shape[0]) if is_stacked(name) else (None,):
                 tensor = self.tensor(name, expert)
-                found.setdefault(tensor, Wanted(self._shape(name, shape), name))
+                want = Wanted(self._shape(name, shape), name)
+                if found.setdefault(tensor, want).shape != want.shape:
+                    raise self._uneven(tensor, found[tensor].parameter, name)
         return found
 
     def held(self) -> Iterator[tuple[str, Shape]]:
@@ -97,6 +100,11 @@ class Layout:
         for name, shape in self.buffers.items():
             if self.place(name) is not None:
                 yield name, shape
+
+    def _uneven(self, tensor: str, one: str, other: str) -> MopError:
+        shapes = f"{list(self.parameters[one])} and {list(self.parameters[other])}"
+        rule = f"{self.family.architecture} has both as equal parts of {tensor}"
+        return MopError(f"model: {one} and {other} have the shapes {shapes}: {rule}")
 
     def copies(self) -> dict[str, str]:
         """Tensors that equal another one, by name: allowed in files."""
