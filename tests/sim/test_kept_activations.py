@@ -260,6 +260,20 @@ def test_casts_of_weights_under_autocast_are_kept(recompute: Literal["none", "fu
         assert result.highest_by_category["gathered"] == casts
 
 
+def test_a_weight_has_a_cast_of_autocast_and_a_narrow_one_beside_it() -> None:
+    """Fp8 products that keep cast weights, of weights that autocast casts first: two values."""
+    strategy, kept = megatron(1, recompute="none"), {}
+    training = TrainSpec(seq_len=32, global_batch=1)
+    precision = replace(strategy.precision, param="float32", grad="float32", master="param", matmul="fp8")
+    strategy = replace(strategy, precision=precision, dense=replace(strategy.dense, zero=0))
+    for casts in ("kept", "step"):
+        software = changed("internlm-2023", kernels={"autocast": True, "weight_casts": casts})
+        tape = Passes(make_context(small(), strategy, training, 1, software)).tape(0)
+        kept[casts] = {one for one in tape.kept if one.startswith("qkv_proj_")}
+    assert {"qkv_proj_cast", "qkv_proj_narrow"} <= kept["kept"]
+    assert "qkv_proj_narrow" not in kept["step"]
+
+
 @pytest.mark.parametrize(
     ("stack", "passes"),
     [("megatron-core", 1), ("torchtitan", 2), ("torchtitan-2026", 2), ("torchtitan-compile", 0)],

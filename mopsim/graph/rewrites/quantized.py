@@ -63,7 +63,7 @@ def weights_cast(kernels: tuple[Kernel, ...], narrow: float, exact: Collection[s
     """Products whose cast weights, `narrow` bytes for each, stay from the forward to the backward."""
     sizes = ((one, weights_narrow(one, narrow, exact)) for one in kernels)
     return tuple(
-        one.keeping(Value(f"{one.name}_cast", size, "gathered", grad=False)) if size else one
+        one.keeping(Value(f"{one.name}_narrow", size, "gathered", grad=False)) if size else one
         for one, size in sizes
     )
 
