@@ -35,7 +35,7 @@ DOUBT, LATELY, EFFORT = 0.005, 8, 500_000
 more, of memory too; effort after which nothing slower than that is tried."""
 LEEWAY = 0.05
 """Part by which a layout that is tried first may be expected to take longer than the least expected."""
-TURN_OPS, THOROUGH = 2_500, 250
+TURN_OPS, THOROUGH = 2_500, 80
 """Simulated ops that take as long as a turn of refinements (mopsim.search.pool), which are as many as a
 simulation is long; turns before a hunt ends."""
 KEPT = 0.25

@@ -128,22 +128,24 @@ class Rise:
 
 
 @dataclass
-class Times:
-    """Step times: the guess, times a factor for each value of each column (ridge regression of the
-    logarithm), optimistic where a value was seldom simulated.
+class Effects:
+    """What each value of each column adds to a logarithm: ridge regression over the candidates seen.
 
     codes: of each column the place of each candidate's value among that column's values, in as few bytes as
-    hold it: a column has hundreds of thousands.
+    hold it: a column has hundreds of thousands. alike: how often two values were seen together.
     """
 
-    guess: Reals
     codes: list[NDArray[np.unsignedinteger]]
     sizes: list[int]
-    seen: list[tuple[int, float]] = field(default_factory=list)
-    _known: dict[float, Reals] = field(default_factory=dict)
+    seen: list[list[int]] = field(default_factory=list)
+    alike: Reals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.starts = [sum(self.sizes[:place]) for place in range(len(self.sizes))]
+        self.alike = np.zeros((sum(self.sizes), sum(self.sizes)))
 
     @staticmethod
-    def of(guess: Reals, columns: list[Column]) -> "Times":
+    def of(columns: Iterable[Column]) -> "Effects":
         """Columns of one value say nothing and are left out."""
         codes, sizes = list[NDArray[np.unsignedinteger]](), list[int]()
         for column in columns:
@@ -151,10 +153,71 @@ class Times:
             if len(values) > 1:
                 codes.append(places.astype(np.min_scalar_type(len(values))))
                 sizes.append(len(values))
-        return Times(guess, codes, sizes)
+        return Effects(codes, sizes)
+
+    def see(self, position: int) -> None:
+        """Note that something was seen of a candidate."""
+        mine = [start + int(codes[position]) for start, codes in zip(self.starts, self.codes, strict=True)]
+        self.alike[np.ix_(mine, mine)] += 1
+        self.seen.append(mine)
+
+    def of_values(self, above: Reals) -> Reals:
+        """What each value adds. above: the logarithm of each that was seen, over what it is without."""
+        count = len(self.alike)
+        mine = np.array(self.seen, dtype=np.int64).reshape(len(above), len(self.sizes))
+        sums = np.bincount(mine.ravel(), np.repeat(above, len(self.sizes)), count)
+        return np.asarray(np.linalg.solve(self.alike + np.eye(count), sums))
+
+    def unseen(self) -> Reals:
+        """Of each value 1 where it was never seen, less the more often it was."""
+        return np.asarray(1 / (1 + np.diagonal(self.alike)))
+
+    def added(self, each: Reals, to: float) -> Reals:
+        """Of every candidate: what its values have of `each`, added to a number."""
+        found = np.full(len(self.codes[0]) if self.codes else 1, to)
+        for start, codes, size in zip(self.starts, self.codes, self.sizes, strict=True):
+            mine = each[start : start + size]
+            if mine.any():
+                found += mine[codes]
+        return found
+
+
+@dataclass
+class Slower:
+    """How many times its closed form the step time of a candidate is, by the values of its columns: those of
+    one kind of plan differ by a fifth, and a median of them hides the fast ones."""
+
+    effects: Effects
+    logarithms: list[float] = field(default_factory=list)
+    _known: Reals | None = None
+
+    def learn(self, position: int, times: float) -> None:
+        """Note that of a candidate."""
+        self.effects.see(position)
+        self.logarithms.append(math.log(times))
+        self._known = None
+
+    def expected(self) -> Reals:
+        """Of every candidate."""
+        if self._known is None:
+            found, usual = np.array(self.logarithms), median(self.logarithms or [0.0])
+            self._known = np.exp(self.effects.added(self.effects.of_values(found - usual), usual))
+        return self._known
+
+
+@dataclass
+class Times:
+    """Step times: the guess, times a factor for each value of each column (see `Effects`), optimistic where a
+    value was seldom simulated."""
+
+    guess: Reals
+    effects: Effects
+    seen: list[tuple[int, float]] = field(default_factory=list)
+    _known: dict[float, Reals] = field(default_factory=dict)
 
     def learn(self, position: int, seconds: float) -> None:
         """Note the simulated step time of a candidate, whose guess changes no more."""
+        self.effects.see(position)
         self.seen.append((position, seconds))
         self._known = {}
 
@@ -169,20 +232,12 @@ class Times:
     def _factor(self, hope: float) -> Reals:
         if not self.seen:
             return np.ones(len(self.guess))
-        where = np.array([position for position, _ in self.seen])
         ratio = np.log([seconds / self.guess[position] for position, seconds in self.seen])
         usual = float(np.median(ratio))
         odd = _ODD * float(np.median(np.abs(ratio - usual))) + 1e-3
         ratio = np.clip(ratio, usual - odd, usual + odd)
-        mine = [codes[where] for codes in self.codes]
-        alike = sum((codes[:, None] == codes[None, :]).astype(np.float64) for codes in mine)
-        kernel = np.asarray(alike) + np.eye(len(where))
-        dual = np.linalg.solve(kernel, ratio - usual)
-        factor = np.full(len(self.guess), usual)
-        for codes, own, size in zip(self.codes, mine, self.sizes, strict=True):
-            unseen = 1 / (1 + np.bincount(own, minlength=size))
-            factor += (np.bincount(own, dual, size) - hope * unseen)[codes]
-        return np.asarray(np.exp(factor))
+        each = self.effects.of_values(ratio - usual) - hope * self.effects.unseen()
+        return np.exp(self.effects.added(each, usual))
 
 
 def codes(columns: Iterable[Column], rows: int) -> Column:

@@ -11,7 +11,7 @@ from mopsim.search.bound import Bounds
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
 from mopsim.search.hosts import surely_on_host
-from mopsim.search.learn import Memory, Rise, Times, codes
+from mopsim.search.learn import Effects, Memory, Rise, Slower, Times, codes
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Column, once
 from mopsim.search.refined import Refined, alike
@@ -35,8 +35,6 @@ _TOGETHER = {
 }
 #: Columns that decide how large transients are beside the tokens of a rank.
 _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules", "saved")
-_WAITS = ("overlap", "tensor", "expert_tensor", "exchange", "dispatcher")
-"""Columns that decide what compute waits for."""
 _SHARDS = ("tensor", "experts", "expert_tensor", "dense_shard", "expert_shard")
 """Columns that decide the pinned blocks of a host, which are powers of two."""
 MOST = 400_000
@@ -75,7 +73,7 @@ class Pool:
     host: Reals
     memory: Memory
     rise: Rise
-    slower: Rise
+    slower: Slower
     times: Times
     seeds: list[int]
     taken: NDArray[np.bool_]
@@ -104,17 +102,17 @@ class Pool:
         kept = space.take(rows)
         each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
         parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
-        kinds, waiting, shards = (
-            codes((kept.columns[name] for name in names), len(kept))
-            for names in (_TRANSIENT, _WAITS, _SHARDS)
+        kinds, shards = (
+            codes((kept.columns[name] for name in names), len(kept)) for names in (_TRANSIENT, _SHARDS)
         )
         memory = Memory(bounds.device[rows], parts, kinds)
-        times = Times.of(likely, list(kept.columns.values()))
+        simulated = Effects.of(kept.columns.values())
+        times, slower = Times(likely, simulated), Slower(Effects(simulated.codes, simulated.sizes))
         taken = np.zeros(len(rows), dtype=np.bool_)
         seeds, recipes = textbook(kept, likely), frozenset(published(kept, likely))
         time, host = bounds.time[rows], bounds.host[rows]
         return Pool(
-            space, rows, time, host, memory, Rise(kinds), Rise(waiting), times, seeds, taken,
+            space, rows, time, host, memory, Rise(kinds), slower, times, seeds, taken,
             Rise(shards, min), beyond, recipes, Pieces(space), SpaceFacts.of(kept), *alike(kept),
             np.zeros_like(taken), np.zeros_like(taken), np.full(len(rows), np.nan), np.zeros(len(rows)),
         )  # fmt: skip
