@@ -130,7 +130,7 @@ def _head_norm(source: str, out: Value, model: ModelSpec, tokens: int, size: int
     """That of q or k, head by head or over all of them."""
     heads = 1 if model.qk_norm == "full" else size / model.head_dim
     found = norm(f"{source[0]}_norm", source, out.name, tokens, size, b, _C, heads)
-    return replace(found, weight_grad=0) if model.qk_norm == "unweighted" else found
+    return replace(found, weight_grad=0, weighted=False) if model.qk_norm == "unweighted" else found
 
 
 def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:

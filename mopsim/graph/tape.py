@@ -71,10 +71,10 @@ class Kernel(Struct, frozen=True):
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
     of its own for it.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
-    buffer. per_row: bytes of one number for each of the rows that a norm makes. casts, back_casts: whether it
-    casts its input and its output's gradient, where products are in 8 or 4 bits. back_serial: rows that its
-    backward adds to one row, one after the other. back_sums: elements that it adds by atomic operations.
-    strided, back_strided: see Strided.
+    buffer. weighted: whether a norm has a weight. per_row: bytes of one number for each of the rows that a
+    norm makes. casts, back_casts: whether it casts its input and its output's gradient, where products are in
+    8 or 4 bits. back_serial: rows that its backward adds to one row, one after the other. back_sums: elements
+    that it adds by atomic operations. strided, back_strided: see Strided.
     group: whose ranks a collective joins. region: of kernels that run again for their own backward, whatever
     else is recomputed. beside: a collective beside which what follows runs, up to the first kernel that needs
     what it brings.
@@ -96,6 +96,7 @@ class Kernel(Struct, frozen=True):
     scratch: tuple[Step, ...] = ()
     back_scratch: tuple[Step, ...] = ()
     weight_grad: int = 0
+    weighted: bool = True
     per_row: int = 0
     casts: bool = True
     back_casts: bool = True

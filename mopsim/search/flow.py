@@ -1,9 +1,8 @@
 """What a rank issues in order, priced: how long passes take at least, one alone or two woven, and the memory
 that they need."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 
 from mopsim.cost import seconds
 from mopsim.cost.beside import lost
@@ -59,8 +58,8 @@ class Priced:
     """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
     at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
     compute stream, with what comes before it; rest: what comes after the last one. routed: seconds of experts
-    on it; slowed: those of all on it where a collective always runs beside; issue: works out what the host
-    takes for each.
+    on it; slowed: those of all on it where a collective always runs beside; hosts: what the host takes for
+    each.
     """
 
     ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
@@ -70,17 +69,7 @@ class Priced:
     rest: tuple[Step, ...]
     routed: float
     slowed: float
-    issue: Callable[[], tuple[Issue, ...]]
-
-    @cached_property
-    def hosts(self) -> tuple[Issue, ...]:
-        """What the host takes for each, worked out where it is asked for."""
-        return self.issue()
-
-    @cached_property
-    def busy(self) -> float:
-        """Seconds in which the compute stream computes."""
-        return sum(took for stream, took, *_ in self.ops if stream == COMPUTE)
+    hosts: tuple[Issue, ...]
 
     @property
     def issued(self) -> float:
@@ -122,8 +111,8 @@ class Prices:
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
-        issue = partial(self._hosts, template.pieces, seconds, around)
-        return Priced(tuple(ops), turns, template.ends, first, pending, routed, slowed, issue)
+        hosts = self._hosts(template.pieces, seconds, around)
+        return Priced(tuple(ops), turns, template.ends, first, pending, routed, slowed, hosts)
 
     def _hosts(self, pieces: Sequence[Op], took: Sequence[float], around: Around | None) -> tuple[Issue, ...]:
         """What the host takes for each piece. took: seconds of the device."""

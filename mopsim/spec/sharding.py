@@ -128,7 +128,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     fsdp: bool = False
     optional: bool = False
     bucketed: bool = False
-    bucket: float = 25 * 2**20
+    bucket: float = 25.0 * 2**20
     copies: bool = False
     whole_sums: Deferred = "never"
     stays: Deferred = "never"

@@ -24,14 +24,7 @@ def test_mops_shape_over_context_comes_out_once_one_point_is_fixed():
     assert all(abs(error) < 0.25 for error in shape_errors(of(FIRST, "mop_120b", "mop")))
 
 
-LONGER = pytest.mark.xfail(
-    reason="256K: P(fits) 0.508 by the residuals of 2026-11-30, 0.499 before; 132.5 of 137.9 GiB either way"
-)
-
-
-@pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=LONGER if place == 1 else ()) for place in range(len(BASELINE))]
-)
+@pytest.mark.parametrize("place", range(len(BASELINE)))
 def test_the_baseline_ends_where_it_is_printed_to_end(place: int):
     """Which is said by whether it rather fits: torchtitan deletes logits (2024-06), whose block stays."""
     point = BASELINE[place]

@@ -34,7 +34,7 @@ def composed_norm(kernel: Kernel, wider: float, wings: int, rounded: bool = Fals
     product with the weight is in fp32 too; the backward holds three and a half of them at once (three).
     rounded: the normed values are narrow again before that product. Without a weight they are not kept; the
     backward has its most once they would be freed."""
-    narrow, weighted = kernel.writes[0].bytes, kernel.weight_grad > 0
+    narrow, weighted = kernel.writes[0].bytes, kernel.weighted
     size = int(narrow * wider)
     kept = [Value(f"{kernel.name}_roots", int(kernel.per_row * wider), grad=False)]
     if weighted:
