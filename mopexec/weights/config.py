@@ -11,6 +11,7 @@ import msgspec
 from mopexec.weights.begin import differences
 from mopsim.common.errors import MopError, shown
 from mopsim.common.shipped import kept
+from mopsim.spec.architectures import ACTIVATIONS
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
@@ -25,7 +26,8 @@ def _shared_experts(model: ModelSpec) -> Any:
     return whole // each if each and whole % each == 0 else msgspec.UNSET
 
 
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
+_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+"""The first of transformers' names for each."""
 _FUNCTIONS: dict[str, Callable[[ModelSpec], Any]] = {
     "dense_layers()": lambda m: [one for one in range(m.num_hidden_layers) if not m.is_moe_layer(one)],
     "rotating_layers()": lambda m: [int(m.rotates(one)) for one in range(m.num_hidden_layers)],

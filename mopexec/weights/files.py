@@ -3,6 +3,7 @@ what is never touched is never loaded.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,15 @@ class Files:
                 if self.files.get(name) != path:
                     raise MopError(f"{folder / INDEX}: {name}: is not in {path.name}, where the index has it")
 
-    def of_family(self, base: str, masks: str) -> None:
-        """Names as a family's files have them (see Family); masks are none of them."""
+    def of_family(self, base: str, masks: str, known: Collection[str]) -> None:
+        """Names as a family's files have them (see Family), of which `known` are this network's; masks are
+        none of them."""
         self._base = base
         for stored, path in list(self.files.items()):
             plain = stored.removeprefix(base)
             if masks and re.fullmatch(masks, plain):
                 del self.files[stored]
-            elif (
-                base and stored == plain and f"{base}{plain}" not in self.files and plain != "lm_head.weight"
-            ):
+            elif base and stored == plain and stored not in known and f"{base}{plain}" not in self.files:
                 del self.files[stored]
                 self.files[f"{base}{plain}"], self._stored[f"{base}{plain}"] = path, stored
 
@@ -122,7 +122,8 @@ class Weights:
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout, self.files = layout, Files(folder)
-        self.files.of_family(layout.family.base, layout.family.masks)
+        names = layout.wanted().keys() | layout.copies().keys()
+        self.files.of_family(layout.family.base, layout.family.masks, names)
         check(self.files, layout)
 
     def read(

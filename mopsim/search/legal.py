@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.let import Let
 from mopsim.common.shipped import kept
 from mopsim.common.working import near_batches
 from mopsim.search.axes import FSDP2, MINOR, followed, one_mesh
@@ -168,18 +169,11 @@ def _holds(code: CodeType, words: Mapping[str, Any], c: Columns) -> NDArray[np.b
     return np.asarray(eval(code, {**words, **c}), dtype=np.bool_)
 
 
-class _Let(ast.NodeTransformer):
-    """Names of `let` become what they stand for."""
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        meant = kept(__package__, "relations.yaml")["let"].get(node.id)
-        return node if meant is None else self.visit(ast.parse(meant, mode="eval").body)
-
-
 @cache
 def _read(needs: str) -> tuple[tuple[str, ...], CodeType]:
     """(the columns that an expression reads, what it compiles to)."""
-    tree = ast.fix_missing_locations(_Let().visit(ast.parse(needs, mode="eval")))
+    let = Let(kept(__package__, "relations.yaml")["let"])
+    tree = ast.fix_missing_locations(let.visit(ast.parse(needs, mode="eval")))
     read = dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
     return tuple(name for name in read if name in DEFAULTS), compile(tree, needs, "eval")
 

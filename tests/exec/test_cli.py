@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from functools import partial
 
 import msgspec
 import pytest
@@ -12,12 +11,9 @@ import pytest
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
 from mopexec.run import plans
-from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import parse_bytes
-from mopsim.spec.plan import Prediction
-from mopsim.spec.tensors import checkpoint_bytes
 from tests.exec.forking import Program
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import environment, finish
@@ -246,7 +242,6 @@ def test_a_degree_that_does_not_divide_is_refused(capsys, plan):
 
 def test_more_ranks_than_accelerators_are_refused():
     from mopexec.run.plans import check_devices, check_world
-    from mopsim.common.errors import SpecError
 
     check_devices(small_plan(), num_devices=0)
     check_devices(small_plan(), num_devices=2)
@@ -338,59 +333,6 @@ def test_evaluations_of_nothing_are_refused(capsys, plan, tmp_path) -> None:
 
 def test_sizes_are_read_as_written():
     assert parse_bytes("512MiB") == 512 * 1024**2
-
-
-def test_ranks_that_outgrow_this_machine_are_refused() -> None:
-    from mopexec.run.plans import check_memory
-
-    plan = small_plan()
-    ranks = plan.strategy.world_size
-    prediction = Prediction(
-        step_time=1.0,
-        tokens_per_second=1.0,
-        peak_memory=2**30,
-        host_memory=2**30,
-        memory_by_category={},
-        time_by_kind={},
-    )
-    big = msgspec.structs.replace(plan, prediction=prediction)
-    check = partial(check_memory, ranks=ranks, shared=True, copied=False)
-    check(msgspec.structs.replace(plan, prediction=None), machine=1)
-    check(big, machine=2**31 * ranks)
-    with pytest.raises(SpecError, match=r"plan.strategy.world_size.*this machine has 1.00 GiB"):
-        check(big, machine=2**30)
-    on_cards = partial(check, machine=2**30 * ranks, shared=False)  # what the device holds is not the host's
-    on_cards(big)
-    copy = checkpoint_bytes(plan.model, plan.strategy.precision)
-    with pytest.raises(MopError, match="--checkpoint-async: with its copy on the host"):
-        on_cards(big, copied=True)
-    on_cards(big, machine=2**30 * ranks + int(copy), copied=True)
-    on_cards(big, machine=2**30 + int(copy / ranks) + 1, ranks=1, copied=True)  # one of them on this node
-    with pytest.raises(SpecError, match=rf"world_size: {ranks} puts 1 ranks here.* need 2\.00 GiB"):
-        check(big, machine=2**30, ranks=1)
-
-
-def test_what_ranks_need_is_held_against_the_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's part of a larger machine is all that they may use."""
-    from mopexec.cli.train import _check_memory
-    from mopexec.measure import probe_machine
-
-    plan, options = small_plan(), TrainOptions(plan="p", out="o", steps=1)
-    _check_memory(options, plan, 2)
-    monkeypatch.setattr(probe_machine, "_cgroup", lambda path: "1048576")
-    with pytest.raises(SpecError, match=r"would need 2\.00 MiB of memory, and this machine has 1\.00 MiB"):
-        _check_memory(options, plan, 2)
-
-
-def test_memory_is_checked_before_a_text_is_read(capsys, plan, tmp_path, monkeypatch) -> None:
-    """A text took its hours before the ranks were refused."""
-    from mopexec import data
-    from mopexec.measure import probe_machine
-
-    monkeypatch.setattr(data, "prepare_all", lambda *given: pytest.fail("the text is read first"))
-    monkeypatch.setattr(probe_machine, "_cgroup", lambda path: "1048576")
-    line = refusal(capsys, "train", "--plan", plan, "--steps", 2, "--out", tmp_path / "r")
-    assert "plan.strategy.world_size: 2 puts 2 ranks here, which would need 2.00 MiB" in line
 
 
 def test_what_a_run_without_a_step_leaves_is_no_run(tmp_path) -> None:

@@ -1,7 +1,6 @@
 """Ties are one row; the answer says why; where nothing fits, what would."""
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,20 +10,17 @@ import numpy as np
 import pytest
 
 import mopsim
-from mopsim.cli import app
 from mopsim.common.io import to_plain
 from mopsim.common.units import GIB, format_bytes
-from mopsim.common.working import near_batches
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals.spread import SURE
 from mopsim.report.alternatives import freedom, otherwise
 from mopsim.report.explore.steps import as_fast
-from mopsim.search import Options, SearchResult, miss, search
-from mopsim.search.miss import would_fit
+from mopsim.search import Options, SearchResult, search
 from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
-from mopsim.search.staged import candidates, may_fit
+from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, waits, why
 from mopsim.spec.hardware import HardwareProfile
@@ -325,54 +321,6 @@ def test_what_a_plan_owes_to_overlapped_exchanges_is_told(tensor: int) -> None:
     assert not any("overlap=experts" in line for line in told_of(machine, 4, megatron))
 
 
-def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
-    options = replace(OPTIONS, families=("mop", "fsdp2"))
-    found, problem = given(10e6, options)
-    assert found.best is None
-    assert why(found, problem) == []
-    lines = would_fit(found, problem, options)
-    assert lines[0].startswith("the nearest miss is ")
-    assert "over the device memory" in lines[0]
-    assert any(
-        line.startswith("2 nodes instead of 1 would fit") or "tokens instead of" in line for line in lines
-    )
-
-
-def test_a_miss_of_device_and_host_names_both() -> None:
-    """Kimi-K2 on eight H100 lacks some 200 GiB a rank on the device and eight hosts."""
-    plan, job = mopsim.zero_offload(), {"seq_len": 4096, "global_batch": 8}
-    one = mopsim.simulate("kimi_k2", "h100-sxm-80g", strategy=plan, **job).result
-    device, host = one.missing_bytes
-    assert device == one.peak_memory - one.memory_limit > 0
-    assert host == one.host_memory - one.host_limit > 0
-
-
-def test_the_command_ends_with_3_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--model mixtral_8x22b --hardware rtx4090-24g --seq-len 64K --global-batch 8 --budget 2"
-    code = app(["search", *arguments.split(), "--family", "fsdp2", "--json", "-"], standalone_mode=False)
-    assert code == 3
-    said = capsys.readouterr()
-    assert '"why"' in said.out
-    assert "nothing fits" in said.err or "nothing to run" in said.err
-
-
-@pytest.mark.parametrize(
-    ("batch", "works"),
-    [(63, "; 32 or 64 will do"), (65, "; 64 or 128 will do"), (32, ""), (128, "")],
-)
-def test_a_batch_that_divides_over_no_ranks_is_told_which_do(batch: int, works: str) -> None:
-    assert near_batches(batch, 64) == works
-
-
-def test_a_refusal_says_what_it_counts() -> None:
-    job: dict[str, Any] = {"seq_len": 4096, "nodes": 16, "families": ["zero_offload"], "budget": 1}
-    found = mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=63, **job)
-    assert re.search(r"data groups; 32 or 64 will do \([\d,]+ candidates\)", found.verdict)
-    assert mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=64, **job).top
-    one = SearchResult(TINY, rejected=Counter({"a reason": 1}))
-    assert one.verdict() == "nothing to run: a reason (1 candidate)"
-
-
 def test_why_is_asked_for_only_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     ranking = mopsim.search("tiny", "cpu-2core", seq_len=512, global_batch=4, families=["fsdp2"], budget=3)
     monkeypatch.setattr("mopsim.api.results.why", lambda *_: pytest.fail("why is asked"))
@@ -398,25 +346,3 @@ def test_divisors_of_large_numbers() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(36) == [one for one in range(1, 37) if 36 % one == 0]
     assert len(divisors(2**40 * 3)) == 82
-
-
-def test_what_would_fit_asks_bounds_first_and_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight million tokens on one node nothing fits at half and a quarter of them: no search says so."""
-    asked: list[int] = []
-    told: list[tuple[int, str]] = []
-
-    def noted(problem: Problem, options: Options) -> SearchResult:
-        asked.append(problem.training.seq_len)
-        assert (options.nearest, options.jobs, options.prove) == (False, 1, False)
-        assert all(may_fit(problem, family) for family in options.families)
-        return SearchResult(problem.model)
-
-    monkeypatch.setattr(miss, "search", noted)
-    network, training = load_model("mop_120b"), TrainSpec(seq_len=2**23, global_batch=1)
-    long = Problem(network, load_profile("h100-sxm-80g"), 1, training, "bfloat16")
-    options = Options(("mop", "zero_offload"))
-    lines = would_fit(SearchResult(network), long, options, lambda *one: told.append(one))
-    assert lines == ["we found no single change of nodes, sequence, bits or host memory that would fit"]
-    assert {2**22, 2**21, 2**20}.isdisjoint(asked)
-    assert 2**23 in asked, "on more nodes"
-    assert (0, "sequences of 4,194,304 tokens instead of 8,388,608") in told

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from mopsim.common.let import Let
 from mopsim.common.shipped import kept
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
@@ -72,17 +73,13 @@ _CALLED = {
 
 
 class _Names(ast.NodeTransformer):
-    """Names of parts become the job's, of conditions calls with the job, of `let` what they stand for."""
+    """Names of parts become the job's, of conditions calls with the job."""
 
-    def __init__(self, let: Mapping[str, str]) -> None:
-        self.let, self.conditions = let, set[str]()
+    def __init__(self) -> None:
+        self.conditions = set[str]()
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         name = node.id
-        if name in self.let:
-            found = self.visit(ast.parse(self.let[name], mode="eval").body)
-            assert isinstance(found, ast.expr)
-            return found
         if name in CONDITIONS:
             self.conditions.add(name)
             return ast.parse(f"{name}(job)", mode="eval").body
@@ -98,8 +95,8 @@ def compiled(text: str, let: Mapping[str, str] | None = None, message: bool = Fa
 
 @cache
 def _compiled(text: str, let: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
-    names = _Names(dict(let))
-    body = names.visit(ast.parse(text.strip(), mode="eval").body)
+    names = _Names()
+    body = names.visit(Let(dict(let)).visit(ast.parse(text.strip(), mode="eval").body))
     whole = ast.parse("lambda job, value=None, does='': 0", mode="eval")
     assert isinstance(whole.body, ast.Lambda)
     whole.body.body = body
