@@ -4,6 +4,7 @@ whatever the others are is left out before values are multiplied."""
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from operator import attrgetter
 from typing import cast
@@ -12,12 +13,12 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from mopsim.common.errors import SpecError
+from mopsim.common.errors import SpecError, shown
 from mopsim.search.axes import every_axis, followed
 from mopsim.search.build import build
 from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values, once
 from mopsim.search.result import NOT_RUN
-from mopsim.spec.capability import ROWS, Job, field_refusals, refusals
+from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
 from mopsim.spec.capability.rules import what_the_stack_has
 from mopsim.spec.has import plain
@@ -32,7 +33,8 @@ Refused = tuple[tuple[str, ...], tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Had:
-    """axes: with the values that the program has. lacks: why the others are left out. refused: why the
+    """axes: with the values that the program has, and that a target of `mopsim export` which the stack asked
+    for describes has words for, if it is any target's. lacks: why the others are left out. refused: why the
     program has nothing of the family, or ''; its axes are whole then. beside: values that are refused beside
     another, or that mopexec does not run where that is asked for."""
 
@@ -84,20 +86,21 @@ def refused_beside(
 
 
 def left_out(problem: Problem, family: str) -> list[str]:
-    """A line that names the values of the family's axes that its program never has, and one for each value
-    that is refused for another reason."""
+    """A line that names the values of the family's axes that its program never has, and one for those of a
+    field that are refused for another reason."""
     stack, lacks = problem.software(family), had(problem, family).lacks
     always = {key: [plain(one) for one in values] for key, values in stack.has.items()}
     values: dict[str, list[str]] = defaultdict(list)
-    others = []
+    others: dict[tuple[str, str], list[str]] = defaultdict(list)
     for error in lacks:
         path = error.field.removeprefix("strategy.")
         if error.value not in always.get(path, [error.value]):
             values[path].append(str(error.value))
         else:
-            others.append(f"left out: {error}")
+            others[error.field, error.rule].append(shown(error.value))
     lacking = "; ".join(f"{path} {', '.join(found)}" for path, found in values.items())
-    return ([f"{stack.name} has no {lacking}: left out"] if lacking else []) + others
+    more = [f"left out: {field}: {' or '.join(some)} {rule}" for (field, rule), some in others.items()]
+    return [f"{stack.name} has no {lacking}: left out"] * bool(lacking) + more
 
 
 def names(key: Key) -> tuple[str, ...]:
@@ -159,15 +162,36 @@ class _Trials:
             if lacks[key] and len(lacks[key]) == len(tried):
                 error = next(iter(lacks[key].values()))
                 return Had(self.axes, [], f"{error.field} {error.rule}", unrun)
-        left = {
-            key: cast(Values, [one for one in values if one not in lacks[key]])
-            for key, values in self.axes.items()
-        }
+        left = {key: self._left(key, lacks[key]) for key in self.axes}
         selective = len(left.get("modules", ())) > 1
         pairs = [one for some in sometimes for one in self._pair(*some, selective=selective)]
         pairs += [one for entry, keys in self.crossed.items() for one in self._together(entry, keys, left)]
         every = [error for errors in lacks.values() for error in errors.values()]
         return Had(left, list({str(error): error for error in every}.values()), "", unrun + pairs)
+
+    def _left(self, key: Key, lacks: dict[Value, SpecError]) -> Values:
+        """Values of an axis that the program has, of those the ones that a target has words for, where there
+        are any; notes why the others are not."""
+        had = [one for one in self.axes[key] if one not in lacks]
+        mute = {one: why for one in had if (why := self._no_word(key, self.jobs[key][one]))}
+        if len(mute) < len(had):
+            lacks.update(mute)
+        return cast(Values, [one for one in had if one not in lacks])
+
+    def _no_word(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> SpecError | None:
+        """Why a value is in no target that the stack asked for describes; None where it is, or it describes
+        none."""
+
+        def refused(job: Job, side: str) -> Iterator[SpecError]:
+            for error in field_refusals(job, by=side):
+                noun, _, path = error.field.partition(".")
+                if noun == "strategy" and key in self._set_by(path):
+                    yield error
+
+        stack = self.problem.stack.name if self.problem.stack else None
+        sides = [side for side in EXPORTS if stack in SIDES[side]["stacks"]]
+        found = [self._refusals(key, jobs, partial(refused, side=side))[0][:1] for side in sides]
+        return found[0][0] if found and all(found) else None
 
     def _refused_fields(self, columns: dict[str, int]) -> set[str]:
         """Fields that are refused in a row of defaults and these columns."""
@@ -251,11 +275,15 @@ class _Trials:
                 yield tuple(row), tuple(row.values()), f"{error.field} {error.rule}"
 
     def _refusals(
-        self, key: Key, jobs: list[tuple[dict[str, int], Job]]
+        self,
+        key: Key,
+        jobs: list[tuple[dict[str, int], Job]],
+        refused: Callable[[Job], Iterator[SpecError]] | None = None,
     ) -> tuple[list[SpecError], list[tuple[dict[str, int], SpecError]]]:
-        """Errors of fields that an axis sets, or none does: in every row where the field acts, and in one."""
+        """Errors of fields that an axis sets, or none does: in every row where the field acts, and in one.
+        refused: of a job, where it is not what the simulator refuses."""
         errors = [
-            {error.field: error for error in not_played(job) if self._mine(key, context, error)}
+            {error.field: error for error in (refused or not_played)(job) if self._mine(key, context, error)}
             for context, job in jobs
         ]
         always, sometimes = [], []

@@ -12,7 +12,7 @@ from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
 
 TIE = 0.005
-"""Step times that differ by less (relative) are a tie, which memory decides."""
+"""Step times that differ by less (relative) are a tie, which the plainest leads."""
 Left = tuple[float | None, float | None]
 """What a search says of the plans that it left out: `SearchResult.gap`, `SearchResult.expected_gap`."""
 LOOSE = 1.0
@@ -33,10 +33,10 @@ class Freedom:
 
 @dataclass
 class SearchResult:
-    """What a search did. top: fitting results, fastest first (ties by memory), by the user's own runs where
-    the profile saw any. closest: the one that misses
-    by least, where none fits. risky: results that fit, as described, with a
-    probability below SURE, likeliest first; left out of `top` unless nothing else fits.
+    """What a search did. top: fitting results, fastest first (of ties the plainest), by the user's own runs
+    where the profile saw any. closest: the one that misses by least, where none fits. risky: results that
+    fit, as described, with a probability below SURE, likeliest first; left out of `top` unless nothing else
+    fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
     lacking: what each of the latter counted by itself.
 
@@ -94,6 +94,18 @@ class SearchResult:
         return f"{none}: the first with {chance}, the likeliest with {most}"
 
     @property
+    def at_risk(self) -> SimResult | None:
+        """The likeliest of what was simulated that is faster than the best by more than a tie and less sure
+        to fit: why the best is another. None where there is none."""
+        best = self.best
+        faster = [
+            one for one in self.played
+            if best and one.fits and one.p_as_described < best.p_as_described
+            and one.ranked_time * (1 + TIE) < best.ranked_time
+        ]  # fmt: skip
+        return max(faster, key=lambda one: (one.p_as_described, -one.ranked_time), default=None)
+
+    @property
     def proven(self) -> bool:
         """No candidate left out can beat the best by more than a tie (or, where nothing fits, none is
         left)."""
@@ -141,6 +153,7 @@ class SearchResult:
                 for family, one in self.lacking.items()
             },
             "top": found,
+            "at_risk": told(self.at_risk) if self.at_risk else None,
             "closest": plan_json(self.closest, self.model, level) if self.closest and not found else None,
             "verdict": self.verdict(),
         }

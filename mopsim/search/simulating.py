@@ -9,21 +9,26 @@ from mopsim.engine import SimResult, simulate
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE, SearchResult
 from mopsim.search.space import Space
+from mopsim.spec.line import choices
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 
 
 def ranked(results: Iterable[SimResult], most: float = math.inf) -> list[SimResult]:
-    """Fastest first; of the fastest and what is within TIE of it what keeps nothing on the host leads, and
-    then the smaller peak; likewise of what is left. most: so many, but all that tie with the fastest, which
-    must stay for the others to be held against it."""
+    """Fastest first; of the fastest and what is within TIE of it what keeps nothing on the host leads, then
+    the plainest (`choices`), then the smaller peak; likewise of what is left. most: so many, but all that tie
+    with the fastest, which must stay for the others to be held against it."""
     left, groups = sorted(results, key=lambda one: one.ranked_time), list[list[SimResult]]()
     while left and sum(map(len, groups)) < most:
         tied = [one for one in left if one.ranked_time <= (1 + TIE) * left[0].ranked_time]
         left = left[len(tied) :]
-        groups.append(sorted(tied, key=lambda one: (one.host_memory > 0, one.peak_memory)))
+        groups.append(sorted(tied, key=_plainest_first))
     found = [one for group in groups for one in group]
     return found[: int(min(len(found), max(most, len(groups[0]))))] if found else []
+
+
+def _plainest_first(one: SimResult) -> tuple[bool, int, int]:
+    return one.host_memory > 0, choices(one.strategy), one.peak_memory
 
 
 def chosen(results: Iterable[SimResult], most: float = math.inf) -> list[SimResult]:

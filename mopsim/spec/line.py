@@ -7,6 +7,9 @@ from mopsim.common.units import format_bytes
 from mopsim.spec.categories import WAITS
 from mopsim.spec.strategy import Strategy
 
+PLAIN = {"mbs=1", "recompute=none", "loss=full"}
+"""Words that every line has in their place, where nothing is chosen."""
+
 
 def describe(strategy: Strategy, routed: bool = True) -> str:
     """A strategy in a line, in the field's abbreviations: what equals the plain case is left out. routed:
@@ -49,6 +52,13 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
     if s.compile != "none":
         parts.append(f"compile={s.compile}")
     return f"{s.name} {' '.join(parts)}"
+
+
+def choices(strategy: Strategy) -> int:
+    """How many choices the line of a strategy names: each word that is not PLAIN, and each part of one
+    (modules, layers of stages, what is offloaded)."""
+    words = describe(strategy).removeprefix(strategy.name).split()
+    return sum(1 + word.count("+") + word.count(",") for word in words if word not in PLAIN)
 
 
 def waits_for(kind: str, s: Strategy) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, waits, why
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.line import choices
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
@@ -137,6 +139,26 @@ def test_a_tie_is_led_by_what_keeps_nothing_on_the_host(found: SearchResult) -> 
         assert ranked([*host, device]) == [device, *host]
 
 
+def test_a_tie_is_led_by_the_plainest_whatever_comes_first(found: SearchResult) -> None:
+    best = replace(found.top[0], host_memory=0)
+    plain = replace(best, strategy=megatron(8), peak_memory=9)
+    others: list[dict[str, Any]] = [
+        {"micro_batch": 2}, {"tensor_parallel": 2},
+        {"recompute": "selective", "recompute_modules": ("layernorm", "moe_act")},
+    ]  # fmt: skip
+    fancy = [
+        replace(best, step_time=best.step_time * 0.998, strategy=megatron(8, **one), peak_memory=peak)
+        for peak, one in enumerate(others)
+    ]
+    counted = [choices(one.strategy) for one in (plain, *fancy)]
+    assert counted == [2, 3, 5, 4]
+    for order in permutations([plain, *fancy]):
+        assert ranked(order)[0] == plain
+        (row,) = rows(ranked(order), 5)
+        assert row.best == plain
+        assert row.freedom().alone["micro_batch"] == [1, 2]
+
+
 def test_what_only_another_family_keeps_is_said_to_be_its(found: SearchResult, problem: Problem) -> None:
     """What a restriction costs was told of another family's plan as if of the first's."""
     best = found.best
@@ -233,9 +255,18 @@ def test_a_faster_plan_at_risk_is_told(found: SearchResult, problem: Problem) ->
     best = found.best
     assert best is not None
     bold = replace(best, step_time=best.step_time / 2, peak_memory=int(best.memory_limit * 0.999))
-    lines = why(replace(found, played=[*found.played, bold]), problem)
-    told = any("--risk ranks it" in line and "100% faster" in line for line in lines)
-    assert told == (bold.p_fits < best.p_fits)
+    assert bold.p_as_described < best.p_as_described
+    with_it = replace(found, played=[*found.played, bold])
+    assert with_it.at_risk == bold
+    assert any(
+        "--risk ranks it" in line and "surer than one that is 100 % faster" in line
+        for line in why(with_it, problem)
+    )
+    written = with_it.to_json()["at_risk"]
+    assert isinstance(written, dict)
+    assert written["step_time_s"] == bold.step_time
+    tie = replace(bold, step_time=best.step_time / (1 + TIE / 2))
+    assert replace(found, played=[*found.played, tie]).at_risk is None
 
 
 @pytest.mark.parametrize("name", LINKS)
