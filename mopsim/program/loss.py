@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from mopsim.graph.attention import norm
 from mopsim.graph.liveness import backward, everything, forward
 from mopsim.graph.region import begin
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, charged
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, charged
 from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.program.builder import Recorder
 from mopsim.program.context import Context
@@ -21,22 +21,6 @@ from mopsim.program.works import implemented, works
 from mopsim.spec.layout import token_slices
 
 _C = "vocabulary"
-_ONE = TensorPasses(3, 0, 1), TensorPasses(2, 0, 2)  # one pass forward, one backward
-# the cast, maximum, shift, exponential, sum and division of Megatron-LM's vocab_parallel_cross_entropy run
-# apart, in fp32: five read, four write
-_APART = TensorPasses(1, 9, 6), TensorPasses(1, 3, 2)
-_LOSSES: dict[str, tuple[TensorPasses, TensorPasses]] = {
-    "ahead": (TensorPasses(3, 3, 1), TensorPasses(1, 1, 2)),
-    # torch/distributed/tensor/parallel/loss.py: maximum, shift, exponential, sum, shift; back, zeros with the
-    # picked ones, plus the exponential, times the gradient: three beside the log-probabilities
-    "sliced": (TensorPasses(0, 8, 5), TensorPasses(0, 8, 1)),
-    # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
-    "torch": (TensorPasses(0, 3, 5), TensorPasses(0, 4, 1)),
-    # cast and maximum, shift and exponential, division; back, a copy to add to, its cast
-    "native": (TensorPasses(1, 5, 3), TensorPasses(1, 3, 2)),
-    **dict.fromkeys(("fused", "upcast", "compiled"), _ONE),
-}
-"""Passes of a loss over the logits, forward and backward, where they are not `_APART`."""
 CASTS = ("composed", "shifted", "loss_parallel", "in_place", "slices_in_place")
 """Losses that torch's operators make on a copy of the logits."""
 
@@ -156,7 +140,9 @@ def loss_tape(context: Context) -> Tape:
         back_scratch=(("logits", beside * elements),) if beside else (),
     )  # fmt: skip
     size = float(elements * (wide if torch else c.wide))
-    kernels.append(charged(entropy, *_LOSSES.get(how, _APART), float(elements * c.b), size))
+    kernels.append(
+        charged(entropy, COMPOSED.get(f"loss_{how}", COMPOSED["loss"]), float(elements * c.b), size)
+    )
     kernels += _beside(c, elements, parts)
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
 

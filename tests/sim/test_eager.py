@@ -13,17 +13,9 @@ from mopsim.engine import simulate
 from mopsim.graph.ffn import ffn
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.biases import bias_scaled
-from mopsim.graph.rewrites.eager import (
-    HEAD_NORM_SUM,
-    WEIGHTED,
-    WEIGHTED_BACKWARD,
-    composed,
-    in_blocks,
-)
-from mopsim.graph.rewrites.gates import STRIDED
-from mopsim.graph.rewrites.norms import NORM, NORM_BACKWARD
+from mopsim.graph.rewrites.eager import HEAD_NORM_SUM, composed, in_blocks
 from mopsim.graph.rewrites.projections import gradients_added, split
-from mopsim.graph.rewrites.tensor_passes import beside, traffic
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, beside, traffic
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Strided
 from mopsim.program import lower
@@ -57,8 +49,9 @@ def test_a_norm_by_hand() -> None:
     kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
     found = {kernel.name: kernel for kernel in composed(kernels, {"norm": "composed"}, 2, 4, 2)}
     narrow, wide = 16 * 64 * 2, 16 * 64 * 4
-    assert found["attention_norm"].bytes == traffic(NORM, narrow, wide) == 2 * narrow + 8 * wide
-    assert found["attention_norm"].back_bytes == traffic(NORM_BACKWARD, narrow, wide)
+    norm = COMPOSED["norm"]
+    assert found["attention_norm"].bytes == traffic(norm.forward, narrow, wide) == 2 * narrow + 8 * wide
+    assert found["attention_norm"].back_bytes == traffic(norm.backward, narrow, wide)
     assert found["attention_norm"].launches == 7
     untouched = {kernel.name: kernel for kernel in kernels}
     assert all(kernel == untouched[name] for name, kernel in found.items() if not name.endswith("norm"))
@@ -88,11 +81,11 @@ def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_
             memory_bound(
                 Work(
                     "memory_bound", bytes=one.narrow * 4096 * width * 2, launches=one.launches,
-                    strided=one.strided * 4096 * width, strided_bytes=one.along * 4096 * width * 2,
+                    strided=one.elements * 4096 * width, strided_bytes=one.along * 4096 * width * 2,
                 ),
                 load_profile(name),
             )
-            for one in (STRIDED.forward, STRIDED.backward)
+            for one in (COMPOSED["gated_strided"].forward, COMPOSED["gated_strided"].backward)
         ]  # fmt: skip
         assert took == pytest.approx(seconds, rel=0.13), name
 
@@ -101,9 +94,9 @@ def test_route_weights_beside_the_rows_own_kernel_follow_strides() -> None:
     kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 0, ROUTES).kernels
     one = next(kernel for kernel in kernels if len(kernel.writes) == 1 and kernel.writes[0].bytes)
     size = one.writes[0].bytes
-    found = beside(one, size, WEIGHTED, WEIGHTED_BACKWARD)
+    found = beside(one, size, COMPOSED["weighted"])
     assert (found.bytes - one.bytes, found.strided) == (2 * size, Strided(size, 2 * size))
-    assert beside(found, size, None, WEIGHTED_BACKWARD).back_strided == Strided(2 * size, 4 * size)
+    assert beside(found, size, COMPOSED["weighted"]).back_strided == Strided(2 * size, 4 * size)
 
 
 def test_parts_of_one_projection_are_copied_and_their_gradients_put_together() -> None:

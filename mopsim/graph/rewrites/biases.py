@@ -2,22 +2,9 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, charged, each, scratch
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, charged, each, scratch
 from mopsim.graph.tape import Kernel
 
-BIASED, NOTHING = TensorPasses(4, 0, 2), TensorPasses(0, 0, 0)
-"""An expert's bias gathered for each row; rows and biases read, their sums written."""
-BIASED_BACKWARD, INDEXED_BACKWARD = TensorPasses(1, 0, 2), TensorPasses(1, 0, 5)
-SCALED = TensorPasses(6, 0, 1, strided=1, along=1)
-SCALED_BACKWARD = TensorPasses(8, 0, 1, strided=2, along=4)
-SCALED_WIDE = TensorPasses(2, 6, 2, strided=1, along_wide=1)
-SCALED_WIDE_BACKWARD = TensorPasses(4, 8, 2, strided=2, along_wide=4)
-"""An expert's bias times its rows' route weights, added to its rows; the experts' put together. Back: a
-product and a sum for either of bias and weights; the rows' of all experts put together. Wide, weights are in
-fp32: what is put together is cast, as are all gradients. Products of rows and a number of each, or of rows
-and one, follow strides. Kernels beside those of each expert."""
-SCALED_EACH, SCALED_WIDE_EACH = (2, 4), (2, 6)
-"""Kernels of each expert in that, forward and backward."""
 BULK_ROW = 0.0089
 """A row that a bulk reduction (torch 2.14) adds to the same row as those beside it, in rows of index_put_, of
 1.04 us each (cost/ rates.yaml): 3.89 of 7.77 million rows of 1 to 4 KB that go to one row keep B200 34.3 to
@@ -43,8 +30,8 @@ def biased(kernels: tuple[Kernel, ...], how: str, b: int, compiled: bool) -> tup
             back_serial=rows.get(how, 0.0), back_sums=out.bytes / b if how == "added" else 0.0,
             scratch=scratch(0 if compiled else out.bytes),
         )  # fmt: skip
-        back = INDEXED_BACKWARD if how == "indexed" else BIASED_BACKWARD
-        return kernel, charged(bias, NOTHING if compiled else BIASED, back, float(out.bytes))
+        name = f"biased{'_indexed' * (how == 'indexed')}{'_compiled' * compiled}"
+        return kernel, charged(bias, COMPOSED[name], float(out.bytes))
 
     return each(kernels, change)
 
@@ -52,9 +39,7 @@ def biased(kernels: tuple[Kernel, ...], how: str, b: int, compiled: bool) -> tup
 def bias_scaled(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
     """What leaves the experts with their bias added by torch, expert by expert, times the rows' route weights
     (Megatron-Core's TEGroupedMLP). wider: a route weight's bytes by those of the compute dtype."""
-    there, back, own = SCALED, SCALED_BACKWARD, SCALED_EACH
-    if wider > 1:
-        there, back, own = SCALED_WIDE, SCALED_WIDE_BACKWARD, SCALED_WIDE_EACH
+    how = COMPOSED["bias_scaled_wide" if wider > 1 else "bias_scaled"]
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
         if kernel.name != "experts_down" or not kernel.matmuls:
@@ -65,8 +50,11 @@ def bias_scaled(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]
             f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
             scratch=scratch(2 * wide), back_scratch=scratch(2 * wide),
         )  # fmt: skip
-        bias = charged(bias, there, back, out.bytes, wide)
-        starts = (bias.launches + own[0] * experts, back.launches + own[1] * experts)
-        return kernel, replace(bias, launches=starts[0], back_launches=starts[1])
+        there, back = (
+            passes.launches + own * experts
+            for passes, own in zip((how.forward, how.backward), how.of_each, strict=True)
+        )
+        bias = replace(charged(bias, how, out.bytes, wide), launches=there, back_launches=back)
+        return kernel, bias
 
     return each(kernels, change)

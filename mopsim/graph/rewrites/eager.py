@@ -10,79 +10,17 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.gates import ACTIVATIONS, APART, CLAMPED, CLAMPED_AGAIN, GATED, SHIFTED
-from mopsim.graph.rewrites.norms import UPCAST, UPCAST_AGAIN, composed_norm
-from mopsim.graph.rewrites.tensor_passes import (
-    JOINED,
-    ComposedKernel,
-    TensorPasses,
-    beside,
-    charged,
-    each,
-    made,
-    scratch,
-    traffic,
-)
-from mopsim.graph.rewrites.weighted_inputs import (
-    WEIGHTED,
-    WEIGHTED_BACKWARD,
-    summed_at_home,
-    weighed_apart,
-    weighed_first,
-)
+from mopsim.graph.rewrites.norms import composed_norm
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, beside, charged, each, made, scratch, traffic
+from mopsim.graph.rewrites.weighted_inputs import summed_at_home, weighed_apart, weighed_first
 from mopsim.graph.tape import Kernel, Value
 
-ROTARY = ComposedKernel(TensorPasses(2, 4, 6), TensorPasses(2, 4, 6))
-"""Cast, complex product, cast, of queries and of keys; the backward is the same the other way."""
-BY_TOKEN = ComposedKernel(TensorPasses(4, 0, 2), TensorPasses(5, 0, 2))
-"""A kernel each for queries and keys, whose two passes take as long as so many streaming ones: 38 and 44 us
-on H100 for 21 MB of both, 4.5 and 5.2 without their starts, more for fewer bytes (BastiaanGroot/
-ML-Infrastructure-Engineer, training/profiles: fused_rope_forward_kernel, fused_rope_backward_kernel)."""
-HALVES = ComposedKernel(
-    TensorPasses(9, 0, 7, strided=2 + JOINED, along=6), TensorPasses(14, 0, 9, strided=3, along=6),
-    working=(1.0, 0.0), back_working=(1.5, 0.0),
-)  # fmt: skip
-"""Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd, in which
-slices are written into zeros."""
-LATENT_HALVES = ComposedKernel(
-    TensorPasses(3.6, 0, 17, strided=1.6, along=3.2), TensorPasses(4, 0, 27, strided=1.4, along=3.4),
-    working=(0.4, 0.0), back_working=(0.6, 0.0),
-)  # fmt: skip
-"""The same of latent attention, over queries, keys and values, by heads of 128 + 64 and 128 (Megatron-Core,
-multi_latent_attention.py): pairs put apart, two products, half of one negated, a sum and two more
-concatenations of the queries' 64 alone, as of the keys' that all heads share; then queries and keys put
-together, values made contiguous. Back: products, a difference and slices of these 64; gradients of both
-projections put together. Little of it is contiguous."""
-CHUNKS = ComposedKernel(
-    TensorPasses(9, 0, 7, strided=2 + JOINED, along=6), TensorPasses(8.5, 0, 8, strided=2, along=5),
-    working=(1.0, 0.0), back_working=(1.0, 0.0),
-)  # fmt: skip
-WIDE_CHUNKS = ComposedKernel(
-    TensorPasses(3, 8, 8, strided=2 + JOINED, along=2, along_wide=2),
-    TensorPasses(6.5, 8, 13, strided=2, along=2, along_wide=2), working=(0.0, 2.0), back_working=(-0.5, 2.0),
-)  # fmt: skip
-"""Halves as torch.chunk gives them, whose gradients are put together, times tables in fp32: products, a
-difference and a sum are in fp32 too, their concatenation is cast, and so is the gradient of each product
-(mopexec/operators/rope.py: rotate)."""
-SUM = TensorPasses(3, 0, 1)
-"""Two gradients of a residual stream added."""
+Change = Callable[[Kernel, float, int], Kernel]
 HEAD_NORM_SUM = 70.0
 """One block of Transformer Engine's backward of a norm over a head adds up what some 2,000 blocks found
 for its weight (rmsnorm_bwd_finalize_general_kernel): 61 and 80 us on H100, 74 and 75 on an earlier
 machine, whatever the rows (BastiaanGroot/ML-Infrastructure-Engineer, training/profiles). In rows of
 index_put_, of 1.04 us each (cost/ rates.yaml)."""
-WEIGHED = TensorPasses(2, 4, 3, strided=1, along_wide=2)
-WEIGHED_BACKWARD = TensorPasses(2, 8, 5, strided=1, along_wide=2)
-WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(3, 0, 1)
-"""The same of rows cast to fp32 and back. Back: a cast, two products, a sum, a cast. Once: by one compiled
-kernel, which in the backward reads the gradients of tokens by index."""
-MERGE = TensorPasses(1, 9, 10)
-"""A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
-ADD, ADD_SENT = TensorPasses(1, 2, 1), TensorPasses(1, 4, 3)
-"""A block's gradient added to a sum in fp32; that of keys and values packed for the next rank too."""
-MERGE_SCRIPTED = TensorPasses(1, 4, 2)
-"""A block's output cast by torch, whose fuser of scripts takes no bf16 (torch/csrc/jit/passes/
-tensorexpr_fuser.cpp), then merged in one kernel."""
 
 
 def composed(
@@ -102,10 +40,11 @@ def composed(
         ways = {**ways, "expert_rows": gate}
 
     def one(kernel: Kernel) -> Kernel:
-        for (operation, way), (belongs, change) in _PARTS.items():
+        for operation, (belongs, changes) in _PARTS.items():
+            way = str(ways.get(operation))
             native = layernorm and operation == "norm" and way in ("composed", "rounded")
-            if ways.get(operation) == way and belongs(kernel) and not native:
-                return change(kernel, wide / b, wings)
+            if way in changes and belongs(kernel) and not native:
+                return changes[way](kernel, wide / b, wings)
         return kernel
 
     found = tuple(one(kernel) for kernel in kernels)
@@ -169,7 +108,7 @@ def _weighted(
                 )
             )  # fmt: skip
         elif kernel.name == "unsort" and last.bytes == 2.0 * out and not first:
-            kernel = beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
+            kernel = beside(kernel, kernel.writes[0].bytes, COMPOSED["weighted"])
         elif kernel is last and last.bytes != 2.0 * out and first:
             kernel = summed_at_home(kernel, sent)
         elif kernel is last and last.bytes != 2.0 * out and not added:
@@ -199,7 +138,7 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
             return (kernel,)
         rows = values[views.get(kernel.reads[0], kernel.reads[0])]
         size, wide = rows.bytes, int(rows.bytes * wider)
-        passes = (WEIGHED_ONCE, WEIGHED_ONCE_BACKWARD) if compiled else (WEIGHED, WEIGHED_BACKWARD)
+        how = COMPOSED["weighted_home_once" if compiled else "weighted_home"]
         weighed = replace(rows, name="weighed", grad=not compiled)
         spike = (("dispatch", 0 if compiled else wide),)
         first = Kernel(
@@ -211,7 +150,7 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
             kernel, reads=("weighed", *kernel.reads[1:]), back_bytes=0.0 if compiled else 2.0 * size,
             back_launches=int(not compiled),
         )  # fmt: skip
-        return charged(first.keeping(*copy), *passes, size, wide), added
+        return charged(first.keeping(*copy), how, size, wide), added
 
     return each(kernels, change)
 
@@ -233,16 +172,17 @@ def in_blocks(
     place, later = next(i for i, kernel in enumerate(kernels) if kernel.name == "attention_core"), ranks - 1
     rings = came.name == "ring"
     out, own, wider = kernels[place].writes[0].bytes, came.bytes / (later if rings else ranks), wide / b
-    merged, sent = (MERGE_SCRIPTED, ADD) if scripted else (MERGE, ADD_SENT)
+    how, added = COMPOSED[f"blocks_merged{'_scripted' * scripted}"], COMPOSED["block_added"].backward
+    merged, sent = how.forward, how.backward
     packed = 0 if scripted else 2 * own * later
     ends = 1.0 if scripted else 1 + 2 * wider  # the sums cast back, and, where no block begins them, zeroed
     merge = Kernel(
         "merge_blocks", "memory_bound", came.component, ("o",), (),
         bytes=out * (merged.narrow * ranks + 1 + (merged.wide * later + 2) * wider) + packed,
         launches=merged.launches * later + 5,
-        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(sent, own, own * wider))
+        back_bytes=ranks * (traffic(added, out, out * wider) + traffic(sent, own, own * wider))
         + packed + (out + own) * ends,
-        back_launches=(ADD.launches + sent.launches) * ranks + 6,
+        back_launches=(added.launches + sent.launches) * ranks + 6,
     )  # fmt: skip
     # Beside what came (back, where gradients go round by blocks, in the place of those of all keys and
     # values), and what a block's kernel needs: forward, the sum, the one before, and two of
@@ -335,42 +275,54 @@ def _head_norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(kernel, back_serial=HEAD_NORM_SUM)
 
 
+def _rotated(name: str) -> Change:
+    """Queries and keys in one kernel, else as they were."""
+    return lambda one, *rest: COMPOSED[name].of(one, *rest) if one.name == "rope" else one
+
+
+def _by_token(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    return _rotated("rotary_by_token")(kernel, wider, wings) if len(kernel.reads) == 2 else kernel
+
+
 def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Of latents, all three are written."""
-    return (LATENT_HALVES if len(kernel.writes) == 3 else HALVES).of(kernel, wider, wings)
+    name = "rotary_latent_halves" if len(kernel.writes) == 3 else "rotary_halves"
+    return COMPOSED[name].of(kernel, wider, wings)
 
 
 def _chunks(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Of latents only a part is rotated, before keys and values are made: in less than these take."""
-    found = (WIDE_CHUNKS if wider > 1 else CHUNKS).of(kernel, wider, wings)
+    found = COMPOSED["rotary_wide_chunks" if wider > 1 else "rotary_chunks"].of(kernel, wider, wings)
     return replace(found, scratch=(), back_scratch=()) if len(kernel.writes) == 3 else found
 
 
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    return beside(kernel, kernel.writes[0].bytes, None, SUM)
+    return beside(kernel, kernel.writes[0].bytes, COMPOSED["residual"])
 
 
-_PARTS: dict[tuple[str, str], tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
-    ("norm", "composed"): (lambda one: one.name.endswith("norm"), composed_norm),
-    ("norm", "rounded"): (lambda one: one.name.endswith("norm"), partial(composed_norm, rounded=True)),
-    ("norm", "upcast"): (lambda one: one.name.endswith("norm"), UPCAST.of),
-    ("norm", "upcast_again"): (lambda one: one.name.endswith("norm"), UPCAST_AGAIN.of),
-    ("rotary", "by_token"): (lambda one: one.name == "rope" and len(one.reads) == 2, BY_TOKEN.of),
-    ("rotary", "halves"): (lambda one: one.name.startswith("rope"), _halves),
-    ("rotary", "gathered"): (lambda one: one.name.startswith("rope"), _halves),
-    ("rotary", "wide"): (lambda one: one.name.startswith("rope"), _chunks),
-    ("rotary", "composed"): (lambda one: one.name == "rope", ROTARY.of),
-    **{
-        ("activation", way): (lambda one: one.name in ("act", "gelu"), it.of)
-        for way, it in ACTIVATIONS.items()
-    },
-    ("head_norms", "summed"): (lambda one: one.name in ("q_norm", "k_norm"), _head_norm),
-    ("residual", "composed"): (lambda one: one.name.endswith("residual"), _summed),
-    ("clamped_gate", "composed"): (lambda one: one.name == "experts_act", CLAMPED.of),
-    ("clamped_gate", "again"): (lambda one: one.name == "experts_act", CLAMPED_AGAIN.of),
-    ("expert_rows", "composed"): (lambda one: one.name == "experts_act", GATED.of),
-    ("expert_rows", "shifted"): (lambda one: one.name == "experts_act", SHIFTED.of),
-    ("expert_rows", "interleaved"): (lambda one: one.name == "experts_act", APART.of),
-    ("router", "composed"): (lambda one: one.name == "router", _router),
-    ("expert_outputs", "pieces"): (lambda one: one.name.startswith("experts_"), _one_by_one),
-}
+_PARTS: dict[str, tuple[Callable[[Kernel], bool], dict[str, Change]]] = {
+    "norm": (lambda one: one.name.endswith("norm"), {
+        "composed": composed_norm, "rounded": partial(composed_norm, rounded=True),
+        "upcast": COMPOSED["norm_upcast"].of, "upcast_again": COMPOSED["norm_upcast_again"].of,
+    }),
+    "rotary": (lambda one: one.name.startswith("rope"), {
+        "by_token": _by_token, "halves": _halves, "gathered": _halves, "wide": _chunks,
+        "composed": _rotated("rotary"),
+    }),
+    "activation": (lambda one: one.name in ("act", "gelu"), {
+        "composed": COMPOSED["gated"].of, "strided": COMPOSED["gated_strided"].of,
+        "tanh": COMPOSED["gated_tanh"].of, "tanh_wide": COMPOSED["gated_tanh_wide"].of,
+    }),
+    "head_norms": (lambda one: one.name in ("q_norm", "k_norm"), {"summed": _head_norm}),
+    "residual": (lambda one: one.name.endswith("residual"), {"composed": _summed}),
+    "clamped_gate": (lambda one: one.name == "experts_act", {
+        "composed": COMPOSED["clamped"].of, "again": COMPOSED["clamped_again"].of,
+    }),
+    "expert_rows": (lambda one: one.name == "experts_act", {
+        "composed": COMPOSED["gated"].of, "shifted": COMPOSED["shifted"].of,
+        "interleaved": COMPOSED["interleaved"].of,
+    }),
+    "router": (lambda one: one.name == "router", {"composed": _router}),
+    "expert_outputs": (lambda one: one.name.startswith("experts_"), {"pieces": _one_by_one}),
+}  # fmt: skip
+"""By operation, a field of Kernels: its kernels, and what each way makes of one."""

@@ -2,10 +2,8 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, each, scaled
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, beside, each, scaled
 from mopsim.graph.tape import Kernel, Value
-
-COPY = TensorPasses(2, 0, 1)
 
 
 def padded_to_busiest(kernels: tuple[Kernel, ...], local: int, most: int = 0) -> tuple[Kernel, ...]:
@@ -24,7 +22,7 @@ def padded_to_busiest(kernels: tuple[Kernel, ...], local: int, most: int = 0) ->
 def rows_aligned(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Rows are copied once more after they are sorted and before they are put back; so their gradients."""
     return tuple(
-        beside(one, one.writes[0].bytes, COPY, COPY) if one.name in ("sort", "unsort") else one
+        beside(one, one.writes[0].bytes, COMPOSED["copied"]) if one.name in ("sort", "unsort") else one
         for one in kernels
     )
 

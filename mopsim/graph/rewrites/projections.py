@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.eager import SUM
-from mopsim.graph.rewrites.tensor_passes import each, made
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, each, made
 from mopsim.graph.tape import Kernel, Value
 
 
@@ -314,7 +313,8 @@ def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager
         sums = own - 1 + len(others) * (kernel is first)
         if not sums or name not in values:
             return (kernel,)
-        passes, launches = (SUM.narrow * sums, SUM.launches * sums) if eager else (own + 1, 1)
+        once = COMPOSED["residual"].backward
+        passes, launches = (once.narrow * sums, once.launches * sums) if eager else (own + 1, 1)
         added = Kernel(
             f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
             back_bytes=float(passes * values[name].bytes), back_launches=launches,

@@ -2,16 +2,8 @@
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, charged, each, made, scratch
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, charged, each, made, scratch
 from mopsim.graph.tape import Kernel, Value
-
-BALANCE = TensorPasses(0, 4, 14), TensorPasses(0, 18, 11), 3
-"""In passes over the scores (mopexec.model.auxiliary.router_loss under torch's dispatch, torch 2.13): a sum
-of each token's, a quotient, a sum of each sequence's; of little, the counts of routes and what weighs them.
-Back: three quotients, a sign, a product, two sums of gradients."""
-Z = TensorPasses(0, 6, 12), TensorPasses(0, 9, 10), 2
-"""Over the logits: a maximum, a difference, its exponential and a sum; of little, the square and its sum.
-Back: a difference, an exponential, a product, a sum of gradients."""
 
 
 def router_losses(kernels: tuple[Kernel, ...], balance: bool, z: bool, sequences: int) -> tuple[Kernel, ...]:
@@ -31,22 +23,20 @@ def router_losses(kernels: tuple[Kernel, ...], balance: bool, z: bool, sequences
                 "routes", "all_reduce", kernel.component, (), (), back_bytes=0.0, group="sequence"
             )
             found.append(replace(routes, bytes=float(size / product.m * sequences)))
-            found.append(_loss("balance_loss", kernel, "scores", row, size, BALANCE))
+            found.append(_loss("balance_loss", kernel, "scores", row, size))
         if z:
             row = replace(row, name="logits_sum")
-            found.append(_loss("z_loss", kernel, "router_logits", row, size, Z))
+            found.append(_loss("z_loss", kernel, "router_logits", row, size))
         return tuple(found)
 
     return each(kernels, change)
 
 
-def _loss(
-    name: str, top_k: Kernel, read: str, row: Value, size: int, loss: tuple[TensorPasses, TensorPasses, int]
-) -> Kernel:
-    """loss: its passes, and tensors of the size of what it reads that its backward has at once."""
-    there, back, alive = loss
+def _loss(name: str, top_k: Kernel, read: str, row: Value, size: int) -> Kernel:
+    """size: of what it reads, as large as which its backward has some at once."""
+    how = COMPOSED[name]
     first = Kernel(
         name, "memory_bound", top_k.component, (read,), (row,), saves=(read, row.name),
-        scratch=scratch(size), back_scratch=alive * scratch(size),
+        scratch=scratch(size), back_scratch=int(how.back_working[1]) * scratch(size),
     )  # fmt: skip
-    return charged(first, there, back, 0, size)
+    return charged(first, how, 0, size)

@@ -1,10 +1,11 @@
 """Operations as a few kernels of torch's: their traffic in passes over tensors, and what they keep."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.graph.tape import Kernel, Step, Strided, Value
 
 JOINED = 0.58
@@ -12,37 +13,43 @@ JOINED = 0.58
 rates.yaml)."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPasses:
+class TensorPasses(Spec, frozen=True, kw_only=True):
     """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them.
 
-    strided: elements that these follow by strides, over the tensor's; along, along_wide: the passes of such
-    kernels, among the others (see Strided).
+    strided, joined: elements that these follow by strides, or put together, over the tensor's; along,
+    along_wide: the passes of such kernels, among the others (see Strided).
     """
 
-    narrow: float
-    wide: float
-    launches: int
+    narrow: float = 0.0
+    wide: float = 0.0
+    launches: int = 0
     strided: float = 0.0
+    joined: float = 0.0
     along: float = 0.0
     along_wide: float = 0.0
 
+    @property
+    def elements(self) -> float:
+        """That are followed by strides, by the time of these, over the tensor's."""
+        return self.strided + self.joined * JOINED
+
     def by_strides(self, narrow: float, wide: float) -> Strided:
         """Of a tensor of these bytes in the compute dtype and in fp32."""
-        return Strided(self.strided * narrow, self.along * narrow + self.along_wide * wide)
+        return Strided(self.elements * narrow, self.along * narrow + self.along_wide * wide)
 
 
-@dataclass(frozen=True, slots=True)
-class ComposedKernel:
-    """How torch composes an operation. forward, backward: passes over its output.
+class ComposedKernel(Spec, frozen=True, kw_only=True):
+    """How a program composes an operation: an entry of composed.yaml. forward, backward: passes over its
+    output.
 
     keeps: tensors that are kept beside what it reads: a name, and times the output's size in the compute
     dtype and in fp32. whole: whether what it reads is kept. working, back_working: tensors in these dtypes
     that are there while it runs. gradients: category of the halves' gradients, in one tensor. gated: of
-    gated activations alone; ungated: what it is without a gate, if not what it was.
+    gated activations alone; ungated: what it is without a gate, if not what it was. of_each: kernels of each
+    expert in it, forward and backward.
     """
 
-    forward: TensorPasses
+    forward: TensorPasses = TensorPasses()
     backward: TensorPasses
     keeps: tuple[tuple[str, float, float], ...] = ()
     whole: bool = True
@@ -51,6 +58,8 @@ class ComposedKernel:
     gradients: str = ""
     gated: bool = False
     ungated: "ComposedKernel | None" = None
+    of_each: tuple[int, int] = (0, 0)
+    source: str = ""
 
     def of(self, kernel: Kernel, wider: float, wings: int) -> Kernel:
         """A kernel as it is composed. wider: an element in fp32 over one in the compute dtype. wings: tensors
@@ -66,7 +75,7 @@ class ComposedKernel:
             replace(out, name=f"{kernel.name}_{name}", bytes=size(narrow, wide), grad=False)
             for name, narrow, wide in self.keeps
         )
-        found = instead(kernel, wider, self.forward, self.backward)
+        found = instead(kernel, wider, self)
         found = (found if self.whole else replace(found, saves=())).keeping(*kept)
         halves = ((self.gradients, wings * out.bytes),) if self.gradients else ()
         back = scratch(size(*self.back_working)) if any(self.back_working) else ()
@@ -91,33 +100,30 @@ def scaled(steps: tuple[Step, ...], times: float) -> tuple[Step, ...]:
     return tuple((category, round(size * times)) for category, size in steps)
 
 
-def charged(
-    kernel: Kernel, forward: TensorPasses, backward: TensorPasses, narrow: float, wide: float = 0
-) -> Kernel:
+def charged(kernel: Kernel, how: ComposedKernel, narrow: float, wide: float = 0) -> Kernel:
     """The kernel as such passes over tensors of these bytes."""
+    there, back = how.forward, how.backward
     return replace(
-        kernel, bytes=traffic(forward, narrow, wide), launches=forward.launches,
-        back_bytes=traffic(backward, narrow, wide), back_launches=backward.launches,
-        strided=forward.by_strides(narrow, wide), back_strided=backward.by_strides(narrow, wide),
+        kernel, bytes=traffic(there, narrow, wide), launches=there.launches,
+        back_bytes=traffic(back, narrow, wide), back_launches=back.launches,
+        strided=there.by_strides(narrow, wide), back_strided=back.by_strides(narrow, wide),
     )  # fmt: skip
 
 
-def instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: TensorPasses) -> Kernel:
+def instead(kernel: Kernel, wider: float, how: ComposedKernel) -> Kernel:
     """The kernel as such passes over what it writes."""
     size = sum(value.bytes for value in kernel.writes)
-    return charged(kernel, forward, backward, size, size * wider)
+    return charged(kernel, how, size, size * wider)
 
 
-def beside(kernel: Kernel, size: float, forward: TensorPasses | None, backward: TensorPasses) -> Kernel:
+def beside(kernel: Kernel, size: float, how: ComposedKernel) -> Kernel:
     """Beside what the kernel does already."""
-    back, launches = kernel.back_moved + backward.narrow * size, kernel.back_starts + backward.launches
-    strided = kernel.back_strided + backward.by_strides(size, 0)
-    found = replace(kernel, back_bytes=back, back_launches=launches, back_strided=strided)
-    if forward is None:
-        return found
+    there, back = how.forward, how.backward
     return replace(
-        found, bytes=kernel.bytes + forward.narrow * size, launches=kernel.launches + forward.launches,
-        strided=kernel.strided + forward.by_strides(size, 0),
+        kernel, bytes=kernel.bytes + there.narrow * size, launches=kernel.launches + there.launches,
+        back_bytes=kernel.back_moved + back.narrow * size, back_launches=kernel.back_starts + back.launches,
+        strided=kernel.strided + there.by_strides(size, 0),
+        back_strided=kernel.back_strided + back.by_strides(size, 0),
     )  # fmt: skip
 
 
@@ -129,3 +135,10 @@ def each(kernels: Sequence[Kernel], change: Callable[[Kernel], Iterable[Kernel]]
 def made(kernels: Iterable[Kernel]) -> dict[str, Value]:
     """What they write, by name."""
     return {value.name: value for kernel in kernels for value in kernel.writes}
+
+
+COMPOSED: dict[str, ComposedKernel] = {
+    name: convert(one, ComposedKernel, name, "composed.yaml")
+    for name, one in shipped("mopsim.graph.rewrites", "composed.yaml").items()
+}
+"""By name."""

@@ -3,19 +3,8 @@ multiply the inputs of experts, those that leave."""
 
 from msgspec.structs import replace
 
-from mopsim.graph.rewrites.tensor_passes import TensorPasses, beside, charged, each, made, scratch
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, beside, charged, each, made, scratch
 from mopsim.graph.tape import Kernel, Value
-
-WEIGHTED = TensorPasses(2, 0, 1, strided=1, along=2)
-WEIGHTED_BACKWARD = TensorPasses(5, 0, 3, strided=1, along=2)
-"""Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
-
-ARRIVED = TensorPasses(2, 2, 2, strided=1, along=1, along_wide=1)
-ARRIVED_BACKWARD = TensorPasses(3, 7, 5, strided=1, along_wide=2)
-"""Rows times weights in fp32, cast back. Back: a cast, both gradients' products, a sum, a cast."""
-SENT = TensorPasses(2, 4, 3, strided=1, along_wide=2)
-SENT_BACKWARD = TensorPasses(2, 8, 5, strided=1, along_wide=2)
-"""The same of a copy of the rows in fp32."""
 
 
 def weighed_apart(kernels: tuple[Kernel, ...], how: str, wider: float) -> tuple[Kernel, ...]:
@@ -34,13 +23,13 @@ def weighed_apart(kernels: tuple[Kernel, ...], how: str, wider: float) -> tuple[
         scratch=scratch(wide), back_scratch=scratch(2 * wide),
     )  # fmt: skip
     weigh = weigh if how == "rows" else weigh.keeping(copy)
-    passes = (ARRIVED, ARRIVED_BACKWARD) if how == "rows" else (SENT, SENT_BACKWARD)
+    weighed = COMPOSED["weighted_arrived" if how == "rows" else "weighted_sent"]
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
         if target not in kernel.writes:
             return (kernel,)
         writes = tuple(came if one is target else one for one in kernel.writes)
-        return replace(kernel, writes=writes), charged(weigh, *passes, target.bytes, wide)
+        return replace(kernel, writes=writes), charged(weigh, weighed, target.bytes, wide)
 
     return each(kernels, change)
 
@@ -49,7 +38,7 @@ def weighed_first(kernel: Kernel) -> Kernel:
     """Rows times their weights before they leave. The gradients of both are made of the tokens, and of the
     rows' gradients in the order of tokens."""
     size = kernel.writes[0].bytes
-    kernel = beside(kernel, size, WEIGHTED, WEIGHTED_BACKWARD)
+    kernel = beside(kernel, size, COMPOSED["weighted"])
     return replace(kernel, saves=(*kernel.saves, *kernel.reads), back_scratch=(("dispatch", size),))
 
 
