@@ -59,7 +59,7 @@ class ComposedKernel(Spec, frozen=True, kw_only=True):
     gated: bool = False
     ungated: "ComposedKernel | None" = None
     of_each: tuple[int, int] = (0, 0)
-    source: str = ""
+    source: str
 
     def of(self, kernel: Kernel, wider: float, wings: int) -> Kernel:
         """A kernel as it is composed. wider: an element in fp32 over one in the compute dtype. wings: tensors
