@@ -3,12 +3,14 @@ pictures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mopsim.common.io import write_text
+from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 
 T = TypeVar("T")
 
@@ -48,12 +50,17 @@ class Page:
     facts: dict[str, str] = field(default_factory=dict)
 
 
+@cache
 def templates(escape: bool = False) -> Environment:
-    """The templates beside this module. escape: for HTML."""
-    return Environment(
+    """The templates beside this module, whose filters are the formats of `common.units`, and `f`, Python's
+    own. escape: for HTML."""
+    found = Environment(
         loader=PackageLoader("mopsim.report"), autoescape=escape, trim_blocks=True,
         keep_trailing_newline=True, undefined=StrictUndefined,
     )  # fmt: skip
+    found.filters |= {"bytes": format_bytes, "seconds": format_seconds, "number": format_number}
+    found.filters |= {"odds": format_probability, "f": format}
+    return found
 
 
 def write_page(folder: Path, page: Page) -> None:
