@@ -147,6 +147,7 @@ def _as(plan: Plan, how: str) -> Plan:
 def _begin(backend: str = "aot_eager") -> None:
     """As if nothing had been compiled in this process."""
     compiler.BACKEND = backend
+    torch._inductor.config.cpp.vec_isa_ok = False  # vectors: three times as much to compile in each kernel
     torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0  # for its log: 0.05 s a graph
     torch._dynamo.reset()
     counters.clear()

@@ -119,8 +119,9 @@ def test_in_float32_and_with_experts_of_two_matrices() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
 def test_by_torchinductor() -> None:
-    plan = compiled(fsdp2(1, dtype="float64", recompute="none"), DENSE)
-    check(pool(1).run(WORKER, "compare", plan, "learned", True, "inductor")[0], 1e-9)
+    """Each kernel takes g++ seconds: no norms of heads, no evaluation."""
+    plan = compiled(fsdp2(1, dtype="float64", recompute="none"), replace(DENSE, qk_norm="none"))
+    check(pool(1).run(WORKER, "compare", plan, "learned", False, "inductor")[0], 1e-9)
 
 
 @pytest.mark.parametrize("model", [SMALL, LATENT_LAYERS], ids=["grouped", "latent"])
