@@ -19,8 +19,8 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Experts
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron
-from tests.sim.toys import small
+from mopsim.strategies import fsdp2, megatron, mop
+from tests.sim.toys import machine, small
 from tests.software import changed
 
 
@@ -291,3 +291,12 @@ def test_weights_that_multiply_inputs_keep_what_they_multiply(stack: str, passes
         kept.append(sum(tape.values[name].bytes for name in set(tape.kept) - {"weight"}))
         assert [one.name for one in tape.kernels].count("weigh_inputs") == (way != "tokens")
     assert kept[0] - kept[1] == passes * 32 * network.num_experts_per_tok * network.hidden_size * 2
+
+
+@pytest.mark.parametrize("stack", ["mopexec-flat", "mopexec-flat-nested", "mop-papers"])
+def test_weights_that_multiply_inputs_are_gone_when_the_step_ends(stack: str) -> None:
+    """Where autograd runs the experts' backward, their gradient was taken for the weights, which were left
+    over: a traceback for Llama 4 on mop-papers."""
+    network, training = small(expert_inputs_weighted=True), TrainSpec(seq_len=32, global_batch=4)
+    result = simulate(network, machine(), 1, mop(4, expert_parallel=2), training, load_stack(stack))
+    assert result.fits

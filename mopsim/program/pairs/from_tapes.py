@@ -120,7 +120,10 @@ class TapedExperts(Rows):
         last = play(b, c, forward(tape, chosen), "recompute", layer, [last, *waits])
         last = play(b, c, backward(tape, chosen), "backward", layer, [last])
         b.adopt("grad_hidden", c.hidden)
-        del b.alive["weight"]  # its gradient takes its place, and dies in the router's backward
+        if any("weight" in kernel.reads for kernel in tape.kernels):  # whose backward makes its gradient
+            b.drop("weight")
+        else:  # its gradient takes its place, and dies in the router's backward
+            del b.alive["weight"]
         play(b, c, backward(self.router, everything(self.router)), "backward", layer, [last])
         b.adopt("grad_router", c.hidden)
         b.drop("grad_router", "choice")
