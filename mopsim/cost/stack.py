@@ -48,6 +48,8 @@ SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
 GROUPED_BY_TORCH: dict[str, float] = RATES["grouped_by_torch"]["slower"]
 """How many times as slow torch's grouped products are as a profile's, by architecture."""
+PROFILED: float = RATES["profiled"]["slower"]
+"""How many times as long the host takes while torch's profiler records it."""
 CLOCK_BY_POWER: float = RATES["clock_by_power"]["exponent"]
 """Exponent of the rate that a card's power leaves to kernels that use all of it."""
 
@@ -100,9 +102,9 @@ def as_used(
     hardware: HardwareProfile, stack: Stack, model: ModelSpec, training: TrainSpec
 ) -> HardwareProfile:
     """The profile with what the stack makes of it: the curve of its attention kernel at heads of this width,
-    all-reduces without sums in the switch where sums have a fixed order, its SMs beside exchanges, and what a
-    pool of its own leaves of the memory."""
-    hardware = _pooled(hardware, stack.pool)
+    all-reduces without sums in the switch where sums have a fixed order, its SMs beside exchanges, what a
+    pool of its own leaves of the memory, and a host that a profiler slows."""
+    hardware = _recorded(_pooled(hardware, stack.pool), stack.host.profiled)
     head_dim, seq_len = model.head_dim, training.seq_len
     hardware = for_heads(hardware, head_dim)
     architecture = hardware.device.architecture
@@ -128,6 +130,17 @@ def as_used(
         return hardware
     device = replace(hardware.device, attention=curve, grouped_matmul=grouped)
     return replace(hardware, device=device, communication_share=share, product_share=products)
+
+
+def _recorded(hardware: HardwareProfile, profiled: bool) -> HardwareProfile:
+    """The profile whose host also records what it starts (HostCosts.profiled)."""
+    host, launch = hardware.host, hardware.host.cpu_launch_time
+    if not profiled or launch is None:
+        return hardware
+    slower = replace(
+        launch, value=launch.value * PROFILED, tag="assumed", source=f"{launch.source}; profiled"
+    )
+    return replace(hardware, host=replace(host, cpu_launch_time=slower))
 
 
 def _pooled(hardware: HardwareProfile, pool: float) -> HardwareProfile:

@@ -72,7 +72,7 @@ def run(
     durations = [_durations(program, used, prices) for program in workload.programs]
     ledgers = [Ledger(program.resident, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
-    issue = hardware.host.cpu_launch_time.si if hardware.host.cpu_launch_time else 0.0
+    issue = used.host.cpu_launch_time.si if used.host.cpu_launch_time else 0.0
     besides = [beside(program, used, workload.stack, prices) for program in workload.programs]
     end = play(
         workload.programs, durations, ledgers, records, besides, issue, blocking=workload.stack.host.blocking

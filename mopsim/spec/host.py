@@ -23,6 +23,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     `dtensor`: torch's parallelize_module. `plain`: nothing, or not known.
     hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
     blocking: the host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1).
+    profiled: torch's profiler records operators and kernels, so that the host takes longer for each.
     reads_lengths: in the forward of a layer the host reads the lengths of sequences from the device, for
     the attention kernel. `every`: in every layer. `single`: if a microbatch is one sequence.
     documents: documents of a packed row. A rotary embedding that no kernel fuses turns them one after the
@@ -57,6 +58,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False
+    profiled: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
     documents: float = 1.0
     counts_read: Literal["never", "exchanged", "always"] = "exchanged"
