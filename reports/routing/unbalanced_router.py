@@ -47,9 +47,10 @@ class Layer(nn.Module):
         order = choice.reshape(-1).argsort(stable=True)
         self.counts = choice.reshape(-1).bincount(minlength=len(self.bias))
         found = []
-        for expert, given in enumerate(h[order // TOP].split(self.counts.tolist())):
-            gate, up = (given @ self.up[expert]).chunk(2, -1)
-            found.append((gate * torch.sigmoid(1.702 * gate) * (up + 1)) @ self.down[expert])
+        sent = h[order // TOP].split(self.counts.tolist())
+        for given, up, down in zip(sent, self.up.unbind(), self.down.unbind(), strict=True):
+            gate, other = (given @ up).chunk(2, -1)
+            found.append((gate * torch.sigmoid(1.702 * gate) * (other + 1)) @ down)
         weighed = torch.cat(found) * top.softmax(-1).reshape(-1)[order, None]
         return x + torch.zeros_like(h).index_add(0, order // TOP, weighed)
 
