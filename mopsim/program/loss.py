@@ -21,8 +21,10 @@ from mopsim.program.works import implemented, works
 from mopsim.spec.layout import token_slices
 
 _C = "vocabulary"
-CASTS = ("composed", "shifted", "loss_parallel", "in_place", "slices_in_place")
+CASTS = ("composed", "shifted", "log_probs", "loss_parallel", "in_place", "slices_in_place")
 """Losses that torch's operators make on a copy of the logits."""
+KEEP_SOFTMAX = ("in_place", "shifted", "log_probs")
+"""Of these the functions of autograd, which keep a softmax of that copy and nothing else."""
 
 
 Half = Literal["", "norm", "terms"]
@@ -81,13 +83,14 @@ def gathered_logits(context: Context) -> int:
 
 
 def _apart(context: Context) -> bool:
-    """Whether the loss is Megatron-LM's vocab_parallel_cross_entropy, in place on the copy in fp32, or one
-    that is neither it nor torch's and overwrites the logits (Kernels.logit_grads)."""
+    """Whether the loss is a function of autograd on the copy in fp32 (KEEP_SOFTMAX), as Megatron-LM's
+    vocab_parallel_cross_entropy, or one that is neither that nor torch's and overwrites the logits
+    (Kernels.logit_grads)."""
     run, vocabulary, dense = context.stack.kernels, context.strategy.vocabulary, context.strategy.dense
     kernel, where = run.loss, run.logit_grads
     split = vocabulary.loss == "vocab_parallel" and dense.tensor_parallel > 1
     if kernel in CASTS:
-        return kernel in ("in_place", "shifted") or (kernel == "slices_in_place" and split)
+        return kernel in KEEP_SOFTMAX or (kernel == "slices_in_place" and split)
     return where == "in_place" or (where == "in_place_if_whole" and dense.zero < 2)
 
 
@@ -101,7 +104,8 @@ def loss_tape(context: Context) -> Tape:
     parts = split and not gathered
     elements = logit_elements(c)
     apart = _apart(c)
-    whole = apart and c.b == c.wide and not gathered  # its cast to fp32 is itself
+    steps = kernel == "log_probs"
+    whole = apart and c.b == c.wide and not gathered and not steps  # its cast to fp32 is itself
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
     # mopexec's holds them no longer than their cast.
@@ -121,10 +125,11 @@ def loss_tape(context: Context) -> Tape:
     logits = Value("logits", elements * c.b, "logits", grad=not apart or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
-    second = (Value("shifted", elements * wide, "logits", grad=False),) if kernel == "shifted" else ()
+    copies = (kernel == "shifted") + steps * (1 + (c.b < c.wide))  # beside the softmax or what it comes from
+    second = (Value("shifted", elements * wide * copies, "logits", grad=False),) if copies else ()
     beside = (1 + sliced) * wide if torch or native else 0
-    if kernel == "upcast" and c.stack.kernels.logits_cut:
-        beside = c.wide - c.b  # the gradient in fp32 beside zeros, before it is cast
+    if steps or (kernel == "upcast" and c.stack.kernels.logits_cut):
+        beside = c.wide - c.b  # the gradient in fp32 (beside zeros), before it is cast
     how = "ahead" if ahead else "sliced" if sliced else "torch" if torch else kernel
     if cast:
         kernels.append(

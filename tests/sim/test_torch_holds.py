@@ -54,6 +54,13 @@ def test_a_maximum_that_is_subtracted_out_of_place_takes_another_copy() -> None:
     assert more.highest_by_category["logits"] == usual.highest_by_category["logits"] + logits
 
 
+def test_log_probabilities_made_step_by_step_take_two_more_copies() -> None:
+    """The logits in bf16 and, in fp32, their copy, that without its maximum and what is returned."""
+    plan = megatron(world_size=1)
+    found = played(plan, "megatron-lm", kernels={"loss": "log_probs"})
+    assert found.highest_by_category["logits"] == 64 * small().vocab_size * (2 + 3 * 4)
+
+
 def test_gradients_that_zero_grad_frees_live_from_their_backward_to_the_end_of_the_step() -> None:
     stays, goes = (played(whole(1), "litgpt", 1, sharding={"zero_grad": how}) for how in ("buffers", "frees"))
     assert goes.highest_by_category["grads"] == stays.highest_by_category["grads"]
