@@ -57,9 +57,9 @@ class Issue:
 class Priced:
     """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
     at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
-    compute stream, with what comes before it; rest: what comes after the last one. routed: seconds of experts
-    on it; slowed: those of all on it where a collective always runs beside; hosts: what the host takes for
-    each.
+    compute stream, with what comes before it; rest: what comes after the last one. busy: seconds of that
+    stream; routed: those of experts; slowed: those of all where a collective always runs beside; hosts: what
+    the host takes for each.
     """
 
     ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
@@ -67,6 +67,7 @@ class Priced:
     ends: tuple[int, ...]
     first: tuple[int, tuple[Step, ...]]
     rest: tuple[Step, ...]
+    busy: float
     routed: float
     slowed: float
     hosts: tuple[Issue, ...]
@@ -97,7 +98,7 @@ class Prices:
     def of(self, template: Template, around: Around | None = None) -> Priced:
         """around: of a pass of a layer, whose modules take the host's time too."""
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
-        routed = slowed = 0.0
+        busy = routed = slowed = 0.0
         seconds = [self._seconds(piece) for piece in template.pieces]
         for place, (piece, took) in enumerate(zip(template.pieces, seconds, strict=True)):
             pending += template.before.get(place, ())
@@ -105,6 +106,7 @@ class Prices:
             compute = piece.stream == "compute"
             if compute:
                 steps, pending = (*pending, *steps), ()
+                busy += took
                 routed += took if piece.component == "experts" else 0.0
                 slowed += took / max(1 - self._lost(piece), LEAST)
                 first = first if first[0] >= 0 else (place, steps)
@@ -112,7 +114,7 @@ class Prices:
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
         hosts = self._hosts(template.pieces, seconds, around)
-        return Priced(tuple(ops), turns, template.ends, first, pending, routed, slowed, hosts)
+        return Priced(tuple(ops), turns, template.ends, first, pending, busy, routed, slowed, hosts)
 
     def _hosts(self, pieces: Sequence[Op], took: Sequence[float], around: Around | None) -> tuple[Issue, ...]:
         """What the host takes for each piece. took: seconds of the device."""

@@ -240,7 +240,7 @@ def _busy(row: Space) -> tuple[Reals, Reals]:
         return np.zeros((len(WAYS), len(order))), np.zeros((len(WAYS), len(order)))
     every = [layers[kind] for kind in order]
     routed = np.array([[one.ahead.routed for one in every], [one.back.routed for one in every]])
-    busy = np.array([[one.forward.busy for one in every], [one.backward.busy for one in every]])
+    busy = np.array([[one.ahead.busy for one in every], [one.back.busy for one in every]])
     return busy - routed, routed / _tokens(row)
 
 

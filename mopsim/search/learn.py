@@ -5,8 +5,9 @@ bounds and simulations reject a candidate.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from statistics import median
 
 import numpy as np
@@ -20,6 +21,8 @@ _ODD = 4.5
 """Deviations, in medians of all, from which a step time is taken to be odd."""
 LATELY = 8
 """Simulations whose misses tell how memory is best expected."""
+JOINED = 1 << 12
+"""Combinations of values up to which columns are looked up together: their sums fit the cache."""
 _DOUBT = 0.02
 """Weight of the assumption that what is gathered takes what the closed form says, beside one simulation."""
 
@@ -132,11 +135,13 @@ class Effects:
     """What each value of each column adds to a logarithm: ridge regression over the candidates seen.
 
     codes: of each column the place of each candidate's value among that column's values, in as few bytes as
-    hold it: a column has hundreds of thousands. alike: how often two values were seen together.
+    hold it: a column has hundreds of thousands. joined: of so many columns, one after the other, the place of
+    each candidate's values among all their combinations. alike: how often two values were seen together.
     """
 
     codes: list[NDArray[np.unsignedinteger]]
     sizes: list[int]
+    joined: list[tuple[int, Column]]
     seen: list[list[int]] = field(default_factory=list)
     alike: Reals = field(init=False)
 
@@ -153,7 +158,11 @@ class Effects:
             if len(values) > 1:
                 codes.append(places.astype(np.min_scalar_type(len(values))))
                 sizes.append(len(values))
-        return Effects(codes, sizes)
+        return Effects(codes, sizes, _joined(codes, sizes))
+
+    def unseen_yet(self) -> "Effects":
+        """Of the same candidates, before any was seen."""
+        return Effects(self.codes, self.sizes, self.joined)
 
     def see(self, position: int) -> None:
         """Note that something was seen of a candidate."""
@@ -175,11 +184,27 @@ class Effects:
     def added(self, each: Reals, to: float) -> Reals:
         """Of every candidate: what its values have of `each`, added to a number."""
         found = np.full(len(self.codes[0]) if self.codes else 1, to)
-        for start, codes, size in zip(self.starts, self.codes, self.sizes, strict=True):
-            mine = each[start : start + size]
-            if mine.any():
-                found += mine[codes]
+        values = (each[start : start + size] for start, size in zip(self.starts, self.sizes, strict=True))
+        for count, places in self.joined:
+            sums = np.zeros(1)
+            for mine in islice(values, count):
+                sums = np.add.outer(sums, mine).ravel()
+            if sums.any():
+                found += sums[places]
         return found
+
+
+def _joined(codes: Sequence[NDArray[np.unsignedinteger]], sizes: Sequence[int]) -> list[tuple[int, Column]]:
+    """`Effects.joined`: as many columns together as have JOINED combinations at most."""
+    found: list[tuple[int, Column]] = []
+    most = JOINED + 1
+    for column, size in zip(codes, sizes, strict=True):
+        if most * size > JOINED:
+            found.append((0, np.zeros(len(column), dtype=np.int64)))
+            most = 1
+        (count, places), most = found[-1], most * size
+        found[-1] = count + 1, places * size + column
+    return found
 
 
 @dataclass

@@ -91,7 +91,7 @@ class LayerPiece:
 
     @property
     def busy(self) -> float:
-        return self.forward.busy + self.backward.busy
+        return self.ahead.busy + self.back.busy
 
     @property
     def slowed(self) -> float:

@@ -1,7 +1,8 @@
 """The candidates of a family that the bounds let through, and what simulations teach of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,8 @@ class Pool:
     wires: times its peak for communicators, of those refined; sure_host: bytes that the host must have at
     least, where they were asked for.
     rise, slower: what refinements teach of the memory and of the time of others; host_rise: what simulations
-    teach of memory on the host; turns: of refinements; shares: what `surely` says, by what is on top."""
+    teach of memory on the host; turns: of refinements; shares: what `surely` says, by what is on top; known:
+    what is expected of all candidates, until more is learned."""
 
     space: Space
     rows: Column
@@ -91,6 +93,7 @@ class Pool:
     enough: float = 1.0
     turns: int = 0
     shares: dict[float, float] = field(default_factory=dict)
+    known: dict[Hashable, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
@@ -107,7 +110,7 @@ class Pool:
         )
         memory = Memory(bounds.device[rows], parts, kinds)
         simulated = Effects.of(kept.columns.values())
-        times, slower = Times(likely, simulated), Slower(Effects(simulated.codes, simulated.sizes))
+        times, slower = Times(likely, simulated), Slower(simulated.unseen_yet())
         taken = np.zeros(len(rows), dtype=np.bool_)
         seeds, recipes = textbook(kept, likely), frozenset(published(kept, likely))
         time, host = bounds.time[rows], bounds.host[rows]
@@ -132,6 +135,7 @@ class Pool:
             closer, kept = Refined.of(self.pieces, self.given, [self.rows[mine] for _, mine in some])
             if closer is not None:
                 self._refined([some[at] for at in kept], closer)
+            self.known.clear()
         return len(every)
 
     def _refined(self, groups: Sequence[tuple[int, Column]], closer: Refined) -> None:
@@ -176,6 +180,7 @@ class Pool:
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
+        self.known.clear()
         self.memory.learn(position, peak_memory)
         self.times.learn(position, step_time)
         if self.host[position] > 0:
@@ -183,13 +188,22 @@ class Pool:
 
     def expected(self, *, hopeful: bool = False) -> Reals:
         """Step time of every candidate, seconds. hopeful: optimistic where a value was never simulated."""
-        known, rough = (KNOWN_HOPE, HOPE) if hopeful else (0.0, 0.0)
+        return once(
+            self.known, hopeful, lambda: self._expected(*((KNOWN_HOPE, HOPE) if hopeful else (0.0, 0.0)))
+        )
+
+    def _expected(self, known: float, rough: float) -> Reals:
+        """The same. known, rough: by how much a value that was never simulated is taken to be faster, where
+        bounds are refined and where not."""
         close, far = self.times.factor(known), self.times.factor(rough) * self.slower.expected()
         return np.asarray(self.times.guess * np.where(self.refined, close, far))
 
     def room(self) -> tuple[NDArray[np.bool_], Reals]:
         """Of each candidate: whether it is expected to fit, with some slack where its bounds are not refined;
         its expected share of what there is."""
+        return once(self.known, "room", self._room)
+
+    def _room(self) -> tuple[NDArray[np.bool_], Reals]:
         hardware = self.space.problem.hardware
         limit = self.space.machine.memory_limit()
         share = self.memory.expected(np.where(self.refined, 1.0, self.rise.expected()))

@@ -297,6 +297,16 @@ def test_a_rise_is_expected_by_the_values_of_all_columns() -> None:
     assert found[2] < 1.06 < found[3] == found[4] < 1.13
 
 
+def test_what_values_add_is_the_same_looked_up_together() -> None:
+    draw = np.random.default_rng(0)
+    columns = [draw.integers(0, most, 500) for most in (3, 1, 200, 50, 7, 5_000, 2)]
+    effects = Effects.of(columns)
+    each = draw.normal(size=len(effects.alike))
+    apart = sum(each[start:][places] for start, places in zip(effects.starts, effects.codes, strict=True))
+    assert effects.added(each, 0.5) == pytest.approx(0.5 + apart)
+    assert 1 < len(effects.joined) < len(effects.codes) == sum(count for count, _ in effects.joined)
+
+
 def test_experts_of_the_longest_sequences_go_in_chunks_that_fit() -> None:
     """8M tokens on two nodes: a rank's rows of experts in chunks of 64K leave no room, those of 32K do."""
     found = mopsim.search(

@@ -62,6 +62,13 @@ def test_dense_layers_have_not_what_modules_of_experts_take_of_the_host() -> Non
     assert made[0] == made[1]
 
 
+def test_a_piece_computes_as_long_as_its_passes() -> None:
+    layers = Pieces(spread(asked("tiny", 1, 8), "megatron")).layers(0)
+    assert layers
+    for piece in layers.values():
+        assert piece.busy == piece.forward.busy + piece.backward.busy > 0
+
+
 def test_a_bound_is_the_same_after_another_batch() -> None:
     """Gradients of one microbatch alone are added to none."""
 
