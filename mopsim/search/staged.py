@@ -239,8 +239,9 @@ def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:
     free = {name for key in minor_of(axes) for name in MINOR[key].columns}
     best, lean = np.lexsort((hoped, tight)), np.argsort(miss, kind="stable")
     apart = _by_degrees(kept, best)
-    turns = [(*best[2 * place : 2 * place + 2], apart[place], lean[place]) for place in range(len(best))]
-    every = np.concatenate([np.array(textbook(kept, hoped, free), dtype=np.int64), *turns])
+    pairs = np.concatenate([best, np.full(len(best), -1)]).reshape(-1, 2)
+    turns = np.column_stack([pairs, apart, lean]).ravel()
+    every = np.concatenate([np.array(textbook(kept, hoped, free), dtype=np.int64), turns[turns >= 0]])
     _, places = np.unique(every, return_index=True)
     return cast(Column, every[np.sort(places)])
 
