@@ -9,6 +9,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
+from mopsim.search.problem import once
 from mopsim.size.carry import carried, played, slower
 from mopsim.size.figures import LEVEL, Figures, Step, figures
 from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
@@ -66,8 +67,16 @@ class Answer:
 
 @collected_later()
 def answer(request: Request, ask: Ask) -> Answer:
-    """Simulate and search."""
+    """Simulate and search, once: a sizing with another limit or price asks the same again."""
     training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
+    problem = request.problem(ask.hardware, ask.num_nodes, training)
+    plans = tuple((plan.strategy, plan.tokens_per_second_per_device) for plan in ask.plans)
+    limits = (ask.simulations, ask.rate, ask.fastest, ask.first)
+    key = ("answer", plans, ask.families, ask.tried, *limits)
+    return once(problem.known, key, lambda: _answer(request, ask, training))
+
+
+def _answer(request: Request, ask: Ask, training: TrainSpec) -> Answer:
     fitting, tried = _carried(request, ask, training)
     simulated, why, gap = len(fitting), "no plan of another number of nodes fits here", None
     best: dict[str, SimResult] = {}
