@@ -39,12 +39,11 @@ class _Inputs(OwnRows):
     def __init__(self) -> None:
         self._sum: Tensor | None = None
 
-    def leaf(self, x: Tensor) -> Tensor:
-        return _leaf(x, self._add)
-
     def product(self, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
         """See `OwnRows.product`."""
-        return super().product(weights, name, x if x.requires_grad else self.leaf(x))
+        return super().product(weights, name, x if x.requires_grad else _leaf(x, self._add))
+
+    own = product
 
     def taken(self) -> Tensor:
         """The sum, given away."""
@@ -75,10 +74,9 @@ class ComposedAttention(AttentionBlock):
             with torch.enable_grad():
                 named = {name: _leaf(value, grads[f"{_PREFIX}{name}"].add_) for name, value in own.items()}
                 whole = hidden.view(*shape, -1)
-                read = rows.leaf(whole) if spec.attention == "mla" else whole
-                found = project(spec, named, read, self.cos, self.sin, rows, **self._how)
+                found = project(spec, named, whole, self.cos, self.sin, rows, **self._how)
             torch.autograd.backward(found, outer)
-            del found, outer, named, read, whole
+            del found, outer, named, whole
             grad_hidden = rows.taken()
             self.norms.backward_(grad, x, grad_hidden.view(x.shape), weights, grads, "attention_norm")
 
@@ -103,6 +101,7 @@ class ComposedAttention(AttentionBlock):
             packed = self.exchange.pack(part.flatten(0, 1).flatten(1), heads)
             del part
             received.append(self.exchange.to_heads(packed).unflatten(-1, (-1, width)))  # type: ignore[no-untyped-call]
+            del packed
         return received
 
     def _unrotate_(self, packed: list[Tensor]) -> None:

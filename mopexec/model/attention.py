@@ -173,6 +173,9 @@ class QueryRows(Protocol):
     def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
         """x [B, s, in] times each of the named weights, with its bias where it has one."""
 
+    def own(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        """x times one of the weights, of the rank's own rows whatever those of `products`."""
+
     def whole(self, x: Tensor) -> Tensor:
         """x [B, s, .] as the rows of a product."""
 
@@ -185,6 +188,9 @@ class OwnRows:
 
     def product(self, weights: Weights, name: str, x: Tensor) -> Tensor:
         """x times one of the weights."""
+        return _product(weights, name, x)
+
+    def own(self, weights: Weights, name: str, x: Tensor) -> Tensor:
         return _product(weights, name, x)
 
     def whole(self, x: Tensor) -> Tensor:
@@ -217,13 +223,12 @@ def _grouped(
         if norm is not None and spec.qk_norm == "head":
             rows = normed(rows, norm, spec.rms_norm_eps)
         found.append(rows)
-    q, k, v = found
-    if not rotates:
-        return q, k, v
-    q, k = (rotated(rows, cos, sin, spec.rope_interleave) for rows in (q, k))
-    if spec.qk_norm == "unweighted":
-        q, k = (unweighted_norm(rows, spec.rms_norm_eps) for rows in (q, k))
-    return q, k, v
+        del rows
+    for place in range(2) if rotates else ():  # what is rotated goes before the next one is
+        found[place] = rotated(found[place], cos, sin, spec.rope_interleave)
+    for place in range(2) if rotates and spec.qk_norm == "unweighted" else ():
+        found[place] = unweighted_norm(found[place], spec.rms_norm_eps)
+    return found[0], found[1], found[2]
 
 
 def _latent(
@@ -234,13 +239,14 @@ def _latent(
     """
     nope, rope = spec.qk_nope_head_dim, spec.qk_rope_head_dim
     if spec.q_lora_rank:
-        low = _normed(weights, "q_a_norm", _product(weights, "q_a_proj", x))
+        low = _normed(weights, "q_a_norm", source.own(weights, "q_a_proj", x))
         q = next(source.products(weights, ("q_b_proj",), low))
+        del low
     else:
         q = next(source.products(weights, ("q_proj",), x))
     q = q.unflatten(-1, (-1, spec.head_dim))  # type: ignore[no-untyped-call]
     q_nope, q_rope = torch.split(q, [nope, rope], dim=-1)
-    latent, k_rope = torch.split(_product(weights, "kv_a_proj", x), [spec.kv_lora_rank, rope], dim=-1)
+    latent, k_rope = torch.split(source.own(weights, "kv_a_proj", x), [spec.kv_lora_rank, rope], dim=-1)
     both = next(source.products(weights, ("kv_b_proj",), _normed(weights, "kv_a_norm", latent)))
     both = both.unflatten(-1, (-1, nope + spec.v_head_dim))  # type: ignore[no-untyped-call]
     k_nope, v = torch.split(both, [nope, spec.v_head_dim], dim=-1)

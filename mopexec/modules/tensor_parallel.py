@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mopexec.distributed.mesh import Group
-from mopexec.model.attention import Weights
+from mopexec.model.attention import OwnRows, Weights
 from mopexec.model.kept import product
 from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
@@ -64,7 +64,7 @@ def sum_rows(x: Tensor, group: Group) -> Tensor:
     return exchange(x, partial(scatter_rows, group=group), partial(gather_rows, group=group))
 
 
-class SplitRows:
+class SplitRows(OwnRows):
     """`mopexec.model.attention.Rows` of a tensor-parallel region."""
 
     def __init__(self, group: Group) -> None:

@@ -188,6 +188,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, S
             out, lse = _op(query[:, :, rows], key[:, :, keys], value[:, :, keys], core, mask)
             part[:, :, rows].copy_(out)
             pieces.append(lse)
+            del mask, out, lse
         sums.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
     return result, tuple(sums)
 
@@ -212,7 +213,7 @@ def _cpu_backward(
             )  # fmt: skip
             part[:, :, rows].copy_(dq)
             grad_k, grad_v = _added(grad_k, dk, key, keys), _added(grad_v, dv, value, keys)
-            del dq, dk, dv
+            del dq, dk, dv, mask
     assert grad_k is not None
     assert grad_v is not None
     return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
@@ -242,11 +243,12 @@ def _blocks(q: Tensor, core: Core) -> Iterator[tuple[slice, slice, Tensor | None
         return
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
-        hidden = torch.full((stop - start, stop - first), float("-inf"), dtype=q.dtype, device=q.device)
-        mask = hidden.clone().triu_(start - first + 1)  # keys ahead
-        mask.add_(hidden.tril_(start - first - window))  # and those that the window has left
-        del hidden
+        seen = torch.ones((stop - start, stop - first), dtype=q.dtype, device=q.device)
+        seen.tril_(start - first)  # no keys ahead, and none that the window has left
+        mask = seen.triu_(start - first - window + 1).log_()
+        del seen
         yield slice(start, stop), slice(first, stop), mask
+        del mask  # before that of the next block is there
 
 
 def _op(query: Tensor, key: Tensor, value: Tensor, core: Core, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
         rows, _ = _normed(x[start:stop], eps)
         rows.mul_(scale)
         out[start:stop].copy_(rows if shift is None else rows.add_(shift))
+        del rows  # before the next slice is there
     return out
 
 

@@ -226,7 +226,8 @@ def _by_spans(
     if apart:
         share = span / shapes.attended
         values = tuple(replace(value, bytes=int(value.bytes * share)) for value in values)
-        core = replace(core, scratch=(*core.scratch, ("activations", int(core.writes[0].bytes * share))))
+        part = ("activations", int(core.writes[0].bytes * share))
+        core = replace(core, share=share, scratch=(*core.scratch, part))
         working = float(sum(value.bytes for value in values))
     if shared or 0 < window < span:
         working += _in_turn(values, span, window, shapes.width)

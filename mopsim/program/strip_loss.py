@@ -78,7 +78,7 @@ class StripLoss(Rows):
             if not weights:
                 coming = self._pass_numbers(coming)
             self._next()
-        self._last()
+        self._last("forward")
 
     def _backward_pass(self, weights: bool) -> None:
         """Backward: the gradient of what moves travels with it and comes home."""
@@ -105,7 +105,7 @@ class StripLoss(Rows):
             travelling = self._join(size, turn, travelling)
             coming = following
             self._next()
-        self._last()
+        self._last("backward")
         if not weights:
             b.make("grad", c.hidden)
         self._arrive(size, travelling)
@@ -143,10 +143,10 @@ class StripLoss(Rows):
         if "coming" in b.alive:
             b.rename("coming", "here")
 
-    def _last(self) -> None:
+    def _last(self, phase: str) -> None:
         if "here" in self.b.alive:
             self.b.drop("here")
-        self.b.flush(self.component, "forward")
+        self.b.flush(self.component, phase)
 
     def _pass_numbers(self, before: int | None) -> int | None:
         """The three numbers go on with their tokens."""

@@ -86,13 +86,14 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, laid_out: tuple[int
 
 def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
     """Values, output and its gradient are copied to `wider` times their size around the attention kernel;
-    the output and the values' gradient are then parts of theirs."""
+    the output and the values' gradient are then parts of theirs. Of as many rows as it takes at a time."""
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
         if kernel.name != "attention_core":
             return (kernel,)
         narrow, wide = kernel.writes[0].bytes, round(kernel.writes[0].bytes * wider)
-        alive, back = ("activations", 2 * wide), ("activations", 4 * wide - narrow)
+        sizes = 2 * wide, 4 * wide - narrow
+        alive, back = (("activations", round(kernel.share * size)) for size in sizes)
         copies = Kernel(
             "values_padded", "memory_bound", kernel.component, (kernel.writes[0].name,), (),
             bytes=float(3 * narrow + wide), back_bytes=float(3 * (narrow + wide)), launches=2,

@@ -10,6 +10,7 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.expert_biases import ExpertBiases
 from mopsim.program.pairs.ffn_pair import FfnPair
+from mopsim.program.pairs.looped_products import LoopedProducts
 from mopsim.program.pairs.moved_experts import moved_experts
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.workload import Work
@@ -47,7 +48,7 @@ class ExpertsPair(Rows):
         self.packed = packed_row(self.row)
         degree = context.strategy.experts.expert_parallel
         whole = context.stack.kernels.expert_products in ("grouped", "torch") and context.b == 2
-        self.grouped = whole and not self.moved
+        self.grouped, self.looped = whole and not self.moved, LoopedProducts.of(model)
         self.biases = ExpertBiases(self, context, len(self.up), self.inner, grouped=self.grouped)
         self.split = degree > 1
         self.ordered = self.split and (self.E // degree > 1 or bool(self.moved))
@@ -267,8 +268,8 @@ class ExpertsPair(Rows):
     ) -> None:
         c = self.c
         _, _, received, most = self._sizes(i)
-        rows = received if self.grouped else most
-        self.b.spike(len(self.up) * rows * self.inner * c.b)
+        rows = len(self.up) * received if self.grouped else self.looped.forward * most
+        self.b.spike(rows * self.inner * c.b)
         works = [*works, *self._products(i, False, *self.up, "experts_down")]
         active = sum(1 for rows in c.routes(i) if rows)
         works += self.biases.forward(received, active)
@@ -314,8 +315,8 @@ class ExpertsPair(Rows):
             held = (len(self.up) + 1) * received * self.inner
             b.spike((held + max(stack, self.whole * received * self.H)) * c.b)
         else:
-            held = 3 if len(self.up) == 1 else 5
-            b.spike((held * self.inner + max(self.inner, self.whole * self.H)) * most * c.b)
+            width = self.looped.backward * self.inner + max(self.inner, self.whole * self.H)
+            b.spike(max(width, self.looped.activation * self.inner) * most * c.b)
         works = [*works, *self._products(i, False, *self.up, *["experts_down"] * self.whole)]
         works += self._products(i, True, *self.up, "experts_down")
         if not self.grouped and c.strategy.precision.reduce != c.strategy.precision.compute:

@@ -1,6 +1,8 @@
 """Parts of a layer of which no pair is written, from their tapes: attention whose projections autograd runs,
 and experts whose backward autograd runs."""
 
+from collections.abc import Sequence
+
 from msgspec.structs import replace
 
 from mopsim.graph.attention import attention
@@ -54,20 +56,25 @@ class TapedAttention:
     def _tape(self, layer: int) -> Tape:
         tape = attention(self.c.model, self.c.shapes, layer)
         kernels = attended(projected(tape.kernels, self.c), self.c)
-        split = any(kernel.name == "q_split" for kernel in kernels)
-        return replace(tape, kernels=kernels, held=(("q0", "rope"),) if split else ())
+        names = [kernel.name for kernel in kernels]
+        split = (("q0", "rope"),) if "q_split" in names else ()
+        return replace(tape, kernels=kernels, held=(("h", names[_core_at(kernels) - 1]), *split))
 
 
 def _parts(tape: Tape, cast: bool) -> tuple[Tape, Tape]:
     """What makes queries, keys and values, and what follows. cast: rotations are in a wider dtype."""
-    names = ("stack", "attention_core")
-    at = next(i for i, kernel in enumerate(tape.kernels) if kernel.name in names)
+    at = _core_at(tape.kernels)
     traded = [kernel.reads[0] for kernel in tape.kernels[at:] if kernel.name == "stack"]
     results = tuple(traded[:3]) or tape.kernels[at].reads[:3]
     given = tuple(tape.values[name] for name in results)
     held = tuple(_held(_at_once(kernel), results, cast) for kernel in tape.kernels[:at])
     before = replace(tape, kernels=held, outputs=results)
     return before, replace(tape, inputs=(*tape.inputs, *given), kernels=tape.kernels[at:])
+
+
+def _core_at(kernels: Sequence[Kernel]) -> int:
+    """Place of the core, or of the exchange before it."""
+    return next(i for i, kernel in enumerate(kernels) if kernel.name in ("stack", "attention_core"))
 
 
 def _at_once(kernel: Kernel) -> Kernel:

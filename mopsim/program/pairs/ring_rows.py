@@ -64,7 +64,7 @@ class RingRows(StripLoss):
                 b.drop(name, "ids")
                 b.rename("coming", name)
             coming = following
-        self._last()
+        self._last("forward")
         if coming is not None:
             b.compute("embedding", _C, "forward", -1, [], coming)
 
@@ -87,7 +87,7 @@ class RingRows(StripLoss):
                 travelling = self._join(size, turn, travelling)
             coming = following
             self._next()
-        self._last()
+        self._last("backward")
         if self.moves:
             self._arrive(size, travelling)
 
