@@ -43,6 +43,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "intermediate_size": 40, "sliding_window": 5}),
+    "qwen2": (
+        "Qwen2",
+        {
+            "num_key_value_heads": 2, "intermediate_size": 40, "use_sliding_window": True,
+            "sliding_window": 5, "max_window_layers": 1,
+        },
+    ),
     "mixtral": (
         "Mixtral",
         {"num_key_value_heads": 2, "intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -11,11 +11,13 @@ import torch
 from mopexec.cli import main
 from mopexec.model import Transformer
 from mopexec.weights.begin import open_weights
+from mopexec.weights.families import FAMILIES
 from mopexec.weights.files import read_config
 from mopexec.weights.layout import Layout
 from mopexec.weights.load import fill
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.spec.architectures import ARCHITECTURES
 from mopsim.spec.huggingface import from_config
 from mopsim.strategies import fsdp2
 from tests.exec import hf_models
@@ -98,3 +100,8 @@ def test_a_dtype_that_weights_have_not_is_refused_before_a_run_begins(
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(MopError, match=re.escape(f"config.json: {key}: {shown} must be one of bfloat16")):
             read_config(folder)
+
+
+def test_every_architecture_that_is_read_has_its_weights() -> None:
+    """Else a plan of such a folder says `mopexec train`, which cannot begin from it."""
+    assert set(FAMILIES) == set(ARCHITECTURES)
