@@ -74,6 +74,12 @@ class Clusters(Result):
         return None if self.chosen else points.nearest_miss(self.points, goal, self.request.confidence)
 
     @property
+    def ties(self) -> list[Point]:
+        """The other clusters that are as good as the recommended one within 0.5 % of what it was chosen by:
+        cost, days or, without a price, devices; the fastest first."""
+        return points.ties(self.points, self.chosen, self.request.goal, self.request.max_cost)
+
+    @property
     def surer(self) -> Point | None:
         """A cluster that is little dearer than the recommended one and far likelier to be in time, if any."""
         return points.surer(self.points, self.chosen, self.request.goal)
@@ -134,6 +140,7 @@ class Clusters(Result):
             said,
             self.surer,
             self.fitter,
+            self.ties,
         )
         with whole_directory(Path(folder)) as aside:
             write_decision(aside, decision)
@@ -194,6 +201,7 @@ class Clusters(Result):
             "budget": request.simulations,
             "hardware": [sizing_json(sizing, request, least) for sizing in self.sizings],
             "recommended": point_json(self.chosen, request) if self.chosen else None,
+            "ties": [brief_json(point, request) for point in self.ties],
             "surer": brief_json(self.surer, request) if self.surer else None,
             "surer_to_fit": brief_json(self.fitter, request) if self.fitter else None,
             "fastest": point_json(self.fastest, request) if self.fastest else None,

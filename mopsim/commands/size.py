@@ -64,6 +64,8 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     console.print(f"Recommended ({kind}): {sizing.summary(chosen)}")
     if chosen:
         console.print(f"Odds: {sizing.chances(chosen, request)}")
+    if tied := sizing.tie(found.ties, chosen, request):
+        console.print(f"A tie: {tied}")
     if better := sizing.surely(found.surer, chosen, request):
         console.print(f"More likely to be in time: {better}")
     if better := sizing.fits_surely(found.fitter, chosen):

@@ -25,7 +25,7 @@ TOLD = 5e-4
 class Decision:
     """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it.
     surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any; fitter:
-    one that is surer to fit."""
+    one that is surer to fit; ties: others as good as the chosen one."""
 
     request: Request
     sizings: Sequence[Sizing]
@@ -38,6 +38,7 @@ class Decision:
     facts: Mapping[str, str] = field(default_factory=dict)
     surer: Point | None = None
     fitter: Point | None = None
+    ties: Sequence[Point] = ()
 
     @property
     def subject(self) -> Point | None:

@@ -12,7 +12,7 @@ from mopsim.intervals.errors import known_errors
 from mopsim.intervals.spread import SURE
 from mopsim.report.terminal import table
 from mopsim.report.words import Words
-from mopsim.search.result import proof
+from mopsim.search.result import TIE, format_gap, proof
 from mopsim.size.assumptions import DEFAULT
 from mopsim.size.figures import DAY, rated
 from mopsim.size.points import Point, Request, Sizing, pareto
@@ -153,9 +153,9 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
 SAID = Words(
     "sizing.j2", day=DAY, default=DEFAULT, carried=CARRIED, sure=SURE, own=own, proof=proof, rated=rated,
     chance=odds, days=format_days, dollars=format_dollars, energy=format_energy, carbon=format_carbon,
-    up=math.ceil,
+    up=math.ceil, tied=format_gap(TIE),
 )  # fmt: skip
 title, summary, searched, steps, missed = SAID.title, SAID.summary, SAID.searched, SAID.steps, SAID.missed
 asked_odds, chances, surely = SAID.asked_odds, SAID.chances, SAID.surely
-fits_surely, break_even = SAID.fits_surely, SAID.break_even
+fits_surely, break_even, tie = SAID.fits_surely, SAID.break_even, SAID.tie
 """What templates/sizing.j2 says."""

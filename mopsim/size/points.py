@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from mopsim.engine import SimResult
 from mopsim.intervals import spread
 from mopsim.search.problem import Problem
+from mopsim.search.result import TIE
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
 from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
@@ -201,11 +202,7 @@ def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[P
     """(cheapest, fastest within `max_cost` dollars of outlay) of the points that do; a machine without a
     price is never the cheapest, nor within a budget."""
     done = [(point, point.figures) for point in points if point.does and point.figures]
-    affordable = [
-        (bill.seconds, point.num_nodes, point)
-        for point, bill in done
-        if max_cost is None or (bill.outlay is not None and bill.outlay <= max_cost)
-    ]
+    affordable = [(bill.seconds, point.num_nodes, point) for point, bill in done if _within(bill, max_cost)]
     cheapest = next(_by_cost(point for point, _ in done), None)
     fastest = min(affordable, key=lambda one: one[:2])[2] if affordable else None
     return cheapest, fastest
@@ -215,6 +212,33 @@ def fewest(points: Sequence[Point]) -> Point | None:
     """The point of the fewest devices that does, the first of these; None where none does."""
     done = [point for point in points if point.does]
     return min(done, key=lambda one: one.num_devices, default=None)
+
+
+def ties(points: Sequence[Point], chosen: Point | None, goal: Goal, max_cost: float | None) -> list[Point]:
+    """The other points that do and are as good as the chosen one, within TIE of what it was chosen by:
+    without a deadline its seconds (those within `max_cost` dollars of outlay), else its dollars, without a
+    price its devices. The fastest first."""
+    if chosen is None or chosen.figures is None:
+        return []
+    by_time, priced = goal.seconds is None, chosen.figures.cost is not None
+
+    def measure(point: Point, bill: Figures) -> float:
+        if by_time or not priced:
+            return bill.seconds if by_time else point.num_devices
+        return math.inf if bill.cost is None else bill.cost
+
+    most = (1 + TIE) * measure(chosen, chosen.figures)
+    found = [
+        (bill.seconds, point.num_nodes, point)
+        for point in points
+        if point is not chosen and point.does and (bill := point.figures) and measure(point, bill) <= most
+        if not by_time or _within(bill, max_cost)
+    ]
+    return [point for *_, point in sorted(found, key=lambda one: one[:2])]
+
+
+def _within(bill: Figures, max_cost: float | None) -> bool:
+    return max_cost is None or (bill.outlay is not None and bill.outlay <= max_cost)
 
 
 def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | None:

@@ -11,9 +11,10 @@ from mopsim.api.size import Clusters
 from mopsim.api.size_json import brief_json
 from mopsim.common.units import format_probability
 from mopsim.report.decision import Decision, content, texts
-from mopsim.report.sizing import break_even, chances, columns, fits_surely, format_days, row
+from mopsim.report.sizing import break_even, chances, columns, fits_surely, format_days, row, tie
 from mopsim.size.ask import Answer, Ask, judged, merged
-from mopsim.size.points import surer_to_fit
+from mopsim.size.figures import DAY
+from mopsim.size.points import surer_to_fit, ties
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,34 @@ def test_nodes_that_stand_by_have_a_column(found: Clusters) -> None:
     spare = replace(point, figures=replace(point.figures, billed_nodes=point.num_nodes + 3))
     cells = dict(zip(columns(found.request), row(spare, found.request), strict=True))
     assert (cells["nodes"], cells["spare"]) == (f"{point.num_nodes}", "3")
+
+
+def test_a_tie_is_told(found: Clusters) -> None:
+    """One of several counts of nodes that cost the same was recommended, without a word of the others."""
+    chosen, request = found.chosen, found.request
+    assert chosen is not None
+    assert chosen.figures is not None
+    assert chosen.figures.cost is not None
+    bill, cost, days = chosen.figures, chosen.figures.cost, chosen.figures.seconds
+    more = replace(chosen, num_nodes=2 * chosen.num_nodes)
+    same = replace(more, figures=replace(bill, cost=1.004 * cost, seconds=days / 2))
+    dear = replace(more, figures=replace(bill, cost=1.006 * cost, seconds=0.997 * days))
+    late = replace(same, in_time=False)
+    asked, alone = request.goal, replace(request.goal, seconds=None, budget=2 * cost)
+    assert ties([chosen, dear, same, late], chosen, asked, None) == [same]
+    assert ties([chosen, dear], dear, alone, None) == [chosen]
+    assert ties([chosen, dear], dear, alone, cost / 2) == []
+    assert ties([chosen], chosen, asked, None) == ties([], None, asked, None) == []
+    free = [replace(one, figures=replace(bill, cost=None)) for one in (chosen, chosen, more)]
+    assert ties(free, free[0], asked, None) == free[1:2]
+    said = tie([same], chosen, request)
+    for_days = f"{same.hardware.cluster(same.num_nodes)} for {format_days(days / 2 / DAY)} days"
+    assert said.startswith(f"of the same cost within 0.5 %: {for_days}, $")
+    assert re.search(r", in time with probability \S+, fits with probability \S+$", said)
+    assert tie([], chosen, request) == ""
+    budget = replace(request, goal=alone)
+    assert re.match(r"of the same duration within 0.5 %: .*; and 2 more$", tie([same] * 5, chosen, budget))
+    assert tie(free, free[0], request).startswith("of the same number of devices within 0.5 %: ")
+    decision = Decision(request, [], [], [], chosen, None, [], [], ties=[same])
+    assert f" A tie: {said}." in texts(decision)["answer"][0]
+    assert found.to_json()["ties"] == [brief_json(one, request) for one in found.ties]
