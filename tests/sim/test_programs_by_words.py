@@ -75,6 +75,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "Megatron-DeepSpeed", "zero1", "megatron-deepspeed"),
         ("dgxc-nemo-2505", "", "zero1", "nemo"),
         ("nemo-rl-9", "", "zero1", "nemo-rl"),
+        ("nemo-rl", "", "zero1", "nemo-rl"),
         ("nemo-automodel-9", "DDP", "zero1", "generic-fused"),
         ("new", "Nemotron by our own trainer", "zero1", "generic-fused"),
         ("new", "Primus v25.9", "zero1", "megatron-core"),

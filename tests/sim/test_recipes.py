@@ -128,6 +128,15 @@ def test_a_row_is_of_a_program_in_a_file(tmp_path: Path) -> None:
     assert read_cases(tmp_path / "cases.jsonl") == [found]
 
 
+@pytest.mark.parametrize("stack", ["megatron-bridge-library", "nemo-rl"])
+def test_the_gate_of_a_library_is_fused_where_the_config_of_its_network_says_so(stack: str) -> None:
+    for model, gate in (("llama3_8b", "fused"), ("qwen3_30b_a3b", "strided")):
+        kernels = read_case(row(model=model, stack=stack, sharding="zero1"), MODELS).program().kernels
+        assert (kernels.activation, kernels.expert_rows == "fused") == (gate, gate == "fused")
+    later = row(model="qwen3_30b_a3b", stack="nemo-rl", sharding="zero1", notes="2025-12")
+    assert read_case(later, MODELS).program().kernels.activation == "fused"
+
+
 def test_rules_have_names_of_their_own_and_sources() -> None:
     assert len({rule.id for rule in rules()}) == len(rules())
     assert all(rule.when and rule.set and rule.source for rule in rules())
