@@ -1,6 +1,7 @@
 """What the program of a family has of its axes, as the capability table says it: a value that is refused
 whatever the others are is left out before values are multiplied."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +34,11 @@ Refused = tuple[tuple[str, ...], tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Had:
-    """axes: with the values that the program has, and that a target of `mopsim export` which the stack asked
-    for describes has words for, if it is any target's. lacks: why the others are left out. refused: why the
-    program has nothing of the family, or ''; its axes are whole then. beside: values that are refused beside
-    another, or that mopexec does not run where that is asked for."""
+    """axes: with the values that the program has; of those that its stack does not name the ones alone that a
+    target of `mopsim export` which the stack asked for describes has words for, if it is any target's.
+    lacks: why the others are left out. refused: why the program has nothing of the family, or ''; its axes
+    are whole then. beside: values that are refused beside another, or that mopexec does not run where that
+    is asked for."""
 
     axes: Axes
     lacks: list[SpecError]
@@ -99,8 +101,14 @@ def left_out(problem: Problem, family: str) -> list[str]:
         else:
             others[error.field, error.rule].append(shown(error.value))
     lacking = "; ".join(f"{path} {', '.join(found)}" for path, found in values.items())
-    more = [f"left out: {field}: {' or '.join(some)} {rule}" for (field, rule), some in others.items()]
+    more = [f"left out: {field}: {_said(some, rule)}" for (field, rule), some in others.items()]
     return [f"{stack.name} has no {lacking}: left out"] * bool(lacking) + more
+
+
+def _said(some: list[str], rule: str) -> str:
+    """'2, 4 or 8 are not in DeepSpeed': values that one rule refuses."""
+    listed = " or ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some)
+    return f"{listed} {re.sub('^is ', 'are ', rule) if some[1:] else rule}"
 
 
 def names(key: Key) -> tuple[str, ...]:
@@ -179,13 +187,18 @@ class _Trials:
         return cast(Values, [one for one in had if one not in lacks])
 
     def _no_word(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> SpecError | None:
-        """Why a value is in no target that the stack asked for describes; None where it is, or it describes
-        none."""
+        """Why a value is in no target that the stack asked for describes; None where it is, where the stack
+        names it (with a source: the program has what an export has no words for), or it describes none."""
+        named = {
+            (entry.partition(" where ")[0], plain(one))
+            for entry, values in self.problem.software(self.family).has.items()
+            for one in values
+        }
 
         def refused(job: Job, side: str) -> Iterator[SpecError]:
             for error in field_refusals(job, by=side):
                 noun, _, path = error.field.partition(".")
-                if noun == "strategy" and key in self._set_by(path):
+                if noun == "strategy" and key in self._set_by(path) and (path, error.value) not in named:
                     yield error
 
         stack = self.problem.stack.name if self.problem.stack else None

@@ -159,7 +159,7 @@ def test_what_is_left_out_is_named() -> None:
     )
     assert left_out(problem("generic-fused"), "fsdp2") == []
     mla = left_out(problem("megatron-core", "mla"), "megatron")
-    assert any("'all_gather' or 'ulysses' is not" in one and "where mla, only 'ring'" in one for one in mla)
+    assert any("'all_gather' or 'ulysses' are not" in one and "where mla, only 'ring'" in one for one in mla)
 
 
 def test_values_that_an_export_has_no_word_for_are_left_out_and_told_together() -> None:
@@ -168,11 +168,30 @@ def test_values_that_an_export_has_no_word_for_are_left_out_and_told_together() 
     assert had(asked, "fsdp2").axes["pipeline"] == [1]
     (said,) = (one for one in left_out(asked, "fsdp2") if "pipeline_parallel" in one)
     assert said.startswith(
-        "left out: strategy.pipeline.pipeline_parallel: 2 or 4 is not in DeepSpeed, only 1: "
+        "left out: strategy.pipeline.pipeline_parallel: 2 or 4 are not in DeepSpeed, only 1: "
     )
     fork = dataclasses.replace(asked, stack=replace(load_stack("deepspeed"), name="a-fork"))
     assert len(had(fork, "fsdp2").axes["pipeline"]) > 1
     assert not any("DeepSpeed" in one for one in left_out(fork, "fsdp2"))
+
+
+@pytest.mark.parametrize("stack", SIDES["deepspeed"]["stacks"])
+def test_what_a_stack_names_is_searched_where_its_export_has_no_words_for_it(stack: str) -> None:
+    """DeepSpeed's chunked loss is code there, not configuration: the one way to fit long sequences."""
+    asked = problem(stack)
+    assert "chunked" in load_stack(stack).has["vocabulary.loss"]
+    assert (1, 8) in had(asked, "fsdp2").axes["loss", "loss_slices"]
+    assert not any("vocabulary.loss: 'chunked'" in one for one in left_out(asked, "fsdp2"))
+
+
+def test_a_plan_is_found_that_only_what_the_export_cannot_say_lets_fit() -> None:
+    """At 1,048,576 tokens whole logits alone are larger than the device."""
+    found = mopsim.search(
+        replace(TINY, vocab_size=128256), "h100-sxm-80g", seq_len=1 << 20, global_batch=8, families="fsdp2",
+        stack="deepspeed", budget=3,
+    )  # fmt: skip
+    assert found.best is not None
+    assert found.best.strategy.vocabulary.loss == "chunked"
 
 
 def test_what_a_program_has_is_not_said_to_be_lacking_for_the_words_of_a_rule(
