@@ -40,6 +40,31 @@ def test_notes_carry_what_has_no_column() -> None:
     assert from_row(ROW | {"notes": "two-matrix MLP, no biases"}).attention_bias == "none"
 
 
+@pytest.mark.parametrize(
+    ("notes", "attention", "ffn"),
+    [
+        ("biases", "qkvo", True),
+        ("biases of all products", "qkvo", True),
+        ("qkv bias", "qkv", None),
+        ("QKV biases", "qkv", None),
+        ("biases of queries, keys and values", "qkv", None),
+        ("query, key and value biases", "qkv", None),
+        ("biases of q, k and v", "qkv", None),
+        ("q/k/v biases", "qkv", None),
+        ("without biases", "none", None),
+        ("no qkv biases", "none", None),
+        ("qkv bias, no ffn biases", "qkv", None),
+        ("without dropout; biases", "qkvo", True),
+    ],
+)
+def test_biases_are_where_notes_say(notes: str, attention: str, ffn: bool | None) -> None:
+    routed = {"num_dense_layers": "0", "num_experts": "4", "top_k": "2", "expert_ffn_hidden": "32"}
+    for experts in ({}, routed):
+        found = from_row(ROW | experts | {"notes": notes})
+        assert found.attention_bias == attention
+        assert (found.expert_bias if experts else found.ffn_bias) == bool(ffn), notes
+
+
 def test_norms_of_latent_attention_are_its_own() -> None:
     """Of MLA the norms of queries and keys are those of its low ranks, which its layers always have."""
     ranks = {"kv_lora_rank": "16", "qk_nope_head_dim": "16", "qk_rope_head_dim": "8", "v_head_dim": "16"}
