@@ -65,6 +65,15 @@ def test_biases_are_where_notes_say(notes: str, attention: str, ffn: bool | None
         assert (found.expert_bias if experts else found.ffn_bias) == bool(ffn), notes
 
 
+def test_qwen2_has_biases_of_queries_keys_and_values_whatever_notes_call_them() -> None:
+    for name in ("qwen2_7b", "qwen2.5_7b", "qwen25_7b", "qwen15_moe"):
+        for notes in ("", "biases", "qkv bias"):
+            found = from_row(ROW | {"model": name, "notes": notes})
+            assert (found.attention_bias, found.ffn_bias) == ("qkv", False)
+    assert from_row(ROW | {"model": "qwen25_7b", "notes": "trained without biases"}).attention_bias == "none"
+    assert from_row(ROW | {"model": "qwen3_8b"}).attention_bias == "none"
+
+
 def test_norms_of_latent_attention_are_its_own() -> None:
     """Of MLA the norms of queries and keys are those of its low ranks, which its layers always have."""
     ranks = {"kv_lora_rank": "16", "qk_nope_head_dim": "16", "qk_rope_head_dim": "8", "v_head_dim": "16"}
