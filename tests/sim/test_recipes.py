@@ -137,6 +137,20 @@ def test_the_gate_of_a_library_is_fused_where_the_config_of_its_network_says_so(
     assert read_case(later, MODELS).program().kernels.activation == "fused"
 
 
+def test_the_loss_of_a_library_is_what_the_recipes_of_its_network_leave() -> None:
+    """DeepSeek's and its kin's is of their provider, so of every release and of fine-tuning too."""
+    for model, notes, loss in (
+        ("llama3_8b", "pretraining, 2025-10", None),
+        ("llama3_8b", "pretraining, 2025-11", "fused"),
+        ("llama3_8b", "SFT, 2026-03", None),
+        ("deepseek_v3", "pretraining, 2025-10", "fused"),
+        ("moonlight_16b_a3b", "SFT, 2026-03", "fused"),
+        ("moonlight_16b_a3b", "long-context fine-tuning, 2026-08", "in_place"),
+    ):
+        found = facts(row(model=model, stack="megatron-bridge-library", sharding="zero1", notes=notes))
+        assert found.settings.get("stack.kernels.loss") == loss, (model, notes)
+
+
 def test_rules_have_names_of_their_own_and_sources() -> None:
     assert len({rule.id for rule in rules()}) == len(rules())
     assert all(rule.when and rule.set and rule.source for rule in rules())
