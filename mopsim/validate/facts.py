@@ -15,6 +15,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.rules import UNKNOWN, Condition, RowFacts, Rule, applied, load_rules
 from mopsim.common.shipped import shipped
 from mopsim.spec.strategy import Exchange, Tier
+from mopsim.validate.case import machine
 from mopsim.validate.columns import ROOTS
 from mopsim.validate.tables import Row, UnsupportedError
 
@@ -99,9 +100,11 @@ def general_stacks() -> frozenset[str]:
 
 def facts(row: Row) -> RowFacts:
     """All that is known of a row. `stack` is looked up from `source` where it is missing; `stages` is pp x
-    vp; `graphs` are the components that CUDA graphs replay, joined by +, or `step`."""
+    vp; `architecture` is its card's (HardwareProfile.device); `graphs` are the components that CUDA graphs
+    replay, joined by +, or `step`."""
     names = " ".join(row.get(column, "") for column in ("source", "source_ref", "notes"))
     more = {"stack": row.get("stack", ""), "stages": _stages(row), "names": names}
+    more["architecture"] = _architecture(row)
     more["date"], more["dated"] = _month(row, names.lower())
     more |= {cell: "yes" for cell, condition in words().items() if condition.fits(row)}
     if more["stack"] in UNKNOWN:
@@ -153,6 +156,14 @@ def _named(row: Row) -> str:
     """The stack of the program that the row's words name, but for those that they say it is not."""
     said = {**row, "names": _OTHERS.sub("", row["names"].lower())}
     return next((one.stack for one in programs() if one.fits(said)), "")
+
+
+def _architecture(row: Row) -> str:
+    """The architecture of the row's card; '' of a card that has none, or that nobody knows."""
+    try:
+        return machine(row.get("gpu", "")).device.architecture
+    except MopError:
+        return ""
 
 
 def _stages(row: Row) -> str:

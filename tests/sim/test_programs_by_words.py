@@ -133,6 +133,22 @@ def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
         assert read_case(row(stack=stack, **cells), MODELS).strategy.vocabulary.chunk_tokens == chunk
 
 
+def test_experts_are_looped_over_below_hopper_by_torchtitan_and_then_by_torch() -> None:
+    cells = {"model": "qwen3_30b_a3b", "ep": "8", "etp": "1", "stack": "torchtitan"}
+    for gpu, when, rule in (
+        ("a100-sxm-80g", "2026-04", "torchtitan-loops-before-hopper"),
+        ("l40s-48g", "2026-04", "torchtitan-loops-before-hopper"),
+        ("rtx4090-24g", "2026-07", "torch-loops-before-hopper"),
+        ("h100-sxm-80g", "2026-04", ""),
+    ):
+        found = facts(row(**cells, gpu=gpu, notes=when))
+        used = [one.id for one in found.rules if one.id.endswith("loops-before-hopper")]
+        assert used == [rule] * bool(rule)
+        looped = found.settings.get("stack.kernels.expert_products") == "looped"
+        assert looped == (found.settings.get("stack.host.counts_read") == "always") == bool(rule)
+    assert facts(row(**cells, gpu="abacus")).row["architecture"] == ""
+
+
 def test_primus_since_august_2026_forces_routes_round_the_experts() -> None:
     cells = {"source": "amd", "notes": "Primus", "gpu": "mi355x-288g", "sharding": "zero1"}
     for when, routes in (("20260716", "independent"), ("20261010", "consecutive"), ("", "consecutive")):
