@@ -1,12 +1,13 @@
 """Whether experts starve, and what evens their loads."""
 
 from collections.abc import Callable, Sequence
-from math import inf, nextafter
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
+from mopexec.run import kept
+from mopexec.weights.begin import check_rules
 from mopexec.weights.export import check_exportable
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes
@@ -16,6 +17,9 @@ from mopsim.spec.routing import RoutingProfile, hot, in_words
 LEAST = 16.0
 """Routes of an even load from which under 1/8 of it is no chance: of a Poisson count with this mean, 2 in a
 million are below 2."""
+USUAL = {"bias_update_rate": 0.001, "router_aux_loss_coef": 0.01}
+"""What is advised where a run has less, else twice what it has: DeepSeek-V3's rate (arXiv:2412.19437, 4.2),
+the Switch Transformer's weight (arXiv:2101.03961, 2.2)."""
 MORE = 0.01
 """Part by which a peak must pass the predicted one to be told."""
 
@@ -28,13 +32,17 @@ def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
     routes = training.global_batch * training.seq_len * model.num_experts_per_tok
     if not loads or not loads[0] or routes < LEAST * model.num_local_experts:
         return ""
-    rate, weight = training.bias_update_rate, training.router_aux_loss_coef
-    kept = "" if rate or not _lost(run, plan) else ", with which export refuses the run"
-    ways = (("bias_update_rate", rate, kept), ("router_aux_loss_coef", weight, ""))
-    more = [f"--set {field} above its {now:g}{note}" for field, now, note in ways if _rises(plan, field, now)]
+    ways = []
+    for field, usual in USUAL.items():
+        now = getattr(training, field)
+        more = max(usual, 2 * now)
+        if _trains(run, plan, field, more):
+            lost = field == "bias_update_rate" and not now and _lost(run, plan)
+            unless = ", with which export refuses the run" if lost else ""
+            ways.append(f"--set {field}={more:g} (now {now:g}{unless})")
     return (
         f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step"
-        f"{'; what evens loads: ' * bool(more)}{'; '.join(more)}"
+        f"{'; what evens loads: ' * bool(ways)}{' or '.join(ways)}"
     )
 
 
@@ -61,9 +69,15 @@ def _with(plan: Plan, **training: Any) -> Plan:
     return replace(plan, training=replace(plan.training, **training))
 
 
-def _rises(plan: Plan, field: str, now: float) -> bool:
-    """Whether `--set` takes more of a field than what it is now."""
-    return _holds(lambda: _with(plan, **{field: nextafter(now, inf)}))
+def _trains(run: Path, plan: Plan, field: str, value: float) -> bool:
+    """Whether `train` takes this value for the run: the plan does, and the weights with which it began."""
+
+    def check() -> None:
+        changed = _with(plan, **{field: value})
+        if kept.began_with_weights(run):
+            check_rules(kept.folder_of(run), changed)
+
+    return _holds(check)
 
 
 def _holds(check: Callable[[], object]) -> bool:

@@ -13,6 +13,7 @@ from mopexec import data
 from mopexec.cli import main
 from mopexec.data.prepare import DataOptions
 from mopexec.data.tokenizer import train_tokenizer
+from mopexec.run import kept
 from mopexec.run.balance import fuller, starving
 from mopsim.common import io
 from mopsim.spec.plan import Plan, Prediction
@@ -189,19 +190,27 @@ LOADS = (3, 0, 1, 2, 2, 0, 0, 0)
 def test_experts_that_starve_are_told_with_what_evens_loads(tmp_path: Path) -> None:
     said = starving(tmp_path, planned(bias_update_rate=0.0), LOADS)
     assert said.startswith("warning: 3 of 8 experts had under 1/8 of an even load in the last step; ")
-    assert "--set bias_update_rate above its 0, with which export refuses the run" in said
-    assert said.endswith("--set router_aux_loss_coef above its 0")
+    assert "--set bias_update_rate=0.001 (now 0, with which export refuses the run) or " in said
+    assert said.endswith("--set router_aux_loss_coef=0.01 (now 0)")
     flat = plan_of(load_model("tiny"), mop(1, dtype="float32"), TrainSpec(seq_len=64, global_batch=2))
     said = starving(tmp_path, flat, LOADS)
-    assert "--set bias_update_rate above its 0.001; " in said
-    assert said.endswith("--set router_aux_loss_coef above its 0")
+    assert "--set bias_update_rate=0.002 (now 0.001) or " in said
+    assert said.endswith("--set router_aux_loss_coef=0.01 (now 0)")
 
 
 def test_what_cannot_be_set_higher_is_not_told(tmp_path: Path) -> None:
     said = starving(tmp_path, planned(router_aux_loss_coef=1000.0), LOADS)
-    assert said.endswith("; what evens loads: --set bias_update_rate above its 0.001")
+    assert said.endswith("; what evens loads: --set bias_update_rate=0.002 (now 0.001)")
     said = starving(tmp_path, planned(bias_update_rate=1.0, router_aux_loss_coef=1000.0), LOADS)
     assert said.endswith("had under 1/8 of an even load in the last step")
+
+
+def test_what_train_refuses_is_not_advised(tmp_path: Path) -> None:
+    """Weights of Qwen3's family have no place for the bias, so `train --init-from` refuses a rate."""
+    kept.folder_of(tmp_path).mkdir()
+    io.write_json(kept.folder_of(tmp_path) / "config.json", {"architectures": ["Qwen3MoeForCausalLM"]})
+    said = starving(tmp_path, planned(bias_update_rate=0.0), LOADS)
+    assert said.endswith("; what evens loads: --set router_aux_loss_coef=0.01 (now 0)")
 
 
 def test_loads_that_do_not_tell_are_not_told(tmp_path: Path) -> None:
