@@ -94,6 +94,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
 
     loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done)
     loop.saver.last = resumed
+    if begin and (ignored := begin["weights"].said_ignored()):
+        loop.display.say(ignored)
     for problem in passed:
         loop.display.say(f"{problem}; going on from the one before")
     if resumed:
@@ -360,8 +362,7 @@ def _rules(options: TrainOptions) -> dict[str, str | int]:
 
 
 def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[str, Any]:
-    """What the runner is built with beside a seed: the weights of --init-from, unless a checkpoint has
-    others."""
+    """What the runner is built with beside a seed: weights of --init-from, unless a checkpoint has others."""
     if not options.init_from or resumed:
         return {}
     from mopexec.weights.begin import open_weights
@@ -371,8 +372,8 @@ def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[st
 
 class _Tracking:
     """The tracker counts while the runner is built and in its first steps; in all, where it has a limit to
-    enforce, options.tracked_steps does not say in how many, and nothing is compiled, which it would keep from
-    running. slow: steps up to the one that compiles."""
+    enforce, no options.tracked_steps are given, and nothing is compiled, which it would keep from running.
+    slow: steps up to the one that compiles."""
 
     def __init__(self, options: TrainOptions, *, compiled: bool) -> None:
         self.tracker = MemoryTracker(options.device_limit, options.host_limit)

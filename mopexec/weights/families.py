@@ -32,7 +32,7 @@ class TensorPlace(Spec, frozen=True, kw_only=True):
 class Family(Spec, frozen=True, kw_only=True):
     """One architecture. copies: tensors that may be in a file beside the one that they equal; written where
     `writes_copies`. balance_bias: whether it has a place for the routers' balance bias. base: of the names in
-    these files, which files of the network without its head do not have. masks: a pattern of names, without
+    these files, which files of the network without its head do not have. buffers: a pattern of names, without
     it, of tensors that are no weights.
     """
 
@@ -41,7 +41,7 @@ class Family(Spec, frozen=True, kw_only=True):
     copies: dict[str, str]
     writes_copies: bool
     base: str = ""
-    masks: str = ""
+    buffers: str = ""
 
     @property
     def balance_bias(self) -> bool:
@@ -69,10 +69,11 @@ def _family(architecture: str, groups: list[str]) -> Family:
     said = kept("mopexec.weights", "architectures.yaml")
     table = {ours: place for name in groups for ours, place in _places(said["sets"][name])}
     copies = {copy: of for name in groups for copy, of in said["copies"].get(name, {}).items()}
-    bare = {key: value for name in groups for key, value in said["bare"].get(name, {}).items()}
+    base, buffers = ("".join(said[part].get(name, "") for name in groups) for part in ("bare", "buffers"))
     return Family(
-        architecture=architecture, table=table, copies=copies, writes_copies="mtp" in groups, **bare
-    )
+        architecture=architecture, table=table, copies=copies, writes_copies="mtp" in groups,
+        base=base, buffers=buffers,
+    )  # fmt: skip
 
 
 FAMILIES: dict[str, Family] = {

@@ -40,6 +40,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.ignored: list[str] = []  # buffers beside the weights
         self._base = ""
         self._stored: dict[str, str] = {}  # names in the files, where they are others
         self._open: dict[Path, Any] = {}
@@ -50,14 +51,15 @@ class Files:
                 if self.files.get(name) != path:
                     raise MopError(f"{folder / INDEX}: {name}: is not in {path.name}, where the index has it")
 
-    def of_family(self, base: str, masks: str, known: Collection[str]) -> None:
-        """Names as a family's files have them (see Family), of which `known` are this network's; masks are
+    def of_family(self, base: str, buffers: str, known: Collection[str]) -> None:
+        """Names as a family's files have them (see Family), of which `known` are this network's; buffers are
         none of them."""
         self._base = base
         for stored, path in list(self.files.items()):
             plain = stored.removeprefix(base)
-            if masks and re.fullmatch(masks, plain):
+            if buffers and stored not in known and re.fullmatch(buffers, plain):
                 del self.files[stored]
+                self.ignored.append(stored)
             elif base and stored == plain and stored not in known and f"{base}{plain}" not in self.files:
                 del self.files[stored]
                 self.files[f"{base}{plain}"], self._stored[f"{base}{plain}"] = path, stored
@@ -123,23 +125,40 @@ class Weights:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout, self.files = layout, Files(folder)
         names = layout.wanted().keys() | layout.copies().keys()
-        self.files.of_family(layout.family.base, layout.family.masks, names)
+        self.files.of_family(layout.family.base, layout.family.buffers, names)
         check(self.files, layout)
 
     def read(
         self, name: str, shape: tuple[int, ...], index: int | None, dim: int, start: int, stop: int
     ) -> Tensor:
-        """Part [start, stop) along `dim` of a parameter (of its expert `index`, whose shape is `shape`)."""
-        tensor = self.files.tensor(self.layout.tensor(name, index))
-        view = self.layout.view(name, index, tensor)
+        """Part [start, stop) along `dim` of a parameter (of its expert `index`, whose shape is `shape`).
+        Raises MopError where a value of it is not finite."""
+        tensor = self.layout.tensor(name, index)
+        view = self.layout.view(name, index, self.files.tensor(tensor))
         assert tuple(view.shape) == tuple(shape), f"{name}: {tuple(view.shape)} is not {shape}"
-        return view.narrow(dim, start, stop - start)
+        return self._finite(view.narrow(dim, start, stop - start), tensor)
 
     def buffer(self, name: str) -> Tensor | None:
-        """A buffer, or None where the files have none."""
+        """A buffer, or None where the files have none. Raises MopError as `read`."""
         if self.layout.place(name) is None:
             return None
-        return self.layout.view(name, None, self.files.tensor(self.layout.tensor(name)))
+        tensor = self.layout.tensor(name)
+        return self._finite(self.layout.view(name, None, self.files.tensor(tensor)), tensor)
+
+    def said_ignored(self) -> str:
+        """The line that tells which tensors of the files are not read; empty where all are."""
+        names = self.files.ignored
+        if not names:
+            return ""
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        return f"--init-from: {self.files.folder}: {names[0]}{more}: buffers, no weights: ignored"
+
+    def _finite(self, values: Tensor, tensor: str) -> Tensor:
+        """The values, read from `tensor`. Raises MopError where one is not finite."""
+        if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+            said = f"{self.files.files[tensor]}: {self.files.called(tensor)}"
+            raise MopError(f"{said}: holds values that are not finite: weights must be finite numbers")
+        return values
 
 
 def check(files: Files, layout: Layout) -> None:

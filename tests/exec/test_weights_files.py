@@ -102,6 +102,39 @@ def test_a_dtype_that_weights_have_not_is_refused_before_a_run_begins(
             read_config(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_when_they_are_read(value: float, tmp_path: Path) -> None:
+    """By file, tensor and rule, where they are in the part that is read; else the rate is blamed later."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    folder = hf_models.save(hf_models.make("llama"), tmp_path / "whole")
+
+    def broken(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, 0] = value
+
+    bad = changed(folder, tmp_path / "bad", broken)
+    weights = open_weights(bad, plan_of(bad, fsdp2(2)))
+    model = Transformer(weights.layout.spec, torch.float32)
+    rule = "holds values that are not finite: weights must be finite numbers"
+    with pytest.raises(MopError, match=re.escape(f"{bad / 'model.safetensors'}: {name}: {rule}")):
+        fill(model, weights)
+    ours = "layers.1.ffn.down_proj.weight"
+    shape = tuple(model.get_parameter(ours).shape)
+    assert weights.read(ours, shape, None, 0, 4, shape[0]).isfinite().all()
+    assert not weights.read(ours, shape, None, 0, 4, 4).numel()
+
+
+def test_buffers_beside_the_weights_are_ignored_and_told(tmp_path: Path) -> None:
+    """As transformers once wrote them with each layer."""
+    folder = hf_models.save(hf_models.make("qwen2"), tmp_path / "whole")
+    assert not open_weights(folder, plan_of(folder, fsdp2(2))).said_ignored()
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)]
+    old = changed(folder, tmp_path / "old", lambda held: held.update({one: torch.ones(4) for one in names}))
+    said = open_weights(old, plan_of(old, fsdp2(2))).said_ignored()
+    assert said == f"--init-from: {old}: {names[0]} and 2 more: buffers, no weights: ignored"
+    other = changed(folder, tmp_path / "other", lambda held: held.update({f"{names[0]}x": torch.ones(4)}))
+    assert f"{names[0]}x: is no tensor of this Qwen2ForCausalLM" in refusal(other)
+
+
 def test_every_architecture_that_is_read_has_its_weights() -> None:
     """Else a plan of such a folder says `mopexec train`, which cannot begin from it."""
     assert set(FAMILIES) == set(ARCHITECTURES)
