@@ -316,10 +316,10 @@ def _dollars(given: float | str | None, field: str) -> float | None:
 def _goal(tokens: int, days: float | None, budget: float | None, max_cost: float | None) -> Goal:
     """Raises MopError for limits out of range, or none at all. max_cost alone is a budget."""
     if days is not None and not 1e-3 <= days < 1e6:
-        raise MopError(f"days: {days:g} must lie between 0.001 and a million")
+        raise MopError(f"--days: {days:g} must lie between 0.001 and a million")
     limit = budget if budget is not None or days is not None else max_cost
     if days is None and limit is None:
-        raise MopError("days: none given; --days, --budget or both are needed")
+        raise MopError("--days: none given; --days, --budget or both are needed")
     return Goal(tokens, None if days is None else days * DAY, limit)
 
 
@@ -341,13 +341,13 @@ def _terms(
     if capex and not buy:
         raise MopError("--capex: is of a purchase: give --buy too")
     names = {machine.name for machine in machines}
-    for option, given, most in (("price", prices, 1e4), ("capex", capex, 1e9)):
+    for option, given, least, most in (("price", prices, 1e-4, 1e4), ("capex", capex, 1.0, 1e9)):
         for name, dollars in given.items():
             if name not in names:
                 raise MopError(f"--{option}: {name!r} is not one of {', '.join(sorted(names))}")
-            if not 0 < dollars < most:
+            if not least <= dollars <= most:
                 text = shown(dollars) if isinstance(dollars, int) else f"{dollars:g}"
-                raise MopError(f"--{option} {name}: {text} must be above 0 and below {most:g} dollars")
+                raise MopError(f"--{option} {name}: {text} must lie between {least:g} and {most:g} dollars")
     bought = with_capex(node_prices(), capex)
     unknown = sorted(names - set(bought)) if buy else []
     if unknown:

@@ -13,9 +13,9 @@ from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS, as_typed
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
-from mopsim.common.units import parse_count, parse_tokens
+from mopsim.common.units import format_dollars, parse_count, parse_tokens
 from mopsim.report import sizing
-from mopsim.size.assumptions import read_values
+from mopsim.size.assumptions import check, read_values
 
 
 def keywords(
@@ -29,7 +29,9 @@ def keywords(
     for name, one in (("pue", pue), ("years", years)):
         if one is not None and name in assumed:
             raise MopError(f"--{name}: {one:g} is its second value, --assume {name}= is its first")
-        assumed |= {} if one is None else {name: one}
+        if one is not None:
+            check(name, one, f"--{name}")
+            assumed[name] = one
     machines = [read_hardware(one).name for one in same["hardware"]]
     return {
         **same,
@@ -57,7 +59,7 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
         )
     request, chosen = found.request, found.chosen
     console.print(sizing.sizing_table(found.sizings, chosen, request, sizing.stated(request, found.sizings)))
-    within = "" if request.max_cost is None else f" within {sizing.format_dollars(request.max_cost)}"
+    within = "" if request.max_cost is None else f" within {format_dollars(request.max_cost)}"
     asked = sizing.asked_odds(request)
     least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
     kind = f"{least} {asked}, --confidence" if asked else "fastest"

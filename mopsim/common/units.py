@@ -139,6 +139,40 @@ def format_nodes(count: int) -> str:
     return f"{count:,} node{'' if count == 1 else 's'}"
 
 
+def format_dollars(dollars: float) -> str:
+    """'$1.23 M', '$45.6 k', or as `plain_dollars`."""
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if dollars >= scale:
+            return (
+                f"${dollars / scale:,.3g} {unit}"
+                if dollars < 1000 * scale
+                else f"${dollars / scale:,.0f} {unit}"
+            )
+    return plain_dollars(dollars)
+
+
+def plain_dollars(dollars: float) -> str:
+    """'$45,678', with cents below ten ('$7.50'), '$0.0031' below a cent."""
+    if 0 < dollars < 0.01:
+        return f"${dollars:.2g}"
+    return f"${dollars:.2f}" if 0 < dollars < 9.995 else f"${dollars:,.0f}"
+
+
+def format_days(days: float) -> str:
+    """'123', '12.3', '0.12' or '0.0031', for a column of days."""
+    if 0 < days < 0.01:
+        return f"{days:.2g}"
+    return f"{days:,.{0 if days >= 100 else 1 if days >= 1 else 2}f}"
+
+
+def format_span(days: float) -> str:
+    """'12.3 days'; '4.5 min' or seconds below a hundredth of a day."""
+    if not 0 < days < 0.01:
+        return f"{format_days(days)} days"
+    minutes = days * 24 * 60
+    return f"{minutes:.2g} min" if minutes >= 1 else format_seconds(minutes * 60)
+
+
 def format_probability(value: float) -> str:
     """'0.97', '>0.99' or '<0.01': what rounds to 0 or 1 is not certain."""
     return ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mopsim.common.io import write_text
-from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
+from mopsim.common.units import (
+    format_bytes,
+    format_days,
+    format_dollars,
+    format_number,
+    format_probability,
+    format_seconds,
+    format_span,
+)  # fmt: skip
 from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import machines_share, products
 from mopsim.report import sizing
@@ -111,7 +119,7 @@ def texts(d: Decision) -> dict[str, list[str]]:
             ],
             "runs": [sizing.published(one.result, one.hardware) for one in found if one.result],
             "lost": [f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4],
-            "sizing": sizing, "days": sizing.format_days, "dollars": sizing.format_dollars,
+            "sizing": sizing, "span": format_span, "dollars": format_dollars,
             "bytes": format_bytes, "seconds": format_seconds, "number": format_number,
             "odds": format_probability, "products": products, "upper": UPPER, "day": DAY, "default": DEFAULT,
         }
@@ -127,11 +135,11 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
     goal = d.request.goal
     certain, paid = bill.p_within(goal.seconds), bill.p_budget(goal.budget)
     cards = [
-        (f"days, {100 * level:g} %", f"{sizing.format_days(low)} to {sizing.format_days(high)}"),
+        (f"days, {100 * level:g} %", f"{format_days(low)} to {format_days(high)}"),
         ("probability of the deadline, if the plan fits", None if certain is None else sizing.odds(certain)),
         ("probability of the budget, if the plan fits", None if paid is None else sizing.odds(paid)),
-        (f"cost, {100 * level:g} %", " to ".join(map(sizing.format_dollars, costs)) if costs else None),
-        ("to buy it", None if bill.capex is None else sizing.format_dollars(bill.capex)),
+        (f"cost, {100 * level:g} %", " to ".join(map(format_dollars, costs)) if costs else None),
+        ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
         ("model FLOP utilisation, as simulated", f"{result.mfu:.1%}" if result else None),
         ("probability that the plan fits", format_probability(result.p_fits) if result else None),
@@ -164,7 +172,7 @@ def _rival(point: Point, request: Request) -> list[str]:
 def _parts(bill: Figures | None) -> Table:
     parts = dict(bill.parts) if bill else {}
     whole = sum(parts.values())
-    rows = [[name, sizing.format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
+    rows = [[name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
     return Table(["part", "of this run", "share"], rows)
 
 
@@ -172,7 +180,7 @@ def _sites(point: Point | None) -> Table:
     bills = point.sites if point and len(point.sites) > 1 else ()
     rows = [
         [
-            one.site, "-" if one.cost is None else sizing.format_dollars(one.cost),
+            one.site, "-" if one.cost is None else format_dollars(one.cost),
             "-" if one.energy is None else sizing.format_energy(one.energy),
             "-" if one.carbon is None else sizing.format_carbon(one.carbon),
         ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from mopsim.common.units import format_number
+from mopsim.common.units import format_days, format_dollars, format_number, format_span
 from mopsim.engine import SimResult
 from mopsim.intervals.errors import known_errors
 from mopsim.intervals.spread import SURE
@@ -62,11 +62,6 @@ def odds(probability: float | None) -> str:
     return ">99%" if probability > 0.99 else "<1%" if probability < 0.01 else f"{probability:.0%}"
 
 
-def format_days(days: float) -> str:
-    """'123', '12.3' or '0.12'."""
-    return f"{days:,.{0 if days >= 100 else 1 if days >= 1 else 2}f}"
-
-
 def format_energy(joules: float) -> str:
     """'12.3 MWh'."""
     return f"{format_number(joules / 3.6e9)} MWh"
@@ -101,18 +96,6 @@ def published(result: SimResult, hardware: HardwareProfile) -> str:
     own, sources = sum(one.runs for one in here), len({one.source for one in here})
     told = f"{own:,.0f} of {sources} source{'s' * (sources != 1)}" if own else "none"
     return f"{told} on {hardware.name}"
-
-
-def format_dollars(dollars: float) -> str:
-    """'$1.23 M', '$45.6 k' or '$12'."""
-    for unit, scale in (("M", 1e6), ("k", 1e3)):
-        if dollars >= scale:
-            return (
-                f"${dollars / scale:,.3g} {unit}"
-                if dollars < 1000 * scale
-                else f"${dollars / scale:,.0f} {unit}"
-            )
-    return f"${dollars:,.0f}"
 
 
 def sizing_table(
@@ -152,7 +135,7 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
 
 SAID = Words(
     "sizing.j2", day=DAY, default=DEFAULT, carried=CARRIED, sure=SURE, own=own, proof=proof, rated=rated,
-    chance=odds, days=format_days, dollars=format_dollars, energy=format_energy, carbon=format_carbon,
+    chance=odds, days=format_span, dollars=format_dollars, energy=format_energy, carbon=format_carbon,
     up=math.ceil, tied=format_gap(TIE),
 )  # fmt: skip
 title, summary, searched, steps, missed = SAID.title, SAID.summary, SAID.searched, SAID.steps, SAID.missed

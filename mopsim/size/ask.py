@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mopsim.common.garbage import collected_later
+from mopsim.common.units import plain_dollars
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
 from mopsim.search import Options, SearchResult, search
@@ -217,7 +218,7 @@ def billed(
     if not in_time:
         why.append(_late(request, bill) + _small_batch(training, best))
     if not affordable:
-        why.append("no price is known" if bill.outlay is None else f"too dear: ${bill.outlay:,.0f}")
+        why.append("no price is known" if bill.outlay is None else f"too dear: {plain_dollars(bill.outlay)}")
     return Point(hardware, num_nodes, training, best, bill, in_time, "; ".join(why), gap, affordable, bills)
 
 

@@ -71,7 +71,7 @@ class Site(Spec, frozen=True, kw_only=True):
         for name in SITE:
             value = getattr(self, name)
             if value is not None:
-                check(name, value)
+                check(name, value, name)
         for name, price in self.rent.items():
             require(0 < price < 1e4, f"rent.{name}", price, "must be above 0 and below 10000 USD/h")
 
@@ -159,16 +159,18 @@ def with_capex(prices: Mapping[str, Capex], given: Mapping[str, float]) -> dict[
     return {**prices, **own}
 
 
-def check(name: str, value: Any) -> None:
-    """Raise SpecError unless `name` is an assumption and `value` a number within its bounds."""
+def check(name: str, value: Any, field: str = "") -> None:
+    """Raise SpecError unless `name` is an assumption and `value` a number within its bounds. field: what the
+    line names, where that is not --assume."""
     found = known().get(name)
     if found is None:
         raise unknown("--assume", name, known(), "assumption", file=False)
+    field = field or f"--assume {name}"
     number = isinstance(value, int | float) and not isinstance(value, bool) and not number_problem(value)
-    require(number, name, value, "must be a finite number")
+    require(number, field, value, "must be a finite number")
     unit = "" if found.unit == "1" else f" {found.unit}"
     rule = f"must lie between {found.least:g} and {found.most:g}{unit} ({found.says})"
-    require(found.least <= value <= found.most, name, value, rule)
+    require(found.least <= value <= found.most, field, value, rule)
 
 
 def assume(given: Mapping[str, float] | None = None, utilisation: float | None = None) -> Assumptions:

@@ -289,7 +289,7 @@ def test_the_command_writes_json_in_si_units_and_a_plan(
 
 MISTAKES = [
     (["--tokens", "many", "--days", "1"], "tokens: 'many'"),
-    (["--tokens", "1M", "--days", "-1"], "days: -1"),
+    (["--tokens", "1M", "--days", "-1"], " --days: -1"),
     (["--tokens", "1M", "--days", "nan"], "days: nan"),
     (["--tokens", "1M", "--days", "1", "--utilisation", "2"], "utilisation: 2"),
     (["--tokens", "1M", "--days", "1", "--pue", "0.5"], "pue: 0.5"),
@@ -303,14 +303,27 @@ MISTAKES = [
     ),
     (["--tokens", "1M", "--days", "1", "--max-nodes", "0"], "--max-nodes"),
     (["--tokens", "1M", "--budget", "-3"], "--budget: '-3' is not an amount of dollars, above 0"),
-    (["--tokens", "1M"], "days: none given"),
+    (["--tokens", "1M"], " --days: none given"),
     (["--tokens", "1M", "--days", "1", "--confidence", "1"], "confidence: 1 must lie between"),
-    (["--tokens", "1M", "--days", "1", "--price", "cpu-2core=-1"], "price cpu-2core: -1 must be above 0"),
+    (
+        ["--tokens", "1M", "--days", "1", "--price", "cpu-2core=-1"],
+        "--price cpu-2core: -1 must lie",
+    ),
     (["--tokens", "1M", "--days", "1", "--price", "h900=1"], "price: 'h900' is not one of cpu-2core"),
     (["--tokens", "1M", "--days", "1", "--price", "cpu-2core=dear"], "cpu-2core: 'dear' is not a number"),
-    (["--tokens", "1M", "--days", "1", "--assume", "failure_rate=2"], "failure_rate: 2.0 must lie between"),
+    (
+        ["--tokens", "1M", "--days", "1", "--assume", "failure_rate=2"],
+        "--assume failure_rate: 2.0 must",
+    ),
     (["--tokens", "1M", "--days", "1", "--assume", "failur_rate=2"], "near: failure_rate"),
-    (["--tokens", "1M", "--days", "1", "--buy", "--years", "0"], "years: 0.0 must lie between 0.25 and 20"),
+    (
+        ["--tokens", "1M", "--days", "1", "--buy", "--years", "0"],
+        "--years: 0.0 must lie between 0.25 and 20 years",
+    ),
+    (
+        ["--tokens", "1M", "--days", "1", "--buy", "--capex", "cpu-2core=1e-300"],
+        " --capex cpu-2core: 1e-300 must lie between 1 and 1e+09 dollars",
+    ),
     (["--tokens", "1M", "--days", "1", "--years", "4"], "years: 4.0 has no use without --buy"),
     (
         ["--tokens", "1M", "--days", "1", "--capex", "cpu-2core=9"],

@@ -15,10 +15,10 @@ import pytest
 import mopsim
 from mopsim.api.size import Clusters
 from mopsim.common import io
-from mopsim.common.units import format_probability
+from mopsim.common.units import format_days, format_probability, format_span
 from mopsim.intervals.errors import known_errors
 from mopsim.report.decision import Decision, content, texts
-from mopsim.report.sizing import format_days, missed, stated, summary, surely
+from mopsim.report.sizing import missed, stated, summary, surely
 from mopsim.size import Goal, Point, Sizing
 from mopsim.size.benchmarks import of_machine, spreads
 from mopsim.size.figures import DAY, WIDE
@@ -373,9 +373,9 @@ def test_the_page_has_the_interval_that_was_asked_for(found: Clusters, tmp_path:
     page = (tmp_path / "decision.html").read_text("utf-8")
     said = page[page.index("<h1>") : page.index("What this rests on")]
     assert "90 %" not in said
-    ends = [format_days(one / DAY) for one in chosen.figures.seconds_interval(0.5)]
-    assert f"{ends[0]} to {ends[1]} with 50 %" in said
-    assert f"{ends[0]}-{ends[1]}" in said
+    low, high = (one / DAY for one in chosen.figures.seconds_interval(0.5))
+    assert f"{format_span(low)} to {format_span(high)} with 50 %" in said
+    assert f"{format_days(low)}-{format_days(high)}" in said
     assert settle(chosen, found.what_if(), 0.5)[0].before < settle(chosen, found.what_if())[0].before
 
 

@@ -9,9 +9,9 @@ import pytest
 import mopsim
 from mopsim.api.size import Clusters
 from mopsim.api.size_json import brief_json
-from mopsim.common.units import format_probability
+from mopsim.common.units import format_probability, format_span
 from mopsim.report.decision import Decision, content, texts
-from mopsim.report.sizing import break_even, chances, columns, fits_surely, format_days, row, tie
+from mopsim.report.sizing import break_even, chances, columns, fits_surely, row, tie
 from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.figures import DAY
 from mopsim.size.points import surer_to_fit, ties
@@ -84,7 +84,7 @@ def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> N
     assert other.figures is not None
     cheap = replace(other, figures=replace(other.figures, cost=(other.figures.cost or 0.0) / 2))
     price = rival["price_per_device_hour_usd"] / 2
-    days = f"for {format_days(other.figures.days)} days"
+    days = f"for {format_span(other.figures.days)}"
     mine, theirs = (one.hardware.cluster(one.num_nodes) for one in (cheap, chosen))
     billed_at = f"at {price:.3g} USD/h (billed at {2 * price:g})"
     said = f"{mine} {days} cost as much as {theirs} {days} {billed_at}"
@@ -147,7 +147,7 @@ def test_a_tie_is_told(found: Clusters) -> None:
     free = [replace(one, figures=replace(bill, cost=None)) for one in (chosen, chosen, more)]
     assert ties(free, free[0], asked, None) == free[1:2]
     said = tie([same], chosen, request)
-    for_days = f"{same.hardware.cluster(same.num_nodes)} for {format_days(days / 2 / DAY)} days"
+    for_days = f"{same.hardware.cluster(same.num_nodes)} for {format_span(days / 2 / DAY)}"
     assert said.startswith(f"of the same cost within 0.5 %: {for_days}, $")
     assert re.search(r", in time with probability \S+, fits with probability \S+$", said)
     assert tie([], chosen, request) == ""

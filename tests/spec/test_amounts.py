@@ -8,7 +8,15 @@ import pytest
 
 import mopsim
 from mopsim.common.errors import MopError
-from mopsim.common.units import parse_count, parse_dollars, parse_tokens, read_amount
+from mopsim.common.units import (
+    format_days,
+    format_dollars,
+    format_span,
+    parse_count,
+    parse_dollars,
+    parse_tokens,
+    read_amount,
+)
 from mopsim.size.assumptions import read_values
 
 AMOUNTS = {"7": 7, "1.5k": 1500, "1.5K": 1500, "10M": 10**7, "2B": 2 * 10**9, "2G": 2 * 10**9, "10T": 10**13,
@@ -51,7 +59,7 @@ def test_a_number_is_one_whatever_its_size(text: str) -> None:
 @pytest.mark.parametrize("amounts", [{"prices": {}}, {"capex": {}, "buy": True}])
 def test_an_amount_beyond_all_floats_is_a_line(amounts: dict[str, Any]) -> None:
     given = {name: {"h100-sxm-80g": 10**400} if value == {} else value for name, value in amounts.items()}
-    with pytest.raises(MopError, match="an integer of 401 digits must be above 0 and below"):
+    with pytest.raises(MopError, match="an integer of 401 digits must lie between"):
         mopsim.size("tiny", "h100-sxm-80g", tokens="1B", days=3, **given)
 
 
@@ -60,3 +68,32 @@ def test_long_digits_are_cut(tmp_path: Path) -> None:
     with pytest.raises(MopError) as refused:
         read_values([str(tmp_path / "prices.yaml")], "--price")
     assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("dollars", "said"),
+    [
+        (0.0031, "$0.0031"),
+        (0.4, "$0.40"),
+        (9.994, "$9.99"),
+        (9.996, "$10"),
+        (999.0, "$999"),
+        (1234.0, "$1.23 k"),
+        (0, "$0"),
+    ],
+)
+def test_small_sums_are_told_in_cents(dollars: float, said: str) -> None:
+    assert format_dollars(dollars) == said
+
+
+@pytest.mark.parametrize(
+    ("days", "column", "span"),
+    [
+        (12.34, "12.3", "12.3 days"),
+        (0.05, "0.05", "0.05 days"),
+        (0.0031, "0.0031", "4.5 min"),
+        (1e-4, "0.0001", "8.64 s"),
+    ],
+)
+def test_short_runs_are_told_in_minutes(days: float, column: str, span: str) -> None:
+    assert (format_days(days), format_span(days)) == (column, span)
