@@ -1,6 +1,6 @@
 """For a buyer: which machine type trains OLMoE (7B parameters) on 1T tokens in 20 days, and at what cost?
 
-Then, at the recommended size, MoP beside FSDP2 on that machine. Half a minute.
+Then, at the recommended size, MoP beside FSDP2 on that machine. About a minute.
 
     python examples/buyer.py [folder for the report]
 """

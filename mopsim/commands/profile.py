@@ -12,11 +12,12 @@ from rich.text import Text
 
 from mopsim.api.inputs import read_families, read_inputs
 from mopsim.api.run import search
-from mopsim.api.sensitivity import Moved, sensitivity, turns
+from mopsim.api.sensitivity import Moved, assumptions, sensitivity, turns
 from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError, require
+from mopsim.common.io import to_plain
 from mopsim.common.outputs import check_outputs
 from mopsim.common.shipped import shipped
 from mopsim.common.units import format_seconds, parse_count
@@ -163,7 +164,7 @@ def filled(profile: HardwareProfile, near: HardwareProfile, figures: Mapping[str
 
 def _weigh(profile: HardwareProfile, job: Mapping[str, Any], console: Any) -> dict[str, Any]:
     """Simulate the reference job with each assumption 20 % lower and higher; show and return what moves."""
-    with progress(console, "weighing assumptions", None) as shown:
+    with progress(console, "weighing assumptions", len(assumptions(to_plain(profile)))) as shown:
         ranking = search(hardware=profile, top=1, **job)
         best = ranking.best
         if best is None:

@@ -33,7 +33,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     with progress(console, "searching", None) as shown:
 
         def tell(simulated: int, best: SimResult | None) -> None:
-            shown(simulated, f"best {format_seconds(best.step_time)}" if best else "nothing fits yet")
+            leads = f"best {format_seconds(best.step_time)} ({best.strategy.name})" if best else ""
+            shown(simulated, f"{simulated} simulated, {leads or 'nothing fits yet'}")
 
         ranking = search(jobs=workers(jobs), progress=tell, **keywords(job))
     found, where, level = ranking.found, ranking.inputs.where, ranking.inputs.interval

@@ -54,7 +54,7 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     with progress(console, "sizing", None) as shown:
         found = size(
             jobs=os.cpu_count() or 1,
-            progress=lambda done, total, text: shown(done, f"{done} of {total} so far: {text}"),
+            progress=lambda done, total, text: shown(done, f"{done} of at least {total}: {text}"),
             **keywords(**order),
         )
     request, chosen = found.request, found.chosen

@@ -18,11 +18,11 @@ SHOWN = 4
 
 
 def finding(results: Results, searched: Searched | None = None, level: float = 0.9) -> str:
-    """One sentence: the winner, by how much and how surely, or that nothing fits; and what the searches
-    promise that were not exhausted. level: of the ratio's interval."""
+    """The winner, by how much and how surely, or that nothing fits; in sentences of their own what the
+    searches promise that were not exhausted. Without the last full stop. level: of the ratio's interval."""
     found = headline(results) + _how_surely(results, level)
     still = [(label, left) for label, left in (searched or {}).items() if not exhausted(left[0])]
-    return f"{found} ({'; '.join(promises(still))})" if still else found
+    return ". ".join([found, *(f"Search of {one}" for one in promises(still))])
 
 
 def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:

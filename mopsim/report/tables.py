@@ -163,7 +163,15 @@ def corrected(result: SimResult) -> str:
 
 def _also(result: SimResult, free: Freedom) -> str:
     said = freedom(to_plain(result.strategy), free.alone, free.together, result.routed)
-    return f"; as fast: {said}" if said else ""
+    return f"; as fast: {said}{_surer(free.surer)}" if said else _surer(free.surer)
+
+
+def _surer(one: SimResult | None) -> str:
+    """'; as fast and surer to fit: 111 GiB, P(fits) 0.86: FSDP=8 ...'."""
+    if one is None:
+        return ""
+    chance = format_probability(one.p_fits)
+    return f"; as fast and surer to fit: {size(one.peak_memory)}, P(fits) {chance}: {one.line}"
 
 
 def best_of_others(

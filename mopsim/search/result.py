@@ -21,14 +21,20 @@ NOT_RUN = "mopexec does not run it"
 """The reason that one option lifts, so it is named first."""
 
 
+SURER = 0.05
+"""By what P(fits) must be higher for a plan that ties to be told as the surer one."""
+
+
 @dataclass(frozen=True)
 class Freedom:
     """What of a plan may be chosen otherwise and is as fast (within TIE). alone: a field that may change
     while all else stays -> its values, the plan's first. together: fields that change with each other only,
-    an alternative each -> their values."""
+    an alternative each -> their values. surer: of these plans the one that fits most surely, where its
+    P(fits) is higher than the plan's by SURER."""
 
     alone: dict[str, list[Any]] = field(default_factory=dict)
     together: list[dict[str, Any]] = field(default_factory=list)
+    surer: SimResult | None = None
 
 
 @dataclass

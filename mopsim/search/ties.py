@@ -6,7 +6,7 @@ from typing import Any
 
 from mopsim.common.io import to_plain
 from mopsim.engine import SimResult
-from mopsim.search.result import TIE, Freedom
+from mopsim.search.result import SURER, TIE, Freedom
 
 TIED = "as fast as a ranked plan, in its row"
 
@@ -27,7 +27,9 @@ class Row:
             if not more:
                 values = alone.setdefault(name, [lead.get(name)])
                 values += [value] * (value not in values)
-        return Freedom(alone, _together(changes))
+        surest = max(self.tied, key=lambda one: (one.p_fits, -one.peak_memory), default=self.best)
+        surer = surest if surest.p_fits - self.best.p_fits >= SURER else None
+        return Freedom(alone, _together(changes), surer)
 
 
 def _changes(lead: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:

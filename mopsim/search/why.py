@@ -213,7 +213,7 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
         order += _order(more)
         so = f"with both {MORE:g} times as fast it {_takes(best, more[0])}{_order(more)}"
         said = f"{said}; the host's DRAM bounds copies then, and {so}"
-    return said if order else f"{said}; the order of the families stays"
+    return said if order or not others else f"{said}; the order of the families stays"
 
 
 def _graphs(best: SimResult, problem: Problem) -> Iterator[str]:

@@ -138,17 +138,26 @@ class Outcome:
 def outcomes(sealed: Sealed, run: Measurement) -> list[Outcome]:
     """What became of it. Raises MopError where the run is of something else than was sealed."""
     for part in PARTS:
-        ours, theirs = (io.digest(getattr(plan, part)) for plan in (sealed.plan, run.plan))
-        if ours != theirs:
-            raise MopError(f"measurements: plan.{part}: {theirs} is not what was sealed, {ours}")
-    ours, theirs = io.digest(sealed.hardware), run.plan.hardware.digest
-    if ours != theirs:
-        raise MopError(f"measurements: plan.hardware.digest: {theirs} is not what was sealed, {ours}")
+        ours, theirs = getattr(sealed.plan, part), getattr(run.plan, part)
+        _same(part, (theirs, io.digest(theirs)), (ours, io.digest(ours)))
+    hardware, where = sealed.hardware, run.plan.hardware
+    _same("hardware.digest", (where, where.digest), (hardware, io.digest(hardware)))
     found = [Outcome("step_time_s", sealed.step_time_s, *sealed.step_time_interval_s, run.step_time_median)]
     if run.peak_memory > 0:
         peak = (float(sealed.peak_memory_bytes), *sealed.peak_memory_interval_bytes)
         found.append(Outcome("peak_memory_bytes", *peak, float(run.peak_memory)))
     return found
+
+
+def _same(part: str, theirs: tuple[Any, str], ours: tuple[Any, str]) -> None:
+    """Raises MopError where two specs, each with its digest, differ; with their names where these do."""
+    names = [getattr(spec, "name", "") for spec, _ in (theirs, ours)]
+    if theirs[1] != ours[1]:
+        ran, sealed = [
+            f"{name} ({digest})" if names[0] != names[1] else digest
+            for name, (_, digest) in zip(names, (theirs, ours), strict=True)
+        ]
+        raise MopError(f"measurements: plan.{part}: {ran} is not what was sealed, {sealed}")
 
 
 def score_json(sealed: Sealed, run: Measurement) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mopsim.report.palette import COLOURS
 from mopsim.report.tables import ENOUGH, P_FITS, comparison
 from mopsim.search.result import promise
 from mopsim.spec.categories import COMPONENTS
+from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.profiles import load_profile
 from tests.sim.explored import JOB, results
 
@@ -76,6 +77,13 @@ def test_a_page_holds_what_it_needs_and_names_no_address(tmp_path: Path) -> None
     assert max(span[2] for span in timeline["spans"]) == pytest.approx(step.step_time_s, rel=1e-5)
     peak = max(map(sum, zip(*timeline["memory"]["categories"].values(), strict=True)))
     assert peak == step.peak_memory_bytes
+
+
+def test_what_a_timeline_draws_has_colours_of_its_own() -> None:
+    """The embedding and kernels bound by memory were one grey, in one legend."""
+    moved = (*COLLECTIVES, "memory_bound", "h2d", "d2h", "host_optimizer")
+    drawn = [COLOURS[one] for one in (*COMPONENTS, *moved)]
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_a_timeline_names_what_is_computed_and_what_is_moved(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -12,7 +14,7 @@ from mopsim.cli import app
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.spec.plan import Measurement
-from mopsim.validate.sealed import _text, open_sealed
+from mopsim.validate.sealed import _text, open_sealed, outcomes
 
 
 def predicted(**changes: int) -> Simulation:
@@ -104,6 +106,17 @@ def test_what_no_prediction_says_is_refused_under_any_hash(tmp_path: Path, field
     path.write_text(_text(content))
     with pytest.raises(MopError, match=rf"sealed\.({field}|mopsim): "):
         open_sealed(path)
+
+
+def test_a_run_of_another_network_is_told_by_its_name(tmp_path: Path) -> None:
+    step, path = predicted(), tmp_path / "sealed.json"
+    step.seal(path)
+    sealed = open_sealed(path)
+    other = msgspec.structs.replace(sealed.plan.model, name="another", vocab_size=77)
+    run = SimpleNamespace(plan=msgspec.structs.replace(sealed.plan, model=other))
+    said = rf"plan\.model: another \(\w+\) is not what was sealed, {sealed.plan.model.name} \(\w+\)$"
+    with pytest.raises(MopError, match=said):
+        outcomes(sealed, run)  # type: ignore[arg-type]
 
 
 def test_another_run_does_not_score_it(tmp_path: Path) -> None:

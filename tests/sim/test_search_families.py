@@ -175,11 +175,11 @@ def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
     found = asked(("zero_offload", "fsdp2"), 4)
     text = finding(found.best_by_family, {"fsdp2": (0.25, None), "zero_offload": (0.0, None)})
     assert "is fastest" in text
-    assert text.endswith(" (fsdp2: not exhausted: a plan left out is at most 25 % faster)")
+    assert text.endswith("). Search of fsdp2: not exhausted: a plan left out is at most 25 % faster")
     for proven in (0.0, TIE):
         assert "not exhausted" not in finding(found.best_by_family, {"fsdp2": (proven, None)})
     text = finding({}, {"megatron": (None, None), "fsdp2": (0.0, None)})
-    assert text == "No strategy fits (megatron: not exhausted: a plan left out may fit)"
+    assert text == "No strategy fits. Search of megatron: not exhausted: a plan left out may fit"
 
 
 def test_a_large_pool_holds_the_fastest_and_the_leanest(monkeypatch: pytest.MonkeyPatch) -> None:

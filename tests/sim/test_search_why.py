@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -17,12 +18,13 @@ from mopsim.engine import SimResult, simulate
 from mopsim.intervals.spread import SURE
 from mopsim.report.alternatives import freedom, otherwise
 from mopsim.report.explore.steps import as_fast
+from mopsim.report.tables import _surer
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
 from mopsim.search.staged import candidates
-from mopsim.search.ties import TIED, rows
+from mopsim.search.ties import TIED, Row, rows
 from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, waits, why
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import choices
@@ -303,7 +305,7 @@ def link_to_the_host(link: float, dram: float) -> str:
 
 
 def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
-    gains = r"takes \S+ \w+ \(\d+% faster\); the order of the families stays$"
+    gains = r"takes \S+ \w+ \(\d+% faster\)$"
     bound_by_dram, bound_by_link = link_to_the_host(1.0, 1 / 8), link_to_the_host(1 / 2, 4.0)
     assert "2 times as fast, the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
     assert re.search(f"with both 2 times as fast it {gains}", bound_by_dram)
@@ -377,3 +379,15 @@ def test_divisors_of_large_numbers() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(36) == [one for one in range(1, 37) if 36 % one == 0]
     assert len(divisors(2**40 * 3)) == 82
+
+
+@pytest.mark.parametrize(("chances", "surest"), [((0.9, 0.84), 0), ((0.84, 0.85), None)])
+def test_a_tied_plan_that_is_surer_to_fit_is_told(chances: tuple[float, ...], surest: int | None) -> None:
+    def plan(chance: float) -> SimpleNamespace:
+        return SimpleNamespace(strategy=mop(8), p_fits=chance, peak_memory=111 << 30, line="EP=8")
+
+    tied = [plan(one) for one in chances]
+    surer = Row(plan(0.81), tied).freedom().surer  # type: ignore[arg-type]
+    assert surer is (None if surest is None else tied[surest])
+    said = "; as fast and surer to fit: 111 GiB, P(fits) 0.90: EP=8"
+    assert _surer(surer) == ("" if surest is None else said)

@@ -151,9 +151,10 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
             continue
         works = _works(had)
         told = [where for where, values in had.items() if where and (value not in values or not works)]
-        on = f"the stack {job.software.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
+        where = f"{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
         only = f"only {' or '.join(map(repr, works))}" if works else "nor is any other value"
-        yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
+        on = f"{SIDES[side]['does']} on the stack {job.software.name}"
+        yield SpecError(f"strategy.{path}", value, f"is not {on}, {only}{where}")
 
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
@@ -163,10 +164,12 @@ def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
 
 def no_runtime(job: Job) -> SpecError | None:
     """The error of a stack that no runtime of mopexec runs."""
+    name = job.software.name
     if job.software.runtime:
         return None
-    rule = f"of the stack {job.software.name}: mopexec runs {', '.join(_run())} only"
-    return SpecError("stack.runtime", "", rule)
+    written = "; mopsim export writes it" * any(name in one.get("stacks", ()) for one in SIDES.values())
+    rule = f"is a stack that mopexec does not run, only {', '.join(_run())}{written}"
+    return SpecError("stack", name, rule)
 
 
 @cache
