@@ -145,9 +145,7 @@ def loss_tape(context: Context) -> Tape:
         back_scratch=(("logits", beside * elements),) if beside else (),
     )  # fmt: skip
     size = float(elements * (wide if torch else c.wide))
-    kernels.append(
-        charged(entropy, COMPOSED.get(f"loss_{how}", COMPOSED["loss"]), float(elements * c.b), size)
-    )
+    kernels.append(charged(entropy, COMPOSED[f"loss_{how}"], float(elements * c.b), size))
     kernels += _beside(c, elements, parts)
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
 

@@ -22,4 +22,6 @@ class Words:
         return own.get_template(self.name, globals=self.known).module
 
     def __getattr__(self, macro: str) -> Callable[..., str]:
+        if macro.startswith("_"):
+            raise AttributeError(macro)
         return lambda *given: str(getattr(self._said, macro)(*given)).replace("\n", "")

@@ -145,6 +145,11 @@ class _Trials:
         self.built: dict[frozenset[tuple[str, int]], Strategy | None] = {}
         self.setters: dict[str, set[Key]] = {}
         self.stack = problem.software(family)
+        self.named = {
+            (entry.partition(" where ")[0], plain(one))
+            for entry, values in self.stack.has.items()
+            for one in values
+        }
         self.crossed = self._crossed()
         self.stack = _with(self.stack, lambda entry: entry not in self.crossed)
         self.bound: dict[Key, bool] = {}
@@ -189,16 +194,11 @@ class _Trials:
     def _no_word(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> SpecError | None:
         """Why a value is in no target that the stack asked for describes; None where it is, where the stack
         names it (with a source: the program has what an export has no words for), or it describes none."""
-        named = {
-            (entry.partition(" where ")[0], plain(one))
-            for entry, values in self.problem.software(self.family).has.items()
-            for one in values
-        }
 
         def refused(job: Job, side: str) -> Iterator[SpecError]:
             for error in field_refusals(job, by=side):
                 noun, _, path = error.field.partition(".")
-                if noun == "strategy" and key in self._set_by(path) and (path, error.value) not in named:
+                if noun == "strategy" and key in self._set_by(path) and (path, error.value) not in self.named:
                     yield error
 
         stack = self.problem.stack.name if self.problem.stack else None

@@ -44,7 +44,7 @@ BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
 SLOWER_BOUND = "slower, bound: cannot beat the ranked plans"
-SLOWER = "slower, simulated: ranked plans are faster, or as fast with less memory"
+SLOWER = "slower, simulated: ranked plans are faster, or as fast and plainer"
 
 Progress = Callable[[SearchResult], None]
 

@@ -179,13 +179,13 @@ class Kernels(Spec, frozen=True, kw_only=True):
     loss: cross entropy. `composed`: torch's, several kernels with copies in fp32. `in_place`: Megatron-LM's
     vocab_parallel_cross_entropy, in place on one copy in fp32 of the logits or a rank's slice of them.
     `shifted`: so, and the maximum is subtracted from the copy into another one (Megatron-LM from 2022 to June
-    2024). `log_probs`: log-probabilities step by step, the copy in fp32, that copy without its maximum and
-    they at once; kept is their softmax (NeMo-Aligner). `slices_in_place`: `in_place` of slices, whole logits
-    as `composed`. `fused`: one kernel that overwrites the logits. `upcast`: one kernel on a copy of the
-    logits in fp32. `compiled`: kernels that torch compiles. `native`: Megatron-Core's compiled kernels, whose
-    gradient takes a second copy. `gathered`: torch's, on a copy in fp32 of logits that every tensor-parallel
-    rank gathers whole. `loss_parallel`: torch's, on a copy in fp32 of a rank's slice of the logits
-    (torch.distributed.tensor; whole logits as `composed`).
+    2024). `log_probs`: log-probabilities step by step: three fp32 tensors live at once (cast, shifted,
+    log-probabilities); the softmax is kept for backward (NeMo-Aligner). `slices_in_place`: `in_place` of
+    slices, whole logits as `composed`. `fused`: one kernel that overwrites the logits. `upcast`: one kernel
+    on a copy of the logits in fp32. `compiled`: kernels that torch compiles. `native`: Megatron-Core's
+    compiled kernels, whose gradient takes a second copy. `gathered`: torch's, on a copy in fp32 of logits
+    that every tensor-parallel rank gathers whole. `loss_parallel`: torch's, on a copy in fp32 of a rank's
+    slice of the logits (torch.distributed.tensor; whole logits as `composed`).
     loss_copy: torch's cross entropy works on a copy in fp32; false: on the logits in their own dtype.
     logit_grads: where the gradient of logits is made by losses that are one kernel (`fused`, `upcast`,
     `compiled`, `native`, `gathered`). `in_place`: over the logits. `apart`: in a tensor of its own.

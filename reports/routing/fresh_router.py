@@ -109,19 +109,34 @@ def loads(
     return found
 
 
-def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--source", required=True)
-    asked.add_argument("--text", nargs="+", required=True)
-    asked.add_argument("--out", required=True)
-    asked.add_argument("--width", type=int, default=128)
-    asked.add_argument("--seed", type=int, default=42)
-    options = asked.parse_args()
-    sys.path.insert(0, options.source)
+def asked(about: str | None, *paths: str, **usual: int | list[int]) -> argparse.Namespace:
+    """--text and --out, these paths, and whole numbers (where they are usually a list, some of them)."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--text", nargs="+", required=True)
+    for path in ("out", *paths):
+        parser.add_argument(f"--{path}", required=True)
+    for name, value in usual.items():
+        some = {"nargs": "+"} if isinstance(value, list) else {}
+        parser.add_argument(f"--{name}", type=int, default=value, **some)
     torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def written(out: str) -> list[dict[str, object]]:
+    """The runs of a file, none where it is not there."""
+    return json.loads(Path(out).read_text()) if Path(out).exists() else []
+
+
+def write(out: str, runs: list[dict[str, object]]) -> None:
+    """A run each line."""
+    Path(out).write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+
+
+def main() -> None:
+    options = asked(__doc__, "source", width=128, seed=42)
+    sys.path.insert(0, options.source)
     ids = tokens_of(options.text)
-    out = Path(options.out)
-    runs = json.loads(out.read_text()) if out.exists() else []
+    runs = written(options.out)
     for experts in (8, 16):
         for packed in (False, True):
             steps = loads(ids, options.width, experts, packed, options.seed)
@@ -133,7 +148,7 @@ def main() -> None:
                     "shares_of_steps_11_to_20": [round(one, 4) for one in last],
                 }
             )  # fmt: skip
-            out.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+            write(options.out, runs)
             print(runs[-1], flush=True)
 
 

@@ -7,17 +7,14 @@ bias of experts, AdamW and schedule are those of its llama4_17bx16e.toml, in two
 2025-10-13 has them; width and scaling as in fresh_router.py.
 """
 
-import argparse
-import json
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
-from fresh_router import VOCAB, tokens_of
+from fresh_router import VOCAB, asked, tokens_of, write
 
 FULL, LAYERS, EXPERTS, STEPS, RATE = 5120, 2, 16, 200, 4e-3
 
@@ -95,15 +92,8 @@ def loads(ids: torch.Tensor, width: int, seed: int, rows: int = 1, seq: int = 51
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--source", required=True)
-    asked.add_argument("--text", nargs="+", required=True)
-    asked.add_argument("--out", required=True)
-    asked.add_argument("--width", type=int, default=320)
-    asked.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
-    options = asked.parse_args()
+    options = asked(__doc__, "source", width=320, seeds=[42, 43])
     borrow(options.source)
-    torch.set_num_threads(1)
     ids = tokens_of(options.text)
     runs = []
     for seed in options.seeds:
@@ -112,7 +102,7 @@ def main() -> None:
         busiest = [round(sum(one[0] for one in steps[i : i + 10]) / 10, 3) for i in range(0, STEPS, 10)]
         runs.append({"width": options.width, "seed": seed, "busiest_by_ten_steps": busiest,
                      "shares_of_steps_11_to_200": [round(one, 4) for one in mean]})  # fmt: skip
-        Path(options.out).write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+        write(options.out, runs)
         print(runs[-1], flush=True)
 
 

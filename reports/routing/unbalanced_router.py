@@ -9,14 +9,11 @@ schedule (warm-up of 40 steps to 3e-4, a cosine to 3e-5) are those of its verifi
 heads and tokens of a step are a part; weights and rates are scaled as fresh_router.py says.
 """
 
-import argparse
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fresh_router import VOCAB, tokens_of
+from fresh_router import VOCAB, asked, tokens_of, write, written
 from torch import Tensor, nn
 
 FULL, DEPTH, TOP, HEAD, STEPS, WARMUP = 2880, 24, 4, 32, 100, 40
@@ -97,20 +94,13 @@ def loads(ids: Tensor, width: int, layers: int, experts: int, seed: int, seq: in
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--text", nargs="+", required=True)
-    asked.add_argument("--out", required=True)
-    for name, usual in (("experts", 32), ("layers", 12), ("width", 192), ("seq", 1024), ("seed", 1)):
-        asked.add_argument(f"--{name}", type=int, default=usual)
-    options = asked.parse_args()
-    torch.set_num_threads(1)
+    options = asked(__doc__, experts=32, layers=12, width=192, seq=1024, seed=1)
     size = {name: getattr(options, name) for name in ("width", "layers", "experts", "seed", "seq")}
     steps = loads(tokens_of(options.text, 2_000_000), **size)
     last = torch.tensor(steps[-10:]).mean(0).tolist()
-    out = Path(options.out)
-    runs = json.loads(out.read_text()) if out.exists() else []
+    runs = written(options.out)
     runs.append(size | {"shares_of_steps_91_to_100": [round(one, 4) for one in last]})
-    out.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    write(options.out, runs)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class ComposedKernel(Spec, frozen=True, kw_only=True):
     dtype and in fp32. whole: whether what it reads is kept. working, back_working: tensors in these dtypes
     that are there while it runs. gradients: category of the halves' gradients, in one tensor. gated: of
     gated activations alone; ungated: what it is without a gate, if not what it was. of_each: kernels of each
-    expert in it, forward and backward.
+    expert in it, forward and backward. what: these kernels, in words. source: file, program or release that
+    they are read from; empty where `what` names plain operators of torch.
     """
 
     forward: TensorPasses = TensorPasses()
@@ -59,7 +60,8 @@ class ComposedKernel(Spec, frozen=True, kw_only=True):
     gated: bool = False
     ungated: "ComposedKernel | None" = None
     of_each: tuple[int, int] = (0, 0)
-    source: str
+    what: str
+    source: str = ""
 
     def of(self, kernel: Kernel, wider: float, wings: int) -> Kernel:
         """A kernel as it is composed. wider: an element in fp32 over one in the compute dtype. wings: tensors

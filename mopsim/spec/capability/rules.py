@@ -151,10 +151,9 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
             continue
         works = _works(had)
         told = [where for where, values in had.items() if where and (value not in values or not works)]
-        where = f"{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
+        on = f"the stack {job.software.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
         only = f"only {' or '.join(map(repr, works))}" if works else "nor is any other value"
-        on = f"{SIDES[side]['does']} on the stack {job.software.name}"
-        yield SpecError(f"strategy.{path}", value, f"is not {on}, {only}{where}")
+        yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
 
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
