@@ -42,8 +42,7 @@ NO_UPDATE = StepResult(loss=0.0, grad_norm=0.0, tokens=0)
 """Of a step whose global batch has no target that counts; every rank sees that by itself."""
 UNCOMPILED = "those of --tracked-steps run as they are, the next one compiles"
 TRACKED_STEPS = 2
-"""Steps of a process whose memory is watched where nobody asked: later ones run without the tracker's cost. A
-router that learns may need more in a later step, so what is shown says up to which step it was seen."""
+"""Steps watched for memory where nobody asked. A router may need more later: what is shown names the step."""
 
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):

@@ -48,8 +48,36 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     others = best_of_others(found.best_by_family, found.best or found.closest, found.lacking)
     if others and (found.top or len(found.lacking) > 1):
         console.print(others)
-    tried, began = 0, time.perf_counter()
+    more = _explain(console, ranking)
+    refused = [one for one in ranking.top if not one.runnable]
+    if refused:
+        console.print(
+            f"{len(refused)} of {len(ranking.top)} plans are planned only: mopexec does not run them "
+            f"(--runnable leaves them out); {exported(refused)}"
+        )
+    rate = found.bounded / max(found.bound_seconds, 1e-9)
+    console.print(
+        f"{found.outcome()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
+        f"{found.simulated} simulated, {found.seconds:.1f} s{more}"
+    )
+    inputs = ranking.inputs
+    say_notes(console, [*unread(inputs.model), *busy(inputs.hardware)])
+    for line in found.left_out:
+        console.print(line, style="dim")
+    for reason, count in found.rejected.most_common():
+        console.print(f"  {count:>9,}  {reason}", style="dim")
+    if json:
+        io.write_json(json, ranking.to_json())
+    _write(console, ranking, plan, seal)
+    say_written(console, json)
+    return 0 if ranking.best else NOTHING_FITS
+
+
+def _explain(console: Console, ranking: Ranking) -> str:
+    """Asks why the winner wins, or what would fit, and shows it; returns what that took, as of _more."""
+    found = ranking.found
     what = "why" if found.top else "what would fit"
+    tried, began = 0, time.perf_counter()
     with progress(console, f"asking {what}", None) as shown:
 
         def ask(simulated: int, said: str) -> None:
@@ -63,29 +91,7 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     for line in lines:
         if line not in shown_above:
             console.print(f"- {line}")
-    refused = [one for one in ranking.top if not one.runnable]
-    if refused:
-        console.print(
-            f"{len(refused)} of {len(ranking.top)} plans are planned only: mopexec does not run them "
-            f"(--runnable leaves them out); {exported(refused)}"
-        )
-    rate = found.bounded / max(found.bound_seconds, 1e-9)
-    console.print(
-        f"{found.outcome()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
-        f"{found.simulated} simulated, {found.seconds:.1f} s"
-        f"{_more(what, tried, asked)}"
-    )
-    inputs = ranking.inputs
-    say_notes(console, [*unread(inputs.model), *busy(inputs.hardware)])
-    for line in found.left_out:
-        console.print(line, style="dim")
-    for reason, count in found.rejected.most_common():
-        console.print(f"  {count:>9,}  {reason}", style="dim")
-    if json:
-        io.write_json(json, ranking.to_json())
-    _write(console, ranking, plan, seal)
-    say_written(console, json)
-    return 0 if ranking.best else NOTHING_FITS
+    return _more(what, tried, asked)
 
 
 def _more(what: str, tried: int, seconds: float) -> str:

@@ -46,6 +46,7 @@ def test_tracked_peaks_are_the_profilers() -> None:
         assert tracked == pytest.approx(allocated, rel=TOLERANCE), (name, tracked / allocated - 1)
 
 
+RUNS = 10
 SPREAD: dict[str, Strategy] = {
     "mop": strategies.mop(2, expert_parallel=2, context_parallel=2, vocab_parallel=2, **CHUNKS),
     "zero_offload": strategies.zero_offload(2, expert_parallel=2),
@@ -61,11 +62,12 @@ into a tensor of its own (`torch.zeros(n).add_(bf16)` allocates 4 n bytes there;
 
 
 def test_on_two_ranks_all_but_copies_of_gloo_is_seen() -> None:
-    """One of three runs at most: how long a thread of gloo holds what it has sent differs from run to run."""
+    """The lowest of RUNS at most: how long a thread of gloo holds what it has sent differs from run to run,
+    most on a busy machine."""
     left = {name: replace(plan(strategy), model=LARGER) for name, strategy in SPREAD.items()}
     lowest: dict[str, int] = {}
     ranks = Pool(2, prompt=True)
-    for _ in range(3):
+    for _ in range(RUNS):
         (found, _) = ranks.run("tests.parity.profiled_worker", "peaks", left)
         lowest |= {name: min(one[2], lowest.get(name, one[2])) for name, one in found.items()}
         tracked = {name: one[0] for name, one in found.items()}
