@@ -84,49 +84,51 @@ def test_every_preset_trains(plan: Plan) -> None:
     check(plan)
 
 
+TEMPERED: dict[str, Any] = {
+    "attention_chunk_size": 7, "full_attention_rotary": False, "attn_temperature_tuning": True,
+    "layer_types": (*["chunked_attention"] * 3, "full_attention"),
+}  # fmt: skip
 SWITCHES: dict[str, dict[str, Any]] = {
-    "tied": {"tie_word_embeddings": True},
-    "gated shared expert": {"shared_expert_gate": True},
-    "two matrices": {"ffn_matrices": 2, "ffn_activation": "relu2", "expert_bias": True},
-    "LayerNorm": {"norm": "layernorm", "ffn_matrices": 2},
-    "LayerNorm without a bias": {"norm": "layernorm", "norm_bias": False, "attention_bias": "qkv"},
-    "learned positions": {"learned_positions": 64, "num_nextn_predict_layers": 0},
-    "two matrices, gated": {"ffn_matrices": 2, "shared_expert_gate": True},
-    "biases": {"attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True},
-    "two MTP modules": {"num_nextn_predict_layers": 2},
-    "full norm": {"qk_norm": "full"},
-    "rotation of part of a head": {"partial_rotary_factor": 0.5},
-    "rotation of neighbours in part of a head": {"partial_rotary_factor": 0.5, "rope_interleave": True},
-    "dense layers between": {"num_hidden_layers": 5, "mlp_only_layers": (2, 4)},
-    "layers within chunks, others without rotation": {
-        "attention_chunk_size": 7, "full_attention_rotary": False, "attention_bias": "none",
-        "layer_types": (*["chunked_attention"] * 3, "full_attention"),
+    "tied, gated shared expert": {"tie_word_embeddings": True, "shared_expert_gate": True},
+    "two matrices, rotation of part of a head": {
+        "ffn_matrices": 2, "ffn_activation": "relu2", "expert_bias": True, "partial_rotary_factor": 0.5,
     },
-    "norms without weights, queries scaled by position": {
-        "qk_norm": "unweighted", "attention_chunk_size": 7, "full_attention_rotary": False,
-        "layer_types": (*["chunked_attention"] * 3, "full_attention"), "attn_temperature_tuning": True,
-        "attention_bias": "none",
+    "LayerNorm, gated shared expert of two matrices": {
+        "norm": "layernorm", "ffn_matrices": 2, "shared_expert_gate": True,
     },
-    "queries scaled by position in the explicit block": {
-        "attention_chunk_size": 7, "full_attention_rotary": False, "attention_bias": "none",
-        "layer_types": (*["chunked_attention"] * 3, "full_attention"), "attn_temperature_tuning": True,
+    "LayerNorm without a bias, windows of some layers": {
+        "norm": "layernorm", "norm_bias": False, "attention_bias": "qkv",
+        "sliding_window": 5, "layer_types": (*["sliding_attention"] * 3, "full_attention"),
     },
+    "learned positions": {"learned_positions": 64},
+    "biases, two MTP modules": {
+        "attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True,
+        "num_nextn_predict_layers": 2,
+    },
+    "full norm, rotation of neighbours in part of a head": {
+        "qk_norm": "full", "partial_rotary_factor": 0.5, "rope_interleave": True,
+    },
+    "dense layers between, windows of some layers": {
+        "num_hidden_layers": 5, "mlp_only_layers": (2, 4), "sliding_window": 5,
+        "layer_types": (*["sliding_attention"] * 2, *["full_attention"] * 2, "sliding_attention"),
+    },
+    "norms without weights, queries scaled by position": TEMPERED | {"qk_norm": "unweighted"},
+    "queries scaled by position in the explicit block": TEMPERED,
     "weighted inputs of experts": {"expert_inputs_weighted": True, "norm_topk_prob": False},
     "weighted inputs, LayerNorm": {
         "expert_inputs_weighted": True, "norm": "layernorm", "expert_bias": True, "shared_expert_gate": True,
     },
-    "windows of some layers": {
-        "sliding_window": 5, "layer_types": (*["sliding_attention"] * 3, "full_attention"),
-    },
 }  # fmt: skip
+"""Each differs from "tiny" in what one part of a layer reads: what stands together is of different parts, and
+takes attention's block, explicit or composed, that each alone would."""
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_what_no_preset_has(switch: str) -> None:
+    """Layers of fully_shard are recomputed in every second network."""
     model = replace(load_model("tiny"), **SWITCHES[switch])
-    plain = fsdp2(2, recompute="none", loss="full")
-    check(small(model, plain, **AUXILIARY))
-    check(small(model, fsdp2(2, **EVERYTHING, offload=True), **AUXILIARY))
+    again = {"recompute": ("full", "none")[list(SWITCHES).index(switch) % 2]}
+    check(small(model, fsdp2(2, **EVERYTHING | again, offload=True), **AUXILIARY))
     stages = split(2, dtype="float64", pipeline_parallel=2)
     for strategy in (mop(2, **FLAT), stages, split(2, dtype="float64", expert_parallel=2)):
         if runnable(strategy, model) is None:
@@ -223,12 +225,21 @@ def test_learned_positions_restart_with_each_document(strategy: Strategy, mask: 
     check(small(replace(load_model("tiny"), **GPT), replace(strategy, micro_batch=2), attention_mask=mask))
 
 
-@pytest.mark.parametrize("name", ["gpt_oss_20b", "deepseek_v3", "qwen3_30b_a3b"])
-@pytest.mark.parametrize("family", [fsdp2, mop])
-def test_packed_documents_are_trained_as_if_each_were_alone(name: str, family: Any) -> None:
-    """The single-device model takes them one by one. Windows and sinks, latent attention, plain."""
+@pytest.mark.parametrize(
+    ("family", "name", "ranks"),
+    [
+        (fsdp2, "gpt_oss_20b", 1),
+        (mop, "gpt_oss_20b", 2),
+        (fsdp2, "deepseek_v3", 2),
+        (mop, "deepseek_v3", 1),
+        (fsdp2, "qwen3_30b_a3b", 1),
+        (mop, "qwen3_30b_a3b", 2),
+    ],
+)
+def test_packed_documents_are_trained_as_if_each_were_alone(family: Any, name: str, ranks: int) -> None:
+    """The single-device model takes them one by one. Windows and sinks, latent attention, plain; ranks: of a
+    sequence."""
     options = FLAT if family is mop else EVERYTHING
-    for degrees in (options, options | {"context_parallel": 1}):
-        strategy = replace(family(2, **degrees), micro_batch=2)
-        model = replace(load_model(name), num_nextn_predict_layers=0)
-        check(small(model, strategy, attention_mask="document"))
+    strategy = replace(family(2, **options | {"context_parallel": ranks}), micro_batch=2)
+    model = replace(load_model(name), num_nextn_predict_layers=0)
+    check(small(model, strategy, attention_mask="document"))

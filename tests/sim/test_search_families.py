@@ -1,6 +1,5 @@
 """Each family is searched by itself; what a search leaves out is said; memory and time are learned."""
 
-import itertools
 import sys
 from functools import cache
 
@@ -44,11 +43,8 @@ def alone(family: str) -> SimResult | None:
     return asked((family,), 8).best
 
 
-SEVERAL = [*itertools.combinations(FAMILIES, 2), FAMILIES]
-
-
 @pytest.mark.xdist_group("families side by side")
-@pytest.mark.parametrize("families", SEVERAL, ids="+".join)
+@pytest.mark.parametrize("families", [FAMILIES[1::-1], FAMILIES], ids="+".join)
 def test_more_families_are_never_worse(families: tuple[str, ...]) -> None:
     """Also where the budget is spent: a family finds the same whoever is searched beside it."""
     found = asked(families, 8)
