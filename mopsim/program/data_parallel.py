@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mopsim.graph.host_costs import FLAT
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.template import Memory
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import CommGroup, Work
 
@@ -113,11 +114,14 @@ def flat_host(context: Context, unit: ShardedUnit, part: str, started: int = 0) 
     return max(0.0, alone * wrapped + each * count - started)
 
 
-def prepared(context: Context, unit: ShardedUnit) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
-    """What is done with a unit's whole gradient before it is reduced, and with the reduction."""
+def prepared(context: Context, unit: ShardedUnit) -> tuple[tuple[Work, ...], Memory, tuple[Work, ...]]:
+    """What is done with a unit's whole gradient before it is reduced, what that takes for a moment, and what
+    is done with the reduction."""
     if context.stack.sharding.flat:
-        return (put_together(context, unit),), (divided(context, unit),)
-    return grad_passes(context, [unit]), ()
+        return (put_together(context, unit),), (), (divided(context, unit),)
+    dense = context.strategy.dense
+    size = int(unit.largest * context.checked) if dense.grad_tier == "host" else 0
+    return grad_passes(context, [unit]), (("framework", size), ("framework", -size)) if size else (), ()
 
 
 def put_together(context: Context, unit: ShardedUnit) -> Work:

@@ -314,9 +314,9 @@ class Shards(FurtherLayers, Edges):
         last = self._sent_off(unit, part, ready) if copied else ready
         if copied and not last:
             return
-        whole, before = ((), ()) if copied else prepared(self.c, unit)
-        if whole:
-            last = (self._pass(f"flat gradient {unit.name}", unit, whole, "backward", last),)
+        whole, held, before = ((), (), ()) if copied else prepared(self.c, unit)
+        if whole or held:
+            last = (self._pass(f"flat gradient {unit.name}", unit, whole, "backward", last, held),)
         for _, sent in reduction(self.c, [unit]):
             apart = replace(sent, launches=self.c.exchanges(unit, reduced=True))
             name, work, before = f"reduce {unit.name}", (*before, apart), ()

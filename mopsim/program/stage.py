@@ -144,6 +144,7 @@ class Stage:
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
         found.append(("framework", int(self._reduce_buffers * c.stack.sharding.reduce_buffer)))
+        found.append(("framework", int(self._host_room)))
         return tuple(step for step in found if step[1])
 
     @property
@@ -151,6 +152,13 @@ class Stage:
         """Buffers of reductions (see Sharding.reduce_buffer)."""
         strategy = self.context.strategy
         return int(strategy.dense.zero >= 2) + int(strategy.fills_while_reducing)
+
+    @property
+    def _host_room(self) -> float:
+        """Bytes of the buffer through which gradients go to the host (see Sharding.host_room)."""
+        dense = self.context.strategy.dense
+        goes = dense.grad_tier == "host" and dense.zero in (1, 2)
+        return goes * self.context.stack.sharding.host_room * max(unit.largest for unit in self.units)
 
     @property
     def flat_bytes(self) -> int:

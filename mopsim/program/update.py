@@ -79,6 +79,8 @@ class Update:
 
     def _clipped(self, reductions: Sequence[int]) -> int:
         b, held = self.b, sum(self.numels)
+        if self.dense.grad_tier == "device":
+            b.spike(self.c.checked * min(held, max(unit.largest for unit in self.stage.units)), "grads")
         self.width, ready = self._main_gradients(reductions)
         ready = self._agreed(ready) if self.c.stack.sharding.agreements else ready
         host = 0.0 if self.width > self.c.grad else self.host.norm

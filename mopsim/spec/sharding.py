@@ -21,9 +21,11 @@ Deferred = Literal["never", "pipelines", "always"]
 
 WHOLE = (
     "sums", "owners", "grad_passes", "microbatch_grads", "update_copies", "buckets", "reduce_copies",
-    "reductions", "update_group", "norm_passes",
+    "reductions", "update_group", "norm_passes", "check_copies", "host_room",
 )  # fmt: skip
 """Entries of gradients that a rank sums or updates without sharding parameters."""
+EACH = ("grad_passes", "update_copies", "reduce_copies", "norm_passes", "check_copies", "host_room")
+"""Entries in bytes for each number."""
 
 
 def during(when: Deferred, stages: Any) -> Any:
@@ -88,6 +90,11 @@ class Sharding(Spec, frozen=True, kw_only=True):
     parameters, one after the other, each with a copy of its gradient in fp32. 0: separate tensors.
     norm_passes: bytes moved for the global norm, for each gradient that a rank updates. 0: those of one
     gradient in the dtype of the update.
+    check_copies: under ZeRO-1 and 2, bytes, for each number of a gradient, of the copies in which the
+    device checks it (its norm in fp64; inf and nan), one tensor after the other: what a rank updates,
+    before the update; under ZeRO-2 each whole, as it is reduced, where gradients go to the host.
+    host_room: under ZeRO-1 and 2, bytes, for each number of the largest tensor, of a buffer that stays on
+    the device where gradients go to the host.
     reduce_buffer: under ZeRO-2 and 3, bytes of a buffer through which gradients are reduced. It lives
     through the step. ZeRO-2 has a second one if reductions are hidden. Then, and under ZeRO-3, gathered
     parameters, and a copy of the buffer that is sent, are in the pools of their own streams.
@@ -146,6 +153,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     reduce_copies: float = 0.0
     update_group: float = 0.0
     norm_passes: float = 0.0
+    check_copies: float = 0.0
+    host_room: float = 0.0
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
     host_moments: Literal["asked", "masters"] = "asked"
@@ -192,7 +201,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         return replace(precision, moments=precision.masters) if wider else precision
 
     def _rules(self) -> Rules:
-        require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies", "norm_passes")
+        require_between(self, 0, MOST_BYTES, *EACH)
         require_between(self, 0, MOST_COPIES, "loop_copies")
         require_between(self, 0, MOST_BUCKETS, "buckets", "bucket", "reduce_buffer", "update_group")
         whole = self.update_group == int(self.update_group)

@@ -146,3 +146,40 @@ def test_a_norm_of_copies_in_fp64_by_hand() -> None:
         for passes in (0, 18)
     )
     assert wide == plain * 18 / 4
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_rank_checks_what_it_updates_tensor_by_tensor(zero: int) -> None:
+    """get_grad_norm_direct and has_overflow_partitioned_grads_serial, beside the averaged gradients."""
+    stage = Stage(make_context(MODEL, _strategy(zero), TRAINING, 8, _stack()), 0)
+    mine, largest = sum(stage.updated), max(unit.largest for unit in stage.units)
+    free, checked = (
+        _highest(_program(_stack(check_copies=copies), zero), "grads", "main gradients")
+        for copies in (0.0, 1000.0)
+    )
+    if zero == 3:
+        assert checked == free, "checked in pieces (stage3.py, _constant_buffered_norm2)"
+    else:
+        there = sum(unit.padded if zero == 1 else unit.shard_numel for unit in stage.units)
+        assert checked == pytest.approx(2 * there + 1000 * min(mine, largest), rel=1e-4)
+
+
+def test_gradients_that_go_to_the_host_are_checked_whole_as_they_are_reduced() -> None:
+    """async_inplace_copy_grad_to_fp32_buffer_from_gpu and what is before it, of each reduced gradient."""
+    made = _strategy(2)
+    dense = replace(made.dense, grad_tier="host")
+    strategy = replace(
+        made, dense=dense, optimizer=replace(made.optimizer, state_tier="host", update_on="host")
+    )
+    context = make_context(MODEL, strategy, TRAINING, 8, _stack())
+    largest = {unit.name: unit.largest for unit in Stage(context, 0).units}
+    rooms = {f"flat gradient {name}": 11 * largest[name] for name in ("head", "embedding")} | {"norm": 0}
+    for name, room in rooms.items():
+        free, held = (
+            _highest(lower(MODEL, strategy, TRAINING, 8, stack).programs[0], "framework", name)
+            for stack in (
+                _stack(grad_passes=12.0),
+                _stack(grad_passes=12.0, check_copies=11.0, host_room=2.0),
+            )
+        )
+        assert held - free == 2 * max(largest.values()) + room
