@@ -11,19 +11,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from mopexec.measure.dispatch import device_read, returns_alias, tensors_in, writes
-from mopexec.measure.shapes import CACHED, IN_PLACE, RUN, how_run, key_of
+from mopexec.measure.shapes import CACHED, IN_PLACE, NOTHING, RUN, UNSAFE_VIEW, how_run, keep, key_of
 
-_VIEW = "view"
+_VIEW, _MARK, _COLLECTIVE = "view", "mark", "collective"
+_OUTSIDE = {"profiler": _MARK, "c10d": _COLLECTIVE}
+"""Ops that make no tensors: of marks in a profile, and of process groups."""
 _Output = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_HOW: dict[Any, str] = {}
+_OUTPUTS: dict[Any, list[_Output]] = {}
 
 
-class QuickFakeMode(FakeTensorMode):
+class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """torch's, which runs ops met for the first time, and what is not of plain fake tensors alone."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._how: dict[Any, str] = {}
-        self._outputs: dict[Any, list[_Output]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -34,19 +33,26 @@ class QuickFakeMode(FakeTensorMode):
         if device is not None:
             return device
         kwargs = kwargs or {}
-        how = self._how.get(func)
+        how = _HOW.get(func)
         if how is None:
-            how = self._how[func] = _how(func)
+            how = _HOW[func] = _how(func)
+        if how == _MARK:
+            return func(*args, **kwargs)
         if how == RUN or not (_plain(args) and _plain(kwargs.values())):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if how == IN_PLACE:
             return args[0]
+        if how == NOTHING:
+            return None
         if how == _VIEW:
             return self._view(func, args, kwargs)
+        if how == _COLLECTIVE:
+            with in_kernel_invocation_manager(self):
+                return func(*args, **kwargs)
         if how != CACHED:
             return kwargs[how]
         key = (func, key_of(args), key_of(tuple(kwargs.items())))
-        known = self._outputs.get(key)
+        known = _OUTPUTS.get(key)
         if known is None:
             result = super().__torch_dispatch__(func, types, args, kwargs)
             self._remember(key, result)
@@ -65,7 +71,7 @@ class QuickFakeMode(FakeTensorMode):
     def _remember(self, key: Any, result: Any) -> None:
         found: list[Any] = [result] if isinstance(result, Tensor) else list(result)
         if _plain(found) and all(isinstance(one, Tensor) and _dense(one) for one in found):
-            self._outputs[key] = [(one.shape, one.stride(), one.dtype, one.fake_device) for one in found]
+            keep(_OUTPUTS, key, [(one.shape, one.stride(), one.dtype, one.fake_device) for one in found])
 
     def _make(
         self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -77,9 +83,15 @@ class QuickFakeMode(FakeTensorMode):
 
 def _how(func: Any) -> str:
     """As of meta tensors; views apart, and ops that change a tensor's shape in place run."""
-    if func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
+    if func.namespace in _OUTSIDE:
+        return _OUTSIDE[func.namespace]
+    if torch.Tag.inplace_view in func.tags:
         return RUN
+    if func._schema.name == UNSAFE_VIEW:
+        return _VIEW
     how = how_run(func)
+    if func.namespace != "aten":
+        return how
     first = func._schema.arguments[0] if func._schema.arguments else None
     of_one = first is not None and str(first.type) == "Tensor" and len(func._schema.returns) == 1
     alias = of_one and returns_alias(func) and not writes(func) and func._schema.name not in _LIFTS
