@@ -83,23 +83,23 @@ def nested(strategy: Strategy) -> Strategy:
     return replace(strategy, stack="mopexec-flat-nested")
 
 
+WIDE = (
+    "mop", "mop_skewed", "mop_nested", "mop_replicas", "mop_early_here", "zero_offload", "split", "fsdp2",
+    "fsdp2_offload",
+)  # fmt: skip
+"""The cases in which more than two ranks do something else."""
+
+
+def compared(world: int) -> dict[str, Plan]:
+    """The cases that are compared on `world` ranks: those of WIDE on four, the others on two."""
+    return {name: plan for name, plan in cases(world).items() if (name in WIDE) == (world == 4)}
+
+
 def trained(world: int) -> dict[str, Plan]:
-    """The plans that are trained for real: on four ranks those where more than two do something else."""
-    wide = (
-        "mop",
-        "mop_skewed",
-        "mop_nested",
-        "mop_replicas",
-        "mop_early_here",
-        "zero_offload",
-        "split",
-        "fsdp2",
-        "fsdp2_offload",
-    )
-    found = {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
+    """The plans that are trained for real; where experts are moved ranks hold different ones."""
     moved = strategies.mop(world, expert_parallel=world, vocab_parallel=world, expert_chunk_tokens=20)
     moved = changed(moved, experts={"balance": "least_loaded", "min_rows": 16})
-    return found | {"mop_moved_experts": plan(moved, "95/4")}  # ranks hold different experts
+    return compared(world) | ({"mop_moved_experts": plan(moved, "95/4")} if world == 4 else {})
 
 
 def plan(strategy: Strategy, routing: str = "balanced", batch: int = 0, model: ModelSpec = MODEL) -> Plan:

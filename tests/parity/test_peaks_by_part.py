@@ -1,6 +1,6 @@
 """A table of peaks, of the simulated program against the tracker: of device and host, of what the bytes are
 for (each at its own highest, whenever that was), and of phases of the step; every family that runs, on 2
-ranks, and on 4 where more than two do something else.
+ranks, or on 4 where more than two do something else.
 
 Nothing is fitted.
 """
@@ -14,7 +14,7 @@ from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import MemoryTracker
 from mopsim.engine import simulate
 from mopsim.spec.plan import Plan
-from tests.parity.memory_cases import cases, trained
+from tests.parity.memory_cases import compared
 from tests.parity.tracked import second_step
 from tests.sim.toys import machine
 
@@ -96,7 +96,7 @@ def _together(plan: Plan, rows: dict[str, int]) -> dict[str, int]:
 @cache
 def table(world: int, name: str) -> dict[str, tuple[int, int]]:
     """(predicted, tracked) bytes by row."""
-    plan = cases(world)[name]
+    plan = compared(world)[name]
     found, known = (_together(plan, rows) for rows in (predicted(plan), tracked(plan)))
     return {row: (found[row], known[row]) for row in ROWS}
 
@@ -104,8 +104,7 @@ def table(world: int, name: str) -> dict[str, tuple[int, int]]:
 TABLES = [
     pytest.param(world, name, marks=pytest.mark.xdist_group(f"peaks of {name} on {world}"))
     for world in (2, 4)
-    for name in cases(world)
-    if world == 2 or name in trained(world)
+    for name in compared(world)
 ]
 """The rows of a table stay in one worker."""
 

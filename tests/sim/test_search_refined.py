@@ -152,11 +152,16 @@ NETWORKS = {
 }
 
 
-PROGRAMS = [
-    (family, stack)
-    for family, last in (("mop", "torchtitan"), ("megatron", "simumax"))
-    for stack in ("mopexec-split", "megatron-bridge-graph", "deepspeed", last)
-] + [("megatron", "megatron-deepspeed")]
+STACKS = ("mopexec-split", "megatron-bridge-graph", "deepspeed")
+PROGRAMS = {"mop": (*STACKS, "torchtitan"), "megatron": (*STACKS, "simumax", "megatron-deepspeed")}
+BOUNDED = [
+    (network, family, stack)
+    for way, family in enumerate(PROGRAMS)
+    for program, stack in enumerate(PROGRAMS[family])
+    for kind, network in enumerate(NETWORKS)
+    if (way + program + kind) % 2 == 0
+]
+"""Half of what they make: every network in every family, and under each of STACKS in one of the two."""
 
 
 def with_wide_sums(stack: Stack) -> Stack:
@@ -165,8 +170,7 @@ def with_wide_sums(stack: Stack) -> Stack:
     return replace(stack, dtypes=replace(stack.dtypes, grad="float32", reduce="float32")) if kept else stack
 
 
-@pytest.mark.parametrize(("family", "stack"), PROGRAMS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "family", "stack"), BOUNDED)
 def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: str, stack: str) -> None:
     model, machine = NETWORKS[network], load_profile("h200-sxm-141g")
     training = TrainSpec(seq_len=2048, global_batch=32)
