@@ -33,12 +33,18 @@ def full_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> 
     """scale * the summed cross entropy of hidden [N, H] @ weight [V, H]^T against targets [N]: N x V
     logits."""
     with category("logits"):
-        logits = F.linear(hidden, weight)
-        loss = F.cross_entropy(logits.to(wide(hidden.dtype)), targets, reduction="sum") * scale
+        loss = F.cross_entropy(_logits(hidden, weight), targets, reduction="sum") * scale
     if loss.requires_grad:
         loss.register_hook(lambda _: setattr(NOW, "category", "logits"))  # type: ignore[no-untyped-call]
-        logits.register_hook(lambda _: setattr(NOW, "category", "activations"))  # type: ignore[no-untyped-call]
     return loss
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[N, V] in fp32: those that the product makes are freed once they are cast."""
+    logits = F.linear(hidden, weight)
+    if logits.requires_grad:
+        logits.register_hook(lambda _: setattr(NOW, "category", "activations"))  # type: ignore[no-untyped-call]
+    return logits.to(wide(hidden.dtype))
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What a stage's shards do around MTP layers, which predict further tokens and live beside the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mopsim.program.builder import Builder
 from mopsim.program.stage import Stage
@@ -14,10 +14,15 @@ class FurtherLayers:
     adds_in_place = False
     stage: Stage
     issue: Builder
+    edge: Callable[[str, str], Ops]
 
     def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
         """Layers, of which `layer` is one, the next of which are gathered ahead in a forward."""
         return [layer] if layer in self.stage.extra else self.stage.chunks[chunk]
+
+    def normed(self) -> Ops:
+        """What a final norm waits for whose cross entropy comes later: the head too, of its group."""
+        return self.edge("head", "forward")
 
     def begin(self, name: str) -> None:
         """Before the backward of the embedding."""

@@ -30,7 +30,7 @@ class StageStep:
     def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
         self.c, self.passes = context, passes
         self.stage = Stage(context, index, passes.key if compose else None)
-        self.visits, self.repeats = list[int](), list[Repeat]()
+        self.visits, self.repeats, self.reductions = list[int](), list[Repeat](), list[int]()
         self.stands_for: Counter[str] = Counter()
         self.issue = Builder(context.groups)
         self.shards = passes.sharding(self.issue, self.stage)
@@ -41,7 +41,6 @@ class StageStep:
         self.unsent: list[tuple[str, int, int, Ops]] | None = None
         self.sent: Memory = ()
         self.gathered: dict[str, Ops] = {}
-        self.reductions: list[int] = []
 
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
@@ -173,8 +172,9 @@ class StageStep:
 
     def _loss(self, ready: Ops, half: Half = "") -> Ops:
         """Final norm, projection on the vocabulary and loss of a hidden state."""
-        waits, template = self.shards.edge("head", "forward"), self.passes.loss("forward", half)
-        beside = self.shards.beside(template, -1, "forward") if half != "norm" else {}
+        template, norm = self.passes.loss("forward", half), half == "norm"
+        waits = self.shards.normed() if norm else self.shards.edge("head", "forward")
+        beside = {} if norm else self.shards.beside(template, -1, "forward")
         return self.issue.play(template, -1, (*ready, *waits), beside)
 
     def _backward(self, microbatch: int, chunk: int, final: bool) -> None:

@@ -62,9 +62,9 @@ def _of(found: dict[str, int], names: Iterable[str]) -> int:
     return sum(found.get(name, 0) for name in names)
 
 
-def tracked(plan: Plan) -> dict[str, int]:
-    """Bytes by row, of rank 0."""
-    found = second_step(plan, 0, Watched)
+def tracked(plan: Plan, rank: int = 0) -> dict[str, int]:
+    """Bytes by row, of a rank."""
+    found = second_step(plan, rank, Watched)
     return found.highest | {"device": found.peak_memory, "host": found.host_memory}
 
 
@@ -85,7 +85,7 @@ def predicted(plan: Plan) -> dict[str, int]:
     }
 
 
-def _together(plan: Plan, rows: dict[str, int]) -> dict[str, int]:
+def together(plan: Plan, rows: dict[str, int]) -> dict[str, int]:
     """An update beside a pass has no peak of its own: the two phases are one."""
     beside = {"next_forward": "forward", "backward": "backward"}.get(plan.strategy.optimizer.overlap)
     if beside is None:
@@ -97,7 +97,7 @@ def _together(plan: Plan, rows: dict[str, int]) -> dict[str, int]:
 def table(world: int, name: str) -> dict[str, tuple[int, int]]:
     """(predicted, tracked) bytes by row."""
     plan = compared(world)[name]
-    found, known = (_together(plan, rows) for rows in (predicted(plan), tracked(plan)))
+    found, known = (together(plan, rows) for rows in (predicted(plan), tracked(plan)))
     return {row: (found[row], known[row]) for row in ROWS}
 
 

@@ -115,9 +115,7 @@ class FlatUnits(Shards):
                 self._gather(unit, phase)
             return tuple(op for unit in looked_up(edges) for op in self._wait(unit, phase))
         if phase == "forward":
-            self._loss_begins = self.issue.so_far()
-            self._gather(edges["final"], phase)
-            return (*self._wait(edges["final"], phase), *self._wait(self._head, phase))
+            return (*self.normed(), *self._wait(self._head, phase))
         self._begin_update()
         if self._head.name in self._coming:  # the first of several losses
             self._release(self._head, phase)
@@ -125,6 +123,11 @@ class FlatUnits(Shards):
                 self._reduce(self._head, ())
             self._open(edges["final"])
         return ()
+
+    def normed(self) -> Ops:
+        """See `FurtherLayers`. The head is gathered for the first cross entropy."""
+        self._loss_begins = self.issue.so_far()
+        return self._wait(self.c.edges["final"], "forward")
 
     def begin(self, name: str) -> None:
         """Before the backward of the embedding, whose gradient is open already where it is the head."""
