@@ -50,9 +50,9 @@ def test_a_norm_by_hand() -> None:
     found = {kernel.name: kernel for kernel in composed(kernels, {"norm": "composed"}, 2, 4, 2)}
     narrow, wide = 16 * 64 * 2, 16 * 64 * 4
     norm = COMPOSED["norm"]
-    assert found["attention_norm"].bytes == traffic(norm.forward, narrow, wide) == 2 * narrow + 8 * wide
+    assert found["attention_norm"].bytes == traffic(norm.forward, narrow, wide) == 2 * narrow + 9 * wide
     assert found["attention_norm"].back_bytes == traffic(norm.backward, narrow, wide)
-    assert found["attention_norm"].launches == 7
+    assert found["attention_norm"].launches == 8
     untouched = {kernel.name: kernel for kernel in kernels}
     assert all(kernel == untouched[name] for name, kernel in found.items() if not name.endswith("norm"))
 

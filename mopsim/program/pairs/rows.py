@@ -1,6 +1,7 @@
 """What pairs have in common: works of a tape's kernels, sliced norms and other element-wise passes with their
 temporaries and their traffic."""
 
+from mopsim.graph.rewrites.tensor_passes import COMPOSED, TensorPasses, traffic
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
@@ -54,8 +55,8 @@ class Rows:
         else:
             b.spike(out, category)
         b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
-        passes, launches = (9, 12) if self.centred else (4, 8)
-        return self.pass_(rows, size, 3 * self.width + passes * self.wide, launches, 1 + self.centred)
+        how = COMPOSED["layernorm_rows" if self.centred else "norm_rows"]
+        return self._passes(rows, size, how.forward, 1 + self.centred)
 
     def norm_backward(self, rows: int, size: int, heads: int = 1) -> Work:
         """Gradient of a norm added into a buffer that is there already. heads: normed one by one."""
@@ -64,8 +65,13 @@ class Rows:
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
         held = (3 if slices > 1 else 2) * part * (size + heads) * self.wide
         self.b.spike(held + (1 + self.cast) * size // heads * self.wide, "activations")
-        narrow, passes, launches = (7, 22, 20) if self.centred and heads == 1 else (4, 16, 15)
-        return self.pass_(rows, size, narrow * self.width + passes * self.wide, launches, 2 + self.centred)
+        centred = self.centred and heads == 1
+        how = COMPOSED["layernorm_rows" if centred else "norm_rows"]
+        return self._passes(rows, size, how.backward, 3 + 2 * centred)
+
+    def _passes(self, rows: int, size: int, how: TensorPasses, once: int) -> Work:
+        """Such passes over rows x size, slice by slice, and `once` more kernels."""
+        return self.pass_(rows, size, traffic(how, self.width, self.wide), how.launches, once)
 
     def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:
         """Memory-bound work of `launches` kernels per slice and `once` more, with `bytes_each` per element
