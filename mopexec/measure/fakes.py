@@ -24,6 +24,10 @@ _OUTPUTS: dict[Any, list[_Output]] = {}
 class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """torch's, which runs ops met for the first time, and what is not of plain fake tensors alone."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._states: dict[torch.device, dict[str, Any]] = {}
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # as EagerMode
@@ -65,8 +69,8 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         with in_kernel_invocation_manager(self):
             found = func(*args, **kwargs)
         if isinstance(found, Tensor):
-            return FakeTensor(self, found, device)
-        return [FakeTensor(self, one, device) for one in found]
+            return self._fake(found, device)
+        return [self._fake(one, device) for one in found]
 
     def _remember(self, key: Any, result: Any) -> None:
         found: list[Any] = [result] if isinstance(result, Tensor) else list(result)
@@ -78,7 +82,22 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     ) -> Tensor:
         with torch._C._DisableTorchDispatch():
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return FakeTensor(self, empty, device)
+        return self._fake(empty, device)
+
+    def _fake(self, plain: Tensor, device: torch.device) -> Tensor:
+        """A fake tensor of one on meta, as torch makes it: what else it has is that of the first on the
+        device."""
+        known = self._states.get(device)
+        if known is None:
+            made: Tensor = FakeTensor(self, plain, device)
+            self._states[device] = dict(made.__dict__)
+            return made
+        made = Tensor._make_subclass(
+            FakeTensor, plain, plain.requires_grad, dispatch_device=True, device_for_backend_keys=device
+        )
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        made.__dict__.update(known)
+        return made
 
 
 def _how(func: Any) -> str:
