@@ -28,7 +28,6 @@ class Shards(FurtherLayers, Edges):
     ahead is a buffer, from which the parameters are copied where they are used; a layer's experts are copied
     out when they run and reduced while the rest of the layer goes backward; one reduction's buffer is on its
     way at a time (torch.distributed.fsdp._fully_shard).
-
     each: whether gradients are reduced in every microbatch. made: bytes of gradients that live to the end of
     the step, by unit. updated: by unit, the op of the last step's update that its first gather waits for.
     """
@@ -312,11 +311,12 @@ class Shards(FurtherLayers, Edges):
         """The full gradient is summed into the shard's."""
         part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
         last = self._sent_off(unit, part, ready) if copied else ready
-        if copied and not last:
-            return
         whole, held, before = ((), (), ()) if copied else prepared(self.c, unit)
         if whole or held:
             last = (self._pass(f"flat gradient {unit.name}", unit, whole, "backward", last, held),)
+        last, full = (last, 0) if copied else self.sums.keep(unit, last, self._full_grad(unit))
+        if self.sums.wait:
+            return
         for _, sent in reduction(self.c, [unit]):
             apart = replace(sent, launches=self.c.exchanges(unit, reduced=True))
             name, work, before = f"reduce {unit.name}", (*before, apart), ()
@@ -324,7 +324,7 @@ class Shards(FurtherLayers, Edges):
             last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
             self._sent = self._sent or last
         kept = self._kept_grad(unit, part)
-        left = () if copied else (*kept, ("gathered_grads", -self._full_grad(unit)))
+        left = () if copied else (*kept, ("gathered_grads", -full))
         if self._place(unit).grad_tier == "host":
             done = self._copy(unit, "d2h", part, "backward", last, left)
             done = self._added(unit, part, done) if copied else done

@@ -16,6 +16,13 @@ from mopsim.program.workload import Work
 from mopsim.spec.layout import Bucket, numel, optimizer_buckets
 
 _O = "optimizer"
+UPDATED = 28
+"""Bytes of a parameter's update in fp32, at which profiles count it (adam_rate): it and two moments are read
+and written, its gradient is read."""
+NARROW = 3
+"""What a number of 16 bits counts there, where one of 32 counts its 4 bytes: torch's fused AdamW on 6.74
+billion parameters and moments in bf16 takes 49.7 ms on H100 (pytorch pull request 118361, open_llama_7b;
+since torch 2.3, 127 to 144 ms before), 21 bytes of 2.86 TB/s for each parameter."""
 FOREACH = 13
 """Passes over a moment that torch's AdamW makes operation by operation beside one kernel's seven: 20 in eight
 (torch/optim/adam.py, _multi_tensor_adam: mul, lerp, mul, addcmul, sqrt, div, add, addcdiv; so
@@ -31,6 +38,13 @@ MASK, COUNTING = 2, 4
 """Bytes of the mask of a gradient that is not zero, written and read, and kernels of a tensor: the mask, its
 sum, what is left of the tensor's elements, the sum of all (Megatron-Core, optimizer/clip_grads.py,
 count_zeros_fp32; torch, TensorAdvancedIndexing.cpp, count_nonzero_cuda)."""
+
+
+def moved(own: int, grad: int, moment: int) -> float:
+    """What one kernel's update takes, as a part of one in fp32, of bytes of what is updated (the master, or a
+    parameter that is its own), of its gradient, which is as wide at least, and of a moment."""
+    update, last, state = (NARROW if size < 4 else size for size in (own, max(grad, own), moment))
+    return (2 * update + last + 4 * state) / UPDATED
 
 
 class Update:
@@ -89,6 +103,8 @@ class Update:
         world, key = self.c.groups["world"], "norm" if self.stage.degree > 1 else ""
         sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
         agreed = b.add("norm", stream_of(world), _O, _O, sums, (last,), (), key, awaited=True)
+        if not self.c.training.clip_norm:
+            return agreed
         return b.compute("clip", _O, _O, -1, [self._passes(2 * held * self.width, self.host.clip)], agreed)
 
     def _main_gradients(self, reductions: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -131,6 +147,10 @@ class Update:
         `_copy_main_params_to_model_params`)."""
         return 0 if self.c.stack.sharding.fsdp else self.own_master
 
+    @property
+    def _moved(self) -> float:
+        return moved(self.own_master or self.c.param, self.width, self.moment)
+
     def _passes(self, size: float, host: float = 0.0) -> Work:
         """Kernels of many tensors each. host: what the host does for them in all."""
         more = max(0.0, host - self.launches)
@@ -147,7 +167,8 @@ class Update:
     def _on_device(self, last: int) -> int:
         c, b, params = self.c, self.b, sum(self.here)
         host = 0.0 if self.widens else max(0.0, self.host.update - 3 * self.launches)
-        works = [Work("optimizer", params=float(params), launches=self.launches, host=host)]
+        counted = float(params if self.widens else params * self._moved)
+        works = [Work("optimizer", params=counted, launches=self.launches, host=host)]
         copies = ROOTS.get(c.stack.kernels.adamw, 0)
         roots = copies * self.moment * self._together(params)
         if roots:
@@ -155,8 +176,8 @@ class Update:
             works.append(self._passes(FOREACH * self.moment * params))
         if self.widens:
             b.make("moments in fp32", self._widened, _O)
-            moved = params * 2 * WIDENED * self.moment
-            works.append(self._copies(moved, self.host.update, WIDENING))
+            widened = params * 2 * WIDENED * self.moment
+            works.append(self._copies(widened, self.host.update, WIDENING))
         waits = self.widens and self.host.waits
         last = b.compute("adamw", _O, _O, -1, works, last, awaited=waits)
         if roots:
@@ -227,7 +248,7 @@ class Update:
 
     def _adam(self, bucket: Bucket) -> list[Work]:
         """One bucket on the device; what comes and goes is spiked."""
-        return [Work("optimizer", params=float(numel(bucket)))]
+        return [Work("optimizer", params=numel(bucket) * self._moved)]
 
     def _streamed(self, last: int) -> int:
         """H2D master, moments and gradients that are on the host | update | D2H, through `slots` slots."""

@@ -1,5 +1,5 @@
 """Gradients of a step's microbatches, summed whole and reduced with the last one's, and parameters that stay
-whole until then: torch's FSDP2 without gradient synchronization (Sharding.whole_sums, stays)."""
+whole until then: torch's FSDP2 and FSDP1 without gradient synchronization (Sharding.whole_sums, stays)."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,6 +8,7 @@ from mopsim.program.context import Context
 from mopsim.program.fsdp2_copies import summed
 from mopsim.program.template import Ops
 from mopsim.program.units import ShardedUnit
+from mopsim.program.workload import Work
 from mopsim.spec.sharding import during
 
 
@@ -20,6 +21,8 @@ class WholeSums:
         self._kept, self._stays = (
             during(when, pipeline.pipeline_parallel) for when in (sharding.whole_sums, sharding.stays)
         )
+        # FSDP1's no_sync frees what it would free between forward and backward (_should_free_in_backward)
+        self._stays = self._stays or bool(self._kept and sharding.flat and not context.reshards)
         self._there: set[str] = set()
 
     @property
@@ -53,3 +56,17 @@ class WholeSums:
         work, name = (summed(self.c, unit, first=first),), f"sum {unit.name}"
         op = self.issue.add(name, "compute", "other", "backward", work, ready, memory, layer=unit.layer)
         return (op,), 0, self.c.reduce
+
+    def keep(self, unit: ShardedUnit, ready: Ops, full: int) -> tuple[Ops, int]:
+        """FSDP1's flat gradient of a microbatch becomes the sum, or is added to it, in the compute dtype
+        (autograd's AccumulateGrad; under no_sync the hook after it returns before it reduces). full: bytes
+        that its making had taken. Returns what a reduction waits for and the bytes that it frees."""
+        first, size = unit.name not in self._there, unit.padded * self.c.b
+        if not self._kept or (first and not self.wait):
+            return ready, full
+        self._there.add(unit.name)
+        work = () if first else (Work("memory_bound", bytes=3.0 * size),)
+        memory = (("gathered_grads", size - full),) if first else (("gathered_grads", -full),) * self.wait
+        name = f"sum {unit.name}"
+        op = self.issue.add(name, "compute", "other", "backward", work, ready, memory, layer=unit.layer)
+        return (op,), full + size

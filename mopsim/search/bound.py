@@ -14,6 +14,7 @@ from mopsim.cost.communication import host_rate
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
+from mopsim.program.update import moved
 from mopsim.search.copies import Copies
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.problem import DEVICE, HOST, SAVED, STREAMED, ULYSSES
@@ -343,7 +344,7 @@ class Bounder(Copies):
         but flat units: gradients down, the update, parameters up, one after the other."""
         _, state = self.held()
         device, host, flat = self.hardware.device, self.hardware.host, self.flat
-        on_device = (1 - self.state_away) * state / device.adam_rate.si * self.scale("optimizer")
+        on_device = (1 - self.state_away) * state * self.updated(device.adam_rate.si)
         streamed = self.streamed * self.copied("h2d", duplex=True)
         on_host = self.scale("host_optimizer") / host.adam_rate.si
         visits = self.grad * self.copied("d2h") + self.param * self.copied("h2d")
@@ -357,5 +358,11 @@ class Bounder(Copies):
         """Seconds in which compute has updates of state on the device, and norms, between those of a
         backward."""
         _, state = self.held()
-        each = (self.c["state"] == DEVICE) * self.scale("optimizer") / self.hardware.device.adam_rate.si
+        each = (self.c["state"] == DEVICE) * self.updated(self.hardware.device.adam_rate.si)
         return np.asarray(self.early * state * (each + self.grad * self.traffic))
+
+    def updated(self, rate: float) -> Reals:
+        """Seconds of a parameter's update on the device at so many a second in fp32, at least."""
+        own = np.where(self.own_master > 0, self.own_master, self.param)
+        least = moved(min(int(own.min()), 4), int(self.grad), int(self.wide))
+        return np.asarray(min(least, 1.0) * self.scale("optimizer") / rate)

@@ -211,9 +211,9 @@ class Device(Spec, frozen=True, kw_only=True):
     curve for each dtype. grouped_matmul: curves of expert products, where m is the tokens of one expert; a
     dtype without one uses `matmul`. attention: curve of heads up to 128 wide. attention_narrow: curve of
     query-key heads up to 64 wide, if it differs. attention_wide: curve of query-key heads above 128 wide
-    (MLA), if it differs. adam_rate: parameters/s that a fused AdamW updates. power: rated power of one
-    device. speed_spread: standard deviation of the speeds of devices of this type, over their mean. A step
-    waits for the slowest device; null: all are alike.
+    (MLA), if it differs. adam_rate: parameters/s that a fused AdamW updates in fp32. power: rated power of
+    one device. speed_spread: standard deviation of the speeds of devices of this type, over their mean. A
+    step waits for the slowest device; null: all are alike.
     """
 
     architecture: str = ""

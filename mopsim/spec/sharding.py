@@ -47,9 +47,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     torch.compile a graph (torch._dynamo.config.optimize_ddp): the products of a gate that are larger lie in
     graphs of their own, so no kernel makes all of what is between them and the next.
     copies: there are copies between shards or gradients and the buffers of collectives (torch's FSDP2).
-    whole_sums: gradients of a step's microbatches are summed whole, in the reductions' dtype, and reduced
-    with the last microbatch's (FSDP2's set_requires_gradient_sync): `always`, in `pipelines` (as torch's
-    do), or `never`.
+    whole_sums: gradients of a step's microbatches are summed whole, and reduced with the last microbatch's:
+    in the reductions' dtype (FSDP2's set_requires_gradient_sync), flat ones in that of the products, with
+    parameters that no forward frees (FSDP1's no_sync): `always`, in `pipelines` (as torch's do), or `never`.
     stays: parameters that are gathered for a backward stay until the next pass, or the last backward, frees
     them (set_reshard_after_backward): `always`, in `pipelines` (as torch's do), or `never`.
     flat: the parameters of a group are views of one tensor. Autograd concatenates its gradient, which is
@@ -219,8 +219,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield self.fsdp or self.zero_grad != "buffers", "zero_grad", rule
         rule = "is of a program whose optimizer has masters of its own (fsdp false)"
         yield not self.fsdp or self.zero_grad != "copied", "zero_grad", rule
+        rule = "is of torch's FSDP2 (copies) and FSDP1 (flat)"
+        yield self.copies or bool(self.flat) or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP2 (copies)"
-        yield self.copies or self.whole_sums == "never", "whole_sums", rule
         yield self.copies or self.stays == "never", "stays", rule
         rule = "are of a program whose layers are turns of a loop (loop)"
         yield self.loop != "none" or not self.loop_copies, "loop_copies", rule

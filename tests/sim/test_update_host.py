@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from mopsim.engine import simulate
-from mopsim.graph import host_costs
+from mopsim.graph import host_costs, total_params
 from mopsim.program import lower
 from mopsim.program.workload import Op
 from mopsim.spec.presets import load_model
@@ -21,6 +21,7 @@ from tests.software import changed
 
 MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/te_optimizer.json").read_text())
 MODEL = load_model("qwen3_30b_a3b")
+DENSE = load_model("llama3_8b")
 TRAINING = TrainSpec(seq_len=4096, global_batch=8, routing="balanced")
 LAYERS = MODEL.num_hidden_layers
 COSTS = host_costs.UPDATES["transformer_engine"]
@@ -146,3 +147,33 @@ def test_a_mean_step_has_its_part_of_a_collection_of_garbage() -> None:
         took[steps] = simulate(MODEL, profile, 1, strategy, TRAINING, stack).step_time
     unit = profile.host.cpu_launch_time.si
     assert took[5] - took[0] == pytest.approx(host_costs.COLLECTION / 5 * unit, rel=0.02)
+
+
+def test_an_update_takes_what_its_state_is_wide() -> None:
+    """In fp32 what profiles count; a number of 16 bits counts 3 of 4 bytes, as torch's kernel was timed."""
+    found = {}
+    for param, moments, master in (
+        ("float32", "float32", "param"), ("bfloat16", "bfloat16", "param"), ("float32", "bfloat16", "param"),
+        ("bfloat16", "float32", "float32"), ("bfloat16", "bfloat16", "float32"),
+    ):  # fmt: skip
+        strategy = replace(megatron(1), stack="generic-fused")
+        precision = replace(strategy.precision, param=param, grad=param, moments=moments, master=master)
+        ops = (
+            lower(DENSE, replace(strategy, precision=precision), TRAINING, 8, changed("generic-fused"))
+            .programs[0]
+            .ops
+        )
+        (work,) = next(op.work for op in ops if op.name == "adamw")
+        found[param, moments, master] = work.params / total_params(DENSE)
+    assert list(found.values()) == pytest.approx([1, 21 / 28, 24 / 28, 1, 24 / 28]), found
+
+
+def test_nothing_is_clipped_where_no_norm_is_asked_for() -> None:
+    strategy = replace(megatron(8), stack="megatron-core")
+    for norm in (1.0, 0.0):
+        ops = (
+            lower(DENSE, strategy, replace(TRAINING, clip_norm=norm), 8, changed("megatron-core"))
+            .programs[0]
+            .ops
+        )
+        assert any(op.name == "clip" for op in ops) == bool(norm)
