@@ -65,6 +65,8 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "PaddlePaddle 2.5.1, AMP O2", "zero2", "paddlenlp-2.5"),
         ("new", "EasyContext of 2024-04, DeepSpeed ZeRO-3", "zero3", "easycontext"),
         ("new", "TinyLlama, lit-gpt fork under Lightning Fabric", "zero3", "tinyllama"),
+        ("new", "open_lm of 202312, FSDP1", "zero3", "open-lm"),
+        ("new", "Megatron-Core CI, tests/functional_tests/test_cases/moe", "zero1", "megatron-lm"),
         ("new", "PaddleNLP of 2024-01", "zero1", "paddlenlp"),
         ("new", "KempnerForge, eager", "zero3", "kempnerforge"),
         ("new", "prime-rl SFT", "zero3", "prime-rl"),
