@@ -1,6 +1,6 @@
 """Jobs on which every field has something to act on, and each job with one field changed."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -185,11 +185,16 @@ def _even(job: Job) -> int:
     return job.model.num_hidden_layers // (pipeline.pipeline_parallel * pipeline.virtual_stages)
 
 
-def variants(base: str, job: Job, nouns: tuple[str, ...]) -> Iterator[Variant]:
-    """Every other value of every field of the nouns that the specs themselves take beside the rest."""
+def variants(
+    base: str, job: Job, nouns: tuple[str, ...], paths: Collection[str] | None = None
+) -> Iterator[Variant]:
+    """Every other value of every field of the nouns (of those of `paths`, where given) that the specs
+    themselves take beside the rest."""
     for noun in nouns:
         owner = getattr(job, noun)
         for path, kind in leaves(noun):
+            if paths is not None and path not in paths:
+                continue
             field = path.partition(".")[2]
             for value in values(path, kind):
                 if at(owner, field) == value:
