@@ -33,21 +33,28 @@ def lower(
     *,
     expand: bool = False,
     compose: bool = True,
-    rounds: int = 1,
 ) -> Workload:
     """The programs of one step. domain: devices of a scale-up domain. stack: that of the strategy where none
     is given. expand: every microbatch and layer is played, none is composed; compose: layers are
-    (mopsim.program.composed). rounds: of the stages of a pipeline, until its steady state.
+    (mopsim.program.composed).
 
     Raises SpecError where model, strategy, training and stack do not fit together.
     """
     stack = stack or load_stack(strategy.stack, "strategy.stack")
-    context = make_context(model, strategy, training, domain, stack)
-    strategy = context.strategy
+    passes = passes_of(make_context(model, strategy, training, domain, stack))
+    return _lowered(passes, stack, expand=expand, compose=compose)
+
+
+def _lowered(
+    passes: Passes, stack: Stack, *, expand: bool = False, compose: bool = True, rounds: int = 1
+) -> Workload:
+    """The programs of these templates, which longer ones share. rounds: of the stages of a pipeline, until
+    its steady state."""
+    context = passes.context
+    model, strategy, training = context.model, context.strategy, context.training
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total, rounds)
     expanded = total if expand else expanded
-    passes = passes_of(context)
     stages = range(strategy.pipeline.pipeline_parallel)
     programs = tuple(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
@@ -61,7 +68,7 @@ def lower(
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len, training.own_document).values()) * tokens
     exact = runnable(strategy, model, training, stack) is None
-    again = partial(lower, model, strategy, training, domain, stack, expand=expand, rounds=2 * rounds)
+    again = partial(_lowered, passes, stack, expand=expand, rounds=2 * rounds)
     composed = any(program.repeats for program in programs)
     filled = len(stages) > 1 and expanded < total
     return Workload(
