@@ -68,7 +68,7 @@ def logit_elements(context: Context) -> int:
 def cast_logits(context: Context) -> int:
     """Bytes of logits that torch's loss casts to fp32 and whose caller does not hold them."""
     kernels = context.stack.kernels
-    cast = kernels.loss in CASTS and kernels.loss_copy
+    cast = kernels.loss in CASTS and kernels.loss_copy is True
     freed = not _apart(context) and cast and context.logits_held is not True
     return logit_elements(context) * context.b if freed else 0
 
@@ -111,43 +111,54 @@ def loss_tape(context: Context) -> Tape:
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     native = kernel == "native"
-    own = not c.stack.kernels.loss_copy  # cross entropy on logits in their own dtype is torch's
+    own = c.stack.kernels.loss_copy is not True  # cross entropy on logits in their own dtype is torch's
     torch = (not apart or gathered or own) and not fused and not native
     # Compiled, of slices: the forward makes the gradient, beside the matrix of the picked ones, and keeps no
     # logits (the graphs of torch 2.13 on two CPU ranks).
     ahead = kernel == "compiled" and parts
     in_place = not ahead and (whole or kernel in ("fused", "compiled") or (fused and split))
     sliced = kernel == "loss_parallel" and split and torch
-    wide = c.b if torch and not c.stack.kernels.loss_copy else c.wide
-    cast = torch and c.stack.kernels.loss_copy
+    wide = c.b if torch and c.stack.kernels.loss_copy is not True else c.wide
+    cast = torch and c.stack.kernels.loss_copy is True
+    picked = torch and c.stack.kernels.loss_copy == "picked" and c.b < c.wide
     held = (torch or fused) and c.logits_held is True and not ahead
     copy = ("wide",) if c.logits_held == "copy" else ()
     logits = Value("logits", elements * c.b, "logits", grad=not apart or not (fused or whole))
     kernels = _projection(c, logits, split, in_place or held)
-    exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=False)
+    exact = Value("softmax", 0 if in_place else elements * wide, "logits", grad=picked)
     copies = (kernel == "shifted") + steps * (1 + (c.b < c.wide))  # beside the softmax or what it comes from
     second = (Value("shifted", elements * wide * copies, "logits", grad=False),) if copies else ()
-    beside = (1 + sliced) * wide if torch or native else 0
+    beside = (1 + sliced) * wide if (torch or native) and not picked else 0
     if steps or (kernel == "upcast" and c.stack.kernels.logits_cut):
         beside = c.wide - c.b  # the gradient in fp32 (beside zeros), before it is cast
     how = "ahead" if ahead else "sliced" if sliced else "torch" if torch else kernel
     if cast:
-        kernels.append(
-            Kernel(
-                "cast", "memory_bound", _C, ("logits",), (Value("wide", elements * c.wide, "logits"),), copy,
-                bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
-            )
-        )  # fmt: skip
+        kernels.append(_cast(c, "logits", elements, copy))
+    loss = Value("loss", 0)
     entropy = Kernel(
         "cross_entropy", "memory_bound", _C, ("wide" if cast else "logits",),
-        (exact, *second, Value("loss", 0)), ("logits",) if in_place else ("softmax",),
+        (exact, *second, *(() if picked else (loss,))), ("logits",) if in_place else ("softmax",),
         scratch=(("logits", elements * c.wide),) if ahead else (),
         back_scratch=(("logits", beside * elements),) if beside else (),
     )  # fmt: skip
     size = float(elements * (wide if torch else c.wide))
     kernels.append(charged(entropy, COMPOSED[f"loss_{how}"], float(elements * c.b), size))
+    kernels += _picked(c, elements, loss) if picked else ()
     kernels += _beside(c, elements, parts)
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
+
+
+def _cast(c: Context, source: str, elements: int, saves: tuple[str, ...] = ()) -> Kernel:
+    """`wide`: the copy in fp32 of what the source has for each logit."""
+    size, copy = float(elements * (c.b + c.wide)), Value("wide", elements * c.wide, "logits")
+    return Kernel("cast", "memory_bound", _C, (source,), (copy,), saves, bytes=size, back_bytes=size)
+
+
+def _picked(c: Context, elements: int, loss: Value) -> tuple[Kernel, Kernel]:
+    """torch.autocast casts what nll_loss picks from to fp32; its backward fills as much."""
+    fill = float(elements * (c.wide - c.b))  # loss_torch counts it in the logits' dtype
+    nll = Kernel("pick", "memory_bound", _C, ("wide",), (loss,), ("wide",), bytes=0.0, back_bytes=fill)
+    return _cast(c, "softmax", elements), nll
 
 
 def _beside(c: Context, elements: int, parts: bool) -> list[Kernel]:

@@ -186,7 +186,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     compiled kernels, whose gradient takes a second copy. `gathered`: torch's, on a copy in fp32 of logits
     that every tensor-parallel rank gathers whole. `loss_parallel`: torch's, on a copy in fp32 of a rank's
     slice of the logits (torch.distributed.tensor; whole logits as `composed`).
-    loss_copy: torch's cross entropy works on a copy in fp32; false: on the logits in their own dtype.
+    loss_copy: torch's cross entropy works on a copy in fp32. false: on the logits in their own dtype.
+    `picked`: its log_softmax does, and what it picks from is cast to fp32 (torch.autocast).
     logit_grads: where the gradient of logits is made by losses that are one kernel (`fused`, `upcast`,
     `compiled`, `native`, `gathered`). `in_place`: over the logits. `apart`: in a tensor of its own.
     `in_place_if_whole`: over the logits unless ranks shard gradients.
@@ -275,7 +276,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
         "in_place",
         "slices_in_place",
     ] = "composed"
-    loss_copy: bool = True
+    loss_copy: bool | Literal["picked"] = True
     logit_grads: Literal["in_place", "apart", "in_place_if_whole"] = "in_place_if_whole"
     logits_held: bool | Literal["copy", "pipelines"] = True
     logits_until: Literal["backward", "next"] = "backward"
@@ -305,5 +306,5 @@ class Kernels(Spec, frozen=True, kw_only=True):
         require(not room or room >= 1, "expert_room", room, "must be 0, or hold a balanced load: at least 1")
         rule = f"must be 0, or at least 1 and at most expert_room {room:g}"
         require(not stash or 1 <= stash <= room, "expert_stash", stash, rule)
-        rule = "holds the loss's copy of the logits in fp32, which loss_copy false has not"
-        require(self.loss_copy or self.logits_held != "copy", "logits_held", self.logits_held, rule)
+        rule = "holds the loss's copy of the logits in fp32, which is there with loss_copy true alone"
+        require(self.loss_copy is True or self.logits_held != "copy", "logits_held", self.logits_held, rule)

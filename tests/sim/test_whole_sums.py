@@ -141,7 +141,8 @@ def test_a_fresh_routers_peak_is_of_a_layer_whose_tokens_all_choose_one_expert()
 
 def test_a_loss_without_a_copy_in_fp32_takes_less() -> None:
     model = replace(small(), vocab_size=32_000)
-    for copy, bytes_each in ((True, 2 + 3 * 4), (False, 2 + 3 * 2)):
+    # picked: what log_softmax made, its copy in fp32, and the gradient of that copy
+    for copy, bytes_each in ((True, 2 + 3 * 4), (False, 2 + 3 * 2), ("picked", 2 + 2 + 2 * 4)):
         kernels = {"loss": "composed", "loss_copy": copy}
         software = unfused("copies", kernels=kernels, sharding={"fsdp": True})
         job = TrainSpec(seq_len=1024, global_batch=8)

@@ -222,7 +222,7 @@ def test_entries_that_exclude_each_other_are_refused_in_a_line(entry: str, tmp_p
         (
             "kernels",
             "loss_copy: false, logits_held: copy",
-            "logits_held: .*copy.* which loss_copy false has not",
+            "logits_held: .*copy.* which is there with loss_copy true alone",
         ),
         ("reading", "first_stage: true, last_stage: true", "last_stage: .* a peak is of one stage"),
         (
