@@ -244,8 +244,8 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def widens(self, precision: Precision, zero: int, update_on: Tier) -> bool:
         """Whether moments are narrower than the update, which copies them: that of Megatron-Core's
-        distributed optimizer on the device (use_precision_aware_optimizer)."""
-        there = zero >= 1 and update_on == "device" and not self.sharding.fsdp
+        distributed optimizer on the device (use_precision_aware_optimizer), and one without masters."""
+        there = (zero >= 1 or not precision.own_master) and update_on == "device" and not self.sharding.fsdp
         narrow = DTYPE_BYTES[precision.moments] < DTYPE_BYTES["float32"]
         return there and narrow and self.kernels.adamw == "widened"
 

@@ -177,3 +177,14 @@ def test_nothing_is_clipped_where_no_norm_is_asked_for() -> None:
             .ops
         )
         assert any(op.name == "clip" for op in ops) == bool(norm)
+
+
+def test_an_optimizer_without_masters_widens_moments_whatever_ranks_shard() -> None:
+    """Transformer Engine's FusedAdam on one device: 32 bytes a parameter beside AdamW."""
+    for adamw, beside in (("widened", 32), ("fused", 0)):
+        strategy = replace(megatron(1), stack="generic-fused")
+        precision = replace(strategy.precision, param="bfloat16", moments="bfloat16", master="param")
+        stack = changed("generic-fused", kernels={"adamw": adamw})
+        ops = lower(DENSE, replace(strategy, precision=precision), TRAINING, 8, stack).programs[0].ops
+        works = next(op.work for op in ops if op.name == "adamw")
+        assert sum(work.bytes for work in works[1:]) == beside * total_params(DENSE)
