@@ -20,7 +20,8 @@ from mopexec.operators.rope import rotate
 from mopexec.operators.temperature import tempered
 from mopsim.spec.model import ModelSpec
 
-AttentionCore = Callable[[Tensor, Tensor, Tensor, Core, Tensor | None], Tensor]
+AttentionCore = Callable[[list[Tensor], Core, Tensor | None], Tensor]
+"""Attention of [q, k, v], which it takes out of the list: what it trades for others is gone once it has."""
 LATENT_EPS = 1e-6
 """Of the norms over latents: the default of DeepSeek's RMSNorm, whatever its config says (model code of
 DeepSeek-V2 and V3)."""
@@ -51,6 +52,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor 
     """Causal attention [B, S, heads, e] with grouped KV heads, differentiable."""
     result: Tensor = CausalAttention.apply(q, k, v, sinks, core)  # type: ignore[no-untyped-call]
     return result
+
+
+def attended(parts: list[Tensor], core: Core, sinks: Tensor | None = None) -> Tensor:
+    """`causal_attention` as an AttentionCore."""
+    q, k, v = parts
+    parts.clear()
+    return causal_attention(q, k, v, core, sinks)
 
 
 class _Rotation(torch.autograd.Function):
@@ -113,7 +121,7 @@ class SelfAttention(nn.Module):
         self.sinks: nn.Parameter | None = None
         if spec.attention_sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads, dtype=dtype, device=device))
-        self.core: AttentionCore = causal_attention
+        self.core: AttentionCore = attended
         self.rows: QueryRows = OwnRows()
 
     def forward(
@@ -124,9 +132,10 @@ class SelfAttention(nn.Module):
         """
         factors = factors if self.tempers else None
         weights = dict(self.named_parameters())
-        q, k, v = project(self.spec, weights, x, cos, sin, self.rows, rotates=self.rotates, factors=factors)
-        out = self.core(q, k, v, replace(self.what, documents=documents), self.sinks)
-        del q, k, v
+        made = project(self.spec, weights, x, cos, sin, self.rows, rotates=self.rotates, factors=factors)
+        parts = list(made)
+        del made
+        out = self.core(parts, replace(self.what, documents=documents), self.sinks)
         result: Tensor = self.o_proj(out.flatten(2))
         return result
 

@@ -59,10 +59,9 @@ def activate(wings: Iterable[Tensor], how: Activation) -> Tensor:
     *gates, up = wings
     if isinstance(how, Ungated):
         return ungated(up, how)
-    (gate,) = gates
     if how is None:
-        return F.silu(gate) * up
-    result: Tensor = _Clamped.apply(gate, up, how)  # type: ignore[no-untyped-call]
+        return F.silu(gates.pop()) * up  # the gate is gone before their product is there
+    result: Tensor = _Clamped.apply(gates.pop(), up, how)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -82,7 +81,9 @@ def grouped_experts(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], 
             )
             return found
 
-        return grouped(activate((grouped(x, name) for name in names[:-1]), how), "down")
+        out = grouped(activate((grouped(x, name) for name in names[:-1]), how), "down")
+        groups.expert = None  # no backward adds a bias
+        return out
     weights = zip(*(stacks[f"{name}_proj"].unbind(0) for name in names), strict=True)
     biases: Iterable[Sequence[Tensor | None]] = repeat((None,) * len(names))
     if biased:

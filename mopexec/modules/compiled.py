@@ -92,9 +92,8 @@ class CompiledBlock:
             return self._plain(x, given)
         block = self._layer.attention
         factors = given.temperature if block.tempers else None
-        q, k, v = _queries(self._layer, x, given.cos, given.sin, factors)
-        out = block.core(q, k, v, replace(block.what, documents=given.documents), block.sinks)
-        del q, k, v
+        parts = list(_queries(self._layer, x, given.cos, given.sin, factors))
+        out = block.core(parts, replace(block.what, documents=given.documents), block.sinks)
         x, hidden = _attended(self._layer, x, out)
         del out
         inner = partial(_dense, self._layer)

@@ -20,8 +20,10 @@ class BlockAttention:
     def __init__(self, group: Group, *, ring: bool) -> None:
         self._group, self._ring = group, ring
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
+    def __call__(self, parts: list[Tensor], core: Core, sinks: Tensor | None = None) -> Tensor:
         """q [B, s, heads, d], k [B, s, kv_heads, d], v [B, s, kv_heads, e] to [B, s, heads, e]."""
+        q, k, v = parts
+        parts.clear()
         assert sinks is None, "a sink belongs to the whole softmax, not to a block's"
         if q.is_cuda and q.dtype not in HALF:
             rule = "blocks of keys need a flash kernel, which CUDA has for bfloat16 only"

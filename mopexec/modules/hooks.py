@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import recategorize
+from mopexec.model.attention import AttentionCore
 from mopexec.modules.save_ops import keep_products
 from mopexec.operators.again import contexts
 from mopexec.operators.dtypes import of_name
@@ -115,10 +116,17 @@ def recompute_modules(model: Any, names: Collection[str]) -> None:
     """
     for layer in model.blocks():
         if "core_attn" in names:
-            layer.attention.core = partial(again, layer.attention.core)
+            layer.attention.core = partial(_core_again, layer.attention.core)
         inner = layer.moe if layer.is_moe else layer.ffn
         if ("moe" if layer.is_moe else "mlp") in names:
             inner.forward = partial(again, inner.forward)
+
+
+def _core_again(core: AttentionCore, parts: list[Tensor], *how: Any) -> Tensor:
+    """`core` under a checkpoint, which keeps what is in the list."""
+    given = tuple(parts)
+    parts.clear()
+    return again(lambda *given: core(list(given[:3]), *given[3:]), *given, *how)
 
 
 def again(function: Callable[..., Tensor], *args: Any, names: Collection[str] = ()) -> Tensor:

@@ -2,7 +2,7 @@
 
 Projections are written straight into the send layout [D, tokens, width / D], block d being the heads of rank
 d, so packing copies nothing. Where D exceeds the KV heads, each KV block is projected for every rank that
-needs it. Tensors that are there already are traded as they are (`trade`).
+needs it.
 """
 
 import torch
@@ -86,15 +86,6 @@ def swap(blocks: Tensor, group: Group) -> Tensor:
     received = torch.empty_like(blocks)
     collectives.all_to_all_single(received, blocks, group=group.handle)
     return received
-
-
-def trade(x: Tensor, group: Group, to_heads: bool) -> Tensor:
-    """This rank's positions of all heads [B, S/D, heads, d] to all positions of its heads [B, S, heads/D, d],
-    or back; each is the backward of the other.
-    """
-    from_dim, to_dim = (2, 1) if to_heads else (1, 2)
-    received = swap(torch.stack(x.chunk(group.size, dim=from_dim)), group)
-    return torch.cat(received.unbind(0), dim=to_dim)
 
 
 def project_backward(

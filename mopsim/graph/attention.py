@@ -229,9 +229,18 @@ def _by_spans(
         part = ("activations", int(core.writes[0].bytes * share))
         core = replace(core, share=share, scratch=(*core.scratch, part))
         working = float(sum(value.bytes for value in values))
+    if 0 < window < span:  # a block's output and mask
+        block = core.writes[0].bytes * values[1].bytes / values[0].bytes * window / shapes.attended
+        block += _mask(span, window, shapes.width)
+        core = replace(core, scratch=(*core.scratch, ("activations", int(block))))
     if shared or 0 < window < span:
         working += _in_turn(values, span, window, shapes.width)
     return core, working
+
+
+def _mask(seq: int, window: int, b: int) -> int:
+    """Bytes of what is added to the products of a window's queries and the keys that they see."""
+    return min(window, seq) * min(2 * window - 1, seq) * b
 
 
 def _in_turn(values: tuple[Value, ...], seq: int, window: int, b: int) -> float:
@@ -240,7 +249,7 @@ def _in_turn(values: tuple[Value, ...], seq: int, window: int, b: int) -> float:
     """
     (_, k, v), rows, keys = values, min(window or seq, seq), min(2 * window - 1 if window else seq, seq)
     each = 1 if rows == seq else keys / seq
-    return k.bytes * (rows / seq + each) + v.bytes * each + (rows * keys * b if rows < seq else 0)
+    return k.bytes * (rows / seq + each) + v.bytes * each + (_mask(seq, window, b) if rows < seq else 0)
 
 
 def _of_blocks(core: Kernel, values: tuple[Value, ...], exchange: Kernel) -> list[Kernel]:

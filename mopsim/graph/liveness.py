@@ -103,8 +103,9 @@ def backward(
                 played += _again(tape, region, chosen, frozenset(twice))
         kernel = tape.kernels[index]
         memory: list[Step] = list(kernel.back_scratch)
-        if kernel.weight_grad and not (split and kernel.matmuls):
-            memory += _spike((("activations", kernel.weight_grad),))
+        of_weight = 0 if split and kernel.matmuls else kernel.weight_grad
+        if of_weight:  # autograd hands both gradients on at once
+            memory.append(("activations", of_weight))
         passes = not kernel.matmuls and any(f"d/{value.name}" in held for value in kernel.writes)
         for name in kernel.reads if kernel.writes else ():  # else the gradient is changed in place
             value = values[name]
@@ -118,6 +119,8 @@ def backward(
                     lent.discard(name)
                 alive.add(name)
         memory += [(category, -size) for category, size in kernel.back_scratch]
+        if of_weight:
+            memory.append(("activations", -of_weight))
         for value in kernel.writes:
             if value.grad and value.name in alive:
                 if f"d/{value.name}" not in held and value.name not in lent:

@@ -15,6 +15,7 @@ class FurtherLayers:
     stage: Stage
     issue: Builder
     edge: Callable[[str, str], Ops]
+    rows_wait: Callable[[], None]
 
     def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
         """Layers, of which `layer` is one, the next of which are gathered ahead in a forward."""
@@ -30,7 +31,10 @@ class FurtherLayers:
     def projected(self, template: Template, layer: int, phase: str, ready: Ops) -> Ops:
         """What is before such a layer runs."""
         waits, hooks = self.projecting(template, layer, phase)
-        return self.issue.play(template, layer, (*ready, *waits), hooks)
+        done = self.issue.play(template, layer, (*ready, *waits), hooks)
+        if phase == "backward" and not self.adds_in_place:
+            self.rows_wait()
+        return done
 
     def projecting(self, template: Template, layer: int, phase: str) -> tuple[Ops, Hooks]:
         """What the projection before such a layer, a lookup among it, waits for, and what happens beside."""

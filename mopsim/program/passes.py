@@ -45,7 +45,7 @@ from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
 
 FRAMES = (
-    ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows", "scatter_rows"),
+    ("h", "rope"), ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows", "scatter_rows"),
     ("rows_g", "experts_down"),
 )  # fmt: skip
 """Variables of the frames of Python that run a layer, and its routed experts, and the kernels to the end of
@@ -280,7 +280,7 @@ class Passes:
             work = Work("memory_bound", bytes=3.0 * c.hidden + moved)
             again = not c.shards_params and c.training.num_microbatches(c.strategy) > 1
             whole = rows * c.b if self._in_buffers or again or c.one_weight else 0
-            made = (("grads", whole), ("grads", -whole)) if whole else ()
+            made = (("activations", whole), ("activations", -whole)) if whole else ()
             memory = (*made, *self._input)  # torch makes the whole gradient before it is added to its sum
             draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), memory)
             return draft.template()

@@ -153,7 +153,7 @@ class Shards(FurtherLayers, Edges):
                 self.weight_waits(phase)
             return
         unit = self.edge_unit(name)
-        if self.c.one_weight and name == "embedding" and phase == "backward":
+        if name == "embedding" and phase == "backward":
             self.weight_done()
         if self.copied and phase == "backward":
             self._reduce(unit, ready)

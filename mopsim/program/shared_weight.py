@@ -1,4 +1,4 @@
-"""The edges of a network as torch's FSDP2 groups them, and a weight that embedding and head share."""
+"""The edges of a network as torch's FSDP2 groups them, and a weight that two of its places share."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.stage import Stage
 from mopsim.program.units import ShardedUnit, joined
 
 
@@ -15,8 +16,10 @@ class Edges:
     c: Context
     copied: bool
     issue: Builder
+    stage: Stage
     _opened: dict[str, int]
     _make_gradients: Callable[[ShardedUnit, int, str], None]
+    _waiting = 0
 
     def edge_unit(self, name: str) -> ShardedUnit:
         """torch's FSDP2 has final norm and head in one group of parameters, unless other ranks share the
@@ -32,14 +35,25 @@ class Edges:
         return replace(joined([final, unit]), name=unit.name)
 
     def weight_waits(self, phase: str) -> None:
-        """The gradient that the head's product makes of a shared weight, unless it is there."""
+        """The gradient that the head's product makes of a shared weight, unless it is there: a loss in strips
+        in its forward, where its group has it; else autograd, which keeps it for the other one."""
         unit, size = self.edge_unit("embedding"), self.c.edges["embedding"].largest
-        if self.copied and unit.name not in self._opened:
+        if self._waiting or (self.copied and unit.name in self._opened):
+            return
+        if self.copied and phase == "forward":
             self._make_gradients(unit, size, phase)
-        elif not self.copied:
-            self.issue.hold((("grads", size * self.c.b),))
+            return
+        self._waiting = size * self.c.b
+        self.issue.hold((("activations", self._waiting),))
+
+    def rows_wait(self) -> None:
+        """The gradient that rows looked up for an MTP layer make of the embedding, which autograd keeps until
+        that of the first layer's rows is added."""
+        if self.stage.is_first and not self.c.one_weight:
+            self.weight_waits("backward")
 
     def weight_done(self) -> None:
         """Both gradients are added up."""
-        if not self.copied:
-            self.issue.hold((("grads", -self.c.edges["embedding"].largest * self.c.b),))
+        if self._waiting:
+            memory, self._waiting = (("activations", -self._waiting),), 0
+            self.issue.add("gradients added", "compute", "embedding", "backward", (), (), memory)

@@ -119,7 +119,7 @@ def norms_after(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
 def sliced(kernels: tuple[Kernel, ...], share: float, neighbours: bool) -> tuple[Kernel, ...]:
     """Rotations of queries and keys apart, of which a share turns, or neighbours do: autograd writes the
     gradient of each slice into zeros and adds both. What is in fp32 is of the share, and the rest of a head
-    is put beside it."""
+    is put beside it; one kernel turns halves, which neighbours are first copied to."""
 
     def one(kernel: Kernel) -> Kernel:
         apart = neighbours or (share < 1.0 and kernel.back_scratch)  # one kernel turns a part where it lies
@@ -127,7 +127,8 @@ def sliced(kernels: tuple[Kernel, ...], share: float, neighbours: bool) -> tuple
             return kernel
         size = kernel.writes[0].bytes
         if not kernel.back_scratch:
-            return replace(kernel, back_scratch=(("activations", (2 + (share < 1.0)) * size),))
+            there, again = neighbours * size, (2 + (share < 1.0)) * size
+            return replace(kernel, scratch=(("activations", there),), back_scratch=(("activations", again),))
         inside, back = (sum(each for _, each in steps) for steps in (kernel.scratch, kernel.back_scratch))
         least = round((1.0 + share) / 2.0 * inside)
         again = max(2 * size, round((1.0 + share) / 2.0 * (back + size / 2) + share * size / 2) - size)

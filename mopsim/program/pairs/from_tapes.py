@@ -36,7 +36,7 @@ class TapedAttention:
         """The gradient of x1 becomes that of x: one takes the other's place. The projections run again, with
         all that autograd keeps of them, beside the gradients of their results, which go last."""
         c, b, tape = self.c, self.b, self._tape(layer)
-        before, after = _parts(tape, c.stack.kernels.rotary == "wide" and c.wide > c.b)
+        before, after = _parts(tape, c.stack.kernels.rotary, c.wide > c.b)
         again, values = everything(before), before.values
         last = play(b, c, backward(after, _around_core(after)), "backward", layer)
         last = play(b, c, forward(before, again), "backward", layer, [last])
@@ -61,13 +61,15 @@ class TapedAttention:
         return replace(tape, kernels=kernels, held=(("h", names[_core_at(kernels) - 1]), *split))
 
 
-def _parts(tape: Tape, cast: bool) -> tuple[Tape, Tape]:
-    """What makes queries, keys and values, and what follows. cast: rotations are in a wider dtype."""
+def _parts(tape: Tape, rotary: str, wider: bool) -> tuple[Tape, Tape]:
+    """What makes queries, keys and values, and what follows. rotary: Kernels.rotary. wider: than what is
+    computed in is fp32."""
     at = _core_at(tape.kernels)
     traded = [kernel.reads[0] for kernel in tape.kernels[at:] if kernel.name == "stack"]
     results = tuple(traded[:3]) or tape.kernels[at].reads[:3]
     given = tuple(tape.values[name] for name in results)
-    held = tuple(_held(_at_once(kernel), results, cast) for kernel in tape.kernels[:at])
+    cast, fused = rotary == "wide" and wider, rotary == "fused"
+    held = tuple(_held(kernel, results, cast, fused) for kernel in tape.kernels[:at])
     before = replace(tape, kernels=held, outputs=results)
     return before, replace(tape, inputs=(*tape.inputs, *given), kernels=tape.kernels[at:])
 
@@ -77,22 +79,19 @@ def _core_at(kernels: Sequence[Kernel]) -> int:
     return next(i for i, kernel in enumerate(kernels) if kernel.name in ("stack", "attention_core"))
 
 
-def _at_once(kernel: Kernel) -> Kernel:
-    """One node of autograd makes a product's gradients of input and weight before either is added."""
-    if not kernel.matmuls or not kernel.weight_grad:
-        return kernel
-    own = ("activations", kernel.weight_grad)
-    return replace(kernel, weight_grad=0, back_scratch=(*kernel.back_scratch, own))
-
-
-def _held(kernel: Kernel, results: tuple[str, ...], cast: bool) -> Kernel:
+def _held(kernel: Kernel, results: tuple[str, ...], cast: bool, fused: bool) -> Kernel:
     """Whoever asks for the backward holds the gradients of results until its end, those too that a rotation
-    would be done with once they are cast, or a composed norm."""
+    would be done with once they are cast, or a composed norm. Of what is normed after it a fused rotation is
+    done with the gradient before it puts those of its slices together."""
+    rotates, size = kernel.name.startswith("rope_"), kernel.writes[0].bytes
     if kernel.writes[0].name not in results:
-        return kernel
+        if not (fused and rotates and kernel.back_scratch):
+            return kernel
+        ((category, whole),) = kernel.back_scratch
+        return replace(kernel, back_scratch=((category, whole - size),))
     composed = kernel.name.endswith("_norm") and bool(kernel.back_scratch)
-    early = composed or (cast and kernel.name.startswith("rope_"))
-    more = (("activations", kernel.writes[0].bytes),) if early else ()
+    early = composed or (cast and rotates)
+    more = (("activations", size),) if early else ()
     given = tuple(replace(one, grad=False) for one in kernel.writes)
     return replace(kernel, writes=given, back_scratch=(*kernel.back_scratch, *more))
 
