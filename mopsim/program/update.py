@@ -103,8 +103,6 @@ class Update:
         world, key = self.c.groups["world"], "norm" if self.stage.degree > 1 else ""
         sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
         agreed = b.add("norm", stream_of(world), _O, _O, sums, (last,), (), key, awaited=True)
-        if not self.c.training.clip_norm:
-            return agreed
         return b.compute("clip", _O, _O, -1, [self._passes(2 * held * self.width, self.host.clip)], agreed)
 
     def _main_gradients(self, reductions: Sequence[int]) -> tuple[int, tuple[int, ...]]:

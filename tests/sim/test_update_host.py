@@ -168,17 +168,6 @@ def test_an_update_takes_what_its_state_is_wide() -> None:
     assert list(found.values()) == pytest.approx([1, 21 / 28, 24 / 28, 1, 24 / 28]), found
 
 
-def test_nothing_is_clipped_where_no_norm_is_asked_for() -> None:
-    strategy = replace(megatron(8), stack="megatron-core")
-    for norm in (1.0, 0.0):
-        ops = (
-            lower(DENSE, strategy, replace(TRAINING, clip_norm=norm), 8, changed("megatron-core"))
-            .programs[0]
-            .ops
-        )
-        assert any(op.name == "clip" for op in ops) == bool(norm)
-
-
 def test_an_optimizer_without_masters_widens_moments_whatever_ranks_shard() -> None:
     """Transformer Engine's FusedAdam on one device: 32 bytes a parameter beside AdamW."""
     for adamw, beside in (("widened", 32), ("fused", 0)):
