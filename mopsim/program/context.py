@@ -83,11 +83,6 @@ class Context:
         return self.stack.sharding.sums == "whole" and self.strategy.dense.zero in (1, 2)
 
     @property
-    def checked(self) -> float:
-        """Bytes for each number of a gradient while it is checked (Sharding.check_copies)."""
-        return self.stack.sharding.check_copies if self.strategy.dense.zero in (1, 2) else 0.0
-
-    @property
     def masters_stay(self) -> int:
         """Bytes of a master weight that stay on the device though the host updates it (a copy)."""
         copied = self.stack.sharding.host_masters == "copied" and self.strategy.optimizer.update_on == "host"

@@ -120,8 +120,20 @@ def prepared(context: Context, unit: ShardedUnit) -> tuple[tuple[Work, ...], Mem
     if context.stack.sharding.flat:
         return (put_together(context, unit),), (), (divided(context, unit),)
     dense = context.strategy.dense
-    size = int(unit.largest * context.checked) if dense.grad_tier == "host" else 0
+    size = int(unit.largest * checked(context, sent=True)) if dense.grad_tier == "host" else 0
     return grad_passes(context, [unit]), (("framework", size), ("framework", -size)) if size else (), ()
+
+
+def checked(context: Context, *, sent: bool) -> float:
+    """Bytes for each number of a gradient at most while the device checks it (Sharding.check_copies): as it
+    goes to the host (`sent`), or before an update."""
+    sharding, strategy = context.stack.sharding, context.strategy
+    if strategy.dense.zero not in (1, 2) or context.keeps_grads:
+        return 0.0
+    wide = context.wide if context.grad < context.wide else 0
+    scaled = strategy.precision.compute == "float16"
+    searched = bool(sharding.search_copies) and (sent or scaled or sharding.searched == "always")
+    return max(sharding.check_copies, searched * (wide + sharding.search_copies))
 
 
 def put_together(context: Context, unit: ShardedUnit) -> Work:

@@ -65,7 +65,7 @@ class KeptGrads:
         self.made(*self._open.values())
         units, wide = self._chunks[chunk], self.c.grad
         size = float(sum(unit.numel for unit in units) * (self.c.b + 4 * wide))
-        copy = max(unit.largest for unit in units) * wide
+        copy = max((unit.largest for unit in units), default=0) * wide
         work = (Work("memory_bound", bytes=size, launches=2 * sum(unit.tensors for unit in units)),)
         memory = (("grads", copy), ("grads", -copy))
         return (self.issue.add("gradients added", "compute", "other", "backward", work, ready, memory),)

@@ -158,7 +158,12 @@ class Stage:
         """Bytes of the buffer through which gradients go to the host (see Sharding.host_room)."""
         dense = self.context.strategy.dense
         goes = dense.grad_tier == "host" and dense.zero in (1, 2)
-        return goes * self.context.stack.sharding.host_room * max(unit.largest for unit in self.units)
+        return goes * self.context.stack.sharding.host_room * self.largest
+
+    @property
+    def largest(self) -> int:
+        """Numbers of its largest tensor; of a stage without layers 0."""
+        return max((unit.largest for unit in self.units), default=0)
 
     @property
     def flat_bytes(self) -> int:

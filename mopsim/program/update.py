@@ -8,7 +8,7 @@ from mopsim.graph.host_costs import COLLECTION
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, scaled
+from mopsim.program.data_parallel import checked, gathering, scaled
 from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
 from mopsim.program.update_host import UpdateHost
@@ -20,9 +20,10 @@ UPDATED = 28
 """Bytes of a parameter's update in fp32, at which profiles count it (adam_rate): it and two moments are read
 and written, its gradient is read."""
 NARROW = 3
-"""What a number of 16 bits counts there, where one of 32 counts its 4 bytes: torch's fused AdamW on 6.74
-billion parameters and moments in bf16 takes 49.7 ms on H100 (pytorch pull request 118361, open_llama_7b;
-since torch 2.3, 127 to 144 ms before), 21 bytes of 2.86 TB/s for each parameter."""
+"""What a number of 16 bits counts there in one kernel, where one of 32 counts its 4 bytes: torch's fused
+AdamW on Llama 2 in bf16 takes 49.9 ms on H100 (pytorch pull request 117872; since torch 2.3, 126.6 before,
+which is not simulated): taken for 6.74 billion parameters, 21 bytes of 2.83 TB/s each, where its adam_rate in
+fp32 (assumed) is 28 at 2.86. Other programs' single kernels are taken to take as long."""
 FOREACH = 13
 """Passes over a moment that torch's AdamW makes operation by operation beside one kernel's seven: 20 in eight
 (torch/optim/adam.py, _multi_tensor_adam: mul, lerp, mul, addcmul, sqrt, div, add, addcdiv; so
@@ -40,10 +41,14 @@ sum, what is left of the tensor's elements, the sum of all (Megatron-Core, optim
 count_zeros_fp32; torch, TensorAdvancedIndexing.cpp, count_nonzero_cuda)."""
 
 
-def moved(own: int, grad: int, moment: int) -> float:
-    """What one kernel's update takes, as a part of one in fp32, of bytes of what is updated (the master, or a
-    parameter that is its own), of its gradient, which is as wide at least, and of a moment."""
-    update, last, state = (NARROW if size < 4 else size for size in (own, max(grad, own), moment))
+def moved(adamw: str, own: int, grad: int, moment: int) -> float:
+    """What an update takes, as a part of one in fp32, of bytes of what is updated (the master, or a parameter
+    that is its own), of its gradient, which is as wide at least, and of a moment.
+
+    adamw: Kernels.adamw; what is not one kernel moves 16 bits in 2 bytes, in these passes as in FOREACH's.
+    """
+    narrow = NARROW if adamw == "fused" else 2
+    update, last, state = (narrow if size < 4 else size for size in (own, max(grad, own), moment))
     return (2 * update + last + 4 * state) / UPDATED
 
 
@@ -94,7 +99,7 @@ class Update:
     def _clipped(self, reductions: Sequence[int]) -> int:
         b, held = self.b, sum(self.numels)
         if self.dense.grad_tier == "device":
-            b.spike(self.c.checked * min(held, max(unit.largest for unit in self.stage.units)), "grads")
+            b.spike(checked(self.c, sent=False) * min(held, self.stage.largest), "grads")
         self.width, ready = self._main_gradients(reductions)
         ready = self._agreed(ready) if self.c.stack.sharding.agreements else ready
         host = 0.0 if self.width > self.c.grad else self.host.norm
@@ -147,7 +152,8 @@ class Update:
 
     @property
     def _moved(self) -> float:
-        return moved(self.own_master or self.c.param, self.width, self.moment)
+        own = self.own_master or self.c.param
+        return moved(self.c.stack.kernels.adamw, own, self.width, self.moment)
 
     def _passes(self, size: float, host: float = 0.0) -> Work:
         """Kernels of many tensors each. host: what the host does for them in all."""

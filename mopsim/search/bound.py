@@ -364,5 +364,6 @@ class Bounder(Copies):
     def updated(self, rate: float) -> Reals:
         """Seconds of a parameter's update on the device at so many a second in fp32, at least."""
         own = np.where(self.own_master > 0, self.own_master, self.param)
-        least = moved(min(int(own.min()), 4), int(self.grad), int(self.wide))
+        adamw, narrow = self.space.stack.kernels.adamw, min(int(own.min()), 4)
+        least = moved(adamw, narrow, int(self.grad), int(self.wide))
         return np.asarray(min(least, 1.0) * self.scale("optimizer") / rate)

@@ -20,8 +20,9 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import waits_for
 from mopsim.spec.stacks import graphed
 
-SOME, MUCH = 0.02, 0.15
-"""Shares of a step from which waiting is told, and waiting for something is said to bound the step."""
+SOME, MUCH, HALF = 0.02, 0.15, 0.5
+"""Shares of a step: waiting is told from the first, what a change makes longer from the second, and from the
+third waiting is said to bound the step."""
 TOLD = 0.75
 """Part of what is exposed that is told by what it is for, largest first."""
 MORE = 2.0
@@ -77,8 +78,7 @@ def _bounds(best: SimResult) -> str:
     parts = sorted(ran.items(), key=lambda item: -item[1])[:3]
     spent = ", ".join(f"{name} {part / step:.0%}" for name, part in parts)
     told = waits(best)
-    most = max(best.exposed.values(), default=0.0) / step
-    what = "waiting bounds it" if most >= MUCH else "compute bounds it"
+    what = "waiting bounds it" if best.exposed_share > HALF else "compute bounds it"
     parts_of = ", ".join(f"{share:.0%} for {name}" for name, share in told)
     waited = f"in {best.exposed_share:.0%} of the step ({parts_of})" if told else "for almost nothing"
     return f"the step of {format_seconds(step)}: {spent}; {what}: compute waits {waited}"

@@ -21,10 +21,13 @@ Deferred = Literal["never", "pipelines", "always"]
 
 WHOLE = (
     "sums", "owners", "grad_passes", "microbatch_grads", "update_copies", "buckets", "reduce_copies",
-    "reductions", "update_group", "norm_passes", "check_copies", "host_room",
+    "reductions", "update_group", "norm_passes", "check_copies", "search_copies", "searched", "host_room",
 )  # fmt: skip
 """Entries of gradients that a rank sums or updates without sharding parameters."""
-EACH = ("grad_passes", "update_copies", "reduce_copies", "norm_passes", "check_copies", "host_room")
+EACH = (
+    "grad_passes", "update_copies", "reduce_copies", "norm_passes", "check_copies", "search_copies",
+    "host_room",
+)  # fmt: skip
 """Entries in bytes for each number."""
 
 
@@ -90,9 +93,14 @@ class Sharding(Spec, frozen=True, kw_only=True):
     parameters, one after the other, each with a copy of its gradient in fp32. 0: separate tensors.
     norm_passes: bytes moved for the global norm, for each gradient that a rank updates. 0: those of one
     gradient in the dtype of the update.
-    check_copies: under ZeRO-1 and 2, bytes, for each number of a gradient, of the copies in which the
-    device checks it (its norm in fp64; inf and nan), one tensor after the other: what a rank updates,
-    before the update; under ZeRO-2 each whole, as it is reduced, where gradients go to the host.
+    check_copies: under ZeRO-1 and 2, bytes, for each number of a gradient, of the copy whose norm the device
+    takes, one tensor after the other: what a rank updates, before the update; under ZeRO-2 each whole, as
+    it is reduced, where gradients go to the host. Those that wider sums have (microbatch_grads `kept`) are
+    not copied.
+    search_copies: as check_copies, of a search for inf and nan, beside a copy in fp32 of narrower gradients.
+    0: no search has more than the norm.
+    searched: gradients that are searched before an update: `always`, or `scaled`, those of a scaled fp16
+    loss. What goes to the host always is.
     host_room: under ZeRO-1 and 2, bytes, for each number of the largest tensor, of a buffer that stays on
     the device where gradients go to the host.
     reduce_buffer: under ZeRO-2 and 3, bytes of a buffer through which gradients are reduced. It lives
@@ -154,6 +162,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     update_group: float = 0.0
     norm_passes: float = 0.0
     check_copies: float = 0.0
+    search_copies: float = 0.0
+    searched: Literal["always", "scaled"] = "always"
     host_room: float = 0.0
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"

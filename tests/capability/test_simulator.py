@@ -255,6 +255,7 @@ ELSEWHERE = {
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py
     "stack.sharding.optional",  # without it a strategy below ZeRO-2 is no job at all
     "stack.sharding.host_room",  # of ZeRO-1's gradients on the host: tests/sim/test_flat_update.py
+    "stack.sharding.searched",  # of gradients on the device in bf16: tests/sim/test_flat_update.py
     "stack.sharding.update_group",  # of wide copies of narrow gradients: tests/sim/test_flat_update.py
 }
 """Entries that act on no job here."""

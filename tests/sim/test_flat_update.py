@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from mopsim.engine import SimResult, run
 from mopsim.program import lower
 from mopsim.program.context import make_context
-from mopsim.program.data_parallel import grad_passes, reduction
+from mopsim.program.data_parallel import checked, grad_passes, reduction
 from mopsim.program.stage import Stage
 from mopsim.program.workload import SLOT, Program
 from mopsim.spec.hides import Hides
@@ -164,22 +164,54 @@ def test_a_rank_checks_what_it_updates_tensor_by_tensor(zero: int) -> None:
         assert checked == pytest.approx(2 * there + 1000 * min(mine, largest), rel=1e-4)
 
 
+def _sent(zero: int) -> Strategy:
+    """Gradients go to the host, which updates."""
+    made = _strategy(zero)
+    optimizer = replace(made.optimizer, state_tier="host", update_on="host")
+    return replace(made, dense=replace(made.dense, grad_tier="host"), optimizer=optimizer)
+
+
+def _checks(strategy: Strategy, *, sent: bool, **changes: str) -> float:
+    strategy = replace(strategy, precision=replace(strategy.precision, **changes))
+    ways = {"check_copies": 8.0, "search_copies": 7.0, "searched": "scaled", "microbatch_grads": "kept"}
+    return checked(make_context(MODEL, strategy, TRAINING, 8, _stack(**ways)), sent=sent)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_what_a_check_copies_is_of_dtypes(zero: int) -> None:
+    """stage_1_and_2.py: a norm in fp64; in fp16, and as it goes to the host, x.float() and seven bytes."""
+    strategy = _strategy(zero)
+    half = dict.fromkeys(("compute", "param", "grad", "reduce"), "float16")
+    assert _checks(strategy, sent=False) == 8
+    assert _checks(strategy, sent=True) == 11
+    assert _checks(strategy, sent=False, **half) == 11
+    kept = 0 if zero == 1 else 8  # BF16_Optimizer has no search, and its norm copies no fp32
+    assert _checks(strategy, sent=zero == 2, grad="float32", reduce="float32") == kept
+    always = _stack(check_copies=8.0, search_copies=7.0)
+    assert checked(make_context(MODEL, strategy, TRAINING, 8, always), sent=False) == 11
+    before = _stack(check_copies=8.0)
+    assert checked(make_context(MODEL, strategy, TRAINING, 8, before), sent=True) == 8
+
+
 def test_gradients_that_go_to_the_host_are_checked_whole_as_they_are_reduced() -> None:
     """async_inplace_copy_grad_to_fp32_buffer_from_gpu and what is before it, of each reduced gradient."""
-    made = _strategy(2)
-    dense = replace(made.dense, grad_tier="host")
-    strategy = replace(
-        made, dense=dense, optimizer=replace(made.optimizer, state_tier="host", update_on="host")
-    )
+    strategy = _sent(2)
     context = make_context(MODEL, strategy, TRAINING, 8, _stack())
     largest = {unit.name: unit.largest for unit in Stage(context, 0).units}
     rooms = {f"flat gradient {name}": 11 * largest[name] for name in ("head", "embedding")} | {"norm": 0}
+    bare = _stack(grad_passes=12.0)
+    full = _stack(grad_passes=12.0, check_copies=8.0, search_copies=7.0, host_room=2.0)
+    free, held = (lower(MODEL, strategy, TRAINING, 8, stack).programs[0] for stack in (bare, full))
     for name, room in rooms.items():
-        free, held = (
-            _highest(lower(MODEL, strategy, TRAINING, 8, stack).programs[0], "framework", name)
-            for stack in (
-                _stack(grad_passes=12.0),
-                _stack(grad_passes=12.0, check_copies=11.0, host_room=2.0),
-            )
-        )
-        assert held - free == 2 * max(largest.values()) + room
+        more = _highest(held, "framework", name) - _highest(free, "framework", name)
+        assert more == 2 * max(largest.values()) + room
+    assert _highest(held, "grads", "norm") == _highest(free, "grads", "norm"), "checked before, as they went"
+
+
+def test_zero_3_sends_gradients_to_the_host_without_a_buffer_of_the_largest() -> None:
+    """temp_grad_buffer_for_gpu_offload is of stage_1_and_2.py."""
+    free, held = (
+        lower(MODEL, _sent(3), TRAINING, 8, _stack(host_room=room)).programs[0].resident
+        for room in (0.0, 2.0)
+    )
+    assert held == free

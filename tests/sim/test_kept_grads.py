@@ -197,7 +197,8 @@ def test_cached_blocks_lie_above_what_the_passes_had() -> None:
     ("field", "value"),
     [("owners", True), ("sums", "whole"), ("grad_passes", 6), ("microbatch_grads", "kept"), ("buckets", 1e9),
      ("update_copies", 4), ("reduce_copies", 2), ("reductions", "asked"), ("update_group", 1e9),
-     ("norm_passes", 18), ("check_copies", 11), ("host_room", 2)],
+     ("norm_passes", 18), ("check_copies", 8), ("search_copies", 7),
+     ("searched", "scaled"), ("host_room", 2)],
 )  # fmt: skip
 def test_what_fsdp_cannot_do_is_refused(field: str, value: Any) -> None:
     with pytest.raises(SpecError, match=rf"^{field}: .* with fsdp, under which each rank sums"):

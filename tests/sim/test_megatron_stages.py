@@ -173,3 +173,13 @@ def test_context_ranks_gain_nothing_from_a_sequence_that_is_cut() -> None:
         )  # fmt: skip
         seconds.append(simulate(model, profile, 4, plan, training).step_time)
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(("zero", "shard"), [(0, 1), (1, 2)])
+def test_a_stage_in_the_middle_may_have_no_layers(zero: int, shard: int) -> None:
+    strategy = megatron(8, pipeline_parallel=4)
+    dense = msgspec.structs.replace(strategy.dense, zero=zero, fsdp=shard)
+    pipeline = msgspec.structs.replace(strategy.pipeline, layers=(4, 0, 4, 0))
+    uneven = play(deep(8), with_(strategy, dense=dense, pipeline=pipeline), 8)
+    even = play(deep(8), with_(strategy, dense=dense), 8)
+    assert even.step_time < uneven.step_time < 2.5 * even.step_time

@@ -1,6 +1,7 @@
 """Bounds by the layers of a candidate's own program: at most what is simulated, and close to it."""
 
 from functools import cache
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from mopsim import strategies
 from mopsim.common.errors import SpecError
 from mopsim.cost import seconds
 from mopsim.engine import SimResult, simulate
@@ -22,13 +24,14 @@ from mopsim.search.guess import guess, likely
 from mopsim.search.least import least_time
 from mopsim.search.pieces import LayerPiece, Pieces, PipelinePart
 from mopsim.search.pool import Pool
-from mopsim.search.problem import DEFAULTS, Problem
+from mopsim.search.problem import DEFAULTS, DEVICE, Problem
 from mopsim.search.refined import Refined
 from mopsim.search.space import Space
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import AttentionKernel, Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Precision
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.property.drawn import mixed
@@ -177,8 +180,14 @@ def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: 
     program = with_wide_sums(load_stack(stack))
     if family == "mop":  # a fork with its loss
         program = replace(program, has={**program.has, "vocabulary.loss": ("ring",)})
-    asked = Problem(model, machine, 1, training, stack=program)
+    hold(Problem(model, machine, 1, training, stack=program), family)
+
+
+def hold(asked: Problem, family: str, state: int | None = None) -> None:
+    """Five bounds of a family's space, or of its rows whose optimizer's state is there."""
     space = spread(asked, family)
+    if state is not None:
+        space = space.take(np.flatnonzero(np.asarray(space.columns["state"]) == state))
     shared, pieces = SpaceFacts.of(space), Pieces(space)
     for index in np.random.default_rng(0).choice(len(space), 5, replace=False):
         at = np.array([index])
@@ -190,6 +199,24 @@ def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: 
         assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
         assert closer.device_memory()[0][0] <= found.peak_memory + 1
         assert before.host[0] <= found.host_memory + 1
+
+
+def narrow(*_: object, keep_master: bool) -> Precision:
+    """Parameters and moments in bf16, where the families have them wide."""
+    one: Literal["bfloat16"] = "bfloat16"
+    return Precision(param=one, reduce=one, grad=one, moments=one, master=one if keep_master else "param")
+
+
+@pytest.mark.parametrize("adamw", ["fused", "foreach"])
+def test_an_update_of_narrow_state_is_bounded_as_it_is_played(adamw: Any) -> None:
+    """On a card on which a step is its update above all."""
+    machine, program = load_profile("h200-sxm-141g"), load_stack("generic-fused")
+    slow = replace(machine.device.adam_rate, value=machine.device.adam_rate.value / 10_000)
+    machine = replace(machine, device=replace(machine.device, adam_rate=slow))
+    program = replace(program, kernels=replace(program.kernels, adamw=adamw))
+    asked = Problem(TINY, machine, 1, TrainSpec(seq_len=512, global_batch=8), stack=program)
+    with patch.object(strategies, "_low_precision", narrow):
+        hold(asked, "mop", DEVICE)
 
 
 MISSED = pytest.mark.xfail(

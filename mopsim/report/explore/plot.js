@@ -119,6 +119,6 @@ function plot(view) {
   const used = new Set(inside.map((one) => (one.y === null ? "out of memory" : one.mark)));
   const says = [used.has("may not fit") ? "hollow: may not fit (with a probability below 0.9)" : "", used.has("out of memory") ? "cross: does not fit, or no legal strategy" : "",
     inside.filter((one) => one.front).length > 1 ? "dashed line: Pareto front" : "", view.diagonal ? "grey: within 10 % of measured" : "",
-    inside.some((one) => one.yr || one.xr) ? "bands and bars: intervals" : ""].filter(Boolean).join("; ");
+    inside.some((one) => one.yr || one.xr) ? "bands and grey lines: intervals" : ""].filter(Boolean).join("; ");
   return [legend(names, (index) => marker(index, "", PALETTE[index % 8]), toggled), box, says ? el("p", { class: "says" }, `${says}.`) : null];
 }

@@ -190,7 +190,7 @@ KINDS = (
         "compare",
         lambda found: [ExplorerStep(label, one) for label, one in found["strategies"].items()],
         _compare,
-        lambda found: _joined(found["finding"], found.get("software"), by=". "),
+        lambda found: _joined(found["finding"], found.get("software"), found.get("difference"), by=". "),
     ),
     Kind("search", _of_search, _search, lambda found: _joined(found["verdict"], proof(found))),
     Kind("size", _of_size, cluster_views, _recommended),
