@@ -107,7 +107,7 @@ def test_a_refined_bound_is_at_most_what_is_simulated(case: int, family: str, pl
         return
     before = Bounder(row, shared).all()
     assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
-    assert before.device[0] <= closer.device_memory()[0][0] <= found.peak_memory + 1
+    assert max(before.device[0], closer.device_memory()[0][0]) <= found.peak_memory + 1  # as in Pool
     assert before.host[0] <= found.host_memory + 1
 
 
