@@ -58,8 +58,8 @@ def test_under_fsdp2(model: ModelSpec, recompute: Any) -> None:
 
 
 MISSED = {
-    "GPT-tensors, full": "1.02 % high: gradients of an experts' product and of its weight are there at once, as "
-    "autograd hands them on; 0.40 % before that was simulated: something else is held too long"
+    "GPT-tensors, full": "1.02 % high: gradients of an experts' product and of its weight are there at once, "
+    "as autograd hands them on; 0.40 % before that was simulated: something else is held too long"
 }
 
 
