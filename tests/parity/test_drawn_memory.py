@@ -13,17 +13,12 @@ of rotated pairs that are normed, and biases of experts."""
 SEEDS = [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (*range(12, 80), *MORE))]
 EXACT = ("weights", "gathered weights", "gradients", "optimizer state", "forward", "backward")
 """Beside the tiers: rows that agree whatever is drawn."""
-BY_PART = 60
-"""Plans, the first ones, of which these rows are compared."""
-
-
 LOW = (44,)
 """Whose forward is 2.9 % low: Python's frames hold the norm's output to the end of attention."""
 
 
 def _rows(seed: int) -> tuple[str, ...]:
-    found = (*WHOLE, *EXACT) if seed < BY_PART or seed in MORE else (*WHOLE,)
-    return tuple(row for row in found if row != "forward" or seed not in LOW)
+    return tuple(row for row in (*WHOLE, *EXACT) if row != "forward" or seed not in LOW)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
