@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.stage import Stage
-from mopsim.program.units import ShardedUnit, joined
+from mopsim.program.units import ShardedUnit, joined, vocabulary_matrix
 
 
 class Edges:
@@ -37,7 +37,7 @@ class Edges:
     def weight_waits(self, phase: str) -> None:
         """The gradient that the head's product makes of a shared weight, unless it is there: a loss in strips
         in its forward, where its group has it; else autograd, which keeps it for the other one."""
-        unit, size = self.edge_unit("embedding"), self.c.edges["embedding"].largest
+        unit, size = self.edge_unit("embedding"), vocabulary_matrix(self.c.edges["embedding"])
         if self._waiting or (self.copied and unit.name in self._opened):
             return
         if self.copied and phase == "forward":

@@ -157,6 +157,11 @@ def looked_up(edges: dict[str, ShardedUnit]) -> list[ShardedUnit]:
     return [edges[name] for name in ("embedding", "positions") if name in edges]
 
 
+def vocabulary_matrix(embedding: ShardedUnit) -> int:
+    """Numbers of the embedding's matrix in its unit, whose last tensor learned positions are."""
+    return embedding.numel - embedding.last * (embedding.tensors > 1)
+
+
 def _of_ring(model: ModelSpec, strategy: Strategy, unit: ShardedUnit) -> ShardedUnit:
     """The vocabulary's matrix split over the ranks of a ring."""
     degree = strategy.vocabulary.vocab_parallel
