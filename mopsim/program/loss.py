@@ -118,8 +118,8 @@ def loss_tape(context: Context) -> Tape:
     ahead = kernel == "compiled" and parts
     in_place = not ahead and (whole or kernel in ("fused", "compiled") or (fused and split))
     sliced = kernel == "loss_parallel" and split and torch
-    wide = c.b if torch and c.stack.kernels.loss_copy is not True else c.wide
-    cast = torch and c.stack.kernels.loss_copy is True
+    wide = c.b if torch and own else c.wide
+    cast = torch and not own
     picked = torch and c.stack.kernels.loss_copy == "picked" and c.b < c.wide
     held = (torch or fused) and c.logits_held is True and not ahead
     copy = ("wide",) if c.logits_held == "copy" else ()

@@ -217,7 +217,8 @@ class Update:
             return min(params, group) if self.dense.zero == 3 else params
         if self.c.stack.kernels.adamw == "foreach":
             return params
-        return max(-(-unit.largest // (unit.shard if self.dense.zero else 1)) for unit in self.stage.units)
+        units, zero = self.stage.units, self.dense.zero
+        return max((-(-unit.largest // (unit.shard if zero else 1)) for unit in units), default=0)
 
     @property
     def _widened(self) -> int:
