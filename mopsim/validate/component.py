@@ -43,6 +43,13 @@ class Component:
         return re.search(pattern, self.system.lower()) is not None
 
     @property
+    def router(self) -> str:
+        """The network whose router chose its rows' experts (data/systems.yaml); "": drawn alike."""
+        routers = kept("mopsim.validate", "data/systems.yaml")["routers"]
+        named = (model for system, model in routers.items() if re.search(system, self.system.lower()))
+        return str(next(named, ""))
+
+    @property
     def gpus(self) -> int:
         """Devices in all; 8 where none are stated. Raises UnsupportedError."""
         return _checked(lambda: tables.count(self.row, "num_gpus")) or 8

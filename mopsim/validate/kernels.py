@@ -9,6 +9,7 @@ from mopsim.cost.communication import reached
 from mopsim.cost.compute import for_heads
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.presets import load_model
 from mopsim.validate.component import Component
 from mopsim.validate.tables import UnsupportedError
 
@@ -84,7 +85,7 @@ def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     ranks = component.count("ep")
     choices = component.count("top_k") if component.does("deduplicated") else 0
     experts = component.count("num_experts") if "num_experts" in component.params else 0
-    group = CommGroup(ranks, min(ranks, hardware.scale_up_size), choices, experts)
+    group = CommGroup(ranks, min(ranks, hardware.scale_up_size), choices, experts, limit=_limit(component))
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")
     else:
@@ -97,4 +98,14 @@ def all_to_all(component: Component, hardware: HardwareProfile) -> float:
         return time
     places = ranks if component.one_of("link", "rdma", "nvlink") == "nvlink" else ranks // group.intra
     once = size / component.number("top_k")
-    return once * places * float(reached(places, choices, experts)) / time
+    return once * places * float(reached(places, choices, experts, group.limit)) / time
+
+
+def _limit(component: Component) -> tuple[int, int]:
+    """(n_group, topk_group) of the router that chose the rows' experts, where it is a known network's."""
+    if not component.router:
+        return 1, 1
+    model = load_model(component.router)
+    has = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
+    same = has == tuple(component.number(name) for name in ("hidden", "num_experts", "top_k"))
+    return (model.n_group, model.topk_group) if same else (1, 1)
