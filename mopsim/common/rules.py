@@ -7,8 +7,7 @@ from typing import Any
 
 import msgspec
 
-from mopsim.common.io import Spec, convert
-from mopsim.common.shipped import shipped
+from mopsim.common.io import Spec
 from mopsim.common.table import Row
 
 UNKNOWN = ("", "unknown")
@@ -66,11 +65,6 @@ class RowFacts:
         """The settings below a root (`strategy`), by the rest of their path."""
         head = f"{root}."
         return {key.removeprefix(head): value for key, value in self.settings.items() if key.startswith(head)}
-
-
-def load_rules(package: str, *names: str) -> tuple[Rule, ...]:
-    """The rules of YAML files of a package, in their order. Raises MopError."""
-    return tuple(convert(one, Rule, "rule", name) for name in names for one in shipped(package, name))
 
 
 def applied(rules: Iterable[Rule], row: Row, roots: tuple[str, ...], more: Row | None = None) -> RowFacts:

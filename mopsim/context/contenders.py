@@ -6,11 +6,10 @@ everything that FSDP2 can be combined with (contenders.yaml).
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal
 
-from mopsim.common.io import Spec, convert
-from mopsim.common.shipped import shipped
+from mopsim.common.io import Spec
+from mopsim.common.shipped import listed_in
 from mopsim.search.axes import within
 from mopsim.search.had import Key, Value, axes_of, columns_of, exchanges, names
 from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
@@ -129,8 +128,5 @@ def _only(pairs: Sequence[object], place: int, allowed: Sequence[int]) -> list[t
     return [pair for pair in pairs if isinstance(pair, tuple) and pair[place] in allowed]
 
 
-@cache
-def contenders() -> tuple[Contender, ...]:
-    """Those of contenders.yaml, from the freest to the most restricted."""
-    listed = shipped("mopsim.context", "contenders.yaml")
-    return tuple(convert(one, Contender, "contender") for one in listed)
+contenders = listed_in("mopsim.context", Contender, "contenders.yaml")
+"""Those of contenders.yaml, from the freest to the most restricted."""

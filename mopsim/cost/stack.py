@@ -1,15 +1,13 @@
 """A machine as a stack and a job use it: its attention kernel, sums in a fixed order, the SMs that its
 exchanges take, the slowest of its devices."""
 
-from functools import cache
-
 import msgspec
 from msgspec.structs import replace
 from scipy.special import ndtri
 
 from mopsim.common import io
 from mopsim.common.errors import require
-from mopsim.common.shipped import shipped
+from mopsim.common.shipped import named_in
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
@@ -91,11 +89,8 @@ class AttentionKernelRates(io.Spec, frozen=True, kw_only=True, rename={"like": "
     slower: float = 1.0
 
 
-@cache
-def kernels() -> dict[str, AttentionKernelRates]:
-    """The kernels that are known, by name."""
-    plain = shipped("mopsim.cost", "kernels.yaml")
-    return {name: io.convert(one, AttentionKernelRates, name, "kernels.yaml") for name, one in plain.items()}
+kernels = named_in("mopsim.cost", AttentionKernelRates, "kernels.yaml")
+"""The kernels that are known, by name."""
 
 
 def as_used(

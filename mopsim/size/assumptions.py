@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import msgspec
 from mopsim.common.errors import MopError, require, require_name, shown
 from mopsim.common.io import Spec, convert, exists, read_yaml
 from mopsim.common.nearest import unknown
-from mopsim.common.shipped import shipped
+from mopsim.common.shipped import named_in
 from mopsim.common.units import read_amount
 from mopsim.common.values import number_problem, parse_float
 from mopsim.spec.hardware import Tag
@@ -136,18 +135,10 @@ class Assumptions:
         return replace(self, **own, given=(*self.given, *own)) if own else self
 
 
-@cache
-def known() -> dict[str, Assumed]:
-    """The shipped assumptions by name."""
-    return {
-        name: convert(one, Assumed, name) for name, one in shipped("mopsim.size", "assumptions.yaml").items()
-    }
-
-
-@cache
-def node_prices() -> dict[str, Capex]:
-    """The shipped prices of nodes by hardware profile."""
-    return {name: convert(one, Capex, name) for name, one in shipped("mopsim.size", "capex.yaml").items()}
+known = named_in("mopsim.size", Assumed, "assumptions.yaml")
+"""The shipped assumptions by name."""
+node_prices = named_in("mopsim.size", Capex, "capex.yaml")
+"""The shipped prices of nodes by hardware profile."""
 
 
 def with_capex(prices: Mapping[str, Capex], given: Mapping[str, float]) -> dict[str, Capex]:

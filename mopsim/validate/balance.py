@@ -1,13 +1,11 @@
 """What a log prints of its load-balancing loss, as that of the mean MoE layer in one forward. Programs and
 their releases differ in what they print: data/balance_losses.yaml."""
 
-from functools import cache
 from typing import Literal
 
-from mopsim.common import io
 from mopsim.common.errors import require
 from mopsim.common.rules import Condition
-from mopsim.common.shipped import shipped
+from mopsim.common.shipped import listed_in
 from mopsim.spec.model import ModelSpec
 from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, number
 
@@ -27,11 +25,8 @@ class PrintedLoss(Condition, frozen=True, kw_only=True):
         return part * (2.0 if self.again and row.get("recompute") == "full" else 1.0)
 
 
-@cache
-def printed_losses() -> tuple[PrintedLoss, ...]:
-    """The entries, of which at most one is of a program and a month."""
-    plain = shipped("mopsim.validate", "data/balance_losses.yaml")
-    return tuple(io.convert(one, PrintedLoss, "loss", "data/balance_losses.yaml") for one in plain)
+printed_losses = listed_in("mopsim.validate", PrintedLoss, "data/balance_losses.yaml")
+"""The entries, of which at most one is of a program and a month."""
 
 
 def balance_loss(row: Row, model: ModelSpec) -> float | None:

@@ -12,18 +12,15 @@ from functools import cache
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.rules import UNKNOWN, Condition, RowFacts, Rule, applied, load_rules
-from mopsim.common.shipped import shipped
+from mopsim.common.rules import UNKNOWN, Condition, RowFacts, Rule, applied
+from mopsim.common.shipped import listed_in, named_in, shipped
 from mopsim.spec.strategy import Exchange, Tier
 from mopsim.validate.case import machine
 from mopsim.validate.columns import ROOTS
 from mopsim.validate.tables import Row, UnsupportedError
 
-
-@cache
-def rules() -> tuple[Rule, ...]:
-    """All rules, in the order in which they are tried."""
-    return load_rules("mopsim.validate", "data/notes.yaml", "data/recipes.yaml")
+rules = listed_in("mopsim.validate", Rule, "data/notes.yaml", "data/recipes.yaml")
+"""All rules, in the order in which they are tried."""
 
 
 @cache
@@ -47,25 +44,12 @@ class FirstMonth(Condition, frozen=True, kw_only=True):
     source: str
 
 
-@cache
-def programs() -> tuple[NamedStack, ...]:
-    """The programs, in the order in which they are tried."""
-    plain = shipped("mopsim.validate", "data/programs.yaml")
-    return tuple(io.convert(one, NamedStack, "program", "data/programs.yaml") for one in plain)
-
-
-@cache
-def words() -> dict[str, Condition]:
-    """Cells that are `yes` where the condition is true of a row."""
-    plain = shipped("mopsim.validate", "data/words.yaml")
-    return {cell: io.convert(one, Condition, cell, "data/words.yaml") for cell, one in plain.items()}
-
-
-@cache
-def first_months() -> tuple[FirstMonth, ...]:
-    """From when cards and networks were there."""
-    plain = shipped("mopsim.validate", "data/dates.yaml")
-    return tuple(io.convert(one, FirstMonth, "month", "data/dates.yaml") for one in plain)
+programs = listed_in("mopsim.validate", NamedStack, "data/programs.yaml")
+"""The programs, in the order in which they are tried."""
+words = named_in("mopsim.validate", Condition, "data/words.yaml")
+"""Cells that are `yes` where the condition is true of a row."""
+first_months = listed_in("mopsim.validate", FirstMonth, "data/dates.yaml")
+"""From when cards and networks were there."""
 
 
 def loss_parts(kind: object) -> int | None:
@@ -84,11 +68,8 @@ class FamilyHabits(io.Spec, frozen=True, kw_only=True):
     vocabulary_rows: int = 0
 
 
-@cache
-def families() -> dict[str, FamilyHabits]:
-    """The families by name."""
-    plain = shipped("mopsim.validate", "data/families.yaml")
-    return {name: io.convert(one, FamilyHabits, name) for name, one in plain.items()}
+families = named_in("mopsim.validate", FamilyHabits, "data/families.yaml")
+"""The families by name."""
 
 
 @cache

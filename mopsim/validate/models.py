@@ -1,10 +1,10 @@
 """Networks as rows of a table (columns of models.csv): one row -> one ModelSpec, or the reason why not."""
 
-from functools import cache
 from pathlib import Path
 
 from mopsim.common.errors import MopError, SpecError, require
-from mopsim.common.rules import Rule, applied, load_rules
+from mopsim.common.rules import Rule, applied
+from mopsim.common.shipped import listed_in
 from mopsim.spec.model import ModelSpec
 from mopsim.validate import tables
 from mopsim.validate.columns import MODELS
@@ -21,10 +21,8 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-@cache
-def model_rules() -> tuple[Rule, ...]:
-    """What notes say, and what rows leave open."""
-    return load_rules("mopsim.validate", "data/models.yaml")
+model_rules = listed_in("mopsim.validate", Rule, "data/models.yaml")
+"""What notes say, and what rows leave open."""
 
 
 def from_row(row: Row) -> ModelSpec:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from mopsim.common.io import Spec, convert
-from mopsim.common.shipped import shipped
+from mopsim.common.io import Spec
+from mopsim.common.shipped import named_in
 from mopsim.graph.tape import Kernel, Step, Strided, Value
 
 JOINED = 0.58
@@ -139,8 +139,5 @@ def made(kernels: Iterable[Kernel]) -> dict[str, Value]:
     return {value.name: value for kernel in kernels for value in kernel.writes}
 
 
-COMPOSED: dict[str, ComposedKernel] = {
-    name: convert(one, ComposedKernel, name, "composed.yaml")
-    for name, one in shipped("mopsim.graph.rewrites", "composed.yaml").items()
-}
+COMPOSED = named_in("mopsim.graph.rewrites", ComposedKernel, "composed.yaml")()
 """By name."""
