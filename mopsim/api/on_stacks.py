@@ -11,7 +11,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.findings import headline, leaders
-from mopsim.search.had import had, not_played
+from mopsim.search.had import not_played, nothing_of
 from mopsim.search.result import TIE
 from mopsim.spec.capability import Job
 from mopsim.spec.stack import DEFAULT, Stack
@@ -32,7 +32,7 @@ def for_all(
 def _has(stack: Stack, asked: str | Strategy, inputs: Inputs) -> bool:
     """Whether a stack has something of a family, or a strategy as it is."""
     if isinstance(asked, str):
-        return not had(replace(inputs, stack=stack).problem(), asked).refused
+        return not nothing_of(replace(inputs, stack=stack).problem(), asked)
     machine = inputs.hardware
     job = Job(inputs.model, asked, inputs.training, stack.on_kind(machine.device_kind), machine)
     return not any(not_played(job))

@@ -106,9 +106,13 @@ def require_at_least(owner: Any, least: int, *fields: str) -> None:
         require(getattr(owner, field) >= least, field, getattr(owner, field), f"must be at least {least}")
 
 
+BREAKS = ("Cc", "Cs", "Zl", "Zp")
+"""Kinds of characters that end a line of text, or are none."""
+
+
 def require_name(name: str, field: str = "name") -> None:
     """Raise SpecError unless `name` is one line of text: it stands in tables, messages and file names."""
-    breaks = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+    breaks = not name.isprintable() and any(unicodedata.category(one) in BREAKS for one in name)
     plain = bool(name.strip()) and not breaks and len(name) <= 200
     require(plain, field, name, "must be one line of text of at most 200 characters, not empty")
 

@@ -30,6 +30,9 @@ Key = str | tuple[str, ...]
 Value = int | tuple[int, ...]
 Refused = tuple[tuple[str, ...], tuple[int, ...], str]
 """Columns, their values, why rows that have them all are refused."""
+Jobs = list[tuple[dict[str, int], Job]]
+Sometimes = tuple[dict[str, int], SpecError]
+"""Columns of rows of defaults with what they ask, or with what is refused of them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ def exchanges(problem: Problem, family: str) -> list[int]:
 def had(problem: Problem, family: str) -> Had:
     """What the program of a family has of its axes."""
     return once(problem.known, ("had", family), lambda: _Trials(problem, family).found())
+
+
+def nothing_of(problem: Problem, family: str) -> str:
+    """`Had.refused`, without the rest."""
+    return once(problem.known, ("nothing of", family), lambda: _Trials(problem, family).nothing())
 
 
 def refused_beside(
@@ -153,10 +161,8 @@ class _Trials:
         self.crossed = self._crossed()
         self.stack = _with(self.stack, lambda entry: entry not in self.crossed)
         self.bound: dict[Key, bool] = {}
-        self.jobs: dict[Key, dict[Value, list[tuple[dict[str, int], Job]]]] = {
-            key: {value: list(self._jobs(key, value)) for value in values}
-            for key, values in self.axes.items()
-        }
+        self.jobs: dict[tuple[Key, Value], Jobs] = {}
+        self.tried: dict[tuple[Key, Value], tuple[list[SpecError], list[Sometimes]]] = {}
         self.refused: dict[tuple[tuple[str, int], ...], set[str]] = {}
 
     def found(self) -> Had:
@@ -164,17 +170,15 @@ class _Trials:
         lacks: dict[Key, dict[Value, SpecError]] = defaultdict(dict)
         sometimes: list[tuple[Key, Value, dict[str, int], SpecError]] = []
         unrun: list[Refused] = []
-        for key, tried in self.jobs.items():
-            for value, jobs in tried.items():
-                always, some = self._refusals(key, jobs)
+        for key, values in self.axes.items():
+            for value in cast(Sequence[Value], values):
+                always, some = self._tried(key, value)
                 if always:
                     lacks[key][value] = always[0]
                 sometimes += [(key, value, context, error) for context, error in some]
-                unrun += [(names(key), each(value), why) for why in self._not_run(key, jobs)]
-        for key, tried in self.jobs.items():
-            if lacks[key] and len(lacks[key]) == len(tried):
-                error = next(iter(lacks[key].values()))
-                return Had(self.axes, [], f"{error.field} {error.rule}", unrun)
+                unrun += [(names(key), each(value), why) for why in self._not_run(key, value)]
+        if refused := self.nothing():
+            return Had(self.axes, [], refused, unrun)
         left = {key: self._left(key, lacks[key]) for key in self.axes}
         selective = len(left.get("modules", ())) > 1
         pairs = [one for some in sometimes for one in self._pair(*some, selective=selective)]
@@ -182,16 +186,24 @@ class _Trials:
         every = [error for errors in lacks.values() for error in errors.values()]
         return Had(left, list({str(error): error for error in every}.values()), "", unrun + pairs)
 
+    def nothing(self) -> str:
+        """Why the program has nothing of the family, or '': all values of an axis are refused in all rows."""
+        for key, values in self.axes.items():
+            if all(self._tried(key, value)[0] for value in cast(Sequence[Value], values)):
+                error = self._tried(key, values[0])[0][0]
+                return f"{error.field} {error.rule}"
+        return ""
+
     def _left(self, key: Key, lacks: dict[Value, SpecError]) -> Values:
         """Values of an axis that the program has, of those the ones that a target has words for, where there
         are any; notes why the others are not."""
         had = [one for one in self.axes[key] if one not in lacks]
-        mute = {one: why for one in had if (why := self._no_word(key, self.jobs[key][one]))}
+        mute = {one: why for one in had if (why := self._no_word(key, one))}
         if len(mute) < len(had):
             lacks.update(mute)
         return cast(Values, [one for one in had if one not in lacks])
 
-    def _no_word(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> SpecError | None:
+    def _no_word(self, key: Key, value: Value) -> SpecError | None:
         """Why a value is in no target that the stack asked for describes; None where it is, where the stack
         names it (with a source: the program has what an export has no words for), or it describes none."""
 
@@ -203,6 +215,7 @@ class _Trials:
 
         stack = self.problem.stack.name if self.problem.stack else None
         sides = [side for side in EXPORTS if stack in SIDES[side]["stacks"]]
+        jobs = self._jobs(key, value)
         found = [self._refusals(key, jobs, partial(refused, side=side))[0][:1] for side in sides]
         return found[0][0] if found and all(found) else None
 
@@ -215,11 +228,18 @@ class _Trials:
 
         return once(self.refused, tuple(columns.items()), find)
 
-    def _jobs(self, key: Key, value: Value) -> Iterator[tuple[dict[str, int], Job]]:
-        for context in self._contexts(key, value):
-            job = self._job(context | columns_of(key, value))
-            if job is not None:
-                yield context, job
+    def _jobs(self, key: Key, value: Value) -> Jobs:
+        """What each row asks of the program with this value, where a strategy is built of it."""
+
+        def find() -> Jobs:
+            rows = [(one, self._job(one | columns_of(key, value))) for one in self._contexts(key, value)]
+            return [(context, job) for context, job in rows if job is not None]
+
+        return once(self.jobs, (key, value), find)
+
+    def _tried(self, key: Key, value: Value) -> tuple[list[SpecError], list[Sometimes]]:
+        """`_refusals` of a value by the simulator."""
+        return once(self.tried, (key, value), lambda: self._refusals(key, self._jobs(key, value)))
 
     def _contexts(self, key: Key, value: Value) -> Iterable[dict[str, int]]:
         """Rows that a value is tried in. Modules are recomputed where layers are not: layers that are not
@@ -288,11 +308,8 @@ class _Trials:
                 yield tuple(row), tuple(row.values()), f"{error.field} {error.rule}"
 
     def _refusals(
-        self,
-        key: Key,
-        jobs: list[tuple[dict[str, int], Job]],
-        refused: Callable[[Job], Iterator[SpecError]] | None = None,
-    ) -> tuple[list[SpecError], list[tuple[dict[str, int], SpecError]]]:
+        self, key: Key, jobs: Jobs, refused: Callable[[Job], Iterator[SpecError]] | None = None
+    ) -> tuple[list[SpecError], list[Sometimes]]:
         """Errors of fields that an axis sets, or none does: in every row where the field acts, and in one.
         refused: of a job, where it is not what the simulator refuses."""
         errors = [
@@ -352,9 +369,9 @@ class _Trials:
             yield tuple(columns), tuple(columns.values()), f"{error.field} {error.rule}"
             return
 
-    def _not_run(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> Iterator[str]:
+    def _not_run(self, key: Key, value: Value) -> Iterator[str]:
         """Why mopexec does not run a value, where that is asked for."""
-        for context, job in jobs:
+        for context, job in self._jobs(key, value):
             runtime = job.software.runtime
             for error in field_refusals(job, by=runtime) if self.problem.runnable and runtime else ():
                 if self._mine(key, context, error):

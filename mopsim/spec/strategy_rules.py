@@ -1,7 +1,7 @@
 """The rules of a Strategy, in order: (what must hold, the field, the rule where it does not)."""
 
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, ge
 from typing import TYPE_CHECKING
 
 from mopsim.common.errors import Rule, Rules
@@ -35,7 +35,14 @@ def own(s: "Strategy") -> Rules:
 
 
 def _ranges(s: "Strategy") -> Rules:
-    for (field, least), value in zip(LEAST.items(), _VALUES(s), strict=True):
+    """None of them where all hold: a search makes thousands of strategies."""
+    values = _VALUES(s)
+    between = all(
+        low <= ratio <= high for (low, high), ratio in zip(BETWEEN.values(), _RATIOS(s), strict=True)
+    )
+    if between and max(values) <= LARGEST and all(map(ge, values, LEAST.values())):
+        return
+    for (field, least), value in zip(LEAST.items(), values, strict=True):
         yield value >= least, field, f"must be at least {least}"
         yield value <= LARGEST, field, "must be at most 2^62"
     for (field, (low, high)), ratio in zip(BETWEEN.items(), _RATIOS(s), strict=True):
