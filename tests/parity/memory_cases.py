@@ -12,7 +12,8 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from tests.plans import changed, plan_of, split
 
-SEQ = 256
+SEQ, SHORT = 256, 96
+"""Tokens of a sequence, and of one that is trained for real, round which every loop goes more than once."""
 MODEL = ModelSpec(
     name="parity", hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
     head_dim=16, vocab_size=151, intermediate_size=80, first_k_dense_replace=1, num_local_experts=8,
@@ -96,10 +97,19 @@ def compared(world: int) -> dict[str, Plan]:
 
 
 def trained(world: int) -> dict[str, Plan]:
-    """The plans that are trained for real; where experts are moved ranks hold different ones."""
+    """The plans that are trained for real, shortened; where experts are moved ranks hold different ones."""
     moved = strategies.mop(world, expert_parallel=world, vocab_parallel=world, expert_chunk_tokens=20)
     moved = changed(moved, experts={"balance": "least_loaded", "min_rows": 16})
-    return compared(world) | ({"mop_moved_experts": plan(moved, "95/4")} if world == 4 else {})
+    plans = compared(world) | ({"mop_moved_experts": plan(moved, "95/4")} if world == 4 else {})
+    return {name: shortened(one) for name, one in plans.items()}
+
+
+def shortened(one: Plan) -> Plan:
+    """The plan on a short sequence and without the last layer; a budget holds as many layer inputs."""
+    model = replace(one.model, num_hidden_layers=one.model.num_hidden_layers - 1)
+    budget = one.strategy.activations.host_budget * SHORT // SEQ
+    strategy = changed(one.strategy, activations={"host_budget": budget})
+    return replace(one, model=model, strategy=strategy, training=replace(one.training, seq_len=SHORT))
 
 
 def plan(strategy: Strategy, routing: str = "balanced", batch: int = 0, model: ModelSpec = MODEL) -> Plan:

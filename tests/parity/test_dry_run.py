@@ -11,8 +11,8 @@ from mopexec.check.dry_run import dry_run
 from mopexec.measure.tracker import OutOfMemory
 from mopsim.common.errors import SpecError
 from tests.exec.spawn import Pool
-from tests.parity import memory_cases
-from tests.parity.memory_cases import cases
+from tests.parity.memory_cases import WIDE
+from tests.parity.memory_cases import trained as plans
 
 SAME = (
     "peak_memory_bytes", "memory_by_category_bytes", "peak_at", "resident_memory_bytes",
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("dry runs")
 @cache
 def planned(world: int, name: str, rank: int = 0) -> dict[str, Any]:
     """A dry run of a case that is trained, for all tests."""
-    return dry_run(memory_cases.trained(world)[name], rank).to_json()
+    return dry_run(plans(world)[name], rank).to_json()
 
 
 @cache
@@ -38,7 +38,7 @@ def trained(world: int) -> list[dict[str, Any]]:
     return found
 
 
-CASES = [(world, name) for world in (2, 4) for name in memory_cases.trained(world)]
+CASES = [(world, name) for world in (2, 4) for name in plans(world)]
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)
@@ -55,16 +55,16 @@ TIERS = ("mop", "mop_budget", "mop_host_update", "zero_offload", "fsdp2", "fsdp2
 
 def test_a_gpu_in_the_machine_that_plans_changes_nothing(monkeypatch):
     for name in TIERS:
-        world = 4 if name in memory_cases.WIDE else 2
+        world = 4 if name in WIDE else 2
         here = planned(world, name)
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_available", lambda: True)
-            there = dry_run(cases(world)[name]).to_json()
+            there = dry_run(plans(world)[name]).to_json()
         assert {key: there[key] for key in SAME} == {key: here[key] for key in SAME}
 
 
 def test_limits_are_held_at_the_allocation_that_crosses_them():
-    plan = cases(2)["mop"]
+    plan = plans(4)["mop"]
     free = dry_run(plan)
     assert (
         dry_run(plan, device_limit=free.peak_memory, host_limit=free.host_memory).peak_memory
@@ -81,5 +81,5 @@ def test_limits_are_held_at_the_allocation_that_crosses_them():
 
 
 def test_a_rank_outside_the_world_is_refused():
-    with pytest.raises(SpecError, match="rank: 2 must lie between 0 and 1"):
-        dry_run(cases(2)["mop"], rank=2)
+    with pytest.raises(SpecError, match="rank: 4 must lie between 0 and 3"):
+        dry_run(plans(4)["mop"], rank=4)
