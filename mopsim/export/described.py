@@ -24,8 +24,8 @@ def elsewhere(plan: Plan, stacks: Sequence[str]) -> str:
     alike = (one for one in known if one.kernels.compiled == compiled)
     there = next(alike, known[0])
     return (
-        f"That is of another version: {there.name} ({there.version}) describes this one: "
-        f"{_predicted(plan, there)} (--stack {there.name} plans for it)"
+        f"That stack is another version of the program. The one above is described by {there.name} "
+        f"({there.version}): {_predicted(plan, there)} (--stack {there.name} plans for it)"
     )
 
 

@@ -97,7 +97,7 @@ def header(side: Side, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
     known, hardware, prediction = target(side), plan.hardware, plan.prediction
     ranks = f"{plan.strategy.world_size} ranks ({format_nodes(hardware.num_nodes)} of {hardware.name})"
     lines = [
-        f"{known.title} configuration of the plan {plan.strategy.name} for {plan.model.name} on {ranks}",
+        f"{known.title} configuration for {plan.model.name} on {ranks}, from a plan of {plan.strategy.name}",
         f"Keys checked against {known.checked}",
     ]
     if prediction:
@@ -115,9 +115,12 @@ def header(side: Side, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
             fits += f" with probability {format_probability(prediction.p_fits)}"
             described = prediction.p_fits_as_described
             if described is not None and described != prediction.p_fits:
-                fits += f", {format_probability(described)} as its stack is described"
-        promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device ({fits})"
-        whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
-        lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")
+                fits += (
+                    f" ({format_probability(described)} if {plan.stack.name} keeps the tensors that its "
+                    "description says)"
+                )
+        promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device; {fits}"
+        whole = ". Predicted for the whole plan: what is not expressed below changes it" if gaps else ""
+        lines.append(f"mopsim predicts for the stack {plan.stack.name}: {promised}{whole}")
         lines += filter(None, [elsewhere(plan, SIDES[side]["stacks"])])
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]

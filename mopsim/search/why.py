@@ -26,7 +26,7 @@ third waiting is said to bound the step."""
 TOLD = 0.75
 """Part of what is exposed that is told by what it is for, largest first."""
 MORE = 2.0
-"""By what factor a link is made faster, to see whether the answer changes."""
+"""By what factor a link's bandwidth is raised, then its latency cut, to see whether the answer changes."""
 GAIN = 0.02
 """Part by which a plan must be faster for the memory that it lacks to be told."""
 MOST_MORE = 0.5
@@ -41,6 +41,8 @@ LINKS = {
     INSIDE: ("scale_up", ("peak", "bandwidth")), HOST_LINK: ("host", ("link_h2d", "link_d2h")),
 }  # fmt: skip
 """What may be faster: a part of the profile, and its fields at any depth."""
+LATENCIES = ("latency", "latency_per_rank", "link_latency")
+"""Fields of the same parts: what a transfer takes beside its bytes."""
 NAMES = {
     "matmul": "matrix products",
     "attention": "attention",
@@ -120,17 +122,18 @@ def _costs(
             yield said
         elif within:
             nearest = min(within, key=lambda one: one.ranked_time)
-            yield f"{said}; of {own} {_slower(nearest, best)}"
+            yield f"{said}; of {own}, {_slower(nearest, best)}"
         else:
             yield f"{said}; no simulated plan of {own} that fits keeps to this"
 
 
 def _slower(one: SimResult, best: SimResult) -> str:
-    """By how much a plan is slower than the best, and which it is."""
+    """By how much the fastest simulated plan of a kind is slower than the best, and which it is."""
     slower = one.ranked_time / best.ranked_time - 1
-    cost = "no slower" if slower <= TIE else f"at most {slower:.0%} slower"
-    another = "" if one.strategy.name == best.strategy.name else " by another family"
-    return f"{cost}{another}, {format_seconds(one.ranked_time)} a step: {one.line}"
+    cost = "no slower" if slower <= TIE else f"{slower:.0%} slower"
+    another = "" if one.strategy.name == best.strategy.name else ", of another family"
+    step = format_seconds(one.ranked_time)
+    return f"the fastest simulated plan is {cost}{another}, {step} a step: {one.line}"
 
 
 def _risky(best: SimResult, one: SimResult | None) -> str | None:
@@ -154,7 +157,7 @@ def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:
         return None
     one = min(safe, key=lambda one: one.ranked_time)
     return (
-        f"a plan that is at most {one.ranked_time / best.ranked_time - 1:.0%} slower fits with probability "
+        f"a plan that is {one.ranked_time / best.ranked_time - 1:.0%} slower fits with probability "
         f"{format_probability(one.p_fits)}, even if the program keeps other tensors than described: "
         f"{one.line}"
     )
@@ -196,8 +199,9 @@ def _links(problem: Problem) -> list[str]:
 
 
 def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name: str) -> str | None:
-    """What the best of the families do where a link is faster, and the memory behind it where that is in the
-    way; None where the profile would be refused or none uses the link."""
+    """What the best of the families do where a link has more bandwidth, and the memory behind it where that
+    is in the way, or less latency where bandwidth changes nothing; None where the profile would be refused or
+    none uses the link."""
     near = [one for one in others if one.ranked_time <= NEAR * best.ranked_time][: RIVALS - 1]
     quick = faster(problem.hardware, *LINKS[name], MORE)
     if quick is None:
@@ -207,13 +211,26 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
     plans = [best, *near]
     again = _again(problem, quick, plans)
     order = _order(again)
-    said = f"with {name} {MORE:g} times as fast, the step {_takes(best, again[0])}{order}"
+    said = f"with {MORE:g} times the bandwidth of {name}, the step {_takes(best, again[0])}{order}"
     both = faster(quick, *DRAM, MORE) if name == HOST_LINK else None
     if both and (more := _again(problem, both, plans))[0].ranked_time * (1 + TIE) < again[0].ranked_time:
         order += _order(more)
-        so = f"with both {MORE:g} times as fast it {_takes(best, more[0])}{_order(more)}"
+        so = f"with {MORE:g} times its bandwidth too the step {_takes(best, more[0])}{_order(more)}"
         said = f"{said}; the host's DRAM bounds copies then, and {so}"
+    elif best.ranked_time <= (1 + TIE) * again[0].ranked_time and best.exposed_share >= SOME:
+        said += _sooner(best, problem, quick, LINKS[name][0])
     return said if order or not others else f"{said}; the order of the families stays"
+
+
+def _sooner(best: SimResult, problem: Problem, quick: HardwareProfile, part: str) -> str:
+    """What less latency of a link does, whose bandwidth changes nothing; '' where that does not either."""
+    prompt = faster(quick, part, LATENCIES, 1 / MORE)
+    again = _again(problem, prompt, [best])[0] if prompt else best
+    if again.ranked_time * (1 + TIE) >= best.ranked_time:
+        return ""
+    return (
+        f": compute waits for its latency; with {1 / MORE:g} times the latency too it {_takes(best, again)}"
+    )
 
 
 def _graphs(best: SimResult, problem: Problem) -> Iterator[str]:

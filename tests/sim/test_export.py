@@ -92,8 +92,8 @@ def test_what_torchtitan_keeps_in_its_selective_mode() -> None:
 @pytest.mark.parametrize(
     ("peak", "says"),
     [
-        (3, "3.0 of 4.0 GiB a device (fits with probability 0.97)"),
-        (5, "5.0 of 4.0 GiB a device (does not fit: device)"),
+        (3, "3.0 of 4.0 GiB a device; fits with probability 0.97"),
+        (5, "5.0 of 4.0 GiB a device; does not fit: device"),
     ],
 )
 def test_the_header_says_what_memory_the_job_needs_and_whether_it_fits(peak: int, says: str) -> None:

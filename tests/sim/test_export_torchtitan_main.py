@@ -250,7 +250,7 @@ def test_a_prediction_of_another_version_is_said_with_that_of_this_one() -> None
     )  # fmt: skip
     titan = made.plan()
     text = export(titan, "torchtitan-main", lossy=True)[0]
-    assert "torchtitan-2026 (" in text
+    assert "described by torchtitan-2026 (" in text
     there = mopsim.simulate(
         "qwen3_30b_a3b", machine, nodes=2, strategy=made.result.strategy, stack="torchtitan-2026",
         seq_len="4K", global_batch=16,

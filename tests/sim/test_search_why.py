@@ -25,7 +25,7 @@ from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, Row, rows
-from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, waits, why
+from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LATENCIES, LINKS, NETWORK, faster, waits, why
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import choices
 from mopsim.spec.presets import load_model
@@ -177,10 +177,10 @@ def test_what_only_another_family_keeps_is_said_to_be_its(found: SearchResult, p
         )
         return line
 
-    assert "at most 50% slower by another family, " in told(other)
+    assert ": the fastest simulated plan is 50% slower, of another family, " in told(other)
     assert told(other).endswith(f"; no simulated plan of {name} that fits keeps to this")
     own = replace(best, host_memory=0, step_time=2 * best.step_time)
-    assert f"; of {name} at most 100% slower, " in told(other, own)
+    assert f"; of {name}, the fastest simulated plan is 100% slower, " in told(other, own)
     assert "family" not in told(replace(own, step_time=best.step_time))
 
 
@@ -260,10 +260,8 @@ def test_a_faster_plan_at_risk_is_told(found: SearchResult, problem: Problem) ->
     assert bold.p_as_described < best.p_as_described
     with_it = replace(found, played=[*found.played, bold])
     assert with_it.at_risk == bold
-    assert any(
-        "--risk ranks it" in line and "surer than one that is 100 % faster" in line
-        for line in why(with_it, problem)
-    )
+    told = [line for line in why(with_it, problem) if "--risk ranks it" in line]
+    assert any("surer than one that is 100 % faster" in line for line in told)
     written = with_it.to_json()["at_risk"]
     assert isinstance(written, dict)
     assert written["step_time_s"] == bold.step_time
@@ -300,16 +298,16 @@ def link_to_the_host(link: float, dram: float) -> str:
     machine = load_profile("h100-sxm-80g")
     grown = faster(faster(machine, *LINKS[HOST_LINK], link) or machine, *DRAM, dram)
     assert grown is not None
-    (line,) = (line for line in told_of(grown) if line.startswith(f"with {HOST_LINK}"))
+    (line,) = (line for line in told_of(grown) if f" times the bandwidth of {HOST_LINK}, " in line)
     return line
 
 
 def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
     gains = r"takes \S+ \w+ \(\d+% faster\)$"
     bound_by_dram, bound_by_link = link_to_the_host(1.0, 1 / 8), link_to_the_host(1 / 2, 4.0)
-    assert "2 times as fast, the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
-    assert re.search(f"with both 2 times as fast it {gains}", bound_by_dram)
-    assert re.search(f"2 times as fast, the step {gains}", bound_by_link)
+    assert ", the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
+    assert re.search(f"with 2 times its bandwidth too the step {gains}", bound_by_dram)
+    assert re.search(f", the step {gains}", bound_by_link)
     assert "DRAM" not in bound_by_link
 
 
@@ -325,8 +323,17 @@ def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
 def test_what_joins_nodes_is_told_by_its_name(machine: str, nodes: int, link: str) -> None:
     """Up to 72 GPUs in nodes of 4 are one NVLink domain."""
     lines = told_of(load_profile(machine), nodes)
-    told = {name for name in (NETWORK, DOMAINS, INSIDE) if any(f"with {name} " in line for line in lines)}
+    told = {name for name in (NETWORK, DOMAINS, INSIDE) if any(f" of {name}, the" in line for line in lines)}
     assert told == {link} - {""}
+
+
+def test_a_link_that_is_waited_for_though_its_bandwidth_is_enough_has_latency() -> None:
+    machine = faster(load_profile("h100-sxm-80g"), *LINKS[NETWORK], 4.0)
+    for latency in (1.0, 1000.0):
+        late = machine and faster(machine, "scale_out", LATENCIES, latency)
+        assert late
+        (line,) = (line for line in told_of(late, 2) if f"bandwidth of {NETWORK}, " in line)
+        assert ("takes as long: compute waits for its latency; with 0.5 times" in line) == (latency > 1)
 
 
 def test_a_late_host_is_told_with_the_stack_whose_kernels_are_in_graphs() -> None:
