@@ -183,7 +183,7 @@ def _finite(value: object) -> bool:
 class Display:
     """A line a step, under a progress bar where there is a terminal. Silent on all ranks but the first."""
 
-    def __init__(self, *, visible: bool, stderr: bool, steps: int, done: int) -> None:
+    def __init__(self, *, visible: bool, stderr: bool, steps: int) -> None:
         self._console = plain_console(stderr=stderr, quiet=not visible)
         self._progress: Progress | None = None
         if visible and self._console.is_terminal:
@@ -195,7 +195,12 @@ class Display:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._progress.add_task("training", total=steps, completed=done)
+            self._task = self._progress.add_task("training", total=steps)
+
+    def begin(self, done: int) -> None:
+        """Show the bar, of which so many steps are done."""
+        if self._progress:
+            self._progress.update(self._task, completed=done)
             self._progress.start()
 
     def say(self, text: str) -> None:

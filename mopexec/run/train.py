@@ -85,16 +85,15 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     torch.manual_seed(seed)
     tracking = _Tracking(options, compiled=plan.strategy.compile != "none")
     options = msgspec.structs.replace(options, warmup=max(options.warmup, tracking.slow))
+    display = Display(visible=job.rank == 0, stderr=options.console == "stderr", steps=options.steps)
     with tracking.tracker:
-        begin = _weights(options, plan, resumed)
+        begin = _weights(options, plan, resumed, display)
         runner = build(plan, job.platform, routing=options.routing, seed=seed, **begin)
     if resumed:
         resumed, done, passed = checkpoint.load_newest(resumed.parent, runner)
 
-    loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done)
+    loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done, display)
     loop.saver.last = resumed
-    if begin and (ignored := begin["weights"].said_ignored()):
-        loop.display.say(ignored)
     for problem in passed:
         loop.display.say(f"{problem}; going on from the one before")
     if resumed:
@@ -125,6 +124,7 @@ class _Loop:
         tracking: "_Tracking",
         stop: StopRequest,
         done: int,
+        display: Display,
     ) -> None:
         self.options, self.plan, self.job, self.runner, self.dataset = options, plan, job, runner, dataset
         self.tracking, self.stop, self.done, self.first_step = tracking, stop, done, done
@@ -155,9 +155,8 @@ class _Loop:
         self.metrics = MetricsFile(self.out / "metrics.jsonl", done) if first else None
         settings = io.to_plain(plan.training) if first else {}
         self.writers = open_writers(options.log_to if first else (), self.out, settings)
-        self.display = Display(
-            visible=first, stderr=options.console == "stderr", steps=options.steps, done=done
-        )
+        self.display = display
+        display.begin(done)
 
     def say_data(self) -> None:
         """Size of the data, and how often the run goes over it."""
@@ -360,13 +359,13 @@ def _rules(options: TrainOptions) -> dict[str, str | int]:
     return rules if options.schedule == "constant" else rules | {"--steps": options.steps}
 
 
-def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[str, Any]:
+def _weights(options: TrainOptions, plan: Plan, resumed: Path | None, display: Display) -> dict[str, Any]:
     """What the runner is built with beside a seed: weights of --init-from, unless a checkpoint has others."""
     if not options.init_from or resumed:
         return {}
-    from mopexec.weights.begin import open_weights
+    from mopexec.weights.begin import told_weights
 
-    return {"weights": open_weights(Path(options.init_from), plan)}
+    return {"weights": told_weights(Path(options.init_from), plan, display.say)}
 
 
 class _Tracking:

@@ -1,5 +1,6 @@
 """Beginning a run from a Hugging Face directory: its network is the plan's, every tensor is accounted for."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import msgspec
 from mopexec.weights.families import Family
 from mopexec.weights.files import Weights, read_config
 from mopexec.weights.layout import Layout, family_of
+from mopexec.weights.source import Source, Told
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.units import format_bytes
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import DESCRIPTION, LayerKind, ModelSpec
 from mopsim.spec.plan import Plan
@@ -26,6 +29,16 @@ def open_weights(folder: Path, plan: Plan) -> Weights:
         raise SpecError(f"plan.model.{field}", getattr(plan.model, field), rule)
     check_rules(folder, plan)
     return Weights(folder, Layout(plan.model, architecture(config, folder), str(folder / "config.json")))
+
+
+def told_weights(folder: Path, plan: Plan, say: Callable[[str], None]) -> Source:
+    """The same, which tells what is ignored and, while it is read, how far it is. Raises MopError."""
+    weights = open_weights(folder, plan)
+    if ignored := weights.said_ignored():
+        say(ignored)
+    size = sum(path.stat().st_size for path in set(weights.files.files.values()))
+    say(f"reading weights: {folder} ({format_bytes(size)}; each rank reads what it holds)")
+    return Told(weights, say)
 
 
 def check_rules(folder: Path, plan: Plan) -> None:

@@ -1,10 +1,16 @@
 """What parameters are filled from: drawn from a seed, or read from files."""
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from mopexec.model.initialize import initial_value
+from mopsim.common.units import format_bytes
+
+TELL_EVERY = 10.0
+"""Seconds between two lines of `Told`."""
 
 
 class Source(Protocol):
@@ -34,3 +40,24 @@ class Seeded:
 
     def buffer(self, name: str) -> Tensor | None:
         return None
+
+
+class Told:
+    """Another source, which tells every TELL_EVERY seconds how much of it was read."""
+
+    def __init__(self, source: Source, say: Callable[[str], None]) -> None:
+        self._source, self._say = source, say
+        self._read, self._last = 0, time.monotonic()
+
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None, dim: int, start: int, stop: int
+    ) -> Tensor:
+        values = self._source.read(name, shape, index, dim, start, stop)
+        self._read += values.nbytes
+        if time.monotonic() - self._last >= TELL_EVERY:
+            self._last = time.monotonic()
+            self._say(f"reading weights: {format_bytes(self._read)} by rank 0, now {name}")
+        return values
+
+    def buffer(self, name: str) -> Tensor | None:
+        return self._source.buffer(name)

@@ -8,7 +8,9 @@ import transformers
 
 from mopexec.cli import main
 from mopexec.data.tokenizer import train_tokenizer
+from mopexec.weights.source import Seeded, Told
 from mopsim.common import io
+from mopsim.common.units import format_bytes
 from mopsim.strategies import fsdp2
 from tests.exec import hf_models
 from tests.exec.forking import Program
@@ -34,8 +36,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert wrong.communicate()[1].count("\n") == 1
     assert wrong.returncode == 2
     assert not (tmp_path / "run" / "checkpoints").exists()
-    code, _, error = finish(Program([*command, str(folder)], environment(), tmp_path / "run"))
+    code, said, error = finish(Program([*command, str(folder)], environment(), tmp_path / "run"))
     assert code == 0, error
+    assert f"reading weights: {folder} (" in said
     with pytest.raises(SystemExit) as end:
         main(["export", "--run", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")])
     assert end.value.code in (0, None)
@@ -67,3 +70,13 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_weights(tmp_path: Path) -> None
     code, _, error = train("--steps", "2", "--resume")
     rule = f"--init-from: is needed: {tmp_path / 'run'} began with weights, and has no checkpoint yet"
     assert (code, error) == (2, f"mopexec: {rule}\n")
+
+
+def test_how_much_of_the_weights_is_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    source = Told(Seeded(0), said.append)
+    source.read("norm.weight", (4, 2), None, 0, 1, 3)
+    assert said == []
+    monkeypatch.setattr("mopexec.weights.source.TELL_EVERY", 0.0)
+    source.read("head.weight", (1024, 1024), None, 0, 0, 512)
+    assert said == [f"reading weights: {format_bytes(4 * (4 + 512 * 1024))} by rank 0, now head.weight"]
