@@ -284,8 +284,13 @@ def _of_plan(plan: Plan, what: str, inputs: Inputs) -> list[str]:
     """What a plan was made for, where it is another job, and its training where it is not the usual one."""
     made, now = plan.training, inputs.trained_as(plan).training
     here = {
-        "hardware": (plan.hardware.name, inputs.hardware.name),
-        "hardware digest": (plan.hardware.digest, io.digest(inputs.hardware)),
+        "hardware": tuple(
+            f"{name} (digest {digest})"
+            for name, digest in (
+                (plan.hardware.name, plan.hardware.digest),
+                (inputs.hardware.name, io.digest(inputs.hardware)),
+            )
+        ),
         **{name: (getattr(made, name), getattr(now, name)) for name in inputs.said},
     }
     other = [f"{name} {was} (here {is_})" for name, (was, is_) in here.items() if was != is_]

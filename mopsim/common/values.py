@@ -62,7 +62,7 @@ def first_unreadable(data: Any, field: str = "") -> tuple[str, str] | None:
             return path, f"{shown(value)} is a {type(value).__name__}, which no field takes"
         if isinstance(value, dict):
             for key in value:
-                if not isinstance(key, str):  # null too
+                if not (isinstance(key, str) and key):  # null too
                     return path, f"{shown(key)} is refused as a key: text is needed"
     return None
 
@@ -92,7 +92,7 @@ def _plain(data: Any, *, fit: bool = False) -> bool:
             kind = type(value)
             if kind is dict:
                 inner += value.values()
-                if not _TEXT.issuperset(map(type, value)):
+                if not _TEXT.issuperset(map(type, value)) or "" in value:
                     return False
             elif kind is list or kind is tuple:
                 inner += value

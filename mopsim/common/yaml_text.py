@@ -134,7 +134,7 @@ def field_at(text: str, place: tuple[int, int] | None) -> str:
                     opened.append(_Open(isinstance(event, yaml.MappingStartEvent)))
     except yaml.YAMLError:
         pass
-    steps = [one.step for one in opened if one.step not in (None, "")]
+    steps = [one.step for one in opened if one.step is not None]
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     found = trimmed(path.removeprefix("."))
     return f"{found[:200]}: " if found else ""
@@ -146,7 +146,8 @@ def _advance(place: _Open, event: yaml.NodeEvent) -> None:
         place.step = 0 if place.step is None else place.step + 1
     else:
         if place.wants_key:
-            place.step = getattr(event, "value", "")
+            key = getattr(event, "value", None)
+            place.step = "''" if key == "" else key
         place.wants_key = not place.wants_key
 
 

@@ -141,7 +141,7 @@ def outcomes(sealed: Sealed, run: Measurement) -> list[Outcome]:
         ours, theirs = getattr(sealed.plan, part), getattr(run.plan, part)
         _same(part, (theirs, io.digest(theirs)), (ours, io.digest(ours)))
     hardware, where = sealed.hardware, run.plan.hardware
-    _same("hardware.digest", (where, where.digest), (hardware, io.digest(hardware)))
+    _same("hardware", (where, where.digest), (hardware, io.digest(hardware)))
     found = [Outcome("step_time_s", sealed.step_time_s, *sealed.step_time_interval_s, run.step_time_median)]
     if run.peak_memory > 0:
         peak = (float(sealed.peak_memory_bytes), *sealed.peak_memory_interval_bytes)
@@ -150,13 +150,11 @@ def outcomes(sealed: Sealed, run: Measurement) -> list[Outcome]:
 
 
 def _same(part: str, theirs: tuple[Any, str], ours: tuple[Any, str]) -> None:
-    """Raises MopError where two specs, each with its digest, differ; with their names where these do."""
-    names = [getattr(spec, "name", "") for spec, _ in (theirs, ours)]
+    """Raises MopError where two specs, each with its digest, differ."""
     if theirs[1] != ours[1]:
-        ran, sealed = [
-            f"{name} ({digest})" if names[0] != names[1] else digest
-            for name, (_, digest) in zip(names, (theirs, ours), strict=True)
-        ]
+        ran, sealed = (
+            f"{getattr(spec, 'name', '')} (digest {digest})".lstrip() for spec, digest in (theirs, ours)
+        )
         raise MopError(f"measurements: plan.{part}: {ran} is not what was sealed, {sealed}")
 
 

@@ -114,8 +114,12 @@ def test_a_run_of_another_network_is_told_by_its_name(tmp_path: Path) -> None:
     sealed = open_sealed(path)
     other = msgspec.structs.replace(sealed.plan.model, name="another", vocab_size=77)
     run = SimpleNamespace(plan=msgspec.structs.replace(sealed.plan, model=other))
-    said = rf"plan\.model: another \(\w+\) is not what was sealed, {sealed.plan.model.name} \(\w+\)$"
-    with pytest.raises(MopError, match=said):
+    said = r"plan\.model: {} \(digest \w+\) is not what was sealed, {} \(digest \w+\)$"
+    with pytest.raises(MopError, match=said.format("another", sealed.plan.model.name)):
+        outcomes(sealed, run)  # type: ignore[arg-type]
+    where = msgspec.structs.replace(sealed.plan.hardware, digest="0" * 12)
+    run = SimpleNamespace(plan=msgspec.structs.replace(sealed.plan, hardware=where))
+    with pytest.raises(MopError, match=said.replace("model", "hardware").format(where.name, where.name)):
         outcomes(sealed, run)  # type: ignore[arg-type]
 
 

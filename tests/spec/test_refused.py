@@ -381,7 +381,8 @@ def test_a_file_that_is_no_mapping(data: Any) -> None:
     assert refusal(ModelSpec, data, "model").startswith("model: must be a mapping of fields, got ")
 
 
-def test_a_key_that_is_no_text() -> None:
+@pytest.mark.parametrize("key", [1, ""])
+def test_a_key_that_is_no_text(key: Any) -> None:
     kind, data = EXAMPLES["hardware"]
-    line = refusal(kind, put(data, ("corrections",), {1: {}}), "hardware")
-    assert line.startswith("hardware.corrections: 1 is refused as a key"), line
+    line = refusal(kind, put(data, ("corrections",), {key: {}}), "hardware")
+    assert line.startswith(f"hardware.corrections: {key!r} is refused as a key"), line

@@ -13,6 +13,8 @@ from mopsim.spec.hardware import Quantity
         ("a: 1\na: 2", r"f\.yaml: line 2: a: is not valid YAML: the key 'a' is given twice"),
         ("a: [1", r"f\.yaml: line \d: a\[0\]: is not valid YAML"),
         ("a: !!set {1}", r"f\.yaml: line 1: a: is not valid YAML"),
+        ("'': {b: 1, b: 2}", r"f\.yaml: line 1: ''\.b: is not valid YAML: the key 'b' is given twice"),
+        ("a: {'': 1}", r"f\.yaml: a: '' is refused as a key: text is needed"),
         ("\x01", r"f\.yaml:.* is not valid YAML"),
         ("{[a]: 1}", r"f\.yaml: line 1: is not valid YAML"),
         ("a: !!python/object:os.system 1", r"f\.yaml: line 1: a: is not valid YAML"),
