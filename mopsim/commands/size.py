@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mopsim.api.inputs import busy, read_hardware, unread
-from mopsim.api.size import size
+from mopsim.api.size import Clusters, size
 from mopsim.commands.console import human, say_notes, say_plan, say_written
 from mopsim.commands.progress import progress, writing
 from mopsim.common import io
@@ -44,6 +44,26 @@ def keywords(
     }
 
 
+def _answer(found: Clusters) -> Iterator[str]:
+    """What is recommended, and the clusters that a buyer may prefer to it."""
+    request, chosen = found.request, found.chosen
+    asked = sizing.asked_odds(request)
+    least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
+    kind = f"{least} {asked}, --confidence" if asked else "fastest"
+    yield f"Recommended ({kind}): {sizing.summary(chosen)}"
+    others = {
+        "Odds": sizing.chances(chosen, request) if chosen else "",
+        "A tie": sizing.tie(found.ties, chosen, request),
+        "More likely to be in time": sizing.surely(found.surer, chosen, request),
+        "More likely to fit": sizing.fits_surely(found.fitter, chosen),
+        "Break-even": sizing.break_even(found.sizings, chosen),
+    }
+    yield from (f"{what}: {said}" for what, said in others.items() if said)
+    within = "" if request.max_cost is None else f" within {format_dollars(request.max_cost)}"
+    of = "" if request.goal.seconds is None else " of the counts that were asked"
+    yield f"Fastest{within}{of}: {sizing.summary(found.fastest)}"
+
+
 def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) -> int:
     """Size each machine type, show the answer, write the recommended plan, the JSON and the page.
 
@@ -58,24 +78,11 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
             **keywords(**order),
         )
     request, chosen = found.request, found.chosen
+    console.print(sizing.title(request), style="italic")
+    for line in _answer(found):
+        console.print(line)
+    console.print()
     console.print(sizing.sizing_table(found.sizings, chosen, request, sizing.stated(request, found.sizings)))
-    within = "" if request.max_cost is None else f" within {format_dollars(request.max_cost)}"
-    asked = sizing.asked_odds(request)
-    least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
-    kind = f"{least} {asked}, --confidence" if asked else "fastest"
-    console.print(f"Recommended ({kind}): {sizing.summary(chosen)}")
-    if chosen:
-        console.print(f"Odds: {sizing.chances(chosen, request)}")
-    if tied := sizing.tie(found.ties, chosen, request):
-        console.print(f"A tie: {tied}")
-    if better := sizing.surely(found.surer, chosen, request):
-        console.print(f"More likely to be in time: {better}")
-    if better := sizing.fits_surely(found.fitter, chosen):
-        console.print(f"More likely to fit: {better}")
-    if prices := sizing.break_even(found.sizings, chosen):
-        console.print(f"Break-even: {prices}")
-    of = "" if request.goal.seconds is None else " of the counts that were asked"
-    console.print(f"Fastest{within}{of}: {sizing.summary(found.fastest)}")
     probed = [note for one in found.sizings for note in busy(one.hardware)]
     say_notes(console, [*unread(request.model), *probed])
     with io.json_beside(json, found.to_json() if json else None), writing(console, out):

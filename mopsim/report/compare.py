@@ -10,7 +10,7 @@ from mopsim.report.findings import headline, leaders
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, time_bars
 from mopsim.report.sweep import Sweep, sweep_figure, swept_rows
-from mopsim.report.tables import P_FITS, columns, row
+from mopsim.report.tables import P_FITS, ROUTED, columns, row
 from mopsim.report.timeline import timeline_plot
 
 
@@ -94,7 +94,8 @@ def write_compare(
     without = [[why, *[""] * (len(heads) - 1)] for why in (refused or {}).values()]
     memory_figure(folder / "memory.png", results, level)
     time_figure(folder / "time.png", results, level)
-    whiskers = f"Lines over the bars: a measured value lies between their ends with probability {level:.0%}."
+    within = f"a measured value lies between their ends with probability {level:.0%}{ROUTED}"
+    whiskers = f"Lines over the bars: {within}."
     sections = [
         Section(
             "The strategies",

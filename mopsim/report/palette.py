@@ -1,5 +1,7 @@
 """Colours of what figures and pages draw, by its name."""
 
+from collections.abc import Iterable
+
 COLOURS = {
     "params": "#1b4f72", "grads": "#2e86c1", "optimizer": "#85c1e9", "gathered": "#117864",
     "gathered_grads": "#48c9b0", "boundaries": "#b7950b", "activations": "#f4d03f", "dispatch": "#ca6f1e",
@@ -21,3 +23,9 @@ UNKNOWN = "#515a5a"
 
 def colour(name: str) -> str:
     return COLOURS.get(name, UNKNOWN)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once, in the order of COLOURS, then the unknown: legends of two figures agree."""
+    places = {name: place for place, name in enumerate(COLOURS)}
+    return sorted(dict.fromkeys(names), key=lambda name: places.get(name, len(places)))

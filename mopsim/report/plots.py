@@ -92,16 +92,21 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: fl
 
 
 def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> None:
-    """Training loss per step; the first dashed strategies lie over each other where they agree."""
-    styles = ("-", "--", ":", "-.")
+    """Training loss per step; strategies that agree lie over each other: a wide line, a dashed one, then
+    marks."""
+    styles: tuple[dict[str, Any], ...] = (
+        {"linestyle": "-", "linewidth": 4, "alpha": 0.6},
+        {"linestyle": "--", "linewidth": 1.8},
+        {"linestyle": "none", "marker": "o", "markerfacecolor": "none", "markersize": 8},
+        {"linestyle": "none", "marker": "x"},
+    )
     with figure(path, 10, 4.6) as (axis,):
         for index, (label, values) in enumerate(losses.items()):
             last = sum(values[-5:]) / len(values[-5:])
             axis.plot(
                 range(1, len(values) + 1),
                 list(values),
-                linestyle=styles[index % 4],
-                linewidth=3 - 0.7 * min(index, 3),
+                **styles[index % 4],
                 color=SERIES[index % len(SERIES)],
                 label=f"{label}: {values[0]:.2f} to {last:.2f} ({last / values[0] - 1:+.0%})",
             )

@@ -104,7 +104,7 @@ def sizing_table(
     """One line a machine: its cluster that does, or why there is none; then each strategy, and its MFU, for
     which 80 columns have no room."""
     names = columns(request)[:-1]
-    shown = table(title(request), names[:1], names[1:])
+    shown = table("", names[:1], names[1:])
     lines: list[Text] = []
     for sizing in sizings:
         if sizing.best is None:

@@ -29,7 +29,11 @@ def columns(level: float = 0.9, each: Iterable[str] = ()) -> dict[str, Callable[
     within = f"{100 * level:g} %"
     return {
         "strategy": lambda one: one.line,
-        "stack": lambda one: one.stack.name,
+        "P(fits)": lambda one: (
+            format_probability(one.p_fits)
+            if one.fits
+            else f"does not fit: {one.over}, {format_bytes(one.over_bytes)} over"
+        ),
         "step": lambda one: format_seconds(one.step_time),
         f"step, {within}": lambda one: between(one.step_time_interval(level), format_seconds),
         rate(each): lambda one: f"{one.tokens_per_second_per_device:,.0f}",
@@ -39,11 +43,7 @@ def columns(level: float = 0.9, each: Iterable[str] = ()) -> dict[str, Callable[
         "limit": lambda one: f"{one.peak_memory / one.memory_limit:.0%}",
         "host": lambda one: format_bytes(one.host_memory),
         "exposed": lambda one: f"{format_seconds(sum(one.exposed.values()))} ({one.exposed_share:.0%})",
-        "P(fits)": lambda one: (
-            format_probability(one.p_fits)
-            if one.fits
-            else f"does not fit: {one.over}, {format_bytes(one.over_bytes)} over"
-        ),
+        "stack": lambda one: one.stack.name,
     }
 
 
@@ -55,6 +55,8 @@ def row(result: SimResult, level: float = 0.9) -> list[str]:
 ENOUGH = f"memory enough with {UPPER:.0%}"
 """What `peak_memory_upper_bytes` and `host_memory_upper_bytes` are called: more than the upper end of an
 interval of memory, which is of tensors alone."""
+ROUTED = ", if tokens are routed as in the plan"
+"""What every interval assumes."""
 P_FITS = (
     "P(fits): the probability that device and host have room for the tensors and for what the allocator and "
     "the communicators may add. It allows for a program that keeps other tensors than its stack says"
@@ -126,7 +128,7 @@ def comparison(
         Text(
             "exposed: the share of the step in which compute waits for communication, copies, the host or "
             "other pipeline stages.\n"
-            f"{level:.0%}: the measured value lies in this interval with that probability. "
+            f"{level:.0%}: the measured value lies in this interval with that probability{ROUTED}. "
             f"memory: the peak of tensors.\n{P_FITS}.\n{limits}",
             style="dim",
         ),

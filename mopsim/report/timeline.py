@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.program.workload import STREAMS
-from mopsim.report.palette import colour
+from mopsim.report.palette import colour, in_order
 from mopsim.report.style import byte_scale, figure, time_scale
 
 
@@ -39,7 +39,6 @@ def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None
     with figure(
         path, 12, 3.6 + 0.5 * len(streams), 2, sharex=True, height_ratios=[max(len(streams), 2), 2.2]
     ) as (lanes, memory):
-        used: dict[str, str] = {}
         for row, stream in enumerate(streams):
             for what in dict.fromkeys(span.drawn_as for span in spans if span.stream == stream):
                 chosen = [s for s in spans if s.stream == stream and s.drawn_as == what and s.end > s.start]
@@ -50,11 +49,11 @@ def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None
                     # an edge shows a copy of microseconds; on the compute lane it would hide its neighbours
                     linewidth=0.0 if stream == "compute" else 0.5,
                 )
-                used[what] = colour(what)
         lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])
         lanes.invert_yaxis()
         lanes.set_title(timeline_title(result, label))
-        handles = [Patch(color=tint, label=name.replace("_", " ")) for name, tint in used.items()]
+        named = in_order(span.drawn_as for span in spans)
+        handles = [Patch(color=colour(name), label=name.replace("_", " ")) for name in named]
         lanes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
         size, factor = byte_scale(max([value for _, value in curve] + [1]))
         drawn = to_the_end(curve, end)

@@ -13,7 +13,6 @@ from mopsim.common.units import UNITS
 from mopsim.intervals.errors import Name
 from mopsim.report.palette import SERIES
 from mopsim.report.style import figure
-from mopsim.spec.layout import ceil_div
 from mopsim.validate.run import Validation
 from mopsim.validate.scored import Scored
 
@@ -23,8 +22,8 @@ Ends = Mapping[tuple[float, float], tuple[float, float]]
 """Of a point, the ends of its prediction's interval."""
 BAND = 0.1
 """Relative error that the grey band shows."""
-LONGEST = 30
-"""Groups in a column of the legend, which is as high as the figure."""
+MOST = 24
+"""Groups with a colour and a name, where there are more those that are furthest off; the others are grey."""
 
 
 def figures(folder: Path, validation: Validation, level: float | None = None) -> None:
@@ -75,36 +74,49 @@ def mean_error(points: Points) -> float:
     return fmean(abs(predicted / measured - 1) for measured, predicted in points)
 
 
+def drawn_groups(groups: Mapping[str, Points]) -> dict[str, Points]:
+    """The groups by name; of more than MOST those that are furthest off, then all others as one."""
+    if len(groups) <= MOST:
+        return dict(sorted(groups.items()))
+    order = sorted(groups, key=lambda name: mean_error(groups[name]), reverse=True)
+    rest = [point for name in order[MOST:] for point in groups[name]]
+    named = {name: groups[name] for name in sorted(order[:MOST])}
+    return named | {f"{len(order) - MOST} others, less far off": rest}
+
+
 def scatter(
     path: Path, groups: Mapping[str, Points], unit: str, title: str, ends: Ends | None = None
 ) -> None:
     """Measured on the horizontal, predicted on the vertical axis, both logarithmic; the diagonal and a
     band. ends: of a line through a point, its interval."""
-    columns = ceil_div(len(groups), LONGEST)
-    with figure(path, 11 + 2.8 * (columns - 1), 7) as (axis,):
-        for index, (name, points) in enumerate(sorted(groups.items())):
+    drawn = [*drawn_groups(groups).items()]
+    with figure(path, 11, 7) as (axis,):
+        for index, (name, points) in enumerate(drawn):
+            tint = SERIES[index % len(SERIES)] if index < MOST else "#aab2b9"
             axis.scatter(
                 [p[0] for p in points], [max(p[1], 1e-12) for p in points], s=22, alpha=0.7,
-                color=SERIES[index % len(SERIES)], marker="os^Dvx+"[index // len(SERIES) % 7],
+                color=tint, marker="os^Dvx+"[index // len(SERIES)], zorder=3 if index < MOST else 2,
                 label=f"{name}: {len(points)}, {mean_error(points):.0%}",
             )  # fmt: skip
             known = [(x, *ends[x, y]) for x, y in points if ends and (x, y) in ends]
             axis.vlines(
                 [x for x, _, _ in known], [low for _, low, _ in known], [high for _, _, high in known],
-                color=SERIES[index % len(SERIES)], alpha=0.35, linewidth=1,
+                color=tint, alpha=0.35, linewidth=1,
             )  # fmt: skip
         values = [value for points in groups.values() for pair in points for value in pair if value > 0]
         _diagonal(axis, min(values), max(values))
         axis.set(
             xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}", title=title
         )
-        if unit.startswith("GiB"):
-            for one in (axis.xaxis, axis.yaxis):
+        for one in (axis.xaxis, axis.yaxis):
+            if unit.startswith("GiB"):
                 one.set_major_formatter(LogFormatter())
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            elif unit == "seconds of a step":
+                one.set_major_formatter("{x:,g}")
         axis.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0,
-            fontsize=8, ncols=columns, title="runs, the mean of their errors", title_fontsize=8,
+            fontsize=8, title="runs, the mean of their errors", title_fontsize=8,
         )  # fmt: skip
 
 

@@ -14,9 +14,9 @@ COLOURS = dict(zip(FAMILIES, ("#ca6f1e", "#1b4f72", "#b7950b", "#85c1e9"), stric
 NOTHING = "#d5d8dc"
 SURE = 0.9
 CELL = (
-    "in a cell: how many times as fast as the next best "
-    f"(hatched, ?: faster with a probability below {SURE:g}; only one: of no other family a plan fits with "
-    f"{SURE:g}, as described); tokens/s per GPU"
+    "in a cell: how many times as fast as the next best family, and tokens/s per GPU\n"
+    f"hatched, ?: faster with a probability below {SURE:g}; only one: no other family has a plan that fits "
+    f"with {SURE:g}, as described"
 )
 
 
@@ -49,7 +49,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], context: Callable[[int], st
             axis.tick_params(length=0)
         for axis in axes[len(clusters) :]:
             axis.set_axis_off()
-        handles = [Patch(color=colour, label=family) for family, colour in COLOURS.items()]
+        won = {next(iter(row["families"]), None) for row in rows}
+        handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in won]
         none = f"no plan fits with {SURE:g} (P: the highest of those named)"
         handles.append(Patch(color=NOTHING, label=none))
         axes[0].figure.legend(

@@ -15,16 +15,20 @@ import mopsim
 from mopsim.cli import app
 from mopsim.common import io
 from mopsim.common.units import format_nodes
+from mopsim.engine import simulate
 from mopsim.report import explore
 from mopsim.report.explore.page import html
-from mopsim.report.explore.steps import front
+from mopsim.report.explore.steps import front, timeline
 from mopsim.report.explore.views import explorer, kind_of, steps_of
-from mopsim.report.palette import COLOURS
+from mopsim.report.palette import COLOURS, in_order
 from mopsim.report.tables import ENOUGH, P_FITS, comparison
 from mopsim.search.result import promise
 from mopsim.spec.categories import COMPONENTS
 from mopsim.spec.hardware import COLLECTIVES
+from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
 from tests.sim.explored import JOB, results
 
 KINDS = ("simulate", "search", "compare", "size", "context", "validate")
@@ -84,6 +88,17 @@ def test_what_a_timeline_draws_has_colours_of_its_own() -> None:
     moved = (*COLLECTIVES, "memory_bound", "h2d", "d2h", "host_optimizer")
     drawn = [COLOURS[one] for one in (*COMPONENTS, *moved)]
     assert len(set(drawn)) == len(drawn)
+
+
+def test_timelines_of_two_steps_have_their_legends_in_one_order() -> None:
+    legends = []
+    for strategy in (mop(2, dtype="float32"), fsdp2(2, dtype="float32")):
+        job = TrainSpec(seq_len=256, global_batch=4)
+        step = simulate(load_model("tiny"), load_profile("cpu-2core"), 1, strategy, job, timeline=True)
+        legends.append(timeline("t", step)["components"])
+    first, second = ([name for name in one if name in legends[0] and name in legends[1]] for one in legends)
+    assert first == second
+    assert in_order(["no such", "experts", "attention", "experts"]) == ["attention", "experts", "no such"]
 
 
 def test_a_timeline_names_what_is_computed_and_what_is_moved(tmp_path: Path) -> None:
@@ -171,13 +186,24 @@ def test_what_is_enough_is_told_apart_from_the_interval_of_memory(
     assert ENOUGH in {name for name, *_ in plot["series"][0]["points"][0]["rows"]}
 
 
+@pytest.mark.parametrize("kind", ["search", "compare", "simulate", "validate"])
+def test_verdict_chance_and_time_are_what_a_table_begins_with(
+    made: dict[str, dict[str, Any]], kind: str
+) -> None:
+    """On a page of 1,300 pixels P(fits) stood beyond the edge."""
+    names = [one["name"] for one in views(made[kind])[0]["columns"]]
+    assert names[1:3] == ["verdict", "P(fits)"]
+    assert "step" in names[3]
+
+
 SWEPT = "Throughput over seq-len, tokens per step held constant: tiny on cpu-2core"
 
 
 def test_a_family_without_a_strategy_has_its_row(made: dict[str, dict[str, Any]]) -> None:
     found = views({**made["compare"], "refused": {"megatron": "nothing of it is legal"}})[0]
-    label, why, verdict = found["rows"][-1][:3]
-    assert (label, why, verdict) == ("megatron", "nothing of it is legal", "no legal strategy")
+    last = dict(zip((one["name"] for one in found["columns"]), found["rows"][-1], strict=True))
+    assert last["label"] == "megatron"
+    assert (last["strategy"], last["verdict"]) == ("nothing of it is legal", "no legal strategy")
     assert len(found["rows"]) == len(made["compare"]["strategies"]) + 1 == len(found["marks"])
 
 

@@ -235,7 +235,7 @@ def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> 
     assert not re.search(r"\b90 ?%", text)
     Console(file=shown, width=200).print(comparison(results, "tiny"))
     for one in results:
-        assert f" | {one.stack.name} | " in text
+        assert f" | {one.stack.name} |" in text
         assert f" on {one.stack.name}" in shown.getvalue()
 
 

@@ -8,16 +8,16 @@ from mopsim.report.explore.steps import ExplorerStep, Json, ends, keyed, likely,
 _QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
 _STEP = "predicted_step_time_interval_s"
 _RUN: tuple[tuple[str, str, str], ...] = (
-    ("run", "text", "run_id"), ("source", "text", "source"), ("family", "text", "family"),
-    ("model", "text", "model"), ("GPU", "text", "gpu"), ("GPUs", "number", "num_gpus"),
-    ("precision", "text", "precision"), ("grade", "text", "quality"), ("stack", "text", "stack"),
+    ("run", "text", "run_id"), ("verdict", "text", "state"), ("P(fits)", "fraction", "p_fits"),
     ("measured step", "seconds", "measured_step_time_s"),
     ("predicted step", "seconds", "predicted_step_time_s"), ("step at least", "seconds", "step low"),
     ("step at most", "seconds", "step high"), ("error", "fraction", "step_time_s_error"),
     ("measured memory", "bytes", "measured_peak_memory_bytes"),
     ("predicted memory", "bytes", "predicted_peak_memory_bytes"),
-    ("memory error", "fraction", "peak_memory_bytes_error"), ("P(fits)", "fraction", "p_fits"),
-    ("verdict", "text", "state"),
+    ("memory error", "fraction", "peak_memory_bytes_error"), ("source", "text", "source"),
+    ("family", "text", "family"), ("model", "text", "model"), ("GPU", "text", "gpu"),
+    ("GPUs", "number", "num_gpus"), ("precision", "text", "precision"), ("grade", "text", "quality"),
+    ("stack", "text", "stack"),
 )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from mopsim.intervals.spread import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
-from mopsim.report.tables import ENOUGH, P_FITS, describe, rate
+from mopsim.report.palette import in_order
+from mopsim.report.tables import ENOUGH, P_FITS, ROUTED, describe, rate
 from mopsim.search.result import Left, promise, promises
 from mopsim.spec.categories import shown_as
 from mopsim.spec.strategy import Strategy
@@ -138,19 +139,19 @@ def ends(found: Json, key: str) -> tuple[float | None, float | None]:
 
 COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("label", "text", lambda one: one.label),
-    ("strategy", "text", lambda one: one.plan),
     ("verdict", "text", lambda one: one.state),
+    ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
     ("step", "seconds", lambda one: one.found["step_time_s"]),
     ("step at least", "seconds", lambda one: ends(one.found, "step_time_interval_s")[0]),
     ("step at most", "seconds", lambda one: ends(one.found, "step_time_interval_s")[1]),
     (rate(()), "number", lambda one: one.found["tokens_per_s_per_device"]),
+    ("strategy", "text", lambda one: one.plan),
     ("MFU", "fraction", lambda one: one.found["mfu"]),
     ("exposed", "fraction", lambda one: exposed(one.found)),
     ("memory", "bytes", lambda one: one.found["peak_memory_bytes"]),
     (ENOUGH, "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
     ("limit", "bytes", lambda one: one.found["memory_limit_bytes"]),
     ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
-    ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
     ("P(best is faster)", "fraction", lambda one: one.found.get("p_best_is_faster")),
     ("gap", "fraction", lambda one: one.found.get("gap")),
     ("expected gap", "fraction", lambda one: one.found.get("expected_gap")),
@@ -185,14 +186,16 @@ def step_table(
     title: str, steps: Sequence[ExplorerStep], note: str = "", refused: Mapping[str, str] | None = None
 ) -> View:
     """A row for each step. refused: why further labels have none."""
-    rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
+    rows: list[list[Cell]] = [[get(one) for _, _, get in COLUMNS] for one in steps]
     marks = [one.state for one in steps]
     for label, why in (refused or {}).items():
-        rows.append([label, why, NO_STRATEGY, *[None] * (len(COLUMNS) - 3)])
+        said = {"label": label, "verdict": NO_STRATEGY, "strategy": why}
+        rows.append([said.get(name) for name, _, _ in COLUMNS])
         marks.append("out of memory")
     levels = sorted({one.found["interval"] for one in steps if "interval" in one.found})
     between = [
-        f"step at least, at most: a measured step lies between them with {level:.0%}." for level in levels
+        f"step at least, at most: a measured step lies between them with {level:.0%}{ROUTED}."
+        for level in levels
     ]
     per = rate(device(one.found) for one in steps)
     columns = [(per if name == rate(()) else name, kind) for name, kind, _ in COLUMNS]
@@ -316,13 +319,13 @@ def timeline(label: str, result: SimResult) -> View:
     used = dict.fromkeys(span.stream for span in result.spans)
     streams = sorted(used, key=lambda name: STREAMS.index(name) if name in STREAMS else len(STREAMS))
     names: dict[str, int] = {}
-    components: dict[str, int] = {}
+    components = in_order(span.drawn_as for span in result.spans)
     phases: dict[str, int] = {}
     spans = [
         [
             streams.index(one.stream), _short(one.start), _short(one.end),
             names.setdefault(one.name, len(names)),
-            components.setdefault(one.drawn_as, len(components)), phases.setdefault(one.phase, len(phases)),
+            components.index(one.drawn_as), phases.setdefault(one.phase, len(phases)),
             one.microbatch, one.layer,
         ]
         for one in result.spans
@@ -337,7 +340,7 @@ def timeline(label: str, result: SimResult) -> View:
     near = result.memory_limit < 3 * result.peak_memory
     return {
         "kind": "timeline", "title": f"Timeline of {label}", "note": "; ".join(filter(None, said)),
-        "streams": streams, "names": list(names), "components": list(components), "phases": list(phases),
+        "streams": streams, "names": list(names), "components": components, "phases": list(phases),
         "spans": spans, "end": max((one.end for one in result.spans), default=result.step_time),
         "limit": result.memory_limit if near else None,
         "memory": {

@@ -25,7 +25,7 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
             points.append((label, _swept_point(value, batch, step, why)))
     names = [
         (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
-        ("step", "seconds"), (per, "number"), ("memory", "bytes"), ("plan", "text"),
+        ("P(fits)", "fraction"), ("step", "seconds"), (per, "number"), ("memory", "bytes"), ("plan", "text"),
     ]  # fmt: skip
     title = f"Throughput over {sweep['setting']}{held}{place}"
     ticks = [[one, format_count(one)] for one in values]
@@ -36,10 +36,11 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
 
 def _swept(step: ExplorerStep | None, why: str | None) -> list[Cell]:
     if step is None:
-        return [NO_STRATEGY, None, None, None, why or ""]
+        return [NO_STRATEGY, None, None, None, None, why or ""]
     one = step.found
     return [
         step.state,
+        one.get("p_fits"),
         one["step_time_s"],
         one["tokens_per_s_per_device"],
         one["peak_memory_bytes"],
