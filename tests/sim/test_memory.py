@@ -202,14 +202,18 @@ def test_a_discarded_input_is_not_kept_cast() -> None:
         ("fused", True, 2 + 2),
         ("upcast", True, 2 + 4 + 2),
         ("upcast", "cut", 2 * 4),
+        ("upcast", "torchtitan-compile", 2 + 4),
+        ("compiled", "torchtitan-compile", 2 + 2),
     ],
 )
 def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, held: bool | str, bytes_each: int) -> None:
     """torch's cross entropy of cast logits, which its caller holds (not mopexec's), or their cast: that, the
     log-probabilities and two gradients in fp32. A gradient in place of the cast (Liger's, Unsloth's) is put
-    into zeros where the cast was cut (transformers before 4.50)."""
+    into zeros where the cast was cut (transformers before 4.50). torchtitan has deleted the logits."""
     strategy = with_(fsdp2(8), activations=Activations(recompute="full", save_ops=("q_proj",)))
     cut = held == "cut"
+    if held == "torchtitan-compile":
+        held = load_stack(held).kernels.logits_held
     kernels = {"loss": loss, "logits_held": not cut and held, "logits_cut": cut}
     software = unfused("copies", kernels=kernels, sharding={"fsdp": True})
     model = deep(1, vocab_size=32_000)
