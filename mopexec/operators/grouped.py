@@ -111,19 +111,16 @@ class Groups:
         return bias.index_select(0, self.expert)
 
     def of_weights(self, rows: Tensor, grads: Tensor) -> Tensor:
-        """Gradient of a stack [E, a, b]: rows [R, a] transposed times grads [R, b], by expert."""
-        return self._over_rows(rows, grads)
+        """Gradient of a stack [E, a, b]: rows [R, a] transposed times grads [R, b], by expert; zero where it
+        has no rows."""
+        product = F.grouped_mm(rows.t(), grads, offs=self.ends)
+        return product if self._empty is None else product.masked_fill_(self._empty, 0)
 
     def of_bias(self, grads: Tensor) -> Tensor:
         """Gradient of a bias [E, b]: the sum of each expert's rows, as a product with ones: in a fixed
         order."""
         ones = torch.ones((grads.shape[0], _BLOCK), dtype=grads.dtype, device=grads.device)
-        return self._over_rows(ones, grads)[:, 0]
-
-    def _over_rows(self, rows: Tensor, grads: Tensor) -> Tensor:
-        """[E, a, b]: rows [R, a] transposed times grads [R, b], by expert; zero where it has no rows."""
-        product = F.grouped_mm(rows.t(), grads, offs=self.ends)
-        return product if self._empty is None else product.masked_fill_(self._empty, 0)
+        return self.of_weights(ones, grads)[:, 0]
 
     def add_weights(self, target: Tensor, rows: Tensor, grads: Tensor) -> None:
         """target [E, a, b] += `of_weights`."""
