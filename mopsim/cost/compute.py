@@ -32,6 +32,8 @@ CHUNK_CAT: dict[float, float] = {
 """Elements a second that torch's _chunk_cat copies, by bytes that are read and written for each."""
 STRIDED: dict[str, float] = RATES["strided"]["per_second"]
 """Elements a second that torch's elementwise kernels follow by strides, by architecture."""
+RANKED: dict[str, float] = RATES["ranked"]["per_second"]
+"""Numbers a second that torch.topk ranks in short rows, by architecture."""
 
 
 def matmul_curve(
@@ -118,6 +120,8 @@ def memory_bound(work: Work, profile: HardwareProfile) -> float:
     if work.strided and device.architecture in STRIDED:
         pace = STRIDED[device.architecture]
         seconds += max(0.0, work.strided / pace - work.strided_bytes / bandwidth.si)
+    if work.ranked and device.architecture in RANKED:
+        seconds += work.ranked / RANKED[device.architecture]
     return seconds + launches * device.launch_overhead.si
 
 

@@ -7,9 +7,12 @@ from msgspec.structs import replace
 
 from mopsim.graph.ffn import activation, fused_activation
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
+from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 
 _C, _R = "experts", "router"
+WARP = 32
+"""Threads of a warp."""
 
 
 def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
@@ -29,11 +32,21 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
         Kernel(
             "top_k", "memory_bound", _R, ("scores",),
             (Value("choice", tokens * k * 8, grad=False), Value("weight", tokens * k * wide)),
-            saves=("choice",), bytes=3 * scores, launches=6, back_launches=4,
+            saves=("choice",), bytes=3 * scores, launches=6, back_launches=4, ranked=tokens * _ranked(model),
             scratch=(("activations", scores),), back_scratch=(("activations", scores),),
         ),
     )  # fmt: skip
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
+
+
+def _ranked(model: ModelSpec) -> int:
+    """Numbers that are ranked for a token, in warps: its experts' scores, where it is limited to groups of
+    them also the groups', and by DeepSeek-V3's method each group's two best."""
+    E, groups = model.num_local_experts, model.n_group
+    rows = [E]
+    if groups > 1:
+        rows += [groups, *(groups * [E // groups] if model.topk_method == "noaux_tc" else [])]
+    return WARP * sum(ceil_div(row, WARP) for row in rows)
 
 
 EXCHANGES = ("dispatch", "combine")

@@ -69,7 +69,7 @@ class Kernel(Struct, frozen=True):
     forward run, or the full buffer of a collective. flops, seq: of attention (causal half counted). saves:
     values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the kernel only.
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
-    of its own for it.
+    of its own for it. ranked: numbers, whole warps of them in a row, of which it finds each row's largest.
     share: of its rows, those that an attention kernel takes at a time.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
     buffer. weighted: whether a norm has a weight. per_row: bytes of one number for each of the rows that a
@@ -103,6 +103,7 @@ class Kernel(Struct, frozen=True):
     casts: bool = True
     back_casts: bool = True
     indexed: bool = False
+    ranked: float = 0.0
     back_serial: float = 0.0
     back_sums: float = 0.0
     strided: Strided = Strided()

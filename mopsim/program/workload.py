@@ -58,8 +58,9 @@ class Work(Struct, frozen=True):
     gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
     indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. ordered:
     elements that several rows, sorted, add to one. serial: rows added to one row, one after the other.
-    chunked: elements that torch's _chunk_cat copies. strided: elements that torch's elementwise kernels
-    follow by strides, one after the other, and the bytes that these move, among the others.
+    ranked: numbers that torch.topk ranks. chunked: elements that torch's _chunk_cat copies. strided: elements
+    that torch's elementwise kernels follow by strides, one after the other, and the bytes that these move,
+    among the others.
     duplex: a transfer beside another the other way, with which it shares host DRAM. spares: a collective
     whose program leaves its SMs out of the products beside it.
     """
@@ -84,6 +85,7 @@ class Work(Struct, frozen=True):
     sums: float = 0.0
     ordered: float = 0.0
     chunked: float = 0.0
+    ranked: float = 0.0
     strided: float = 0.0
     strided_bytes: float = 0.0
     duplex: bool = False

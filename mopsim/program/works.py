@@ -262,11 +262,13 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         return ()
     serial = 0.0 if forward else kernel.back_serial
     strided = kernel.strided if forward else kernel.back_strided
+    ranked = kernel.ranked if forward and context.stack.kernels.top_k == "torch" else 0.0
     cut = _cut(kernel, forward, context)
     return (
         Work(
             "memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, ordered=ordered,
             serial=serial, host=cut, strided=strided.size / context.b, strided_bytes=strided.bytes,
+            ranked=ranked,
         ),
     )  # fmt: skip
 

@@ -107,6 +107,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `long_chunks`: so with chunks tuned for short rows (HardwareProfile.scale_up.rounds).
     beside_rows: tensors that an all-to-all sends beside rows. `counts`: each rank's counts, gathered by all
     ranks unless the host never reads them. `weights`: weights of routes, twice.
+    top_k: how a router chooses experts. `fused`: a kernel at the rate of memory. `torch`: torch.topk, a
+    block of threads for each token.
     router: `fused`: the input of the router's product is cast to fp32 inside the product. `composed`: it is
     cast before, and kept.
     sequence_slices: if ranks gather or send on keys and values. `paired`: each rank has an early and a late
@@ -239,6 +241,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     routes_map: Built = "fused"
     sent_rows: Literal["whole", "chunks", "long_chunks"] = "whole"
     beside_rows: tuple[Literal["counts", "weights"], ...] = ()
+    top_k: Literal["fused", "torch"] = "fused"
     router: Built = "fused"
     sequence_slices: Literal["paired", "in_order"] = "paired"
     sequence_exchange: Built = "fused"

@@ -1,0 +1,71 @@
+"""Routers choose experts by torch.topk, in a time of its own, where their stack says so."""
+
+import pytest
+from msgspec.structs import replace
+
+from mopsim.cost import seconds
+from mopsim.graph.experts import router
+from mopsim.program import lower
+from mopsim.program.workload import Work
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+
+H100 = load_profile("h100-sxm-80g")
+
+
+def _network(experts: int, chosen: int = 8, **fields: int | str) -> ModelSpec:
+    return ModelSpec(
+        name="experts", hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, vocab_size=128, num_local_experts=experts, num_experts_per_tok=chosen,
+        moe_intermediate_size=64, **fields,
+    )  # fmt: skip
+
+
+def _seconds(model: ModelSpec, tokens: int, hardware: HardwareProfile = H100) -> float:
+    """Of the kernels after a router's product, as eager torch starts them."""
+    kernels = router(model, tokens, 2, 4).kernels[1:]
+    works = (
+        Work("memory_bound", bytes=one.bytes, launches=one.launches, ranked=one.ranked) for one in kernels
+    )
+    return sum(seconds(work, hardware) for work in works)
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "measured"),
+    [(128, 8, 136.9e-6), (256, 6, 250.7e-6), (256, 8, 254.0e-6), (288, 8, 292.9e-6), (512, 10, 457.5e-6)],
+)
+def test_rows_are_ranked_as_timed(experts: int, chosen: int, measured: float) -> None:
+    """16,384 rows on H100 (FlashML-org/FreeToken pull request 319); one row is launches alone."""
+    model = _network(experts, chosen)
+    assert _seconds(model, 16384) == pytest.approx(measured, rel=0.06)
+    assert _seconds(model, 1) == pytest.approx(18e-6, rel=0.25)
+
+
+def test_a_row_takes_whole_warps_and_its_groups() -> None:
+    few, warp = (router(_network(n, 2), 100, 2, 4).kernels[-1].ranked for n in (8, 32))
+    grouped = (
+        router(_network(256, n_group=8, topk_group=4, topk_method="noaux_tc"), 100, 2, 4).kernels[-1].ranked
+    )
+    assert few == warp == 100 * 32
+    assert grouped == 100 * (256 + 8 * 32 + 32)
+
+
+def test_a_fused_router_ranks_nothing() -> None:
+    """Nor does a backward; a recomputed layer ranks again."""
+    model, training = load_model("qwen3_30b_a3b"), TrainSpec(seq_len=4096, global_batch=8)
+    strategy = fsdp2(8, expert_parallel=8, recompute="full")
+
+    def ranked(way: str) -> list[float]:
+        stack = load_stack("torchtitan")
+        stack = replace(stack, kernels=replace(stack.kernels, top_k=way))
+        program = lower(model, strategy, training, 8, stack).programs[0]
+        return [work.ranked for op in program.ops for work in op.work if work.ranked]
+
+    assert not ranked("fused")
+    assert set(ranked("torch")) == {4096 * 128.0}
+    assert len(ranked("torch")) % 2 == 0
