@@ -29,8 +29,9 @@ from mopsim.spec.plan import Plan
 SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
 
 MOST_ROUNDS = {"flat_units": 2_000_000, "fully_shard": 500_000, "split_modules": 2_000_000}
-"""Rounds of a step's loops (`_check_length`): 7 minutes at the 4,500 a second of flat_units on one core, up
-to an hour at the 140 (experts) to 1,100 (layers) of fully_shard."""
+"""Rounds of a step's loops (`_check_length`): 4 to 20 minutes at the 1,700 to 7,800 a CPU second of
+flat_units, 5 to 24 at the 350 to 1,600 of fully_shard. The lowest rates are of experts that a
+CPU's plan runs one by one (layers of Qwen3-30B-A3B and Llama 3 8B on a shared core, 2026-12-01)."""
 _LAYER_ROUNDS = 40  # a layer without its heads and experts takes as many ops
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mopsim.engine.record import Span
-from mopsim.report.validation import spread
+from mopsim.report.validation import MOST, drawn_groups, spread
 from mopsim.validate.components import predict_components
 from mopsim.validate.run import Validation
 from reports.validation import regression
@@ -155,3 +155,12 @@ def test_a_figure_is_titled_by_its_finding() -> None:
     groups = {"a": [(1.0, 1.1)], "b": [(2.0, 1.0), (1.0, 1.0)]}
     assert spread("step_time", groups) == "Step time: mean error from 10.0% (a)\nto 25.0% (b)"
     assert finding(Validation([]), "step_time", "gpu", {"a": [(1.0, 1.1)]}).endswith("a 10.0% mean error")
+
+
+def test_of_many_groups_those_furthest_off_are_named() -> None:
+    """157 sources made a legend twice as wide as the plot."""
+    groups = {f"s{at:02}": [(1.0, 1.0 + at / 100)] * 2 for at in range(MOST + 6)}
+    found = drawn_groups(groups)
+    assert list(found) == [*(f"s{at:02}" for at in range(6, MOST + 6)), "6 others, less far off"]
+    assert sum(map(len, found.values())) == 2 * len(groups)
+    assert list(drawn_groups({"b": [], "a": []})) == ["a", "b"]

@@ -269,12 +269,15 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_the_command_writes_json_in_si_units_and_a_plan(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, plan = tmp_path / "size.json", tmp_path / "plan.yaml"
     assert (
         call(monkeypatch, *JOB, "--tokens", "1M", "--days", "1", "--json", str(out), "--plan", str(plan)) == 0
     )
+    said = capsys.readouterr().out
+    places = [said.index(one) for one in ("Recommended (", "Fastest", "\nmachine ", "\nAssumed: ")]
+    assert places == sorted(places), "the answer first"
     found = json.loads(out.read_text())
     best = found["hardware"][0]["best"]
     assert found["tokens"] == 10**6
