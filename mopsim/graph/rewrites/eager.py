@@ -49,7 +49,7 @@ def composed(
 
     found = tuple(one(kernel) for kernel in kernels)
     if ways.get("sequence_exchange") == "composed":
-        found = each(found, _traded)
+        found = each(found, _traded, "sequence_to_heads", "heads_to_sequence")
     inputs = str(ways.get("weighted_inputs", "tokens"))
     if rows in ("composed", "wide", "added"):
         found = _weighted(
@@ -134,8 +134,6 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
     views = {one.writes[0].name: one.reads[0] for one in kernels if one.kind == "view" and one.reads}
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
-        if kernel.name != "accumulate":
-            return (kernel,)
         rows = values[views.get(kernel.reads[0], kernel.reads[0])]
         size, wide = rows.bytes, int(rows.bytes * wider)
         how = COMPOSED["weighted_home_once" if compiled else "weighted_home"]
@@ -152,7 +150,7 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
         )  # fmt: skip
         return charged(first.keeping(*copy), how, size, wide), added
 
-    return each(kernels, change)
+    return each(kernels, change, "accumulate")
 
 
 def in_blocks(
@@ -251,8 +249,6 @@ def gradients_stacked(kernels: tuple[Kernel, ...], matrices: int) -> tuple[Kerne
 def _traded(kernel: Kernel) -> tuple[Kernel, ...]:
     """An exchange between slices of the sequence and of the heads, tensor by tensor: blocks for the ranks are
     stacked, sent, and what arrives is put together."""
-    if kernel.name not in ("sequence_to_heads", "heads_to_sequence"):
-        return (kernel,)
     found: list[Kernel] = []
     for name, out in zip(kernel.reads, kernel.writes, strict=True):
         stacked, sent = (replace(out, name=f"{out.name}_{word}") for word in ("stacked", "sent"))

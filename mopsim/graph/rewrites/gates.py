@@ -22,8 +22,6 @@ def clamps_apart(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     values = made(kernels)
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
-        if kernel.name != "experts_act":
-            return (kernel,)
         sources, half = kernel.reads, kernel.writes[0].bytes
         names = tuple(f"{name}_clamped" for name in sources)
         new = tuple(structs.replace(values[old], name=name) for old, name in zip(sources, names, strict=True))
@@ -31,4 +29,4 @@ def clamps_apart(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
         first = charged(first, COMPOSED["clamps"], float(half))
         return first, structs.replace(kernel, reads=names, saves=names)
 
-    return each(kernels, change)
+    return each(kernels, change, "experts_act")

@@ -89,8 +89,6 @@ def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ..
     the output and the values' gradient are then parts of theirs. Of as many rows as it takes at a time."""
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
-        if kernel.name != "attention_core":
-            return (kernel,)
         narrow, wide = kernel.writes[0].bytes, round(kernel.writes[0].bytes * wider)
         sizes = 2 * wide, 4 * wide - narrow
         alive, back = (("activations", round(kernel.share * size)) for size in sizes)
@@ -102,7 +100,7 @@ def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ..
         padded = replace(kernel, scratch=(*kernel.scratch, alive), back_scratch=(*kernel.back_scratch, back))
         return padded, copies
 
-    return each(kernels, change)
+    return each(kernels, change, "attention_core")
 
 
 def norms_after(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
@@ -179,14 +177,14 @@ def tables_gathered(kernels: tuple[Kernel, ...], size: int) -> tuple[Kernel, ...
         tables.name, "memory_bound", "attention", (), (tables,), saves=(tables.name,), bytes=2.0 * size,
         back_bytes=0.0, launches=4, back_launches=0,
     )  # fmt: skip
-    return each(kernels, lambda one: (gather, one) if one.name == "rope" else (one,))
+    return each(kernels, lambda one: (gather, one), "rope")
 
 
 def lengths_read(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Before the attention kernel the host reads the longest of a microbatch's sequences from the device:
     a difference, its maximum and a copy."""
     read = Kernel("lengths read", "memory_bound", "attention", (), (), launches=3, back_bytes=0.0)
-    return each(kernels, lambda one: (read, one) if one.name == "attention_core" else (one,))
+    return each(kernels, lambda one: (read, one), "attention_core")
 
 
 def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple[Kernel, ...]:

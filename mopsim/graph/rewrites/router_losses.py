@@ -13,8 +13,6 @@ def router_losses(kernels: tuple[Kernel, ...], balance: bool, z: bool, sequences
     values = made(kernels)
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
-        if kernel.name != "top_k":
-            return (kernel,)
         (product,) = (one.matmuls[0] for one in kernels if one.name == "router")
         size, found = values["scores"].bytes, [kernel]
         row = Value("scores_sum", int(size / product.n), grad=False)
@@ -29,7 +27,7 @@ def router_losses(kernels: tuple[Kernel, ...], balance: bool, z: bool, sequences
             found.append(_loss("z_loss", kernel, "router_logits", row, size))
         return tuple(found)
 
-    return each(kernels, change)
+    return each(kernels, change, "top_k")
 
 
 def _loss(name: str, top_k: Kernel, read: str, row: Value, size: int) -> Kernel:

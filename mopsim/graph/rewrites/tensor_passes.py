@@ -1,6 +1,7 @@
 """Operations as a few kernels of torch's: their traffic in passes over tensors, and what they keep."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from msgspec.structs import replace
 
@@ -129,9 +130,12 @@ def beside(kernel: Kernel, size: float, how: ComposedKernel) -> Kernel:
     )  # fmt: skip
 
 
-def each(kernels: Sequence[Kernel], change: Callable[[Kernel], Iterable[Kernel]]) -> tuple[Kernel, ...]:
-    """The kernels that take the place of each."""
-    return tuple(part for kernel in kernels for part in change(kernel))
+def each(
+    kernels: Sequence[Kernel], change: Callable[[Kernel], Iterable[Kernel]], *names: str
+) -> tuple[Kernel, ...]:
+    """The kernels that take the place of each, or of those of these names."""
+    changed = (change(one) if not names or one.name in names else (one,) for one in kernels)
+    return tuple(chain.from_iterable(changed))
 
 
 def made(kernels: Iterable[Kernel]) -> dict[str, Value]:
