@@ -223,14 +223,19 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
 
 
 def _sooner(best: SimResult, problem: Problem, quick: HardwareProfile, part: str) -> str:
-    """What less latency of a link does, whose bandwidth changes nothing; '' where that does not either."""
-    prompt = faster(quick, part, LATENCIES, 1 / MORE)
-    again = _again(problem, prompt, [best])[0] if prompt else best
-    if again.ranked_time * (1 + TIE) >= best.ranked_time:
-        return ""
-    return (
-        f": compute waits for its latency; with {1 / MORE:g} times the latency too it {_takes(best, again)}"
-    )
+    """What else an exchange waits for, where a link's bandwidth changes nothing: its latency, or the links
+    inside a node, which go on at the same time; '' where neither makes the step shorter."""
+    tried = [
+        (faster(quick, part, LATENCIES, 1 / MORE),
+         f"compute waits for its latency; with {1 / MORE:g} times the latency too"),
+        (faster(quick, "scale_up", LINKS[INSIDE][1], MORE) if part == "scale_out" else None,
+         f"exchanges wait for the links inside a node; with {MORE:g} times their bandwidth too"),
+    ]  # fmt: skip
+    for machine, said in tried:
+        again = _again(problem, machine, [best])[0] if machine else best
+        if again.ranked_time * (1 + TIE) < best.ranked_time:
+            return f": {said} it {_takes(best, again)}"
+    return ""
 
 
 def _graphs(best: SimResult, problem: Problem) -> Iterator[str]:
