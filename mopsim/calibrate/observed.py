@@ -26,6 +26,11 @@ class Seen(NamedTuple):
     made: Made
     unseen: float | None = None
 
+    @property
+    def label(self) -> str:
+        """'mop (987f9d09985d)': its strategy's name and its digest."""
+        return f"{self.measurement.plan.strategy.name} ({self.digest})"
+
 
 def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
     """Runs that are alike in stack, precision and network, together. Raises SpecError naming the run whose
@@ -45,7 +50,7 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
             peak_memory_squares=round(_scatter([one for one in map(_peak, some) if one]), 5),
             step_time_missed=round(missed_by_most(_misses(some)), 5),
             made=tuple(round(fmean(shares), 4) for shares in zip(*(one.made for one in some), strict=True)),
-            source="runs " + ", ".join(one.digest for one in some),
+            source="runs " + ", ".join(one.label for one in some),
         )
         for (stack, precision, model), some in groups.items()
     )  # fmt: skip
@@ -105,7 +110,7 @@ def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> fl
     run, measured, predicted = max(pairs, key=lambda pair: abs(pair.off))
     raise SpecError(
         f"measurements: {field}", measured,
-        f"of the run of {run.measurement.plan.strategy.name} ({run.digest}) must be within a factor of "
+        f"of the run of {run.label} must be within a factor of "
         f"{exp(MOST_OFF):.0f} of the {show(predicted)} predicted",
     )  # fmt: skip
 

@@ -214,7 +214,7 @@ def _corrected(
 ) -> HardwareProfile:
     """`bare` with corrections fitted to `runs`: first by kind, then to the step."""
     launch = bare.device.launch_overhead.si
-    source = "runs " + ", ".join(run.digest for run in runs)
+    source = "runs " + ", ".join(run.label for run in runs)
     single = [kind for kind in WORK_KINDS if not any(kind in family for family in FAMILIES)]
     by_kind = {kind: _kind(kind, bare, runs, source) for kind in single}
     corrections = {kind: correction for kind, correction in by_kind.items() if correction is not None}

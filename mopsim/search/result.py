@@ -228,7 +228,7 @@ def promise(gap: float | None, expected: float | None) -> str:
         return proof(gap)
     best = f"the best plan left out is expected to be {format_gap(expected)} faster"
     none = "no plan left out is expected to be faster"
-    proven = f"proven is that none is more than {format_gap(gap)} faster"
+    proven = f"it is proven that none is more than {format_gap(gap)} faster"
     loose = "few plans were tried, and the bounds of the others are too loose to prove anything"
     return f"not exhausted: {best if expected else none}; {proven if gap <= LOOSE else loose}"
 

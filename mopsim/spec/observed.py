@@ -22,8 +22,8 @@ class Observed(Spec, frozen=True, kw_only=True):
     step_time_squares: sum of squares of the errors of step times, by profiles that had not seen these runs.
     peak_memory_squares: sum of squares of the departures of peaks from their mean. step_time_missed: the
     |ln(measured / predicted)| that 90 % of these errors keep to. made: mean shares of the predicted steps:
-    products, attention, products of experts, memory, waits for host, network, copies. source: digests of the
-    runs.
+    products, attention, products of experts, memory, waits for host, network, copies. source: the runs,
+    each by its strategy and its digest.
     """
 
     stack: str

@@ -182,7 +182,7 @@ def test_writes_a_new_profile_and_keeps_the_old_one() -> None:
     assert result.profile.calibrated_from == before
     correction = result.profile.corrections["matmul"]
     assert correction.tag == "calibrated"
-    assert result.runs[0] in correction.source
+    assert f"({result.runs[0]})" in correction.source, "beside its strategy's name"
     assert result.profile.framework_memory_scale == 1.0
 
 

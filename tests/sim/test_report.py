@@ -252,8 +252,8 @@ def test_a_bound_too_loose_to_tell_anything_is_no_number() -> None:
     """`search` said "a plan left out is at most 426 % faster", `size` that the bound is too loose."""
     none = "not exhausted: no plan left out is expected to be faster"
     best = "not exhausted: the best plan left out is expected to be 30 % faster"
-    assert promise(0.99, 0.0) == f"{none}; proven is that none is more than 99 % faster"
-    assert promise(0.99, 0.3) == f"{best}; proven is that none is more than 99 % faster"
+    assert promise(0.99, 0.0) == f"{none}; it is proven that none is more than 99 % faster"
+    assert promise(0.99, 0.3) == f"{best}; it is proven that none is more than 99 % faster"
     loose = "not exhausted: few plans were tried, and the bounds of the others are too loose to say more"
     assert proof(4.26, found=True) == loose
     few = "few plans were tried, and the bounds of the others are too loose to prove anything"
