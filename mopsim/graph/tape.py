@@ -201,13 +201,6 @@ class Tape(Struct, frozen=True):
         last = len(self.kernels) - 1
         return {name: places.get(until, last) for name, until in self.held}
 
-    def flops(self) -> dict[str, float]:
-        """Forward FLOP by component."""
-        found: dict[str, float] = {}
-        for kernel in self.kernels:
-            found[kernel.component] = found.get(kernel.component, 0.0) + kernel.total_flops
-        return found
-
     @property
     def outside(self) -> set[str]:
         """Values that this tape neither makes to free nor frees."""
@@ -217,8 +210,3 @@ class Tape(Struct, frozen=True):
     def kept(self) -> set[str]:
         """Values that its backward starts from, inputs and outputs apart."""
         return {name for kernel in self.kernels for name in kernel.saves} - self.outside
-
-    def saved(self) -> int:
-        """Bytes of those."""
-        values = self.values
-        return sum(values[name].bytes for name in self.kept)

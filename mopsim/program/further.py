@@ -25,7 +25,7 @@ class FurtherLayers:
         """What a final norm waits for whose cross entropy comes later: the head too, of its group."""
         return self.edge("head", "forward")
 
-    def begin(self, name: str) -> None:
+    def begin(self) -> None:
         """Before the backward of the embedding."""
 
     def projected(self, template: Template, layer: int, phase: str, ready: Ops) -> Ops:

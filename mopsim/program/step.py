@@ -206,7 +206,7 @@ class StageStep:
             self._send("backward", microbatch, part - 1, ready)
             self.after = (*self.after, *self.shards.finish())
             return
-        self.shards.begin("embedding")
+        self.shards.begin()
         ready = issue.play(self.passes.embedding("backward"), -1, ready)
         self._reduced(ready, "embedding", final)
         self.after = (*self.after, *self.shards.finish())

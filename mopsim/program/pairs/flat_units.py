@@ -129,7 +129,7 @@ class FlatUnits(Shards):
         self._loss_begins = self.issue.so_far()
         return self._wait(self.c.edges["final"], "forward")
 
-    def begin(self, name: str) -> None:
+    def begin(self) -> None:
         """Before the backward of the embedding, whose gradient is open already where it is the head."""
         self.finish()
         self._open(*looked_up(self.c.edges))

@@ -40,21 +40,21 @@ class Rows:
         if precision.reduce != precision.compute:
             self.b.spike(size * self.c.b, category)
 
-    def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
+    def norm(self, rows: int, size: int, name: str = "") -> Work:
         """A norm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back by
         the caller)."""
         b, part = self.b, slice_rows(rows)
         out = rows * size * self.width
         if self.fused_norm:
-            b.spike(out, category)
+            b.spike(out)
             if name:
-                b.make(name, out, category)
+                b.make(name, out)
             return memory_work(float(rows * size * 2 * self.width), 1)
         if name:
-            b.make(name, out, category)
+            b.make(name, out)
         else:
-            b.spike(out, category)
-        b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
+            b.spike(out)
+        b.spike((part * size + part) * self.wide + self.cast * size * self.wide)
         how = COMPOSED["layernorm_rows" if self.centred else "norm_rows"]
         return self._passes(rows, size, how.forward, 1 + self.centred)
 
