@@ -123,7 +123,7 @@ class FlatRunner:
             self.optimizer.step(clip_factor(norm, self.plan.training.clip_norm))
             told = self._balance()
         found = [loss.double() / self._counted, norm, *([] if told is None else [told])]
-        return StepResult.fetched(found, self.num_tokens, self.platform)
+        return StepResult.fetched(found, self.platform)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:

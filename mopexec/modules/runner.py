@@ -67,7 +67,7 @@ class ModuleRunner(ABC):
             found = [total / self._copies if self._copies > 1 else total, norm]
             if self._learned and self._plan.model.num_moe_layers:
                 found.append(self._balanced())
-        return StepResult.fetched(found, self._tokens, self._platform)
+        return StepResult.fetched(found, self._platform)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:

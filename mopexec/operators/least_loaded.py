@@ -27,15 +27,14 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Moves:
-    """Of one layer. A rank has `slots` places for experts: its own, then those that come, the rest empty;
-    place s of rank t is destination t * slots + s.
+    """Of one layer. All ranks have as many places for experts: their own, then those that come, the rest
+    empty; place s of rank t, of n places, is destination t * n + s.
 
     received: (expert, place of its owner in the group) of each that comes; sent: (expert, place of the rank
     that needs it) of each of this rank's. destinations [n], lengths [n]: runs of this rank's routes, sorted
     by chunk and expert; the destinations of a chunk follow those of the one before.
     """
 
-    slots: int
     received: tuple[tuple[int, int], ...]
     sent: tuple[tuple[int, int], ...]
     destinations: Tensor
@@ -86,7 +85,7 @@ def placed(counts: Counts, group: Group, how: Experts, platform: Platform) -> Co
         where, long = platform.upload((destinations, lengths), (2, len(lengths))).unbind(0)
     received = tuple((e, owner) for e, owner, target in placement.moves if target == place)
     sent = tuple((e, target) for e, owner, target in placement.moves if owner == place)
-    return send, receive, arrived, Moves(slots, received, sent, where, long)
+    return send, receive, arrived, Moves(received, sent, where, long)
 
 
 def _slots(placement: Placement, local: int, size: int) -> dict[tuple[int, int], tuple[int, int]]:

@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean per counted target; grad_norm: before clipping; tokens: of the global batch.
+    """loss: mean per counted target; grad_norm: before clipping.
 
     busiest: part of a layer's routes that went to the expert-parallel rank that got most, mean over layers;
     nan where no router chose. expert_loads: experts of all layers by their load over the even one, below 1/8,
@@ -38,21 +38,20 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    tokens: int
     busiest: float = math.nan
     expert_loads: tuple[int, ...] = ()
 
     @classmethod
-    def fetched(cls, found: list[Tensor], tokens: int, platform: Platform) -> "StepResult":
+    def fetched(cls, found: list[Tensor], platform: Platform) -> "StepResult":
         """Of tensors of the device: loss, grad_norm and, where a router chose, `balance_told`. The host waits
         once; without data nothing is known.
         """
         if platform.fake:
-            return cls(math.nan, math.nan, tokens)
+            return cls(math.nan, math.nan)
         loss, norm, *told = platform.fetch(torch.cat([one.double().reshape(-1) for one in found]))
         if not told:
-            return cls(loss, norm, tokens)
-        return cls(loss, norm, tokens, told[0], tuple(map(int, told[1:])))
+            return cls(loss, norm)
+        return cls(loss, norm, told[0], tuple(map(int, told[1:])))
 
 
 class Runner(Protocol):

@@ -38,7 +38,7 @@ from mopsim.spec.routing import RoutingProfile
 
 Build = Callable[..., Runner]
 SUMMARY = "summary.json"
-NO_UPDATE = StepResult(loss=0.0, grad_norm=0.0, tokens=0)
+NO_UPDATE = StepResult(loss=0.0, grad_norm=0.0)
 """Of a step whose global batch has no target that counts; every rank sees that by itself."""
 UNCOMPILED = "those of --tracked-steps run as they are, the next one compiles"
 TRACKED_STEPS = 2

@@ -46,7 +46,7 @@ class FakeRunner:
             dist.all_reduce(tensor)
         self.moment.mul_(0.9).add_(grad)
         self.weight.sub_(self.moment, alpha=1000 * self.lr)
-        return StepResult(loss.item(), grad.norm().item(), self.tokens)
+        return StepResult(loss.item(), grad.norm().item())
 
     def _misbehave(self):
         what, _, where = os.environ.get("FAKE", "").partition(":")
