@@ -3,10 +3,11 @@ hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.operators.loss, .
 
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
+from mopsim.program.casts import Part
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.workload import Work, memory_work
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 
 _C, _L = "vocabulary", "logits"

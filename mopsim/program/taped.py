@@ -8,10 +8,11 @@ from msgspec.structs import replace
 from mopsim.graph.experts import EXCHANGES
 from mopsim.graph.tape import GATE_CLAMPS, Kernel, Played, Step
 from mopsim.program.builder import Builder, Recorder, stream_of
+from mopsim.program.casts import Part
 from mopsim.program.context import Context
 from mopsim.program.template import START, Template
 from mopsim.program.workload import CommGroup, deltas
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.hardware import COLLECTIVES
 
 _READ = ("place", "rows read", "lengths read", "routes read")

@@ -1,7 +1,5 @@
 """Kernel -> work, with the matmul recipe of a strategy."""
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
@@ -36,19 +34,15 @@ from mopsim.graph.rewrites.router_losses import router_losses
 from mopsim.graph.rewrites.sinks import sinks_apart
 from mopsim.graph.shapes import attention_widths
 from mopsim.graph.tape import Kernel
+from mopsim.program.casts import Part, casts
 from mopsim.program.context import Context
 from mopsim.program.scales import updated
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import ATTENTION_BACKWARD, COLLECTIVES
-from mopsim.spec.strategy import CAST, MatmulDType
+from mopsim.spec.strategy import CAST
 
-Part = Literal["forward", "backward", "input_grad", "weight_grad"]
 ROWS_OF_A_BLOCK = 4
 """Sorted rows that a block of torch's index_put_ begins at (rates.yaml, sorted_sums)."""
-CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
-"""Times that a cast reads its source: fp8 by current scaling first for the largest value; nvfp4 for that, by
-rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; what casts add to products is
-6.1, 4.8 and 7.0 at full bandwidth on B300 (Transformer Engine's GEMM profiling tutorial)."""
 
 
 def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
@@ -128,7 +122,8 @@ def attended(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...
 def _cast(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """The kernels with what Kernels.casts and weight_casts say of torchao's."""
     run, recipe = context.stack.kernels, context.strategy.precision.matmul
-    kernels = kernels if run.casts == "kept" else cast_once(kernels)
+    each = run.casts == "kept" or (run.casts, recipe) == ("composed", "fp8")
+    kernels = kernels if each else cast_once(kernels)
     if recipe not in CAST:
         return kernels
     narrow = DTYPE_BYTES[recipe]
@@ -339,31 +334,6 @@ def _gradient(context: Context) -> float:
     return float(context.b if fresh else 2 * context.grad)
 
 
-def _casts(
-    kernel: Kernel, part: Part, context: Context, dtype: MatmulDType, looped: bool
-) -> tuple[Work, ...]:
-    """Operands cast for a kernel's products: inputs in the forward, output gradients in the backward, by rows
-    and by columns at once; or each alone and laid out again for the other product (see Kernels.casts)."""
-    how, narrow, reads = context.stack.kernels, DTYPE_BYTES[dtype], CAST_READS.get(dtype, 1)
-    alone = how.casts != "kept"
-    laid, once = 2 * narrow, reads * DTYPE_BYTES[context.strategy.precision.compute] + narrow
-    each = once if alone else once + narrow
-    inputs = sum(one.m * one.k * one.count for one in kernel.matmuls) * kernel.casts
-    outputs = sum(one.m * one.n * one.count for one in kernel.matmuls) * kernel.back_casts
-    weights = sum(one.elements for one in kernel.matmuls if one.weight)
-    rows, moved = how.cast_scales == "rows", 0.0
-    scaled = 2 * DTYPE_BYTES[context.strategy.precision.compute] * rows  # by the factors of rows, in place
-    if part == "forward":
-        moved += (inputs + weights * (rows or how.weight_casts == "pass")) * each
-    if part in ("backward", "input_grad"):
-        moved += outputs * each + weights * (laid * alone + once * rows)
-        moved += inputs * scaled * (not how.compiled)
-    if part in ("backward", "weight_grad") and alone:
-        moved += outputs * (laid + once * rows) + inputs * (once + laid) + weights * scaled
-    launches = reads * (sum(int(one.count) for one in kernel.matmuls) if looped else 1)
-    return (Work("memory_bound", bytes=moved, launches=launches),) if moved else ()
-
-
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     eight_bit = kernel.component == "vocabulary" and precision.vocabulary == "matmul"
@@ -391,7 +361,7 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
                     )
                 )  # fmt: skip
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute]:
-        found += _casts(kernel, part, context, dtype, looped)
+        found += casts(kernel, part, context, dtype, looped)
     added = context.stack.kernels.weight_grads == "composed" and not context.keeps_grads
     added = added and not context.makes_grads
     if part in ("backward", "weight_grad") and added:

@@ -154,7 +154,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     casts: the operand that the weight gradient of a product in 8 or 4 bits uses. `kept`: the cast copy of
     the input is kept (Transformer Engine). `again`: the input is kept and cast again, and each copy is laid
     out again for the product that reads it the other way (torchao). `made`: as `again`, cast from a tensor
-    that a norm or a gate keeps anyway; of a plain copy the cast is kept (torchao compiled).
+    that a norm or a gate keeps anyway; of a plain copy the cast is kept (torchao compiled). `composed`: as
+    `again`, and eager torch casts each operand of each product in fp8, weights too, by kernels of its own.
     cast_scales: scales of casts that are not kept. `tensor`: one for a tensor. `rows`: one for each row
     that a product sums over. Weights are then cast in every pass and gradients of outputs for each product.
     Gradients are multiplied by the factors of both operands' rows afterwards, in the kernel that reads them
@@ -257,7 +258,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     softmax: Literal["fused", "composed", "upcast"] = "fused"
     narrow_values: Literal["kept", "padded"] = "kept"
     attention_rows: Literal["tokens", "heads", "sequences"] = "tokens"
-    casts: Literal["kept", "again", "made"] = "kept"
+    casts: Literal["kept", "again", "made", "composed"] = "kept"
     cast_scales: Literal["tensor", "rows"] = "tensor"
     scale_updates: int = 0
     scale_sums: Literal["none", "tensor", "world"] = "none"

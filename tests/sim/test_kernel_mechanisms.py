@@ -17,11 +17,12 @@ from mopsim.cost.compute import (
 )
 from mopsim.cost.stack import CLOCK_BY_POWER, as_used
 from mopsim.graph.shapes import attended_span, causal_pairs, pairs_of_a_slice
+from mopsim.program.casts import Part
 from mopsim.program.context import make_context
 from mopsim.program.passes import Passes
 from mopsim.program.topology import span
 from mopsim.program.workload import CommGroup, Work
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.hardware import Bridges
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Stack

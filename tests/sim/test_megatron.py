@@ -14,9 +14,10 @@ from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program import lower
+from mopsim.program.casts import Part
 from mopsim.program.context import make_context
 from mopsim.program.workload import Program
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
@@ -299,6 +300,9 @@ def test_operands_cast_again_move_by_hand() -> None:
     assert moved(kernel, "input_grad", **rows) == m * n * 5 + n * k * 7 + m * k * 4
     assert moved(kernel, "input_grad", compiled=True, **rows) == m * n * 5 + n * k * 7
     assert moved(kernel, "weight_grad", **rows) == m * n * 7 + m * k * 7 + n * k * 4
+    # eager: magnitudes, their largest, a copy in fp32, times the scale, clamped, cast: 4 x 2 + 6 x 4 + 1
+    assert moved(kernel, "forward", casts="composed") == (m * k + n * k) * 33
+    assert moved(kernel, "backward", casts="composed") == (2 * m * n + n * k + m * k) * (33 + 2) - m * n * 2
     first, second = cast_once((kernel, kernel))
     assert first.casts
     assert moved(second, "forward", casts="again") == 0

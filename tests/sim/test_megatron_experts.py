@@ -10,10 +10,11 @@ import pytest
 
 from mopsim.graph import host_costs
 from mopsim.program import lower
+from mopsim.program.casts import Part
 from mopsim.program.context import make_context
 from mopsim.program.host_time import kinds_of
 from mopsim.program.lower import passes_of
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack

@@ -5,10 +5,11 @@ from mopsim.graph.ffn import ffn
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
+from mopsim.program.casts import Part
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.workload import Work
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.layout import token_slices
 
 

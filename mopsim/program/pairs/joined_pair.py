@@ -3,11 +3,12 @@ projection in two products."""
 
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Recorder
+from mopsim.program.casts import Part
 from mopsim.program.context import Context
 from mopsim.program.pairs.ring_rows import look_up
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.workload import Work
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 
 _C = "vocabulary"
 

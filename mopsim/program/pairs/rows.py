@@ -4,9 +4,10 @@ temporaries and their traffic."""
 from mopsim.graph.rewrites.tensor_passes import COMPOSED, TensorPasses, traffic
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
+from mopsim.program.casts import Part
 from mopsim.program.context import Context
 from mopsim.program.workload import Work, memory_work
-from mopsim.program.works import Part, works
+from mopsim.program.works import works
 from mopsim.spec.layout import SLICE_ROWS
 
 
