@@ -20,6 +20,7 @@ from torch import Tensor
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.fakes import QuickFakeMode
 from mopexec.measure.program import PlayedOps
+from mopexec.measure.scope import apart
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
@@ -89,7 +90,7 @@ def dry_run(
         raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
     _check_length(plan)
     meta = plan.stack.runtime != "fully_shard"
-    with _fake_platform(plan, rank) as platform:
+    with apart(), _fake_platform(plan, rank) as platform:
         tracker = MemoryTracker(
             device_limit, host_limit, refuse=quadratic_guard(plan), meta=meta, device=platform.device
         )

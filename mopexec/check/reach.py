@@ -1,6 +1,6 @@
 """How far each plan's context reaches under one device limit and one host limit.
 
-Bisected by dry run, confirmed by real steps with the limits enforced by the memory tracker.
+Found by dry runs, confirmed by real steps with the limits enforced by the memory tracker.
 """
 
 import json
@@ -73,23 +73,19 @@ def with_seq_len(plan: Plan, seq_len: int) -> Plan:
 
 
 def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) -> Reach:
-    """Bisect the longest sequence that fits, in multiples of `quantum` tokens; confirm both sides for real.
+    """Find the longest sequence that fits, in multiples of `quantum` tokens; confirm both sides for real.
 
     Where not even one quantum fits the longest is 0. Raises MopError if a real step contradicts the dry run.
     """
     split = plan.strategy.attention.context_parallel
     if quantum % split:
         raise SpecError("quantum", quantum, f"is not a multiple of the sequence degree {split}")
-    low, high = _bracket(plan, limits, quantum)
-    while high - low > quantum:
-        middle = (low + high) // 2 // quantum * quantum
-        low, high = (middle, high) if _stopper(plan, limits, middle) is None else (low, middle)
-    stopper = _stopper(plan, limits, high)
-    assert stopper is not None
+    ends = Ends(limits, quantum)
+    while not ends.met:
+        _play(plan, ends, ends.following())
+    low, high, stopper, (peak, host) = ends.low, ends.high, ends.stopper, ends.filled
     if not low and stopper.startswith(_REFUSED):
         raise MopError(f"{stopper} (at {high} tokens)")
-    result = _dry(plan, low) if low else None
-    peak, host = (result.peak_memory, result.host_memory) if result else (0, 0)
     confirmed = [
         real_step(with_seq_len(plan, n), limits.device, limits.host) if real_step and tried else None
         for n, tried in ((low, low), (high, not stopper.startswith(_REFUSED)))
@@ -112,33 +108,70 @@ def describe(model: ModelSpec) -> str:
     )
 
 
-def _bracket(plan: Plan, limits: Limits, quantum: int) -> tuple[int, int]:
-    """A fitting and a failing length, the second at most twice the first; 0 fits always."""
-    low, high = 0, quantum
-    while _stopper(plan, limits, high) is None:
-        low, high = high, 2 * high
-    return low, high
+@dataclass
+class Ends:
+    """The longest length known to fit, `low` (0 always does), with (device, host) bytes there, and the
+    shortest known not to, `high` (0: none yet), with what stopped it."""
+
+    limits: Limits
+    quantum: int
+    low: int = 0
+    high: int = 0
+    filled: tuple[int, int] = (0, 0)
+    stopper: str = ""
+    _before: tuple[int, tuple[int, int]] | None = None
+    _tried: int = 0
+
+    @property
+    def met(self) -> bool:
+        """Whether nothing lies between."""
+        return self.high - self.low == self.quantum
+
+    def following(self) -> int:
+        """The length to play next: where the two longest that fit say that a limit is met, as memory grows
+        almost evenly; every third time the middle, or twice the longest."""
+        self._tried += 1
+        low, high, q = self.low, self.high, self.quantum
+        usual = (low + high) // 2 if high else 2 * low
+        wanted = self._full() if self._tried % 3 else usual
+        return max(low + q, min(wanted, high - q if high else 4 * low) // q * q)
+
+    def fits(self, length: int, filled: tuple[int, int]) -> None:
+        """It does, with (device, host) bytes."""
+        self._before, self.low, self.filled = (self.low, self.filled), length, filled
+
+    def fails(self, length: int, stopper: str) -> None:
+        """It does not."""
+        self.high, self.stopper = length, stopper
+
+    def _full(self) -> int:
+        """Where a limit is met by the last two lengths that fit."""
+        if self._before is None or not self._before[0]:
+            return 2 * self.low
+        before, less = self._before
+        each = zip((self.limits.device, self.limits.host), self.filled, less, strict=True)
+        ends = [
+            self.low + (limit - now) * (self.low - before) // (now - then)
+            for limit, now, then in each
+            if now > then
+        ]
+        return min(ends, default=2 * self.low)
 
 
-def _dry(plan: Plan, seq_len: int) -> Any:
-    from mopexec.check.dry_run import dry_run
-
-    return dry_run(with_seq_len(plan, seq_len))
-
-
-def _stopper(plan: Plan, limits: Limits, seq_len: int) -> str | None:
-    """None where the dry run fits both limits, else the tier and category whose allocation crosses first, or
-    the rule that the plan breaks at that length."""
+def _play(plan: Plan, ends: Ends, seq_len: int) -> None:
+    """Tell the ends whether a dry run fits both limits, else the tier and category whose allocation crosses
+    first, or the rule that the plan breaks at that length."""
     from mopexec.check.dry_run import dry_run
     from mopexec.measure.tracker import OutOfMemory
 
     try:
-        dry_run(with_seq_len(plan, seq_len), 0, limits.device, limits.host)
+        found = dry_run(with_seq_len(plan, seq_len), 0, ends.limits.device, ends.limits.host)
     except OutOfMemory as error:
-        return error.stopped_by
+        ends.fails(seq_len, error.stopped_by)
     except SpecError as error:
-        return f"{_REFUSED}{error}"
-    return None
+        ends.fails(seq_len, f"{_REFUSED}{error}")
+    else:
+        ends.fits(seq_len, (found.peak_memory, found.host_memory))
 
 
 def train_one_step(data: str) -> RealStep:
@@ -200,11 +233,11 @@ def write_reaches(
 
 
 _TRAINED = (
-    "Lengths are bisected by dry run; the longest fitting and the first failing one are then run as",
+    "Lengths are found by dry run; the longest fitting and the first failing one are then run as",
     "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
     "every allocation watched by the tracker, the machine shared. It orders nothing but itself.",
 )
-_PLAYED = ("Lengths are bisected by dry run; no step was trained at them.",)
+_PLAYED = ("Lengths are found by dry run; no step was trained at them.",)
 
 
 _COLUMNS = (

@@ -101,6 +101,12 @@ def host_allocation(name: str) -> _Sets:
     return _Sets(category=name, tier="host")
 
 
+def apart() -> _Sets:
+    """`with apart():` nothing is named inside at first; hooks that ended early leave nothing behind."""
+    fresh = Scope()
+    return _Sets(**{name: getattr(fresh, name) for name in Scope.__slots__})
+
+
 def uncounted() -> _Sets:
     """`with uncounted():` what is made inside is not the plan's memory (shape propagation, rank tables)."""
     return _Sets(uncounted=True)

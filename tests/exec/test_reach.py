@@ -1,4 +1,4 @@
-"""How far a context reaches: bisected by dry run; a plan that fits nowhere is a row like another."""
+"""How far a context reaches, by dry run; a plan that fits nowhere is a row like another."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,14 @@ import pytest
 from mopexec.check import dry_run
 from mopexec.check.reach import Limits, Reach, ratios, reach
 from mopexec.cli import main
+from mopexec.measure.scope import NOW
+from mopexec.measure.tracker import OutOfMemory
 from mopsim.common import io
 from mopsim.common.errors import SpecError
-from tests.exec.train_plans import small_plan
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+from tests.exec.train_plans import small_model, small_plan
+from tests.plans import plan_of
 
 
 def test_a_plan_that_fits_nowhere_does_not_end_the_others(tmp_path):
@@ -40,6 +45,22 @@ def test_a_ratio_of_reaches_is_as_wide_as_the_quantum_leaves_it():
     assert ratios([one, exact])[0].endswith("reaches 1.0x as far as b")
 
 
+def test_lengths_are_played_where_memory_says_that_it_ends(monkeypatch):
+    played = []
+
+    def even(plan, *_):
+        length = plan.training.seq_len
+        played.append(length)
+        if length > 10_000:
+            raise OutOfMemory("device", 1, 1, 1, "activations")
+        return type("Dry", (), {"peak_memory": 50 + length, "host_memory": 2})
+
+    monkeypatch.setattr(dry_run, "dry_run", even)
+    found = reach(small_plan(), Limits(10_050, 10**9), 64, None)
+    assert (found.longest, found.first_failing) == (9984, 10048)
+    assert len(played) < 9
+
+
 def test_a_length_that_the_plan_refuses_ends_its_reach(monkeypatch):
     def most_256(plan, *_):
         if plan.training.seq_len > 256:
@@ -50,3 +71,12 @@ def test_a_length_that_the_plan_refuses_ends_its_reach(monkeypatch):
     found = reach(small_plan(), Limits(10**9, 10**9), 64, lambda *_: None)
     assert (found.longest, found.first_failing, found.at_first_failing) == (256, 320, None)
     assert found.stopped_by.startswith("the plan: strategy.vocabulary.chunk_tokens: 1 cuts")
+
+
+def test_a_dry_run_that_ends_early_leaves_no_names_to_the_next():
+    model = small_model(vocab_size=8192)
+    plan = plan_of(model, fsdp2(2), TrainSpec(seq_len=128, global_batch=2), "cpu")
+    fitting = dry_run.dry_run(plan)
+    with pytest.raises(OutOfMemory, match="logits wants"):
+        dry_run.dry_run(plan, device_limit=fitting.peak_memory - 1)
+    assert (NOW.category, NOW.component, NOW.phase) == ("activations", "other", "forward")
