@@ -58,10 +58,14 @@ class _Inputs(OwnRows):
 class ComposedAttention(AttentionBlock):
     """See `AttentionBlock`."""
 
-    def backward(self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights) -> None:
+    def backward(
+        self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights,
+        cored: Callable[[], None],
+    ) -> None:  # fmt: skip
         """See `AttentionBlock.backward`."""
         with component("attention"), phase("backward"):
             packed = list(self._core_backward(grad, saved.pop(), weights, grads))
+            cored()
             spec, shape = self.spec, (self.exchange.batch, self.exchange.seq)
             kv_heads = self._heads("k")
             widths = {"q": spec.head_dim, "k": spec.head_dim, "v": value_width(spec)}

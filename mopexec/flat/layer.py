@@ -86,7 +86,7 @@ class LayerSchedule:
         way.
 
         before_grads is called between the recompute and the first gradient buffer, prefetch (of the next
-        boundary) between the FFN or experts, where memory peaks, and attention.
+        boundary) after attention's core, since memory peaks in the experts or there.
         """
         weights = self.dense.weights()
         inner, saved = self.attention.recompute(x, weights)
@@ -110,8 +110,7 @@ class LayerSchedule:
             self.experts.release()
             self.experts.reduce()
         del inner
-        prefetch()
-        self.attention.backward(grad, x, kept, weights, grads)
+        self.attention.backward(grad, x, kept, weights, grads, prefetch)
         self._begins(grad, weights, grads)
         del grads, weights
         with phase("backward"):

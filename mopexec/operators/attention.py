@@ -1,6 +1,7 @@
 """The attention half of a layer: x1 = x + o_proj(attention(norm(x))), with its own recompute and backward."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -72,12 +73,16 @@ class AttentionBlock:
             saved = self._core(x, weights)
             return self._output(x, saved[3], weights), saved
 
-    def backward(self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights) -> None:
+    def backward(
+        self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights,
+        cored: Callable[[], None],
+    ) -> None:  # fmt: skip
         """grad [N, H] of x1 becomes that of x, in place; grads += the weights'. Empties `saved` to free it
-        early.
+        early; `cored` is called once that is done.
         """
         with component("attention"), phase("backward"):
             dq, dk, dv = self._core_backward(grad, saved.pop(), weights, grads)
+            cored()
             hidden = self.norms.forward(x, weights, "attention_norm")
             grad_hidden = self._projection_backward("q", dq, hidden, weights, grads, None)
             del dq

@@ -52,8 +52,8 @@ class HostInput:
 class LayerInputs:
     """Those of one microbatch, [N, H] each, by layer; the first `on_host` go to host memory that stays.
 
-    Restoring is one ahead: `prefetch(l - 1)` during layer l's attention backward, after the layer's memory
-    peak, so at most two restored ones are alive, and one at the peak.
+    Restoring is one ahead: `prefetch(l - 1)` after the core of layer l's attention backward, after the
+    layer's memory peak, so at most two restored ones are alive, and one at the peak.
     """
 
     def __init__(self, platform: Platform, shape: tuple[int, int], dtype: torch.dtype, on_host: int) -> None:

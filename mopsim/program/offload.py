@@ -26,8 +26,8 @@ class OffloadedInputs:
 
     hooked: autograd's hooks on saved tensors pack and unpack them instead (mopexec.modules.hooks): every
     input goes, and comes up when its backward asks for it. explicit: a program that lists its operators
-    (mopexec.flat) sends an input down beside its layer and frees it after, and takes it up again under the
-    attention's backward of the layer after; its buffers on the host are there from the start.
+    (mopexec.flat) sends an input down beside its layer and frees it after, and takes it up again after the
+    core of attention's backward of the layer after; its buffers on the host are there from the start.
 
     kept: what a layer leaves for its backward beside its input; it goes too where `layers_on_host` says so.
     pinned: bytes of the buffers that the schedule needs.
@@ -160,7 +160,7 @@ class OffloadedInputs:
             return {}
         place = self.places.get(("backward", self.issue.microbatch, layer), len(self.visits)) + 1
         following = self.visits[place : place + 1]
-        return {template.marks["experts"]: [lambda _, visit=visit: self._bring(visit) for visit in following]}
+        return {template.marks["core"]: [lambda _, visit=visit: self._bring(visit) for visit in following]}
 
     def _bring(self, visit: Visit) -> None:
         down = self._down.pop(visit, None)

@@ -2,7 +2,7 @@
 .sequence)."""
 
 from mopsim.graph.attention import attention
-from mopsim.program.builder import Builder
+from mopsim.program.builder import Recorder
 from mopsim.program.context import Context
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.workload import Work
@@ -13,8 +13,9 @@ _C = "attention"
 class AttentionPair(Rows):
     """x1 = x + o_proj(attention(norm(x)))."""
 
-    def __init__(self, context: Context, builder: Builder) -> None:
-        super().__init__(context, builder)
+    def __init__(self, context: Context, recorder: Recorder) -> None:
+        super().__init__(context, recorder)
+        self.recorder = recorder
         model, D = context.model, context.shapes.sequence
         self.N, self.H, self.D = context.tokens, model.hidden_size, D
         self.B = context.strategy.micro_batch
@@ -47,6 +48,7 @@ class AttentionPair(Rows):
         """The gradient of x1 (`grad`, there already) becomes that of x, in place."""
         b, N, H = self.b, self.N, self.H
         self._core_backward(layer)
+        self.recorder.cut("core")
         works = [self.norm(N, H, "hidden")]
         works += self._projection_backward(layer, "q", self.heads, self.q_bytes)
         works += self._projection_backward(layer, "k", self.kv, self.kv_merged)

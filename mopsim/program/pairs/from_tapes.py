@@ -10,7 +10,7 @@ from mopsim.graph.experts import router
 from mopsim.graph.liveness import NOTHING, Recomputation, backward, everything, forward
 from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.tape import Kernel, Tape
-from mopsim.program.builder import Builder
+from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
 from mopsim.program.fragment import kept_experts
 from mopsim.program.pairs.rows import Rows
@@ -22,8 +22,8 @@ class TapedAttention:
     """x1 = x + o_proj(attention(norm(x))), as AttentionPair: a recomputation keeps what the core's backward
     needs; the rest is made a third time where the backward comes to it (mopexec.flat.composed)."""
 
-    def __init__(self, context: Context, builder: Builder) -> None:
-        self.c, self.b = context, builder
+    def __init__(self, context: Context, recorder: Recorder) -> None:
+        self.c, self.b = context, recorder
 
     def forward(self, layer: int, *waits: int | None) -> None:
         self._play(layer, "forward", False, waits)
@@ -39,6 +39,7 @@ class TapedAttention:
         before, after = _parts(tape, c.stack.kernels.rotary, c.wide > c.b)
         again, values = everything(before), before.values
         last = play(b, c, backward(after, _around_core(after)), "backward", layer)
+        b.cut("core")
         last = play(b, c, forward(before, again), "backward", layer, [last])
         play(b, c, backward(before, again), "backward", layer, [last])
         for name in before.outputs:
