@@ -125,14 +125,16 @@ class SelfAttention(nn.Module):
         self.rows: QueryRows = OwnRows()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = (), factors: Tensor | None = None
-    ) -> Tensor:
-        """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
-        documents; factors of queries, which this layer takes or not.
+        self, x: Tensor, norm: Callable[[Tensor], Tensor], cos: Tensor, sin: Tensor,
+        documents: Documents = (), factors: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[B, S, H], before its norm, to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions,
+        [B, ..] with documents; factors of queries, which this layer takes or not.
         """
         factors = factors if self.tempers else None
         weights = dict(self.named_parameters())
-        made = project(self.spec, weights, x, cos, sin, self.rows, rotates=self.rotates, factors=factors)
+        how: dict[str, Any] = {"rotates": self.rotates, "factors": factors}
+        made = project(self.spec, weights, norm(x), cos, sin, self.rows, **how)
         parts = list(made)
         del made
         out = self.core(parts, replace(self.what, documents=documents), self.sinks)

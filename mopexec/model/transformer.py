@@ -61,7 +61,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, given: Given) -> Tensor:
         """[B, S, H] to [B, S, H]."""
         x = x + self.attention(
-            self.attention_norm(x), given.cos, given.sin, given.documents, given.temperature
+            x, self.attention_norm, given.cos, given.sin, given.documents, given.temperature
         )
         hidden: Tensor = self.ffn_norm(x)
         if self.is_moe:

@@ -391,7 +391,7 @@ def make_context(
         accumulates=b <= 2 and stack.attention != "cpu",
     )  # fmt: skip
     return Context(
-        model, strategy, training, stack.compiling(strategy.compile).cut(model, strategy),
+        model, strategy, training, stack.running(model, strategy),
         _groups(model, strategy, domain, stack, training.routing), shapes,
         edge_units(model, strategy, whole=stack.sharding.embedding == "whole", apart=holds("pairs")(job)),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,

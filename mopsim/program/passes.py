@@ -275,11 +275,11 @@ class Passes:
         training/profiles/q8b-baseline), 1.3 by its traffic."""
         c, draft = self.context, Recorder(self.context.groups)
         if direction == "backward":
-            rows = c.edges["embedding"].padded
-            moved = 2.0 * rows * (c.b + c.grad) if self._in_buffers else 0.0  # zeros, rows, and their sum
+            unit = c.edges["embedding"]
+            moved = 2.0 * unit.padded * (c.b + c.grad) if self._in_buffers else 0.0  # zeros, rows, their sum
             work = Work("memory_bound", bytes=3.0 * c.hidden + moved)
             again = not c.shards_params and c.training.num_microbatches(c.strategy) > 1
-            whole = rows * c.b if self._in_buffers or again or c.one_weight else 0
+            whole = unit.largest * c.b if self._in_buffers or again or c.one_weight else 0
             made = (("activations", whole), ("activations", -whole)) if whole else ()
             memory = (*made, *self._input)  # torch makes the whole gradient before it is added to its sum
             draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), memory)

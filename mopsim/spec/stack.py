@@ -29,7 +29,7 @@ from mopsim.spec.reading import Reading as Reading
 from mopsim.spec.recompute import Recompute as Recompute
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import Sharding as Sharding
-from mopsim.spec.strategy import CAST, Activations, Overlap, Precision, Strategy, Tier
+from mopsim.spec.strategy import CAST, Activations, DType, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
@@ -203,6 +203,11 @@ class Stack(Spec, frozen=True, kw_only=True):
         causal half. plain: see `on`."""
         return self.on("", plain).attention not in ("masked", "scores")
 
+    def running(self, model: ModelSpec, strategy: Strategy) -> "Stack":
+        """The stack as a job runs it."""
+        compiled = self.compiling(strategy.compile).cut(model, strategy)
+        return compiled.multiplying(strategy.precision.compute)
+
     def compiling(self, how: str) -> "Stack":
         """The stack where a strategy has compiled what it says (`Strategy.compile`)."""
         return replace(self, **self._compiled(), compiled={}) if how != "none" else self
@@ -217,6 +222,16 @@ class Stack(Spec, frozen=True, kw_only=True):
         if not (run.compiled and run.activation == "fused" and reduced and large):
             return self
         return replace(self, kernels=replace(run, activation="composed"))
+
+    def multiplying(self, compute: DType) -> "Stack":
+        """The stack where products are in a dtype: torch's grouped ones are in 16 bits alone, others run one
+        by one (mopexec/operators/grouped.py: fits)."""
+        run = self.kernels
+        if run.expert_products != "torch" or DTYPE_BYTES[compute] == 2:
+            return self
+        outputs: Literal["whole", "pieces"] = "whole" if self.explicit else "pieces"
+        alone = replace(run, expert_products="looped", expert_bias="fused", expert_outputs=outputs)
+        return replace(self, kernels=alone)
 
     def _compiled(self) -> dict[str, Any]:
         """The sections that compiled blocks change. Raises SpecError for a value that no entry can have."""
