@@ -1,6 +1,7 @@
 """Every network trained in parallel equals the single-device model in float64: loss, gradients, weights."""
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -61,6 +62,12 @@ def _fitting(model: ModelSpec, options: dict[str, Any]) -> dict[str, Any]:
     return options if model.num_moe_layers else options | {"expert_parallel": 1}
 
 
+TOLD: dict[str, Any] = {
+    "name": "any", "source": "", "assumptions": (), "total_params": None, "active_params": None
+}  # fmt: skip
+"""Fields that say what a network is called, not what it has."""
+
+
 def apart(make: Callable[[str], Plan | None]) -> list[Any]:
     """Plans of RUN, those that are the same once scaled down as one."""
     names: dict[str, list[str]] = {}
@@ -68,8 +75,7 @@ def apart(make: Callable[[str], Plan | None]) -> list[Any]:
         plan = make(name)
         if plan is None:
             continue
-        told = {"name": "any", "source": "", "assumptions": (), "total_params": None, "active_params": None}
-        names.setdefault(io.digest(replace(plan, model=replace(plan.model, **told))), []).append(name)
+        names.setdefault(io.digest(replace(plan, model=replace(plan.model, **TOLD))), []).append(name)
     return [pytest.param(make(same[0]), id=f"{make.__name__}: {' '.join(same)}") for same in names.values()]
 
 
@@ -79,8 +85,28 @@ FLAT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("plan", [*apart(modules), *apart(flat)])
-def test_every_preset_trains(plan: Plan) -> None:
+def values(plan: Plan) -> dict[str, str]:
+    """What the network has of each field; of ratios, whether they are 1, less or more."""
+    found = {name: getattr(plan.model, name) for name in ModelSpec.__struct_fields__ if name not in TOLD}
+    return {
+        name: str((one > 1) - (one < 1) if isinstance(one, float) else one) for name, one in found.items()
+    }
+
+
+def covering(plans: list[Any]) -> list[Any]:
+    """Some of the plans: any two values of fields that one of all has together, one of these has together."""
+    found = [values(one.values[0]) for one in plans]
+    differ = [name for name in found[0] if len({one[name] for one in found}) > 1]
+    pairs = [set(combinations(((name, one[name]) for name in differ), 2)) for one in found]
+    taken, left = [], set().union(*pairs)
+    while left:
+        taken.append(max(range(len(plans)), key=lambda at: len(pairs[at] & left)))
+        left -= pairs[taken[-1]]
+    return [plans[at] for at in sorted(taken)]
+
+
+@pytest.mark.parametrize("plan", [*covering(apart(modules)), *covering(apart(flat))])
+def test_what_presets_have_trains(plan: Plan) -> None:
     check(plan)
 
 
