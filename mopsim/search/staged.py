@@ -280,8 +280,11 @@ def _with_room(kept: Space, axes: Axes) -> tuple[Reals, Space]:
     values = _combinations([(axis, _values(axis, axes)) for axis in traded])
     for value in sorted(values, key=lambda one: one != leanest):
         mine = kept.having(**value)
-        room = _device(mine.having(**lean), given) * enough <= 1
-        rows = np.flatnonzero(room & _chosen(mine, minor) | (value == leanest))
+        rows = np.flatnonzero(_chosen(mine, minor) | (value == leanest))
+        if not len(rows):
+            continue
+        room = _device(mine.take(rows).having(**lean), given) * enough <= 1
+        rows = rows[room | (value == leanest)]
         seconds = guess(mine.take(rows))
         better = (seconds < found[rows]) | np.isinf(found[rows])
         found[rows[better]] = seconds[better]
