@@ -30,7 +30,7 @@ from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
-from tests.sim.spaces import generate
+from tests.sim.spaces import generate, spread
 
 LLAMA_405B = ModelSpec(
     name="llama31_405b", hidden_size=16384, num_hidden_layers=126, num_attention_heads=128,
@@ -359,11 +359,11 @@ def test_a_small_space_is_whole() -> None:
 
 @LARGE
 def test_part_of_the_optimizer_may_be_on_the_host_where_it_is_large() -> None:
-    columns = candidates(asked(CASES[4]), "megatron")[0].columns
+    columns = spread(asked(CASES[4]), "megatron").columns
     assert set(zip(columns["state"].tolist(), columns["state_parts"].tolist(), strict=True)) == {
         (0, PARTS), (2, PARTS // 2), (2, PARTS),
     }  # fmt: skip
-    assert set(large()[0].columns["state"].tolist()) == {0}
+    assert set(spread(asked(CASES[1]), "megatron").columns["state"].tolist()) == {0}
 
 
 def test_strided_experts_lie_apart() -> None:
