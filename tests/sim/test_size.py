@@ -178,15 +178,15 @@ def test_a_longer_deadline_is_never_dearer_and_what_one_finds_all_find() -> None
     counts between two were not asked: 128 nodes for 2.45 days where 80 were known for 2.7."""
     machine, model = load_profile("h200-sxm-141g"), load_model("qwen3_30b_a3b")
     found = []
-    for days in (2.1, 2.45, 20):
+    for days in (2.1, 2.45):
         goal = Goal(10**12, days * DAY)
-        asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=512, assumptions=AS_SIMULATED)
+        asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=256, assumptions=AS_SIMULATED)
         best = size(asked, machine).best
         assert best is not None
         assert best.figures is not None
         found.append((best.figures.cost or 0.0, best.figures.days, best.num_nodes))
     assert found == sorted(found, reverse=True)
-    assert [nodes for _, _, nodes in found] == [160, 80, 7]
+    assert [nodes for _, _, nodes in found] == [160, 80]
 
 
 def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
@@ -195,9 +195,7 @@ def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
     machine, model = load_profile("h200-sxm-141g"), load_model("qwen3_30b_a3b")
     goal = Goal(10**12, None, 100_000)
     terms = Terms(rent={machine.name: 3.5})
-    asked = Request(
-        model, goal, 4096, 2**22, ("fsdp2",), max_nodes=128, assumptions=AS_SIMULATED, terms=terms
-    )
+    asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=64, assumptions=AS_SIMULATED, terms=terms)
     best = size(asked, machine).best
     assert best is not None
     assert best.num_nodes == 32
