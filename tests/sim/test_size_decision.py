@@ -33,6 +33,7 @@ JOB: dict[str, Any] = {
 }  # fmt: skip
 LEAN = JOB | {"families": ["fsdp2"], "max_nodes": 8}
 MACHINES = ["h100-sxm-80g", "gb200-186g"]
+pytestmark = pytest.mark.xdist_group("sizings of OLMoE")  # ask much of the same, which is answered once
 
 
 @pytest.fixture(scope="module")
