@@ -135,6 +135,13 @@ def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
         assert read_case(row(stack=stack, **cells), MODELS).strategy.vocabulary.chunk_tokens == chunk
 
 
+def test_torchtitan_gathers_in_float8_and_traces_where_its_notes_say_so() -> None:
+    for notes, gathers in (("float8 all-gather", "cast"), ("no float8 all-gather", "compute")):
+        assert read_case(row(stack="torchtitan", notes=notes), MODELS).program().sharding.gathers == gathers
+    for notes, modules in (("compiler_toolkit", False), ("graph_trainer; eager FSDP2", True)):
+        assert read_case(row(stack="torchtitan", notes=notes), MODELS).program().host.modules is modules
+
+
 def test_experts_are_looped_over_below_hopper_by_torchtitan_and_then_by_torch() -> None:
     cells = {"model": "qwen3_30b_a3b", "ep": "8", "etp": "1", "stack": "torchtitan"}
     for gpu, when, rule in (
