@@ -1,5 +1,7 @@
 """Seconds of collectives and host transfers."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import binom
@@ -124,6 +126,12 @@ def reached(
     return np.asarray(found)
 
 
+@lru_cache(maxsize=4096)
+def _met(places: float, choices: float, experts: float, limit: tuple[int, int], consecutive: bool) -> float:
+    """`reached` of one number of places: layers and plans ask for the same ones again."""
+    return float(reached(places, choices, experts, limit, consecutive))
+
+
 def _missed(
     held: NDArray[np.float64], experts: float, choices: float | NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -149,11 +157,11 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     choices = work.group.choices, work.group.experts, work.group.limit, work.group.consecutive
     domains = n / intra
     out = sent_once(profile.scale_out)
-    wanted = once * (n - 1) * float(reached(n, *choices))
+    wanted = once * (n - 1) * _met(n, *choices)
     if intra == n:
-        rows = once * n * float(reached(n, *choices)) / max(work.group.row, 1)
+        rows = once * n * _met(n, *choices) / max(work.group.row, 1)
         return max(_inside("all_to_all", profile, n, wanted), _in_rounds(work.group, profile, rows))
-    sent = once * (domains - 1) * float(reached(domains, *choices))
+    sent = once * (domains - 1) * _met(domains, *choices)
     outside = _seconds(out, domains, sent * _crossing("all_to_all", profile.scale_out, domains))
     inside = wanted * (intra - 1) / intra
     return max(outside, _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0)

@@ -3,6 +3,7 @@ that they need."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mopsim.cost import seconds
 from mopsim.cost.beside import lost
@@ -53,13 +54,19 @@ class Issue:
     awaited: bool
 
 
+class Busy(NamedTuple):
+    """Seconds of the compute stream: all, and those of experts."""
+
+    all: float
+    routed: float
+
+
 @dataclass(frozen=True)
 class Priced:
     """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
     at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
-    compute stream, with what comes before it; rest: what comes after the last one. busy: seconds of that
-    stream; routed: those of experts; slowed: those of all where a collective always runs beside; hosts: what
-    the host takes for each.
+    compute stream, with what comes before it; rest: what comes after the last one. slowed: seconds of that
+    stream where a collective always runs beside; hosts: what the host takes for each.
     """
 
     ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
@@ -67,8 +74,6 @@ class Priced:
     ends: tuple[int, ...]
     first: tuple[int, tuple[Step, ...]]
     rest: tuple[Step, ...]
-    busy: float
-    routed: float
     slowed: float
     hosts: tuple[Issue, ...]
 
@@ -98,7 +103,7 @@ class Prices:
     def of(self, template: Template, around: Around | None = None) -> Priced:
         """around: of a pass of a layer, whose modules take the host's time too."""
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
-        busy = routed = slowed = 0.0
+        slowed = 0.0
         seconds = [self._seconds(piece) for piece in template.pieces]
         for place, (piece, took) in enumerate(zip(template.pieces, seconds, strict=True)):
             pending += template.before.get(place, ())
@@ -106,15 +111,23 @@ class Prices:
             compute = piece.stream == "compute"
             if compute:
                 steps, pending = (*pending, *steps), ()
-                busy += took
-                routed += took if piece.component == "experts" else 0.0
                 slowed += took / max(1 - self._lost(piece), LEAST)
                 first = first if first[0] >= 0 else (place, steps)
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
         hosts = self._hosts(template.pieces, seconds, around)
-        return Priced(tuple(ops), turns, template.ends, first, pending, busy, routed, slowed, hosts)
+        return Priced(tuple(ops), turns, template.ends, first, pending, slowed, hosts)
+
+    def compute(self, template: Template) -> Busy:
+        """Seconds of a template's compute stream."""
+        busy = routed = 0.0
+        for piece in template.pieces:
+            if piece.stream == "compute":
+                took = self._seconds(piece)
+                busy += took
+                routed += took if piece.component == "experts" else 0.0
+        return Busy(busy, routed)
 
     def _hosts(self, pieces: Sequence[Op], took: Sequence[float], around: Around | None) -> tuple[Issue, ...]:
         """What the host takes for each piece. took: seconds of the device."""

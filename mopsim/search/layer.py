@@ -3,7 +3,7 @@ which the compute stream is busy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -33,8 +33,8 @@ class Least:
 
     @staticmethod
     def of(codes: Column, *references: Space, part: int) -> "Least":
-        """references: one or several of each code, of which the least counts; part: see `_busy`."""
-        found = [[_seconds(one, place)[part] for place in range(len(one))] for one in references]
+        """references: one or several of each code, of which the least counts; part: see `_seconds`."""
+        found = [[_seconds(one, place, part) for place in range(len(one))] for one in references]
         return Least(np.unique(codes), np.array(found).min(axis=0))
 
     def at(self, codes: Column) -> Reals:
@@ -229,19 +229,20 @@ def _known(
     return once(row.problem.known, key, lambda: find(row.part(place, place + 1)))
 
 
-def _seconds(rows: Space, place: int) -> tuple[Reals, Reals]:
-    """(All but experts, experts of a token) by way and kind of layer; 0 where a rule refuses the row."""
-    return _known(rows, "busy", _busy, place)
+def _seconds(rows: Space, place: int, part: int) -> Reals:
+    """All but experts (part 0), or experts of a token (1), by way and kind of layer; 0 where a rule refuses
+    the row."""
+    return _known(rows, f"busy {part}", partial(_busy, part=part), place)
 
 
-def _busy(row: Space) -> tuple[Reals, Reals]:
+def _busy(row: Space, part: int) -> Reals:
     order, layers = kinds(row.problem.model), Pieces(row).layers(0)
-    if layers is None:
-        return np.zeros((len(WAYS), len(order))), np.zeros((len(WAYS), len(order)))
-    every = [layers[kind] for kind in order]
-    routed = np.array([[one.ahead.routed for one in every], [one.back.routed for one in every]])
-    busy = np.array([[one.ahead.busy for one in every], [one.back.busy for one in every]])
-    return busy - routed, routed / _tokens(row)
+    found = np.zeros((len(WAYS), len(order)))
+    for at, kind in enumerate(order):
+        if layers and (kind.routed or not part):
+            ways = layers[kind].compute
+            found[:, at] = [one.routed if part else one.all - one.routed for one in ways]
+    return found / _tokens(row) if part else found
 
 
 def _hidden(row: Space) -> float:

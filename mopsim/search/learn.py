@@ -7,6 +7,7 @@ bounds and simulations reject a candidate.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from statistics import median
 
@@ -70,29 +71,34 @@ class Memory:
         """(Times its bound, bytes) that each candidate has above its bound by its kind, else by all."""
         if self._above is None:
             every = [one for seen in self.seen.values() for one in seen]
-            weights = np.tile(self._fit(every), (int(self.kinds.max(initial=0)) + 1, 1))
+            scale = np.append(self._largest, self.bound.max(initial=1.0))
+            weights = np.tile(self._fit(every, scale), (int(self.kinds.max(initial=0)) + 1, 1))
             for kind, seen in self.seen.items():
-                weights[kind] = self._fit(seen)
+                weights[kind] = self._fit(seen, scale)
             fixed = np.zeros(len(self.bound))
             for part, weight in zip(self.parts, weights.T, strict=False):
                 fixed += part * weight[self.kinds]
             self._above = weights[self.kinds, -1], fixed
         return self._above
 
-    def _fit(self, seen: list[tuple[int, float]]) -> Reals:
+    @cached_property
+    def _largest(self) -> Reals:
+        """Of each part."""
+        return np.asarray(self.parts.max(axis=1, initial=1.0))
+
+    def _fit(self, seen: list[tuple[int, float]], scale: Reals) -> Reals:
         """Bytes for each unit of each part and for each byte of the bound, by least squares of what they miss
         as a share of the bound; of the gathered weights near 1, of the others near 0, where too few
-        simulations say."""
+        simulations say. scale: the largest of each part, and of the bounds."""
         from scipy.optimize import nnls  # takes long to import, and a simulation learns nothing
 
-        parts = np.vstack([self.parts, self.bound])
-        least = np.zeros(len(parts))
+        least = np.zeros(len(scale))
         least[0] = 1.0
         if not seen:
             return least
         places = [position for position, _ in seen]
-        scale = parts.max(axis=1, initial=1.0)
-        rows = (parts[:, places] / self.bound[places]).T * scale[-1] / scale
+        parts = np.vstack([self.parts[:, places], self.bound[places]])
+        rows = (parts / self.bound[places]).T * scale[-1] / scale
         above = np.array([max(0.0, above) for _, above in seen]) / self.bound[places] * scale[-1] / _GIB
         doubt = np.diag(rows.mean(axis=0) * np.where(least > 0, _DOUBT, _DOUBT / 10))
         believed = doubt @ (least * scale / _GIB)

@@ -5,8 +5,8 @@ templates of one stand for all of them, at some milliseconds for each kind of la
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any, cast
 
 from mopsim.common.errors import MopError
@@ -19,7 +19,7 @@ from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
 from mopsim.program.template import Template
 from mopsim.search.build import build
-from mopsim.search.flow import Alone, Flow, Priced, Prices, alone, device_bytes
+from mopsim.search.flow import Alone, Busy, Flow, Priced, Prices, alone, device_bytes
 from mopsim.search.problem import PARTS, RING, Column, Made, once
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
@@ -49,19 +49,54 @@ Key = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerPiece:
-    """A forward and a backward of one microbatch.
+    """A forward and a backward of one microbatch; what is asked of it is made then.
 
-    left: device bytes that the forward adds; starts: places where the parts of the backward begin, of the
-    loss the forward's (`_starts`); heights: the most that each has above the start of the pass. wires: bytes
-    of the communicators of all layers' exchanges.
+    templates: make those of the two; around: makes what the host's time depends on (`Prices.of`); wires: adds
+    up bytes of the communicators of all layers' exchanges. heights_of: the pass (0, 1) whose heights count,
+    None where its memory is not known.
     """
 
-    ahead: Priced
-    back: Priced
-    left: int
-    starts: tuple[int, ...]
-    heights: tuple[int, ...]
-    wires: int = 0
+    templates: tuple[Callable[[], Template], Callable[[], Template]]
+    prices: Prices
+    around: Callable[[], Around | None] = lambda: None
+    wires: Callable[[], int] = lambda: 0
+    heights_of: int | None = 1
+
+    @cached_property
+    def compute(self) -> tuple[Busy, Busy]:
+        """Seconds of the compute stream of the forward and of the backward."""
+        ahead, back = (self.prices.compute(make()) for make in self.templates)
+        return ahead, back
+
+    @cached_property
+    def ahead(self) -> Priced:
+        """The forward."""
+        return self.prices.of(self.templates[0](), self.around())
+
+    @cached_property
+    def back(self) -> Priced:
+        """The backward."""
+        return self.prices.of(self.templates[1](), self.around())
+
+    @cached_property
+    def left(self) -> int:
+        """Device bytes that the forward adds."""
+        return 0 if self.heights_of is None else _memory(self.templates[0]())[2]
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        at = self.heights_of
+        return ((0,), (0,)) if at is None else _memory(self.templates[at]())[:2]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Places where the parts of the backward begin, of the loss the forward's (`_starts`)."""
+        return self._parts[0]
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """The most that each part has above the start of the pass."""
+        return self._parts[1]
 
     @property
     def height(self) -> int:
@@ -91,7 +126,7 @@ class LayerPiece:
 
     @property
     def busy(self) -> float:
-        return self.ahead.busy + self.back.busy
+        return self.compute[0].all + self.compute[1].all
 
     @property
     def slowed(self) -> float:
@@ -120,11 +155,13 @@ class Pieces:
 
     space: Space
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"space": self.space}
+
     @cached_property
     def made(self) -> dict[Hashable, Any]:
         """By what they are, with the columns and values that they depend on."""
-        made: dict[Hashable, Any] = self.space.problem.pieces.setdefault(self.space.family, {})
-        return made
+        return cast(dict[Hashable, Any], self.space.problem.pieces.setdefault(self.space.family, {}))
 
     @cached_property
     def _every(self) -> tuple[Column, ...]:
@@ -141,12 +178,8 @@ class Pieces:
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
         turns, long = self._turns(index)
-
-        def make(passes: Passes) -> LayerPiece:
-            found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
-            return replace(found, left=0, starts=(0,), heights=(0,)) if long else found
-
-        return self._known(LOSS, index, make, vocabulary=turns)
+        which = None if long else 0
+        return self._known(LOSS, index, lambda one: self._piece(one.loss, which), vocabulary=turns)
 
     def _turns(self, index: int) -> tuple[int, bool]:
         """(Ranks that share the vocabulary, at most TURNS of a ring; whether a ring is longer)."""
@@ -211,11 +244,8 @@ class Pieces:
 
     def embedding(self, index: int) -> LayerPiece | None:
         """Of a row; what its forward leaves is the first layer's input."""
-
-        def make(passes: Passes) -> LayerPiece:
-            return self._piece(passes.embedding("forward"), passes.embedding("backward"))
-
-        return self._known(EMBEDDING, index, make, vocabulary=self._turns(index)[0])
+        turns = self._turns(index)[0]
+        return self._known(EMBEDDING, index, lambda one: self._piece(one.embedding), vocabulary=turns)
 
     def pinned(self, index: int) -> dict[str, float]:
         """Pinned bytes of a row on the host over those of its tensors (mopsim.program.pinned); nothing where
@@ -259,20 +289,28 @@ class Pieces:
         model = self.space.problem.model
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         kinds = {passes.key(layer): layer for layer in reversed(range(count))}
-        around = Around.of(passes.context, passes.again(), woven=passes.context.weaves)
-        made = {kind: (passes.forward(layer), passes.backward(layer)) for kind, layer in kinds.items()}
-        works = (work for both in made.values() for one in both for op in one.pieces for work in op.work)
-        wires = communication(works, buffers(passes.context))
-        return {kind: replace(self._piece(*both, around=around), wires=wires) for kind, both in made.items()}
 
-    def _piece(
-        self, forward: Template, backward: Template, *, first: bool = False, around: Around | None = None
-    ) -> LayerPiece:
-        """first: the forward has the heights that count. around: see `Prices.of`."""
-        starts, heights, left = _memory(forward)
-        starts, heights = (starts, heights) if first else _memory(backward)[:2]
-        ahead, back = (self.prices.of(one, around) for one in (forward, backward))
-        return LayerPiece(ahead, back, left, starts, heights)
+        @cache
+        def around() -> Around:
+            return Around.of(passes.context, passes.again(), woven=passes.context.weaves)
+
+        @cache
+        def wires() -> int:
+            made = (way(layer) for layer in kinds.values() for way in (passes.forward, passes.backward))
+            works = (work for one in made for op in one.pieces for work in op.work)
+            return communication(works, buffers(passes.context))
+
+        return {
+            kind: LayerPiece(
+                (partial(passes.forward, layer), partial(passes.backward, layer)), self.prices, around, wires
+            )
+            for kind, layer in kinds.items()
+        }
+
+    def _piece(self, template: Callable[[str], Template], heights_of: int | None = 1) -> LayerPiece:
+        """Of what has a template for each direction."""
+        ways = cache(partial(template, "forward")), cache(partial(template, "backward"))
+        return LayerPiece(ways, self.prices, heights_of=heights_of)
 
 
 def _memory(template: Template) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -114,6 +114,10 @@ class Problem:
         layer = (self.model, self.domain, hardware.device_kind, training, self.precision, self.stack)
         object.__setattr__(self, "made", lowered(msgspec.msgpack.encode(layer)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without templates and pieces: another process makes again what it asks for."""
+        return vars(self) | {"made": {}, "pieces": {}}
+
     @cached_property
     def total_params(self) -> int:
         """The model's total."""

@@ -367,7 +367,7 @@ class Refined(Bounder):
 
     def communicators(self) -> Reals:
         """Bytes of the communicators of layers' exchanges."""
-        return self.parts.each(lambda one: max(piece.wires for piece in one.layers.values()))
+        return self.parts.each(lambda one: max(piece.wires() for piece in one.layers.values()))
 
 
 def _height(piece: LayerPiece, part: int) -> float:

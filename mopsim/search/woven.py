@@ -53,7 +53,7 @@ class RankTime:
                 least, likely = least + times * sum(apart), likely + times * sum(paced)
                 continue
             woven = pieces.woven(index, turn.ahead, turn.back)
-            busy = sum(one.ahead.busy for one in ahead) + sum(one.back.busy for one in back)
+            busy = sum(one.compute[0].all for one in ahead) + sum(one.compute[1].all for one in back)
             more = max(0.0, busy - woven.busy)  # of what is not in the pair
             least += times * (woven.chain if turn.whole else max(*apart, busy))
             slowed = sum(one.ahead.slowed for one in ahead) + sum(one.back.slowed for one in back)
