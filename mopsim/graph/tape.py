@@ -6,6 +6,7 @@ Nothing else in the simulator counts them.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -161,7 +162,7 @@ class Played(Struct, frozen=True):
     memory: tuple[Step, ...]
 
 
-class Tape(Struct, frozen=True):
+class Tape(Struct, frozen=True, dict=True):
     """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape.
 
     consumes: inputs that nobody else needs, so that they die here. held: (value, kernel) to the end of which
@@ -188,8 +189,9 @@ class Tape(Struct, frozen=True):
     def by_name(self) -> dict[str, Kernel]:
         return {kernel.name: kernel for kernel in self.kernels}
 
-    @property
+    @cached_property
     def values(self) -> dict[str, Value]:
+        """By name, the inputs among them."""
         found = {value.name: value for value in self.inputs}
         found.update((value.name, value) for kernel in self.kernels for value in kernel.writes)
         return found

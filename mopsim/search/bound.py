@@ -91,7 +91,8 @@ class Bounder(Copies):
 
     def talks(self) -> Reals:
         """Seconds in which the busier fabric is busy."""
-        return np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
+        sent = [*map(self.wires.seconds, self.weights()), *self._sent_tokens]
+        return np.maximum(*_added([*sent, *map(self.wires.seconds, self.ring_blocks())], len(self.space)))
 
     def constant(self) -> float:
         """Calibrated seconds per step: what any runtime needs at least."""
@@ -139,8 +140,11 @@ class Bounder(Copies):
         """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric.
         filled: as in `slowest_stage`; also: of each kind of layer, on the rank that has one."""
         more = also or [0.0] * len(layers)
-        every = ([one + own for one, own in zip(once, more, strict=True)] for once in self.exchanged)
-        return np.maximum(*(self.slowest_stage(layers, head, once, filled) for once in every))
+        busy = [once for once in self.exchanged if any(one.any() for one in once)] or self.exchanged[:1]
+        every = ([one + own for one, own in zip(once, more, strict=True)] for once in busy)
+        return np.asarray(
+            np.maximum.reduce([self.slowest_stage(layers, head, once, filled) for once in every])
+        )
 
     def with_copies(self, layers: Sequence[Reals], head: Reals) -> Reals:
         """Seconds of the slowest stage with what it copies, which of several stages may go while it waits for
@@ -222,11 +226,7 @@ class Bounder(Copies):
 
     def busy(self, messages: Iterable[Message]) -> tuple[Reals, Reals]:
         """Seconds in which messages keep (scale-up, scale-out) busy."""
-        up, out = np.zeros(len(self.space)), np.zeros(len(self.space))
-        for message in messages:
-            inside, across = self.wires.seconds(message)
-            up, out = up + inside, out + across
-        return up, out
+        return _added(map(self.wires.seconds, messages), len(self.space))
 
     def weights(self) -> list[Message]:
         """Gathers and reductions of weights that no schedule of ZeRO-3 avoids."""
@@ -289,6 +289,11 @@ class Bounder(Copies):
             Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]
 
+    @cached_property
+    def _sent_tokens(self) -> list[tuple[Reals, Reals]]:
+        """Seconds in which each of the exchanges keeps (scale-up, scale-out) busy."""
+        return [*map(self.wires.seconds, self.exchanges())]
+
     @property
     def sent_again(self) -> Reals:
         """Exchanges of experts that recomputation repeats."""
@@ -300,7 +305,7 @@ class Bounder(Copies):
         and backward in turn, of those that are woven the backward alone. Experts that go chunk by chunk
         compute beside exchanges."""
         c, woven = self.c, self.c["overlap"] == 1
-        sequence, experts, _ = (sum(self.busy([one])) * c["pipeline"] for one in self.exchanges())
+        sequence, experts, _ = ((up + out) * c["pipeline"] for up, out in self._sent_tokens)
         sequence = sequence / self.model.num_hidden_layers
         experts = experts / max(self.sizes.moe_layers, 1) * (c["chunks"] <= 1)
         behind = (ROUTED + self.sent_again) / (2 * ROUTED + self.sent_again)  # of the experts' exchanges
@@ -314,7 +319,7 @@ class Bounder(Copies):
     def copy_time(self) -> Reals:
         """Layer inputs out and back over the host link, the slower way; with offload the weights up for each
         use and their gradients down; the state of an update beside the step both ways."""
-        c, each, (weights, state) = self.c, self.copied, self.held()
+        c, each, (weights, state) = self.c, self.copied, self.held
         moved, offload = self.moved() * self.microbatches, c["offload"] * weights * self.microbatches
         beside = (c["beside"] > 0) * (c["state"] == STREAMED) * state * self.streamed
         uses = self.gathers()
@@ -333,7 +338,7 @@ class Bounder(Copies):
         often = (
             c["offload"] * (c["pipeline"] == 1) * (self.microbatches - 1) * (sharding.whole_sums != "always")
         )
-        return np.asarray(often * each * sum(self.states()))
+        return np.asarray(often * each * sum(self.states))
 
     def copied(self, way: str, *, duplex: bool = False) -> float:
         """Seconds of a byte on its way up (h2d) or down (d2h) the host link."""
@@ -342,7 +347,7 @@ class Bounder(Copies):
     def optimizer_time(self) -> Reals:
         """Of the update after the passes, of one streamed beside the step the norm alone. On the host, of all
         but flat units: gradients down, the update, parameters up, one after the other."""
-        _, state = self.held()
+        _, state = self.held
         device, host, flat = self.hardware.device, self.hardware.host, self.flat
         on_device = (1 - self.state_away) * state * self.updated(device.adam_rate.si)
         streamed = self.streamed * self.copied("h2d", duplex=True)
@@ -357,7 +362,7 @@ class Bounder(Copies):
     def updates(self) -> Reals:
         """Seconds in which compute has updates of state on the device, and norms, between those of a
         backward."""
-        _, state = self.held()
+        _, state = self.held
         each = (self.c["state"] == DEVICE) * self.updated(self.hardware.device.adam_rate.si)
         return np.asarray(self.early * state * (each + self.grad * self.traffic))
 
@@ -367,3 +372,11 @@ class Bounder(Copies):
         adamw, narrow = self.space.stack.kernels.adamw, min(int(own.min()), 4)
         least = moved(adamw, narrow, int(self.grad), int(self.wide))
         return np.asarray(min(least, 1.0) * self.scale("optimizer") / rate)
+
+
+def _added(seconds: Iterable[tuple[Reals, Reals]], rows: int) -> tuple[Reals, Reals]:
+    """(Scale-up, scale-out) seconds of all of some messages."""
+    up, out = np.zeros(rows), np.zeros(rows)
+    for inside, across in seconds:
+        up, out = up + inside, out + across
+    return up, out

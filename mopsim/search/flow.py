@@ -3,7 +3,10 @@ that they need."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from mopsim.cost import seconds
 from mopsim.cost.beside import lost
@@ -43,8 +46,7 @@ class Alone:
         return max(self.up, self.out)
 
 
-@dataclass(frozen=True, slots=True)
-class Issue:
+class Issue(Struct, frozen=True):
     """What the host takes for an op. first, whole: seconds until it has started the first kernel, and all;
     last: those that the last kernel takes then; awaited: it waits for the op before it goes on."""
 
@@ -152,9 +154,10 @@ class Prices:
     def _seconds(self, piece: Op) -> float:
         took = 0.0
         for work in piece.work:
-            if id(work) not in self.known:
-                self.known[id(work)] = (work, seconds(work, self.machine))
-            took += self.known[id(work)][1]
+            priced = self.known.get(id(work))
+            if priced is None:
+                priced = self.known[id(work)] = (work, seconds(work, self.machine))
+            took += priced[1]
         return took
 
 
@@ -324,7 +327,12 @@ def _paced(flows: Sequence[Flow], order: Sequence[tuple[int, int]], chain: float
 
 def device_bytes(steps: Iterable[Step]) -> tuple[int, int]:
     """(at the height, at the end) of a memory script on the device."""
-    height, left = deltas(tuple(steps))
+    return _device_bytes(tuple(steps))
+
+
+@lru_cache(maxsize=65536)
+def _device_bytes(steps: tuple[Step, ...]) -> tuple[int, int]:
+    height, left = deltas(steps)
     return _device(height), _device(left)
 
 

@@ -73,6 +73,7 @@ class Footprint:
         """What a layer takes at least."""
         return self.given.layer
 
+    @cached_property
     def states(self) -> tuple[Reals, Reals]:
         """Parameters per rank that the optimizer state takes: (of all but experts, of experts). Ceilings left
         out."""
@@ -85,37 +86,43 @@ class Footprint:
         experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
         return np.asarray(sharded), np.asarray(experts / np.where(zero3, c["expert_shard"], replicas))
 
+    @cached_property
     def held(self) -> tuple[Reals, Reals]:
         """Parameters per rank: (that the weights take, that the optimizer state takes)."""
-        c, state = self.c, sum(self.states())
+        c, state = self.c, sum(self.states)
         experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
         whole = (self.sizes.dense + self.sizes.head) / (c["pipeline"] * c["tensor"]) + experts
         return np.asarray(np.where(c["zero"] == 3, state, whole)), np.asarray(state)
 
+    @cached_property
     def master(self) -> Reals:
         """Bytes of master weights per parameter: none where the parameter shard is the master."""
         streamed = self.c["state"] == STREAMED
         return np.asarray(np.where(streamed & (self.own_master == 0), self.wide, self.own_master))
 
+    @cached_property
     def optimizer_here(self) -> Reals:
         """Bytes of optimizer state per parameter that are on the device."""
-        stays = self.state_away * self.master() * self.copied_masters
-        return np.asarray((1 - self.state_away) * (self.master() + self.moments) + stays)
+        stays = self.state_away * self.master * self.copied_masters
+        return np.asarray((1 - self.state_away) * (self.master + self.moments) + stays)
 
     def inputs(self) -> Reals:
         """Bytes of the layer inputs that wait for the backward."""
         rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
         return np.asarray(rows * self.model.hidden_size * self.compute)
 
+    @cached_property
     def left(self) -> Reals:
         """Bytes that a layer's forward leaves, by row and kind of layer."""
         each = self.layer.kept[self.again] + self.model.hidden_size * self.compute
         return np.asarray((self.tokens / self.c["tensor"])[:, None] * each)
 
+    @cached_property
     def in_backward(self) -> Reals:
         """Bytes that the backward of a layer takes above its start."""
         return np.asarray(self.tokens / self.c["tensor"] * self.layer.height[self.again])
 
+    @cached_property
     def in_loss(self) -> Reals:
         """Bytes that the loss takes: its logits, of a ring those of flat units."""
         vocabulary = self.model.vocab_size / np.maximum(self.c["vocabulary"], self.c["tensor"])
@@ -133,11 +140,11 @@ class Footprint:
         """What the mean stage holds, or one of the first or the last, when its first backward, or the first
         loss, is at its height."""
         c = self.c
-        weights, state = self.held()
+        weights, state = self.held
         params = np.where(c["offload"] == 1, 0, weights * self.weight)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
-        each = self.master() + self.moments
-        optimizer = state * self.optimizer_here()
+        each = self.master + self.moments
+        optimizer = state * self.optimizer_here
         groups = self.model.num_hidden_layers + 2  # of which the largest is not below the mean
         together = np.where(self.early, state / groups, state)
         staged = np.minimum(SLOTS * np.minimum(c["bucket"], together), state) * each
@@ -155,7 +162,7 @@ class Footprint:
             "grads": grads,
             "optimizer": optimizer,
             "boundaries": self.kept(0),
-            "logits": np.where(one, self.in_loss(), 0.0),
+            "logits": np.where(one, self.in_loss, 0.0),
         }
         return peak, parts
 
@@ -177,7 +184,7 @@ class Footprint:
     def above(self, stage: int) -> Reals:
         """Bytes of activations that a stage has when its first backward, or the first loss, is at its
         height."""
-        loss, height = self.in_loss(), self.in_backward()
+        loss, height = self.in_loss, self.in_backward
         alone = np.where(self.c["pipeline"] == 1, loss, 0.0)
         return np.asarray(self.kept(stage) + (loss if stage == LAST else np.maximum(alone, height)))
 
@@ -204,7 +211,7 @@ class Footprint:
         model, c = self.model, self.c
         many = self.laid(lambda laid, count, ahead: under_way(model, *laid, count, stage % laid[0], ahead))
         row = self.tokens / c["tensor"] * model.hidden_size * self.compute
-        return np.asarray((many * self.left()).sum(axis=1) - self.away * many.sum(axis=1) * row)
+        return np.asarray((many * self.left).sum(axis=1) - self.away * many.sum(axis=1) * row)
 
     def of_stage(self, resident: Reals, stage: int) -> Reals:
         """Bytes of weights, gradients and optimizer state of a stage, and of all weights that stay gathered
@@ -222,7 +229,7 @@ class Footprint:
         shards = shards + count @ routed / spread / c["expert_shard"]
         here = c["offload"] == 0
         grads = shards * np.where(here, self.grad * self.summed, 0.0)
-        mine = shards * (np.where(here, self.weight, 0.0) + self.optimizer_here())
+        mine = shards * (np.where(here, self.weight, 0.0) + self.optimizer_here)
         mine = mine + np.where(self.gathers_parts, np.maximum(gathered, grads), gathered + grads)
         mine = np.where(c["pipeline"] == 1, resident + gathered, mine)
         return np.asarray(np.where(c["zero"] == 3, mine, below))
@@ -239,7 +246,7 @@ class Footprint:
         """Bytes of weights and gradients, and the share of optimizer state on the device, below ZeRO-3, of
         parameters of one stage that ranks of `tensor`, or of experts, split."""
         c = self.c
-        each = self.optimizer_here()
+        each = self.optimizer_here
         whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
         held = self.weight + self.grad * self.summed
         return np.asarray(whole * held + (dense + routed) / self.stage * each)
@@ -247,15 +254,15 @@ class Footprint:
     def host_memory(self) -> Reals:
         """What lives there, and what an update on the host has there of what lives on the device: gradients,
         and parameters of the experts or the others at a time (mopsim.program.update)."""
-        c, (_, state), states = self.c, self.held(), self.states()
+        c, (_, state), states = self.c, self.held, self.states
         visits = state * self.grad + np.maximum(*states) * self.param * (not self.copied_masters)
         updated = (c["state"] == HOST) & (c["offload"] == 0) & (not self.flat)
         return np.asarray(sum(self.on_host()) + np.where(updated, self.state_away * visits, 0.0))
 
     def on_host(self) -> tuple[Reals, Reals, Reals]:
         """What lives there: (optimizer state, weights and gradients, layer inputs)."""
-        weights, state = self.held()
-        off = self.state_away * state * (self.master() + self.moments)
+        weights, state = self.held
+        off = self.state_away * state * (self.master + self.moments)
         return off, np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0.0), self.moved()
 
     def gathered(self) -> Reals:

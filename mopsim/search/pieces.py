@@ -4,7 +4,7 @@ Many candidates share a layer: they differ in what surrounds it (shards, stages,
 templates of one stand for all of them, at some milliseconds for each kind of layer.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, cast
@@ -205,14 +205,22 @@ class Pieces:
             return "device"
         return "host" if c["boundary_parts"][index] == PARTS else "some"
 
-    def key(self, index: int, names: Sequence[str]) -> Key:
+    def key(self, index: int, names: tuple[str, ...]) -> Key:
         """Values of some columns of a row, and what decides beside them what its parts are (Space.within) and
         how far its groups spread: the ranks of its stage, 0 where these are whole scale-up domains and a
         group's ranks lie side by side."""
-        problem, c = self.space.problem, self.space.columns
-        ranks = problem.world_size // int(c["pipeline"][index])
-        apart = ranks if ranks % problem.domain or c["strided"][index] else 0
-        return (*(int(c[name][index]) for name in names), *self._within(index), apart)
+
+        def make() -> Key:
+            problem, c = self.space.problem, self.space.columns
+            ranks = problem.world_size // int(c["pipeline"][index])
+            apart = ranks if ranks % problem.domain or c["strided"][index] else 0
+            return (*(int(c[name][index]) for name in names), *self._within(index), apart)
+
+        return once(self._keys, (index, names), make)
+
+    @cached_property
+    def _keys(self) -> dict[Hashable, Key]:
+        return {}
 
     def _within(self, index: int) -> Key:
         return tuple(int(column[index]) for column in self._every)
@@ -258,7 +266,7 @@ class Pieces:
         return once(self.made, ("pinned", *self.key(index, BLOCKS)), make)
 
     def _known(
-        self, names: Sequence[str], index: int, make: Callable[[Passes], Made], **changed: int
+        self, names: tuple[str, ...], index: int, make: Callable[[Passes], Made], **changed: int
     ) -> Made | None:
         """What was made of a row like this one before; None where a rule refuses it, which may be for what
         it has in other columns. changed: columns that have other values."""

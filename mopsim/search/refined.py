@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -216,7 +217,7 @@ class Refined(Bounder):
     def _updated(self) -> Reals:
         """Seconds for which the layers' state goes up beside the first forward, whose last layer waits for
         its update: all but that layer's, and what the staging buffers had before."""
-        c, sizes, (dense, routed) = self.c, self.sizes, self.states()
+        c, sizes, (dense, routed) = self.c, self.sizes, self.states
         layers = dense * (sizes.dense - sizes.embedding) / (sizes.dense + sizes.head) + routed
         late = layers * (1 - 1 / self.model.num_hidden_layers) - SLOTS * c["bucket"]
         each = (c["beside"] == NEXT_FORWARD) * self.streamed * self.copied("h2d", duplex=True)
@@ -224,7 +225,7 @@ class Refined(Bounder):
 
     def _updated_early(self) -> Reals:
         """The same of all state beside the last microbatch's loss and backward."""
-        late = sum(self.states()) - SLOTS * self.c["bucket"]
+        late = sum(self.states) - SLOTS * self.c["bucket"]
         each = self.early * self.state_away * self.streamed * self.copied("h2d", duplex=True)
         return np.asarray(np.maximum(late, 0.0) * each)
 
@@ -318,9 +319,11 @@ class Refined(Bounder):
     def _loss(self, what: Callable[[LayerPiece], float]) -> Reals:
         return np.array([float(what(piece)) for piece in self.parts.losses])[self.parts.loss]
 
+    @cached_property
     def left(self) -> Reals:
         return np.stack([self._layer(kind, lambda piece: piece.left) for kind in kinds(self.model)], axis=1)
 
+    @cached_property
     def in_backward(self) -> Reals:
         """With the weights that each part of the backward has gathered, and their gradients."""
         heights = []
@@ -362,6 +365,7 @@ class Refined(Bounder):
             np.where(c["expert_shard"] > 1, routed / apart, 0.0),
         )
 
+    @cached_property
     def in_loss(self) -> Reals:
         return self._loss(lambda piece: piece.height)
 
