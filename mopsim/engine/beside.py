@@ -1,6 +1,7 @@
 """What the ops of a program lose to collectives that run beside them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from mopsim.cost.beside import lost
 from mopsim.engine.account import Prices
@@ -23,7 +24,7 @@ class Beside:
         """All kernels lose alike."""
         return Beside(share, [share] * len(program.ops), frozenset())
 
-    @property
+    @cached_property
     def most(self) -> float:
         return max(self.share, max(self.lost, default=0.0))
 
@@ -34,12 +35,15 @@ def beside(program: Program, hardware: HardwareProfile, stack: Stack, prices: Pr
     if hardware.product_share <= share:
         return Beside.even(program, share)
     found: dict[int, float] = {}
+    each, sparing = list[float](), list[int]()
     for op in program.ops:
-        if op.stream == "compute" and id(op.work) not in found:
-            found[id(op.work)] = lost([prices[id(work)] for work in op.work], hardware, stack)
-    each = [found[id(op.work)] if op.stream == "compute" else share for op in program.ops]
-    sparing = (
-        op.index for op in program.ops
-        if op.stream in FABRICS and op.work and all(work.spares for work in op.work)
-    )  # fmt: skip
+        work = op.work
+        if op.stream == "compute":
+            if id(work) not in found:
+                found[id(work)] = lost([prices[id(one)] for one in work], hardware, stack)
+            each.append(found[id(work)])
+            continue
+        each.append(share)
+        if op.stream in FABRICS and work and all(one.spares for one in work):
+            sparing.append(op.index)
     return Beside(share, each, frozenset(sparing))

@@ -32,6 +32,9 @@ class Clock(simpy.Environment):
     (`passes`). Those to be woken at the present time (`soon`) are in order as they come.
     """
 
+    now: float = 0.0
+    """The present time; of SimPy a property, asked for hundreds of thousands of times."""
+
     def __init__(self) -> None:
         super().__init__()
         self.overtaken: set[int] = set()
@@ -46,13 +49,13 @@ class Clock(simpy.Environment):
 
     def wake(self, wake: Wake) -> None:
         """Wake now, after those that were to be woken before."""
-        self.soon.append((self._now, NORMAL, next(self._eid), wake))
+        self.soon.append((self.now, NORMAL, next(self._eid), wake))
 
     def passes(self, time: float) -> bool:
         """Let time pass until then, if nobody is to be woken by then: an event of its own."""
         if self.soon or (self.queue and self.queue[0][0] <= time):
             return False
-        self._now = time
+        self.now = time
         next(self._eid)
         return True
 
@@ -73,11 +76,11 @@ class Clock(simpy.Environment):
             if soon and not (queue and queue[0] < soon[0]):
                 wake = soon.popleft()[3]
             else:
-                self._now, _, number, wake = heappop(queue)
+                self.now, _, number, wake = heappop(queue)
                 if number in overtaken:
                     continue
             try:
-                wake.call(self._now)
+                wake.call(self.now)
             except StopIteration:  # a process has ended
                 continue
         return next(self._eid)

@@ -60,7 +60,8 @@ class Record:
     than it is busy.
 
     kinds: of an op of several kinds of work (its index), each kind's share of its seconds. starts, ends,
-    issued: seconds of every op (issued: 0 without a host thread). turns: of every op.
+    issued: seconds of every op (issued: 0 without a host thread). moves: ops as they start (their index) and
+    end (the index inverted), in their order. turns: of every op.
     behind: seconds by which the host falls behind in layers that are not played, by the op in their place.
     """
 
@@ -69,6 +70,7 @@ class Record:
         self.starts: Sequence[float] = ()
         self.ends: Sequence[float] = ()
         self.issued: list[float] = []
+        self.moves: list[int] = []
         self.turns: list[int] = []
         self.behind: dict[int, float] = {}
         self.tallies: dict[int, Tally] = defaultdict(Tally)
@@ -130,12 +132,12 @@ class Record:
         else:
             exposed[kind or (op.work[0].kind if op.work else "dependency")] += seconds
 
-    def ended(self, ops: Sequence[Op], moves: Sequence[int]) -> None:
-        """All ops have run. moves: `Rank.moves`."""
+    def ended(self, ops: Sequence[Op]) -> None:
+        """All ops have run."""
         self.end = max(self.ends, default=0.0)
         if self.spans is None:
             return
-        for place in moves:
+        for place in self.moves:
             start, end = self.starts[~place], self.ends[~place]
             if place < 0 and end > start:
                 op = ops[~place]

@@ -70,13 +70,10 @@ def run(
     used = waiting(used, strategy.world_size)
     prices: Prices = {}
     durations = [_durations(program, used, prices) for program in workload.programs]
-    ledgers = [Ledger(program.resident, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = used.host.cpu_launch_time.si if used.host.cpu_launch_time else 0.0
     besides = [beside(program, used, workload.stack, prices) for program in workload.programs]
-    end = play(
-        workload.programs, durations, ledgers, records, besides, issue, blocking=workload.stack.host.blocking
-    )
+    end = play(workload.programs, durations, records, besides, issue, blocking=workload.stack.host.blocking)
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
@@ -85,7 +82,9 @@ def run(
         assert workload.longer, "a program of one stage repeats its own last turn"
         before = ShorterPlay(workload.expanded, end)
         return run(workload.longer(), model, hardware, strategy, training, timeline=timeline, before=before)
-    for program, ledger in zip(workload.programs, ledgers, strict=True):
+    ledgers = [Ledger(program.resident, timeline) for program in workload.programs]
+    for (program, record), ledger in zip(played, ledgers, strict=True):
+        ledger.play(program.ops, record.moves, record.starts, record.ends)
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
     step = PlayedStep(workload, records, ledgers, prices, end, digest(hardware), turns)
     return account(step, model, used, strategy, training)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Sequence
 from mopsim.engine.beside import Beside
 from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
-from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record, turns
 from mopsim.program.workload import FABRICS, Op, Program, Repeat, first_compute
 
@@ -30,8 +29,7 @@ class Meeting:
 
 
 class Rank:
-    """One program in play: its streams, and compute that slows while a collective runs beside it. moves: its
-    ops as they start (their index) and end (the index inverted), in their order."""
+    """One program in play: its streams, and compute that slows while a collective runs beside it."""
 
     def __init__(
         self,
@@ -50,7 +48,7 @@ class Rank:
         self.done = [False] * len(program.ops)
         self.starts, self.ends = [0.0] * len(program.ops), [0.0] * len(program.ops)
         record.starts, record.ends = self.starts, self.ends
-        self.moves: list[int] = []
+        self.moves = record.moves
         self.before = [-1] * len(program.ops)
         """The op that the same stream runs before each."""
         self.waiting: dict[int, list[Wake]] = {}
@@ -246,7 +244,6 @@ class Rank:
 def play(
     programs: Sequence[Program],
     durations: Sequence[Sequence[float]],
-    ledgers: Sequence[Ledger],
     records: Sequence[Record],
     besides: Sequence[Beside],
     issue: float = 0.0,
@@ -278,7 +275,6 @@ def play(
     late = ((one, op) for one in ranks if not all(one.done) for op in one.program.ops)
     left = [f"{one.program.stage}:{op.name}" for one, op in late if not one.done[op.index]]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"
-    for rank, ledger in zip(ranks, ledgers, strict=True):
-        ledger.play(rank.program.ops, rank.moves, rank.starts, rank.ends)
-        rank.record.ended(rank.program.ops, rank.moves)
+    for rank in ranks:
+        rank.record.ended(rank.program.ops)
     return max(record.end for record in records)  # now may be a time that was overtaken

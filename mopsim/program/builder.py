@@ -114,7 +114,7 @@ class Builder:
         steps = tuple(memory)
         self._moves(steps)
         peak, net = deltas(steps)
-        after = tuple(dict.fromkeys(dep for dep in deps if dep is not None))
+        after = tuple(dict.fromkeys([dep for dep in deps if dep is not None]))
         index = len(self.ops)
         self.ops.append(
             Op(

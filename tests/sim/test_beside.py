@@ -6,7 +6,6 @@ from msgspec.structs import replace
 from mopsim.cost.stack import as_used
 from mopsim.engine import run
 from mopsim.engine.beside import beside
-from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.streams import play
 from mopsim.program import lower
@@ -33,7 +32,7 @@ def _end(kinds: tuple[str, ...], spares: bool, kernels: str) -> float:
     flat = load_stack("mopexec-flat")
     stack = replace(flat, kernels=replace(flat.kernels, expert_products=kernels))
     besides = [beside(program, profile, stack, prices)]
-    return play([program], [[2.0, 3.0, 1.0]], [Ledger((), False)], [Record(True)], besides)
+    return play([program], [[2.0, 3.0, 1.0]], [Record(True)], besides)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,10 @@ def play(
 ) -> float:  # fmt: skip
     """Programs on streams, all of whose kernels lose `share` beside a collective."""
     besides = [Beside.even(program, share) for program in programs]
-    return streams.play(programs, durations, ledgers, records, besides, issue, blocking=blocking)
+    end = streams.play(programs, durations, records, besides, issue, blocking=blocking)
+    for program, record, ledger in zip(programs, records, ledgers, strict=True):
+        ledger.play(program.ops, record.moves, record.starts, record.ends)
+    return end
 
 
 def machine(
