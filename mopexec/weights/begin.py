@@ -9,7 +9,7 @@ import msgspec
 from mopexec.weights.families import Family
 from mopexec.weights.files import Weights, read_config
 from mopexec.weights.layout import Layout, family_of
-from mopexec.weights.source import Source, Told
+from mopexec.weights.source import Source, ToldSource
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import format_bytes
 from mopsim.spec.huggingface import from_config
@@ -38,7 +38,7 @@ def told_weights(folder: Path, plan: Plan, say: Callable[[str], None]) -> Source
         say(ignored)
     size = sum(path.stat().st_size for path in set(weights.files.files.values()))
     say(f"reading weights: {folder} ({format_bytes(size)}; each rank reads what it holds)")
-    return Told(weights, say)
+    return ToldSource(weights, say)
 
 
 def check_rules(folder: Path, plan: Plan) -> None:

@@ -10,7 +10,7 @@ from mopexec.model.initialize import initial_value
 from mopsim.common.units import format_bytes
 
 TELL_EVERY = 10.0
-"""Seconds between two lines of `Told`."""
+"""Seconds between two lines of `ToldSource`."""
 
 
 class Source(Protocol):
@@ -42,7 +42,7 @@ class Seeded:
         return None
 
 
-class Told:
+class ToldSource:
     """Another source, which tells every TELL_EVERY seconds how much of it was read."""
 
     def __init__(self, source: Source, say: Callable[[str], None]) -> None:

@@ -283,14 +283,9 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
 def _of_plan(plan: Plan, what: str, inputs: Inputs) -> list[str]:
     """What a plan was made for, where it is another job, and its training where it is not the usual one."""
     made, now = plan.training, inputs.trained_as(plan).training
+    own = f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})"
     here = {
-        "hardware": tuple(
-            f"{name} (digest {digest})"
-            for name, digest in (
-                (plan.hardware.name, plan.hardware.digest),
-                (inputs.hardware.name, io.digest(inputs.hardware)),
-            )
-        ),
+        "hardware": (f"{plan.hardware.name} (digest {plan.hardware.digest})", own),
         **{name: (getattr(made, name), getattr(now, name)) for name in inputs.said},
     }
     other = [f"{name} {was} (here {is_})" for name, (was, is_) in here.items() if was != is_]

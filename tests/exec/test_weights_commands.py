@@ -8,7 +8,7 @@ import transformers
 
 from mopexec.cli import main
 from mopexec.data.tokenizer import train_tokenizer
-from mopexec.weights.source import Seeded, Told
+from mopexec.weights.source import Seeded, ToldSource
 from mopsim.common import io
 from mopsim.common.units import format_bytes
 from mopsim.strategies import fsdp2
@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_weights(tmp_path: Path) -> None
 
 def test_how_much_of_the_weights_is_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    source = Told(Seeded(0), said.append)
+    source = ToldSource(Seeded(0), said.append)
     source.read("norm.weight", (4, 2), None, 0, 1, 3)
     assert said == []
     monkeypatch.setattr("mopexec.weights.source.TELL_EVERY", 0.0)
