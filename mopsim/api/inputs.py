@@ -283,9 +283,9 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
 def _of_plan(plan: Plan, what: str, inputs: Inputs) -> list[str]:
     """What a plan was made for, where it is another job, and its training where it is not the usual one."""
     made, now = plan.training, inputs.trained_as(plan).training
-    own = f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})"
+    machine = f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})"
     here = {
-        "hardware": (f"{plan.hardware.name} (digest {plan.hardware.digest})", own),
+        "hardware": (f"{plan.hardware.name} (digest {plan.hardware.digest})", machine),
         **{name: (getattr(made, name), getattr(now, name)) for name in inputs.said},
     }
     other = [f"{name} {was} (here {is_})" for name, (was, is_) in here.items() if was != is_]
