@@ -12,7 +12,7 @@ from mopsim.spec.capability import runnable
 
 REFINED = 100
 """Turns of refinements (mopsim.search.pool) before the least known is taken."""
-NEAREST = 4
+NEAREST = 8
 """Candidates of the least that are simulated: what is refined is a bound still."""
 REFUSED = 20
 """Candidates that a rule may refuse before none is told."""

@@ -219,15 +219,9 @@ def test_an_update_of_narrow_state_is_bounded_as_it_is_played(adamw: Any) -> Non
         hold(asked, "mop", DEVICE)
 
 
-MISSED = pytest.mark.xfail(
-    reason="0.847 of the time: what ranks of a sequence gather again in the backward is simulated since "
-    "2026-11-30, and not bounded (0.85 before)"
-)
-
-
 @pytest.mark.parametrize(
     ("family", "time", "memory"),
-    [pytest.param("fsdp2", 0.85, 0.8, marks=MISSED), pytest.param("megatron", 0.75, 0.9, marks=WHOLE)],
+    [("fsdp2", 0.85, 0.8), pytest.param("megatron", 0.75, 0.9, marks=WHOLE)],
 )
 def test_refined_bounds_are_close(family: str, time: float, memory: float) -> None:
     """Shares of what is simulated, by mean, by the closer of both bounds: closed forms reach 0.5 of the time

@@ -45,9 +45,9 @@ def test_an_entry_of_an_unknown_architecture_is_refused(key: str) -> None:
         attends(**{"default": "flash2", key: "cudnn"}).on("hopper")
     assert str(refused.value) == f"stack.kernels.attention: {rule}"
     stack = attends(**{"default": "flash2", key: "cudnn"})
-    with pytest.raises(SpecError, match=r"^stack\.kernels\.attention: "):
+    with pytest.raises(MopError, match=r"^stack\.kernels\.attention: "):
         mopsim.simulate(**JOB, strategy=TINY, stack=stack)
-    with pytest.raises(SpecError, match=r"^stack\.kernels\.attention: "):
+    with pytest.raises(MopError, match=r"^stack\.kernels\.attention: "):
         mopsim.search(**JOB, stack=stack)
     with pytest.raises(SpecError, match=r"^stack\.communication_share: .* default, ada, "):
         replace(FLAT, communication_share={key: 0.1}).on("hopper")
