@@ -87,7 +87,7 @@ def test_a_miss_is_told_once(capsys: pytest.CaptureFixture[str], monkeypatch: py
         run_app(app, "mopsim", f"search {job} --family fsdp2,megatron".split())
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"; to say what would fit ([0-9]+ more simulated, )?[0-9.]+ s", said), "it takes longer"
-    (missed,) = re.findall(r"(\S+ [KMGT]iB) over \([0-9]+% more device memory", said)
+    (missed,) = re.findall(r"(\S+ [KMGT]iB) over \([0-9]+% more (?:device|host) memory", said)
     assert ended.value.code == 3
     assert said.count(missed) == 1
     assert said.count("nothing fits") == 1
