@@ -59,6 +59,7 @@ def train(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     plans.check_compiler(plan)
     _check_directory(options, plan)
     _check_machine(options, plan)
+    _say_elsewhere(options, plan, 1)
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
@@ -158,6 +159,7 @@ def _as_rank(options: TrainOptions, json: str | None, max_restarts: int) -> int:
         _check_directory(options, plan)
     with _held_directory(options, plan) if first else nullcontext():
         if first:
+            _say_elsewhere(options, plan, place().nodes)
             _say_unexportable(options, plan)
         failure = run_rank(options)
         if failure is not None:
@@ -195,6 +197,13 @@ def _check_memory(options: TrainOptions, plan: Plan, ranks: int) -> None:
 
     shared, copied = not torch.cuda.is_available(), options.checkpoint_async
     plans.check_memory(plan, machine_memory(), ranks=ranks, shared=shared, copied=copied)
+
+
+def _say_elsewhere(options: TrainOptions, plan: Plan, nodes: int) -> None:
+    """That the ranks are not where the plan has them, in a line: its times are of another network."""
+    if said := plan.elsewhere(nodes):
+        rest = "no measurement for calibrate (mopexec launch --torchrun writes a script for each node)"
+        say(f"note: {said}: {rest}", stderr=options.console == "stderr")
 
 
 def _say_unexportable(options: TrainOptions, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from mopsim.common.errors import MopError
+from mopsim.spec.layout import ceil_div
 
 LAUNCHER = "MOPEXEC_LAUNCHER"
 """The process that started the ranks."""
@@ -87,6 +88,11 @@ class RankPlace:
     local_rank: int
     local_size: int
     port: int
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the launch."""
+        return ceil_div(self.world_size, self.local_size)
 
 
 def place() -> RankPlace:

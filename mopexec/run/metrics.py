@@ -16,6 +16,7 @@ import mopsim
 from mopexec.measure import card
 from mopexec.measure.probe_machine import device_name
 from mopexec.measure.quiet import quiet
+from mopexec.run.environment import place
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
 from mopsim.common.outputs import plain_console
@@ -305,6 +306,7 @@ def measurement(
         routing=routing,
         others=others,
         expert_loads=expert_loads,
+        nodes=place().nodes,
         **{name: memory[name] for name in card.MEMORY if name in memory},
     )
 

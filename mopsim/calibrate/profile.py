@@ -202,6 +202,11 @@ def _check(profile: HardwareProfile, measurements: Sequence[Measurement], digest
                 "measurements: peak_memory", measurement.peak_memory,
                 f"of the run of {name} ({digest}) must be at least 1: every step takes memory",
             )  # fmt: skip
+        if measurement.elsewhere:
+            raise MopError(
+                f"measurements: nodes: {measurement.nodes} of the run of {name} ({digest}): "
+                f"{measurement.elsewhere}: its collectives are not those between the plan's nodes"
+            )
         if hardware.digest not in accepted:
             raise MopError(
                 f"measurements: plan.hardware.digest: {hardware.digest!r} of the run of {name} is not that of"

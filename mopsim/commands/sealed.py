@@ -39,6 +39,8 @@ def run(sealed: str, measurements: str | None, json: str | None) -> None:
             f"note: sealed for routing {found.plan.training.routing}, measured with {measured.routing}",
             style="yellow",
         )
+    if measured.elsewhere:
+        console.print(f"note: {measured.elsewhere}", style="yellow")
     if json:
         io.write_json(json, score_json(found, measured))
 

@@ -7,8 +7,10 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import Rules, require, require_at_least, require_name
 from mopsim.common.io import Spec
+from mopsim.common.units import format_nodes
 from mopsim.spec import routing as profiles
 from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
+from mopsim.spec.layout import ceil_div
 from mopsim.spec.line import describe
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.profiles import list_profiles
@@ -117,6 +119,18 @@ class Plan(Spec, frozen=True, kw_only=True):
         """Its strategy in a line."""
         return describe(self.strategy, self.model.num_local_experts > 0)
 
+    @property
+    def nodes(self) -> int:
+        """Nodes that its ranks fill."""
+        return ceil_div(self.strategy.world_size, self.hardware.devices_per_node)
+
+    def elsewhere(self, nodes: int) -> str:
+        """What is to be known of a run of it on another number of nodes; '' on its own."""
+        if nodes == self.nodes:
+            return ""
+        planned, ran, ranks = format_nodes(self.nodes), format_nodes(nodes), self.strategy.world_size
+        return f"the plan's {ranks} ranks fill {planned} of {self.hardware.name}, and run on {ran}"
+
     def routed(self, routing: profiles.RoutingProfile) -> "Plan":
         """The same plan under another routing."""
         return replace(self, training=replace(self.training, routing=routing))
@@ -162,6 +176,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
     of its processes are left out. disturbed: how many later ones are left out, in which other programs
     took cores from the ranks. others: part of the cores that other programs had just before its last process
     began, or of a rank's own core while that process worked after its warm-up, whichever is more, 0 to 1.
+    nodes: how many machines, each with a launcher of its own, the ranks of its last process ran on; left out
+    by versions that did not count them.
     resumed: how often it was resumed under this plan's strategy.
     step_times: seconds of each steady step, slowest rank; empty where no step ran compiled, under a plan that
     compiles. step_time_median: seconds of the median step, 0 without any.
@@ -202,6 +218,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
     allocated_bytes: int | msgspec.UnsetType = msgspec.UNSET
     reserved_bytes: int | msgspec.UnsetType = msgspec.UNSET
     device_used_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    nodes: int | msgspec.UnsetType = msgspec.UNSET
 
     def _rules(self) -> Rules:
         ranks = self.plan.strategy.world_size
@@ -218,6 +235,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
             yield sizes[field] >= 0, field, "must not be negative"
         for field, size in sizes.items():
             require(size <= MOST_BYTES, field, size, f"must be the bytes of a rank, at most {MOST_BYTES:g}")
+        rule = f"must be 1 to {self.world_size}, the ranks"
+        yield self.nodes is msgspec.UNSET or 1 <= self.nodes <= self.world_size, "nodes", rule
         yield 0 <= self.others <= 1, "others", "must lie between 0 and 1"
         yield all(count >= 0 for count in self.expert_loads), "expert_loads", "must not be negative"
         times, steady = self.step_times, self.steps - self.warmup - self.disturbed
@@ -241,6 +260,11 @@ class Measurement(Spec, frozen=True, kw_only=True):
         left them, at least a tenth."""
         steps = len(self.step_times) + self.disturbed
         return max(1 - self.others, 0.1) * len(self.step_times) / max(steps, 1)
+
+    @property
+    def elsewhere(self) -> str:
+        """See Plan.elsewhere; '' where nobody counted the nodes."""
+        return self.plan.elsewhere(self.plan.nodes if self.nodes is msgspec.UNSET else self.nodes)
 
     def plan_as_routed(self) -> Plan:
         """The plan with the routing that was measured, to simulate what ran."""

@@ -251,6 +251,20 @@ def test_more_ranks_than_accelerators_are_refused():
         check_world(small_plan(), 4)
 
 
+def test_ranks_of_a_plan_on_fewer_nodes_are_said(capsys):
+    from mopexec.cli.train import _say_elsewhere
+    from mopexec.run.options import TrainOptions
+
+    here, options = small_plan(), TrainOptions(plan="plan.yaml", out="run", steps=1)
+    _say_elsewhere(options, here, 1)
+    assert capsys.readouterr().out == ""
+    apart = msgspec.structs.replace(here.hardware, num_nodes=2, devices_per_node=1)
+    _say_elsewhere(options, msgspec.structs.replace(here, hardware=apart), 1)
+    said = capsys.readouterr().out
+    assert "note: the plan's 2 ranks fill 2 nodes of" in said
+    assert "and run on 1 node: no measurement for calibrate (mopexec launch --torchrun" in said
+
+
 def test_dry_run_writes_the_keys_that_others_read(capsys, plan):
     with pytest.raises(SystemExit) as end:
         main(["dry-run", "--plan", str(plan), "--rank", "1", "--json", "-"])

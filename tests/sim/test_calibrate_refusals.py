@@ -54,6 +54,19 @@ def test_a_run_that_is_too_far_off_is_named_with_what_was_measured_and_predicted
         observed([near, far])
 
 
+def test_a_run_on_other_nodes_than_its_plans_calibrates_nothing() -> None:
+    run = measured("a", MACHINE)  # its plan's two ranks fill a node
+    here = msgspec.structs.replace(run, nodes=1)
+    assert calibrate(PROFILE, [here], simulate).profile.corrections  # on its own
+    assert io.convert(io.to_plain(run), type(run), "run").nodes is msgspec.UNSET  # an older one
+    apart = msgspec.structs.replace(run, nodes=2)
+    rule = "^measurements: nodes: 2 of the run of a .*: the plan's 2 ranks fill 1 node of .* run on 2 nodes"
+    with pytest.raises(MopError, match=rule):
+        calibrate(PROFILE, [apart], simulate)
+    with pytest.raises(SpecError, match="nodes: 3 must be 1 to 2, the ranks"):
+        msgspec.structs.replace(run, nodes=3)
+
+
 @pytest.mark.parametrize("seconds", [0.0, 1e-300, 1e8])
 def test_a_step_of_no_time_or_of_years_is_refused(seconds: float) -> None:
     run = measured("a", MACHINE)
