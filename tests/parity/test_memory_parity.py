@@ -246,12 +246,19 @@ BLOCKS = {
 @pytest.mark.parametrize(
     ("ranks", "exchange", "within"), [(4, "all_gather", 0.01), (2, "ring", 0.012), (4, "ring", 0.012)]
 )
-@pytest.mark.parametrize("name", BLOCKS)
-def test_keys_and_values_that_come_again(name: str, ranks: int, exchange: Exchange, within: float) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [*(("flash2", name) for name in BLOCKS), ("cudnn", "heads"), ("cudnn", "shared heads")],
+)
+def test_keys_and_values_that_come_again(
+    kernel: str, name: str, ranks: int, exchange: Exchange, within: float
+) -> None:
     """On the last rank, whose queries see all of them, as in the simulator. Of four in a ring with as many
     KV heads as heads, blocks merged in fp32 in the forward, not counted, have the peak."""
     strategy = fsdp2(ranks, context_parallel=ranks, context_exchange=exchange)
     plan = plan_of(BLOCKS[name], strategy, TrainSpec(seq_len=8192, global_batch=1), "cuda")
+    kernels = msgspec.structs.replace(plan.stack.kernels, attention={"default": kernel})
+    plan = msgspec.structs.replace(plan, stack=msgspec.structs.replace(plan.stack, kernels=kernels))
     tracked = second_step(plan, ranks - 1, MemoryTracker)
     result = simulate(BLOCKS[name], machine(memory=1000), 1, strategy, plan.training, plan.stack)
     assert tracked.peak_component == "attention" or exchange == "ring"
