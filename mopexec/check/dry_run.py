@@ -20,12 +20,12 @@ from torch import Tensor
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.fakes import QuickFakeMode
 from mopexec.measure.program import PlayedOps
-from mopexec.measure.scope import apart
+from mopexec.measure.scope import NOW, apart
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
-from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
+from mopsim.spec.tensors import tensors
 
 SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
 
@@ -175,29 +175,37 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 def quadratic_guard(plan: Plan) -> Callable[[Any, Tensor], None] | None:
-    """Refuses tensors [..., S, S], S the sequence length: attention is to run in O(S) memory.
+    """Refuses what attention, or no component, makes of [..., S, S], S the sequence length: attention is to
+    run in O(S) memory. Elsewhere such a shape is rows times the width of a weight.
 
-    None where S equals a dimension of the model or is small, so that a shape cannot tell.
+    None where S is a side of a rank's attention or small, so that a shape cannot tell.
     """
     length = plan.training.seq_len
-    if length < SHORT or length in _dimensions(plan.model):
+    if length < SHORT or length in _attention_sides(plan):
         return None
 
     def refuse(func: Any, tensor: Tensor) -> None:
         shape = tensor.shape
-        if len(shape) >= 2 and shape[-1] == length and shape[-2] == length:
+        square = len(shape) >= 2 and shape[-1] == length and shape[-2] == length
+        if square and NOW.category == "activations" and NOW.component in ("attention", "other"):
             raise MopError(f"attention: {func} makes a tensor {tuple(shape)}, sequence x sequence elements")
 
     return refuse
 
 
-def _dimensions(model: ModelSpec) -> set[int]:
-    heads = (model.num_attention_heads, model.num_key_value_heads)
-    return {
-        model.hidden_size, model.intermediate_size, model.vocab_size, model.head_dim, *heads,
-        model.moe_intermediate_size, model.num_local_experts, model.shared_expert_intermediate_size,
-        *(count * model.head_dim for count in heads),
-    }  # fmt: skip
+def _attention_sides(plan: Plan) -> set[int]:
+    """Sides of what attention, and an MTP module around its layer, multiply and make, but for those of
+    tokens: whole, of a tensor rank, and of one that has other heads of all tokens of a sequence (Ulysses).
+    """
+    model, strategy = plan.model, plan.strategy
+    found = {model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.head_dim // 2}
+    found |= {model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim}
+    for one in tensors(model):
+        if one.layer >= 0 and one.component in ("attention", "vocabulary"):
+            found |= set(one.shape)
+    split = strategy.dense.tensor_parallel
+    degrees = 1, split, split * strategy.attention.context_parallel
+    return {side // degree for side in found for degree in degrees}
 
 
 def _batches(plan: Plan, platform: Platform) -> list[Any]:

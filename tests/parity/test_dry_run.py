@@ -1,5 +1,7 @@
 """A dry run's memory is that of real training, to the byte, by category and tier."""
 
+import re
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -7,12 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mopexec.check.dry_run import dry_run
+from mopexec.check.dry_run import dry_run, quadratic_guard
+from mopexec.measure.scope import category, component
 from mopexec.measure.tracker import OutOfMemory
-from mopsim.common.errors import SpecError
+from mopsim.common.errors import MopError, SpecError
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
 from tests.exec.spawn import Pool
 from tests.parity.memory_cases import WIDE
 from tests.parity.memory_cases import trained as plans
+from tests.plans import plan_of, split
 
 SAME = (
     "peak_memory_bytes", "memory_by_category_bytes", "peak_at", "resident_memory_bytes",
@@ -83,3 +91,45 @@ def test_limits_are_held_at_the_allocation_that_crosses_them():
 def test_a_rank_outside_the_world_is_refused():
     with pytest.raises(SpecError, match="rank: 4 must lie between 0 and 3"):
         dry_run(plans(4)["mop"], rank=4)
+
+
+TINY = load_model("tiny")
+
+
+@pytest.mark.parametrize(
+    ("length", "strategy"),
+    [(512, mop(1)), (1024, mop(2, vocab_parallel=2)), (2048, fsdp2(1)), (1024, split(2, tensor_parallel=2))],
+    ids=["gates", "half the words", "words", "words of a tensor rank"],
+)
+def test_widths_that_equal_the_sequence_are_no_attention(length: int, strategy: Strategy) -> None:
+    dry_run(plan_of(TINY, strategy, TrainSpec(seq_len=length, global_batch=2)))
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "shape", "refused"),
+    [
+        ("attention", "activations", (2, 8, 1024, 1024), True),
+        ("other", "activations", (1024, 1024), True),
+        ("attention", "activations", (2, 8, 1024, 512), False),
+        ("vocabulary", "logits", (1024, 1024), False),
+        ("dense_ffn", "activations", (1024, 1024), False),
+        ("other", "params", (1024, 1024), False),
+    ],
+)
+def test_what_a_dry_run_takes_for_an_attention_matrix(
+    where: str, what: str, shape: tuple[int, ...], refused: bool
+) -> None:
+    refuse = quadratic_guard(plan_of(TINY, mop(1), TrainSpec(seq_len=1024, global_batch=1)))
+    assert refuse is not None
+    said = f"attention: an op makes a tensor {shape}, sequence x sequence elements"
+    how = pytest.raises(MopError, match=re.escape(said)) if refused else nullcontext()
+    with component(where), category(what), how:
+        refuse("an op", torch.empty(shape, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "length"), [(mop(1), 256), (mop(1), 128), (split(2, tensor_parallel=2), 128)]
+)
+def test_a_width_of_attention_cannot_be_told_from_a_sequence(strategy: Strategy, length: int) -> None:
+    """The network's, those of its keys, and of a rank's heads."""
+    assert quadratic_guard(plan_of(TINY, strategy, TrainSpec(seq_len=length, global_batch=2))) is None
