@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import pytest
@@ -93,6 +94,16 @@ def test_what_is_waited_for_beside_a_networks_bandwidth_is_told(
     (line,) = (line for line in told_of(machine, 2) if f"bandwidth of {NETWORK}, " in line)
     rest = line.partition("the step takes as long")[2]
     assert rest.startswith(f": {said}") if said else not rest
+
+
+def test_a_link_to_the_host_does_not_wait_for_the_links_inside_a_node() -> None:
+    """Whose exchanges are no copies of the host's, though the step is shorter where they are faster."""
+    machine = load_profile("h100-sxm-80g")
+    for link, factor in ((INSIDE, 0.2), (HOST_LINK, 4.0)):
+        machine = faster(machine, *LINKS[link], factor) or machine
+    on_device = partial(mop, optimizer="device")
+    (line,) = (line for line in told_of(machine, 1, on_device) if f"bandwidth of {HOST_LINK}, " in line)
+    assert line.endswith("the step takes as long")
 
 
 def test_a_late_host_is_told_with_the_stack_whose_kernels_are_in_graphs() -> None:
