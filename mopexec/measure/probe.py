@@ -28,9 +28,7 @@ def probe(
     cores = probe_machine.usable_cores()
     available = torch.cuda.device_count() if device_type == "cuda" else len(cores)
     ranks = probe_machine.check_ranks(ranks, available, "GPUs" if device_type == "cuda" else "cores")
-    share = others(cores)
-    if line := loaded(share, len(cores), "the profile is"):
-        say(line)
+    before = others(cores)
     # A machine with one core still runs two ranks in turns: time its collectives so.
     processes = max(ranks, 2) if device_type == "cpu" else ranks
     job = ProbeJob(processes, device_type, tuple(cores), budget)
@@ -38,7 +36,10 @@ def probe(
         found = _with_bar(job, lambda progress: build_profile(run_ranks(job, progress), device_type, ranks))
     else:
         found = build_profile(run_ranks(job, lambda _: None), device_type, ranks)
-    return noted(found, max(share, others(cores)), len(cores))
+    share = max(before, others(cores))
+    if line := loaded(share, len(cores), "the profile is"):
+        say(line)
+    return noted(found, share, len(cores))
 
 
 def noted(profile: HardwareProfile, share: float, cores: int) -> HardwareProfile:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mopsim.api.results import Simulation
 from mopsim.common.outputs import STDOUT, plain_console
+from mopsim.spec.capability import SIDES
 
 
 def human(json: str | None) -> Any:
@@ -41,7 +42,11 @@ def say_written(console: Any, *paths: str | None) -> None:
 def say_plan(console: Any, path: str, step: Simulation) -> None:
     """What a plan that was written is for."""
     given = shlex.quote(path)
-    targets = [to for to, gaps in step.gaps.items() if not gaps]
+    # First those that the plan's stack describes.
+    targets = sorted(
+        (to for to, gaps in step.gaps.items() if not gaps),
+        key=lambda to: step.result.stack.name not in SIDES[to]["stacks"],
+    )
     if not step.fits:
         ask = f"it is {step.verdict}: nothing to train"
     elif step.runnable:

@@ -72,9 +72,10 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: fl
     Remarks stand after the bar, and after `clear` where a line is drawn there."""
     names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
     left = [0.0] * len(bars)
+    most = max(sum(bar.parts.values()) for bar in bars) / scale  # without what lines reach to
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
-        label = name.replace("_", " ") if max(widths) > SEEN * high else None
+        label = name.replace("_", " ") if max(widths) > SEEN * most else None
         drawn = axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=0.62)
         numbers = [f"{width:.3g}" if width > 0.07 * max(high, 1e-12) else "" for width in widths]
         axis.bar_label(drawn, numbers, label_type="center", color=text_on(colour(name)), fontsize=9)

@@ -68,10 +68,11 @@ def _each(validation: Validation, level: float) -> Grid:
     for one in validation.scored:
         for quantity, show in shown:
             if measured := getattr(one.case.measured, quantity):
-                predicted, ends = one.predicted(quantity), map(show, one.interval(quantity, level))
+                predicted, (low, high) = one.predicted(quantity), one.interval(quantity, level)
+                ends = f"{show(low)} to {show(high)}{'' if low <= measured <= high else ', outside'}"
                 error = _percent(predicted / measured - 1, True)
                 name = quantity.replace("_", " ")
-                table.add_row(one.case.id, name, show(measured), show(predicted), " to ".join(ends), error)
+                table.add_row(one.case.id, name, show(measured), show(predicted), ends, error)
         if one.case.measured.fits is not None:
             said = "ran" if one.case.measured.fits else "ran out"
             table.add_row(one.case.id, "P(fits)", said, format_probability(one.p_fits), "", "")
@@ -168,7 +169,8 @@ def _worst(validation: Validation, level: float) -> Grid:
     table = Grid("the ten largest errors of step time", ("run",), names)
     for one in worst(validation.scored, 10):
         measured = one.case.measured.step_time or 0.0
-        ends = " to ".join(f"{end:.3g}" for end in one.interval("step_time", level))
+        low, high = one.interval("step_time", level)
+        ends = f"{low:.3g} to {high:.3g}{'' if low <= measured <= high else ', outside'}"
         table.add_row(
             one.case.id, f"{measured:.3f}", f"{one.calibrated:.3f}", ends, _percent(one.step_error, True)
         )

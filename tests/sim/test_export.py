@@ -81,6 +81,15 @@ def test_torchtitan_compiles_what_the_stack_has_compiled(stack: str, compiled: b
     assert tomllib.loads(export(given, "torchtitan", lossy=True)[0])["compile"]["enable"] is compiled
 
 
+def test_a_plan_that_compiles_nothing_says_why_its_file_does() -> None:
+    flat = plan(mop(32, expert_parallel=8))
+    text = export(flat, "torchtitan", lossy=True)[0]
+    assert tomllib.loads(text)["compile"]["enable"] is True
+    assert "# [compile] enable is true though the plan compiles nothing" in text
+    own = plan(replace(fsdp_context(), stack="torchtitan-compile"))
+    assert "though the plan" not in export(own, "torchtitan", lossy=True)[0]
+
+
 def test_what_torchtitan_keeps_in_its_selective_mode() -> None:
     kept = load_stack("torchtitan").recompute.kept
     strategy = changed(fsdp_context(), activations={"recompute": "full", "save_ops": list(kept)})

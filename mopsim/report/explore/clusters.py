@@ -23,7 +23,7 @@ _CLUSTER = (
     ("hardware", "text", "hardware"), ("nodes", "number", "nodes"), ("GPUs", "number", "gpus"),
     ("in time", "text", "in_time"), ("within budget", "text", "within_budget"), ("days", "number", "days"),
     ("days at least", "number", "days least"), ("days at most", "number", "days most"),
-    ("P(deadline)", "fraction", "p_deadline"), ("cost", "dollars", "cost_usd"),
+    ("P(deadline)", "probability", "p_deadline"), ("cost", "dollars", "cost_usd"),
     ("cost at least", "dollars", "cost least"), ("cost at most", "dollars", "cost most"),
     ("goodput", "fraction", "goodput"), ("plan", "text", "plan"), ("purchase", "dollars", "capex_usd"),
     ("energy", "joules", "energy_j"), ("CO2, t", "number", "carbon_t"), ("site", "text", "site"),

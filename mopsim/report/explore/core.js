@@ -39,6 +39,7 @@ const UNITS = {
   dollars: [["million $", 1e6], ["thousand $", 1e3], ["$", 1]],
   joules: [["GWh", 3.6e12], ["MWh", 3.6e9], ["kWh", 3.6e6]],
   fraction: [["%", 0.01]],
+  probability: [["", 1]],
   number: [["", 1]],
 };
 function unitOf(type, values) {
@@ -52,12 +53,17 @@ function number(value, digits = 4) {
   if (Math.abs(value) >= 1000) return value.toLocaleString("en", { maximumFractionDigits: 0 });
   return value.toLocaleString("en", { maximumSignificantDigits: digits });
 }
+// A cell or a value in a unit; what rounds to 0 or 1 is not certain.
+function inUnit(value, type, unit) {
+  if (type === "probability" && typeof value === "number") return value > 0.99 ? ">0.99" : value < 0.01 ? "<0.01" : value.toFixed(2);
+  return number(value === null ? null : value / unit.scale);
+}
 const titled = (name, unit) => (unit.name ? `${name}, ${unit.name}` : name);
 // A value with the unit that suits it alone.
 function told(value, type) {
   if (typeof value === "string") return value;
   const unit = unitOf(type, [value]);
-  return [number(value / unit.scale), unit.name].filter(Boolean).join(unit.name === "%" ? "" : " ");
+  return [inUnit(value, type, unit), unit.name].filter(Boolean).join(unit.name === "%" ? "" : " ");
 }
 const details = (rows) => rows.filter((row) => row[1] !== null && row[1] !== "").map(([name, value, type]) => [name, told(value, type)]);
 

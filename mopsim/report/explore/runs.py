@@ -8,7 +8,7 @@ from mopsim.report.explore.steps import ExplorerStep, Json, ends, keyed, likely,
 _QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
 _STEP = "predicted_step_time_interval_s"
 _RUN: tuple[tuple[str, str, str], ...] = (
-    ("run", "text", "run_id"), ("verdict", "text", "state"), ("P(fits)", "fraction", "p_fits"),
+    ("run", "text", "run_id"), ("verdict", "text", "state"), ("P(fits)", "probability", "p_fits"),
     ("measured step", "seconds", "measured_step_time_s"),
     ("predicted step", "seconds", "predicted_step_time_s"), ("step at least", "seconds", "step low"),
     ("step at most", "seconds", "step high"), ("error", "fraction", "step_time_s_error"),

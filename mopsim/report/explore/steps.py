@@ -140,7 +140,7 @@ def ends(found: Json, key: str) -> tuple[float | None, float | None]:
 COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("label", "text", lambda one: one.label),
     ("verdict", "text", lambda one: one.state),
-    ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
+    ("P(fits)", "probability", lambda one: one.found.get("p_fits")),
     ("step", "seconds", lambda one: one.found["step_time_s"]),
     ("step at least", "seconds", lambda one: ends(one.found, "step_time_interval_s")[0]),
     ("step at most", "seconds", lambda one: ends(one.found, "step_time_interval_s")[1]),
@@ -152,7 +152,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     (ENOUGH, "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
     ("limit", "bytes", lambda one: one.found["memory_limit_bytes"]),
     ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
-    ("P(best is faster)", "fraction", lambda one: one.found.get("p_best_is_faster")),
+    ("P(best is faster)", "probability", lambda one: one.found.get("p_best_is_faster")),
     ("gap", "fraction", lambda one: one.found.get("gap")),
     ("expected gap", "fraction", lambda one: one.found.get("expected_gap")),
     ("mopexec runs it", "text", lambda one: {True: "yes", False: "no"}.get(one.found.get("runnable"))),

@@ -25,7 +25,8 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
             points.append((label, _swept_point(value, batch, step, why)))
     names = [
         (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
-        ("P(fits)", "fraction"), ("step", "seconds"), (per, "number"), ("memory", "bytes"), ("plan", "text"),
+        ("P(fits)", "probability"), ("step", "seconds"), (per, "number"), ("memory", "bytes"),
+        ("plan", "text"),
     ]  # fmt: skip
     title = f"Throughput over {sweep['setting']}{held}{place}"
     ticks = [[one, format_count(one)] for one in values]

@@ -26,8 +26,10 @@ function condition(text, column) {
 
 function table(view, index) {
   const rows = view.rows.map((row, place) => ({ cells: row, place, mark: (view.marks || [])[place] || "" }));
+  const ofType = (type) => view.columns.flatMap((one, place) => (one.type === type ? view.rows.map((row) => row[place]) : []));
   const columns = view.columns.map((column, place) => ({
-    ...column, place, unit: unitOf(column.type, view.rows.map((row) => row[place])), test: () => true,
+    ...column, place, // money has one unit in a table
+    unit: unitOf(column.type, column.type === "dollars" ? ofType("dollars") : view.rows.map((row) => row[place])), test: () => true,
     values: [...new Set(view.rows.map((row) => row[place]).filter((value) => value !== null && value !== ""))],
   }));
   let sorted = null, down = false, search = "";
@@ -47,7 +49,7 @@ function table(view, index) {
     fill();
   }
   function cell(value, column) {
-    const text = column.type === "text" ? String(value ?? "") : number(value === null ? null : value / column.unit.scale);
+    const text = column.type === "text" ? String(value ?? "") : inUnit(value, column.type, column.unit);
     return el(column.place ? "td" : "th", { class: `${column.type} ${text.length > 40 ? "long" : text.length <= 20 ? "brief" : ""}`, scope: column.place ? null : "row" }, text);
   }
   function fill() {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.common.results import made_by
-from mopsim.common.units import format_nodes, format_seconds
+from mopsim.common.units import format_nodes, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.explore.clusters import cluster_views
 from mopsim.report.explore.context import context_views, reach
@@ -172,7 +172,13 @@ def _recommended(result: Json) -> str:
     best = result.get("recommended")
     if not best:
         return "No cluster meets the limits"
-    return f"Recommended: {format_nodes(best['nodes'])} of {best['hardware']}"
+    tried = [(one["name"], one["best"]) for one in result["hardware"] if one.get("best")]
+    same = ((name, one) for name, one in tried if (name, one["nodes"]) == (best["hardware"], best["nodes"]))
+    step: Json = next((one["result"] for _, one in same), {})
+    chances = (("in time", best.get("p_deadline")), ("that it fits", step.get("p_fits")))
+    odds = [f"{format_probability(chance)} {what}" for what, chance in chances if chance is not None]
+    where = f"Recommended: {format_nodes(best['nodes'])} of {best['hardware']}"
+    return f"{where} (probability {', '.join(odds)})" if odds else where
 
 
 def _said(result: Json) -> str:
