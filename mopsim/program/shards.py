@@ -11,6 +11,7 @@ from mopsim.program.context import Context
 from mopsim.program.data_parallel import flat_host, prepared, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.further import FurtherLayers
+from mopsim.program.replicated import Replicated
 from mopsim.program.shared_weight import Edges
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
@@ -39,7 +40,7 @@ class Shards(FurtherLayers, Edges):
         self.each = context.strategy.dense.zero >= 2
         self.copied = context.stack.sharding.copies and self.each
         self._modules = context.stack.sharding.groups == "modules"
-        self.sums = WholeSums(context, issue)
+        self.sums, self.replicas = WholeSums(context, issue), Replicated(context)
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self.made: dict[str, int] = {}
@@ -142,9 +143,7 @@ class Shards(FurtherLayers, Edges):
     def edge(self, name: str, phase: str) -> Ops:
         """Gathers that the embedding or the head waits for."""
         here = name in self.c.edges or (self.copied and self.c.one_weight)
-        if not here or not self.c.shards_params:
-            return ()
-        return self._wait(self.edge_unit(name), phase)
+        return self._wait(self.edge_unit(name), phase) if here and self.c.shards_params else ()
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """The embedding or the head has run; its full gradient came and went if this was its backward."""
@@ -191,7 +190,7 @@ class Shards(FurtherLayers, Edges):
             return ()
         self._free_deferred("backward")
         self.sums.free([unit for unit, _ in self._there.values()], self._release)
-        memory, awaited = (("gathered_grads", -self._held),), self._landing
+        memory, awaited = (self.replicas.over(), ("gathered_grads", -self._held)), self._landing
         done = self.issue.add(
             "reduced", "compute", "other", "backward", (), self._unfinished, memory, awaited=awaited
         )
@@ -334,8 +333,8 @@ class Shards(FurtherLayers, Edges):
             done = self.issue.add(name, stream, self._component(unit), "backward", work, last, left)
         if not copied and self.c.stack.sharding.waits(self.c.strategy):
             self._pass(f"reduced {unit.name}", unit, (), "backward", (done,))
-        if copied and not kept:  # added to what is there already, or to what is on the host
-            self.issue.hold((("grads", -part),))
+        if copied:
+            self.issue.hold(self.replicas.summed(unit, part, stays=bool(kept)))
         self.ops.append(done)
         self._unfinished.append(done)
 
@@ -353,7 +352,7 @@ class Shards(FurtherLayers, Edges):
         memory = tuple(("gathered_grads", step) for step in (rest, -self._held, size, held - full))
         work, name = (reduce_copy(self.c, unit, width),), f"copy in {unit.name}"
         op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
-        self.issue.hold((("grads", part), ("gathered_grads", -held)))
+        self.issue.hold((*self.replicas.made(unit, part), ("gathered_grads", -held)))
         self._sent, self._held = (), size
         return (op,)
 

@@ -43,12 +43,12 @@ OF_EXPERTS: list[tuple[float, Fields]] = [
 """(How often, choices of fields) that some networks have: any of them; of grouped heads, of experts."""
 
 
-def drawn_plan(seed: int) -> Plan:
-    """Equal for equal seeds."""
+def drawn_plan(seed: int, *, replicated: bool = False) -> Plan:
+    """Equal for equal seeds. replicated: of FSDP2 whose shards have copies (HSDP)."""
     draw = random.Random(seed)
     while True:
         try:
-            plan = _plan(draw)
+            plan = _replicated(draw) if replicated else _plan(draw)
             make_context(plan.model, plan.strategy, plan.training, 8, plan.stack)
             if next(not_run(plan), None) is None:
                 return plan
@@ -69,6 +69,16 @@ def _plan(draw: random.Random) -> Plan:
         clip_norm=float(strategy.optimizer.overlap != "backward"), **some,
     )  # fmt: skip
     return plan_of(model, strategy, training, draw.choice(["cpu", "cuda"]) if explicit else "cuda")
+
+
+def _replicated(draw: random.Random) -> Plan:
+    model, world = _model(draw), 4
+    strategy = fsdp2(
+        world, fsdp=draw.choice([1, 2]), recompute=draw.choice(["none", "full"]),
+        expert_parallel=draw.choice([1, 2]) if model.num_local_experts else 1, offload=draw.random() < 0.5,
+    )  # fmt: skip
+    training = TrainSpec(seq_len=1024, global_batch=world * draw.choice([1, 2]))
+    return plan_of(model, strategy, training, "cuda")
 
 
 def _some(draw: random.Random, table: list[tuple[float, Fields]]) -> Fields:

@@ -4,6 +4,7 @@ weights as they are stored and gathered, of optimizer state and of the passes: w
 
 import pytest
 
+from mopsim.spec.plan import Plan
 from tests.parity.drawn_plans import drawn_plan
 from tests.parity.test_peaks_by_part import WHOLE, WITHIN, predicted, together, tracked
 
@@ -11,17 +12,26 @@ MORE = (324, 328, 1014, 1081, 1094)
 """Beside the first 80: gradients of a head beside its input's, of an embedding that an MTP layer reads too,
 of rotated pairs that are normed, and biases of experts."""
 SEEDS = [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (*range(12, 80), *MORE))]
+REPLICATED = [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))]
 EXACT = ("weights", "gathered weights", "gradients", "optimizer state", "forward", "backward")
 """Beside the tiers: rows that agree whatever is drawn."""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_peaks(seed: int) -> None:
-    plan = drawn_plan(seed)
+    _agrees(drawn_plan(seed))
+
+
+@pytest.mark.parametrize("seed", REPLICATED)
+def test_peaks_of_replicated_shards(seed: int) -> None:
+    _agrees(drawn_plan(seed, replicated=True), ("gradients", "backward"))
+
+
+def _agrees(plan: Plan, exact: tuple[str, ...] = EXACT) -> None:
     ranks = {0, plan.strategy.world_size - 1} if plan.training.routing != "balanced" else {0}
     known = max((tracked(plan, rank) for rank in ranks), key=lambda one: one["device"])
     found, known = together(plan, predicted(plan)), together(plan, known)
-    within = {row: (found[row], known[row]) for row in (*WHOLE, *EXACT) if known[row] or row in WHOLE}
+    within = {row: (found[row], known[row]) for row in (*WHOLE, *exact) if known[row] or row in WHOLE}
     off = {
         row: pair
         for row, pair in within.items()
