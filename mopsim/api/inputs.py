@@ -283,9 +283,8 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
 def _of_plan(plan: Plan, what: str, inputs: Inputs) -> list[str]:
     """What a plan was made for, where it is another job, and its training where it is not the usual one."""
     made, now = plan.training, inputs.trained_as(plan).training
-    machine = f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})"
     here = {
-        "hardware": (f"{plan.hardware.name} (digest {plan.hardware.digest})", machine),
+        "hardware": (f"{plan.hardware.name} (digest {plan.hardware.digest})", io.identified(inputs.hardware)),
         **{name: (getattr(made, name), getattr(now, name)) for name in inputs.said},
     }
     other = [f"{name} {was} (here {is_})" for name, (was, is_) in here.items() if was != is_]
@@ -346,7 +345,7 @@ def _read_strategy(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]
         return read
     read = io.checked(read, Plan, "plan")
     if read.model != inputs.model:
-        made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))
+        made, here = map(io.identified, (read.model, inputs.model))
         what = given if isinstance(given, str | Path) else "it"
         raise MopError(f"strategy: {what} is a plan for the model {made}, model is {here}")
     return read.strategy, read.stack
@@ -393,8 +392,8 @@ def facts(inputs: Inputs, command: str) -> dict[str, str]:
     """What a report says of its own making. command: what made it."""
     return {
         "command": command,
-        "hardware profile": f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})",
-        "model": f"{inputs.model.name} (digest {io.digest(inputs.model)})",
+        "hardware profile": io.identified(inputs.hardware),
+        "model": io.identified(inputs.model),
         "version": mopsim.__version__,
         "seed": str(inputs.training.seed),
     }

@@ -125,7 +125,7 @@ class Clusters(Result):
 
         swings = self.what_if()
         settled = settle(self.subject, swings, self.request.interval) if self.subject else []
-        profiles = [f"{one.hardware.name} (digest {io.digest(one.hardware)})" for one in self.sizings]
+        profiles = [io.identified(one.hardware) for one in self.sizings]
         said = {"command": command, "version": mopsim.__version__, "hardware profiles": ", ".join(profiles)}
         decision = Decision(
             self.request,

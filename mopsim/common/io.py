@@ -174,6 +174,11 @@ def digest(spec: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def identified(spec: Any) -> str:
+    """'h200-sxm-141g (digest 0123456789ab)': a named spec's name and digest."""
+    return f"{spec.name} (digest {digest(spec)})"
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hex digits."""
     with path.open("rb") as file:

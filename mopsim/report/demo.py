@@ -226,9 +226,9 @@ def _facts(report: DemoReport) -> dict[str, str]:
     facts = {
         "command": report.command,
         "machine": ", ".join(f"{name} {value}" for name, value in environment.items() if value),
-        "probed profile": f"{report.probed.name} (digest {io.digest(report.probed)})",
-        "profile after the pilot runs": f"{report.piloted.name} (digest {io.digest(report.piloted)})",
-        "profile after all runs": f"{report.calibrated.name} (digest {io.digest(report.calibrated)})",
+        "probed profile": io.identified(report.probed),
+        "profile after the pilot runs": io.identified(report.piloted),
+        "profile after all runs": io.identified(report.calibrated),
         "version": mopsim.__version__,
         "seed": str(report.seed),
     }

@@ -68,8 +68,8 @@ def _each(validation: Validation, level: float) -> Grid:
     for one in validation.scored:
         for quantity, show in shown:
             if measured := getattr(one.case.measured, quantity):
-                predicted, (low, high) = one.predicted(quantity), one.interval(quantity, level)
-                ends = f"{show(low)} to {show(high)}{'' if low <= measured <= high else ', outside'}"
+                predicted = one.predicted(quantity)
+                ends = _ends(one.interval(quantity, level), measured, show)
                 error = _percent(predicted / measured - 1, True)
                 name = quantity.replace("_", " ")
                 table.add_row(one.case.id, name, show(measured), show(predicted), ends, error)
@@ -77,6 +77,12 @@ def _each(validation: Validation, level: float) -> Grid:
             said = "ran" if one.case.measured.fits else "ran out"
             table.add_row(one.case.id, "P(fits)", said, format_probability(one.p_fits), "", "")
     return table
+
+
+def _ends(ends: tuple[float, float], measured: float, show: Callable[[float], str]) -> str:
+    """'1 to 2, outside': an interval, and whether it missed what was measured."""
+    low, high = ends
+    return f"{show(low)} to {show(high)}{'' if low <= measured <= high else ', outside'}"
 
 
 def _percent(value: float | None, signed: bool = False) -> str:
@@ -169,8 +175,7 @@ def _worst(validation: Validation, level: float) -> Grid:
     table = Grid("the ten largest errors of step time", ("run",), names)
     for one in worst(validation.scored, 10):
         measured = one.case.measured.step_time or 0.0
-        low, high = one.interval("step_time", level)
-        ends = f"{low:.3g} to {high:.3g}{'' if low <= measured <= high else ', outside'}"
+        ends = _ends(one.interval("step_time", level), measured, "{:.3g}".format)
         table.add_row(
             one.case.id, f"{measured:.3f}", f"{one.calibrated:.3f}", ends, _percent(one.step_error, True)
         )

@@ -152,7 +152,7 @@ class Footprint:
         grads = grads * np.where(self.early & (self.microbatches == 1), 1 / groups, 1.0)
         one = c["pipeline"] == 1
         resident = params + optimizer + grads * self.summed
-        peak = params + optimizer + grads
+        peak = params + optimizer + grads + self.of_replicas
         for stage in (0, 1, 2, LAST):
             held = self.of_stage(resident, stage) + self.above(stage)
             there = c["pipeline"] > (max(stage, 1) if stage else 0)
@@ -165,6 +165,21 @@ class Footprint:
             "logits": np.where(one, self.in_loss, 0.0),
         }
         return peak, parts
+
+    @cached_property
+    def of_replicas(self) -> Reals:
+        """Bytes that torch's FSDP2 holds when a backward ends, of shards that it sums over replicas too
+        (mopsim.program.replicated)."""
+        c, sharding = self.c, self.space.stack.sharding
+        sums = np.logical_not(during(sharding.whole_sums, c["pipeline"])) & (self.microbatches > 1)
+        beside = sums | (c["offload"] == 1) | (self.reduce != self.grad)
+        dense, experts = self.states
+        spread = c["experts"] * c["expert_tensor"]
+        plain = (c["experts"] > 1) & (not sharding.experts or sharding.experts == "shared")
+        dense = np.where(self.stage > c["tensor"] * c["dense_shard"], dense, 0.0)
+        experts = np.where(~plain & (self.stage > spread * c["expert_shard"]), experts, 0.0)
+        held = (dense + experts) / np.maximum(c["virtual_stages"], 1) * self.reduce
+        return np.asarray(np.where(sharding.copies & (c["zero"] == 3) & beside, held, 0.0))
 
     @cached_property
     def summed(self) -> NDArray[np.bool_]:

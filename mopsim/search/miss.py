@@ -16,7 +16,7 @@ from mopsim.search.result import SearchResult
 from mopsim.search.staged import may_fit
 from mopsim.spec.strategy import MatmulDType
 
-TRIES = 3
+TRIES = 4
 """Simulations of each family that a change gets."""
 DOUBLINGS = 6
 """How often nodes are doubled, or the sequence halved, at most."""
