@@ -34,7 +34,7 @@ from mopsim.common.outputs import whole_directory
 from mopsim.common.units import format_nodes
 from mopsim.common.values import require_once
 from mopsim.engine import SimResult
-from mopsim.report.findings import difference, finding, lead, software, summary
+from mopsim.report.findings import difference, finding, lead, sentences, software, verdict
 from mopsim.report.sweep import over
 from mopsim.search.result import exhausted
 from mopsim.spec.documents import held
@@ -132,8 +132,10 @@ class Comparison(Result):
         return {"over": over, "ratio": times, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
-        said = summary(self.results, self.searched, self.inputs.interval, self.stacks, self.alike)
-        return " ".join([self._placed(said), *(f"{label} has no strategy here." for label in self.refused)])
+        """A line for each thing that was found."""
+        first, *rest = verdict(self.results, self.searched, self.inputs.interval, self.stacks, self.alike)
+        without = (f"{label} has no strategy here" for label in self.refused)
+        return "\n".join(f"{one}." for one in (*sentences(self._placed(first)), *rest, *without))
 
     def _placed(self, said: str) -> str:
         """What is said of the job; of a sweep first who is fastest at each value, then where the job is."""

@@ -94,7 +94,8 @@ class Result(Mapping[str, Any]):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the headline above the table."""
-        return f"<p><b>{escape(self.headline())}</b></p>{self.table().to_html(index=False)}"
+        said = escape(self.headline()).replace("\n", "<br>")
+        return f"<p><b>{said}</b></p>{self.table().to_html(index=False)}"
 
 
 def framed(rows: Sequence[Any], columns: list[str] | None = None) -> "DataFrame":

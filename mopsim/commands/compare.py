@@ -6,7 +6,7 @@ from typing import Any, cast
 from mopsim.api.compare import compare
 from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
-from mopsim.commands.console import human, say_notes
+from mopsim.commands.console import human, say_notes, say_written
 from mopsim.commands.options import keywords
 from mopsim.commands.progress import progress, writing
 from mopsim.common import io
@@ -17,6 +17,7 @@ from mopsim.common.values import listed
 from mopsim.report.formats import read_formats
 from mopsim.report.sweep import swept_table
 from mopsim.report.tables import comparison
+from mopsim.report.terminal import points
 
 _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
 
@@ -45,7 +46,8 @@ def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: st
     console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))
     if found.sweep:
         console.print(swept_table(found.sweep, level, refused))
-    console.print(found.headline() + (f" Written: {', '.join(map(str, written))}" if written else ""))
+    console.print(points(found.headline().splitlines()))
+    say_written(console, *map(str, written))
     say_notes(console, found.notes)
     return 0 if found.any_fits else NOTHING_FITS
 

@@ -1,5 +1,6 @@
 """What a comparison of strategies comes to, in words: who is fastest or ties, how surely, and why."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from mopsim.common.units import format_probability, format_seconds
@@ -23,6 +24,16 @@ def finding(results: Results, searched: Searched | None = None, level: float = 0
     found = headline(results) + _how_surely(results, level)
     still = [(label, left) for label, left in (searched or {}).items() if not exhausted(left[0])]
     return ". ".join([found, *(f"Search of {one}" for one in promises(still))])
+
+
+_NEXT = re.compile(r"\. (?=Search of |At [\d,]+ (?:node|token))")
+"""Where a sentence of a finding ends."""
+
+
+def sentences(finding: str) -> list[str]:
+    """The sentences of a finding without their full stops: the outcome (of a sweep first the outcome over its
+    values), then what each search promises."""
+    return _NEXT.split(finding)
 
 
 def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:
@@ -159,13 +170,19 @@ def software(results: Results, stacks: Sequence[str] | None = None, alike: str =
     """That the winner's lead is of plan and software, where the next best runs on another stack. stacks:
     those that could run all strategies, where they are known. alike: how both compare with less between
     them."""
+    what, *rest = _software(results, stacks, alike) or [""]
+    return ": ".join(filter(None, (what, "; ".join(rest))))
+
+
+def _software(results: Results, stacks: Sequence[str] | None, alike: str) -> list[str]:
+    """What `software` says, a sentence each."""
     both = leaders(results)
     if both is None:
-        return ""
+        return []
     named = ", ".join(f"{label} on {one.stack.name}" for label, one in _fastest_first(results)[:2])
     what = "ratio" if len(_ranked(results)[0]) < 2 else "tie"
     found = [f"The {what} holds for plan and software together ({named})", alike, _on_one(stacks)]
-    return ": ".join(filter(None, (found[0], "; ".join(filter(None, found[1:])))))
+    return [one for one in found if one]
 
 
 def _on_one(stacks: Sequence[str] | None) -> str:
@@ -181,18 +198,19 @@ def _on_one(stacks: Sequence[str] | None) -> str:
     return f"--stack NAME simulates all plans on one stack ({named} a plan of each)"
 
 
-def summary(
+def verdict(
     results: Results,
     searched: Searched | None = None,
     level: float = 0.9,
     stacks: Sequence[str] | None = None,
     alike: str = "",
-) -> str:
-    """The finding, what of it may not fit, whether it is of plans alone, and where the difference lies."""
-    found = (
-        finding(results, searched, level),
+) -> list[str]:
+    """Sentences without their full stops: the finding, what of the searches is open, what may not fit, what
+    is due to software, and where the difference lies."""
+    found = [
+        *sentences(finding(results, searched, level)),
         risks(results),
-        software(results, stacks, alike),
+        *(one[:1].upper() + one[1:] for one in _software(results, stacks, alike)),
         difference(results),
-    )
-    return " ".join(f"{one}." for one in found if one)
+    ]
+    return [one for one in found if one]

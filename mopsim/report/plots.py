@@ -30,66 +30,72 @@ class Bar:
         return max(sum(self.parts.values()), self.interval[1] if self.interval else 0.0)
 
 
+ROW = 0.74
+"""Inches of a bar with its remark."""
+
+
 def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str) -> None:
     """Peak memory by category, stacked, one bar per strategy, with the device's limit as a line."""
-    totals = [bar.end for bar in bars]
-    unit, scale = byte_scale(max([*totals, limit or 0]))
-    with figure(path, 10, 2.2 + 0.62 * len(bars)) as (axis,):
+    most = max([*(bar.end for bar in bars), limit or 0])
+    unit, scale = byte_scale(most)
+    with figure(path, 10, 1.9 + ROW * len(bars)) as (axis,):
+        _stack(axis, bars, scale, most / scale)
         if limit:
             label = f"limit {format_bytes(limit)}"
             axis.axvline(limit / scale, color="#c0392b", linewidth=2, linestyle="--", label=label)
-        _stack(axis, bars, scale, max([*totals, limit or 0.0]) / scale, (limit or 0.0) / scale)
-        axis.set_xlim(0, max([*totals, limit or 0]) / scale * 1.36)
         axis.set_xlabel(f"device memory at the peak, {unit} per rank")
         axis.set_title(title)
         legend_below(axis)
 
 
 def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tuple[str, str]) -> None:
-    """Above: the step by component, stacked. Below: what of it is exposed, by what compute waits for."""
-    largest = max(bar.end for bar in bars)
-    unit, scale = time_scale(largest)
-    with figure(path, 10, 4.2 + 1.24 * len(bars), 2) as (above, below):
-        for axis, chosen, title in ((above, bars, titles[0]), (below, waits, titles[1])):
-            _stack(axis, chosen, scale, largest / scale)
-            axis.set_xlim(0, largest / scale * 1.36 or 1.0)
-            axis.set_title(title)
+    """Above: the step by component, stacked. Below, on its own scale: what of it is exposed, by what compute
+    waits for."""
+    largest, exposed = (max(bar.end for bar in chosen) for chosen in (bars, waits))
+    with figure(path, 10, 3.8 + 2 * ROW * len(bars), 2) as (above, below):
+        unit, scale = time_scale(largest)
+        _stack(above, bars, scale, largest / scale)
         above.set_xlabel(f"simulated step by component, and waiting, {unit}")
+        unit, scale = time_scale(exposed)
+        _stack(below, waits, scale, exposed / scale)
         below.set_xlabel(
             f"exposed: compute waits for communication, copies, the host or other stages, {unit}"
         )
-        legend_below(above)
-        legend_below(below)
+        for axis, title in ((above, titles[0]), (below, titles[1])):
+            axis.set_title(title)
+            legend_below(axis)
 
 
 SEEN = 0.002
 """Share of an axis from which a part is wide enough to be seen, and has its place in the legend."""
 WHISKER: Any = {"ecolor": "#212f3c", "elinewidth": 1.4, "capsize": 5}
+THICK = 0.54
+"""Of a bar, where its row is 1: above it is its remark."""
 
 
-def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: float = 0.0) -> None:
-    """Stacked horizontal bars on an axis that shows `high`: a part that is wide enough has its number.
-    Remarks stand after the bar, and after `clear` where a line is drawn there."""
+def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float) -> None:
+    """Stacked horizontal bars on an axis that ends a little after `high`: a part that is wide enough has its
+    number. A remark stands over its bar."""
     names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
     left = [0.0] * len(bars)
     most = max(sum(bar.parts.values()) for bar in bars) / scale  # without what lines reach to
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
         label = name.replace("_", " ") if max(widths) > SEEN * most else None
-        drawn = axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=0.62)
-        numbers = [f"{width:.3g}" if width > 0.07 * max(high, 1e-12) else "" for width in widths]
+        drawn = axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=THICK)
+        numbers = [f"{width:.3g}" if width > 0.05 * max(high, 1e-12) else "" for width in widths]
         axis.bar_label(drawn, numbers, label_type="center", color=text_on(colour(name)), fontsize=9)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, bar in enumerate(bars):
         if bar.interval:
-            low, high = (end / scale for end in bar.interval)
-            middle = (low + high) / 2
-            axis.errorbar(middle, row + 0.21, xerr=middle - low, **WHISKER)  # below the parts' numbers
-        place = clear if bar.end / scale <= clear else bar.end / scale
+            low, high_end = (end / scale for end in bar.interval)
+            middle = (low + high_end) / 2
+            axis.errorbar(middle, row + 0.19, xerr=middle - low, **WHISKER)  # below the parts' numbers
         tint = "#c0392b" if bar.bad else "#212f3c"
-        axis.text(place, row, f"  {bar.remark}", va="center", fontsize=10, color=tint)
+        axis.text(0, row - THICK / 2 - 0.04, f" {bar.remark}", va="bottom", fontsize=10, color=tint)
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
-    axis.set_ylim(len(bars) - 0.5, -0.5)
+    axis.set_ylim(len(bars) - 0.6, -0.66)
+    axis.set_xlim(0, 1.02 * high or 1.0)
 
 
 def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> None:

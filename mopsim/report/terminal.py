@@ -34,6 +34,14 @@ def numbered(lines: Sequence[Text]) -> Table:
     return found
 
 
+def points(lines: Sequence[str]) -> Table:
+    """Lines under a dash each; what wraps is indented."""
+    found = Table.grid(padding=(0, 1, 0, 0))
+    for line in lines:
+        found.add_row("-", Text(line))
+    return found
+
+
 def size(num_bytes: float) -> str:
     """'79.3 GiB' or '138 GiB': what a column of eight has room for."""
     text = format_bytes(num_bytes, 1)

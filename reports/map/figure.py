@@ -13,11 +13,6 @@ from mopsim.strategies import FAMILIES
 COLOURS = dict(zip(FAMILIES, ("#ca6f1e", "#1b4f72", "#b7950b", "#85c1e9"), strict=True))
 NOTHING = "#d5d8dc"
 SURE = 0.9
-CELL = (
-    "in a cell: how many times as fast as the next best family, and tokens/s per GPU\n"
-    f"hatched, ?: faster with a probability below {SURE:g}; only one: no other family has a plan that fits "
-    f"with {SURE:g}, as described"
-)
 
 
 def sure(row: dict[str, Any]) -> bool:
@@ -49,13 +44,34 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], context: Callable[[int], st
             axis.tick_params(length=0)
         for axis in axes[len(clusters) :]:
             axis.set_axis_off()
-        won = {next(iter(row["families"]), None) for row in rows}
-        handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in won]
-        none = f"no plan fits with {SURE:g} (P: the highest of those named)"
-        handles.append(Patch(color=NOTHING, label=none))
+        handles, said = legend(rows)
         axes[0].figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), title=CELL, title_fontsize=9
+            handles=handles, loc="outside lower center", ncols=len(handles), title=said, title_fontsize=9
         )
+
+
+def legend(rows: Sequence[dict[str, Any]]) -> tuple[list[Patch], str]:
+    """(a patch for each colour, what the texts of cells mean), of what these cells show alone."""
+    won = [row for row in rows if row["families"]]
+    lost = [row for row in rows if not row["families"]]
+    winners = {next(iter(row["families"])) for row in won}
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in winners]
+    if lost:
+        odds = " (P: the highest of those named)" if any(map(_likely, lost)) else ""
+        handles.append(Patch(color=NOTHING, label=f"no plan fits with {SURE:g}{odds}"))
+    alone = f"only one: no other family has a plan that fits with {SURE:g}, as described"
+    marks = {
+        f"hatched, ?: faster with a probability below {SURE:g}": not all(map(sure, won)),
+        alone: any(row["lead"] is None for row in won),
+    }
+    said = "; ".join(mark for mark, shown in marks.items() if shown)
+    cell = "in a cell: how many times as fast as the next best family, and tokens/s per GPU" if won else ""
+    return handles, "\n".join(filter(None, (cell, said)))
+
+
+def _likely(row: dict[str, Any]) -> float:
+    """The highest probability to fit of the plans of a cell that nobody wins; 0: there is none."""
+    return max((float(one["p_fits"]) for one in row["risky"].values()), default=0.0)
 
 
 def _cell(axis: Axes, row: dict[str, Any], x: int, y: int) -> None:
@@ -64,8 +80,7 @@ def _cell(axis: Axes, row: dict[str, Any], x: int, y: int) -> None:
     hatch = None if sure(row) else "///"
     axis.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2, hatch=hatch))
     if not winner:
-        likely = max((one["p_fits"] for one in row["risky"].values()), default=0.0)
-        said = f"P {likely:.2f}" if likely else "nothing"
+        said = f"P {_likely(row):.2f}" if _likely(row) else "nothing"
         axis.text(x + 0.5, y + 0.5, said, ha="center", va="center", fontsize=9, color=text_on(colour))
         return
     lead = row["lead"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reports.map.figure import SURE, draw
+from reports.map.figure import SURE, draw, legend
 from reports.map.make import HERE, context, findings, page, rule_table, table
 
 
@@ -60,6 +60,21 @@ def test_the_page_is_of_the_data() -> None:
     assert f"at commit `{found['commit']}`" in page(found)
     for row in found["cells"]:
         assert not row["families"] or max(one["p_fits"] for one in row["families"].values()) >= SURE
+
+
+def test_the_legend_has_what_is_drawn_alone() -> None:
+    """It explained P and "only one" where no cell showed either."""
+    for rows, shown, missing in (
+        ([SURELY], ("in a cell", "?: faster"), ("P:", "only one", "no plan")),
+        ([KERNELS], ("in a cell",), ("hatched", "only one")),
+        ([SURELY, cell({}, {})], ("no plan fits with 0.9",), ("P:",)),
+        ([RISKY], ("P: the highest",), ("in a cell", "hatched", "only one")),
+        ([cell({"mop": family(200, 1.0)}, {})], ("only one",), ("hatched", "no plan")),
+    ):
+        patches, said = legend(rows)
+        text = " ".join([said, *(str(one.get_label()) for one in patches)])
+        assert all(one in text for one in shown), text
+        assert not any(one in text for one in missing), text
 
 
 @pytest.mark.parametrize("rows", [[RISKY, SURELY], [cell({}, {})]], ids=["risky", "nothing"])

@@ -17,7 +17,7 @@ from mopsim.context.contenders import contenders
 from mopsim.context.sweep import ContextPoint, Curve, nested
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
-from mopsim.report.findings import risks, summary
+from mopsim.report.findings import risks, verdict
 from mopsim.report.tables import best_of_others
 from mopsim.search.result import proof
 from mopsim.search.simulating import chosen
@@ -129,7 +129,7 @@ def test_of_a_comparison_the_risky_are_named(plan: SimResult) -> None:
     bold = with_odds(replace(plan, step_time=plan.step_time / 2), 0.3)
     said = "a fits, as described, with probability 0.30 only"
     assert risks({"a": bold, "b": plan, "c": None}) == said
-    assert f"{said}." in summary({"a": bold, "b": plan})
+    assert said in verdict({"a": bold, "b": plan})
     assert risks({"b": plan}) == ""
 
 

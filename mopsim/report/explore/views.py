@@ -27,7 +27,9 @@ from mopsim.report.explore.steps import (
     timeline,
 )
 from mopsim.report.explore.sweep import sweep_views
+from mopsim.report.findings import sentences
 from mopsim.report.tables import rate
+from mopsim.search.result import exhausted
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 
 def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
-    note = proofs([(one.label, one.found) for one in steps])
+    done = [one for one in steps if exhausted(one.found.get("gap"))]  # the verdict says it of the others
+    note = proofs([(one.label, one.found) for one in done])
     views = _step_views("The strategies", steps, note, result.get("refused"))
     where = _subject(result, steps).removesuffix(": ")
     return [*views[:1], *(sweep_views(result["sweep"], where) if "sweep" in result else []), *views[1:]]
@@ -187,8 +190,13 @@ def _said(result: Json) -> str:
     return f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
 
 
-def _joined(*parts: object, by: str = "; ") -> str:
-    return by.join(str(part) for part in parts if part)
+def _verdict(result: Json) -> list[str]:
+    """The sentences of a comparison's verdict."""
+    return [*sentences(result["finding"]), *filter(None, (result.get("software"), result.get("difference")))]
+
+
+def _joined(*parts: object) -> str:
+    return "; ".join(str(part) for part in parts if part)
 
 
 KINDS = (
@@ -196,7 +204,7 @@ KINDS = (
         "compare",
         lambda found: [ExplorerStep(label, one) for label, one in found["strategies"].items()],
         _compare,
-        lambda found: _joined(found["finding"], found.get("software"), found.get("difference"), by=". "),
+        lambda found: "\n".join(f"{one}." for one in _verdict(found)),
     ),
     Kind("search", _of_search, _search, lambda found: _joined(found["verdict"], proof(found))),
     Kind("size", _of_size, cluster_views, _recommended),

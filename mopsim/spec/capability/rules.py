@@ -151,9 +151,15 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
             continue
         works = _works(had)
         told = [where for where, values in had.items() if where and (value not in values or not works)]
-        on = f"the stack {job.software.name}{' where ' * bool(told)}{' and '.join(told).replace('_', ' ')}"
-        only = f"only {' or '.join(map(repr, works))}" if works else "nor is any other value"
+        case = f" in this case ({', '.join(told).replace('_', ' ')})" if told else ""
+        on = f"the stack {job.software.name}{case}"
+        only = f"only {' or '.join(map(_named, works))}" if works else "nor is any other value"
         yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
+
+
+def _named(value: Any) -> str:
+    """A value in a refusal: of a list its names, 'nothing' of an empty one."""
+    return (" with ".join(map(str, value)) or "nothing") if isinstance(value, tuple) else repr(value)
 
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
