@@ -107,14 +107,14 @@ def facts(row: Row) -> RowFacts:
 
 _NAMES = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = re.compile(
-    r"(?<![0-9a-z])(20(?:1[7-9]|2\d))(?:[-/.](0?[1-9]|1[0-2])(?!\d|[-/.]\d{3})|(0[1-9]|1[0-2])"
+    r"(?:(?<![0-9a-z])|(?<=dev))(20(?:1[7-9]|2\d))(?:[-/.](0?[1-9]|1[0-2])(?!\d|[-/.]\d{3})|(0[1-9]|1[0-2])"
     r"(?:0[1-9]|[12]\d|3[01])?)(?![0-9a-z])(?! ?(?:tokens|samples|sequences|steps))"
 )
 _WORDS = re.compile(rf"\b({'|'.join(_NAMES)})[a-z]*\.?,? (?:\d\d?,? )?(20(?:1[7-9]|2\d))\b")
 _BACKWARDS = re.compile(r"(?<![\d./])(?:[0-3]?\d[./])?(0?[1-9]|1[0-2])[./](20(?:1[7-9]|2\d))(?!\d)")
 _RELEASE = re.compile(r"\b(?:nemo|ngc|pytorch|container|image|jax|release)[ :-]?(2[3-9])\.(0[1-9]|1[0-2])\b")
-"""Months as dates have them (2026-08, 2026/8, 202608, 20260815; August 2026; 15.08.2026), and as NVIDIA's
-containers and NeMo are numbered."""
+"""Months as dates have them (2026-08, 2026/8, 202608, 20260815; August 2026; 15.08.2026), as torch's nightly
+builds do (dev20260815), and as NVIDIA's containers and NeMo are numbered."""
 _OTHERS = re.compile(
     r"\b(?:no|not|never|vs\.?|versus|unlike|without|instead of|rather than|compared (?:to|with)) [^\s,;]+"
 )

@@ -112,6 +112,25 @@ def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
             assert on == kernels
 
 
+@pytest.mark.parametrize(
+    ("gpu", "when", "kept"),
+    [
+        ("b200-sxm-192g", "2.9.0.dev20250815", False),
+        ("b200-sxm-192g", "20251201", True),
+        ("h100-sxm-80g", "20250815", True),
+        ("h100-sxm-80g", "20251115", False),
+        ("a100-sxm-80g", "20251115", True),
+    ],
+)
+def test_selective_checkpoints_of_torchtitan_keep_what_is_on_their_list(
+    gpu: str, when: str, kept: bool
+) -> None:
+    """Its list had no attention of cuDNN's until December 2025."""
+    for stack in ("torchtitan", "torchtitan-compile"):
+        found = read_case(row(stack=stack, gpu=gpu, source_ref=when, recompute="selective"), MODELS)
+        assert ("attention_core" in found.program().recompute.kept) is kept
+
+
 def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
     for when, stack, loss in (
         ("20260430", "torchtitan-compile", "full"),
