@@ -168,6 +168,38 @@ def test_filters_and_search_choose_rows(driver: Any, pages: dict[str, Path]) -> 
     assert all("fsdp2" in cell for cell in found)
 
 
+@pytest.mark.parametrize("zoom", [1.0, 4.0])
+def test_a_row_is_a_line_and_opens(driver: Any, pages: dict[str, Path], zoom: float) -> None:
+    """Plans were of two to five lines."""
+    opened(driver, pages["search"], zoom)
+    plans = column(driver, place_of(driver, "strategy"))
+    height = "return [...document.querySelectorAll('#view-1 tbody tr')].map(row => row.offsetHeight)"
+    line = driver.execute_script(
+        "return parseFloat(getComputedStyle(document.querySelector('td')).lineHeight)"
+    )
+    assert max(driver.execute_script(height)) < 2 * line
+    buttons = find(driver, "#view-1 .more")
+    assert len(buttons) == len(plans)
+    driver.execute_script("arguments[0].focus()", buttons[1])
+    press(driver, "\ue007")  # Enter
+    assert buttons[1].get_attribute("aria-expanded") == "true"
+    (detail,) = find(driver, "#view-1 .detail dl")
+    assert plans[1] in [one.text for one in detail.find_elements("css selector", "dd")]
+    box = detail.rect
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= driver.execute_script("return document.documentElement.clientWidth")
+    heads = find(driver, "#view-1 thead th button")
+    driver.execute_script("arguments[0].click(); arguments[0].click()", heads[0])  # the last comes first
+    assert len(find(driver, "#view-1 .detail")) == 1
+    (again,) = find(driver, "#view-1 .more[aria-expanded=true]")
+    assert again.text == driver.execute_script(
+        "return document.querySelector('#view-1 .detail').previousSibling.firstChild.textContent"
+    )
+    driver.execute_script("arguments[0].click()", again)
+    assert not find(driver, "#view-1 .detail")
+    assert complaints(driver) == []
+
+
 def test_points_are_walked_by_keys_and_say_their_plan(driver: Any, pages: dict[str, Path]) -> None:
     opened(driver, pages["compare"])
     points = find(driver, "section.plot .points")[0].find_elements("css selector", ".point")

@@ -1,4 +1,6 @@
-// A table that sorts by its heads and filters by the row under them.
+// A table that sorts by its heads and filters by the row under them. Where it has many columns a row is a line:
+// longer texts are cut, and the row opens to show them whole.
+const LINE = 40, FEW = 3; // characters of a text, columns
 function compared(a, b) {
   if (a === null || a === undefined) return b === null || b === undefined ? 0 : 1; // unknown comes last, both ways
   if (b === null || b === undefined) return -1;
@@ -48,9 +50,27 @@ function table(view, index) {
     });
     fill();
   }
-  function cell(value, column) {
+  const folds = columns.length > FEW;
+  const cuts = (value, column) => folds && column.type === "text" && String(value ?? "").length > LINE;
+  function cell(row, column) {
+    const value = row.cells[column.place];
     const text = column.type === "text" ? String(value ?? "") : inUnit(value, column.type, column.unit);
-    return el(column.place ? "td" : "th", { class: `${column.type} ${text.length > 40 ? "long" : text.length <= 20 ? "brief" : ""}`, scope: column.place ? null : "row" }, text);
+    const way = cuts(value, column) ? "cut" : folds || text.length <= LINE / 2 ? "brief" : text.length > LINE ? "long" : "";
+    const opens = !column.place && columns.some((one) => cuts(row.cells[one.place], one));
+    return el(column.place ? "td" : "th", { class: `${column.type} ${way}`, scope: column.place ? null : "row", title: way === "cut" ? text : null },
+      opens ? el("button", { type: "button", class: "more", "aria-expanded": String(!!row.open), on: { click: (event) => turn(row, event.currentTarget) } }, text) : text);
+  }
+  // What of a row was cut, whole.
+  function detail(row) {
+    const texts = columns.filter((column) => cuts(row.cells[column.place], column));
+    return el("tr", { class: "detail" }, el("td", { colspan: columns.length },
+      el("dl", {}, ...texts.flatMap((column) => [el("dt", {}, column.name), el("dd", {}, row.cells[column.place])]))));
+  }
+  function turn(row, button) {
+    row.open = !row.open;
+    button.setAttribute("aria-expanded", row.open);
+    const line = button.closest("tr");
+    if (row.open) line.after(detail(row)); else line.nextSibling.remove();
   }
   function fill() {
     let shown = rows.filter((row) => columns.every((column) => column.test(row.cells[column.place])) &&
@@ -60,7 +80,8 @@ function table(view, index) {
       const known = (row) => row.cells[at] !== null && row.cells[at] !== undefined;
       shown = shown.slice().sort((a, b) => (known(a) && known(b) ? sign : 1) * compared(a.cells[at], b.cells[at]) || a.place - b.place);
     }
-    body.replaceChildren(...shown.map((row) => el("tr", { class: STATES[row.mark] ?? row.mark }, ...columns.map((column) => cell(row.cells[column.place], column)))));
+    body.replaceChildren(...shown.flatMap((row) => [
+      el("tr", { class: STATES[row.mark] ?? row.mark }, ...columns.map((column) => cell(row, column))), ...(row.open ? [detail(row)] : [])]));
     count.textContent = `${shown.length} of ${rows.length} rows`;
   }
   function filter(column) {
