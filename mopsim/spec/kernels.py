@@ -41,8 +41,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `summed`: by one block (Transformer Engine).
     rotary: rotary embedding. `fused`: one kernel. `by_token`: a kernel with a block for each token
     (Transformer Engine). `composed`: products of complex numbers in eager torch. `halves`: products of
-    halves in eager torch. `wide`: as `halves`, in fp32. `gathered`: as `halves`, on tables of a microbatch's
-    positions that each layer gathers and keeps.
+    halves in eager torch. `wide`: as `halves`, in fp32. `upcast`: so on copies in fp32. `gathered`: as
+    `halves`, on tables of a microbatch's positions that each layer gathers and keeps.
     activation: `fused`: one kernel. `composed`: kernels as eager torch composes them. `strided`: as torch
     composes it on halves of one tensor. `tanh`: as `composed`, and without a gate GELU's tanh form operation
     by operation, of which most results are kept (transformers' gelu_new). `tanh_wide`: so in fp32, as
@@ -220,7 +220,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm: Literal["fused", "composed", "rounded", "upcast"] = "fused"
     norm_within: tuple[Normed, ...] = ()
     head_norms: Literal["fused", "summed"] = "fused"
-    rotary: Literal["fused", "by_token", "composed", "halves", "wide", "gathered"] = "fused"
+    rotary: Literal["fused", "by_token", "composed", "halves", "wide", "upcast", "gathered"] = "fused"
     activation: Literal["fused", "composed", "strided", "tanh", "tanh_wide"] = "fused"
     residual: Literal["fused", "composed", "routed"] = "fused"
     stream: Literal["compute", "float32"] = "compute"

@@ -57,6 +57,15 @@ def test_a_norm_by_hand() -> None:
     assert all(kernel == untouched[name] for name, kernel in found.items() if not name.endswith("norm"))
 
 
+def test_halves_rotated_in_fp32_by_hand() -> None:
+    """A cast, two products, half negated, halves put together, a sum, a cast: 52 bytes an element, 68 back."""
+    kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
+    rope = next(one for one in composed(kernels, {"rotary": "upcast"}, 2, 4, 2) if one.name == "rope")
+    elements = sum(value.bytes for value in rope.writes) / 2
+    assert rope.bytes == (6 + 8 + 4 + 8 + 8 + 12 + 6) * elements
+    assert rope.back_bytes == 68 * elements
+
+
 def test_halves_of_one_tensor_and_norms_of_heads_take_what_a_published_table_of_kernels_says() -> None:
     """Qwen3-8B, 4,096 tokens of two tensor ranks on H100, of one on H200 (rates.yaml, strided;
     eager.HEAD_NORM_SUM)."""

@@ -131,6 +131,19 @@ def test_selective_checkpoints_of_torchtitan_keep_what_is_on_their_list(
         assert ("attention_core" in found.program().recompute.kept) is kept
 
 
+@pytest.mark.parametrize(
+    ("model", "when", "rotary"),
+    [
+        ("qwen3_8b", "20251115", "halves"),
+        ("gpt_oss_20b", "202606", "upcast"),
+        ("llama3_8b", "20251115", "composed"),
+    ],
+)
+def test_qwen3_and_gpt_oss_rotate_halves_in_torchtitan(model: str, when: str, rotary: str) -> None:
+    found = read_case(row(stack="torchtitan", model=model, source_ref=when), MODELS)
+    assert found.program().kernels.rotary == rotary
+
+
 def test_a_compiled_torchtitan_since_may_2026_has_its_loss_in_chunks() -> None:
     for when, stack, loss in (
         ("20260430", "torchtitan-compile", "full"),

@@ -303,7 +303,7 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], dict[str, Change]]] = {
     }),
     "rotary": (lambda one: one.name.startswith("rope"), {
         "by_token": _by_token, "halves": _halves, "gathered": _halves, "wide": _chunks,
-        "composed": _rotated("rotary"),
+        "composed": _rotated("rotary"), "upcast": COMPOSED["rotary_upcast"].of,
     }),
     "activation": (lambda one: one.name in ("act", "gelu"), {
         "composed": COMPOSED["gated"].of, "strided": COMPOSED["gated_strided"].of,
