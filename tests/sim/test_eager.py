@@ -58,7 +58,7 @@ def test_a_norm_by_hand() -> None:
 
 
 def test_halves_rotated_in_fp32_by_hand() -> None:
-    """A cast, two products, half negated, halves put together, a sum, a cast: 52 bytes an element, 68 back."""
+    """A cast, a product, half negated, both put together, a product, a sum, a cast; 68 bytes back."""
     kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
     rope = next(one for one in composed(kernels, {"rotary": "upcast"}, 2, 4, 2) if one.name == "rope")
     elements = sum(value.bytes for value in rope.writes) / 2
