@@ -16,7 +16,7 @@ from mopsim.common.errors import MopError, Rule, Rules, SpecError
 from mopsim.common.explain import explain
 from mopsim.common.outputs import check_place, real_path
 from mopsim.common.results import made_by
-from mopsim.common.values import first_unfit
+from mopsim.common.values import first_unfit, require_fields
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.common.yaml_text import parse_yaml as parse_yaml
 
@@ -113,8 +113,7 @@ def read_yaml(path: Path, field: str) -> Any:
 def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
     """`data` (plain objects) as a validated `kind`; fields are named from `prefix` in errors."""
     head = f"{origin}: " if origin else ""
-    if not isinstance(data, dict):
-        raise MopError(f"{head}{prefix}: must be a mapping of fields, got {type(data).__name__}")
+    require_fields(data, f"{head}{prefix}")
     problem = first_unfit(data, prefix)
     if problem:
         raise MopError(f"{head}{problem[0]}: {problem[1]}")

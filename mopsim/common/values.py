@@ -24,6 +24,22 @@ def listed(given: str, field: str) -> list[str]:
     return values
 
 
+def require_fields(given: Any, field: str) -> dict[str, Any]:
+    """A mapping of fields. Raises MopError for anything else: an empty file is nothing."""
+    if isinstance(given, dict):
+        return given
+    names = {
+        "NoneType": "nothing",
+        "str": "text",
+        "list": "a list",
+        "tuple": "a list",
+        "bool": "true or false",
+    }
+    kind = type(given).__name__
+    number = "a number" if isinstance(given, int | float) else kind
+    raise MopError(f"{field}: must be a mapping of fields, is {names.get(kind, number)}")
+
+
 def parse_float(text: str) -> float:
     """The number that a text says. Raises ValueError for what only a programmer reads as one: 1_0."""
     if "_" in text or not text.isascii():

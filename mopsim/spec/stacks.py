@@ -24,6 +24,7 @@ from mopsim.common.errors import MopError, shown
 from mopsim.common.io import SUFFIXES, convert, exists, parse_yaml, read_text, to_plain
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
+from mopsim.common.values import require_fields
 from mopsim.spec import renamed
 from mopsim.spec.stack import Stack
 
@@ -142,9 +143,7 @@ def _stack(text: str, origin: str, field: str, seen: tuple[str, ...]) -> Stack:
 
 def _resolved(text: str, origin: str, field: str, seen: tuple[str, ...]) -> dict[str, Any]:
     """Plain fields of a Stack: the file's over those of what it extends. seen: names on the way here."""
-    data = parse_yaml(text, origin)
-    if not isinstance(data, dict):
-        raise MopError(f"{origin}: {field}: must be a mapping of fields, got {type(data).__name__}")
+    data = require_fields(parse_yaml(text, origin), f"{origin}: {field}")
     renamed.refuse_old(data, f"{origin}: {field}")
     own = _flat(data, origin, field)
     parent = data.get("extends") or ""

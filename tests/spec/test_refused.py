@@ -376,9 +376,13 @@ def test_a_collective_that_is_missing_is_named() -> None:
     assert "lacks all_to_all" in refusal(HardwareProfile, fields, "hardware")
 
 
-@pytest.mark.parametrize("data", [None, [], "text", 3])
-def test_a_file_that_is_no_mapping(data: Any) -> None:
-    assert refusal(ModelSpec, data, "model").startswith("model: must be a mapping of fields, got ")
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(None, "nothing"), ([], "a list"), ("text", "text"), (3, "a number"), (True, "true or false")],
+)
+def test_a_file_that_is_no_mapping(data: Any, kind: str) -> None:
+    """An empty stack was a NoneType."""
+    assert refusal(ModelSpec, data, "model") == f"model: must be a mapping of fields, is {kind}"
 
 
 @pytest.mark.parametrize("key", [1, ""])

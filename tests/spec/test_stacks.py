@@ -68,6 +68,7 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
             "name: a\nversion: b\nofflaod: {shards: false}",
             "stack.offlaod: {'shards': False} is an unknown field",
         ),
+        ("", "stack: must be a mapping of fields, is nothing"),
         ("name: a\nversion: b\nhas: ring", "stack.has: 'ring' must be a mapping of fields"),
         (
             "name: a\nversion: b\nhas: {vocabulary.loss: [full]}",
