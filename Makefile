@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests start many processes: what one has compiled is there for the next.
-TESTED := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+# What one process has compiled is there for the next.
+export PYTHONDONTWRITEBYTECODE :=
+TESTED := OMP_NUM_THREADS=1
 QUICK := tests/spec tests/docs tests/api tests/capability/test_table.py tests/capability/test_exports.py \
 	tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
 	tests/sim/test_strategies.py tests/sim/test_cli.py tests/exec/test_without_torch.py
 
-.PHONY: setup demo test quick bench gpu kills docs check format lint types imports clean
+.PHONY: setup demo test quick bench gpu kills docs check format lint types imports collected clean
 
 setup: $(STAMP)
 
@@ -17,7 +18,8 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("mop needs Python 3.11 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing torch and the rest into $(VENV), which takes some minutes'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[exec,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[exec,dev]'
+	$(BIN)/python -c 'import mopexec.modules.fully_shard, mopexec.run.worker, mopsim.loop, torch._dynamo'  # compiles them
 	touch $@
 
 demo: setup
@@ -41,7 +43,13 @@ kills: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 
-check: setup format lint types imports test
+# One core checks types while the other compiles what the tests' processes import.
+check: setup
+	$(MAKE) -j 2 format lint imports types collected
+	$(MAKE) test
+
+collected: setup
+	@$(TESTED) $(BIN)/python -m pytest -qq --collect-only > /dev/null || true  # `test` says what is wrong
 
 format: setup
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """What the dispatch modes share: telling plain tensors from wrappers, walking arguments, reading schemas."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -76,11 +77,13 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
                 yield from tensors_in(value)
 
 
+@cache
 def returns_alias(func: Any) -> bool:
     """Whether every result of an op is a view of, or is, one of its arguments (so it allocates nothing)."""
     return all(value.alias_info is not None for value in func._schema.returns)
 
 
+@cache
 def writes(func: Any) -> bool:
     """Whether an op writes to one of its arguments."""
     return bool(func._schema.is_mutable)

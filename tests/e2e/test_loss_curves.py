@@ -67,12 +67,11 @@ def losses(folder: Path, strategy: Strategy, steps: int) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("precision", "steps", "tolerance"), [("float64", 8, 1e-9), ("float32", 6, 1e-4)])
-def test_loss_curves_agree(tmp_path: Path, precision: DType, steps: int, tolerance: float) -> None:
-    curves = []
-    for name, strategy in (("mop", every_mechanism(precision)), ("fsdp2", baseline(precision))):
+def test_loss_curves_agree(tmp_path: Path) -> None:
+    curves, steps = [], 8
+    for name, strategy in (("mop", every_mechanism("float64")), ("fsdp2", baseline("float64"))):
         (tmp_path / name).mkdir()
         curves.append(losses(tmp_path / name, strategy, steps))
     assert len(curves[0]) == steps
-    assert curves[0] == pytest.approx(curves[1], rel=tolerance)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
     assert curves[0][-1] < curves[0][0]

@@ -1,4 +1,5 @@
-"""One rank of the tests of compiled blocks: by `aot_eager`, as a machine need not have a C++ compiler."""
+"""One rank of the tests of compiled blocks: by `aot_eager`, as a machine need not have a C++ compiler, or
+`eager`, which makes no graphs of the backward."""
 
 import os
 from collections import Counter
@@ -81,7 +82,7 @@ def watched(platform: Platform, plan: Plan) -> tuple[int, int]:
 def resumed(platform: Platform, plan: Plan, folder: Path) -> dict[str, float]:
     """How far weights are off after a step that follows a checkpoint, where blocks are compiled after it and
     were not before it, and the other way round, from those of the run that went on as it was."""
-    _begin()
+    _begin("eager")
     batches = my_batches(plan, make_tokens(plan, 0), int(os.environ["RANK"]), platform.device)
     expected = {}
     for how in ("none", "block"):

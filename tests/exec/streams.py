@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, tensors_in
+from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, tensors_in, writes
 from mopexec.measure.scope import NOW
 
 Clock = dict[str, int]
@@ -81,10 +82,8 @@ class Order(EagerMode):
         if func.namespace == "c10d":
             actor = self.collective
         self.start(actor)
-        if not (returns_alias(func) and not func._schema.is_mutable):
-            for argument, value in _bound(func, args, kwargs):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                written = written or (func.namespace == "c10d" and "input" not in argument.name)
+        if writes(func) or not returns_alias(func):
+            for written, value in _bound(func, args, kwargs):
                 for tensor in tensors_in(value):
                     self.use(tensor, actor, write=written, what=func)
         result = func(*args, **kwargs)
@@ -129,12 +128,23 @@ class Order(EagerMode):
                 self._freed.append(f"{owner} frees what {other} uses {shape}")
 
 
-def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    for index, argument in enumerate(func._schema.arguments):
+@cache
+def _arguments(func: Any) -> list[tuple[str, bool]]:
+    """Names of an op's arguments, and whether it writes to them."""
+    found = []
+    for argument in func._schema.arguments:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        found.append((argument.name, written or (func.namespace == "c10d" and "input" not in argument.name)))
+    return found
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[bool, Any]]:
+    """Whether an op writes to an argument, and the argument."""
+    for index, (name, written) in enumerate(_arguments(func)):
         if index < len(args):
-            yield argument, args[index]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
+            yield written, args[index]
+        elif name in kwargs:
+            yield written, kwargs[name]
 
 
 class OrderedPlatform(Platform):

@@ -64,9 +64,12 @@ def _same(state: str, changes: dict[str, Any], routing: str = "learned", **optio
         assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("where", LAYOUTS)
-def test_it_is_the_update_at_the_end_of_the_step_to_the_bit(state: str, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "state"),
+    [("sharded", state) for state in STATES]
+    + [(where, state) for where in ("replicated", "experts_sharded") for state in ("offloaded", "resident")],
+)
+def test_it_is_the_update_at_the_end_of_the_step_to_the_bit(where: str, state: str) -> None:
     _same(state, COARSE | LAYOUTS[where], micro_batch=2)
 
 

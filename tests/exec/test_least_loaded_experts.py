@@ -31,10 +31,10 @@ def moving(base: dict[str, Any], **experts: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("routing", "dtype"),
-    [("balanced", "float64"), ("95/4", "float64"), ("95/4", "float32"), ("learned", "float64")],
+    ("name", "routing", "dtype"),
+    [(name, routing, "float64") for name in PARTS for routing in ("balanced", "95/4", "learned")]
+    + [("two ranks, everything", "95/4", "float32")],
 )
-@pytest.mark.parametrize("name", PARTS)
 def test_it_equals_the_single_device_model(name: str, routing: str, dtype: str) -> None:
     """Loss, gradients, and weights after two clipped steps."""
     world, base, micro_batch = PARTS[name]

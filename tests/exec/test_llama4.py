@@ -84,7 +84,7 @@ def test_runtimes_equal_the_single_device_model(mask: str, runtime: str) -> None
     ids=["kept", "again, skewed"],
 )
 def test_compiled_layers_equal_the_single_device_model(plan: Plan, routing: str) -> None:
-    for found in pool(2).run("tests.exec.compiled_worker", "compare", plan, routing, routing == "learned"):
+    for found in pool(2).run("tests.exec.compiled_worker", "compare", plan, routing, False):
         check(found, 1e-9)
 
 

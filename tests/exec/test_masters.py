@@ -11,7 +11,9 @@ from mopsim.strategies import fsdp2, mop, zero_offload
 from tests.exec.spawn import pool
 from tests.plans import plan_of, split
 
-MODEL = replace(load_model("tiny"), num_nextn_predict_layers=0)
+MODEL = replace(
+    load_model("tiny"), num_nextn_predict_layers=0, num_hidden_layers=2, hidden_size=64, vocab_size=256
+)
 STRATEGIES: dict[str, Strategy] = {
     "mop": mop(2, expert_parallel=2, vocab_parallel=2),
     "mop, optimizer beside the next step": mop(2, optimizer_overlap=True, optimizer_bucket_params=5000),

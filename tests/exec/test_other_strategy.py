@@ -35,10 +35,10 @@ def split_plan(world_size, **options):
 
 def test_the_losses_go_on_as_if_undisturbed(tmp_path):
     plans = [
-        in_float64(small_plan(2, **TRAINING)),
+        in_float64(small_plan(1, **TRAINING)),
         fsdp2_plan(4, tensor_parallel=2, context_parallel=2, context_exchange="ring", expert_parallel=2),
         split_plan(4, pipeline_parallel=2, tensor_parallel=2, expert_tensor_parallel=2),
-        in_float64(small_plan(1, **TRAINING)),
+        in_float64(small_plan(2, **TRAINING)),
     ]
     _check(plans, tmp_path)
 
@@ -46,18 +46,18 @@ def test_the_losses_go_on_as_if_undisturbed(tmp_path):
 def test_so_do_those_of_a_weight_that_embedding_and_head_share(tmp_path):
     """It is one in every checkpoint, however it was split."""
     plans = [
-        in_float64(small_plan(4, **TRAINING)),
+        in_float64(small_plan(1, **TRAINING)),
         fsdp2_plan(2, expert_parallel=2, recompute="full"),
         in_float64(small_plan(2, **TRAINING)),
         split_plan(2, tensor_parallel=2),
-        in_float64(small_plan(1, **TRAINING)),
+        in_float64(small_plan(4, **TRAINING)),
     ]
     gpt = {"tie_word_embeddings": True, "learned_positions": 64}
     _check([replace(plan, model=replace(plan.model, **gpt)) for plan in plans], tmp_path)
 
 
 def _check(plans, tmp_path):
-    """The losses of two steps under each plan are those of all under the first."""
+    """The losses of two steps under each plan are those of all under the first, of one rank."""
     inputs = write_inputs(tmp_path)
     out, whole = tmp_path / "parts", tmp_path / "whole"
     for number, plan in enumerate(plans):

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,6 +53,7 @@ def _steps(name: str, skip: Site | None = None) -> list[Site]:
     return list(order.sites)
 
 
+@cache
 def _caught(name: str, site: Site) -> bool:
     try:
         _steps(name, site)
@@ -60,6 +62,7 @@ def _caught(name: str, site: Site) -> bool:
     return False
 
 
+@pytest.mark.xdist_group("streams")
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_races_and_no_wait_can_go(name: str) -> None:
     """A wait that this case does without is one that another case needs."""
