@@ -23,7 +23,7 @@ _FIXED = ("seq_len", "global_batch", "routing", "document_tokens", "seed")
 LATER = (
     "mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor", "ffn_activation",
     "norm_bias", "full_attention_rotary", "attn_temperature_tuning", "floor_scale", "attn_scale",
-    "expert_inputs_weighted",
+    "expert_inputs_weighted", "layers_without_ffn", "attention_output_gate", "linear_attention",
 )  # fmt: skip
 """Fields of ModelSpec that no digest of all of them had."""
 

@@ -92,7 +92,7 @@ class Contender(Spec, frozen=True, kw_only=True):
     def most_split(self, problem: Problem) -> int:
         """Ranks that can share one sequence."""
         key, values = _splitting(self.axes(problem, axes_of(problem, self.family)))
-        heads, found = problem.model.num_attention_heads, [1]
+        heads, found = problem.model.num_split_heads, [1]
         for value in values:
             split, row = _split(key, value), columns_of(key, value)
             legal = row.get("exchange", ULYSSES) != ULYSSES or heads % split == 0
@@ -119,7 +119,7 @@ def _rings(problem: Problem, axes: Axes) -> Axes:
 
 def _tensor(problem: Problem) -> list[int]:
     """Tensor degrees within a node."""
-    heads = problem.model.num_attention_heads
+    heads = problem.model.num_split_heads
     return [d for d in divisors(problem.hardware.devices_per_node) if heads % d == 0]
 
 

@@ -30,15 +30,27 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
         )  # fmt: skip
         values = (q, *values[1:])
     kernels += _core(model, shapes, layer, values)
+    gated = model.attention_output_gate
+    kernels += [_output_gate(kernels)] if gated else []
     _, v_width = attention_widths(model)
     k = model.num_attention_heads * v_width / shapes.tensor
 
     def product(out: Value) -> Kernel:
-        return linear("o_proj", "o", out, shapes.region_tokens, H, k, b, _C)
+        return linear("o_proj", "og" if gated else "o", out, shapes.region_tokens, H, k, b, _C)
 
     kernels += end("scatter_a", product, Value("a", N * H * b), _C, shapes)
     kernels.append(residual("attention_residual", "a", "x", y, model, shapes, _C))
     return Tape((x,), tuple(kernels), ("y",))
+
+
+def _output_gate(kernels: list[Kernel]) -> Kernel:
+    """og = o * sigmoid(output gate)."""
+    made = {one.name: one for kernel in kernels for one in kernel.writes}
+    size = made["output_gate0"].bytes
+    return Kernel(
+        "output_gate", "memory_bound", _C, ("o", "output_gate0"), (Value("og", size),),
+        saves=("o", "output_gate0"), bytes=3 * size, back_bytes=5 * size,
+    )  # fmt: skip
 
 
 def residual(
@@ -82,6 +94,7 @@ def _gqa(model: ModelSpec, shapes: Shapes, rotates: bool) -> tuple[list[Kernel],
     N, H, b, d = shapes.region_tokens, model.hidden_size, shapes.width, model.head_dim
     heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
     sizes = {"q": heads * d, "k": kv * d, "v": kv * d}
+    sizes |= {"output_gate": heads * d} if model.attention_output_gate else {}
     made = {name: Value(f"{name}0", int(N * size * b)) for name, size in sizes.items()}
     kernels = [linear(f"{name}_proj", "h", made[name], N, size, H, b, _C) for name, size in sizes.items()]
     if shapes.fused:

@@ -2,22 +2,24 @@
 
 from functools import lru_cache
 
-from mopsim.graph.attention import attention
 from mopsim.graph.experts import experts, router
 from mopsim.graph.ffn import ffn
+from mopsim.graph.layer import mixer
 from mopsim.graph.shapes import Shapes
 from mopsim.spec.model import ModelSpec
 
 
 @lru_cache(maxsize=1024)
 def _layer_flops(
-    model: ModelSpec, seq_len: int, layer: int, moe: bool, documents: int
+    model: ModelSpec, seq_len: int, layer: int, moe: bool, documents: int, bare: bool = False
 ) -> tuple[tuple[str, float], ...]:
     """Forward FLOP of one layer over one whole sequence."""
     S, k = seq_len, model.num_experts_per_tok
     shapes = Shapes(S, S, documents=documents)
-    tapes = [attention(model, shapes, layer)]
-    if moe:
+    tapes = [mixer(model, shapes, layer)]
+    if bare:
+        pass
+    elif moe:
         tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2)]
         if model.shared_expert_intermediate_size:
             tapes.append(ffn(model, model.shared_expert_intermediate_size, "shared_experts", shapes))
@@ -26,7 +28,8 @@ def _layer_flops(
     found: dict[str, float] = {}
     for tape in tapes:
         for kernel in tape.kernels:
-            key = "attention_core" if kernel.kind == "attention" else kernel.component
+            core = kernel.kind == "attention" or kernel.name == "linear_scan"
+            key = "attention_core" if core else kernel.component
             found[key] = found.get(key, 0.0) + kernel.total_flops
     return tuple(found.items())
 
@@ -35,7 +38,7 @@ def _layer_flops(
 def _flops(model: ModelSpec, seq_len: int, documents: int) -> tuple[tuple[str, float], ...]:
     found: dict[str, float] = {}
     for kind, layers in model.layer_kinds().items():
-        for name, flops in _layer_flops(model, seq_len, layers[0], kind.routed, documents):
+        for name, flops in _layer_flops(model, seq_len, layers[0], kind.routed, documents, kind.bare):
             found[name] = found.get(name, 0.0) + len(layers) * flops
     head = 2.0 * seq_len * model.hidden_size * model.vocab_size
     for _ in range(model.num_nextn_predict_layers):

@@ -9,6 +9,7 @@ from mopsim.graph.attention import attention, linear, norm, residual
 from mopsim.graph.experts import beside_rows, combine, dispatch, experts, router
 from mopsim.graph.ffn import ffn
 from mopsim.graph.gathered import gathered
+from mopsim.graph.linear_attention import linear_attention
 from mopsim.graph.region import gather, scatter
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Tape, Value
@@ -35,12 +36,25 @@ def decoder_layer(
     N, H, b = shapes.tokens, model.hidden_size, shapes.width
     moe = bool(routes)
     part = "experts" if moe else "dense_ffn"
-    first = attention(model, shapes, layer)
+    first = mixer(model, shapes, layer)
+    if model.layer_kind(layer).bare:
+        return _bare(first)
     second = norm("ffn_norm", "y", "u", N, H, b, "router" if moe else "dense_ffn")
     how = (split, deduplicated, beside, gathers)
     third = _moe(model, shapes, routes, *how) if moe else _dense(model, shapes)
     add = residual("ffn_residual", "f", "y", Value("z", N * H * b), model, shapes, part)
     return Tape(first.inputs, (*first.kernels, second, *third, add), ("z",))
+
+
+def mixer(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
+    """x [N,H] -> y [N,H]: what of a layer mixes tokens."""
+    return linear_attention(model, shapes) if model.is_linear(layer) else attention(model, shapes, layer)
+
+
+def _bare(tape: Tape) -> Tape:
+    """A layer that is a mixer and nothing after: x -> z."""
+    kernels = tuple(one.renamed(lambda old: "z" if old == "y" else old) for one in tape.kernels)
+    return Tape(tape.inputs, kernels, ("z",))
 
 
 def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:

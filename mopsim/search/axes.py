@@ -94,7 +94,7 @@ def _micro_batches(problem: Problem) -> list[int]:
 
 
 def _sequences(problem: Problem) -> list[int]:
-    heads, length = problem.model.num_attention_heads, problem.training.seq_len
+    heads, length = problem.model.num_split_heads, problem.training.seq_len
     return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
 
 
@@ -154,7 +154,7 @@ def one_mesh(problem: Problem) -> bool:
 
 
 def _tensor(problem: Problem) -> list[int]:
-    node, heads = problem.hardware.devices_per_node, problem.model.num_attention_heads
+    node, heads = problem.hardware.devices_per_node, problem.model.num_split_heads
     return [d for d in divisors(problem.world_size) if d <= node and heads % d == 0]
 
 

@@ -264,7 +264,7 @@ class Bounder(Copies):
         c, m = self.c, self.model
         tokens = self.tokens / c["tensor"]
         qk, v = attention_widths(m)
-        passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers / c["pipeline"]
+        passes = self.microbatches * (2 + c["recompute"]) * self._attending / c["pipeline"]
         sent = tokens * m.num_attention_heads * min(qk, v) * self.compute
         routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
         moe_layers = self.sizes.moe_layers / c["pipeline"] * np.maximum(c["chunks"], 1)
@@ -289,6 +289,11 @@ class Bounder(Copies):
             Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]
 
+    @property
+    def _attending(self) -> int:
+        """Decoder layers that have attention; what those of linear attention exchange is left out."""
+        return self.model.num_hidden_layers - self.model.num_linear_layers
+
     @cached_property
     def _sent_tokens(self) -> list[tuple[Reals, Reals]]:
         """Seconds in which each of the exchanges keeps (scale-up, scale-out) busy."""
@@ -306,13 +311,14 @@ class Bounder(Copies):
         compute beside exchanges."""
         c, woven = self.c, self.c["overlap"] == 1
         sequence, experts, _ = ((up + out) * c["pipeline"] for up, out in self._sent_tokens)
-        sequence = sequence / self.model.num_hidden_layers
+        sequence = sequence / max(self._attending, 1)
         experts = experts / max(self.sizes.moe_layers, 1) * (c["chunks"] <= 1)
         behind = (ROUTED + self.sent_again) / (2 * ROUTED + self.sent_again)  # of the experts' exchanges
         found = []
         for place, kind in enumerate(kinds(self.model)):
-            back = self._busy[:, 1, place] + sequence / 2 + kind.routed * experts * behind
-            whole = self._busy[:, :, place].sum(axis=1) + sequence + kind.routed * experts
+            trades = sequence * (not kind.linear)
+            back = self._busy[:, 1, place] + trades / 2 + kind.routed * experts * behind
+            whole = self._busy[:, :, place].sum(axis=1) + trades + kind.routed * experts
             found.append(np.where(woven, back, whole))
         return found
 

@@ -98,13 +98,14 @@ def _regions(one: Bounder) -> list[Message]:
     """Rows gathered and scattered around the two tensor regions of a layer (arXiv 2205.05198), keys and
     values gathered over a sequence that is not split by heads."""
     c, m = one.c, one.model
-    passes = one.microbatches * (2 + c["recompute"]) * m.num_hidden_layers / c["pipeline"]
+    each = one.microbatches * (2 + c["recompute"]) / c["pipeline"]
+    regions = 2 * m.num_hidden_layers - len(m.layers_without_ffn)
     rows = one.tokens * m.hidden_size * one.compute
     qk, v = attention_widths(m)
     heads = m.num_key_value_heads if m.attention == "gqa" else m.num_attention_heads
     keys = one.tokens * c["sequence"] * heads / c["tensor"] * (qk + v) * one.compute
     split = np.where(c["exchange"] == ULYSSES, 1, c["sequence"])
     return [
-        Message("all_gather", rows, c["tensor"], 4 * passes),
-        Message("all_gather", keys, split, passes, c["tensor"]),
+        Message("all_gather", rows, c["tensor"], 2 * each * regions),
+        Message("all_gather", keys, split, each * (m.num_hidden_layers - m.num_linear_layers), c["tensor"]),
     ]

@@ -191,7 +191,7 @@ def _apart(experts: Column) -> Column:
 def _reference(space: Space, codes: Column, *first: Column) -> Space:
     """The row of each code whose layers and sequences are split least; first: what decides before sequences
     do, the least of one after the other."""
-    c, heads = space.columns, space.problem.model.num_attention_heads
+    c, heads = space.columns, space.problem.model.num_split_heads
     rows = space.take(_least(codes, *first, c["sequence"], c["tensor"], -c["micro_batch"]))
     once = max(offered(space.problem, space.family, "dispatcher")) if c["dispatcher"].any() else 0
     whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0

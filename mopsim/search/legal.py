@@ -151,7 +151,7 @@ def _words(problem: Problem) -> dict[str, Any]:
     """What an expression of relations.yaml reads beside columns."""
     model, training, world = problem.model, problem.training, problem.world_size
     return _CODES | {
-        "world": world, "node": problem.hardware.devices_per_node, "heads": model.num_attention_heads,
+        "world": world, "node": problem.hardware.devices_per_node, "heads": model.num_split_heads,
         "num_experts": max(model.num_local_experts, 1), "batch": training.global_batch,
         "seq_len": training.seq_len, "one_mesh": one_mesh(problem),
         "near": near_batches(training.global_batch, world),

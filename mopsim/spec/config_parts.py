@@ -7,8 +7,7 @@ import msgspec
 
 from mopsim.common.errors import MopError, shown
 from mopsim.spec.config_reader import ConfigReader
-from mopsim.spec.layer_fields import WINDOWS, dense_fields, window_fields
-from mopsim.spec.model import MOST_LAYERS
+from mopsim.spec.layer_fields import MOST_LAYERS, WINDOWS, dense_fields, window_fields
 from mopsim.spec.rope import RopeScaling
 
 Fields = dict[str, Any]

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
+MOST_LAYERS, MOST_TOKENS = 10_000, 2**40
+LINEAR: LayerType = "linear_attention"
 WINDOWS: dict[str, LayerType] = {
     "sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"
 }  # fmt: skip

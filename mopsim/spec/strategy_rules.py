@@ -143,6 +143,9 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     if s.attention.cp_comm_type == "ulysses":
         rule = f"times dense.tensor_parallel {tensor} does not divide num_attention_heads {heads}"
         yield heads % (s.attention.context_parallel * tensor) == 0, "attention.context_parallel", rule
+    states, degree = model.linear_attention.num_value_heads, s.attention.context_parallel
+    rule = f"times attention.context_parallel {degree} does not divide linear_attention.num_value_heads "
+    yield states % (degree * tensor) == 0, "dense.tensor_parallel", f"{rule}{states}"
     whole = s.dense.sequence_parallel or tensor == 1
     rows = "must be true where experts.expert_tensor_parallel is above 1: its ranks gather rows"
     yield whole or s.experts.expert_tensor_parallel == 1, "dense.sequence_parallel", rows

@@ -1,6 +1,7 @@
 """Every parameter of a model: name, shape, component. The executor's `state_dict` has the same names and
 shapes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -50,7 +51,9 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
     """Parameters of one decoder layer, `layers.{i}.…`."""
     H = model.hidden_size
     found = _norm(model, f"{prefix}.attention_norm", H, "attention", layer)
-    found += (_mla if model.attention == "mla" else _gqa)(model, f"{prefix}.attention", layer)
+    found += _mixer(model, layer)(model, f"{prefix}.attention", layer)
+    if model.layer_kind(layer).bare:
+        return found
     found += _norm(model, f"{prefix}.ffn_norm", H, "router" if moe else "dense_ffn", layer)
     if not moe:
         return found + _ffn(
@@ -114,11 +117,34 @@ def _linear(
     return found + [Tensor(f"{name}.bias", (out,), component, layer)] * bias
 
 
+def _mixer(model: ModelSpec, layer: int) -> Callable[[ModelSpec, str, int], list[Tensor]]:
+    if model.is_linear(layer):
+        return _linear_attention
+    return _mla if model.attention == "mla" else _gqa
+
+
+def _linear_attention(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
+    """One projection, the convolution, the decay, step and skip of each head, the gated norm, the output.
+    Mamba-2's convolution has a bias, and its norm a weight for each element (mamba_ssm, mamba2.py); a gated
+    delta rule has no such bias, and one norm for all heads (transformers, Qwen3NextGatedDeltaNet)."""
+    how, H, C = model.linear_attention, model.hidden_size, "attention"
+    state_space = how.kind == "mamba2"
+    found = _linear(f"{prefix}.in_proj", how.projected, H, C, layer)
+    found += _linear(f"{prefix}.conv", how.mixed, how.conv_kernel_dim, C, layer, bias=state_space)
+    scalars = ("decay", "step_bias", "skip") if state_space else ("decay", "step_bias")
+    found += [Tensor(f"{prefix}.{name}", (how.num_value_heads,), C, layer) for name in scalars]
+    normed = how.values if state_space else how.value_head_dim
+    found.append(Tensor(f"{prefix}.norm.weight", (normed,), C, layer))
+    return found + _linear(f"{prefix}.o_proj", H, how.values, C, layer)
+
+
 def _gqa(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     H, d = model.hidden_size, model.head_dim
     q, kv = model.num_attention_heads * d, model.num_key_value_heads * d
     bias = model.attention_bias != "none"
-    found = []
+    found = (
+        _linear(f"{prefix}.output_gate_proj", q, H, "attention", layer) if model.attention_output_gate else []
+    )
     for name, out in (("q", q), ("k", kv), ("v", kv)):
         found += _linear(f"{prefix}.{name}_proj", out, H, "attention", layer, bias)
     if model.qk_norm in ("head", "full"):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.rules import Rule, applied
 from mopsim.common.shipped import listed_in
@@ -71,7 +72,7 @@ def _from_row(row: Row) -> ModelSpec:
         "source": row.get("source", ""),
         "assumptions": known.told,
     }
-    return ModelSpec(**fields | known.of("model"))  # type: ignore[arg-type]
+    return io.convert(fields | known.of("model"), ModelSpec, "")
 
 
 def _kinds(row: Row) -> set[str]:

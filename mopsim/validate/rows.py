@@ -260,7 +260,7 @@ def _model(known: RowFacts, models: dict[str, Row]) -> tuple[str | ModelSpec, Ch
         raise UnsupportedError("model", f"{shown(name)} is neither in the models CSV nor a preset") from error
     changes: Changes = {}
     layers = count(row, "num_layers") or model.num_hidden_layers
-    if layers != model.num_hidden_layers:
+    if layers not in (model.num_hidden_layers, model.num_blocks):
         changes |= model.cut(layers)
     if model.learned_positions:
         changes["learned_positions"] = count(row, "seq_len") or model.learned_positions

@@ -7,6 +7,7 @@ import msgspec
 
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.capability import ROWS, Job, Side, refusals
+from mopsim.spec.linear_attention import LinearAttention
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
@@ -25,7 +26,8 @@ TRAINING = TrainSpec(seq_len=64, global_batch=16)
 
 
 def models() -> dict[str, ModelSpec]:
-    """A small MoE, the same with latent attention, and one without experts."""
+    """A small MoE, the same with latent attention, with windows, with linear attention in half of its layers,
+    and one without experts."""
     tiny = load_model("tiny")
     latent = replace(
         tiny, attention="mla", kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
@@ -36,7 +38,15 @@ def models() -> dict[str, ModelSpec]:
         shared_expert_intermediate_size=0,
     )  # fmt: skip
     windowed = replace(tiny, sliding_window=16)
-    return {"moe": tiny, "latent": latent, "dense": dense, "windowed": windowed}
+    mixer = LinearAttention(
+        kind="gated_delta", num_key_heads=4, num_value_heads=8, key_head_dim=16, value_head_dim=16,
+        conv_kernel_dim=4, chunk=16,
+    )  # fmt: skip
+    hybrid = replace(
+        tiny, layer_types=("linear_attention", "full_attention") * 2, layers_without_ffn=(2,),
+        linear_attention=mixer,
+    )  # fmt: skip
+    return {"moe": tiny, "latent": latent, "dense": dense, "windowed": windowed, "hybrid": hybrid}
 
 
 def strategies() -> dict[str, tuple[str, Strategy]]:
@@ -106,6 +116,10 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
         "megatron, latent": (
             "latent",
             megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2),
+        ),
+        "megatron, linear": (
+            "hybrid",
+            megatron(8, context_parallel=2, expert_parallel=2, context_exchange="ulysses"),
         ),
         "megatron, balanced": ("moe", moved),
         "megatron, fp8": ("moe", deep),

@@ -46,6 +46,7 @@ CASES = (
     ("deepseek_v2", "h100-sxm-80g", 4, 4096, 128),
     ("qwen3_30b_a3b", "mi300x-192g", 2, 8192, 32),
     ("mixed", "h200-sxm-141g", 2, 8192, 32),
+    ("nemotron_3_nano_30b_a3b", "h100-sxm-80g", 2, 8192, 64),
 )
 """Networks with and without windows, latents and dense layers, at places of their own; a CPU, and cards."""
 PLAIN = (Phase.explicit, Phase.reuse, Phase.generate)

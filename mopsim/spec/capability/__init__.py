@@ -94,9 +94,9 @@ def written(plan: Plan) -> dict[str, Any]:
     job = job_of(plan)
     usual = {one.name: one.default for one in fields(ModelSpec)}
     for path, row in ROWS.items():
-        noun, _, name = path.partition(".")
+        noun, name = path.split(".")[:2]
         if noun == "model" and not row.acts_in(job) and getattr(plan.model, name) == usual[name]:
-            del plain["model"][name]
+            plain["model"].pop(name, None)
     return plain
 
 
