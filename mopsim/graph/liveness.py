@@ -1,10 +1,12 @@
 """Which values of a tape live when: a forward run, and its reverse with what it makes again."""
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-from mopsim.graph.tape import Kernel, Played, Step, Tape
+from msgspec.structs import replace
+
+from mopsim.graph.tape import Kernel, Played, Step, Tape, Value
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,34 @@ def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
         for name in (*(value.name for value in kernel.writes), *kernel.reads):
             last[name] = index
     last |= {name: max(place, last[name]) for name, place in tape.holds.items()}
-    values, over = tape.values, _by_place((name, when) for name, when in last.items() if name not in keep)
+    over = _by_place((name, when) for name, when in last.items() if name not in keep)
+    looped = _looped(tape, last, keep)
+    values = tape.values | looped
     played = []
     for index, kernel in enumerate(tape.kernels):
-        passing = [value for value in kernel.writes if last[value.name] == index and value.name not in keep]
-        rest = [value for value in kernel.writes if value not in passing]
-        scratch = _spike(kernel.scratch)
-        steps = (passing, scratch, rest) if passing else (rest, scratch)
-        memory = [
-            one if isinstance(one, tuple) else (one.category, one.bytes) for part in steps for one in part
-        ]
-        memory += [(values[name].category, -values[name].bytes) for name in over.get(index, ())]
+        made, gone = [value.name for value in kernel.writes], over.get(index, [])
+        passing = [name for name in made if last[name] == index and name not in keep]
+        rest = [name for name in made if name not in passing]
+        own = [] if passing else [name for name in gone if name in looped]  # before outputs are put together
+
+        def steps(names: Iterable[str], sign: int = 1) -> list[Step]:
+            return [(values[name].category, sign * values[name].bytes) for name in names]
+
+        memory = [*steps(passing or rest), *steps(own, -1), *_spike(kernel.scratch)]
+        memory += [*steps(rest if passing else ()), *steps((name for name in gone if name not in own), -1)]
         played.append(Played(kernel, False, tuple(memory)))
     return played
+
+
+def _looped(tape: Tape, last: dict[str, int], keep: Set[str]) -> dict[str, Value]:
+    """Values that a loop over experts makes and reads itself, as large as one's."""
+    return {
+        value.name: replace(value, bytes=int(value.bytes * kernel.loop))
+        for kernel in tape.kernels
+        if kernel.loop
+        for value in kernel.writes
+        if value.name not in keep and tape.kernels[last[value.name]].loop
+    }
 
 
 def _by_place(names: Iterable[tuple[str, int]]) -> dict[int, list[str]]:

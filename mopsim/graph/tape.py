@@ -71,7 +71,8 @@ class Kernel(Struct, frozen=True):
     values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the kernel only.
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
     of its own for it. ranked: numbers, whole warps of them in a row, of which it finds each row's largest.
-    share: of its rows, those that an attention kernel takes at a time.
+    share: of its rows, those that an attention kernel takes at a time. loop: of a loop over routed experts,
+    the largest one's rows over all of them: of what it makes for itself alone one's is there at a time.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
     buffer. weighted: whether a norm has a weight. per_row: bytes of one number for each of the rows that a
     norm makes. casts, back_casts: whether it casts its input and its output's gradient, where products are in
@@ -93,6 +94,7 @@ class Kernel(Struct, frozen=True):
     flops: float = 0.0
     seq: int = 0
     share: float = 1.0
+    loop: float = 0.0
     launches: int = 1
     back_bytes: float | None = None
     back_launches: int | None = None

@@ -24,6 +24,28 @@ def bytes_reduced(compute: float, reduce: float) -> float:
     return compute + reduce
 
 
+def bytes_cast(c: Context, unit: ShardedUnit, *, away: bool) -> int:
+    """Bytes on the device beside a sharded unit's buffer while it is filled: the shards in the compute dtype,
+    or those that came from the host (`away`), one by one, if that is theirs (FSDPParam.all_gather_inputs)."""
+    if c.param != c.b:
+        return unit.shard_numel * c.b
+    return unit.shard_numel * c.param * away
+
+
+def bytes_whole(c: Context, unit: ShardedUnit, *, away: bool) -> int:
+    """Highest bytes while the parameters of a unit that is whole are made one by one, of what came from the
+    host (`away`) or is cast. Until the next is, each of these stays (FSDPParamGroup.wait_for_unshard)."""
+    cast = c.param != c.b
+    made = held = high = 0
+    for size in unit.sizes:
+        arrived, filled = size * c.param * away, size * c.b
+        high = max(high, made + held + arrived + filled * cast)
+        held = filled if cast else arrived
+        made += filled
+        high = max(high, made + held)
+    return high
+
+
 def gather_copy(c: Context, unit: ShardedUnit) -> Work:
     """Shards cast to the compute dtype and copied into the buffer that is sent."""
     size = float(unit.shard_numel * bytes_sent(c.param, c.gathered(unit)))

@@ -45,8 +45,8 @@ from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
 
 FRAMES = (
-    ("h", "rope"), ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows", "scatter_rows"),
-    ("rows_g", "experts_down"),
+    ("h", "rope"), ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows_g", "experts_down"),
+    ("rows", "experts_down_bias"), ("rows_g", "experts_down_bias"), ("rows", "scatter_rows"),
 )  # fmt: skip
 """Variables of the frames of Python that run a layer, and its routed experts, and the kernels to the end of
 which they are there (the last of those that run)."""

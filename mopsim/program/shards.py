@@ -9,7 +9,7 @@ from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import flat_host, prepared, reduction
-from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
+from mopsim.program.fsdp2_copies import bytes_cast, bytes_whole, gather_copy, gathered_copy, reduce_copy
 from mopsim.program.further import FurtherLayers
 from mopsim.program.replicated import Replicated
 from mopsim.program.shared_weight import Edges
@@ -218,8 +218,7 @@ class Shards(FurtherLayers, Edges):
         memory: Memory = (("gathered", size),)
         first = (gather_copy(self.c, unit),) if copied else ()
         if copied:
-            cast = unit.shard_numel * self.c.b if self.c.param != self.c.b else 0
-            alive = max(cast, shard if away else 0)
+            alive = bytes_cast(self.c, unit, away=away)
             memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
             if not reached:
                 room, memory = (self._pass(f"copy in {unit.name}", unit, first, phase, room, memory),), ()
@@ -247,12 +246,12 @@ class Shards(FurtherLayers, Edges):
         alone = self.c.groups[unit.group].size == 1
         size = self.c.whole(unit)
         away = self._place(unit).param_tier == "host"
-        cast = unit.largest * (self.c.b + away * self.c.param)
-        memory = [size, cast, -cast] if alone else [size, -size]
-        if not alone and away:
-            recomputed = self.c.strategy.activations.recompute == "full" and self._beside(unit)
-            if phase == "forward" or recomputed:
-                memory, self._deferred = [-self._deferred, size], size
+        high = bytes_whole(self.c, unit, away=away)
+        memory = [high, size - high] if alone else [size, -size]
+        recomputed = self.c.strategy.activations.recompute == "full" and self._beside(unit)
+        if away and (phase == "forward" or recomputed):
+            memory = [*memory[: 1 + alone], -self._deferred]  # held until the copy is issued
+            self._deferred = 0 if alone else size
         deps, work = (op,) if op >= 0 else (), (gathered_copy(self.c, unit),)
         steps = tuple(("gathered", step) for step in memory)
         self._copied_out = (self._pass(f"copy out {unit.name}", unit, work, phase, deps, steps),)

@@ -12,15 +12,15 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import Tensor, tensors
 
-Size = tuple[int, int, int, int]
-"""Parameters, those of the largest tensor, tensors, parameters of the last tensor."""
+Sizes = tuple[int, ...]
+"""Elements of each tensor, in the order of their modules."""
 
 
 class ShardedUnit(Struct, frozen=True):
     """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
     copies: ranks that hold one.
 
-    tensors: parameters that it consists of; largest, last: elements of the largest and of the last one.
+    sizes: elements of each parameter that it consists of.
     group: name of the shard's process group; replicas: name of the group over which copies beyond `shard`
     are reduced.
     """
@@ -33,9 +33,21 @@ class ShardedUnit(Struct, frozen=True):
     copies: int
     group: str
     replicas: str
-    largest: int = 0
-    tensors: int = 1
-    last: int = 0
+    sizes: Sizes = (0,)
+
+    @property
+    def tensors(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(self.sizes)
+
+    @property
+    def last(self) -> int:
+        """Elements of the last parameter."""
+        return self.sizes[-1]
 
     @property
     def shard_numel(self) -> int:
@@ -48,9 +60,8 @@ class ShardedUnit(Struct, frozen=True):
 
 def joined(units: Sequence[ShardedUnit]) -> ShardedUnit:
     """One unit of all their parameters."""
-    numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
-    largest = max(unit.largest for unit in units)
-    return structs.replace(units[0], numel=numel, tensors=tensors, largest=largest, last=units[-1].last)
+    sizes = tuple(size for unit in units for size in unit.sizes)
+    return structs.replace(units[0], numel=sum(unit.numel for unit in units), sizes=sizes)
 
 
 @lru_cache(maxsize=256)
@@ -62,25 +73,22 @@ def _by_layer(model: ModelSpec) -> dict[int, list[Tensor]]:
 
 
 @lru_cache(maxsize=1024)
-def _sizes(model: ModelSpec, tensor: int, split: int, joined: bool) -> dict[int, list[Size]]:
+def _sizes(model: ModelSpec, tensor: int, split: int, joined: bool) -> dict[int, list[Sizes]]:
     """Of each layer the sizes of the dense part split over `tensor` ranks, then of the routed experts split
     over `split`, where there are any. joined: every rank has the projection before an MTP layer whole."""
-    found: dict[int, list[Size]] = {}
+    found: dict[int, list[Sizes]] = {}
     for layer, mine in _by_layer(model).items():
         if joined:
             mine = [replace(t, whole=True) if t.name.endswith(PROJECTION) else t for t in mine]
-        routed = [t.numel for t in mine if t.routed]
-        found[layer] = [_size([t for t in mine if not t.routed], tensor)]
+        routed = tuple(t.numel // split for t in mine if t.routed)
+        found[layer] = [_held([t for t in mine if not t.routed], tensor)]
         if routed:
-            found[layer].append(
-                (sum(routed) // split, max(routed) // split, len(routed), routed[-1] // split)
-            )
+            found[layer].append(routed)
     return found
 
 
-def _size(mine: list[Tensor], split: int) -> Size:
-    numels = [t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine]
-    return sum(numels), max(t.numel for t in mine) // split, len(mine), numels[-1]
+def _held(mine: list[Tensor], split: int) -> Sizes:
+    return tuple(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
 
 
 JOINED = (".k_proj", ".v_proj", ".gate_proj")
@@ -109,12 +117,12 @@ def layer_units(
     split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
     dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split, joined)[layer]
     found = [_dense(strategy, f"layers.{layer}.dense", "attention", layer, dense)]
-    for numel, largest, count, last in routed:
+    for sizes in routed:
         found.append(
             ShardedUnit(
-                f"layers.{layer}.experts", "experts", layer, numel,
+                f"layers.{layer}.experts", "experts", layer, sum(sizes),
                 strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
-                largest // apart, count * apart, last // apart,
+                tuple(size // apart for size in sizes) * apart,
             )
         )  # fmt: skip
     return found
@@ -139,14 +147,14 @@ def edge_units(
     rows = "embedding" if model.tie_word_embeddings else "head"
     positions = [embedding.pop()] if apart and len(embedding) > 1 else []
     found["embedding"] = _dense(
-        strategy, "embedding", "embedding", -1, _size(embedding, 1 if whole else split)
+        strategy, "embedding", "embedding", -1, _held(embedding, 1 if whole else split)
     )
     if positions:
-        found["positions"] = _dense(strategy, "positions", "embedding", -1, _size(positions, split))
+        found["positions"] = _dense(strategy, "positions", "embedding", -1, _held(positions, split))
     final = [t for name, t in by_name.items() if name.startswith("final_norm")]
-    found["final"] = _dense(strategy, "final", "vocabulary", -1, _size(final, split))
+    found["final"] = _dense(strategy, "final", "vocabulary", -1, _held(final, split))
     if "head.weight" in by_name:
-        found["head"] = _dense(strategy, "head", "vocabulary", -1, _size([by_name["head.weight"]], split))
+        found["head"] = _dense(strategy, "head", "vocabulary", -1, _held([by_name["head.weight"]], split))
     if strategy.vocabulary.loss == "ring":
         found[rows] = _of_ring(model, strategy, found[rows])
     return found
@@ -167,16 +175,14 @@ def _of_ring(model: ModelSpec, strategy: Strategy, unit: ShardedUnit) -> Sharded
     degree = strategy.vocabulary.vocab_parallel
     numel, copies = ceil_div(model.vocab_size, degree) * model.hidden_size, strategy.stage_ranks // degree
     return structs.replace(
-        unit, numel=numel, largest=numel, last=0, shard=copies, copies=copies, group="vocabulary_shard",
-        replicas="",
+        unit, numel=numel, sizes=(numel,), shard=copies, copies=copies, group="vocabulary_shard", replicas=""
     )  # fmt: skip
 
 
-def _dense(strategy: Strategy, name: str, component: str, layer: int, size: Size) -> ShardedUnit:
-    numel, largest, count, last = size
+def _dense(strategy: Strategy, name: str, component: str, layer: int, sizes: Sizes) -> ShardedUnit:
     return ShardedUnit(
-        name, component, layer, numel, strategy.dense.fsdp, strategy.dense_replicas, "dense_shard",
-        "dense_replicas", largest, count, last,
+        name, component, layer, sum(sizes), strategy.dense.fsdp, strategy.dense_replicas, "dense_shard",
+        "dense_replicas", sizes,
     )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ def composed(
         return kernel
 
     found = tuple(one(kernel) for kernel in kernels)
+    if ways.get("expert_outputs") == "pieces":
+        found = _one_by_one(found)
     if ways.get("sequence_exchange") == "composed":
         found = each(found, _traded, "sequence_to_heads", "heads_to_sequence")
     inputs = str(ways.get("weighted_inputs", "tokens"))
@@ -204,17 +206,23 @@ def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(kernel, saves=(), scratch=()).keeping(Value("router_wide", size, grad=False))
 
 
-def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
+def _one_by_one(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Products of one expert after another. Their outputs are put together, as are the gradients of their
     inputs; of what lies between only one expert has gradients at a time."""
-    if kernel.name != "experts_down":
-        return replace(kernel, writes=tuple(replace(value, grad=False) for value in kernel.writes))
-    rows, total = kernel.writes[0].bytes, sum(one.m * one.count for one in kernel.matmuls)
-    most = max((one.m for one in kernel.matmuls), default=0.0)
-    wing = rows / total * kernel.matmuls[0].k / kernel.matmuls[0].n if total else 0.0
-    return replace(
-        kernel, scratch=(("dispatch", rows),), back_scratch=(("activations", int(3 * most * wing)),)
-    )
+    last = next((kernel for kernel in kernels if kernel.name == "experts_down"), None)
+    total = sum(one.m * one.count for one in last.matmuls) if last else 0.0
+    if last is None or not total:
+        return kernels
+    rows, most = last.writes[0].bytes, max(one.m for one in last.matmuls)
+    wing = int(3 * most * rows / total * last.matmuls[0].k / last.matmuls[0].n)
+
+    def change(kernel: Kernel) -> tuple[Kernel, ...]:
+        found = replace(kernel, loop=most / total)
+        if kernel is last:
+            return (replace(found, scratch=(("dispatch", rows),), back_scratch=(("activations", wing),)),)
+        return (replace(found, writes=tuple(replace(value, grad=False) for value in kernel.writes)),)
+
+    return each(kernels, change, *(kernel.name for kernel in kernels if kernel.name.startswith("experts_")))
 
 
 def gradients_stay(kernels: tuple[Kernel, ...], apart: bool) -> tuple[Kernel, ...]:
@@ -319,6 +327,5 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], dict[str, Change]]] = {
         "interleaved": COMPOSED["interleaved"].of,
     }),
     "router": (lambda one: one.name == "router", {"composed": _router}),
-    "expert_outputs": (lambda one: one.name.startswith("experts_"), {"pieces": _one_by_one}),
 }  # fmt: skip
 """By operation, a field of Kernels: its kernels, and what each way makes of one."""
