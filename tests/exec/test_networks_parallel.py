@@ -239,21 +239,26 @@ GPT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mask", ["causal", "document"])
+POSITIONED: dict[str, Strategy] = {
+    "fully_shard": fsdp2(2, **EVERYTHING),
+    "flat_units": mop(2, **FLAT),
+    "context": split(2, dtype="float64", context_parallel=2, context_exchange="ulysses"),
+    "tensors": split(2, dtype="float64", tensor_parallel=2, expert_parallel=2),
+    "stages": split(2, dtype="float64", pipeline_parallel=2),
+    "experts' tensors": split(
+        2, dtype="float64", tensor_parallel=2, expert_tensor_parallel=2, recompute="full"
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "strategy",
-    [
-        fsdp2(2, **EVERYTHING),
-        mop(2, **FLAT),
-        split(2, dtype="float64", tensor_parallel=2, expert_parallel=2),
-        split(2, dtype="float64", context_parallel=2, context_exchange="ulysses"),
-        split(2, dtype="float64", pipeline_parallel=2),
-        split(2, dtype="float64", tensor_parallel=2, expert_tensor_parallel=2, recompute="full"),
-    ],
-    ids=["fully_shard", "flat_units", "tensors", "context", "stages", "experts' tensors"],
+    ("name", "mask"),
+    [(name, "document") for name in POSITIONED] + [(name, "causal") for name in list(POSITIONED)[:3]],
 )
-def test_learned_positions_restart_with_each_document(strategy: Strategy, mask: str) -> None:
-    check(small(replace(load_model("tiny"), **GPT), replace(strategy, micro_batch=2), attention_mask=mask))
+def test_learned_positions_restart_with_each_document(name: str, mask: str) -> None:
+    """Without documents where a sequence is split."""
+    strategy = replace(POSITIONED[name], micro_batch=2)
+    check(small(replace(load_model("tiny"), **GPT), strategy, attention_mask=mask))
 
 
 @pytest.mark.parametrize(
