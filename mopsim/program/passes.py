@@ -330,6 +330,11 @@ class Passes:
         values, names = tape.values, saved_to_router(tape, self._plan(tape))
         return tuple((values[name].category, values[name].bytes) for name in sorted(names))
 
+    def keeps_input(self, layer: int) -> bool:
+        """Whether a layer's input is there until its backward, on the device or on the host: then its
+        templates are the same wherever that is."""
+        return self._wants_input(self.tape(layer))
+
     def _wants_input(self, tape: Tape) -> bool:
         """Whether anything reads a layer's input in its backward: not where all that a layer keeps is made
         of it, as a norm that torch composes keeps its copy in fp32. What goes to the host is kept whole."""

@@ -24,11 +24,17 @@ from mopsim.search.problem import PARTS, RING, Column, Made, once
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
 
-LAYER = (
+ROUTED = (
     "micro_batch", "tensor", "sequence", "exchange", "experts", "expert_tensor", "strided", "dispatcher",
-    "chunks", "ffn_slices", "recompute", "modules", "saved", "boundary_host",
+    "chunks", "ffn_slices", "recompute", "modules", "saved",
 )  # fmt: skip
-"""Columns that a layer's templates depend on."""
+"""Columns that the templates of a layer with experts depend on."""
+DENSE = tuple(
+    name for name in ROUTED if name not in ("experts", "expert_tensor", "strided", "dispatcher", "chunks")
+)
+"""Those of a layer without."""
+LAYER = (*ROUTED, "boundary_host")
+"""Those of all, and where a layer's input waits, which decides whether it does where no kernel keeps it."""
 LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices")
 """Those of the loss."""
 EMBEDDING = ("micro_batch", "tensor", "sequence", "vocabulary", "loss")
@@ -51,15 +57,13 @@ Key = tuple[int, ...]
 class LayerPiece:
     """A forward and a backward of one microbatch; what is asked of it is made then.
 
-    templates: make those of the two; around: makes what the host's time depends on (`Prices.of`); wires: adds
-    up bytes of the communicators of all layers' exchanges. heights_of: the pass (0, 1) whose heights count,
-    None where its memory is not known.
+    templates: make those of the two; around: makes what the host's time depends on (`Prices.of`). heights_of:
+    the pass (0, 1) whose heights count, None where its memory is not known.
     """
 
     templates: tuple[Callable[[], Template], Callable[[], Template]]
     prices: Prices
     around: Callable[[], Around | None] = lambda: None
-    wires: Callable[[], int] = lambda: 0
     heights_of: int | None = 1
 
     @cached_property
@@ -173,7 +177,22 @@ class Pieces:
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
-        return self._known(LAYER, index, self._layers)
+        return self._known(LAYER, index, lambda passes: self._layers(index, passes))
+
+    def wires(self, index: int) -> int:
+        """Bytes of the communicators of all layers' exchanges of a row that no rule refuses."""
+        key = (*LAYER, *self.key(index, LAYER))
+
+        def add() -> int:
+            layers = self.layers(index)
+            passes = self._passes((self.space.family, *key), self.space.row(index))
+            assert layers is not None, "a row that a rule refuses"
+            assert passes is not None, "a row that a rule refuses"
+            made = (make() for piece in layers.values() for make in piece.templates)
+            works = (work for one in made for op in one.pieces for work in op.work)
+            return communication(works, buffers(passes.context))
+
+        return once(self.made, ("wires", *key), add)
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
@@ -293,27 +312,36 @@ class Pieces:
         except MopError:
             return None
 
-    def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
-        model = self.space.problem.model
-        count = model.num_hidden_layers + model.num_nextn_predict_layers
-        kinds = {passes.key(layer): layer for layer in reversed(range(count))}
+    def _layers(self, index: int, passes: Passes) -> dict[LayerKind, LayerPiece]:
+        """Layers that have equal templates share their pieces: without experts, wherever other layers' are;
+        whose inputs are kept, wherever these wait."""
+        model, c = self.space.problem.model, self.space.columns
+        stay, away = passes, bool(c["boundary_host"][index])
+        if away:
+            values, row = self.key(index, ROUTED), self.space.row(index) | {"boundary_host": 0}
+            key = (self.space.family, *LAYER, *values[: len(ROUTED)], 0, *values[len(ROUTED) :])
+            stay = self._passes(key, row) or passes
 
+        def piece(kind: LayerKind, layer: int) -> LayerPiece:
+            key, own = (kind, *self.key(index, ROUTED if kind.routed else DENSE)), away
+            if stay is not passes:
+                own = not once(self.made, ("kept", key), lambda: stay.keeps_input(layer))
+            return once(
+                self.made, ("layer", own, key), lambda: self._of_layer(passes if own else stay, layer)
+            )
+
+        count = model.num_hidden_layers + model.num_nextn_predict_layers
+        kinds = {model.layer_kind(layer): layer for layer in reversed(range(count))}
+        return {kind: piece(kind, layer) for kind, layer in kinds.items()}
+
+    def _of_layer(self, passes: Passes, layer: int) -> LayerPiece:
         @cache
         def around() -> Around:
             return Around.of(passes.context, passes.again(), woven=passes.context.weaves)
 
-        @cache
-        def wires() -> int:
-            made = (way(layer) for layer in kinds.values() for way in (passes.forward, passes.backward))
-            works = (work for one in made for op in one.pieces for work in op.work)
-            return communication(works, buffers(passes.context))
-
-        return {
-            kind: LayerPiece(
-                (partial(passes.forward, layer), partial(passes.backward, layer)), self.prices, around, wires
-            )
-            for kind, layer in kinds.items()
-        }
+        return LayerPiece(
+            (partial(passes.forward, layer), partial(passes.backward, layer)), self.prices, around
+        )
 
     def _piece(self, template: Callable[[str], Template], heights_of: int | None = 1) -> LayerPiece:
         """Of what has a template for each direction."""

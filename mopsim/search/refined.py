@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -47,11 +47,13 @@ class WovenRank:
 
 @dataclass(frozen=True)
 class Shared:
-    """What candidates that share their layers are made of. layers: pieces by kind of layer. Of those whose
-    forwards and backwards are woven: ranks, of their pipelines, and those of each, where a layout is chosen;
-    as_long: seconds of a layer, expected, for each of one that is not woven, where none is."""
+    """What candidates that share their layers are made of. layers: pieces by kind of layer; wires: adds up
+    the bytes of communicators. Of those whose forwards and backwards are woven: ranks, of their pipelines,
+    and those of each, where a layout is chosen; as_long: seconds of a layer, expected, for each of one that
+    is not woven, where none is."""
 
     layers: dict[LayerKind, LayerPiece]
+    wires: Callable[[], int]
     ranks: tuple[list[WovenRank], Column] | None = None
     as_long: float = 1.0
 
@@ -59,19 +61,19 @@ class Shared:
     def of(pieces: Pieces, rows: Column) -> "Shared | None":
         """None where a rule refuses them."""
         first = int(rows[0])
-        layers = pieces.layers(first)
+        layers, wires = pieces.layers(first), partial(pieces.wires, first)
         if layers is None:
             return None
         row, model = pieces.space.row(first), pieces.space.problem.model
         if not row["overlap"]:
-            return Shared(layers)
+            return Shared(layers, wires)
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
             woven, piece = pieces.woven(first, PipelinePart(some), PipelinePart(some)), layers[some[0]]
             long = expected(woven, piece.busy, piece.slowed) / piece.paced
-            return Shared(layers, None, long)
+            return Shared(layers, wires, None, long)
         one, place = _distinct(pieces.space, rows, (*LOSS, "boundary_parts"))
-        return Shared(layers, ([WovenRank.of(pieces, int(row)) for row in rows[one]], place))
+        return Shared(layers, wires, ([WovenRank.of(pieces, int(row)) for row in rows[one]], place))
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,7 @@ class Refined(Bounder):
 
     def communicators(self) -> Reals:
         """Bytes of the communicators of layers' exchanges."""
-        return self.parts.each(lambda one: max(piece.wires() for piece in one.layers.values()))
+        return self.parts.each(lambda one: one.wires())
 
 
 def _height(piece: LayerPiece, part: int) -> float:

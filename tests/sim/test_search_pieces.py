@@ -8,16 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mopsim.engine import simulate
+from mopsim.program.context import make_context
+from mopsim.program.host_time import Around
+from mopsim.program.lower import passes_of
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.layer import _least
-from mopsim.search.pieces import LAYER, Pieces
+from mopsim.search.pieces import DENSE, LAYER, Pieces
 from mopsim.search.problem import Problem, lowered, worked_out
 from mopsim.search.refined import Refined, alike
 from mopsim.search.space import Space
+from mopsim.spec.model import every_kind
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
 from tests.sim.spaces import generate, spread
 from tests.software import changed
 
@@ -26,6 +31,11 @@ def asked(model: str, nodes: int, batch: int, seq_len: int = 2048, stack: str | 
     spec = load_model(model)
     training, own = TrainSpec(seq_len=seq_len, global_batch=batch), load_stack(stack) if stack else None
     return Problem(spec, load_profile("h200-sxm-141g"), nodes, training, stack=own)
+
+
+def forget() -> None:
+    for cache in (lowered, worked_out):
+        cache.cache_clear()
 
 
 def bounds(space: Space, *groups: list[int]) -> list[float]:
@@ -64,6 +74,29 @@ def test_dense_layers_have_not_what_modules_of_experts_take_of_the_host() -> Non
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_share_their_pieces_have_equal_templates(family: str) -> None:
+    """Those without experts wherever other layers' are, those that keep their input wherever it waits."""
+    problem = asked("tiny", 2, 32)
+    pieces, groups, shared = Pieces(spread(problem, family)), dict[object, list[int]](), dict[int, int]()
+    for row in np.linspace(0, len(pieces.space) - 1, 400).astype(int).tolist():
+        groups.setdefault(pieces.key(row, DENSE), []).append(row)
+    for row in (row for some in sorted(groups.values(), key=len)[-6:] for row in some[:5]):
+        layers = pieces.layers(row)
+        if layers is None:
+            continue
+        strategy = pieces.space.build(row)
+        domain = problem.hardware.scale_up_size
+        own = passes_of(make_context(problem.model, strategy, problem.training, domain, pieces.space.stack))
+        around = Around.of(own.context, own.again(), woven=own.context.weaves)
+        for layer, kind in enumerate(every_kind(problem.model)):
+            ways = own.forward(layer), own.backward(layer)
+            assert tuple(make() for make in layers[kind].templates) == ways
+            assert [pieces.prices.of(way, around) for way in ways] == [layers[kind].ahead, layers[kind].back]
+            shared[id(layers[kind])] = shared.get(id(layers[kind]), 0) + 1
+    assert max(shared.values()) > 3  # the three layers with experts of a row are one piece
+
+
 def test_a_piece_computes_as_long_as_its_passes() -> None:
     layers = Pieces(spread(asked("tiny", 1, 8), "megatron")).layers(0)
     assert layers
@@ -77,10 +110,6 @@ def test_a_bound_is_the_same_after_another_batch() -> None:
     def one(batch: int) -> float:
         problem = asked("llama3_8b", 1, batch, 512, "universal-llm-trainer")
         return bounds(generate(problem, "megatron"), [0])[0]
-
-    def forget() -> None:
-        for cache in (lowered, worked_out):
-            cache.cache_clear()
 
     forget()
     alone = one(8)

@@ -85,6 +85,9 @@ class Pairs(Passes):
 
     keeps_normed = False
 
+    def keeps_input(self, layer: int) -> bool:
+        return True
+
     def projection(self, direction: str) -> Template:
         """Before an MTP layer; backward, of its tokens' embeddings: the rest is the layer's."""
         make = self._joined if direction == "forward" else self._looked_up
