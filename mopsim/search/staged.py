@@ -60,17 +60,18 @@ def parts(
     problem: Problem, family: str, change: Change | None = None, most: int = Options.rows
 ) -> list[tuple[Space, Rest]]:
     """`candidates` of each part of a family's space that has any, in the order in which they are hunted. What
-    a part leaves out is in the `rejected` of the last. Columns of an axis that a caller made are no part's:
-    it searched them so before."""
-    whole, own = _axes(problem, family, change), axes_of(problem, family)
+    a part leaves out is in the `rejected` of the last. change: of the axes. Columns of an axis that a caller
+    made are no part's: it searched them so before."""
+    own = axes_of(problem, family)
+    whole = change(problem, own) if change else own
     made = {name for key in whole if key not in own for name in names(key)}
     first = {name: value for name, value in FIRST.get(family, {}).items() if name not in made}
     axes = within(whole, first)
     if not first or axes == whole:
-        return [_candidates(problem, family, whole, most)]
-    found = [_candidates(problem, family, axes, most)] if all(axes.values()) else []
+        return [candidates(problem, family, whole, most)]
+    found = [candidates(problem, family, axes, most)] if all(axes.values()) else []
     found = [(replace(space, rejected=Counter()), rest) for space, rest in found if len(space)]
-    last = _candidates(problem, family, whole, most, first if found else {})
+    last = candidates(problem, family, whole, most, first if found else {})
     if len(last[0]) or not found:
         return [*found, last]
     found[-1][0].rejected.update(last[0].rejected)
@@ -78,22 +79,11 @@ def parts(
 
 
 def candidates(
-    problem: Problem, family: str, change: Change | None = None, most: int = Options.rows
-) -> tuple[Space, Rest]:
-    """(Legal candidates of a family, what was not multiplied out): all and none, where they are not more than
-    `most`. What cannot fit whatever the minor axes are is in `rejected`, and counted once there."""
-    return _candidates(problem, family, _axes(problem, family, change), most)
-
-
-def _axes(problem: Problem, family: str, change: Change | None) -> Axes:
-    axes = axes_of(problem, family)
-    return change(problem, axes) if change else axes
-
-
-def _candidates(
     problem: Problem, family: str, axes: Axes, most: int, but: Mapping[str, int] | None = None
 ) -> tuple[Space, Rest]:
-    """The same of some axes. but: rows of these values are left out."""
+    """(Legal candidates of some axes of a family, what was not multiplied out): all and none, where they are
+    not more than `most`. What cannot fit whatever the minor axes are is in `rejected`, and counted once
+    there. but: rows of these values are left out."""
     first, but = trunk(problem, family, axes), but or {}
     step = max(1, len(first) // SAMPLE)
     some = first.take(np.arange(0, len(first), step))

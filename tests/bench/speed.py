@@ -25,12 +25,12 @@ from mopsim.search.driver import search
 from mopsim.search.options import Options
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE
-from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop
+from tests.sim.spaces import candidates
 
 K, M = 1024, 1024 * 1024
 RUNS = 5

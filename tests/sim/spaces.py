@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mopsim.search import Options, staged
 from mopsim.search.had import axes_of
 from mopsim.search.legal import expanded, trunk
 from mopsim.search.problem import Axes, Problem
@@ -24,3 +25,8 @@ def spread(asked: Problem, family: str) -> Space:
     first = trunk(asked, family, axes)
     rows = np.unique(np.linspace(0, len(first) - 1, 400).astype(int))
     return expanded(first.take(rows), axes)
+
+
+def candidates(asked: Problem, family: str, most: int = Options.rows) -> tuple[Space, staged.Rest]:
+    """Those of all axes of a family, and what was not multiplied out."""
+    return staged.candidates(asked, family, axes_of(asked, family), most)

@@ -15,10 +15,10 @@ from mopsim.search.closest import find_closest
 from mopsim.search.problem import Problem
 from mopsim.search.simulating import run_row
 from mopsim.search.space import Space
-from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
+from tests.sim.spaces import candidates
 from tests.sim.test_search import problem, with_memory
 
 

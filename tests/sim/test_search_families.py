@@ -26,7 +26,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
-from tests.sim.spaces import generate
+from tests.sim.spaces import candidates, generate
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
@@ -319,7 +319,7 @@ def test_a_network_without_experts_has_no_choice_of_them(family: str) -> None:
     problem = Problem(dense, load_profile("h100-sxm-80g"), 2, TrainSpec(seq_len=4096, global_batch=16))
     found = search(problem, Options((family,), top=3, budget=2))
     assert "expert" not in " ".join(one.line for one in (*found.played, found.closest) if one)
-    space = staged.candidates(problem, family)[0]
+    space = candidates(problem, family)[0]
     names = {"experts", "expert_tensor", "expert_shard", "dense_shard", "dispatcher", "overlap", "strided"}
     choices = zip(*(space.columns[name] for name in sorted(names & space.columns.keys())), strict=True)
     assert len(set(choices)) == len(set(space.columns["dense_shard"]))

@@ -12,12 +12,13 @@ from mopsim.search.driver import hunted
 from mopsim.search.problem import Axes, Problem
 from mopsim.search.result import TIE
 from mopsim.search.space import Space
-from mopsim.search.staged import candidates, parts
+from mopsim.search.staged import parts
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
+from tests.sim.spaces import candidates
 
 FSDP2 = "fsdp2"
 

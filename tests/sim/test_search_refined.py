@@ -35,7 +35,7 @@ from mopsim.spec.strategy import Precision
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.property.drawn import mixed
-from tests.sim.spaces import spread
+from tests.sim.spaces import candidates, spread
 
 CASES = (
     ("tiny", "cpu-2core", 2, 1024, 8),
@@ -81,7 +81,7 @@ def whole(
 ) -> tuple[Space, SpaceFacts, Pieces]:
     """60,000 rows. Which those are is told by the layers of fewer of them than a search makes."""
     with patch.object(staged, "KNOWN", 100):
-        space, _ = staged.candidates(problem(case, attention), family, most=60_000)
+        space, _ = candidates(problem(case, attention), family, most=60_000)
     return space, SpaceFacts.of(space), Pieces(space)
 
 
@@ -243,7 +243,7 @@ def test_refined_bounds_are_close(family: str, time: float, memory: float) -> No
 
 
 def test_what_shares_layers_is_refined_together() -> None:
-    space, _ = staged.candidates(problem(1), "fsdp2")
+    space, _ = candidates(problem(1), "fsdp2")
     pool = Pool.of(space, bound(space), np.arange(len(space)))
     assert pool.refine(0)
     assert not pool.refine(0)

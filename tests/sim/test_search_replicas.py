@@ -10,9 +10,9 @@ from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.footprint import Footprint
 from mopsim.search.simulating import run_row
-from mopsim.search.staged import candidates
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
+from tests.sim.spaces import candidates
 from tests.sim.test_search import problem
 
 

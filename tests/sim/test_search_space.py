@@ -22,7 +22,7 @@ from mopsim.search.problem import PARTS, Problem
 from mopsim.search.result import TIE
 from mopsim.search.seeds import Recipe, published, recipes, textbook
 from mopsim.search.space import Space
-from mopsim.search.staged import bounds_of, candidates, facts_of
+from mopsim.search.staged import bounds_of, facts_of
 from mopsim.search.stages import BALANCED, ENDS, EVEN, FRONT, WEIGHTED, layers_of, lighter
 from mopsim.spec.layer_fields import dense_fields
 from mopsim.spec.model import ModelSpec
@@ -30,7 +30,7 @@ from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
-from tests.sim.spaces import generate, spread
+from tests.sim.spaces import candidates, generate, spread
 
 LLAMA_405B = ModelSpec(
     name="llama31_405b", hidden_size=16384, num_hidden_layers=126, num_attention_heads=128,

@@ -21,7 +21,6 @@ from mopsim.search import Options, SearchResult, search
 from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
-from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, Row, rows
 from mopsim.search.why import waits, why
 from mopsim.spec.line import choices
@@ -29,6 +28,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron, mop
+from tests.sim.spaces import candidates
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
