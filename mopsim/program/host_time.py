@@ -195,6 +195,8 @@ def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: A
     whole += apart * LAYER["dense_ffn"][back]
     whole = part * (whole + around.kinds.get(component, NOTHING)[back]) + alone
     whole *= ON_A_DEVICE.get(stack.host.layers, 1.0)
+    started = sum(work.calls for op in ops for work in op.work if work.kind == "grouped_matmul")
+    whole += started * stack.host.products
     whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
     more = max(0.0, whole - sum(sum(work.issued for work in op.work) for op in ops))
     if around.hooked and component in HOOKS:

@@ -36,6 +36,8 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     grads_read: the host reads the norm of each bucket of gradients before they are reduced.
     message_reads: values that the host reads from the device before a message between pipeline stages can
     come. Two messages before it give its shape.
+    products: what each product of experts that the host starts one by one takes the host, in torch Linears,
+    beside what was measured of such layers without a device.
     permutes: what launches the kernels of a fused permutation of experts' rows.
     collections: steps from one collection of all of Python's garbage (gc.collect) to the next. A mean step
     has its part of the time. 0: none.
@@ -65,6 +67,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     loss_read: bool | Literal["after_backward"] = False
     grads_read: bool = False
     message_reads: int = 0
+    products: float = 0.0
     permutes: Literal["compiled", "triton"] = "compiled"
     collections: int = 0
     delayed_grads: bool = False
@@ -79,5 +82,5 @@ class HostCosts(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_known("graphs", self.graphs, ("step", *COMPONENTS))
-        require_between(self, 0, MOST_READS, "message_reads", "collections")
+        require_between(self, 0, MOST_READS, "message_reads", "collections", "products")
         require_between(self, 1, MOST_DOCUMENTS, "documents")
