@@ -163,14 +163,14 @@ def test_a_sequence_is_traded_as_the_program_can(stack: str) -> None:
 @pytest.mark.parametrize(
     ("model", "ranks", "exchange", "says"),
     [
-        ("deepseek_v3", 4, "all_gather", "where mla, only 'ring'"),
-        ("deepseek_v3", 4, "ulysses", "where mla, only 'ring'"),
+        ("deepseek_v3", 4, "all_gather", "in this case (mla), only 'ring'"),
+        ("deepseek_v3", 4, "ulysses", "in this case (mla), only 'ring'"),
         ("deepseek_v3", 4, "ring", ""),
-        ("gpt_oss_120b", 4, "ring", "where windows slide and attention sinks, only 'ulysses'"),
-        ("gpt_oss_120b", 4, "all_gather", "where attention sinks, only 'ulysses'"),
+        ("gpt_oss_120b", 4, "ring", "in this case (windows slide, attention sinks), only 'ulysses'"),
+        ("gpt_oss_120b", 4, "all_gather", "in this case (attention sinks), only 'ulysses'"),
         ("gpt_oss_120b", 8, "ulysses", ""),
-        ("gpt_oss_120b", 16, "ulysses", "and kv heads cannot be split, nor is any other value"),
-        ("qwen3_30b_a3b", 8, "ulysses", "where kv heads cannot be split, only 'ring' or 'all_gather'"),
+        ("gpt_oss_120b", 16, "ulysses", "kv heads cannot be split), nor is any other value"),
+        ("qwen3_30b_a3b", 8, "ulysses", "(kv heads cannot be split), only 'ring' or 'all_gather'"),
         ("qwen3_30b_a3b", 8, "ring", ""),
     ],
 )
