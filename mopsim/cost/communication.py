@@ -6,8 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import binom
 
+from mopsim.cost.compute import RATES
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import CollectiveCurve, Fabric, HardwareProfile
+
+CHANNEL: dict[str, float] = RATES["channel"]["per_second"]
+"""Bytes a second that a block of a collective moves over links of a scale-up domain, by architecture."""
 
 
 def _seconds(curve: CollectiveCurve, ranks: float, wire: float) -> float:
@@ -79,7 +83,9 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     if work.group.choices:
         return launches * _deduplicated(work, profile, size / work.group.choices)
     if intra == n:
-        return launches * _inside(work.kind, profile, n, factor * size * (n - 1) / n, work.group.block)
+        wire = factor * size * (n - 1) / n
+        within = _inside(work.kind, profile, n, wire, work.group.block)
+        return launches * max(within, _in_channels(work, profile, wire))
     if work.kind == "all_to_all":
         inside, outside = size * (intra - 1) / n, size * (n - intra) / n
     else:
@@ -88,7 +94,15 @@ def collective(work: Work, profile: HardwareProfile) -> float:
         outside = factor * size / intra * (members - 1) / members
     slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside * crossing)
     block = work.group.block
-    return launches * max(slow, _inside(work.kind, profile, intra, inside, block) if intra > 1 else 0.0)
+    within = _inside(work.kind, profile, intra, inside, block) if intra > 1 else 0.0
+    return launches * max(slow, within, _in_channels(work, profile, factor * size * (n - 1) / n))
+
+
+def _in_channels(work: Work, profile: HardwareProfile, wire: float) -> float:
+    """Seconds in which the blocks of a collective move what goes through a device, where they are limited and
+    their rate was measured; trees of all-reduces between domains are taken for rings."""
+    rate = CHANNEL.get(profile.device.architecture)
+    return wire / (work.channels * rate) if work.channels and rate else 0.0
 
 
 def reached(

@@ -2,10 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mopsim.graph.host_costs import FLAT
-from mopsim.program.builder import Builder
+from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.template import Memory
 from mopsim.program.units import ShardedUnit
@@ -22,29 +22,35 @@ def reduction(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     replicas; or whole, over all at once."""
     if context.sums_whole:
         return _summed(context, units)
-    return _messages(context, units, float(context.reduce), "reduce_scatter", "all_reduce")
+    return _messages(context, units, lambda _: float(context.reduce), "reduce_scatter", "all_reduce")
 
 
 def gathering(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     """What brings the updated parameters of units back from their shards, or from their tensors' owners."""
     if context.owned:
         return _broadcast(context, units)
-    return _messages(context, units, float(context.param), "all_gather", "")
+    precision, zero = context.strategy.precision, context.strategy.dense.zero
+    cast, exact = context.stack.updated(precision, zero), context.stack.kernels.exact
+
+    def width(unit: ShardedUnit) -> float:
+        return cast if unit.layer >= 0 and unit.component not in exact else float(context.param)
+
+    return _messages(context, units, width, "all_gather", "")
 
 
 def _messages(
-    c: Context, units: Sequence[ShardedUnit], width: float, first: str, second: str
+    c: Context, units: Sequence[ShardedUnit], width: Callable[[ShardedUnit], float], first: str, second: str
 ) -> list[Message]:
     sizes: Sizes = defaultdict(float)
     split = c.strategy.dense.zero >= 1
     for unit in units:
         shard, replicas = c.groups[unit.group], c.groups.get(unit.replicas, CommGroup(1, 1))
-        size = unit.padded * width
+        size = unit.padded * width(unit)
         if split or second:
             sizes[first if split else second, shard, unit.component] += size
         if second:
             sizes[second, replicas, unit.component] += size / shard.size if split else size
-    return _collectives(sizes)
+    return _collectives(c, sizes)
 
 
 def _summed(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
@@ -55,13 +61,17 @@ def _summed(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
         block = max(shard.block, replicas.block)
         group = CommGroup(shard.size * replicas.size, shard.intra * replicas.intra, block=block)
         sizes["all_reduce", group, unit.component] += unit.numel * c.reduce
-    return _collectives(sizes)
+    return _collectives(c, sizes)
 
 
-def _collectives(sizes: Sizes) -> list[Message]:
+def _collectives(c: Context, sizes: Sizes) -> list[Message]:
     """Those of several ranks."""
-    found = ((part, Work(kind, bytes=size, group=group)) for (kind, group, part), size in sizes.items())
-    return [message for message in found if message[1].group.size > 1]
+    channels = c.stack.sharding.channels
+    return [
+        (part, Work(kind, bytes=size, group=group, channels=channels))
+        for (kind, group, part), size in sizes.items()
+        if group.size > 1
+    ]
 
 
 def _broadcast(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
@@ -77,6 +87,12 @@ def _broadcast(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
             whole, launches = float(size) * group.size / (group.size - 1), min(group.size, calls)
             found.append((part, Work("all_gather", bytes=whole, group=group, launches=launches)))
     return found
+
+
+def beside_layers(sent: Work) -> str:
+    """The stream of a collective that is hidden: of limited channels, which leave links to those of the
+    layers, it does not queue with them (NCCL's communicators have streams of their own)."""
+    return "scale_out" if sent.channels else stream_of(sent.group)
 
 
 def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, ...]:

@@ -4,9 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mopsim.program import outputs, scales
-from mopsim.program.builder import Builder, stream_of
+from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, grad_passes, reduction, scaled, shared_embedding
+from mopsim.program.data_parallel import (
+    beside_layers,
+    gathering,
+    grad_passes,
+    reduction,
+    scaled,
+    shared_embedding,
+)
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
@@ -374,7 +381,7 @@ class StageStep:
             part = units[0].component
             ready = (self.issue.add("scaled gradients", "compute", part, "backward", work, ready),)
         for part, sent in messages:
-            stream = stream_of(sent.group)
+            stream = beside_layers(sent)
             op = self.issue.add("reduce gradients", stream, part, "backward", (sent,), ready)
             self.reductions.append(op)
 
@@ -395,6 +402,6 @@ class StageStep:
             return
         for unit in self.stage.units:
             self.gathered[unit.name] = tuple(
-                self.issue.add("gather parameters", stream_of(sent.group), part, "forward", (sent,))
+                self.issue.add("gather parameters", beside_layers(sent), part, "forward", (sent,))
                 for part, sent in gathering(self.c, [unit])
             )

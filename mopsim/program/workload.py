@@ -62,7 +62,8 @@ class Work(Struct, frozen=True):
     that torch's elementwise kernels follow by strides, one after the other, and the bytes that these move,
     among the others.
     duplex: a transfer beside another the other way, with which it shares host DRAM. spares: a collective
-    whose program leaves its SMs out of the products beside it.
+    whose program leaves its SMs out of the products beside it. channels: blocks of a collective at most, 0:
+    as many as the library takes.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Work(Struct, frozen=True):
     strided_bytes: float = 0.0
     duplex: bool = False
     spares: bool = False
+    channels: int = 0
     dtype: str = ""
     group: CommGroup = CommGroup(1, 1)
 

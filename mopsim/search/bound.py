@@ -169,11 +169,12 @@ class Bounder(Copies):
         return self._replicas(hidden=True)
 
     def _replicas(self, *, hidden: bool) -> tuple[list[Reals], list[Reals]]:
-        c, shown, found = self.c, [], []
-        if bool(self.hides.grad_reduce) == hidden:
+        c, found, shown = self.c, [], list[tuple[str, Reals | float]]()
+        queued = not (hidden and self.space.stack.sharding.channels)  # limited ones have streams of their own
+        if bool(self.hides.grad_reduce) == hidden and queued:
             shown.append(("reduce_scatter", self.reduce))
-        if bool(self.hides.param_gather) == hidden:
-            shown.append(("all_gather", self.param))
+        if bool(self.hides.param_gather) == hidden and queued:
+            shown.append(("all_gather", self.sent_updated))
         apart = c["experts"] * c["expert_tensor"]
         for kind in kinds(self.model):
             dense, routed = self.sizes.layers[kind]

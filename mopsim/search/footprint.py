@@ -45,6 +45,8 @@ class Footprint:
         self.by_layer = space.stack.sharding.groups != "each"
         self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
         self.reduce = DTYPE_BYTES[precision.reduce]
+        self.sent_updated = np.where(self.c["zero"] == 0, self.param, space.stack.updated(precision, 1))
+        """Bytes of an updated parameter of a layer that ranks gather, below ZeRO-3, at least."""
         self.moments = 2 * DTYPE_BYTES[precision.moments]
         self.wide = DTYPE_BYTES[precision.moments]
         self.streamed = self.wide + self.moments

@@ -16,6 +16,8 @@ MOST_BUCKETS = 1e12
 """Bytes: more than a device has."""
 
 MOST_COPIES = 8
+MOST_CHANNELS = 64
+"""MAXCHANNELS of NCCL."""
 Deferred = Literal["never", "pipelines", "always"]
 """When something waits for the last microbatch's backward."""
 
@@ -85,6 +87,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     update_copies: under ZeRO-1, the update makes flat tensors of gradients narrower than fp32: bytes for
     each parameter that a rank updates. If no tensor of a backward is as large, torch's caching allocator
     has separate blocks for them.
+    channels: below ZeRO-3, blocks of threads that a collective of gradients or parameters has at most
+    (max_ctas of a communicator of NCCL, Megatron-Core's nccl_communicator_config_path). 0: as many as NCCL
+    takes.
     buckets: bytes of the buffers through which such gradients are reduced after the last backward. If no
     tensor of a backward is as large, torch's caching allocator has separate blocks for them.
     reduce_copies: one whole copy of a rank's gradients is reduced after the last backward: bytes for each
@@ -158,6 +163,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     zero_grad: Literal["fills", "frees", "buffers", "copied"] = "fills"
     update_copies: float = 0.0
     buckets: float = 0.0
+    channels: int = 0
     reduce_copies: float = 0.0
     update_group: float = 0.0
     norm_passes: float = 0.0
@@ -213,6 +219,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     def _rules(self) -> Rules:
         require_between(self, 0, MOST_BYTES, *EACH)
         require_between(self, 0, MOST_COPIES, "loop_copies")
+        require_between(self, 0, MOST_CHANNELS, "channels")
         require_between(self, 0, MOST_BUCKETS, "buckets", "bucket", "reduce_buffer", "update_group")
         whole = self.update_group == int(self.update_group)
         yield whole, "update_group", "must be 0, or a whole number of at least 1: parameters of one update"

@@ -270,6 +270,14 @@ class Stack(Spec, frozen=True, kw_only=True):
         cast = self.sharding.gathers == "cast" and precision.matmul in CAST
         return DTYPE_BYTES[precision.matmul if cast else precision.compute]
 
+    def updated(self, precision: Precision, zero: int) -> float:
+        """Bytes of an updated parameter of a layer that is gathered below ZeRO-3. Weights that are casts
+        alone (Kernels.weight_casts) go as such, but for MXFP8's, cast where they arrive (Megatron-LM
+        d98e8a64, megatron/core/distributed/param_and_grad_buffer.py: buffers of uint8, of two values a byte
+        in NVFP4; reuse_grad_buf_for_mxfp8_param_ag)."""
+        sent = precision.matmul in ("fp8", "nvfp4") and self.weights_as(zero) == "only"
+        return DTYPE_BYTES[precision.matmul if sent else precision.param]
+
     def own_master(self, precision: Precision, zero: int, update_on: Tier) -> int:
         """Bytes of a master weight beside the parameter: where moments are widened, those that it lacks,
         unless weights lie in 8 or 4 bits alone (Kernels.weight_casts)."""

@@ -115,6 +115,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
             "microbatch_grads": grads,
             "update_copies": pick([0.0, 4.0]),
             "buckets": pick([0.0, 1e9]),
+            "channels": pick([0, 8]),
         }
     return replace(
         stack,
