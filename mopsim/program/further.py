@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from mopsim.program.builder import Builder
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops, Template
+from mopsim.program.units import ShardedUnit
 
 
 class FurtherLayers:
@@ -16,6 +17,10 @@ class FurtherLayers:
     issue: Builder
     edge: Callable[[str, str], Ops]
     rows_wait: Callable[[], None]
+    _opened: dict[str, int]
+    _make_gradients: Callable[[ShardedUnit, int, str], None]
+    _reduce: Callable[[ShardedUnit, Ops], None]
+    _last: ShardedUnit | None = None
 
     def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
         """Layers, of which `layer` is one, the next of which are gathered ahead in a forward."""
@@ -34,7 +39,21 @@ class FurtherLayers:
         done = self.issue.play(template, layer, (*ready, *waits), hooks)
         if phase == "backward" and not self.adds_in_place:
             self.rows_wait()
+        if phase == "backward" and layer == self.stage.extra.start and self._last is not None:
+            self._reduce(self._last, done)
+            self._last = None
         return done
+
+    def whole(self, unit: ShardedUnit, ready: Ops) -> None:
+        """FSDP2's gradients of an edge are all there. Head and final norm, of one group, run first for the
+        model and then for each MTP layer, so their backward is over when that of these layers is
+        (FSDPParamGroup.pre_forward hooks the first input): they stay until then, with the head's gradient."""
+        if unit.component != "vocabulary" or not self.stage.extra:
+            self._reduce(unit, ready)
+            return
+        if unit.name not in self._opened:
+            self._make_gradients(unit, unit.numel, "backward")
+        self._last = unit
 
     def projecting(self, template: Template, layer: int, phase: str) -> tuple[Ops, Hooks]:
         """What the projection before such a layer, a lookup among it, waits for, and what happens beside."""

@@ -155,7 +155,7 @@ class Shards(FurtherLayers, Edges):
         if name == "embedding" and phase == "backward":
             self.weight_done()
         if self.copied and phase == "backward":
-            self._reduce(unit, ready)
+            self.whole(unit, ready)
             return
         if self.each and phase == "backward":
             memory: Memory = (("gathered_grads", self._full_grad(unit)),)

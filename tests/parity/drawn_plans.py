@@ -1,5 +1,5 @@
-"""Small plans drawn at random: any network, family and kind of device that mopexec runs; but routed experts
-in fp32 under autograd, which run one by one there and at once in the simulator (7 % high)."""
+"""Small plans drawn at random: any network, family and kind of device that mopexec runs. Routed experts in
+fp32 under autograd are tested by themselves (test_wide_experts)."""
 
 import random
 from typing import Any
