@@ -35,6 +35,8 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "torch 2.12, one device, eager", "zero1", "generic-eager"),
         ("new", "torch 2.12, eager attention", "zero1", "generic-fused"),
         ("new", "torchtitan, eager FSDP2, loss alone compiled", "zero3", "torchtitan"),
+        ("new", "torchtitan, 2026-02; only the loss is compiled; SDPA", "zero3", "torchtitan"),
+        ("new", "halo, 2026-10; gpt-oss 20B", "zero3", "halo"),
         ("new", "torchtitan, whether compiled is not said", "zero3", "torchtitan"),
         ("new", "torchtitan, compiled blocks; the loss is not compiled", "zero3", "torchtitan-compile"),
         ("new", "torchtitan, network and loss compiled", "zero3", "torchtitan-compile"),
@@ -242,3 +244,28 @@ def test_routes_are_forced_where_a_row_says_so() -> None:
     ):  # fmt: skip
         assert read_case(row(**cells, notes=notes), MODELS).training.routing == routing
     assert read_case(row(**{**cells, "routing": "forced"}), MODELS).training.routing == "forced"
+
+
+def test_halo_of_october_2026_keeps_parameters_and_gathers_rows() -> None:
+    notes = "halo, {}; AdamW bf16 with stochastic rounding; filler text"
+    late, early = (
+        read_case(row(source="new", sharding="zero3", notes=notes.format(month)), MODELS)
+        for month in ("2026-10", "2026-05")
+    )
+    assert late.stack == early.stack == "halo"
+    assert late.strategy.dense.reshard_after_forward is early.strategy.dense.reshard_after_forward is False
+    assert [one.program().kernels.row_sums for one in (late, early)] == ["gathered", "atomic_if_sparse"]
+    assert late.program().kernels.logits_held is False
+    assert late.strategy.precision.moments == "bfloat16"
+
+
+def test_mlperf_replays_llama_in_eight_bits_as_one_graph() -> None:
+    cells = {"source": "new-mlperf", "sharding": "zero1", "model": "llama3_8b", "gpu": "b200-sxm-192g"}
+    for precision, more, graphs in (
+        ("fp8", "", ("step",)),
+        ("fp8", "; no CUDA graphs", ()),
+        ("nvfp4", "", ()),
+    ):
+        notes = f"MLPerf Training 5.1, llama31_8b, NeMo, 2025-10{more}"
+        found = read_case(row(precision=precision, notes=notes, **cells), MODELS)
+        assert found.program().host.graphs == graphs
