@@ -284,12 +284,18 @@ def _rotated(name: str) -> Change:
     return lambda one, *rest: COMPOSED[name].of(one, *rest) if one.name == "rope" else one
 
 
+def _complex(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Complex rotation; of latent attention the kernel writes values too, and rotates a part of a head."""
+    name = "rotary_latent" if len(kernel.writes) == 3 else "rotary"
+    return _rotated(name)(kernel, wider, wings)
+
+
 def _by_token(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return _rotated("rotary_by_token")(kernel, wider, wings) if len(kernel.reads) == 2 else kernel
 
 
 def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Of latents, all three are written."""
+    """Complex rotation; of latent attention the kernel writes values too, and rotates a part of a head."""
     name = "rotary_latent_halves" if len(kernel.writes) == 3 else "rotary_halves"
     return COMPOSED[name].of(kernel, wider, wings)
 
@@ -311,7 +317,7 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], dict[str, Change]]] = {
     }),
     "rotary": (lambda one: one.name.startswith("rope"), {
         "by_token": _by_token, "halves": _halves, "gathered": _halves, "wide": _chunks,
-        "composed": _rotated("rotary"), "upcast": COMPOSED["rotary_upcast"].of,
+        "composed": _complex, "upcast": COMPOSED["rotary_upcast"].of,
     }),
     "activation": (lambda one: one.name in ("act", "gelu"), {
         "composed": COMPOSED["gated"].of, "strided": COMPOSED["gated_strided"].of,
