@@ -36,20 +36,13 @@ from mopsim.program.shards import Shards
 from mopsim.program.split_backward import SplitShards, weight_grads
 from mopsim.program.stage import Stage
 from mopsim.program.taped import template
-from mopsim.program.template import START, Template
+from mopsim.program.template import FRAMES, START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
 from mopsim.program.works import implemented, narrow_weight, roomy
 from mopsim.spec.model import LayerKind, every_kind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
-
-FRAMES = (
-    ("h", "rope"), ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows_g", "experts_down"),
-    ("rows", "experts_down_bias"), ("rows_g", "experts_down_bias"), ("rows", "scatter_rows"),
-)  # fmt: skip
-"""Variables of the frames of Python that run a layer, and its routed experts, and the kernels to the end of
-which they are there (the last of those that run)."""
 
 
 class Passes:

@@ -3,17 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from mopsim.program import outputs, scales
+from mopsim.program import data_parallel, outputs, scales
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import (
-    beside_layers,
-    gathering,
-    grad_passes,
-    reduction,
-    scaled,
-    shared_embedding,
-)
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
@@ -371,17 +363,17 @@ class StageStep:
 
     def _reduce(self, units: Sequence[ShardedUnit], ready: Ops) -> None:
         self.shards.reduced.update(unit.name for unit in units)
-        messages, norms = reduction(self.c, units), self.norms.work(units)
-        if work := (*(grad_passes(self.c, units) if messages else ()), *norms):
+        messages, norms = data_parallel.reduction(self.c, units), self.norms.work(units)
+        if work := (*(data_parallel.grad_passes(self.c, units) if messages else ()), *norms):
             part = messages[0][0] if messages else units[0].component
             read = any(one.launches > 1 for one in norms)
             op = self.issue.add("whole gradients", "compute", part, "backward", work, ready, awaited=read)
             ready = (op,)
-        if work := scaled(self.c, units):
+        if work := data_parallel.scaled(self.c, units):
             part = units[0].component
             ready = (self.issue.add("scaled gradients", "compute", part, "backward", work, ready),)
         for part, sent in messages:
-            stream = beside_layers(sent)
+            stream = data_parallel.beside_layers(sent)
             op = self.issue.add("reduce gradients", stream, part, "backward", (sent,), ready)
             self.reductions.append(op)
 
@@ -393,15 +385,16 @@ class StageStep:
         rest = [unit for unit in self.stage.units if unit.name not in self.shards.reduced]
         self._reduce(rest, self.issue.tail())
         if self.stage.shares_embedding and (self.stage.is_first or self.stage.is_last):
-            self.reductions.append(shared_embedding(self.c, self.issue, self.reductions))
+            self.reductions.append(data_parallel.shared_embedding(self.c, self.issue, self.reductions))
 
     def _gather_updated(self) -> None:
         """Parameters that the last step updated arrive beside the first forward, in the order of their
         use."""
         if not self.overlap.param_gather or self.c.strategy.dense.zero == 0 or self.c.shards_params:
             return
+        add, stream = self.issue.add, data_parallel.beside_layers
         for unit in self.stage.units:
             self.gathered[unit.name] = tuple(
-                self.issue.add("gather parameters", beside_layers(sent), part, "forward", (sent,))
-                for part, sent in gathering(self.c, [unit])
+                add("gather parameters", stream(sent), part, "forward", (sent,))
+                for part, sent in data_parallel.gathering(self.c, [unit])
             )
