@@ -3,6 +3,8 @@ in chunks, a gated norm, output, residual."""
 
 from functools import lru_cache
 
+from msgspec.structs import replace
+
 from mopsim.graph.attention import linear, norm, residual
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes
@@ -23,6 +25,7 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
     N, H, rows = shapes.tokens, model.hidden_size, shapes.region_tokens
     x, y = Value("x", N * H * b), Value("y", N * H * b)
     width, values = how.projected / shapes.tensor, how.values / shapes.tensor
+    how = _within(how, shapes)
     first, source = begin("gather_h", "h", H, _C, shapes)
     projected = Value("mixed", int(rows * width * b))
     scanned = Value("scanned", int(rows * values * b))
@@ -32,7 +35,7 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
         linear("in_proj", source, projected, rows, width, H, b, _C, "h"),
     ]
     split = shapes.sequence > 1
-    inner = Value("mixed_s", projected.bytes) if split else projected
+    inner = Value("mixed_s", int(rows * how.projected / shapes.tensor * b)) if split else projected
     out = Value("scanned_s", scanned.bytes) if split else scanned
     if split:
         kernels.append(_exchange("sequence_to_heads", projected, inner))
@@ -47,6 +50,14 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
     kernels += end("scatter_a", product, Value("a", N * H * b), _C, shapes)
     kernels.append(residual("attention_residual", "a", "x", y, model, shapes, _C))
     return Tape((x,), tuple(kernels), ("y",))
+
+
+def _within(how: LinearAttention, shapes: Shapes) -> LinearAttention:
+    """As the scan has it: no chunk is longer than its sequence, and ranks of a sequence that are more than
+    heads of keys have one each, so that heads are repeated (Megatron-Core, mamba_context_parallel.py).
+    Documents in a sequence do not end chunks here."""
+    ranks = shapes.tensor * shapes.sequence
+    return replace(how, chunk=min(how.chunk, shapes.seq_len), num_key_heads=max(how.num_key_heads, ranks))
 
 
 def _scan(how: LinearAttention, shapes: Shapes, source: Value, out: Value) -> list[Kernel]:

@@ -62,7 +62,9 @@ class SplitShards(Shards):
         if self._copied(unit):
             first, last = template.products("backward")
             inside = range(first, last + 1) if first >= 0 else range(0)
-            places = [i for i in range(len(template.memory)) if (i in inside) == self._beside(unit)]
+            apart = any(one.component == "experts" for one in self._groups(unit.layer))
+            mine = unit.component == "experts"
+            places = [i for i in range(len(template.memory)) if not apart or (i in inside) == mine]
             made = [step for place in places for step in template.memory[place]]
             self._opened[unit.name] = sum(size for name, size in made if name == "gathered_grads")
         self._reduce(unit, ready)

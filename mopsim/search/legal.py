@@ -152,6 +152,7 @@ def _words(problem: Problem) -> dict[str, Any]:
     model, training, world = problem.model, problem.training, problem.world_size
     return _CODES | {
         "world": world, "node": problem.hardware.devices_per_node, "heads": model.num_split_heads,
+        "key_heads": model.linear_attention.num_key_heads,
         "num_experts": max(model.num_local_experts, 1), "batch": training.global_batch,
         "seq_len": training.seq_len, "one_mesh": one_mesh(problem),
         "near": near_batches(training.global_batch, world),

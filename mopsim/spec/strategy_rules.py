@@ -146,6 +146,9 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     states, degree = model.linear_attention.num_value_heads, s.attention.context_parallel
     rule = f"times attention.context_parallel {degree} does not divide linear_attention.num_value_heads "
     yield states % (degree * tensor) == 0, "dense.tensor_parallel", f"{rule}{states}"
+    keys = model.linear_attention.num_key_heads
+    rule = f"does not divide linear_attention.num_key_heads {keys}"
+    yield keys % tensor == 0, "dense.tensor_parallel", rule
     whole = s.dense.sequence_parallel or tensor == 1
     rows = "must be true where experts.expert_tensor_parallel is above 1: its ranks gather rows"
     yield whole or s.experts.expert_tensor_parallel == 1, "dense.sequence_parallel", rows

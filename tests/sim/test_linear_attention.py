@@ -90,8 +90,11 @@ def test_ranks_share_heads(tensor: int, sequence: int) -> None:
     """Work of all ranks is that of one; rows that ranks of a sequence exchange are sequence-parallel's."""
     seq = 512
     shapes = Shapes(seq // (tensor * sequence), seq, sequence=sequence, tensor=tensor)
-    one, mine = linear_attention(HYBRID, Shapes(seq, seq)), linear_attention(HYBRID, shapes)
+    mixer = replace(MIXER, num_key_heads=4)
+    model = replace(HYBRID, linear_attention=mixer)
+    one, mine = linear_attention(model, Shapes(seq, seq)), linear_attention(model, shapes)
     ranks = tensor * sequence
+    assert ranks <= mixer.num_key_heads
     for name in ("in_proj", "linear_scan", "o_proj"):
         assert mine.by_name[name].total_flops * ranks == pytest.approx(one.by_name[name].total_flops)
     exchanges = [kernel.name for kernel in mine.kernels if kernel.kind == "all_to_all"]
@@ -134,6 +137,27 @@ def test_what_makes_no_network_is_refused(changes: dict[str, object], says: str)
 def test_what_makes_no_mixer_is_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(MopError, match=says):
         replace(MIXER, **changes)
+
+
+def test_no_chunk_is_longer_than_its_sequence() -> None:
+    long = replace(HYBRID, linear_attention=replace(MIXER, chunk=1 << 20))
+    whole = replace(HYBRID, linear_attention=replace(MIXER, chunk=256))
+    assert linear_attention(long, Shapes(256, 256)) == linear_attention(whole, Shapes(256, 256))
+
+
+def test_ranks_of_a_sequence_have_a_head_of_keys_each() -> None:
+    """Four ranks, two heads of keys: each rank has one, as wide as before."""
+    tape, values, keys = linear_attention(HYBRID, Shapes(128, 512, sequence=4)), 256 // 4, 16
+    exchange, scan = tape.by_name["sequence_to_heads"], tape.by_name["linear_scan"]
+    assert exchange.bytes == 512 * (2 * values + 2 * keys + 2) * 2
+    assert scan.total_flops == 512 * (4 * values * 16 + 64 * (keys + values))
+
+
+def test_tensor_ranks_divide_the_heads_of_keys() -> None:
+    split = megatron(8, tensor_parallel=4)
+    says = "dense.tensor_parallel: 4 does not divide linear_attention.num_key_heads 2"
+    with pytest.raises(MopError, match=says):
+        mopsim.simulate(HYBRID, "h100-sxm-80g", strategy=split, seq_len=512, global_batch=8)
 
 
 def test_tensor_ranks_divide_the_heads_of_states() -> None:
