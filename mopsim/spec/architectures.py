@@ -2,6 +2,7 @@
 with functions for what is more than a key."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -11,32 +12,53 @@ from mopsim.common.errors import MopError, shown
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
 from mopsim.spec.config_parts import (
+    KINDS_THERE,
     Fields,
+    blocks,
     dense_layers,
     late_windows,
     layer_flags,
     layer_list,
     layers_of,
+    linear_layers,
     period_of,
     qwen_windows,
     routed_layers,
     windows,
 )
 from mopsim.spec.config_reader import Config, ConfigReader
-from mopsim.spec.layer_fields import WINDOWS
+from mopsim.spec.layer_fields import LINEAR, WINDOWS
 
 
-class Architecture(Spec, frozen=True, kw_only=True):
+class HowRead(Spec, frozen=True, kw_only=True):
+    """What keys say, and what must be true of some: see the head of architectures.yaml."""
+
+    reads: dict[str, str] = msgspec.field(default_factory=dict)
+    needs: dict[str, tuple[Any, str]] = msgspec.field(default_factory=dict)
+    fixed: Fields = msgspec.field(default_factory=dict)
+
+    def said(self, r: ConfigReader) -> Fields:
+        """The fields that the keys say. Raises MopError naming a key."""
+        for key, (value, why) in self.needs.items():
+            r.needs(key, value, why)
+        return {name: _said(r, name, how) for name, how in self.reads.items()} | self.fixed
+
+    def pass_over(self, r: ConfigReader) -> None:
+        """Leave the keys: there is nothing in the network that they are of."""
+        words = (how.split()[1:] or [name] for name, how in self.reads.items())
+        r.read |= {r.named(key) for key in (*self.needs, *chain.from_iterable(words))}
+
+
+class Architecture(HowRead, frozen=True, kw_only=True):
     """One architecture: see the head of architectures.yaml."""
 
     model_types: tuple[str, ...]
-    reads: dict[str, str]
     absent: Config
     text_of: tuple[str, ...] = ()
     names: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
-    needs: dict[str, tuple[Any, str]] = msgspec.field(default_factory=dict)
-    fixed: Fields = msgspec.field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    of: dict[str, HowRead] = msgspec.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -45,11 +67,16 @@ class Architecture(Spec, frozen=True, kw_only=True):
 
     def fields(self, r: ConfigReader) -> Fields:
         """The fields of ModelSpec that the architecture's own keys say. Raises MopError naming a key."""
-        for key, (value, why) in self.needs.items():
-            r.needs(key, value, why)
-        found = {name: _said(r, name, how) for name, how in self.reads.items()} | self.fixed
+        found = self.said(r)
+        r.read |= {*self.beside}
         for name in self.parts:
             found |= PARTS[name](r)
+        there = found.pop(KINDS_THERE, ())
+        for kind, reading in self.of.items():
+            if kind not in there:
+                reading.pass_over(r)
+                continue
+            found |= {kind: reading.said(r)} if kind == LINEAR else reading.said(r)
         return found
 
 
@@ -208,7 +235,7 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
     for part in (
         sparse_steps, shared_gate, listed_windows, window_if_used, leading_dense, groups_if_limited,
         ernie_layers, alternating_windows, llama4_layers, unclipped, qwen_windows, late_windows,
-        plain_activation, four_times_wider, equal_heads,
+        plain_activation, four_times_wider, equal_heads, linear_layers, blocks,
     )
 }  # fmt: skip
 

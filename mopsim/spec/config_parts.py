@@ -7,10 +7,12 @@ import msgspec
 
 from mopsim.common.errors import MopError, shown
 from mopsim.spec.config_reader import ConfigReader
-from mopsim.spec.layer_fields import MOST_LAYERS, WINDOWS, dense_fields, window_fields
+from mopsim.spec.layer_fields import LINEAR, MOST_LAYERS, WINDOWS, dense_fields, window_fields
 from mopsim.spec.rope import RopeScaling
 
 Fields = dict[str, Any]
+KINDS_THERE = "kinds"
+"""Beside the fields that a part reads: the kinds of layers or blocks that there are, if they are listed."""
 
 
 def common(r: ConfigReader, *, gated: bool = True) -> Fields:
@@ -137,3 +139,52 @@ def routed_layers(r: ConfigReader, first: int) -> Callable[[int], bool]:
         return lambda layer: layer >= first and layer % every == 0
     each = layer_flags(r, "moe_layer_freq")
     return lambda layer: layer >= first and (not each or each[layer] == 1)
+
+
+def linear_layers(r: ConfigReader) -> Fields:
+    """Layers by their list, or every full_attention_interval-th attends and the others' mixer is linear."""
+    every = period_of(r, "full_attention_interval")
+    usual = [LINEAR if (layer + 1) % every else "full_attention" for layer in layers_of(r)]
+    types = r.items("layer_types") or usual
+    if len(types) != len(usual) or not all(one in (LINEAR, "full_attention") for one in types):
+        rule = f"{LINEAR} or full_attention for each of num_hidden_layers {len(usual)}"
+        raise MopError(f"{r.origin}: layer_types: {shown(types)} is refused: only {rule} can be expressed")
+    return {KINDS_THERE: {*types}, "layer_types": types if LINEAR in types else ()}
+
+
+_MIXERS = {"M": LINEAR, "mamba": LINEAR, "*": "full_attention", "attention": "full_attention"}
+_BLOCKS = {one: one for one in (LINEAR, "full_attention", "moe", "mlp")} | _MIXERS | {"E": "moe", "-": "mlp"}
+"""Kinds of blocks by their words: a list's, an older list's, and letters of a pattern."""
+
+
+def blocks(r: ConfigReader) -> Fields:
+    """Layers of a list, or pattern of letters, whose blocks are mixers, MLPs and experts: a layer is a mixer
+    and the block of another kind that follows it, or nothing."""
+    said, key = r.items("layers_block_type"), r.named("layers_block_type")
+    if r.has("hybrid_override_pattern") and not said:
+        key = "hybrid_override_pattern"
+        said = list(str(r.word(key)))
+    if not said:
+        raise MopError(f"{r.origin}: {key}: missing, the field is required")
+    layers: list[list[str]] = []
+    for at, word in enumerate(said):
+        kind = _BLOCKS.get(word) if isinstance(word, str) else None
+        if kind is None:
+            rule = f"is refused: a block is one of {', '.join(_BLOCKS)}"
+            raise MopError(f"{r.origin}: {key}: {shown(word)} {rule}")
+        if kind in (LINEAR, "full_attention"):
+            layers.append([kind])
+        elif layers and len(layers[-1]) == 1:
+            layers[-1].append(kind)
+        else:
+            rule = f"is refused: it must follow a block of {LINEAR} or full_attention"
+            raise MopError(f"{r.origin}: {key}: {shown(word)} (block {at}, from 0) {rule}")
+    r.must_be("num_hidden_layers", len(said), f"{key} has {len(said)} blocks")
+    kinds = {kind for layer in layers for kind in layer}
+    dense = [at for at, layer in enumerate(layers) if "mlp" in layer]
+    return {
+        KINDS_THERE: kinds,
+        "num_hidden_layers": len(layers),
+        "layer_types": [layer[0] for layer in layers],
+        "layers_without_ffn": [at for at, layer in enumerate(layers) if len(layer) == 1],
+    } | (dense_fields(dense, len(layers)) if "moe" in kinds else {})

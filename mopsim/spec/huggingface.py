@@ -35,7 +35,8 @@ def from_config(config: Config, origin: str) -> ModelSpec:
         model = convert(fields, ModelSpec, "model", origin)
     except MopError as error:
         raise MopError(f"{error}{_read_from(str(error), config, absent)}") from None
-    _check_layer_types(reader, model)
+    if "layers_block_type" not in meant.names:
+        _check_layer_types(reader, model)
     return model
 
 

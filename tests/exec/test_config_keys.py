@@ -18,6 +18,7 @@ from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 from tests.spec import test_huggingface as told
+from tests.spec.hybrid_configs import NEMOTRON_H, QWEN3_5_TEXT, QWEN3_NEXT
 
 transformers = pytest.importorskip("transformers")
 StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDataclassError
@@ -25,8 +26,17 @@ StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDatac
 Config = dict[str, Any]
 PUBLISHED: dict[str, Config] = {
     one["architectures"][0]: one
-    for one in (*told.CASES.values(), told.QWEN2, told.MISTRAL, told.DOTS1, told.ERNIE, told.GPT2)
-} | {"Llama4ForCausalLM": told.TEXT}  # type: ignore[assignment]
+    for one in (
+        *told.CASES.values(),
+        told.QWEN2,
+        told.MISTRAL,
+        told.DOTS1,
+        told.ERNIE,
+        told.GPT2,
+        QWEN3_NEXT,
+        NEMOTRON_H,
+    )
+} | {"Llama4ForCausalLM": told.TEXT, "Qwen3_5MoeForCausalLM": QWEN3_5_TEXT}  # type: ignore[assignment]
 SIZES: Config = {"num_attention_heads": 128, "hidden_size": 8192, "num_hidden_layers": 9}
 """Of no class, and such that every class's num_key_value_heads divides the heads."""
 NEEDED: Config = {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1}
@@ -40,6 +50,9 @@ REFUSED = {
     "v_head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_k",
     "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
     "n_group", "topk_group", "use_sliding_window", "layer_types", "head_dim", "n_embd", "n_layer", "n_head",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "n_groups", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "hybrid_override_pattern",
+    "layers_block_type", "moe_shared_expert_intermediate_size",
 }  # fmt: skip
 """Without which a config of some architecture is refused."""
 
@@ -49,7 +62,10 @@ def whole(architecture: str, config: Config) -> Config:
     there are those that a config says."""
     made = getattr(transformers, re.sub("(ForCausalLM|LMHeadModel)$", "Config", architecture))
     made = made.sub_configs.get("text_config", made)
-    found: Config = json.loads(made(**deepcopy(config)).to_json_string(use_diff=False))
+    text = made(**deepcopy(config)).to_json_string(use_diff=False)
+    found: Config = json.loads(
+        text, object_hook=lambda one: float(one["__float__"]) if "__float__" in one else one
+    )
     found["architectures"] = [architecture]
     if "num_nextn_predict_layers" not in config:
         found.pop("num_nextn_predict_layers", None)
@@ -76,7 +92,8 @@ def bases(architecture: str) -> list[Config]:
     published = PUBLISHED[architecture]
     sure, longer = [usual(architecture), published], published | LONGER
     assert all(map(read, sure))
-    rotary = not ARCHITECTURES[architecture].reads.get("learned_positions")
+    meant = ARCHITECTURES[architecture]
+    rotary = not meant.reads.get("learned_positions") and meant.fixed.get("full_attention_rotary", True)
     assert bool(read(longer)) == rotary
     more = [longer, usual(architecture, **WINDOWS), published | WINDOWS, usual(architecture, **GROUPS)]
     return [*sure, *filter(read, more)]
