@@ -31,6 +31,8 @@ NOMINAL = 0.9
 """The level whose coverage sets the widening."""
 SMALLEST, LARGEST = 1e-3, 1.0
 """A deviation's bounds: a thousandth, and a factor e."""
+TOLD_APART = 0.005
+"""A deviation of some programs that is less than sources round to is none."""
 MANY = 10
 """Sources from which on no pair of them is most of what is known."""
 SMALL = 0.05
@@ -76,6 +78,8 @@ def fit_unseen(
     unseen, share = scores.beside(deviations.widening), 1.0
     if some and unseen:
         unseen, share = scores.of_some(deviations.widening)
+        if unseen < TOLD_APART:
+            unseen, share = 0.0, 1.0
     return msgspec.structs.replace(deviations, unseen=unseen, unseen_share=share)
 
 
