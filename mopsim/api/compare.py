@@ -34,7 +34,7 @@ from mopsim.common.outputs import whole_directory
 from mopsim.common.units import format_nodes
 from mopsim.common.values import require_once
 from mopsim.engine import SimResult
-from mopsim.report.findings import difference, finding, lead, sentences, software, verdict
+from mopsim.report.findings import difference, finding, lead, software, verdict
 from mopsim.report.sweep import over
 from mopsim.search.result import exhausted
 from mopsim.spec.documents import held
@@ -102,10 +102,12 @@ class Comparison(Result):
 
     def to_json(self, command: str = "mopsim.compare") -> dict[str, Any]:
         """command: what made it."""
+        said = self._placed(finding(self.results, self.searched, self.inputs.interval))
         found: dict[str, Any] = {
             "strategies": {label: one.to_json() for label, one in self.simulations.items()},
             "stack": self.inputs.stack.name if self.inputs.stack else None,
-            "finding": self._placed(finding(self.results, self.searched, self.inputs.interval)),
+            "finding": ". ".join(said),
+            "findings": said,
             "lead": self._lead(),
             "software": software(self.results, self.stacks, self.alike),
             "proven": all(exhausted(gap) for gap, _ in self.searched.values()),
@@ -133,18 +135,18 @@ class Comparison(Result):
 
     def headline(self) -> str:
         """A line for each thing that was found."""
-        first, *rest = verdict(self.results, self.searched, self.inputs.interval, self.stacks, self.alike)
+        said = verdict(self.results, self.searched, self.inputs.interval, self.stacks, self.alike)
         without = (f"{label} has no strategy here" for label in self.refused)
-        return "\n".join(f"{one}." for one in (*sentences(self._placed(first)), *rest, *without))
+        return "\n".join(f"{one}." for one in (*self._placed(said), *without))
 
-    def _placed(self, said: str) -> str:
+    def _placed(self, said: list[str]) -> list[str]:
         """What is said of the job; of a sweep first who is fastest at each value, then where the job is."""
         if self.sweep is None:
             return said
         nodes, length = self.inputs.nodes, self.inputs.training.seq_len
         node = f"{nodes:,} node{'s' if nodes > 1 else ''}"
         here = node if self.sweep.setting == "nodes" else f"{length:,} tokens"
-        return f"{over(self.sweep)}. At {here}: {said}"
+        return [over(self.sweep), f"At {here}: {said[0]}", *said[1:]]
 
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())

@@ -218,7 +218,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         core = _flash(core, names, working, rows * 4)
     else:
         core = _kept(core, rows * seq, shapes.softmax, model.dropout > 0, b)
-    home = [_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
+    home = [exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
     if by_heads:
         return [*before, core, *home]
     return [*before, *_of_blocks(core, values, before[0])]
@@ -299,7 +299,7 @@ def _traded(
     if shapes.exchange == "ulysses":
         sizes = (_exchanged(value.bytes, d, model, shapes, i) for i, value in enumerate(values))
         inner = tuple(Value(f"{one.name}s", size) for one, size in zip(values, sizes, strict=True))
-        return [_exchange("sequence_to_heads", tuple(one.name for one in values), inner)], inner
+        return [exchange("sequence_to_heads", tuple(one.name for one in values), inner)], inner
     own = k.bytes + v.bytes
     if shapes.exchange == "ring":
         moving, sent = Value("moving", own, grad=False), float(own * (d - 1))
@@ -353,7 +353,7 @@ def _exchanged(size: int, degree: int, model: ModelSpec, shapes: Shapes, index: 
     return size if index == 0 or model.attention == "mla" else size * max(degree, kv) // kv
 
 
-def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> Kernel:
+def exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> Kernel:
     """An all-to-all splits along the first dimension, so that each tensor is copied before and after it."""
     copies = 2 * max(value.bytes for value in writes)
     return Kernel(

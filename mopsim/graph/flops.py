@@ -10,26 +10,21 @@ from mopsim.spec.model import ModelSpec
 
 
 @lru_cache(maxsize=1024)
-def _layer_flops(
-    model: ModelSpec, seq_len: int, layer: int, moe: bool, documents: int, bare: bool = False
-) -> tuple[tuple[str, float], ...]:
+def _layer_flops(model: ModelSpec, seq_len: int, layer: int, documents: int) -> tuple[tuple[str, float], ...]:
     """Forward FLOP of one layer over one whole sequence."""
-    S, k = seq_len, model.num_experts_per_tok
+    S, k, kind = seq_len, model.num_experts_per_tok, model.layer_kind(layer)
     shapes = Shapes(S, S, documents=documents)
     tapes = [mixer(model, shapes, layer)]
-    if bare:
-        pass
-    elif moe:
+    if kind.routed:
         tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2)]
         if model.shared_expert_intermediate_size:
             tapes.append(ffn(model, model.shared_expert_intermediate_size, "shared_experts", shapes))
-    else:
+    elif not kind.bare:
         tapes.append(ffn(model, model.intermediate_size, "dense_ffn", shapes))
     found: dict[str, float] = {}
     for tape in tapes:
         for kernel in tape.kernels:
-            core = kernel.kind == "attention" or kernel.name == "linear_scan"
-            key = "attention_core" if core else kernel.component
+            key = "attention_core" if kernel.flops else kernel.component
             found[key] = found.get(key, 0.0) + kernel.total_flops
     return tuple(found.items())
 
@@ -37,14 +32,12 @@ def _layer_flops(
 @lru_cache(maxsize=1024)
 def _flops(model: ModelSpec, seq_len: int, documents: int) -> tuple[tuple[str, float], ...]:
     found: dict[str, float] = {}
-    for kind, layers in model.layer_kinds().items():
-        for name, flops in _layer_flops(model, seq_len, layers[0], kind.routed, documents, kind.bare):
+    for layers in model.layer_kinds().values():
+        for name, flops in _layer_flops(model, seq_len, layers[0], documents):
             found[name] = found.get(name, 0.0) + len(layers) * flops
     head = 2.0 * seq_len * model.hidden_size * model.vocab_size
     for _ in range(model.num_nextn_predict_layers):
-        for name, flops in _layer_flops(
-            model, seq_len, model.num_hidden_layers, bool(model.num_local_experts), documents
-        ):
+        for name, flops in _layer_flops(model, seq_len, model.num_hidden_layers, documents):
             found[name] = found.get(name, 0.0) + flops
         head += 2.0 * seq_len * model.hidden_size * model.vocab_size + 4.0 * seq_len * model.hidden_size**2
     found["vocabulary"] = head

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from msgspec.structs import replace
 
-from mopsim.graph.attention import linear, norm, residual
+from mopsim.graph.attention import exchange, linear, norm, residual
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Tape, Value
@@ -38,11 +38,11 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
     inner = Value("mixed_s", int(rows * how.projected / shapes.tensor * b)) if split else projected
     out = Value("scanned_s", scanned.bytes) if split else scanned
     if split:
-        kernels.append(_exchange("sequence_to_heads", projected, inner))
-    kernels += _scan(how, shapes, inner, out)
+        kernels.append(exchange("sequence_to_heads", (projected.name,), (inner,)))
+    kernels.append(_scan(how, shapes, inner, out))
     if split:
-        kernels.append(_exchange("heads_to_sequence", out, scanned))
-    kernels.append(_gated_norm(how, shapes, scanned, Value("o", scanned.bytes)))
+        kernels.append(exchange("heads_to_sequence", (out.name,), (scanned,)))
+    kernels.append(_gated_norm(model.linear_attention, shapes, values))
 
     def product(out: Value) -> Kernel:
         return linear("o_proj", "o", out, rows, H, values, b, _C)
@@ -60,7 +60,7 @@ def _within(how: LinearAttention, shapes: Shapes) -> LinearAttention:
     return replace(how, chunk=min(how.chunk, shapes.seq_len), num_key_heads=max(how.num_key_heads, ranks))
 
 
-def _scan(how: LinearAttention, shapes: Shapes, source: Value, out: Value) -> list[Kernel]:
+def _scan(how: LinearAttention, shapes: Shapes, source: Value, out: Value) -> Kernel:
     """The convolution, and the scan in chunks of Q tokens, of whose forward the backward makes all but the
     output again (mamba_ssm, ssd_combined.py: MambaSplitConv1dScanCombinedFn saves what was projected and the
     output; fla, chunk_gated_delta_rule makes states and products of a chunk again).
@@ -85,14 +85,13 @@ def _scan(how: LinearAttention, shapes: Shapes, source: Value, out: Value) -> li
     forward = 2.0 * conv + cumulated + made + passed + products + output
     steps = how.solves  # a delta rule solves a triangle of each chunk, and takes keys and values through it
     forward += steps * (square + 2.0 * (key * how.num_value_heads / how.num_key_heads + value))
-    kernel = Kernel(
+    return Kernel(
         "linear_scan", "memory_bound", _C, (source.name,), (out,), saves=(source.name, out.name),
         bytes=forward, back_bytes=3.0 * forward, flops=_flops(how, rows),
         launches=7 + steps, back_launches=16 + 2 * steps,
         scratch=(("activations", int(conv + 2.0 * decays + states + handed + square)),),
         back_scratch=(("activations", int(2.0 * (conv + square + handed) + 4.0 * decays + states)),),
     )  # fmt: skip
-    return [kernel]
 
 
 def _flops(how: LinearAttention, rows: float) -> float:
@@ -104,20 +103,8 @@ def _flops(how: LinearAttention, rows: float) -> float:
     return rows * (4.0 * how.state + inside + solved)
 
 
-def _gated_norm(how: LinearAttention, shapes: Shapes, source: Value, out: Value) -> Kernel:
-    """RMSNorm of each head, or group of heads, scaled by the gate's SiLU."""
-    groups = how.num_value_heads if how.solves else how.num_key_heads
-    return Kernel(
-        "gated_norm", "memory_bound", _C, (source.name,), (out,), saves=(source.name,), bytes=3.0 * out.bytes,
-        back_bytes=6.0 * out.bytes, back_launches=2, weighted=True,
-        per_row=int(shapes.region_tokens * groups / shapes.tensor * shapes.width),
-    )  # fmt: skip
-
-
-def _exchange(name: str, source: Value, out: Value) -> Kernel:
-    """What ranks of a sequence send each other, and its copies before and after."""
-    copies = (("activations", 2 * out.bytes),)
-    return Kernel(
-        name, "all_to_all", _C, (source.name,), (out,), bytes=float(out.bytes), group="sequence",
-        scratch=copies, back_scratch=copies,
-    )  # fmt: skip
+def _gated_norm(how: LinearAttention, shapes: Shapes, values: float) -> Kernel:
+    """scanned -> o: RMSNorm of each head, or group of heads, times SiLU of the gate, which it reads too."""
+    groups = (how.num_value_heads if how.solves else how.num_key_heads) / shapes.tensor
+    plain = norm("gated_norm", "scanned", "o", shapes.region_tokens, int(values), shapes.width, _C, groups)
+    return replace(plain, bytes=1.5 * plain.bytes, back_bytes=1.5 * plain.back_moved)

@@ -1,6 +1,5 @@
 """What a comparison of strategies comes to, in words: who is fastest or ties, how surely, and why."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from mopsim.common.units import format_probability, format_seconds
@@ -18,22 +17,12 @@ SHOWN = 4
 """Stacks that are named of those that could run all strategies."""
 
 
-def finding(results: Results, searched: Searched | None = None, level: float = 0.9) -> str:
+def finding(results: Results, searched: Searched | None = None, level: float = 0.9) -> list[str]:
     """The winner, by how much and how surely, or that nothing fits; in sentences of their own what the
-    searches promise that were not exhausted. Without the last full stop. level: of the ratio's interval."""
+    searches promise that were not exhausted. Without full stops. level: of the ratio's interval."""
     found = headline(results) + _how_surely(results, level)
     still = [(label, left) for label, left in (searched or {}).items() if not exhausted(left[0])]
-    return ". ".join([found, *(f"Search of {one}" for one in promises(still))])
-
-
-_NEXT = re.compile(r"\. (?=Search of |At [\d,]+ (?:node|token))")
-"""Where a sentence of a finding ends."""
-
-
-def sentences(finding: str) -> list[str]:
-    """The sentences of a finding without their full stops: the outcome (of a sweep first the outcome over its
-    values), then what each search promises."""
-    return _NEXT.split(finding)
+    return [found, *(f"Search of {one}" for one in promises(still))]
 
 
 def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:
@@ -208,7 +197,7 @@ def verdict(
     """Sentences without their full stops: the finding, what of the searches is open, what may not fit, what
     is due to software, and where the difference lies."""
     found = [
-        *sentences(finding(results, searched, level)),
+        *finding(results, searched, level),
         risks(results),
         *(one[:1].upper() + one[1:] for one in _software(results, stacks, alike)),
         difference(results),

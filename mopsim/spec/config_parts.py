@@ -68,19 +68,22 @@ def layers_of(r: ConfigReader) -> range:
     return range(min(r.integer("num_hidden_layers"), MOST_LAYERS))
 
 
+def listed_types(r: ConfigReader, *words: str) -> list[Any]:
+    """`layer_types`, one of these words for each decoder layer. Raises MopError otherwise."""
+    types, layers = r.items("layer_types"), layers_of(r)
+    if len(types) != len(layers) or not all(one in words for one in types):
+        rule = f"{' or '.join(words)} for each of num_hidden_layers {len(layers)}"
+        raise MopError(f"{r.origin}: layer_types: {shown(types)} is refused: only {rule} can be expressed")
+    return types
+
+
 def windows(r: ConfigReader, usual: Callable[[int], bool], field: str = "sliding_window") -> Fields:
     """Windows of the layers in `layer_types`; usual: whether a layer has one in a config without. field: that
     says how wide."""
     layers = layers_of(r)
     windowed = [usual(layer) for layer in layers]
     if r.has("layer_types"):
-        types, words = r.items("layer_types"), ("full_attention", WINDOWS[field])
-        if len(types) != len(layers) or not all(one in words for one in types):
-            rule = f"{' or '.join(words)} for each of num_hidden_layers {len(layers)}"
-            raise MopError(
-                f"{r.origin}: layer_types: {shown(types)} is refused: only {rule} can be expressed"
-            )
-        windowed = [one == words[1] for one in types]
+        windowed = [one == WINDOWS[field] for one in listed_types(r, "full_attention", WINDOWS[field])]
     return window_fields(windowed, r.integer(field, None if any(windowed) else 0), field)
 
 
@@ -145,10 +148,7 @@ def linear_layers(r: ConfigReader) -> Fields:
     """Layers by their list, or every full_attention_interval-th attends and the others' mixer is linear."""
     every = period_of(r, "full_attention_interval")
     usual = [LINEAR if (layer + 1) % every else "full_attention" for layer in layers_of(r)]
-    types = r.items("layer_types") or usual
-    if len(types) != len(usual) or not all(one in (LINEAR, "full_attention") for one in types):
-        rule = f"{LINEAR} or full_attention for each of num_hidden_layers {len(usual)}"
-        raise MopError(f"{r.origin}: layer_types: {shown(types)} is refused: only {rule} can be expressed")
+    types = listed_types(r, LINEAR, "full_attention") if r.items("layer_types") else usual
     return {KINDS_THERE: {*types}, "layer_types": types if LINEAR in types else ()}
 
 

@@ -143,10 +143,12 @@ def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]
     assert "proven" not in views(compared)[0]["note"]
     compared["strategies"]["mop"] |= {"gap": 0.0, "expected_gap": 0.0}
     compared["strategies"]["fsdp2"] |= {"gap": 0.47, "expected_gap": 0.02}
-    compared["finding"] = f"mop is fastest. Search of fsdp2: {left}"
+    compared["findings"] = ["mop is fastest", f"Search of fsdp2: {left}"]
     found = views(compared)[0]
     assert found["note"].startswith(f"mop: {proven}. step at least, at most: ")
     assert summary(compared).splitlines()[:2] == ["mop is fastest.", f"Search of fsdp2: {left}."]
+    earlier = {key: value for key, value in compared.items() if key != "findings"}
+    assert summary(earlier).startswith(f"{compared['finding']}.")
     assert {"gap", "expected gap"} <= {column["name"] for column in found["columns"]}
 
 

@@ -295,7 +295,7 @@ def _by_token(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 
 def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Complex rotation; of latent attention the kernel writes values too, and rotates a part of a head."""
+    """Of latents, all three are written."""
     name = "rotary_latent_halves" if len(kernel.writes) == 3 else "rotary_halves"
     return COMPOSED[name].of(kernel, wider, wings)
 

@@ -27,7 +27,6 @@ from mopsim.report.explore.steps import (
     timeline,
 )
 from mopsim.report.explore.sweep import sweep_views
-from mopsim.report.findings import sentences
 from mopsim.report.tables import rate
 from mopsim.search.result import exhausted
 
@@ -192,7 +191,8 @@ def _said(result: Json) -> str:
 
 def _verdict(result: Json) -> list[str]:
     """The sentences of a comparison's verdict."""
-    return [*sentences(result["finding"]), *filter(None, (result.get("software"), result.get("difference")))]
+    said = result.get("findings") or [result["finding"]]  # results of before have one text
+    return [*said, *filter(None, (result.get("software"), result.get("difference")))]
 
 
 def _joined(*parts: object) -> str:
