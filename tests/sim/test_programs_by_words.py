@@ -64,6 +64,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "Megatron-SWIFT of 2026-04", "zero1", "megatron-swift"),
         ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
         ("new", "Megatron-Bridge, recipe qwen3_4b_pretrain", "zero1", "megatron-bridge-library"),
+        ("new", "Megatron-Bridge 2026-07, full SFT on packed rows", "zero1", "megatron-bridge-library"),
         ("new", "PaddlePaddle 2.5.1, AMP O2", "zero2", "paddlenlp-2.5"),
         ("new", "EasyContext of 2024-04, DeepSpeed ZeRO-3", "zero3", "easycontext"),
         ("new", "TinyLlama, lit-gpt fork under Lightning Fabric", "zero3", "tinyllama"),
