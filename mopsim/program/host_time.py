@@ -6,27 +6,7 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.host_costs import (
-    BIASES,
-    CHECKPOINT,
-    CLAMPS,
-    CONTEXT,
-    DISPATCHERS,
-    DOCUMENTS,
-    DTENSOR,
-    EXCHANGED,
-    HOOKS,
-    KINDS,
-    LAUNCHES,
-    LAYER,
-    LAYERS,
-    MODULES_AGAIN,
-    ON_A_DEVICE,
-    ROUTES_MAP,
-    TENSOR,
-    WOVEN,
-    Costs,
-)
+from mopsim.graph import host_costs
 from mopsim.program.context import Context
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
@@ -45,10 +25,10 @@ class Around:
 
     hooked: bool = False
     split: bool = False
-    kinds: Costs = field(default_factory=dict)
+    kinds: host_costs.Costs = field(default_factory=dict)
     experts: int = 0
     apart: int = 0
-    again: Costs = field(default_factory=dict)
+    again: host_costs.Costs = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -82,13 +62,13 @@ def by_modules(program: Program, stack: Stack, around: Around) -> Program:
 
 def kinds_of(
     model: ModelSpec, stack: Stack, strategy: Strategy | None = None, *, woven: bool = False
-) -> Costs:
+) -> host_costs.Costs:
     """Linears that a network's kind of layers adds to each component of the plain one; a strategy's
     context-parallel ranks to attention, its dispatcher to experts. woven: `Context.weaves`."""
-    if strategy and stack.host.layers in EXCHANGED:
+    if strategy and stack.host.layers in host_costs.EXCHANGED:
         routed = strategy.experts
         sends = routed.expert_parallel > 1 and routed.token_dispatcher == "alltoall"
-        return {"experts": EXCHANGED[stack.host.layers]} if sends else {}
+        return {"experts": host_costs.EXCHANGED[stack.host.layers]} if sends else {}
     if stack.host.layers != "transformer_engine":
         return {}
     latent = model.kv_lora_rank > 0
@@ -99,18 +79,19 @@ def kinds_of(
         "router": ("sigmoid",) * (model.scoring_func == "sigmoid") + ("groups",) * (model.n_group > 1),
         "shared_experts": ("shared_experts",),
     }
-    found = {component: [KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
-    more = stack.host.documents - 1.0 if composed else 0.0
-    found["attention"] += [(more * DOCUMENTS[rotary][0], more * DOCUMENTS[rotary][1])] * (more > 0)
+    found = {component: [host_costs.KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
+    more = (stack.host.documents - 1.0) * composed
+    ahead, back = host_costs.DOCUMENTS[rotary]
+    found["attention"].append((more * ahead, more * back))
     found["attention"] += _of_context(strategy) if strategy else []
     ranks = strategy.experts.expert_parallel if strategy else 1
     found["experts"] = _of_experts(model, stack, model.num_local_experts // ranks)
     if strategy and stack.kernels.row_sums == "gathered" and stack.host.permutes == "triton":
-        found["experts"] += [LAUNCHES.get(strategy.experts.token_dispatcher, NOTHING)]
+        found["experts"] += [host_costs.LAUNCHES.get(strategy.experts.token_dispatcher, NOTHING)]
     if strategy and ranks > 1:
-        found["experts"] += [DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
-        found["experts"] += [ROUTES_MAP] * maps_routes(strategy, stack)
-        found["experts"] += [WOVEN[stack.host.delayed_grads]] * woven
+        found["experts"] += [host_costs.DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
+        found["experts"] += [host_costs.ROUTES_MAP] * maps_routes(strategy, stack)
+        found["experts"] += [host_costs.WOVEN[stack.host.delayed_grads]] * woven
     return {
         component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
         for component, costs in found.items()
@@ -120,7 +101,7 @@ def kinds_of(
 def _of_context(strategy: Strategy) -> list[tuple[float, float]]:
     """What the exchange of a sequence adds."""
     ranks = strategy.attention.context_parallel
-    cost = CONTEXT[strategy.attention.cp_comm_type]
+    cost = host_costs.CONTEXT[strategy.attention.cp_comm_type]
     return [cost["layer"], *[cost["rank"]] * ranks] if ranks > 1 else []
 
 
@@ -129,17 +110,20 @@ def _alone(module: str, context: Context) -> float:
     sequence, the experts' activation with its clamps."""
     more = _of_context(context.strategy) if module == "core_attn" else []
     more = _clamps(context.model, context.stack) if module == "moe_act" else more
-    return sum(KINDS[f"{MODULES_AGAIN[module]}_again"]) + sum(cost[0] for cost in more)
+    return sum(host_costs.KINDS[f"{host_costs.MODULES_AGAIN[module]}_again"]) + sum(cost[0] for cost in more)
 
 
 def _clamps(model: ModelSpec, stack: Stack) -> list[tuple[float, float]]:
-    return [CLAMPS] * (bool(model.swiglu_limit) and stack.kernels.clamped_gate == "apart")
+    return [host_costs.CLAMPS] * (bool(model.swiglu_limit) and stack.kernels.clamped_gate == "apart")
 
 
 def _of_experts(model: ModelSpec, stack: Stack, experts: int) -> list[tuple[float, float]]:
     """What biases and clamps of the experts of a rank add."""
     biases = model.expert_bias and stack.kernels.expert_bias == "scaled"
-    return _clamps(model, stack) + ([BIASES["layer"]] + [BIASES["expert"]] * experts) * biases
+    return (
+        _clamps(model, stack)
+        + ([host_costs.BIASES["layer"]] + [host_costs.BIASES["expert"]] * experts) * biases
+    )
 
 
 def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Around) -> tuple[Op, ...]:
@@ -152,7 +136,7 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
         places = tuple(places)
         routed = {given[place].layer for place in places if given[place].component == "experts"}
         places = [place for place in places if given[place].layer in routed]
-    layers = LAYER.keys() | around.kinds.keys()
+    layers = host_costs.LAYER.keys() | around.kinds.keys()
     passes: dict[tuple[int, int, str], dict[str, list[int]]] = {}
     groups, last = dict[str, list[int]](), (-1, -1, "")
     for place in places:
@@ -184,27 +168,29 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
 
 def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: Around) -> float:
     """What the host does in a pass of a component beside starting the kernels of its ops."""
-    added = {"plain": {}, "transformer_engine": TENSOR, "dtensor": DTENSOR}[stack.host.tensor]
+    added = {"plain": {}, "transformer_engine": host_costs.TENSOR, "dtensor": host_costs.DTENSOR}[
+        stack.host.tensor
+    ]
     tensor = added if around.split else {}
-    checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
+    checkpoint = host_costs.CHECKPOINT if stack.sharding.copies else 0.0
     back = phase == "backward"
     part, alone = around.again.get(component, WHOLE) if phase == "recompute" else WHOLE
     costs = _costs(ops, stack.host.layers)
     experts, apart = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
     whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
-    whole += apart * LAYER["dense_ffn"][back]
+    whole += apart * host_costs.LAYER["dense_ffn"][back]
     whole = part * (whole + around.kinds.get(component, NOTHING)[back]) + alone
-    whole *= ON_A_DEVICE.get(stack.host.layers, 1.0)
+    whole *= host_costs.ON_A_DEVICE.get(stack.host.layers, 1.0)
     started = sum(work.calls for op in ops for work in op.work if work.kind == "grouped_matmul")
     whole += started * stack.host.products
     whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
     more = max(0.0, whole - sum(sum(work.issued for work in op.work) for op in ops))
-    if around.hooked and component in HOOKS:
-        more += HOOKS[component][back] + apart * HOOKS["dense_ffn"][back]
+    if around.hooked and component in host_costs.HOOKS:
+        more += host_costs.HOOKS[component][back] + apart * host_costs.HOOKS["dense_ffn"][back]
     return more + part * tensor[component][back] if component in tensor else more
 
 
-def _costs(ops: Sequence[Op], layers: str) -> Costs:
+def _costs(ops: Sequence[Op], layers: str) -> host_costs.Costs:
     """Linears of layers of whose passes these are: more in 8 bits."""
     products = [work for op in ops for work in op.work if work.kind in ("matmul", "grouped_matmul")]
-    return LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]
+    return host_costs.LAYERS[layers][any(DTYPE_BYTES.get(work.dtype, 2) < 2 for work in products)]

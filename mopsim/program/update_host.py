@@ -3,15 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from mopsim.graph.host_costs import (
-    FLAT,
-    UPDATE,
-    UPDATE_LOGS,
-    UPDATE_MODEL,
-    UPDATE_SHARDED,
-    UPDATE_STEP,
-    UPDATES,
-)
+from mopsim.graph import host_costs
 from mopsim.program.context import Context
 from mopsim.program.stage import Stage
 from mopsim.program.units import ShardedUnit, module_tensors
@@ -42,11 +34,11 @@ class UpdateHost:
     def of(cls, c: Context, stage: Stage) -> "UpdateHost":
         """Of a stage. What torch's optimizer takes lies on the update."""
         host, sharding = c.stack.host, c.stack.sharding
-        if host.layers in UPDATES and not sharding.fsdp:
+        if host.layers in host_costs.UPDATES and not sharding.fsdp:
             return cls._one_by_one(c, stage)
-        each = UPDATE_SHARDED if sharding.copies else UPDATE if host.modules else 0.0
+        each = host_costs.UPDATE_SHARDED if sharding.copies else host_costs.UPDATE if host.modules else 0.0
         flat = sharding.flat
-        alone, each = FLAT[flat]["update"] if flat and c.strategy.dense.zero >= 2 else (0.0, each)
+        alone, each = host_costs.FLAT[flat]["update"] if flat and c.strategy.dense.zero >= 2 else (0.0, each)
         together = {(unit.layer, unit.copies, c.groups[unit.group]) for unit in stage.units}
         return cls(update=alone * len(together) + each * sum(unit.tensors for unit in stage.units))
 
@@ -68,10 +60,11 @@ class UpdateHost:
         )
         if not c.stack.host.modules:
             return cls(tensors=math.ceil(mine), waits=True)
-        cost = UPDATES[c.stack.host.layers]["aware" if c.widens else "wide" if c.grad >= c.wide else "narrow"]
-        zero = mine * cost["zero"] + sum(whole) * UPDATE_MODEL + UPDATE_STEP
+        kind = "aware" if c.widens else "wide" if c.grad >= c.wide else "narrow"
+        cost = host_costs.UPDATES[c.stack.host.layers][kind]
+        zero = mine * cost["zero"] + sum(whole) * host_costs.UPDATE_MODEL + host_costs.UPDATE_STEP
         parts = {part: mine * cost[part] for part in ("norm", "clip", "update", "parameters")}
-        logs = {name: step + mine * each for name, (step, each) in UPDATE_LOGS.items()}
+        logs = {name: step + mine * each for name, (step, each) in host_costs.UPDATE_LOGS.items()}
         return cls(**parts, zero=zero, logs=logs, tensors=math.ceil(mine), waits=True)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mopsim.engine import SimResult, simulate
-from mopsim.program import host_time
+from mopsim.graph import host_costs
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
@@ -13,7 +13,7 @@ from mopsim.strategies import fsdp2, mop
 @pytest.fixture
 def tables_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers take the host what they took on a CPU, as the tables of host_costs.yaml have it."""
-    monkeypatch.setattr(host_time, "ON_A_DEVICE", {})
+    monkeypatch.setattr(host_costs, "ON_A_DEVICE", {})
 
 
 @pytest.fixture(scope="module")
