@@ -115,6 +115,16 @@ def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
             assert on == kernels
 
 
+def test_attention_of_nemo_is_by_the_launcher_and_the_release() -> None:
+    for source, notes, kernel in (
+        ("nemo-framework-launcher", "NeMo 24.05", "flash2"),
+        ("nemo-framework-launcher", "NeMo 24.09", "profile"),
+        ("a page", "NeMo 24.05", "profile"),
+    ):
+        found = read_case(row(source=source, stack="nemo", notes=notes), MODELS)
+        assert found.program().attention == kernel
+
+
 @pytest.mark.parametrize(
     ("gpu", "when", "kept"),
     [
