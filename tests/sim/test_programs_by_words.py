@@ -115,6 +115,23 @@ def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
             assert on == kernels
 
 
+def test_checkpointed_layers_with_experts_were_not_compiled_before_november_2025() -> None:
+    for when, recompute, model, stack in (
+        ("20250915", "full", "gpt_oss_20b", "torchtitan"),
+        ("20250915", "none", "gpt_oss_20b", "torchtitan-compile"),
+        ("20250915", "full", "llama3_8b", "torchtitan-compile"),
+        ("20251115", "full", "gpt_oss_20b", "torchtitan-compile"),
+    ):
+        found = read_case(
+            row(
+                source="torchtitan", notes="torch.compile", model=model, source_ref=when, recompute=recompute
+            ),
+            MODELS,
+        )
+        assert found.stack == stack
+        assert found.program().kernels.loss != "loss_parallel"
+
+
 def test_attention_of_nemo_is_by_the_launcher_and_the_release() -> None:
     for source, notes, kernel in (
         ("nemo-framework-launcher", "NeMo 24.05", "flash2"),
