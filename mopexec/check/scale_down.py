@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import Any
 
-import msgspec
+from msgspec.structs import replace
 
 from mopsim.spec import layout
 from mopsim.spec.layer_fields import dense_fields
@@ -34,7 +34,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     strategy = _degrees(plan.strategy, ranks)
     virtual = strategy.pipeline.virtual_stages > 1
     microbatches = 2 if virtual else min(plan.training.num_microbatches(plan.strategy), 2)
-    training = msgspec.structs.replace(
+    training = replace(
         plan.training.at_length(16 * ranks),
         routing=_routing(plan),
         clip_norm=_CLIP_NORM if plan.training.clip_norm else 0.0,
@@ -145,8 +145,6 @@ def _ranks(strategy: Strategy, max_ranks: int) -> int:
 
 
 def _degrees(strategy: Strategy, ranks: int) -> Strategy:
-    replace = msgspec.structs.replace
-
     stages, world = min(strategy.pipeline.pipeline_parallel, 2), ranks
     ranks //= stages
 
@@ -205,20 +203,18 @@ def _float64(precision: Precision) -> Precision:
 def _schedule(strategy: Strategy, num_tokens: int) -> Strategy:
     """Chunks that do not divide the tokens, buckets that cut across units, a host budget for half the
     layers."""
-    replace = msgspec.structs.replace
-
-    def chunk(tokens: int) -> int:
-        return 0 if tokens == 0 else max(1, num_tokens // 3)
-
-    activations = strategy.activations
-    budget = 0 if activations.host_budget == 0 else num_tokens * _HIDDEN * 8
+    sliced = (strategy.dense, strategy.experts, strategy.vocabulary)
+    dense, experts, vocabulary = (
+        replace(one, chunk_tokens=max(1, num_tokens // 3) if one.chunk_tokens else 0) for one in sliced
+    )
+    budget = num_tokens * _HIDDEN * 8 if strategy.activations.host_budget else 0
     return replace(
         strategy,
-        dense=replace(strategy.dense, chunk_tokens=chunk(strategy.dense.chunk_tokens)),
-        experts=replace(strategy.experts, chunk_tokens=chunk(strategy.experts.chunk_tokens)),
-        vocabulary=replace(strategy.vocabulary, chunk_tokens=chunk(strategy.vocabulary.chunk_tokens)),
+        dense=dense,
+        experts=experts,
+        vocabulary=vocabulary,
         optimizer=replace(strategy.optimizer, bucket_params=1000),
-        activations=replace(activations, host_budget=budget),
+        activations=replace(strategy.activations, host_budget=budget),
     )
 
 
@@ -237,7 +233,7 @@ def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
     sizes: dict[str, int] = {name: size for name, size in _LATENT.items() if latent and getattr(model, name)}
     if model.topk_method != "greedy":
         sizes |= {"n_group": min(model.n_group, 4), "topk_group": min(model.topk_group, 2)}
-    return msgspec.structs.replace(
+    return replace(
         model,
         hidden_size=_HIDDEN,
         num_attention_heads=_HEADS,

@@ -22,7 +22,7 @@ class Card:
         self._nvml: Any = None
         self._handle: Any = None
         if self.device is not None:
-            self._nvml, self._handle = _open(device)
+            self._nvml, self._handle = nvml_of(device)
         self._energy: Any = None
 
     def begin(self) -> None:
@@ -59,7 +59,7 @@ class Card:
             return None
 
 
-def _open(device: torch.device) -> tuple[ModuleType | None, Any]:
+def nvml_of(device: torch.device) -> tuple[ModuleType | None, Any]:
     """NVML and its handle of a card, found by the card's UUID: CUDA_VISIBLE_DEVICES renumbers devices. None
     without NVML, or where it does not know the card."""
     try:

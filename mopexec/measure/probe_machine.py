@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mopexec.measure.card import nvml_of
 from mopsim.common.errors import MopError
 
 DENSE_PEAKS: dict[str, dict[str, float]] = {
@@ -95,25 +96,17 @@ def pin_to(*cores: int) -> None:
 
 def gpu(index: int) -> Gpu:
     """Name, memory and power limit of CUDA device `index`, from NVML; from torch where NVML is missing."""
-    import pynvml
-
     properties = torch.cuda.get_device_properties(index)
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return Gpu(properties.name, properties.total_memory, None)
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(
-            f"GPU-{properties.uuid}"
-        )  # CUDA_VISIBLE_DEVICES renumbers indices
-        name = pynvml.nvmlDeviceGetName(handle)
-        memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        power = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
-        return Gpu(name if isinstance(name, str) else name.decode(), memory, power)
-    except pynvml.NVMLError:
-        return Gpu(properties.name, properties.total_memory, None)
-    finally:
-        pynvml.nvmlShutdown()
+    nvml, handle = nvml_of(torch.device("cuda", index))
+    if nvml is not None:
+        try:
+            name = nvml.nvmlDeviceGetName(handle)
+            memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+            power = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+            return Gpu(name if isinstance(name, str) else name.decode(), memory, power)
+        except nvml.NVMLError:
+            pass
+    return Gpu(properties.name, properties.total_memory, None)
 
 
 def dense_peak(gpu_name: str, dtype: str) -> float | None:

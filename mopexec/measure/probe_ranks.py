@@ -61,13 +61,8 @@ class Raw:
 def parts(job: ProbeJob) -> list[str]:
     """Names of the parts, in order, for a progress bar."""
     matmul = [f"matmul {dtype}" for dtype in DTYPES[job.device_type]]
-    rest = ["attention", "memory", "launch overhead", "host copies", "AdamW"]
-    return [
-        *matmul,
-        *rest,
-        *([f"collectives x{n}" for n in _group_sizes(job.ranks)]),
-        *(["overlap"] if job.ranks > 1 else []),
-    ]
+    ranks = [f"collectives x{size}" for size in _group_sizes(job.ranks)] + ["overlap"] * (job.ranks > 1)
+    return [*matmul, "attention", "memory", "launch overhead", "host copies", "AdamW", *ranks]
 
 
 def run_ranks(job: ProbeJob, progress: Progress) -> list[Raw]:

@@ -27,15 +27,11 @@ from mopexec.measure.tracker import is_host
 from mopsim.spec.plan import KindTiming
 
 MATMULS = frozenset(("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm"))
-ATTENTION = frozenset(
-    (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_flash_attention_forward",
-    )
-)
+ATTENTION = frozenset((
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+))  # fmt: skip
 ATTENTION_BACKWARD = frozenset(name.removesuffix("_forward") + "_backward" for name in ATTENTION)
 COLLECTIVE_OPS = {
     "_allgather_base_": "all_gather", "allgather_": "all_gather",
@@ -45,18 +41,9 @@ COLLECTIVE_OPS = {
     "allreduce_coalesced_": "all_reduce", "alltoall_base_": "all_to_all", "alltoall_": "all_to_all",
 }  # fmt: skip
 _COPIES = frozenset(("copy_", "_to_copy", "_foreach_copy_"))
-_METADATA = frozenset(
-    (
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "new_empty_strided",
-        "resize_",
-        "set_",
-        "lift_fresh",
-    )
-)
+_METADATA = frozenset((
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "lift_fresh",
+))  # fmt: skip
 _SPIN = 2**18
 """Cycles of a GPU, 0.1 to 0.2 ms: longer than the host takes to launch what one op launches."""
 
