@@ -318,7 +318,6 @@ class Unit:
         return self.replicas.size > 1
 
     def finish_replicate(self) -> None:
-        """Wait for `replicate`."""
         if self._replicating is not None:
             self._replicating.wait()
             self._replicating = None

@@ -115,7 +115,6 @@ class RankNetwork:
         return self.pipeline is None or self.pipeline.last(chunk)
 
     def _through(self, chunk: int, x: Tensor, given: Given) -> Tensor:
-        """x through the layers of a part."""
         for layer in self._parts[chunk]:
             x = self.model.layers[layer](x, given)
         return x

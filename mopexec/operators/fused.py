@@ -103,7 +103,6 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up from that of `swiglu`."""
     accurate = wide(gate.dtype)
     given, wider = grad.to(accurate), gate.to(accurate)
     sigmoid = torch.sigmoid(wider)

@@ -99,7 +99,6 @@ class Result(Mapping[str, Any]):
 
 
 def framed(rows: Sequence[Any], columns: list[str] | None = None) -> "DataFrame":
-    """A frame of rows."""
     from pandas import DataFrame
 
     return DataFrame(rows, columns=columns)

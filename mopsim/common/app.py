@@ -31,7 +31,6 @@ class _Fitting:
     least."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help."""
         formatter.width = max(min(shutil.get_terminal_size().columns, 80) - 2, 20)
         formatter.write_dl = partial(formatter.write_dl, col_max=min(30, formatter.width // 2 - 4))
         super().format_help(ctx, formatter)  # type: ignore[misc]

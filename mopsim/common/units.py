@@ -143,11 +143,7 @@ def format_dollars(dollars: float) -> str:
     """'$1.23 M', '$45.6 k', or as `plain_dollars`."""
     for unit, scale in (("M", 1e6), ("k", 1e3)):
         if dollars >= scale:
-            return (
-                f"${dollars / scale:,.3g} {unit}"
-                if dollars < 1000 * scale
-                else f"${dollars / scale:,.0f} {unit}"
-            )
+            return f"${format_number(dollars / scale)} {unit}"
     return plain_dollars(dollars)
 
 

@@ -45,10 +45,8 @@ def text_on(background: str) -> str:
 
 def byte_scale(largest: float) -> tuple[str, float]:
     """The unit in which `largest` bytes read well, and its size."""
-    for unit in ("TiB", "GiB", "MiB"):
-        if largest >= 1.0 * UNITS[unit]:
-            return unit, UNITS[unit]
-    return "KiB", UNITS["KiB"]
+    unit = next((unit for unit in ("TiB", "GiB", "MiB") if largest >= UNITS[unit]), "KiB")
+    return unit, UNITS[unit]
 
 
 def time_scale(largest: float) -> tuple[str, float]:

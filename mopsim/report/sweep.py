@@ -83,7 +83,6 @@ class Sweep:
 
     @property
     def every(self) -> list[SimResult]:
-        """All results that there are."""
         return [one for point in self.points for one in point.results.values() if one]
 
     def by_label(self, what: Callable[[SimResult | None], T]) -> dict[str, list[T]]:

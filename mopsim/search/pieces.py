@@ -79,7 +79,6 @@ class LayerPiece:
 
     @cached_property
     def back(self) -> Priced:
-        """The backward."""
         return self.prices.of(self.templates[1](), self.around())
 
     @cached_property

@@ -120,7 +120,6 @@ class Problem:
 
     @cached_property
     def total_params(self) -> int:
-        """The model's total."""
         return total_params(self.model)
 
     @property

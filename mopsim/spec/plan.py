@@ -116,7 +116,6 @@ class Plan(Spec, frozen=True, kw_only=True):
 
     @property
     def line(self) -> str:
-        """Its strategy in a line."""
         return describe(self.strategy, self.model.num_local_experts > 0)
 
     @property

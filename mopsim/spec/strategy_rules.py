@@ -132,7 +132,6 @@ def _pipeline(s: "Strategy") -> Rules:
 
 
 def with_model(s: "Strategy", model: ModelSpec) -> Rules:
-    """Rules of a strategy for one model."""
     experts, heads, layers = model.num_local_experts, model.num_attention_heads, model.num_hidden_layers
     field, degree = "experts.expert_parallel", s.experts.expert_parallel
     if experts:

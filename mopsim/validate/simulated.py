@@ -65,7 +65,6 @@ class Simulated:
 
     @property
     def made(self) -> Made:
-        """What the step is made of."""
         return made_of(self.step_time, self.busy, self.exposed)
 
 
@@ -110,7 +109,6 @@ def _first_step(result: SimResult) -> int:
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
-    """`paces_of` a case."""
     profile = case.profile()
 
     def step(issue: float) -> float:

@@ -26,7 +26,6 @@ class FfnPair(Rows):
         return model.intermediate_size if component == "dense_ffn" else model.shared_expert_intermediate_size
 
     def forward(self, tokens: int, component: str, layer: int, *waits: int | None) -> None:
-        """All slices of `tokens` tokens."""
         b, H = self.b, self.c.model.hidden_size
         for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
             n = stop - start
