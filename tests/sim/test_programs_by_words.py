@@ -145,7 +145,7 @@ def test_attention_of_nemo_is_by_the_launcher_and_the_release() -> None:
 def test_files_of_nemo_launcher_leave_work_to_torch() -> None:
     for model, notes, kernels in (
         ("nemotron_8b", "NeMo 24.01", ("composed", "composed")),
-        ("nemotron_8b", "NeMo 24.05", ("composed", "fused")),
+        ("nemotron_8b", "NeMo 24.05", ("fused", "fused")),
         ("llama2_7b", "NeMo 24.01", ("strided", "fused")),
         ("llama2_7b", "NeMo 24.05", ("fused", "fused")),
         ("mixtral_8x7b", "NeMo 24.05", ("fused", "composed")),
