@@ -148,7 +148,6 @@ def test_files_of_nemo_launcher_leave_work_to_torch() -> None:
         ("nemotron_8b", "NeMo 24.05", ("fused", "fused")),
         ("llama2_7b", "NeMo 24.01", ("strided", "fused")),
         ("llama2_7b", "NeMo 24.05", ("fused", "fused")),
-        ("mixtral_8x7b", "NeMo 24.05", ("fused", "composed")),
     ):
         found = read_case(
             row(source="nemo-framework-launcher", stack="nemo", model=model, notes=notes), MODELS
