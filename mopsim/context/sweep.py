@@ -196,21 +196,24 @@ def curve(task: Task) -> Curve:
 def _tried(
     task: Task, seq_len: int, batches: Sequence[int], before: Sequence[SimResult], small: bool = False
 ) -> "list[Found]":
-    """All that is searched at one length with steps of these sizes."""
-    found = [*_searches(task, seq_len, batches, small), _moved(task, seq_len, min(batches), before, small)]
-    if not any(one.point.fits for one in found):
+    """All that is searched at one length with steps of these sizes. What bounds rule out no budget brings
+    back."""
+    searched = list(_searches(task, seq_len, batches, small))
+    found = [*searched, _moved(task, seq_len, min(batches), before, small)]
+    if not any(one.point.fits for one in found) and any(one.promised for one in searched):
         found += _searches(replace(task, budget=INSISTENCE * task.budget), seq_len, batches, small)
     return found
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found at one length. top: the best few that fit."""
+    """What was found at one length. top: the best few that fit. promised: whether bounds left any."""
 
     point: ContextPoint
     top: Sequence[SimResult]
     simulated: int
     seconds: float
+    promised: bool = True
 
 
 def _moved(task: Task, seq_len: int, batch: int, results: Sequence[SimResult], small: bool = False) -> Found:
@@ -290,7 +293,7 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
         result = found.best or found.closest
         gap = found.gap if found.best and found.gap else 0.0
         point = ContextPoint(seq_len, batch, result, "" if result else found.verdict(), small, gap)
-        yield Found(point, found.top, found.simulated, found.seconds)
+        yield Found(point, found.top, found.simulated, found.seconds, bool(found.played))
 
 
 def _groups(task: Task, seq_len: int) -> int:

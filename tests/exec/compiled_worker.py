@@ -32,7 +32,7 @@ STEPS = 2
 
 
 def compare(
-    platform: Platform, plan: Plan, routing: str, evaluates: bool = True, backend: str = "aot_eager"
+    platform: Platform, plan: Plan, routing: str, evaluates: bool, backend: str = "eager"
 ) -> dict[str, float]:
     """The largest relative differences from the single-device model over two clipped steps, with an
     evaluation after the first if asked for; graphs up to then, and after it; breaks of graphs.
@@ -60,7 +60,7 @@ def compare(
 
 def verified(platform: Platform, plan: Plan) -> dict[str, float | str] | None:
     """What `mopexec verify` finds, the graphs that were made, and their breaks."""
-    _begin()
+    _begin("eager")
     found = network_parity.differences(platform, plan)
     made = {"graphs": _graphs(), "breaks": sum(counters["graph_break"].values())}
     return None if found is None else found | made
@@ -68,7 +68,7 @@ def verified(platform: Platform, plan: Plan) -> dict[str, float | str] | None:
 
 def watched(platform: Platform, plan: Plan) -> tuple[int, int]:
     """Graphs of a step whose memory is watched, and of one after it."""
-    _begin()
+    _begin("eager")
     rank, tracker = int(os.environ["RANK"]), MemoryTracker()
     batches = my_batches(plan, make_tokens(plan, 0), rank, platform.device)
     with tracker:

@@ -40,7 +40,8 @@ def plan_of(
     **training: Any,
 ) -> Plan:
     """A plan for split_modules. changes: fields of a component of the strategy, by its name."""
-    microbatches = max(3, 2 * strategy.pipeline.pipeline_parallel)  # the first, one between, the last
+    least = 3 if strategy.world_size == 2 else 2  # the first, on two ranks one between, the last
+    microbatches = max(least, 2 * strategy.pipeline.pipeline_parallel)
     train = {
         "seq_len": 16, "global_batch": microbatches * strategy.data_groups * strategy.micro_batch,
         "clip_norm": 0.05, "weight_decay": 0.1, "learning_rate": 1e-2,

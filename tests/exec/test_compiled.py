@@ -56,18 +56,13 @@ def parts(**options: Any) -> Strategy:
     return split(2, dtype="float64", **options)
 
 
-EVALUATED = ("grouped, kept", "latent, recomputed but for what is between graphs", "split")
-"""Of each runtime and kind of attention: an evaluation's graphs are those of its own layers."""
-TRACED = ("latent, kept, skewed", "dense, two matrices", "split, ring", "split, stages")
-"""Whose graphs run as they were traced: the other cases have what AOTAutograd makes of such layers."""
 WITHOUT_MTP = replace(LATENT, num_nextn_predict_layers=0)
+KEPT = ("attention_core", "dispatch", "experts_up")
 CASES: dict[str, tuple[Plan, str]] = {
     "grouped, kept": (compiled(shard(recompute="none")), "learned"),
     "grouped, everything": (compiled(shard(**EVERYTHING)), "learned"),
     "latent, recomputed but for what is between graphs": (
-        compiled(
-            kept(shard(expert_parallel=2), "attention_core", "dispatch", "experts_up"), LATENT, **LOSSES
-        ),
+        compiled(kept(shard(expert_parallel=2), *KEPT), LATENT, **LOSSES),
         "learned",
     ),
     "latent, kept, skewed": (
@@ -89,6 +84,18 @@ CASES: dict[str, tuple[Plan, str]] = {
     "split, ring": (compiled(parts(context_parallel=2), DENSE), "learned"),
     "split, stages": (compiled(parts(pipeline_parallel=2)), "learned"),
 }
+"""Of two ranks, whose graphs run as they were traced: no graph has an exchange."""
+EVALUATED = ("latent, recomputed but for what is between graphs", "split")
+"""Of a runtime and a kind of attention each: an evaluation's graphs are those of its own layers."""
+ALONE: dict[str, tuple[Plan, bool]] = {
+    "grouped, kept": (compiled(fsdp2(1, dtype="float64", recompute="none")), True),
+    "latent, recomputed but for what is between graphs": (
+        compiled(kept(fsdp2(1, dtype="float64"), *KEPT), LATENT, **LOSSES),
+        False,
+    ),
+    "split": (compiled(split(1, dtype="float64", recompute="full", micro_batch=2)), False),
+}
+"""Of one rank, with what AOTAutograd makes of layers, and whether it evaluates too."""
 
 
 def check(found: dict[str, float], tolerance: float) -> None:
@@ -109,8 +116,7 @@ def test_a_compiled_run_equals_the_single_device_model(name: str) -> None:
     """Rows of experts change with every step, and no graph is made after the first."""
     plan, routing = CASES[name]
     check_supported(plan)
-    backend = "eager" if name in TRACED else "aot_eager"
-    for found in pool(2).run(WORKER, "compare", plan, routing, name in EVALUATED, backend):
+    for found in pool(2).run(WORKER, "compare", plan, routing, name in EVALUATED):
         check(found, 1e-9)
 
 
@@ -118,6 +124,13 @@ def test_in_float32_and_with_experts_of_two_matrices() -> None:
     model = replace(MODEL, ffn_matrices=2, norm="layernorm")
     plan = compiled(fsdp2(2, expert_parallel=2, recompute="none", dtype="float32"), model)
     check(pool(2).run(WORKER, "compare", plan, "learned", False)[0], 1e-4)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_so_does_what_autograd_is_made_of_ahead(name: str) -> None:
+    plan, evaluates = ALONE[name]
+    check_supported(plan)
+    check(pool(1).run(WORKER, "compare", plan, "learned", evaluates, "aot_eager")[0], 1e-9)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")

@@ -66,24 +66,21 @@ def _same(state: str, changes: dict[str, Any], routing: str = "learned", **optio
 
 @pytest.mark.parametrize(
     ("where", "state"),
-    [("sharded", state) for state in STATES]
-    + [(where, state) for where in ("replicated", "experts_sharded") for state in ("offloaded", "resident")],
+    [("sharded", state) for state in STATES] + [("replicated", "offloaded"), ("experts_sharded", "resident")],
 )
 def test_it_is_the_update_at_the_end_of_the_step_to_the_bit(where: str, state: str) -> None:
     _same(state, COARSE | LAYOUTS[where], micro_batch=2)
 
 
-@pytest.mark.parametrize("routing", ["balanced", "95/4"])
-@pytest.mark.parametrize("state", ["offloaded", "resident"])
+@pytest.mark.parametrize(("state", "routing"), [("offloaded", "95/4"), ("resident", "balanced")])
 def test_so_it_is_where_routes_are_given(state: str, routing: str) -> None:
     training = {"routing": routing}
     _same(state, COARSE, routing="profile", training=training, micro_batch=2)
 
 
-@pytest.mark.parametrize("state", ["offloaded", "resident"])
-def test_so_it_is_without_experts_and_with_one_microbatch(state: str) -> None:
-    _same(state, {}, model=DENSE, micro_batch=1)
-    _same(state, {}, training={"global_batch": 2})
+def test_so_it_is_without_experts_and_with_one_microbatch() -> None:
+    _same("resident", {}, model=DENSE, micro_batch=1)
+    _same("offloaded", {}, training={"global_batch": 2})
 
 
 def test_so_it_is_where_dtypes_are_apart() -> None:
@@ -92,11 +89,11 @@ def test_so_it_is_where_dtypes_are_apart() -> None:
         _same(state, COARSE | {"precision": BF16}, dtype="bfloat16", micro_batch=2)
 
 
-@pytest.mark.parametrize("state", ["offloaded", "resident"])
-def test_it_equals_the_single_device_model(state: str) -> None:
-    for world, changes in ((2, ALL_TWO), (4, ALL_FOUR)):
-        plan = changes | {"optimizer": STATES[state] | EARLY}
-        check(world, plan, training=UNCLIPPED, micro_batch=2)
+@pytest.mark.parametrize(
+    ("state", "world", "changes"), [("resident", 2, ALL_TWO), ("offloaded", 4, ALL_FOUR)], ids=("two", "four")
+)
+def test_it_equals_the_single_device_model(state: str, world: int, changes: dict[str, Any]) -> None:
+    check(world, changes | {"optimizer": STATES[state] | EARLY}, training=UNCLIPPED, micro_batch=2)
 
 
 @pytest.mark.parametrize("state", ["offloaded", "resident"])

@@ -26,6 +26,7 @@ from mopsim.common.io import write_yaml
 from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
+from tests.exec.spawn import probe_ranks_forked
 
 CPU = torch.device("cpu")
 
@@ -167,7 +168,9 @@ def test_a_failing_rank_is_one_line_and_leaves_no_process() -> None:
 
 
 @pytest.mark.slow
-def test_probe_of_this_machine_reloads_without_loss(tmp_path: Path) -> None:
+def test_probe_of_this_machine_reloads_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are forked here; those of a failing probe are started."""
+    probe_ranks_forked(monkeypatch)
     others = set(probe_ranks.multiprocessing.active_children())
     job = ProbeJob(2, "cpu", tuple(probe_machine.usable_cores()), 0.05)
     seen: list[str] = []

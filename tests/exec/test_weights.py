@@ -233,21 +233,23 @@ def strategy_of(runtime: str, folder: Path) -> Strategy:
 
 @pytest.mark.parametrize(("family", "runtime"), runs())
 def test_in_and_out(family: str, runtime: str, tmp_path: Path) -> None:
-    """Read by two ranks and written again, the files are the same to the byte; after two steps transformers
-    has the loss that the runner tells.
+    """Read by two ranks and written again, the files are the same to the byte; of families of ALL after two
+    steps too, transformers has the loss that the runner tells.
     """
     folder = hf_models.save(hf_models.make(family), tmp_path / "given")
     plan = plan_of(folder, strategy_of(runtime, folder))
     tokens = hf_models.tokens()
-    given = (plan, folder, tmp_path / "run", tokens)
+    given = (plan, folder, tmp_path / "run", tokens, family in ALL)
     loss = pool(2).run("tests.exec.weights_worker", "begin_and_save", *given)[0]
-
+    written = tmp_path / "again"
     export(tmp_path / "run" / "begun", tmp_path / "again", file_bytes=30_000)
-    assert (tmp_path / "again" / INDEX).is_file()
-    assert stored(tmp_path / "again") == stored(folder)
-    export(tmp_path / "run" / "trained", tmp_path / "out")
-    assert stored(tmp_path / "out") != stored(folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert (written / INDEX).is_file()
+    assert stored(written) == stored(folder)
+    if family in ALL:
+        written = tmp_path / "out"
+        export(tmp_path / "run" / "trained", written)
+        assert stored(written) != stored(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(written, attn_implementation="eager")
     with torch.no_grad():
         logits = theirs(input_ids=tokens[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -22,14 +22,16 @@ from tests.exec.flat_parity import my_batches
 from tests.exec.spawn import end_groups
 
 
-def begin_and_save(platform: Platform, plan: Plan, folder: Path | None, out: Path, tokens: Tensor) -> float:
-    """Checkpoints `out`/begun and `out`/trained of a run with the weights in `folder` (None: at random);
-    returns the loss of the second on tokens [B, S + 1].
+def begin_and_save(
+    platform: Platform, plan: Plan, folder: Path | None, out: Path, tokens: Tensor, trains: bool = True
+) -> float:
+    """Checkpoints `out`/begun and, if it trains, `out`/trained of a run with the weights in `folder` (None:
+    at random); returns the loss of the last on tokens [B, S + 1].
     """
     weights = None if folder is None else open_weights(folder, plan)
     runner = build(plan, platform, weights=weights)
     batches = my_batches(plan, tokens, dist.get_rank(), platform.device)
-    for name, steps in (("begun", 0), ("trained", 2)):
+    for name, steps in (("begun", 0), ("trained", 2))[: 1 + trains]:
         for _ in range(steps):
             runner.step(batches)
         if dist.get_rank() == 0:

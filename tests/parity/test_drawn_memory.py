@@ -15,21 +15,27 @@ from tests.parity.memory_cases import MODEL
 from tests.parity.test_peaks_by_part import WHOLE, WITHIN, predicted, together, tracked
 from tests.plans import plan_of
 
+SEEDS = (
+    *range(12), 18, 19, 20, 21, 22, 23, 26, 27, 28, 31, 32, 33, 34, 36, 39, 40, 43, 45, 46, 47, 48, 49, 50,
+    52, 54, 55, 56, 58, 59, 61, 62, 63, 64, 66, 67, 68, 69, 70, 71, 74, 75, 77, 78, 79,
+)  # fmt: skip
+"""Any two that fields have together in one of the first 80 plans, they have in one of these; of numbers,
+whether they are 0, 1 or more."""
 MORE = (324, 328, 1014, 1081, 1094)
-"""Beside the first 80: gradients of a head beside its input's, of an embedding that an MTP layer reads too,
-of rotated pairs that are normed, and biases of experts."""
-SEEDS = [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (*range(12, 80), *MORE))]
-REPLICATED = [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))]
+"""Gradients of a head beside its input's, of an embedding that an MTP layer reads too, of rotated pairs that
+are normed, and biases of experts."""
 EXACT = ("weights", "gathered weights", "gradients", "optimizer state", "forward", "backward")
 """Beside the tiers: rows that agree whatever is drawn."""
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [*SEEDS[:12], *(pytest.param(seed, marks=pytest.mark.slow) for seed in (*SEEDS[12:], *MORE))]
+)
 def test_peaks(seed: int) -> None:
     _agrees(drawn_plan(seed))
 
 
-@pytest.mark.parametrize("seed", REPLICATED)
+@pytest.mark.parametrize("seed", range(5))
 def test_peaks_of_replicated_shards(seed: int) -> None:
     _agrees(drawn_plan(seed, replicated=True))
 

@@ -13,7 +13,7 @@ from mopsim.cli import COMMANDS, main
 from mopsim.common.errors import SpecError
 from mopsim.common.units import format_count
 from mopsim.context.contenders import Contender, contenders
-from mopsim.context.sweep import ContextCase, Task, _alike, curve, nested, sweep
+from mopsim.context.sweep import ContextCase, Curve, Task, _alike, curve, nested, sweep
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach
 from mopsim.search.bound import Bounds, bound
@@ -115,10 +115,16 @@ def test_looser_contenders_contain_stricter_ones() -> None:
     assert not free.contains(NAMES["mop"])
 
 
+@cache
+def on_device() -> Curve:
+    return curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 1))
+
+
+@pytest.mark.xdist_group("context spaces")
 def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     """With all logits and nothing on the host, FSDP2 runs 128K on 16 devices in steps of 128K tokens a
     device; one sequence a step, without accumulated gradients, fits at 256K, too. Then logits stop it."""
-    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 3))
+    found = on_device()
     assert [(point.fits, point.small) for point in found.points] == [
         (True, False), (True, True), (False, True),
     ]  # fmt: skip
@@ -129,16 +135,16 @@ def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     assert found.points[0].fits
     assert not found.points[0].sure
     assert found.points[1].global_batch == 1
-    tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 3))
+    tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 1))
     assert tiny.longest is not None
     assert (tiny.longest.seq_len, tiny.longest.small) == (256 * K, False)
 
 
+@pytest.mark.xdist_group("context spaces")
 def test_a_ratio_compares_whole_steps_only() -> None:
-    whole = curve(Task(("x",), case(), NAMES["fsdp2_node"], (256 * K,), 3))
-    small = curve(Task(("x",), case(), NAMES["fsdp2_device"], (256 * K,), 3))
+    whole, small = curve(Task(("x",), case(), NAMES["fsdp2_node"], (256 * K,), 1)), on_device()
     assert whole.points[0].throughput
-    assert small.points[0].throughput
+    assert small.points[1].throughput
     assert ratio(whole, small, 256 * K) is None
     page = summary(Study([case()], [{"mop": whole, "fsdp2": small}], [], (256 * K,), ()))
     said = "In some cases only the smallest legal step fits at the end: FSDP2, full logits, no offload."
@@ -147,7 +153,7 @@ def test_a_ratio_compares_whole_steps_only() -> None:
 
 def test_a_curve_takes_what_a_stricter_one_found() -> None:
     lengths = (128 * K,)
-    tasks = [Task((name,), case(), NAMES[name], lengths, 3) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
+    tasks = [Task((name,), case(), NAMES[name], lengths, 2) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
     curves = nested({key[0]: one for key, one in sweep(tasks, 1)})
     rates = [curves[name].points[0].throughput or 0.0 for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
     assert rates == sorted(rates, reverse=True)
@@ -155,10 +161,10 @@ def test_a_curve_takes_what_a_stricter_one_found() -> None:
 
 
 def test_a_step_of_one_sequence_and_one_microbatch() -> None:
-    small = curve(Task(("x",), case(8 * K), OFFLOADED, (128 * K,), 3)).points[0]
+    small = curve(Task(("x",), case(8 * K), OFFLOADED, (128 * K,), 1)).points[0]
     assert small.global_batch == 1
     at_once = curve(
-        Task(("x",), replace(case(), accumulate=False), NAMES["fsdp2_node"], (128 * K,), 3)
+        Task(("x",), replace(case(), accumulate=False), NAMES["fsdp2_node"], (128 * K,), 1)
     ).points[0]
     assert at_once.result is not None
     assert at_once.result.training.num_microbatches(at_once.result.strategy) == 1
@@ -198,7 +204,7 @@ def test_the_command_writes_its_curves(
 ) -> None:
     out = tmp_path / "report"
     command = (
-        "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 2 --jobs 1 "
+        "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 1 --jobs 1 "
         f"--contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
     )
     assert code_of(command, monkeypatch) in (0, None)
@@ -226,7 +232,7 @@ def test_the_help_names_the_contenders() -> None:
 
 def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = (
-        "mopsim context --model nemotron_340b --nodes 1 --seq-len 128K --budget 1 --jobs 1 "
+        "mopsim context --model mixtral_8x7b --hardware cpu-2core --nodes 1 --seq-len 1K --budget 1 --jobs 1 "
         f"--contender fsdp2_device --out {tmp_path / 'report'}"
     )
     assert code_of(command, monkeypatch) == 3

@@ -6,7 +6,7 @@ from mopsim.report.validation_tables import FEW, tables
 from mopsim.validate.case import read_cases
 from mopsim.validate.run import validate
 
-CASES = Path(__file__).parents[2] / "reports/validation/cases/mcore-moe-recipes.jsonl"
+CASES = Path(__file__).parents[2] / "reports/validation/cases/cclbench-llama8b.jsonl"
 
 
 def test_a_run_alone_is_a_line_and_no_means(tmp_path: Path) -> None:

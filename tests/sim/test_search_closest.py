@@ -81,7 +81,7 @@ def test_what_is_refused_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_miss_is_told_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The row of the closest plan said it, its family's line, a reason why and the verdict."""
-    job = "--model qwen3_235b_a22b --hardware rtx4090-24g --seq-len 4096 --global-batch 8 --budget 1"
+    job = "--model mixtral_8x7b --hardware cpu-2core --seq-len 256 --global-batch 2 --budget 1"
     monkeypatch.setattr("mopsim.commands.search.BRIEF", 0.0)
     with pytest.raises(SystemExit) as ended:
         run_app(app, "mopsim", f"search {job} --family fsdp2,megatron".split())
