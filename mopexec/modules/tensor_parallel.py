@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import OwnRows, Weights
@@ -110,11 +110,7 @@ def split_layer(layer: DecoderLayer, group: Group) -> None:
     attention: Any = layer.attention
     attention.rows = SplitRows(group)
     attention.o_proj.forward = RowParallel("o_proj", attention.o_proj, group)
-    dense: nn.Module | None = layer.moe.shared if layer.is_moe else layer.ffn
+    dense: Any = layer.moe.shared if layer.is_moe else layer.ffn
     if dense is not None:
-        split_feed_forward(dense, group)
-
-
-def split_feed_forward(module: Any, group: Group) -> None:
-    module.down_proj.forward = RowParallel("down_proj", module.down_proj, group)
-    module.forward = SplitFeedForward(module, group)
+        dense.down_proj.forward = RowParallel("down_proj", dense.down_proj, group)
+        dense.forward = SplitFeedForward(dense, group)

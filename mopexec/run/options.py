@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mopexec.data import DataOptions
-from mopsim.common.errors import require
+from mopsim.common.errors import require, require_at_least
 from mopsim.common.io import Spec
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
@@ -59,18 +59,9 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     console: Literal["stdout", "stderr"] = "stdout"
 
     def __post_init__(self) -> None:
-        for field, least in (
-            ("steps", 1),
-            ("eval_every", 0),
-            ("eval_batches", 1),
-            ("tracked_steps", 0),
-            ("warmup", 0),
-            ("checkpoint_every", 0),
-            ("keep", 1),
-            ("profile_steps", 0),
-            ("trace_steps", 0),
-        ):
-            require(getattr(self, field) >= least, field, getattr(self, field), f"must be at least {least}")
+        require_at_least(self, 1, "steps", "eval_batches", "keep")
+        counts = ("eval_every", "tracked_steps", "warmup", "checkpoint_every", "profile_steps", "trace_steps")
+        require_at_least(self, 0, *counts)
         for field in ("device_limit", "host_limit", "seed"):
             value = getattr(self, field)
             require(value is None or value >= 0, field, value, "must not be negative")

@@ -190,7 +190,8 @@ class _Loop:
             if stopping or line.step == self.options.steps:
                 self.saver.wait()
             if stopping:
-                self.stopped_by = _signal_name(self.stop)
+                # the signal may have reached another rank only
+                self.stopped_by = next(filter(None, of_all(self.stop.signal_name)), "")
                 return
 
     def _timed_step(self, step: int) -> tuple[StepResult, dict[str, float]]:
@@ -392,8 +393,3 @@ class _Tracking:
     def step(self, number: int) -> AbstractContextManager[Any]:
         """`number`: from 0, of this process."""
         return self.tracker if self._always or number < self._first else nullcontext()
-
-
-def _signal_name(stop: StopRequest) -> str:
-    """The signal that asked for the stop: it may have reached another rank only."""
-    return next((name for name in of_all(stop.signal_name) if name), "")

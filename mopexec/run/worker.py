@@ -3,12 +3,11 @@
 Run by the launcher: `-m mopexec.run.worker OPTIONS`.
 """
 
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 from mopexec.run import attempts, failures
 from mopexec.run.environment import launcher, place
@@ -28,7 +27,7 @@ def run_rank(options: TrainOptions) -> failures.Failure | None:
 
     own = place()
     try:
-        plan, build = plans.read_plan(Path(options.plan), options.settings), _builder(options)
+        plan, build = plans.read_plan(Path(options.plan), options.settings), resolve_name(options.build)
         all_stays()
         with join(meet()) as job, StopRequest() as stop:  # before, a signal ends the process: no step to end
             train(options, plan, job, build, stop)
@@ -38,11 +37,6 @@ def run_rank(options: TrainOptions) -> failures.Failure | None:
             attempts.leave("mistake")
         return failure
     return None
-
-
-def _builder(options: TrainOptions) -> Any:
-    module, name = options.build.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def main() -> None:

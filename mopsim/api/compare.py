@@ -1,7 +1,7 @@
 """mopsim.compare: several strategies side by side, and over a sweep."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +26,7 @@ from mopsim.api.on_stacks import for_all, with_one_attention
 from mopsim.api.results import Result, Simulation
 from mopsim.api.run import played
 from mopsim.api.strategies import StrategyTemplate
-from mopsim.api.sweep import Hold, Setting, Swept, read_sweep
+from mopsim.api.sweep import Hold, Setting, Swept, play_each, read_sweep
 from mopsim.api.sweep import sweep as swept
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, require, require_name
@@ -238,29 +238,15 @@ def compare(
         with told.of(label, at) as tell:
             return played(named[label], at, runnable=runnable, budget=budget, progress=tell)
 
-    simulations, refused = _side_by_side(named, inputs, play)
+    simulations, refused = play_each(named, inputs, play, NoStrategyError)
+    if not simulations:
+        raise NoStrategyError("; ".join(refused.values()))
     points = swept(inputs, list(named), play, sweep, hold, list(named.values())) if sweep else None
     on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
     stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
     said = [*notes(list(named.values()), inputs), *_idle(simulations), *_trained(simulations)]
     said += _held(inputs, points)
     return Comparison(inputs, simulations, points, said, refused, stacks)
-
-
-def _side_by_side(
-    labels: Iterable[str], inputs: Inputs, play: Callable[[str, Inputs], Simulation]
-) -> tuple[dict[str, Simulation], dict[str, str]]:
-    """(simulations, why a family has no strategy) by label. Raises NoStrategyError where none has."""
-    simulations: dict[str, Simulation] = {}
-    refused: dict[str, str] = {}
-    for label in labels:
-        try:
-            simulations[label] = play(label, inputs)
-        except NoStrategyError as error:
-            refused[label] = str(error)
-    if not simulations:
-        raise NoStrategyError("; ".join(refused.values()))
-    return simulations, refused
 
 
 def _held(inputs: Inputs, points: Swept | None) -> list[str]:

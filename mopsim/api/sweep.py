@@ -1,6 +1,6 @@
 """A comparison over the values of one setting: what is held constant meanwhile, and the job at each value."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import gcd, lcm
@@ -62,13 +62,7 @@ def sweep(
     points, simulations = [], []
     for value, name in zip(values, names, strict=True):
         job, held = _at(inputs, setting, value, hold, given)
-        found: dict[str, Simulation] = {}
-        refused: dict[str, str] = {}
-        for label in labels:
-            try:
-                found[label] = play(label, job)
-            except MopError as error:  # not legal at this point
-                refused[label] = str(error)
+        found, refused = play_each(labels, job, play, MopError)
         results = {label: found[label].result if label in found else None for label in labels}
         of = job.training
         points.append(
@@ -76,6 +70,19 @@ def sweep(
         )
         simulations.append(found)
     return Swept(setting.replace("_", "-"), points, hold.replace("_", " "), simulations)
+
+
+def play_each(
+    labels: Iterable[str], job: Inputs, play: Callable[[str, Inputs], Simulation], refusal: type[MopError]
+) -> tuple[dict[str, Simulation], dict[str, str]]:
+    """(simulations, why there is none) by label. refusal: what is no error but a label's own."""
+    found, refused = dict[str, Simulation](), dict[str, str]()
+    for label in labels:
+        try:
+            found[label] = play(label, job)
+        except refusal as error:
+            refused[label] = str(error)
+    return found, refused
 
 
 def read_sweep(

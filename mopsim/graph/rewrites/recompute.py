@@ -80,13 +80,7 @@ def plan(
             if lost:
                 regions.append(region)
                 dropped |= lost
-    needed = {
-        name
-        for region in regions
-        for index in region
-        for name in tape.kernels[index].reads
-        if not _written(tape, region, name)
-    } - outside
+    needed = set().union(*(_read(tape, region) - _made(tape, region) for region in regions)) - outside
     return Recomputation(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
 
 
@@ -158,7 +152,7 @@ def _next_product(tape: Tape, place: int) -> str:
 
 def _lost(tape: Tape, region: frozenset[int], saved: set[str], discard: bool) -> set[str]:
     """Saved values that the region writes; those that others keep only where the output is discarded."""
-    written = {value.name for i in region for value in tape.kernels[i].writes} & saved
+    written = _made(tape, region) & saved
     if discard:
         return written
     others = {name for i, kernel in enumerate(tape.kernels) if i not in region for name in kernel.saves}
@@ -171,10 +165,6 @@ def _made(tape: Tape, region: Collection[int]) -> set[str]:
 
 def _read(tape: Tape, region: Collection[int]) -> set[str]:
     return {name for i in region for name in tape.kernels[i].reads}
-
-
-def _written(tape: Tape, region: frozenset[int], name: str) -> bool:
-    return any(value.name == name for i in region for value in tape.kernels[i].writes)
 
 
 def gathered_once(tape: Tape, recompute: str, modules: tuple[str, ...]) -> Tape:
