@@ -311,3 +311,19 @@ def test_mlperf_replays_llama_in_eight_bits_as_one_graph() -> None:
         notes = f"MLPerf Training 5.1, llama31_8b, NeMo, 2025-10{more}"
         found = read_case(row(precision=precision, notes=notes, **cells), MODELS)
         assert found.program().host.graphs == graphs
+
+
+@pytest.mark.parametrize(
+    ("notes", "ordered", "fills"),
+    [
+        ("torchtitan, 2025-03, eager, deterministic; nn.RMSNorm", True, True),
+        ("torchtitan, 2026-07, deterministic", True, False),
+        ("Megatron-LM, deterministic mode", True, True),
+        ("Megatron-LM, deterministic mode off", False, False),
+        ("torchtitan, 2025-03, non-deterministic", False, False),
+        ("torchtitan, 2025-03, deterministic=False", False, False),
+    ],
+)
+def test_words_say_whether_sums_have_an_order(notes: str, ordered: bool, fills: bool) -> None:
+    kernels = read_case(row(source="new", notes=notes, sharding="zero3"), MODELS).program().kernels
+    assert (kernels.deterministic, kernels.fills) == (ordered, fills)
