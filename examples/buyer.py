@@ -1,6 +1,6 @@
 """For a buyer: which machine type trains OLMoE (7B parameters) on 1T tokens in 20 days, and at what cost?
 
-Then, at the recommended size, MoP beside FSDP2 on that machine. About a minute.
+Then, at the recommended size, MoP beside FSDP2 on that machine. Half a minute.
 
     python examples/buyer.py [folder for the report]
 """
@@ -20,15 +20,15 @@ def main(folder: str) -> None:
         tokens="1T",
         days=20,
         seq_len=SEQ_LEN,
-        families=["mop", "fsdp2"],
-        max_nodes=8,
-        simulations=4,
+        families=["fsdp2"],
+        max_nodes=4,
+        simulations=2,
     )
     print(clusters.table().to_string(index=False))
     print(clusters.headline())
     best = clusters.best
     if best is None:
-        raise SystemExit("no cluster of at most 8 nodes will do")
+        raise SystemExit("no cluster of at most 4 nodes will do")
     inputs = best.inputs
     comparison = mopsim.compare(
         MODEL,
@@ -37,7 +37,7 @@ def main(folder: str) -> None:
         strategies=["mop", "fsdp2"],
         seq_len=SEQ_LEN,
         global_batch=inputs.training.global_batch,
-        budget=6,
+        budget=3,
     )
     print(comparison.headline())
     for path in comparison.write(folder, "python examples/buyer.py"):

@@ -134,16 +134,12 @@ def test_the_title_says_how_many_devices_a_plan_uses(
 
 
 def test_families_on_several_stacks_are_told_which_one_has_both() -> None:
-    job: dict[str, Any] = {**JOB, "budget": 2, "strategies": ["mop", "megatron"]}
+    job: dict[str, Any] = {**JOB, "budget": 1, "strategies": ["mop", "megatron"]}
     found = mopsim.compare(**job)
     assert found.stacks[0] == "mopexec-flat"
     assert {"generic-fused", "mopexec-flat"} <= set(found.stacks)
     assert not {"torchtitan", "megatron-core"} & set(found.stacks)
-    for one in found.stacks[:2]:
-        assert (
-            len(mopsim.compare(**JOB | {"budget": 2, "stack": one}, strategies=["mop", "megatron"]).results)
-            == 2
-        )
+    assert len(mopsim.compare(**job, stack=found.stacks[0]).results) == 2
     shared = [mopsim.fsdp2(dtype="float32"), TINY]
     assert "mopexec-flat" in mopsim.compare(**JOB, strategies=shared).stacks
     assert mopsim.compare(**JOB, strategies=[TINY]).stacks == []

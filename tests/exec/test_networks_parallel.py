@@ -86,15 +86,16 @@ FLAT: dict[str, Any] = {
 
 
 def values(plan: Plan) -> dict[str, str]:
-    """What the network has of each field; of ratios, whether they are 1, less or more."""
+    """What the network has of each field; of ratios, whether they are 1, less or more. And the stack."""
     found = {name: getattr(plan.model, name) for name in ModelSpec.__struct_fields__ if name not in TOLD}
+    found["stack"] = plan.strategy.stack
     return {
         name: str((one > 1) - (one < 1) if isinstance(one, float) else one) for name, one in found.items()
     }
 
 
 def covering(plans: list[Any]) -> list[Any]:
-    """Some of the plans: any two values of fields that one of all has together, one of these has together."""
+    """Some of the plans: any two values that one of all has together, one of these has together."""
     found = [values(one.values[0]) for one in plans]
     differ = [name for name in found[0] if len({one[name] for one in found}) > 1]
     pairs = [set(combinations(((name, one[name]) for name in differ), 2)) for one in found]
@@ -105,7 +106,7 @@ def covering(plans: list[Any]) -> list[Any]:
     return [plans[at] for at in sorted(taken)]
 
 
-@pytest.mark.parametrize("plan", [*covering(apart(modules)), *covering(apart(flat))])
+@pytest.mark.parametrize("plan", covering([*apart(modules), *apart(flat)]))
 def test_what_presets_have_trains(plan: Plan) -> None:
     check(plan)
 

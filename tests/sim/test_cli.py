@@ -75,7 +75,7 @@ def test_search_writes_a_plan_that_reads_back(
     """Its name is printed as it is, and quoted in the command that is suggested."""
     monkeypatch.chdir(tmp_path)
     out, plan = Path("s.json"), Path("my [red]:car: plan.yaml")
-    options = ["--family", "mop,fsdp2", "--budget", "10", "--top", "3"]
+    options = ["--family", "mop,fsdp2", "--budget", "4", "--top", "3"]
     assert call(monkeypatch, "search", *JOB, *options, "--json", str(out), "--plan", str(plan)) == 0
     assert f"Written: {plan} (mopexec train --plan '{plan}')" in capsys.readouterr().out
     found = json.loads(out.read_text())
@@ -151,7 +151,7 @@ def test_compare_writes_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "report"
-    strategies = ["--strategy", "mop", "--strategy", "fsdp2", "--budget", "2", "--sweep", "seq-len=128,256"]
+    strategies = ["--strategy", "mop", "--strategy", "fsdp2", "--budget", "1", "--sweep", "seq-len=128,256"]
     options = ["--format", "png,svg", "--json", str(tmp_path / "c.json")]
     assert call(monkeypatch, "compare", *JOB, *strategies, "--out", str(folder), *options) == 0
     assert {"index.md", "index.html", "memory.png", "time.png", "sweep.png", "sweep.svg"} <= {

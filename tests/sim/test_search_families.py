@@ -1,5 +1,6 @@
 """Each family is searched by itself; what a search leaves out is said; memory and time are learned."""
 
+import dataclasses
 import sys
 from functools import cache
 
@@ -31,11 +32,14 @@ from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
 TRAINING = TrainSpec(seq_len=512, global_batch=4)
+SHORT = TrainSpec(seq_len=512, global_batch=2)
 
 
-def asked(families: tuple[str, ...], budget: int, memory: float = 70e6) -> SearchResult:
+def asked(
+    families: tuple[str, ...], budget: int, memory: float = 70e6, training: TrainSpec = TRAINING
+) -> SearchResult:
     options = Options(families, top=2, budget=budget)
-    return search(Problem(TINY, with_memory(CPU, memory), 1, TRAINING, "float32"), options)
+    return search(Problem(TINY, with_memory(CPU, memory), 1, training, "float32"), options)
 
 
 @cache
@@ -43,13 +47,11 @@ def alone(family: str) -> SimResult | None:
     return asked((family,), 8).best
 
 
-@pytest.mark.xdist_group("families side by side")
-@pytest.mark.parametrize("families", [FAMILIES[1::-1], FAMILIES], ids="+".join)
-def test_more_families_are_never_worse(families: tuple[str, ...]) -> None:
+def test_more_families_are_never_worse() -> None:
     """Also where the budget is spent: a family finds the same whoever is searched beside it."""
-    found = asked(families, 8)
-    assert found.best_by_family.keys() == set(families)
-    for family in families:
+    found = asked(FAMILIES[::-1], 8)
+    assert found.best_by_family.keys() == set(FAMILIES)
+    for family in FAMILIES:
         mine, beside = alone(family), found.best_by_family[family]
         assert (mine is None) == (beside is None)
         if mine and beside and found.best:
@@ -91,8 +93,8 @@ def test_what_cannot_gain_is_not_said_to_be_untried() -> None:
 @cache
 def enumerated(family: str) -> list[SimResult]:
     """Every candidate of a family, played."""
-    space = generate(Problem(TINY, CPU, 1, TRAINING, "float32"), family)
-    return [simulate(TINY, CPU, 1, space.build(index), TRAINING) for index in range(len(space))]
+    space = generate(Problem(TINY, CPU, 1, SHORT, "float32"), family)
+    return [simulate(TINY, CPU, 1, space.build(index), SHORT) for index in range(len(space))]
 
 
 WHOLE = [
@@ -105,12 +107,11 @@ WHOLE = [
 def test_small_spaces_enumerated_whole(family: str, memory: float) -> None:
     """The best of a small budget is the best of all, and the gap that it tells is not exceeded."""
     hardware = with_memory(CPU, memory)
-    problem = Problem(TINY, hardware, 1, TRAINING, "float32")
-    assert len(generate(problem, family)) == len(enumerated(family))
-    may = [one for one in enumerated(family) if one.peak_memory <= hardware.memory_limit()]
-    every = [simulate(TINY, hardware, 1, one.strategy, TRAINING) for one in may]
-    every = [one for one in every if one.sure]
-    found = asked((family,), 40, memory)
+    problem = Problem(TINY, hardware, 1, SHORT, "float32")
+    assert len(generate(problem, family)) == len(enumerated(family)) > 40
+    limit = hardware.memory_limit()
+    every = [one for one in enumerated(family) if dataclasses.replace(one, memory_limit=limit).sure]
+    found = asked((family,), 40, memory, SHORT)
     if not every:
         assert found.best is None or not found.best.sure
         return
@@ -123,9 +124,9 @@ def test_small_spaces_enumerated_whole(family: str, memory: float) -> None:
 
 
 def test_a_search_is_deterministic() -> None:
-    first = asked(FAMILIES, 4)
+    first = asked(("mop", "megatron"), 4)
     worked_out.cache_clear()
-    second = asked(FAMILIES, 4)
+    second = asked(("mop", "megatron"), 4)
     assert [one.strategy for one in first.top] == [one.strategy for one in second.top]
     assert first.rejected == second.rejected
 

@@ -44,7 +44,7 @@ def test_a_miss_of_device_and_host_names_both() -> None:
 
 
 def test_the_command_ends_with_3_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--model mixtral_8x22b --hardware rtx4090-24g --seq-len 64K --global-batch 8 --budget 2"
+    arguments = "--model mixtral_8x7b --hardware cpu-2core --seq-len 256 --global-batch 2 --budget 2"
     code = app(["search", *arguments.split(), "--family", "fsdp2", "--json", "-"], standalone_mode=False)
     assert code == 3
     said = capsys.readouterr()
