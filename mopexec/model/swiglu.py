@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopexec.measure.scope import category
 from mopexec.model.kept import product
 from mopexec.model.parts import ungated
 from mopexec.operators.activation import Activation, wings_of
@@ -49,7 +50,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows, stack = ctx.saved_tensors
         groups, given = ctx.groups, grads[0]
-        (of_weights,) = gradients(lambda *both: (groups.of_weights(*both),), (rows, given), (stack,))
+
+        def made(*both: Tensor) -> tuple[Tensor]:
+            with category("gathered_grads"):  # before autograd has it
+                return (groups.of_weights(*both),)
+
+        (of_weights,) = gradients(made, (rows, given), (stack,))
         of_bias = groups.of_bias(given) if ctx.biased else None
         return None, None, groups.product(given, stack.transpose(1, 2)), of_weights, of_bias
 

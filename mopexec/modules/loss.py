@@ -15,15 +15,16 @@ from mopexec.operators.dtypes import wide
 from mopexec.operators.loss import chunked_loss as loss_and_gradient
 
 
-def compute_losses(head: Any, one: Callable[[Term], Tensor]) -> None:
+def compute_losses(head: Any, one: Callable[[Term, list[Tensor]], Tensor]) -> None:
     """The head computes `one` loss of each term itself, so that its full weight is there, and freed by FSDP's
-    hooks.
+    hooks. `one` is given a list that the terms of a call share.
     """
 
     def losses(terms: list[Term]) -> Tensor:
-        main = one(terms[0])
-        for term in terms[1:]:
-            main = attach(main, one(term))
+        total = list[Tensor]()
+        main = one(terms.pop(0), total)
+        while terms:  # hidden states that no loss saves are gone before the next one's logits
+            main = attach(main, one(terms.pop(0), total))
         return main
 
     head.forward = losses
@@ -47,10 +48,15 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits.to(wide(hidden.dtype))
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int) -> Tensor:
+def chunked_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int,
+    total: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """As `full_loss`, `chunk_tokens` rows of logits at a time; one forward product per chunk, none
-    repeated."""
-    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk_tokens)  # type: ignore[no-any-return,no-untyped-call]
+    repeated. total: of several losses that go backward together; the first puts the weight's gradient into
+    it, to which the others add theirs."""
+    given = ([] if total is None else total, scale, chunk_tokens)
+    return _ChunkedLoss.apply(hidden, weight, targets, *given)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -60,14 +66,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int
-    ) -> Tensor:
-        with category("gathered_grads"):
-            grad_weight = torch.zeros_like(weight)
-        loss, grad_hidden = loss_and_gradient(
-            hidden, targets, weight, grad_weight, scale, chunk_tokens, "forward"
-        )
-        ctx.gradients = (grad_hidden, grad_weight)
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, total: list[Tensor], scale: float,
+        chunk_tokens: int,
+    ) -> Tensor:  # fmt: skip
+        first = not total
+        if first:
+            with category("gathered_grads"):
+                total.append(torch.zeros_like(weight))
+        loss, grad = loss_and_gradient(hidden, targets, weight, total[0], scale, chunk_tokens, "forward")
+        ctx.gradients = (grad, total[0] if first else None)
         return loss.mul_(scale)
 
     @staticmethod
@@ -75,4 +82,5 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.gradients
         del ctx.gradients
         (grad,) = grad_outputs
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+        whole = None if grad_weight is None else grad_weight.mul_(grad)
+        return grad_hidden.mul_(grad), whole, None, None, None, None

@@ -204,12 +204,13 @@ class RankNetwork:
         if vocabulary.loss == "full":
             in_place = not self._plan.stack.sharding.fsdp  # beside whole parameters, as Megatron-LM's
 
-        def one(term: Term) -> Tensor:
+        def one(term: Term, total: list[Tensor]) -> Tensor:
             if in_place:
                 return split_loss(term.hidden, head.weight, term.targets, first_row, term.weight, mesh.tensor)
             hidden, targets = term.hidden.flatten(0, 1), term.targets.flatten()
             if vocabulary.loss == "chunked":
-                return chunked_loss(hidden, head.weight, targets, term.weight, vocabulary.chunk_tokens)
+                chunk = vocabulary.chunk_tokens
+                return chunked_loss(hidden, head.weight, targets, term.weight, chunk, total)
             return full_loss(hidden, head.weight, targets, term.weight)
 
         def forward(

@@ -234,7 +234,7 @@ def _by_spans(
     span, chunked = seq, bool(model.attention_chunk_size)
     if chunked and window:
         span, window = min(window, seq), 0
-    working = 0.0
+    working, share = 0.0, 1.0
     apart = (shapes.packed or span < seq) and (shapes.exchange == "ulysses" or shapes.sequence == 1)
     if apart:
         share = span / shapes.attended
@@ -242,11 +242,12 @@ def _by_spans(
         part = ("activations", int(core.writes[0].bytes * share))
         core = replace(core, share=share, scratch=(*core.scratch, part))
         working = float(sum(value.bytes for value in values))
-    if 0 < window < span:  # a block's output and mask
-        block = core.writes[0].bytes * values[1].bytes / values[0].bytes * window / shapes.attended
-        block += _mask(span, window, shapes.width)
+    windowed = 0 < window < span
+    if shared or windowed:  # a block's output and mask
+        block = core.writes[0].bytes * values[1].bytes / values[0].bytes
+        block *= window / shapes.attended if windowed else share
+        block += _mask(span, window, shapes.width) if windowed else 0
         core = replace(core, scratch=(*core.scratch, ("activations", int(block))))
-    if shared or 0 < window < span:
         working += _in_turn(values, span, window, shapes.width)
     return core, working
 

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from itertools import chain
 
 from msgspec.structs import replace
 
@@ -55,8 +56,10 @@ def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
         def steps(names: Iterable[str], sign: int = 1) -> list[Step]:
             return [(values[name].category, sign * values[name].bytes) for name in names]
 
-        memory = [*steps(passing or rest), *steps(own, -1), *_spike(kernel.scratch)]
-        memory += [*steps(rest if passing else ()), *steps((name for name in gone if name not in own), -1)]
+        inside, later = _spike(kernel.scratch), steps(rest if passing else ())
+        parts = (later, inside) if kernel.kind == "attention" else (inside, later)  # blocks of its output
+        memory = [*steps(passing or rest), *steps(own, -1), *chain.from_iterable(parts)]
+        memory += steps((name for name in gone if name not in own), -1)
         played.append(Played(kernel, False, tuple(memory)))
     return played
 

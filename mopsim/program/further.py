@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from mopsim.program.builder import Builder
+from mopsim.program.context import Context
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops, Template
 from mopsim.program.units import ShardedUnit
@@ -13,13 +14,17 @@ class FurtherLayers:
     that such a layer reads are one buffer."""
 
     adds_in_place = False
+    c: Context
+    copied: bool
     stage: Stage
     issue: Builder
     edge: Callable[[str, str], Ops]
+    edge_unit: Callable[[str], ShardedUnit]
     rows_wait: Callable[[], None]
     _opened: dict[str, int]
     _make_gradients: Callable[[ShardedUnit, int, str], None]
     _reduce: Callable[[ShardedUnit, Ops], None]
+    _release: Callable[[ShardedUnit, str, Ops], None]
     _last: ShardedUnit | None = None
 
     def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
@@ -36,7 +41,12 @@ class FurtherLayers:
     def projected(self, template: Template, layer: int, phase: str, ready: Ops) -> Ops:
         """What is before such a layer runs."""
         waits, hooks = self.projecting(template, layer, phase)
+        looks_up = phase == "forward" and self._apart
+        if looks_up:  # FSDP2 gathers the embedding's group for each lookup, and frees it after it
+            waits = (*waits, *self.edge("embedding", phase))
         done = self.issue.play(template, layer, (*ready, *waits), hooks)
+        if looks_up:
+            self._release(self.edge_unit("embedding"), phase, done)
         if phase == "backward" and not self.adds_in_place:
             self.rows_wait()
         if phase == "backward" and layer == self.stage.extra.start and self._last is not None:
@@ -54,6 +64,11 @@ class FurtherLayers:
         if unit.name not in self._opened:
             self._make_gradients(unit, unit.numel, "backward")
         self._last = unit
+
+    @property
+    def _apart(self) -> bool:
+        """Whether the embedding is a group of its own, as torch's FSDP2 has it."""
+        return self.copied and self.stage.is_first and not self.c.one_weight
 
     def projecting(self, template: Template, layer: int, phase: str) -> tuple[Ops, Hooks]:
         """What the projection before such a layer, a lookup among it, waits for, and what happens beside."""

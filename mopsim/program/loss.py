@@ -31,6 +31,13 @@ Half = Literal["", "norm", "terms"]
 """What of the loss: all, the final norm alone, or what comes after it."""
 
 
+def wanted_again(context: Context, kept: int, phase: str) -> tuple[Step, ...]:
+    """Bytes of a hidden state that its loss has freed (in strips in its forward, else in its backward), and
+    that the projection before an MTP layer has kept."""
+    strips = context.strategy.vocabulary.loss in ("chunked", "ring")
+    return (("activations", kept),) if (phase == "forward") == strips else ()
+
+
 def loss_template(context: Context, direction: str, freed: Sequence[Step], half: Half = "") -> Template:
     """Forward or backward of the loss. freed: memory steps that end the backward."""
     kind = context.strategy.vocabulary.loss

@@ -7,7 +7,7 @@ from mopsim.program import data_parallel, outputs, scales
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.kept_grads import KeptGrads
-from mopsim.program.loss import Half, logit_elements
+from mopsim.program.loss import Half, logit_elements, wanted_again
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.reads import LOSS, GradNorms
@@ -160,9 +160,10 @@ class StageStep:
             ready = issue.play(template, layer, (*ready, *waits), hooks)
             self.shards.after(layer, "forward")
             ready = self._loss(ready, "norm")
-        for _ in range(1 + len(self.stage.extra)):
+        for _ in self.stage.extra:
             ready = self._loss(ready, "terms")
-        self._read(ready, "forward")
+            issue.hold(wanted_again(c, c.hidden * self.passes.keeps_normed, "forward"))
+        self._read(self._loss(ready, "terms"), "forward")
 
     def _read(self, ready: Ops, phase: str) -> None:
         """The host waits for whether the loss is a number, where it reads that at the end of this phase."""
@@ -214,8 +215,7 @@ class StageStep:
         self._read(ready, "backward")
 
     def _loss_backward(self, microbatch: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
-        """All cross entropies, then MTP layers, whose gradient of a hidden state is added to its loss's,
-        then the model's final norm."""
+        """All cross entropies, MTP layers, whose gradient is added to the loss's before, the final norm."""
         c, issue, extra = self.c, self.issue, self.stage.extra
         if not extra:
             ready = issue.play(self.passes.loss("backward"), -1, ready)
@@ -224,8 +224,8 @@ class StageStep:
         for _ in range(1 + len(extra)):
             ready = issue.play(self.passes.loss("backward", "terms"), -1, ready)
         self._reduced(ready, "head", False)
-        kept = c.hidden if self.passes.keeps_normed else 0  # what the losses have freed is wanted again
-        issue.hold([("activations", kept)] * len(extra))
+        kept = c.hidden * self.passes.keeps_normed
+        issue.hold(wanted_again(c, kept, "backward") * len(extra))
         for layer in reversed(extra):
             ready = issue.play(self.passes.loss("backward", "norm"), -1, ready)
             ready = self._layer_backward(microbatch, layer, ready, order, final)

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch._inductor.exc
 from msgspec.structs import replace
+from torch._dynamo.utils import counters
 
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
-from mopexec.operators import compiler
+from mopexec.operators import compiler, fused
 from mopexec.run.failures import at_work, report
 from mopexec.run.options import TrainOptions
 from mopexec.run.supported import check_supported
@@ -211,6 +212,21 @@ def test_a_machine_without_a_compiler_says_so_before_any_rank(
         "set CXX; 'none' runs without"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_are_unknown_make_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what runs on CUDA: else a second graph is made when the rows of a chunk change."""
+    monkeypatch.setattr(compiler, "BACKEND", "eager")
+    monkeypatch.setattr(fused, "LEAVES", {})
+    torch._dynamo.reset()
+    counters.clear()
+    made: list[compiler.Function] = []
+    given = compiler.compiled
+    monkeypatch.setattr(compiler, "compiled", lambda *one, **how: made.append(given(*one, **how)) or made[0])
+    fused.define("of_unknown_sizes(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like)
+    for rows in (3, 5, 7):
+        made[0](torch.ones(rows, 4))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_headers_of_python_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -86,11 +86,12 @@ def heads_apart(kernels: tuple[Kernel, ...], repeated: bool, laid_out: tuple[int
 
 def values_padded(kernels: tuple[Kernel, ...], wider: float) -> tuple[Kernel, ...]:
     """Values, output and its gradient are copied to `wider` times their size around the attention kernel;
-    the output and the values' gradient are then parts of theirs. Of as many rows as it takes at a time."""
+    the output and the values' gradient are then parts of theirs. Of as many rows as it takes at a time. What
+    is there inside of the kernel is beside the output."""
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
         narrow, wide = kernel.writes[0].bytes, round(kernel.writes[0].bytes * wider)
-        sizes = 2 * wide, 4 * wide - narrow
+        sizes = 2 * wide - narrow, 4 * wide - narrow
         alive, back = (("activations", round(kernel.share * size)) for size in sizes)
         copies = Kernel(
             "values_padded", "memory_bound", kernel.component, (kernel.writes[0].name,), (),

@@ -82,7 +82,7 @@ class AttentionPair(Rows):
         b.make("out", self.q_bytes)
         b.make("sums", self.sums)
         core = attention(self.c.model, self.c.shapes, layer).by_name["attention_core"]
-        b.spike(sum(size for _, size in core.scratch) + (self.repeats > 1) * 2 * self.q_bytes // self.repeats)
+        b.spike(sum(size for _, size in core.scratch) + (self.repeats > 1) * self.q_bytes // self.repeats)
         works = self.kernels(layer, False, "attention_core")
         if self.repeats > 1:
             works.append(self.elementwise(self.q_bytes, 2, self.repeats))
