@@ -176,7 +176,7 @@ class Builder:
         dispatch forward, dispatch backward, experts and combine forward, attention backward.
         Returns the new index of each op that moved. Neither part may depend on the other.
         """
-        turns = [_turns(self.ops[middle:]), _turns(self.ops[start:middle])]
+        turns = [turns_of(self.ops[middle:]), turns_of(self.ops[start:middle])]
         woven = [op for pair in zip_longest(*turns, fillvalue=()) for turn in pair for op in turn]
         moved = {op.index: start + place for place, op in enumerate(woven)}
         self.ops[start:] = [
@@ -251,7 +251,7 @@ def turn_ends(ops: Sequence[Op]) -> list[bool]:
     return ends
 
 
-def _turns(ops: Sequence[Op]) -> list[list[Op]]:
+def turns_of(ops: Sequence[Op]) -> list[list[Op]]:
     """Cut after every op that ends one."""
     found: list[list[Op]] = [[]]
     for op, ends in zip(ops, turn_ends(ops), strict=True):

@@ -89,5 +89,5 @@ def composable(context: Context) -> bool:
     reduced in every microbatch or after all of them."""
     strategy, overlap = context.strategy, context.strategy.overlap
     one = strategy.pipeline.pipeline_parallel == strategy.pipeline.virtual_stages == 1
-    across = overlap.grad_reduce or overlap.param_gather or overlap.experts
+    across = overlap.grad_reduce or overlap.param_gather or context.weaves
     return one and not across and strategy.optimizer.overlap == "none"

@@ -2,6 +2,7 @@
 
 from mopsim.program.context import Context
 from mopsim.program.row_chunks import CHANNELS
+from mopsim.program.side_by_side import abreast
 from mopsim.program.workload import CommGroup
 
 PEERS = 8
@@ -28,7 +29,8 @@ def _hybridep(context: Context, group: CommGroup, row: int) -> int:
     all come to one (max_num_of_tokens), each in bf16 with a weight for every expert of its domain and scales
     by 128; dispatch and combine share it (use_shared_buffer, the default of hybrid_ep_buffer.py)."""
     experts = context.model.num_local_experts * group.intra // group.size
-    return context.tokens * group.size * (row + 4 * experts + 4 * (context.model.hidden_size // 128))
+    tokens = context.tokens // abreast(context) * group.size
+    return tokens * (row + 4 * experts + 4 * (context.model.hidden_size // 128))
 
 
 def _deepep(group: CommGroup, row: int) -> int:

@@ -8,6 +8,7 @@ from msgspec import structs
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph import host_costs
 from mopsim.program.context import Context
+from mopsim.program.side_by_side import abreast
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -21,7 +22,8 @@ class Around:
     """What of a job the host's time of layers depends on. hooked: hooks around every module gather its
     parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
     apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
-    is recomputed in part, that part of its forward, and Linears of modules that were measured alone."""
+    is recomputed in part, that part of its forward, and Linears of modules that were measured alone. abreast:
+    sequences that go through a layer one by one."""
 
     hooked: bool = False
     split: bool = False
@@ -29,6 +31,7 @@ class Around:
     experts: int = 0
     apart: int = 0
     again: host_costs.Costs = field(default_factory=dict)
+    abreast: int = 1
 
     @classmethod
     def of(
@@ -46,7 +49,7 @@ class Around:
             else (share, 0.0)
             for component, (share, rest, modules) in again.items()
         }
-        return cls(hooked, split, kinds, context.own_experts, context.expert_modules, found)
+        return cls(hooked, split, kinds, context.own_experts, context.expert_modules, found, abreast(context))
 
 
 def maps_routes(strategy: Strategy, stack: Stack) -> bool:
@@ -180,7 +183,7 @@ def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: A
     whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
     whole += apart * host_costs.LAYER["dense_ffn"][back]
     whole = part * (whole + around.kinds.get(component, NOTHING)[back]) + alone
-    whole *= host_costs.ON_A_DEVICE.get(stack.host.layers, 1.0)
+    whole *= host_costs.ON_A_DEVICE.get(stack.host.layers, 1.0) * around.abreast
     started = sum(work.calls for op in ops for work in op.work if work.kind == "grouped_matmul")
     whole += started * stack.host.products
     whole += checkpoint if phase == "recompute" and component == "attention" else 0.0

@@ -11,6 +11,8 @@ from mopsim.program.loss import cast_logits, gathered_logits
 from mopsim.program.pairs.layer_pairs import Pairs
 from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
+from mopsim.program.side_by_side import abreast
+from mopsim.program.side_passes import SidePasses
 from mopsim.program.step import StageStep
 from mopsim.program.workload import Workload
 from mopsim.spec.capability import Job, holds, runnable
@@ -80,9 +82,12 @@ def _lowered(
 
 
 def passes_of(context: Context) -> Passes:
-    """The templates of a program: pairs of operators where it is explicit and has them, else tapes."""
+    """The templates of a program: pairs of operators where it is explicit and has them, else tapes, those of
+    sequences side by side."""
     job = Job(context.model, context.strategy, context.training, context.stack)
-    return Pairs(context) if holds("pairs")(job) else Passes(context)
+    if holds("pairs")(job):
+        return Pairs(context)
+    return SidePasses(context) if abreast(context) > 1 else Passes(context)
 
 
 def _expansion(strategy: Strategy, total: int, rounds: int) -> tuple[int, int]:

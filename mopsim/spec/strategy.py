@@ -207,7 +207,8 @@ class Overlap(Spec, frozen=True, kw_only=True):
     updated parameters are gathered while the next forward begins. pipeline: sends between stages run beside
     compute. tensor: gathers and scatters of tensor-parallel regions run beside the regions' products.
     experts: dispatch and combine of one microbatch's forward run beside the backward of another, layer by
-    layer, and the other way round.
+    layer, and the other way round; where parameters are gathered layer by layer, those of one sequence of a
+    microbatch run beside the compute of the others, all of which a layer's gathers and reductions serve.
     """
 
     grad_reduce: bool | None = False
