@@ -12,7 +12,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests.parity.test_memory_parity import BLOCKS
-from tests.parity.tracked import second_step
+from tests.parity.tracked import halved, second_step
 from tests.plans import plan_of
 from tests.sim.toys import machine
 
@@ -90,8 +90,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize(("name", "dtype"), halved(COMPOSED, ("bfloat16", "float32")))
 def test_projections_that_run_again_at_a_published_width(name: str, dtype: Any) -> None:
     """Gradients of their weights, 32 MiB each in bf16, were all held to the end of the backward, and one of a
     product's beside that of its input was not simulated: peaks were up to 8 % low. Norms after the rotation

@@ -37,7 +37,6 @@ GPT = msgspec.structs.replace(
     learned_positions=8192,
 )  # fmt: skip
 """As GPT-3, with experts."""
-networks = pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +49,9 @@ def test_under_mop(name: str, stack: str, kind: str) -> None:
     _check(model, strategy, TrainSpec(seq_len=8192, global_batch=2), 0.01, kind)
 
 
-@networks
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_under_fsdp2(model: ModelSpec, recompute: Any) -> None:
+@pytest.mark.parametrize(("name", "recompute"), halved(NETWORKS, ("none", "full")))
+def test_under_fsdp2(name: str, recompute: Any) -> None:
+    model = NETWORKS[name]
     strategy = fsdp2(2, **_spread(model), loss="chunked", loss_chunk_tokens=512, recompute=recompute)
     _check(model, strategy, TrainSpec(seq_len=2048, global_batch=2 * strategy.data_groups), 0.01)
 

@@ -30,10 +30,9 @@ from mopsim.spec.observed import Observed
 from mopsim.spec.stacks import load_stack
 
 JOB: dict[str, Any] = {
-    "tokens": "300B", "seq_len": 4096, "families": ["mop", "fsdp2"], "max_nodes": 8, "simulations": 2,
+    "tokens": "300B", "seq_len": 4096, "families": ["fsdp2"], "max_nodes": 8, "simulations": 2,
     "global_batch_tokens": "1M",
 }  # fmt: skip
-LEAN = JOB | {"families": ["fsdp2"], "max_nodes": 8}
 MACHINES = ["h100-sxm-80g", "gb200-186g"]
 pytestmark = pytest.mark.xdist_group("sizings of OLMoE")  # ask much of the same, which is answered once
 
@@ -224,7 +223,7 @@ def test_a_budget_is_searched_for_and_the_fastest_within_it_is_recommended(found
 
 
 def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> None:
-    none = size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.7, **LEAN)
+    none = size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.7, **JOB)
     assert none.chosen is None
     assert none.best is None
     miss = none.miss
@@ -232,7 +231,7 @@ def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> 
     assert miss.days is not None
     assert miss.days > 0.7
     assert none.to_json()["nearest_miss"]["needs"] == {"days": miss.days, "larger_batch": True}
-    again = size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **LEAN)
+    again = size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **JOB)
     assert again.chosen is not None
     none.write(tmp_path / "none")
     assert "No cluster meets the limits" in (tmp_path / "none" / "decision.html").read_text("utf-8")
@@ -283,7 +282,7 @@ def test_a_miss_without_a_price_asks_for_one(found: Clusters) -> None:
 
 
 def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
-    bought = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **LEAN)
+    bought = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **JOB)
     chosen = bought.chosen
     assert chosen is not None
     assert chosen.figures is not None
@@ -311,7 +310,7 @@ def test_the_price_stated_is_the_one_billed(tmp_path: Path) -> None:
     sites.write_text(
         "- {name: alpha, rent: {h100-sxm-80g: 4.0}}\n- {name: beta, rent: {h100-sxm-80g: 1.1}}\n"
     )
-    rented = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, sites=sites, **LEAN)
+    rented = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, sites=sites, **JOB)
     chosen = rented.chosen
     assert chosen is not None
     assert chosen.figures is not None
@@ -331,7 +330,7 @@ def test_the_fastest_within_a_limit_is_searched_for(found: Clusters) -> None:
     assert front[-1].figures is not None
     assert front[-1].figures.cost is not None
     limit = front[-1].figures.cost * 0.9
-    some = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, max_cost=limit, **LEAN)
+    some = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, max_cost=limit, **JOB)
     tried = some.sizings[0].tried
     for low, high in pairwise(tried):
         inside = [n for n in (3, 5, 6, 7, 10, 12, 14) if low.num_nodes < n < high.num_nodes]

@@ -14,14 +14,14 @@ from mopsim.report.sizing import break_even, chances, columns, fits_surely, row,
 from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.figures import DAY
 from mopsim.size.points import surer_to_fit, ties
-from tests.sim.test_size_decision import LEAN, size
+from tests.sim.test_size_decision import JOB, size
 
 pytestmark = pytest.mark.xdist_group("sizings of OLMoE")
 
 
 @pytest.fixture(scope="module")
 def found() -> Clusters:
-    return size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, **LEAN)
+    return size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, **JOB)
 
 
 def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found: Clusters) -> None:
