@@ -98,11 +98,13 @@ class Comparison(Result):
         self.notes, self.refused = list(notes), dict(refused)
         self.results = {label: one.result for label, one in simulations.items()}
         self.stacks, self.alike = list(stacks), with_one_attention(inputs, self.results)
-        self.searched = {label: one.found.left for label, one in simulations.items() if one.found}
+        found = {label: one.found for label, one in simulations.items() if one.found}
+        self.searched = {label: one.left for label, one in found.items()}
+        self.at_risk = {label: one.at_risk for label, one in found.items() if one.at_risk}
 
     def to_json(self, command: str = "mopsim.compare") -> dict[str, Any]:
         """command: what made it."""
-        said = self._placed(finding(self.results, self.searched, self.inputs.interval))
+        said = self._placed(finding(self.results, self.searched, self.inputs.interval, self.at_risk))
         found: dict[str, Any] = {
             "strategies": {label: one.to_json() for label, one in self.simulations.items()},
             "stack": self.inputs.stack.name if self.inputs.stack else None,
@@ -135,7 +137,8 @@ class Comparison(Result):
 
     def headline(self) -> str:
         """A line for each thing that was found."""
-        said = verdict(self.results, self.searched, self.inputs.interval, self.stacks, self.alike)
+        inputs = self.inputs
+        said = verdict(self.results, self.searched, inputs.interval, self.stacks, self.alike, self.at_risk)
         without = (f"{label} has no strategy here" for label in self.refused)
         return "\n".join(f"{one}." for one in (*self._placed(said), *without))
 

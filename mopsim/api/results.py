@@ -171,8 +171,10 @@ class Simulation(Result):
         keys = {**plan, "parameters": parameters, "notes": self.notes}
         if self.found is None:
             return keys
-        found = self.found
-        return keys | {"proven": found.proven, "gap": found.gap, "expected_gap": found.expected_gap}
+        found, risky = self.found, self.found.at_risk
+        faster = plan_json(risky, self.inputs.model, self.inputs.interval) if risky else None
+        open_ = {"proven": found.proven, "gap": found.gap, "expected_gap": found.expected_gap}
+        return keys | open_ | {"at_risk": faster}
 
     def headline(self) -> str:
         r = self.result

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE, Ratio
-from mopsim.search.result import TIE, Left, exhausted, format_gap, promises
+from mopsim.search.result import TIE, Left, exhausted, format_gap, promises, surer
 from mopsim.spec.categories import WAITING
 from mopsim.spec.line import waits_for
 
@@ -13,16 +13,32 @@ Results = Mapping[str, SimResult | None]
 """Of strategies, by label; None: there is no legal one."""
 Searched = Mapping[str, Left]
 """Of strategies that a search found, by label: SearchResult.left."""
-SHOWN = 4
-"""Stacks that are named of those that could run all strategies."""
+SHOWN = 6
+"""Stacks of those that could run all strategies that are named at most; where there are more, two of them
+make room."""
 
 
-def finding(results: Results, searched: Searched | None = None, level: float = 0.9) -> list[str]:
+def finding(
+    results: Results,
+    searched: Searched | None = None,
+    level: float = 0.9,
+    at_risk: Mapping[str, SimResult] | None = None,
+) -> list[str]:
     """The winner, by how much and how surely, or that nothing fits; in sentences of their own what the
-    searches promise that were not exhausted. Without full stops. level: of the ratio's interval."""
-    found = headline(results) + _how_surely(results, level)
+    searches promise that were not exhausted, and what they left as too unsure to fit. Without full stops.
+    level: of the ratio's interval. at_risk: by label, SearchResult.at_risk."""
+    found = headline(results) + _how_surely(results, searched or {}, level)
     still = [(label, left) for label, left in (searched or {}).items() if not exhausted(left[0])]
-    return [found, *(f"Search of {one}" for one in promises(still))]
+    unsure = [_with_risk(label, one, results) for label, one in (at_risk or {}).items()]
+    return [found, *(f"Search of {one}" for one in (*promises(still), *unsure))]
+
+
+def _with_risk(label: str, one: SimResult, results: Results) -> str:
+    """That a label's plan is surer than a faster one, and what the comparison would come to with that."""
+    own = results[label]
+    assert own is not None  # at_risk is of a search that found a plan
+    note = f"search --risk ranks it; with it {headline({**results, label: one})}"
+    return f"{label}: its plan is {surer(own, one, note)}"
 
 
 def _fastest_first(results: Results) -> list[tuple[str, SimResult]]:
@@ -110,8 +126,9 @@ def unsure(one: SimResult) -> bool:
     return one.fits and one.p_fits < SURE
 
 
-def _how_surely(results: Results, level: float) -> str:
-    """Of the lead over the next that does not tie; where all tie, of the first over the next."""
+def _how_surely(results: Results, searched: Searched, level: float) -> str:
+    """Of the lead over the next that does not tie, of the plans found where a faster one of its search is
+    expected to be left out; where all tie, of the first over the next."""
     first, slower = _ranked(results)
     if len(first) + len(slower) < 2:
         return ""
@@ -121,7 +138,8 @@ def _how_surely(results: Results, level: float) -> str:
     sure = format_probability(ratio.p_faster)
     if not slower:
         return f" ({name} {low:.2f}x to {high:.2f}x as fast with {level:.0%})"
-    return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; it is the faster one with probability {sure})"
+    of = "of the plans found " if searched.get(slower[0][0], (0.0, 0.0))[1] else ""
+    return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; {of}it is the faster one with probability {sure})"
 
 
 def difference(results: Results) -> str:
@@ -180,10 +198,9 @@ def _on_one(stacks: Sequence[str] | None) -> str:
         return "--stack NAME simulates all plans on one stack"
     if not stacks:
         return "no shipped stack runs a plan of each"
-    rest = len(stacks) - SHOWN
-    more = f" and {rest} {'other' if rest == 1 else 'others'} run" if rest > 0 else " run"
-    runs = more if len(stacks) > 1 else " runs"
-    named = f"{', '.join(stacks[:SHOWN])}{runs}"
+    shown = stacks if len(stacks) <= SHOWN else stacks[: SHOWN - 2]
+    rest = f" and {len(stacks) - len(shown)} others" if len(shown) < len(stacks) else ""
+    named = f"{', '.join(shown)}{rest} {'run' if len(stacks) > 1 else 'runs'}"
     return f"--stack NAME simulates all plans on one stack ({named} a plan of each)"
 
 
@@ -193,11 +210,12 @@ def verdict(
     level: float = 0.9,
     stacks: Sequence[str] | None = None,
     alike: str = "",
+    at_risk: Mapping[str, SimResult] | None = None,
 ) -> list[str]:
     """Sentences without their full stops: the finding, what of the searches is open, what may not fit, what
     is due to software, and where the difference lies."""
     found = [
-        *finding(results, searched, level),
+        *finding(results, searched, level, at_risk),
         risks(results),
         *(one[:1].upper() + one[1:] for one in _software(results, stacks, alike)),
         difference(results),

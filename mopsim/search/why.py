@@ -14,7 +14,7 @@ from mopsim.intervals.spread import SURE
 from mopsim.search.had import offered
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import RESTRICTIONS
-from mopsim.search.result import TIE, SearchResult, format_gap
+from mopsim.search.result import TIE, SearchResult, surer
 from mopsim.spec.categories import STEP_PARTS, WAITING
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import waits_for
@@ -65,7 +65,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     sure = min(SURE, best.p_as_described)
     fits = [one for one in found.played if one.fits and one.p_as_described >= sure]
     others = _others(best, found)
-    lines = [_bounds(best), *_costs(best, found, problem, fits), _risky(best, found.at_risk)]
+    lines = [_bounds(best), *_costs(best, found, problem, fits), _risky(found)]
     lines += [_safer(best, found.played)]
     lines += [_memory(best, found.played, where, sure) for where in ("device", "host")]
     lines += [_faster(best, others, problem, name) for name in _links(problem)]
@@ -136,18 +136,10 @@ def _slower(one: SimResult, best: SimResult) -> str:
     return f"the fastest simulated plan is {cost}{another}, {step} a step: {one.line}"
 
 
-def _risky(best: SimResult, one: SimResult | None) -> str | None:
-    """Why not the likeliest of the faster plans that may not fit (`SearchResult.at_risk`)."""
-    if one is None:
-        return None
-    chance = one.p_as_described
-    near = abs(chance - SURE) < 0.005  # which two digits would not tell from what is ranked
-    odds = f"{chance:.3f}" if near else format_probability(chance)
-    gain = format_gap(best.ranked_time / one.ranked_time - 1)
-    return (
-        f"the first plan is surer than one that is {gain} faster, which fits, as described, with probability "
-        f"{odds} (--risk ranks it): {one.line}"
-    )
+def _risky(found: SearchResult) -> str | None:
+    """Why not the likeliest of the faster plans that may not fit."""
+    best, one = found.best, found.at_risk
+    return f"the first plan is {surer(best, one, '--risk ranks it')}" if best and one else None
 
 
 def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:

@@ -26,7 +26,9 @@ def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimRe
     both = dict(zip("ab", results, strict=True))
     said = software(both, ["one", "two"])
     assert said.endswith("--stack NAME simulates all plans on one stack (one, two run a plan of each)")
-    assert software(both, list("abcdef")).endswith("(a, b, c, d and 2 others run a plan of each)")
+    assert software(both, list("abcdef")).endswith("(a, b, c, d, e, f run a plan of each)")
+    assert software(both, list("abcdefg")).endswith("(a, b, c, d and 3 others run a plan of each)")
+    assert software(both, ["a"]).endswith("(a runs a plan of each)")
     assert software(both, []).endswith("no shipped stack runs a plan of each")
     assert software(both, [], "alike").endswith("): alike; no shipped stack runs a plan of each")
     assert software({"a": results[0]}, [], "alike") == ""
