@@ -67,7 +67,8 @@ def test_a_setting_that_is_none_of_the_training(capsys, tmp_path, plan, setting,
 
 
 def test_a_reader_that_leaves_changes_no_exit_code(plan):
-    line = f"{sys.executable} -m mopexec dry-run --plan {plan} | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m mopexec launch --slurm --plan {plan} -- --data python --steps 1 --out x"
+    line = f"{command} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -106,9 +106,8 @@ def test_all_mechanisms_on_two_ranks(dtype: str) -> None:
     check(2, ALL_TWO, dtype=dtype, micro_batch=2)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_all_mechanisms_on_four_ranks(dtype: str) -> None:
-    check(4, ALL_FOUR, dtype=dtype, micro_batch=2)
+def test_all_mechanisms_on_four_ranks() -> None:
+    check(4, ALL_FOUR, micro_batch=2)
 
 
 def test_all_mechanisms_on_eight_ranks() -> None:
@@ -131,9 +130,8 @@ def test_a_skewed_profile_with_all_mechanisms(profile: str) -> None:
     check(4, ALL_FOUR, routing="profile", training={"routing": profile}, micro_batch=2)
 
 
-@pytest.mark.parametrize("micro_batch", [2, 4])
-def test_microbatches_of_several_sequences(micro_batch: int) -> None:
-    check(2, {"attention": {"context_parallel": 2}}, micro_batch=micro_batch)
+def test_microbatches_of_several_sequences() -> None:
+    check(2, {"attention": {"context_parallel": 2}}, micro_batch=4)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "strided"])
