@@ -1,16 +1,19 @@
 """Sequences of a microbatch that go through a layer side by side where parameters are gathered by layer."""
 
 import random
+from functools import reduce
 
 import pytest
 from msgspec import structs
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run
+from mopsim.program import side_by_side, side_passes
 from mopsim.program.context import make_context
 from mopsim.program.lower import lower, passes_of
 from mopsim.program.passes import Passes
 from mopsim.program.side_by_side import abreast, of_one, woven
+from mopsim.program.template import Template
 from mopsim.program.workload import Workload
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -64,6 +67,26 @@ def test_they_take_no_longer_than_one_after_the_other(seed: int) -> None:
     assert beside.step_time <= alone.step_time
     assert beside.flops == pytest.approx(alone.flops)
     assert beside.exposed.get("all_to_all", 0.0) <= alone.exposed.get("all_to_all", 0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_they_take_no_longer_than_in_turn(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernels, each sequence once the one before it is through the layer."""
+    plan = strategy(random.Random(seed), 2)
+    monkeypatch.setattr(side_by_side, "_added", lambda piece, width: ())
+    beside = played(plan, 32)
+    monkeypatch.setattr(side_passes, "woven", lambda one, count, _: reduce(Template.then, [one] * count))
+    in_turn = played(plan, 32)
+    assert beside.step_time < in_turn.step_time
+    assert beside.busy["all_to_all"] == pytest.approx(in_turn.busy["all_to_all"])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_peaks_are_those_of_one_batch(count: int) -> None:
+    """What is kept for the backward is there of all, whichever way they go."""
+    plans = [strategy(random.Random(5), count, beside=beside) for beside in (False, True)]
+    batch, beside = (played(plan, 16 * count).peak_memory for plan in plans)
+    assert beside == pytest.approx(batch, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(4))
