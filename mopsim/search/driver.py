@@ -113,6 +113,8 @@ def hunted(
                 find_closest(hunt.pool.space, bound(hunt.pool.space), found)
         return Hunted(found, hunts=hunts)
     prove(hunts, found.best, tell)
+    for hunt in hunts:
+        hunt.lighten(tell, options.budget)
     for hunt in hunts if options.prove else ():
         try_restricted(hunt, tell)
     return _settled(hunts)

@@ -40,6 +40,8 @@ TURN_OPS, THOROUGH = 2_500, 80
 simulation is long; turns before a hunt ends."""
 KEPT = 0.25
 """Part of a family's budget that a part of it leaves to the next."""
+LIGHTER = 2
+"""Simulations at the end of a budget that are kept for the best plan without what it has on the host."""
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
@@ -59,7 +61,7 @@ class Hunt:
     the proof chose from. near: neighbours of the BEAM fastest, and of those that were. idle: simulations
     since a faster one; spent: effort before it; before: simulations of parts before, and how many
     were played. last_part: whether no part of the family comes after this. misses: logarithms by which
-    simulated (step times, peaks) were not as expected.
+    simulated (step times, peaks) were not as expected. places: where simulated ones were in a pool.
     """
 
     pool: Pool
@@ -72,6 +74,7 @@ class Hunt:
     before: tuple[int, int] = (0, 0)
     last_part: bool = True
     misses: list[tuple[float, float]] = field(default_factory=list)
+    places: list[tuple[SimResult, Pool, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pools = [self.pool]
@@ -89,10 +92,34 @@ class Hunt:
             and self.idle < patience
             and not (self.found.top and self._effort() > self.spent + IDLE_OPS)
         ):
+            if most - self.found.simulated <= LIGHTER and self._lighten(progress):
+                continue
             position = self.next()
             if position is None:
                 break
             self.simulate(self.pool, position, progress)
+        self.lighten(progress, most)
+
+    def lighten(self, progress: Progress, most: int) -> None:
+        """Simulate the best plan without what it keeps on the host, up to so many of the family: it leads
+        where it ties."""
+        while self.found.simulated < most and self._lighten(progress):
+            pass
+
+    def _lighten(self, progress: Progress) -> bool:
+        """Simulate one of those that are expected to fit, whose bound may tie with the best; whether there
+        was one."""
+        best = self.found.best
+        if best is None or not best.host_memory:
+            return False
+        pool, place = next(((pool, at) for one, pool, at in self.places if one is best), (self.pool, None))
+        for position in pool.lighter(place) if place is not None else ():
+            pool.refine(position)
+            tie = pool.time[position] <= (1 + TIE) * best.step_time
+            if tie and not pool.taken[position] and pool.room()[0][position]:
+                self.simulate(pool, position, progress)
+                return True
+        return False
 
     @property
     def simulated(self) -> int:
@@ -251,6 +278,7 @@ class Hunt:
         found = self.found
         self.idle += bool(found.top)
         found.played.append(simulated)
+        self.places.append((simulated, pool, position))
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
             device = simulated.device.as_described.quantile(SURE)

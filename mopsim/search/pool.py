@@ -14,7 +14,7 @@ from mopsim.search.guess import guess, likely
 from mopsim.search.hosts import surely_on_host
 from mopsim.search.learn import Effects, Memory, Rise, Slower, Times, codes
 from mopsim.search.pieces import Pieces
-from mopsim.search.problem import Column, once
+from mopsim.search.problem import DEVICE, Column, once
 from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import published, textbook
 from mopsim.search.space import Space
@@ -266,6 +266,25 @@ class Pool:
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`."""
+        groups = self._differs(position)
+        if not groups:
+            return np.zeros(0, dtype=np.int64)
+        count = np.sum(np.stack(list(groups.values())), axis=0)
+        return np.flatnonzero(count == 1).astype(np.int64)
+
+    def lighter(self, position: int) -> list[int]:
+        """Positions of the same plan with nothing on the host, then with a part of what it keeps there."""
+        differs, nowhere = self._differs(position), np.zeros_like(self.taken)
+        states, inputs = (~differs.pop(name, nowhere) for name in ("state", "boundary_host"))
+        same = ~np.logical_or.reduce([nowhere, *differs.values()])
+        columns = self.space.columns
+        on_device, kept = columns["state"][self.rows] == DEVICE, columns["boundary_host"][self.rows] == 0
+        found = (same & on_device & kept, same & states & kept, same & on_device & inputs)
+        places = dict.fromkeys(int(np.argmax(one)) for one in found if one.any())
+        return [place for place in places if place != position]
+
+    def _differs(self, position: int) -> dict[str, NDArray[np.bool_]]:
+        """By decision: which candidates decide otherwise than the one at `position`."""
         index = int(self.rows[position])
         groups: dict[str, NDArray[np.bool_]] = {}
         followers = {name for name, one in FOLLOWERS.items() if self.space.family in one.families}
@@ -275,10 +294,7 @@ class Pool:
             group = _TOGETHER.get(name, name)
             differs = column[self.rows] != column[index]
             groups[group] = groups[group] | differs if group in groups else differs
-        if not groups:
-            return np.zeros(0, dtype=np.int64)
-        count = np.sum(np.stack(list(groups.values())), axis=0)
-        return np.flatnonzero(count == 1).astype(np.int64)
+        return groups
 
 
 def _lowest(values: Reals, count: int) -> Column:

@@ -93,6 +93,19 @@ def test_a_family_has_one_budget(budget: int) -> None:
     assert all(first) == (budget == 1)
 
 
+@pytest.mark.parametrize("budget", [3, 6])
+def test_the_best_is_tried_without_what_it_has_on_the_host(budget: int) -> None:
+    """README's first search printed offload=inputs: its last simulations were of slower plans, where the same
+    plan with nothing on the host is as fast and fits."""
+    training = TrainSpec(seq_len=32_768, global_batch=64)
+    problem = Problem(load_model("qwen3_30b_a3b"), load_profile("h200-sxm-141g"), 2, training)
+    found = hunted(problem, "mop", Options(budget=budget)).found
+    assert found.best
+    assert found.best.host_memory == 0
+    assert any(one.host_memory for one in found.played)
+    assert found.simulated == budget
+
+
 @pytest.mark.parametrize(
     "one", [one for one in contenders() if one.family == FSDP2], ids=lambda one: one.name
 )
