@@ -48,5 +48,8 @@ def run(
     console.print(
         f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s"
     )
+    if predicted := whole.prediction:
+        peak, moved = format_bytes(predicted.peak_memory), format_bytes(predicted.host_memory)
+        console.print(f"the plan's prediction: {peak} at the peak, {moved} on the host")
     if program:
         console.print(f"{program} written: {result.num_ops:,} ops")
