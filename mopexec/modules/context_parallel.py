@@ -10,8 +10,6 @@ from mopexec.distributed.mesh import Group
 from mopexec.operators.again import kept
 from mopexec.operators.attention_core import Core
 from mopexec.operators.context_parallel import blocks_backward, blocks_forward
-from mopexec.operators.kernels import HALF
-from mopsim.common.errors import SpecError
 
 
 class BlockAttention:
@@ -25,9 +23,6 @@ class BlockAttention:
         q, k, v = parts
         parts.clear()
         assert sinks is None, "a sink belongs to the whole softmax, not to a block's"
-        if q.is_cuda and q.dtype not in HALF:
-            rule = "blocks of keys need a flash kernel, which CUDA has for bfloat16 only"
-            raise SpecError("strategy.precision.compute", str(q.dtype).removeprefix("torch."), rule)
         found = _Blocks.apply(q, k, v, core, self._group, self._ring)  # type: ignore[no-untyped-call]
         return cast(Tensor, found)
 

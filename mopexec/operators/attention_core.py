@@ -1,9 +1,7 @@
 """Causal attention in O(N) memory, called explicitly so that no backend is chosen behind our back.
 
-CPU and fake tensors use the CPU flash op; CUDA uses flash for half precision. CUDA has no flash kernel for
-float32 and float64, so there (tests only) the quadratic formula stands in. Shapes: q [B, S, heads, d], k
-[B, S, kv_heads, d], v [B, S, kv_heads, e]. The kernels take one width for all three: the narrower ones are
-padded with zeros on the way in.
+Which kernel runs says `kernels.attention`. Shapes: q [B, S, heads, d], k [B, S, kv_heads, d], v [B, S,
+kv_heads, e]. The kernels take one width for all three: the narrower ones are padded with zeros on the way in.
 """
 
 import functools
@@ -17,10 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
-from mopexec.operators import cudnn, kernels
+from mopexec.operators import attention_rows, cudnn, kernels
 from mopexec.operators import sinks as attention_sinks
 from mopexec.operators.documents import Documents, cumulative, spans
-from mopexec.operators.kernels import HALF, on_gpu
 from mopexec.operators.rope import softmax_scale
 from mopsim.spec.model import ModelSpec
 
@@ -69,15 +66,13 @@ def _in_chunks(documents: Documents, chunk: int) -> Documents:
 def causal_forward(
     q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
-    """(out [B, S, heads, e], saved for the backward: log-sum-exps and, on CUDA, the random state).
+    """(out [B, S, heads, e], saved for the backward: log-sum-exps and, of flash on a GPU, the random state).
 
     sinks: a logit for each query head that takes attention away.
     """
     core = core.over(q)
     if core.documents and not _packed_kernel(q, sinks):
         return _documents_forward(q, k, v, core, sinks)
-    if q.is_cuda and q.dtype not in HALF:
-        return _formula(q, k, v, core, sinks), ()
     width = max(q.shape[-1], v.shape[-1])
     forward = _pair(q, core, sinks)[0]
     out, saved = forward(_padded(q, width), _padded(k, width), _padded(v, width), core)
@@ -96,8 +91,6 @@ def causal_backward(
     core = core.over(q)
     if core.documents and not _packed_kernel(q, sinks):
         return _documents_backward(grad, q, k, v, out, saved, core, sinks)
-    if q.is_cuda and q.dtype not in HALF:
-        return _formula_backward(grad, q, k, v, core, sinks)
     grad_sinks = None if sinks is None else attention_sinks.backward(grad, out, saved, sinks)
     width = max(q.shape[-1], v.shape[-1])
     backward = _pair(q, core, sinks)[1]
@@ -108,10 +101,13 @@ def causal_backward(
 
 def _pair(q: Tensor, core: Core, sinks: Tensor | None) -> tuple[Any, Any]:
     """Forward and backward of the planned kernel; cuDNN's knows no windows, documents or sinks here."""
-    if not on_gpu(q):
+    kernel = kernels.attention(q)
+    if kernel == "cpu":
         return _cpu_forward, _cpu_backward
+    if kernel == "rows":
+        return attention_rows.forward, attention_rows.backward
     plain = sinks is None and not core.documents and not _windowed(q, core)
-    if kernels.NOW.attention == "cudnn" and plain:
+    if kernel == "cudnn" and plain:
         return _cudnn_forward, _cudnn_backward
     return _cuda_forward, _cuda_backward
 
@@ -131,7 +127,7 @@ def _cudnn_backward(
 
 def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
     """Whether one kernel takes all documents of a microbatch, by their ends."""
-    return on_gpu(q) and q.dtype in HALF and sinks is None
+    return kernels.attention(q) not in ("cpu", "rows") and sinks is None
 
 
 def _documents_forward(
@@ -354,30 +350,3 @@ def _workspace(q: Tensor, k: Tensor) -> list[Tensor]:
     if k.shape[2] != heads:
         inside += [torch.empty_like(q), torch.empty_like(q)]
     return inside
-
-
-def _formula(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None) -> Tensor:
-    """softmax(q k^T) v with the whole square of products, differentiable."""
-    key, value = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
-    products = torch.einsum("bshd,bthd->bhst", q, key) * core.scale
-    place = torch.arange(q.shape[1], device=q.device)
-    ahead = place[None, :] - place[:, None]
-    hidden = ahead > 0
-    if core.window:
-        hidden = hidden | (ahead <= -core.window)
-    products = products.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        column = sinks.view(1, -1, 1, 1).expand(*products.shape[:3], 1)
-        products = torch.cat((products, column), dim=-1)
-    return torch.einsum("bhst,bthd->bshd", products.softmax(-1)[..., : k.shape[1]], value)
-
-
-def _formula_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    given = [t for t in (q, k, v, sinks) if t is not None]
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in given]
-        out = _formula(leaves[0], leaves[1], leaves[2], core, leaves[3] if sinks is not None else None)
-        dq, dk, dv, *rest = torch.autograd.grad(out, leaves, grad)
-    return dq, dk, dv, rest[0] if rest else None

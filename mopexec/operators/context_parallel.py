@@ -16,7 +16,7 @@ from torch import Tensor
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.operators.attention_core import Core, Saved, causal_backward, causal_forward
-from mopexec.operators.kernels import on_gpu
+from mopexec.operators.kernels import joins_sums
 
 Pair = tuple[Tensor, Tensor]
 
@@ -125,14 +125,14 @@ def _ring_backward(k: Tensor, v: Tensor, group: Group, block: Any) -> tuple[Tens
 
 def _sums(saved: Saved, q: Tensor) -> Tensor:
     """Log-sum-exps [B, heads, s] of what `causal_forward` saves."""
-    if on_gpu(q):
+    if joins_sums(q):
         return cast(Tensor, saved[0])
     return torch.stack(saved, dim=2).flatten(1, 2)
 
 
 def _saved(lse: Tensor, rest: Saved, q: Tensor, k: Tensor) -> Saved:
     """What `causal_backward` wants, with other log-sum-exps."""
-    if on_gpu(q):
+    if joins_sums(q):
         return (lse, *rest)
     heads = k.shape[2]
     return tuple(one.contiguous() for one in lse.unflatten(1, (heads, -1)).unbind(2))  # type: ignore[no-untyped-call]

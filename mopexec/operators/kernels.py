@@ -15,7 +15,9 @@ from mopsim.common.errors import SpecError
 from mopsim.spec.stack import Kernels
 
 HALF = (torch.bfloat16, torch.float16)
-"""Dtypes of the flash kernels for GPUs."""
+"""Dtypes of the fused attention kernels for GPUs."""
+DEFAULT_OF_GPUS = "flash2"
+"""Their attention kernel where none is planned."""
 
 
 class Choice:
@@ -40,10 +42,21 @@ class Choice:
 NOW = Choice()
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether attention over x runs by a GPU's kernel: x is there, or has no data and is planned there."""
-    planned = NOW.attention != "cpu" and x.dtype in HALF
-    return x.is_cuda or (planned and (x.is_meta or isinstance(x, FakeTensor)))
+def attention(x: Tensor) -> str:
+    """The kernel that attends over x: the planned one if x is where that runs, or has no data and plays it.
+    No fused kernel of a GPU takes more than 16 bits (flash_attn/flash_api.cpp; cuDNN): `rows` does.
+    """
+    planned, played = NOW.attention, x.is_meta or isinstance(x, FakeTensor)
+    if planned == "rows":
+        return planned
+    if not x.is_cuda and (planned == "cpu" or not played):
+        return "cpu"
+    return "rows" if x.dtype not in HALF else DEFAULT_OF_GPUS if planned == "cpu" else planned
+
+
+def joins_sums(x: Tensor) -> bool:
+    """Whether the kernel saves log-sum-exps [B, heads, S] of all heads first, not those of each repeat."""
+    return attention(x) != "cpu"
 
 
 def prepare(kernels: Kernels) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.operators.kernels import on_gpu
+from mopexec.operators.kernels import joins_sums
 
 
 def join_(out: Tensor, saved: tuple[Any, ...], sinks: Tensor) -> tuple[Any, ...]:
     """Scale out [B, S, heads, d] in place; returns what is saved with the log-sum-exps over keys and sinks.
 
-    saved: log-sum-exps [B, kv_heads, S] of each query head of a KV head (CPU), or [B, heads, S] first (CUDA).
+    saved: log-sum-exps [B, kv_heads, S] of each query head of a KV head (CPU), or [B, heads, S] first.
     """
-    if on_gpu(out):
+    if joins_sums(out):
         joined = torch.logaddexp(saved[0], sinks.to(saved[0].dtype)[:, None])
         out.mul_((saved[0] - joined).exp_().transpose(1, 2)[..., None])
         return (joined, *saved[1:])
@@ -37,6 +37,6 @@ def backward(grad: Tensor, out: Tensor, saved: tuple[Any, ...], sinks: Tensor) -
     zero.
     """
     product = (grad * out).sum(-1, dtype=saved[0].dtype).transpose(1, 2)
-    joined = saved[0] if on_gpu(out) else torch.stack(saved, dim=2).flatten(1, 2)
+    joined = saved[0] if joins_sums(out) else torch.stack(saved, dim=2).flatten(1, 2)
     share = (sinks.to(joined.dtype)[:, None] - joined).exp_()
     return share.mul_(product).sum((0, 2)).neg_().to(sinks.dtype)

@@ -53,8 +53,9 @@ def build(
     stack = plan.stack
     if not platform.fake:
         stack = stack.on_kind("cuda" if platform.is_cuda else "cpu")
+    stack = stack.compiling(plan.strategy.compile).multiplying(plan.strategy.precision.compute)
     stack = stack.on(plan.hardware.architecture, plan.training.plain_attention(plan.model))
-    plan = msgspec.structs.replace(plan, stack=stack.compiling(plan.strategy.compile))
+    plan = msgspec.structs.replace(plan, stack=stack)
     if plan.strategy.compile != "none" and not platform.fake:
         compiler.check_compiler("plan.strategy.compile", cuda=platform.is_cuda)
     if platform.is_cuda:

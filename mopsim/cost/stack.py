@@ -108,10 +108,10 @@ def as_used(
     kernel = str(here.attention)
     if fixed and kernel == "profile":
         kernel = DETERMINISTIC_KERNEL.get(architecture, kernel)
-    scores = kernel == "scores"
-    moved = _moved(stack.kernels.softmax, model)
+    scores = kernel in ("scores", "rows")
+    moved = _moved("composed" if kernel == "rows" else stack.kernels.softmax, model)
     curve = _scores(hardware, head_dim, seq_len, moved) if scores else _curve(hardware, kernel, head_dim)
-    if fixed and kernel != "scores":
+    if fixed and not scores:
         source = f"{curve.source}; deterministic: arXiv 2601.21824"
         curve = replace(curve, backward=curve.backward * DETERMINISTIC, tag="assumed", source=source)
     share = next(iter(here.communication_share.values()), hardware.communication_share)

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs, pairs_of_a_slice
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
+from mopsim.spec.layout import ATTENTION_ROWS
 from mopsim.spec.model import ModelSpec
 
 _C = "attention"
@@ -215,7 +216,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         working = rows * (qk + 1) * 4 + shared * rows * (qk + v_width) * b
         if not shapes.accumulates:
             core, working = _by_spans(core, mine, shapes, model, layer, shared)
-        core = _flash(core, names, working, rows * 4)
+        core = _flash(core, names, working, rows * (shapes.wide if shapes.by_rows else 4))
     else:
         core = _kept(core, rows * seq, shapes.softmax, model.dropout > 0, b)
     home = [exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []
@@ -243,6 +244,8 @@ def _by_spans(
         core = replace(core, share=share, scratch=(*core.scratch, part))
         working = float(sum(value.bytes for value in values))
     windowed = 0 < window < span
+    if shapes.by_rows:
+        return _of_rows(core, values, shapes, model, (span, window), working)
     if shared or windowed:  # a block's output and mask
         block = core.writes[0].bytes * values[1].bytes / values[0].bytes
         block *= window / shapes.attended if windowed else share
@@ -250,6 +253,28 @@ def _by_spans(
         core = replace(core, scratch=(*core.scratch, ("activations", int(block))))
         working += _in_turn(values, span, window, shapes.width)
     return core, working
+
+
+def _of_rows(
+    core: Kernel, values: tuple[Value, ...], shapes: Shapes, model: ModelSpec, seen: tuple[int, int],
+    working: float,
+) -> tuple[Kernel, float]:  # fmt: skip
+    """As `_by_spans` by blocks of query rows: a block's scores, in the backward with their gradients, and
+    copies of its rows where heads share keys (mopexec/operators/attention_rows.py). seen: tokens of a span,
+    and of a window."""
+    whole, (q, k, _) = shapes.exchange == "ulysses" or shapes.sequence == 1, values
+    span, window = seen if whole else (seen[0] // shapes.sequence, 0)
+    rows, b = min(span, ATTENTION_ROWS), shapes.width
+    keys = min(span, window + rows - 1) if window else span
+    tokens = shapes.attended if whole else shapes.region_tokens
+    part = rows * q.bytes / (core.share * tokens)
+    heads = part / (rows * attention_widths(model)[0] * b)
+    scores, copies = heads * rows * keys * b, part * (k.bytes < q.bytes)
+    forward = scores + max(copies + rows * keys, part + 2 * heads * rows * b)
+    blocks = int(core.launches * tokens / span * -(-span // rows))
+    more = (*core.scratch, ("activations", int(forward)))
+    core = replace(core, scratch=more, launches=12 * blocks, back_launches=17 * blocks)
+    return core, working + 2 * scores + 2 * copies + heads * rows * b
 
 
 def _mask(seq: int, window: int, b: int) -> int:

@@ -21,7 +21,8 @@ class Shapes(Struct, frozen=True):
     skips: whether its kernel leaves out what a window or a document hides. expands: its backward makes the
     gradients of keys and values for each query head, whatever is fused. accumulates: it adds gradients up
     beside those that it returns, as flash kernels for GPUs do, which take half precision. packed: a sequence
-    is of documents that attention does not cross, whether or not it is known how long they are.
+    is of documents that attention does not cross, whether or not it is known how long they are. by_rows: it
+    runs block by block of query rows, with all heads that share keys in one product.
     """
 
     tokens: int
@@ -43,6 +44,7 @@ class Shapes(Struct, frozen=True):
     expands: bool = False
     accumulates: bool = True
     packed: bool = False
+    by_rows: bool = False
 
     @property
     def region_tokens(self) -> int:

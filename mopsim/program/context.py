@@ -380,18 +380,18 @@ def make_context(
     job = Job(model, strategy, training, stack)
     for refused in refusals(job, by="simulator"):
         raise refused
-    precision = strategy.precision
-    b, dense = int(DTYPE_BYTES[precision.compute]), strategy.dense
+    precision, dense, running = strategy.precision, strategy.dense, stack.running(model, strategy)
+    b = int(DTYPE_BYTES[precision.compute])
     tokens = training.tokens_per_rank(strategy) // (dense.tensor_parallel if dense.sequence_parallel else 1)
     wide = 8 if precision.compute == "float64" else 4
     shapes = Shapes(
         tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
         documents=training.own_document, packed=training.attention_mask == "document",
-        accumulates=b <= 2 and stack.attention != "cpu",
+        accumulates=b <= 2 and stack.attention != "cpu", by_rows=running.attention == "rows",
     )  # fmt: skip
     return Context(
-        model, strategy, training, stack.running(model, strategy),
+        model, strategy, training, running,
         _groups(model, strategy, domain, stack, training.routing), shapes,
         edge_units(model, strategy, whole=stack.sharding.embedding == "whole", apart=holds("pairs")(job)),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,

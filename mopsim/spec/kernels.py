@@ -13,11 +13,12 @@ Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
 AttentionKernel = Literal[
     "profile", "cpu", "flash1", "flash2", "flash3", "flash4", "cudnn", "ck", "flex", "triton", "masked",
-    "scores",
+    "rows", "scores",
 ]  # fmt: skip
 """profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
-query heads of a KV head one after another. masked: torch's under a mask, of the whole square. scores: kept in
-memory, no flash kernel."""
+query heads of a KV head one after another. masked: torch's under a mask, of the whole square. rows: blocks of
+query rows, as torch composes them (mopexec/operators/attention_rows.py). scores: kept in memory, no flash
+kernel."""
 Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
 """Products of the layers' tapes that come after a norm, in joined projections."""
 EXACT = ("router", "vocabulary")
@@ -27,6 +28,8 @@ DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
 BEYOND = "beyond"
 """Key of the attention kernel, on every architecture, where attention is not plain."""
+WIDE = "wide"
+"""The same, before all others, where products are in more than 16 bits."""
 
 
 class Kernels(Spec, frozen=True, kw_only=True):
@@ -208,6 +211,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     checkpoint.
     attention: the attention kernel, by device architecture (`ampere`, `hopper`, ...). `default`: all other
     architectures. `beyond`: all architectures if attention is not plain (TrainSpec.plain_attention).
+    `wide`: all architectures if products are in more than 16 bits, which few kernels take.
     sinks: attention sinks. `fused`: applied in the attention kernel. `composed`: applied to its output, of
     which a copy is kept.
     deterministic: sums run in a fixed order.

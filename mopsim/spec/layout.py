@@ -13,6 +13,8 @@ PACK_BYTES = 16
 """What a route's weight takes beside its row: kernels want rows of whole 16 bytes."""
 SLICE_ROWS = 2048
 """Rows of one slice of element-wise work in a wide dtype: few kernels to launch, and small beside N."""
+ATTENTION_ROWS = 128
+"""Query rows of a block of attention without a fused kernel: scores are as large as queries of this width."""
 FUSED_ROWS = 16384
 """Of work whose passes are fused: what is left of temporaries is no wider than a row."""
 

@@ -20,7 +20,7 @@ from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
 from mopsim.spec.has import require_had
 from mopsim.spec.hides import Hides as Hides
 from mopsim.spec.host import HostCosts as HostCosts
-from mopsim.spec.kernels import BEYOND
+from mopsim.spec.kernels import BEYOND, WIDE
 from mopsim.spec.kernels import DEFAULT as DEFAULT
 from mopsim.spec.kernels import AttentionKernel as AttentionKernel
 from mopsim.spec.kernels import Kernels as Kernels
@@ -148,16 +148,17 @@ class Stack(Spec, frozen=True, kw_only=True):
     def check_architecture(self, architecture: str, prefix: str = "stack") -> None:
         """Raise SpecError where an entry is of an architecture that neither a shipped profile nor the device
         has: it would be passed over."""
+        words = (DEFAULT, BEYOND, WIDE)
         parts: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-            "kernels.attention": (self.kernels.attention, (DEFAULT, BEYOND)),
-            "cpu.attention": (self.cpu.attention if self.cpu else {}, (DEFAULT, BEYOND)),
-            "compiled.kernels.attention": (self.compiled.get("kernels.attention", {}), (DEFAULT, BEYOND)),
+            "kernels.attention": (self.kernels.attention, words),
+            "cpu.attention": (self.cpu.attention if self.cpu else {}, words),
+            "compiled.kernels.attention": (self.compiled.get("kernels.attention", {}), words),
             "communication_share": (self.communication_share, (DEFAULT,)),
         }
-        for field, (entries, words) in parts.items():
-            known = {*words, *DEVICE_ARCHITECTURES, architecture or DEFAULT}
+        for field, (entries, keys) in parts.items():
+            known = {*keys, *DEVICE_ARCHITECTURES, architecture or DEFAULT}
             for key in (one for one in entries if one not in known):
-                raise unknown_architecture(f"{prefix}.{field}".lstrip("."), key, words)
+                raise unknown_architecture(f"{prefix}.{field}".lstrip("."), key, keys)
 
     def on_kind(self, device_kind: str) -> "Stack":
         """The stack on devices of a kind (`HardwareProfile.device_kind`), of which it then says no more."""
@@ -225,9 +226,14 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def multiplying(self, compute: DType) -> "Stack":
         """The stack where products are in a dtype: torch's grouped ones are in 16 bits alone, others run one
-        by one (mopexec/operators/grouped.py: fits)."""
+        by one (mopexec/operators/grouped.py: fits), and so may be its attention kernel (WIDE)."""
+        if DTYPE_BYTES[compute] == 2:
+            return self
+        if WIDE in self.kernels.attention and DTYPE_BYTES[compute] > 2:
+            attention = {DEFAULT: self.kernels.attention[WIDE]}
+            self = replace(self, kernels=replace(self.kernels, attention=attention))
         run = self.kernels
-        if run.expert_products != "torch" or DTYPE_BYTES[compute] == 2:
+        if run.expert_products != "torch":
             return self
         outputs: Literal["whole", "pieces"] = "whole" if self.explicit else "pieces"
         alone = replace(run, expert_products="looped", expert_bias="fused", expert_outputs=outputs)

@@ -43,7 +43,7 @@ def test_each_key_may_have_what_runs(attention: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", ["h100-sxm-80g", "any", "cpu-2core"])
 def test_the_key_that_is_wrong_is_named(name: str) -> None:
     default = "cpu" if name == "cpu-2core" else "flash2"
-    rule = "is not run by flat_units on a GPU, only profile or flash2 or flash3 or cudnn"
+    rule = "is not run by flat_units on a GPU, only profile or flash2 or flash3 or cudnn or rows"
     for kernel in ("cpu", "scores"):
         said = refused(name, default=default, hopper=kernel)
         assert said == [f"stack.kernels.attention: {{'hopper': '{kernel}'}} {rule}"]

@@ -23,6 +23,7 @@ PADDED: dict[str, Strategy] = {
     "fp32": fsdp2(1, dtype="float32"),
     "fp32 in stages": split(2, **STAGES, dtype="float32"),
     "ring": split(2, context_parallel=2),
+    "ring in fp32": split(2, context_parallel=2, dtype="float32"),
     "tensors, full": split(2, **TWO | FULL),
 }
 

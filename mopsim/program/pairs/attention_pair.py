@@ -26,7 +26,7 @@ class AttentionPair(Rows):
         self.kv_bytes = self.N * self.kv * self.d * context.b * D // self.kv_blocks
         self.kv_merged = self.N * self.kv * self.d * context.b
         self.sums = self.N * self.heads * context.wide
-        in_turn = not context.shapes.accumulates
+        in_turn = not context.shapes.accumulates and not context.shapes.by_rows
         self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks)) if in_turn else 1
 
     def kernels(self, layer: int, backward: bool, *names: str) -> list[Work]:
