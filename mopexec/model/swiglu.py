@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.measure.scope import category
+from mopexec.measure.scope import NOW, category
 from mopexec.model.kept import product
 from mopexec.model.parts import ungated
 from mopexec.operators.activation import Activation, wings_of
@@ -51,8 +51,11 @@ class _Product(torch.autograd.Function):
         rows, stack = ctx.saved_tensors
         groups, given = ctx.groups, grads[0]
 
+        # a gradient that stays is booked as one before autograd has it
+        booked = NOW.category if getattr(stack, "added_elsewhere", False) else "gathered_grads"
+
         def made(*both: Tensor) -> tuple[Tensor]:
-            with category("gathered_grads"):  # before autograd has it
+            with category(booked):
                 return (groups.of_weights(*both),)
 
         (of_weights,) = gradients(made, (rows, given), (stack,))

@@ -167,6 +167,7 @@ def adopt(model: nn.Module, buffers: Sequence[Buffer]) -> None:
     for buffer in buffers:
         for name in buffer.blocks:
             parameter = nn.Parameter(buffer.view(buffer.values, name))
+            parameter.added_elsewhere = True  # type: ignore[attr-defined]  # its gradient comes and goes
             grad = buffer.view(buffer.grads, name)
             if grad.dtype == parameter.dtype:
                 parameter.grad = grad
