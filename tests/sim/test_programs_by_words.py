@@ -65,6 +65,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
         ("new", "Megatron-Bridge, recipe qwen3_4b_pretrain", "zero1", "megatron-bridge-library"),
         ("new", "Megatron-Bridge 2026-07, full SFT on packed rows", "zero1", "megatron-bridge-library"),
+        ("new", "Megatron-Bridge 2026-07, performance scripts, full SFT", "zero1", "megatron-bridge"),
         ("new", "PaddlePaddle 2.5.1, AMP O2", "zero2", "paddlenlp-2.5"),
         ("new", "EasyContext of 2024-04, DeepSpeed ZeRO-3", "zero3", "easycontext"),
         ("new", "TinyLlama, lit-gpt fork under Lightning Fabric", "zero3", "tinyllama"),
@@ -115,21 +116,27 @@ def test_attention_of_torchtitan_is_by_the_card_and_the_release() -> None:
             assert on == kernels
 
 
-def test_checkpointed_layers_with_experts_were_not_compiled_before_november_2025() -> None:
-    for when, recompute, model, stack in (
-        ("20250915", "full", "gpt_oss_20b", "torchtitan"),
-        ("20250915", "none", "gpt_oss_20b", "torchtitan-compile"),
-        ("20250915", "full", "llama3_8b", "torchtitan-compile"),
-        ("20251115", "full", "gpt_oss_20b", "torchtitan-compile"),
-    ):
-        found = read_case(
-            row(
-                source="torchtitan", notes="torch.compile", model=model, source_ref=when, recompute=recompute
-            ),
-            MODELS,
-        )
-        assert found.stack == stack
-        assert found.program().kernels.loss != "loss_parallel"
+@pytest.mark.parametrize(
+    ("when", "recompute", "model", "ep", "stack"),
+    [
+        ("20250915", "full", "qwen3_30b_a3b", "8", "torchtitan"),
+        ("20250915", "full", "qwen3_30b_a3b", "1", "torchtitan-compile"),
+        ("20250915", "none", "qwen3_30b_a3b", "8", "torchtitan-compile"),
+        ("20250915", "full", "llama3_8b", "1", "torchtitan-compile"),
+        ("20251115", "full", "qwen3_30b_a3b", "8", "torchtitan-compile"),
+        ("20251115", "full", "gpt_oss_20b", "8", "torchtitan"),
+        ("20260315", "none", "gpt_oss_20b", "1", "torchtitan"),
+        ("20260415", "full", "gpt_oss_20b", "8", "torchtitan-compile"),
+    ],
+)
+def test_layers_that_torchtitan_left_in_eager(
+    when: str, recompute: str, model: str, ep: str, stack: str
+) -> None:
+    """Checkpointed ones with experts on ranks of their own until October 2025; gpt-oss's until March 2026."""
+    cells = {"notes": "torch.compile", "source_ref": when, "etp": "1"}
+    found = read_case(row(source="torchtitan", model=model, recompute=recompute, ep=ep, **cells), MODELS)
+    assert found.stack == stack
+    assert found.program().kernels.loss != "loss_parallel"
 
 
 def test_attention_of_nemo_is_by_the_launcher_and_the_release() -> None:
@@ -322,8 +329,24 @@ def test_mlperf_replays_llama_in_eight_bits_as_one_graph() -> None:
         ("Megatron-LM, deterministic mode off", False, False),
         ("torchtitan, 2025-03, non-deterministic", False, False),
         ("torchtitan, 2025-03, deterministic=False", False, False),
+        ("torchtitan, 2025-03, deterministic routing", False, False),
+        ("Megatron-LM, deterministic data order", False, False),
+        ("Megatron-LM, deterministic routing, deterministic mode", True, True),
     ],
 )
 def test_words_say_whether_sums_have_an_order(notes: str, ordered: bool, fills: bool) -> None:
     kernels = read_case(row(source="new", notes=notes, sharding="zero3"), MODELS).program().kernels
     assert (kernels.deterministic, kernels.fills) == (ordered, fills)
+
+
+def test_recipes_of_megatron_bridge_for_sixteen_cards_fuse_what_those_for_eight_leave() -> None:
+    for recipe, kernels in (
+        ("qwen3_30b_a3b_sft_config", ("fused", "fused", "fused", "by_token")),
+        ("qwen3_30b_a3b_sft_16gpu_h100_bf16_config", ("fused", "fused", "fused", "by_token")),
+        ("qwen3_30b_a3b_sft_8gpu_h100_bf16_config", ("strided", "shifted", "torch", "halves")),
+    ):
+        cells = {"model": "qwen3_30b_a3b", "ep": "8", "etp": "1", "sharding": "zero1", "gpu": "h100-sxm-80g"}
+        found = read_case(row(source="new", notes=f"Megatron-Bridge of 2026-07, {recipe}", **cells), MODELS)
+        made = found.program().kernels
+        assert found.stack == "megatron-bridge-library"
+        assert (made.activation, made.expert_rows, made.top_k, made.rotary) == kernels
