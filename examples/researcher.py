@@ -42,6 +42,7 @@ def plot(found: pd.DataFrame, path: Path) -> None:
     for axis, label in ((speed, "tokens/s per GPU"), (memory, "peak memory of a device, GiB")):
         axis.set(xlabel="sequence length, tokens", ylabel=label)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(set(found["seq_len"])), LENGTHS)
         axis.legend()
     figure.suptitle(f"{MODEL} on {NODES} nodes of {HARDWARE}, MoP with CP=4")
     figure.savefig(path)

@@ -16,7 +16,7 @@ from mopsim.spec.layout import ATTENTION_ROWS
 Saved = tuple[Any, ...]
 
 
-class Seen(Protocol):
+class Visible(Protocol):
     """What of `attention_core.Core` says which keys a query sees."""
 
     @property
@@ -27,7 +27,7 @@ class Seen(Protocol):
     def causal(self) -> bool: ...
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, core: Seen) -> tuple[Tensor, Saved]:
+def forward(q: Tensor, k: Tensor, v: Tensor, core: Visible) -> tuple[Tensor, Saved]:
     """(out [B, S, heads, e], (log-sum-exps [B, heads, S],)), both in the dtype of q."""
     batch, length, heads, _ = q.shape
     out = q.new_empty((batch, length, heads, v.shape[3]))
@@ -47,7 +47,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, core: Seen) -> tuple[Tensor, Saved]
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Seen
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Visible
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. out, saved: over more keys than these where others are merged with them."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -71,7 +71,7 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def _blocks(q: Tensor, k: Tensor, core: Seen) -> Iterator[tuple[int, slice, slice, Tensor | None]]:
+def _blocks(q: Tensor, k: Tensor, core: Visible) -> Iterator[tuple[int, slice, slice, Tensor | None]]:
     """(sequence, query rows, keys that any of them sees, which of these are hidden [rows, keys])."""
     length, window = q.shape[1], core.window if core.causal else 0
     for index in range(q.shape[0]):
@@ -94,7 +94,7 @@ def _hidden(rows: slice, keys: slice, window: int, device: torch.device) -> Tens
     return seen.logical_not_()
 
 
-def _scores(query: Tensor, key: Tensor, hidden: Tensor | None, core: Seen) -> Tensor:
+def _scores(query: Tensor, key: Tensor, hidden: Tensor | None, core: Visible) -> Tensor:
     """[kv_heads, repeats * rows, keys] of query [kv_heads, repeats * rows, d] and key [kv_heads, keys, d]."""
     scores = query.new_empty((*query.shape[:2], key.shape[1]))
     scores.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=core.scale)

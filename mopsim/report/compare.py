@@ -26,6 +26,7 @@ def memory_figure(path: Path, results: Mapping[str, SimResult], level: float | N
             _memory_remark(r),
             not r.fits,
             r.peak_memory_interval(level) if level else None,
+            level,
         )
         for label, r in results.items()
     ]
@@ -61,8 +62,8 @@ def time_figure(
         speed = f"{result.speed} on {result.stack.name}"
         note = speed if result.fits else remark(result.over, result.over_bytes)
         ends = result.step_time_interval(level) if level else None
-        bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
-        waits.append(Bar(label, _ordered(result.waits), f"{result.exposed_share:.0%} of the step"))
+        bars.append(Bar(label, result.time_by_component, note, not result.fits, ends, level))
+        waits.append(Bar(label, result.waits, f"{result.exposed_share:.0%} of the step"))
     most = max((sum(result.exposed.values()), label) for label, result in results.items())
     together = ", plan and software together" if leaders(results) else ""
     titles = (
@@ -70,10 +71,6 @@ def time_figure(
         f"Exposed: {most[1]} most, {format_seconds(most[0])}",
     )
     time_bars(path, bars, waits, titles)
-
-
-def _ordered(values: Mapping[str, float]) -> dict[str, float]:
-    return dict(sorted(values.items(), key=lambda item: -item[1]))
 
 
 def write_compare(

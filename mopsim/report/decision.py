@@ -82,7 +82,6 @@ def content(d: Decision) -> dict[str, object]:
         "cards": _cards(d, subject, bill) if subject and bill else [],
         "why": said["why"],
         "rivals": _rivals(d),
-        "carried": sizing.CARRIED,
         "parts": _parts(bill),
         "network": " ".join(said["network"]),
         "sites": _sites(subject),
@@ -157,16 +156,15 @@ def _rivals(d: Decision) -> Table:
     best = [one.best for one in d.sizings if one.best]
     shown = {(one.hardware.name, one.num_nodes): one for one in (*best, *d.front, *near) if one.figures}
     rows = [_rival(shown[key], d.request) for key in sorted(shown)]
-    heads = [*sizing.columns(d.request)[:-1], "P(fits)", "plan", "remark"]
+    heads = [*sizing.columns(d.request)[:-1], "P(fits)", "remark", "plan"]
     chosen = _rival(subject, d.request) if subject else ()
-    return Table(heads, rows, ("machine", "plan", "remark"), chosen)
+    return Table(heads, rows, ("machine", "remark", "plan"), chosen)
 
 
 def _rival(point: Point, request: Request) -> list[str]:
     result = point.step_and_bill[0]
-    remarks = [point.why, sizing.CARRIED if point.gap is None else ""]
-    cells = [*sizing.row(point, request)[:-1], format_probability(result.p_fits), result.line]
-    return [*cells, "; ".join(filter(None, remarks))]
+    remarks = "; ".join(filter(None, (point.why, "carried plan" if point.gap is None else "")))
+    return [*sizing.row(point, request)[:-1], format_probability(result.p_fits), remarks, result.line]
 
 
 def _parts(bill: Figures | None) -> Table:

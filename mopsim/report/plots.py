@@ -9,20 +9,21 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from mopsim.common.units import format_bytes
-from mopsim.report.palette import SERIES, colour
+from mopsim.report.palette import SERIES, colour, in_order
 from mopsim.report.style import byte_scale, figure, legend_below, text_on, time_scale
 
 
 @dataclass(frozen=True)
 class Bar:
     """One strategy's bar: parts (name -> bytes or seconds) and a remark written at its end. interval: where a
-    measured total lies."""
+    measured total lies, with the probability `level`."""
 
     label: str
     parts: Mapping[str, float]
     remark: str = ""
     bad: bool = False
     interval: tuple[float, float] | None = None
+    level: float | None = None
 
     @property
     def end(self) -> float:
@@ -76,7 +77,7 @@ THICK = 0.54
 def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float) -> None:
     """Stacked horizontal bars on an axis that ends a little after `high`: a part that is wide enough has its
     number. A remark stands over its bar."""
-    names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
+    names = in_order(name for bar in bars for name, value in bar.parts.items() if value > 0)
     left = [0.0] * len(bars)
     most = max(sum(bar.parts.values()) for bar in bars) / scale  # without what lines reach to
     for name in names:
@@ -86,11 +87,16 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float) -> None:
         numbers = [f"{width:.3g}" if width > 0.05 * max(high, 1e-12) else "" for width in widths]
         axis.bar_label(drawn, numbers, label_type="center", color=text_on(colour(name)), fontsize=9)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    drawn_before = False
     for row, bar in enumerate(bars):
         if bar.interval:
             low, high_end = (end / scale for end in bar.interval)
             middle = (low + high_end) / 2
-            axis.errorbar(middle, row + 0.19, xerr=middle - low, **WHISKER)  # below the parts' numbers
+            said = f"{100 * bar.level:g} % interval" if bar.level and not drawn_before else None
+            drawn_before = True
+            axis.errorbar(
+                middle, row + 0.19, xerr=middle - low, label=said, color=WHISKER["ecolor"], **WHISKER
+            )
         tint = "#c0392b" if bar.bad else "#212f3c"
         axis.text(0, row - THICK / 2 - 0.04, f" {bar.remark}", va="bottom", fontsize=10, color=tint)
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars])

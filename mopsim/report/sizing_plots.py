@@ -140,13 +140,16 @@ def tornado(path: Path, swings: Sequence[Swing], point: Point, model: str) -> No
 
 def _swing(axis: Axes, row: int, swing: Swing, name: str, middle: float, scale: float) -> None:
     size, _ = shown_in(swing)
-    for end, tint in ((swing.low, GOOD), (swing.high, BAD)):
-        value = getattr(end, name) / scale
+    ends = [(getattr(one, name) / scale, one, tint) for one, tint in ((swing.low, GOOD), (swing.high, BAD))]
+    ends.sort(key=lambda end: -abs(end[0] - middle))  # the shorter bar over the longer one
+    for index, (value, end, tint) in enumerate(ends):
         axis.barh(row, value - middle, left=middle, color=tint, height=0.66)
-        side = "left" if value >= middle else "right"
+        inside = index == 1 and (value - middle) * (ends[0][0] - middle) > 0
+        right = (value >= middle) != inside  # where its end is in the other bar: beyond the middle
         if abs(value / middle - 1) > 0.002:
             axis.annotate(
-                format_number(end.value / size), (value, row), (3 if side == "left" else -3, 0), ha=side,
+                format_number(end.value / size), (middle if inside else value, row),
+                (3 if right else -3, 0), ha="left" if right else "right",
                 textcoords="offset points", va="center", fontsize=7.5, color="#212f3c",
                 bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
             )  # fmt: skip

@@ -21,7 +21,7 @@ from mopsim.search.problem import DEFAULTS, Axes, Column, Problem, Values, once
 from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
-from mopsim.spec.capability.rules import what_the_stack_has
+from mopsim.spec.capability.rules import in_words, what_the_stack_has
 from mopsim.spec.has import plain
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
@@ -105,9 +105,9 @@ def left_out(problem: Problem, family: str) -> list[str]:
     for error in lacks:
         path = error.field.removeprefix("strategy.")
         if error.value not in always.get(path, [error.value]):
-            values[path].append(str(error.value))
+            values[path].append(in_words(error.value, str))
         else:
-            others[error.field, error.rule].append(shown(error.value))
+            others[error.field, error.rule].append(in_words(error.value, shown))
     lacking = "; ".join(f"{path} {', '.join(found)}" for path, found in values.items())
     more = [f"left out: {field}: {_said(some, rule)}" for (field, rule), some in others.items()]
     return [f"{stack.name} has no {lacking}: left out"] * bool(lacking) + more

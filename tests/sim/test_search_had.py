@@ -14,11 +14,12 @@ from mopsim.search.had import Had, had, left_out
 from mopsim.search.problem import ULYSSES, Problem
 from mopsim.search.space import Space
 from mopsim.spec.capability import ROWS, SIDES, Job, field_refusals, refusals
+from mopsim.spec.capability.rules import in_words, what_the_stack_has
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES, megatron
+from mopsim.strategies import FAMILIES, fsdp2, megatron
 from tests.sim.spaces import generate
 
 TINY = load_model("tiny")
@@ -149,7 +150,7 @@ def test_ranks_that_share_kv_heads_unevenly_are_left_out_together() -> None:
 def test_what_is_left_out_is_named() -> None:
     assert left_out(problem("torchtitan"), "fsdp2") == [
         "torchtitan has no attention.cp_comm_type ulysses; vocabulary.loss chunked; "
-        "activations.modules ('core_attn',): left out",
+        "activations.modules core_attn: left out",
         "left out: strategy.activations.recompute: 'selective' is not in TorchTitan, only 'none' or 'full': "
         "its selective mode names operators, not modules",
     ]
@@ -160,6 +161,21 @@ def test_what_is_left_out_is_named() -> None:
     assert left_out(problem("generic-fused"), "fsdp2") == []
     mla = left_out(problem("megatron-core", "mla"), "megatron")
     assert any("'all_gather' or 'ulysses' are not" in one and "(mla), only 'ring'" in one for one in mla)
+
+
+def test_lists_of_names_are_told_as_in_a_plan() -> None:
+    """('core_attn',), ('moe',) and lists of five names stood in the lines, a tuple as Python writes it."""
+    assert in_words(("core_attn", "moe")) == "core_attn+moe"
+    assert (in_words(()), in_words("ring"), in_words("ring", str)) == ("nothing", "'ring'", "ring")
+    strategy = fsdp2(8, save_ops=("q_proj",))
+    stack = load_stack("torchtitan")
+    job = Job(TINY, strategy, TRAINING, stack)
+    lists = sum(bool(one) for one in stack.has["activations.save_ops"])
+    said = [str(error) for error in what_the_stack_has(job, "simulator")]
+    only = f"only nothing or one of {lists} sets (has, activations.save_ops, of the stack)"
+    assert said == [
+        "strategy.activations.save_ops: ('q_proj',) is not simulated on the stack torchtitan, " + only
+    ]
 
 
 def test_values_that_an_export_has_no_word_for_are_left_out_and_told_together() -> None:

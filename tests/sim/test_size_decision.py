@@ -189,7 +189,7 @@ def test_carried_plans_are_named_and_a_proof_is_of_one_number_of_nodes(found: Cl
     assert "no search bounds what another number of nodes would cost" in " ".join(page["risks"])
     for point, named in ((searched, False), (carried, True)):
         rivals = content(replace(decision, points=[point], front=[point], chosen=point))["rivals"]
-        assert ("plan carried" in rivals.rows[0][-1]) is named
+        assert ("carried plan" in rivals.rows[0][-2]) is named
 
 
 def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:
@@ -357,7 +357,10 @@ def test_a_surer_cluster_of_little_more_cost_is_named(found: Clusters) -> None:
     assert surer([sure], None, goal) is None
     request = replace(found.request, goal=goal)
     said = surely(sure, chosen, request)
-    assert "with probability >99% instead of 63% if the plan fits, for 8.0% more cost: 7.0 days, $108" in said
+    assert (
+        "with probability >99% instead of 63% if the plan fits, at 1.08 times the cost: 7.0 days, $108"
+        in said
+    )
     assert surely(None, chosen, request) == ""
 
 

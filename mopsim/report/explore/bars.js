@@ -1,6 +1,8 @@
 // Stacked bars, one a strategy, with the limit where there is one; under them the same numbers as a table.
 function bars(view) {
-  const parts = [...new Set(view.rows.flatMap((row) => Object.entries(row.parts).filter((one) => one[1] > 0).map((one) => one[0])))];
+  const order = Object.keys(COLOURS.named), place = (name) => (order.indexOf(name) + 1 || order.length + 1);
+  const named = view.rows.flatMap((row) => Object.entries(row.parts).filter((one) => one[1] > 0).map((one) => one[0]));
+  const parts = [...new Set(named)].sort((one, other) => place(one) - place(other));
   const total = (row) => Object.values(row.parts).reduce((sum, one) => sum + one, 0);
   const limit = view.limit || null;
   const most = Math.max(...view.rows.map(total), limit || 0);

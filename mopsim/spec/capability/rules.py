@@ -153,13 +153,27 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
         told = [where for where, values in had.items() if where and (value not in values or not works)]
         case = f" in this case ({', '.join(told).replace('_', ' ')})" if told else ""
         on = f"the stack {job.software.name}{case}"
-        only = f"only {' or '.join(map(_named, works))}" if works else "nor is any other value"
+        only = _only(works, path) if works else "nor is any other value"
         yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
 
 
-def _named(value: Any) -> str:
-    """A value in a refusal: of a list its names, 'nothing' of an empty one."""
-    return (" with ".join(map(str, value)) or "nothing") if isinstance(value, tuple) else repr(value)
+def _only(works: list[Any], path: str) -> str:
+    """'only 1 or 2': the values that a stack has; of long lists of names how many, and where they are."""
+    said = " or ".join(map(in_words, works))
+    lists = [one for one in works if isinstance(one, tuple) and one]
+    if len(said) <= LONG or not lists[1:]:
+        return f"only {said}"
+    others = [in_words(one) for one in works if one not in lists]
+    return f"only {' or '.join([*others, f'one of {len(lists)} sets'])} (has, {path}, of the stack)"
+
+
+def in_words(value: Any, say: Callable[[Any], str] = repr) -> str:
+    """A value in a message: of a list its names as in a plan's line, 'nothing' of an empty one."""
+    return ("+".join(map(str, value)) or "nothing") if isinstance(value, tuple | list) else say(value)
+
+
+LONG = 60
+"""Characters of a list of values that is told in full."""
 
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
