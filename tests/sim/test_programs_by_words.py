@@ -149,6 +149,18 @@ def test_attention_of_nemo_is_by_the_launcher_and_the_release() -> None:
         assert found.program().attention == kernel
 
 
+def test_nemo_launcher_reduces_no_scales_over_data_ranks_until_may_2024() -> None:
+    for source, notes, kernels in (
+        ("nemo-framework-launcher", "NeMo 24.01", (16, "none")),
+        ("nemo-framework-launcher", "NeMo 24.05", (0, "none")),
+        ("nemo-framework-launcher", "NeMo 24.09", (0, "world")),
+        ("a page", "NeMo 24.05", (0, "world")),
+    ):
+        found = read_case(row(source=source, stack="nemo", notes=notes, precision="fp8"), MODELS)
+        made = found.program().kernels
+        assert (made.scale_updates, made.scale_sums) == kernels
+
+
 def test_files_of_nemo_launcher_leave_work_to_torch() -> None:
     for model, notes, kernels in (
         ("nemotron_8b", "NeMo 24.01", ("composed", "composed")),
