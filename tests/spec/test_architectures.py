@@ -40,7 +40,7 @@ def test_the_known_ones_are_those_of_profiles_and_rates() -> None:
 @pytest.mark.parametrize("key", ["hoper", "Hopper", ""])
 def test_an_entry_of_an_unknown_architecture_is_refused(key: str) -> None:
     near = "; near: hopper" if key else ""
-    rule = f"'{key}' is not one of default, beyond, ada, ampere, blackwell, cdna3, cdna4, hopper{near}"
+    rule = f"'{key}' is not one of default, beyond, wide, ada, ampere, blackwell, cdna3, cdna4, hopper{near}"
     with pytest.raises(SpecError) as refused:
         attends(**{"default": "flash2", key: "cudnn"}).on("hopper")
     assert str(refused.value) == f"stack.kernels.attention: {rule}"
