@@ -24,10 +24,9 @@ from mopexec.measure.scope import NOW, apart
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
+from mopsim.spec.layout import ATTENTION_ROWS
 from mopsim.spec.plan import Plan
 from mopsim.spec.tensors import tensors
-
-SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
 
 MOST_ROUNDS = {"flat_units": 2_000_000, "fully_shard": 500_000, "split_modules": 2_000_000}
 """Rounds of a step's loops (`_check_length`): 4 to 20 minutes at the 1,700 to 7,800 a CPU second of
@@ -178,10 +177,12 @@ def quadratic_guard(plan: Plan) -> Callable[[Any, Tensor], None] | None:
     """Refuses what attention, or no component, makes of [..., S, S], S the sequence length: attention is to
     run in O(S) memory. Elsewhere such a shape is rows times the width of a weight.
 
-    None where S is a side of a rank's attention or small, so that a shape cannot tell.
+    None where S is a side of a rank's attention, or no longer than a block of query rows of heads that
+    share keys, so that a shape cannot tell.
     """
     length = plan.training.seq_len
-    if length < SHORT or length in _attention_sides(plan):
+    rows = ATTENTION_ROWS * plan.model.num_attention_heads // plan.model.num_key_value_heads
+    if length <= rows or length in _attention_sides(plan):
         return None
 
     def refuse(func: Any, tensor: Tensor) -> None:
