@@ -24,9 +24,10 @@ from mopexec.measure.scope import NOW, apart
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
-from mopsim.spec.layout import ATTENTION_ROWS
 from mopsim.spec.plan import Plan
 from mopsim.spec.tensors import tensors
+
+SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
 
 MOST_ROUNDS = {"flat_units": 2_000_000, "fully_shard": 500_000, "split_modules": 2_000_000}
 """Rounds of a step's loops (`_check_length`): 4 to 20 minutes at the 1,700 to 7,800 a CPU second of
@@ -177,12 +178,11 @@ def quadratic_guard(plan: Plan) -> Callable[[Any, Tensor], None] | None:
     """Refuses what attention, or no component, makes of [..., S, S], S the sequence length: attention is to
     run in O(S) memory. Elsewhere such a shape is rows times the width of a weight.
 
-    None where S is a side of a rank's attention, or no longer than a block of query rows of heads that
-    share keys, so that a shape cannot tell.
+    None where S is a side of a rank's attention or small, so that a shape cannot tell; where a kernel goes by
+    rows of queries, of no more than a block of them.
     """
     length = plan.training.seq_len
-    rows = ATTENTION_ROWS * plan.model.num_attention_heads // plan.model.num_key_value_heads
-    if length <= rows or length in _attention_sides(plan):
+    if length < SHORT or length <= _block(plan) or length in _attention_sides(plan):
         return None
 
     def refuse(func: Any, tensor: Tensor) -> None:
@@ -192,6 +192,13 @@ def quadratic_guard(plan: Plan) -> Callable[[Any, Tensor], None] | None:
             raise MopError(f"attention: {func} makes a tensor {tuple(shape)}, sequence x sequence elements")
 
     return refuse
+
+
+def _block(plan: Plan) -> int:
+    """Rows of a product of attention by blocks of query rows: of all heads that share keys; 0: of others."""
+    if plan.stack.running(plan.model, plan.strategy).attention != "rows":
+        return 0
+    return layout.ATTENTION_ROWS * plan.model.num_attention_heads // plan.model.num_key_value_heads
 
 
 def _attention_sides(plan: Plan) -> set[int]:

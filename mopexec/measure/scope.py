@@ -110,3 +110,13 @@ def apart() -> _Sets:
 def uncounted() -> _Sets:
     """`with uncounted():` what is made inside is not the plan's memory (shape propagation, rank tables)."""
     return _Sets(uncounted=True)
+
+
+def mark_passing(parameter: Any) -> None:
+    """Its gradient is added to a buffer as soon as it is made, and freed."""
+    parameter.passing = True
+
+
+def category_of_gradient(parameter: Any) -> str:
+    """Of a gradient as it is made: what stays until it is reduced is one, what passes is of what runs now."""
+    return NOW.category if getattr(parameter, "passing", False) else "gathered_grads"

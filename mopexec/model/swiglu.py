@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.measure.scope import NOW, category
+from mopexec.measure.scope import category, category_of_gradient
 from mopexec.model.kept import product
 from mopexec.model.parts import ungated
 from mopexec.operators.activation import Activation, wings_of
@@ -51,11 +51,8 @@ class _Product(torch.autograd.Function):
         rows, stack = ctx.saved_tensors
         groups, given = ctx.groups, grads[0]
 
-        # a gradient that stays is booked as one before autograd has it
-        booked = NOW.category if getattr(stack, "added_elsewhere", False) else "gathered_grads"
-
         def made(*both: Tensor) -> tuple[Tensor]:
-            with category(booked):
+            with category(category_of_gradient(stack)):  # before autograd has it
                 return (groups.of_weights(*both),)
 
         (of_weights,) = gradients(made, (rows, given), (stack,))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group, Mesh
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.scope import category
+from mopexec.measure.scope import category, mark_passing
 from mopexec.modules.network import RankNetwork
 from mopexec.modules.slices import Block, Kind, pieces
 from mopexec.operators.adamw import Intervals, decays
@@ -167,7 +167,7 @@ def adopt(model: nn.Module, buffers: Sequence[Buffer]) -> None:
     for buffer in buffers:
         for name in buffer.blocks:
             parameter = nn.Parameter(buffer.view(buffer.values, name))
-            parameter.added_elsewhere = True  # type: ignore[attr-defined]  # its gradient comes and goes
+            mark_passing(parameter)
             grad = buffer.view(buffer.grads, name)
             if grad.dtype == parameter.dtype:
                 parameter.grad = grad

@@ -7,7 +7,7 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.passes import Passes
 from mopsim.program.shards import Shards
-from mopsim.program.side_by_side import of_one, woven
+from mopsim.program.side_by_side import abreast, of_one, woven
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Template, merged
 
@@ -17,7 +17,7 @@ class SidePasses(Passes):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._one, self._count = Passes(of_one(context)), context.strategy.micro_batch
+        self._one, self._count = Passes(of_one(context)), abreast(context)
 
     def sharding(self, issue: Builder, stage: Stage) -> Shards:
         """What gathers parameters and reduces gradients."""
