@@ -38,8 +38,8 @@ def plot(found: pd.DataFrame, path: Path) -> None:
     for degree, rows in found.groupby("expert_parallel"):
         speed.plot(rows["seq_len"], rows["tokens_per_s_per_device"], marker="o", label=f"EP={degree}")
         memory.plot(rows["seq_len"], rows["peak_memory_bytes"] / 2**30, marker="o", label=f"EP={degree}")
-    memory.axhline(found["memory_limit_bytes"].iloc[0] / 2**30, color="grey", linestyle="--", label="limit")
-    for axis, label in ((speed, "tokens/s per GPU"), (memory, "peak memory of a device, GiB")):
+    limit = found["memory_limit_bytes"].iloc[0] / 2**30
+    for axis, label in ((speed, "tokens/s per GPU"), (memory, f"peak memory, GiB of {limit:.0f}")):
         axis.set(xlabel="sequence length, tokens", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted(set(found["seq_len"])), LENGTHS)
