@@ -4,6 +4,7 @@ torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor` to `*_si
 names; torch 2.11 and 2.12 know the old names only. The first dimension is what is split over the group.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -11,8 +12,10 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.dlpack import from_dlpack
 
-from mopexec.measure.tracker import active_tracker
+from mopexec.measure.tracker import active_tracker, is_host
 
 Group = dist.ProcessGroup | None
 
@@ -23,8 +26,8 @@ class Waitable(Protocol):
     def wait(self) -> Any: ...
 
 
-Issue = Callable[[], Any]
-Observer = Callable[[str, int, Issue, Group], Any]
+Issue = Callable[..., Any]
+Observer = Callable[[str, int, Callable[[], Any], Group], Any]
 
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = (
@@ -64,7 +67,7 @@ def all_gather_single(output: Tensor, input: Tensor, group: Group = None, async_
         "all_gather",
         output.nbytes,
         (output, input),
-        lambda: _all_gather(output, input, group=group, async_op=async_op),
+        lambda output, input: _all_gather(output, input, group=group, async_op=async_op),
         group,
     )
 
@@ -77,7 +80,7 @@ def reduce_scatter_single(
         "reduce_scatter",
         input.nbytes,
         (output, input),
-        lambda: _reduce_scatter(output, input, group=group, async_op=async_op),
+        lambda output, input: _reduce_scatter(output, input, group=group, async_op=async_op),
         group,
     )
 
@@ -90,7 +93,7 @@ def all_reduce(
         "all_reduce",
         tensor.nbytes,
         (tensor,),
-        lambda: dist.all_reduce(tensor, op=op, group=group, async_op=async_op),
+        lambda tensor: dist.all_reduce(tensor, op=op, group=group, async_op=async_op),
         group,
     )
 
@@ -108,7 +111,7 @@ def all_to_all_single(
         "all_to_all",
         input.nbytes,
         (output, input),
-        lambda: dist.all_to_all_single(
+        lambda output, input: dist.all_to_all_single(
             output, input, output_splits, input_splits, group=group, async_op=async_op
         ),
         group,
@@ -148,9 +151,16 @@ def exchange(
     if not send and not receive:
         return _Done()
 
-    def issue() -> Any:
-        ops = [dist.P2POp(dist.isend, tensor, peer, group, tag) for tensor, peer, tag in send]
-        ops += [dist.P2POp(dist.irecv, tensor, peer, group, tag) for tensor, peer, tag in receive]
+    def issue(*tensors: Tensor) -> Any:
+        there, here = tensors[: len(send)], tensors[len(send) :]
+        ops = [
+            dist.P2POp(dist.isend, tensor, peer, group, tag)
+            for tensor, (_, peer, tag) in zip(there, send, strict=True)
+        ]
+        ops += [
+            dist.P2POp(dist.irecv, tensor, peer, group, tag)
+            for tensor, (_, peer, tag) in zip(here, receive, strict=True)
+        ]
         works = _Works(cast(Sequence[Waitable], dist.batch_isend_irecv(ops)))
         return works if async_op else works.wait()
 
@@ -165,8 +175,16 @@ def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
 
 
 def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, group: Group) -> Waitable:
-    settled = _Settled(tensors) if active_tracker() is not None and tensors[0].device.type == "cpu" else None
-    work = issue() if _observer is None or not kind else _observer(kind, num_bytes, issue, group)
+    """issue: begins the collective on `tensors`, or on others of the same memory."""
+    settled = None
+    if active_tracker() is not None and tensors[0].device.type == "cpu":
+        given = [_double(tensor) for tensor in tensors]
+        settled, tensors = _Settled(tensors, given), given
+        del given
+    begin = functools.partial(issue, *tensors)
+    del tensors
+    work = begin() if _observer is None or not kind else _observer(kind, num_bytes, begin, group)
+    del begin
     if settled is None:
         return cast(Waitable, work) if work is not None else _Done()
     settled.work = work
@@ -178,28 +196,36 @@ def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, gro
 class _Settled:
     """A work that is over when gloo has let go of its tensors too.
 
-    gloo's thread keeps them for some microseconds after the work is done, so that what is freed right after
-    `wait` may or may not count at the next allocation. A tracked run waits for that: its peak is to be exact.
+    gloo's thread keeps them, or views of them, for some time after the work is done, so that what is freed
+    right after `wait` may or may not count at the next allocation. A tracked run waits for that: its memory
+    is to be exact. gloo is given doubles, which nobody else holds: views taken elsewhere do not count.
     """
 
-    PATIENCE = 0.005  # seconds: autograd may hold on to a tensor meanwhile
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._counts = [(tensor, _use_count(tensor)) for tensor in tensors]
+    def __init__(self, tensors: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        pairs = zip(tensors, given, strict=True)
+        self._doubles = [double.untyped_storage() for tensor, double in pairs if double is not tensor]
         self.work: Waitable | None = None
 
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
             self.work = None
-        end = time.perf_counter() + self.PATIENCE
-        while any(_use_count(tensor) > count for tensor, count in self._counts) and time.perf_counter() < end:
-            time.sleep(0)
-        self._counts.clear()
+        while any(_use_count(storage) > 1 for storage in self._doubles):
+            time.sleep(0)  # gloo's thread goes first
+        self._doubles, self._tensors = [], []
 
 
-def _use_count(tensor: Tensor) -> int:
-    return int(cast(Any, tensor)._use_count())
+def _double(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own, which keeps the tensor's alive; the tensor itself where it has
+    no memory here, or is not to be read (on the host)."""
+    if isinstance(tensor, FakeTensor) or is_host(tensor):
+        return tensor
+    return from_dlpack(tensor.detach())
+
+
+def _use_count(storage: torch.UntypedStorage) -> int:
+    return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 def of_all(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
