@@ -139,6 +139,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     and sums a gradient of it. `one`: they are one group with the final norm, which stays from the
     embedding's forward to its backward; the gradient that the head makes waits for the embedding's, as
     torch's autograd adds both before anything gets them.
+    abreast: sequences of a microbatch may go through a gathered layer side by side (`overlap.experts`).
     groups: parameters that are gathered and reduced together. `layers`: those of a layer, and those of the
     root, which is gathered once a microbatch. `modules`: as `layers`, and the embedding, the head with the
     final norm, and a layer's routed experts are separate groups too. `each`: every module is a group, and
@@ -183,6 +184,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     one_mesh: bool = False
     agreements: bool = False
     tied: Literal["apart", "one"] = "apart"
+    abreast: bool = False
     groups: Literal["layers", "modules", "each"] = "layers"
 
     @property

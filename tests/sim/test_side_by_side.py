@@ -21,7 +21,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 
-MODEL, CARD, STACK = load_model("qwen3_30b_a3b"), load_profile("h200-sxm-141g"), "generic-compile"
+MODEL, CARD, STACK = load_model("qwen3_30b_a3b"), load_profile("h200-sxm-141g"), "xtuner-compile"
 
 
 def strategy(rng: random.Random, sequences: int, *, beside: bool = True) -> Strategy:
