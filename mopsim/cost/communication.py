@@ -8,7 +8,7 @@ from scipy.special import binom
 
 from mopsim.cost.compute import RATES
 from mopsim.program.workload import CommGroup, Work
-from mopsim.spec.hardware import CollectiveCurve, Fabric, HardwareProfile
+from mopsim.spec.hardware import COLLECTIVES, CollectiveCurve, Fabric, HardwareProfile
 
 CHANNEL: dict[str, float] = RATES["channel"]["per_second"]
 """Bytes a second that a block of a collective moves over links of a scale-up domain, by architecture."""
@@ -65,9 +65,28 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     Inside of a domain it goes on at the same time; the slower half counts. All-to-all: the part for ranks of
     the same domain goes over scale_up, the rest over NICs.
     """
+    return max(work.launches, 1) * max(_parts(work, profile))
+
+
+def use(work: Work, profile: HardwareProfile) -> tuple[float, float]:
+    """What a collective takes of the rate of (scale-up, scale-out) while it runs alone: all of the outermost
+    that it crosses, unless few blocks bound it (Work.channels); of scale-up beside NICs as much as it moves
+    there."""
+    if work.kind not in COLLECTIVES or work.group.size <= 1:
+        return 0.0, 0.0
+    inside, outside, blocks = _parts(work, profile)
+    moved = max(inside, outside)
+    longest = moved if work.group.choices else max(moved, blocks)
+    up, out = (inside, moved) if outside else (moved, 0.0)
+    return (up / longest, out / longest) if longest else (0.0, 0.0)
+
+
+def _parts(work: Work, profile: HardwareProfile) -> tuple[float, float, float]:
+    """Seconds of one launch of a collective inside of a domain, over NICs, and by its blocks, which go on at
+    the same time."""
     n, size = work.group.size, work.bytes
     if n <= 1:
-        return 0.0
+        return 0.0, 0.0, 0.0
     intra = work.group.intra
     domains = n / intra
     out = profile.scale_out.collectives[work.kind]
@@ -76,16 +95,16 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     launches = max(work.launches, 1)
     if work.kind == "send_recv":
         size = size / launches
-        return launches * (
-            _inside(work.kind, profile, n, size) if intra == n else _seconds(out, 1, size * crossing)
-        )
+        if intra == n:
+            return _inside(work.kind, profile, n, size), 0.0, 0.0
+        return 0.0, _seconds(out, 1, size * crossing), 0.0
     size = size / launches
     if work.group.choices:
-        return launches * _deduplicated(work, profile, size / work.group.choices)
+        return _deduplicated(work, profile, size / work.group.choices)
     if intra == n:
         wire = factor * size * (n - 1) / n
         within = _inside(work.kind, profile, n, wire, work.group.block)
-        return launches * max(within, _in_channels(work, profile, wire))
+        return within, 0.0, _in_channels(work, profile, wire)
     if work.kind == "all_to_all":
         inside, outside = size * (intra - 1) / n, size * (n - intra) / n
     else:
@@ -95,7 +114,7 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside * crossing)
     block = work.group.block
     within = _inside(work.kind, profile, intra, inside, block) if intra > 1 else 0.0
-    return launches * max(slow, within, _in_channels(work, profile, factor * size * (n - 1) / n))
+    return within, slow, _in_channels(work, profile, factor * size * (n - 1) / n)
 
 
 def _in_channels(work: Work, profile: HardwareProfile, wire: float) -> float:
@@ -161,8 +180,9 @@ def sent_once(fabric: Fabric) -> CollectiveCurve:
     return fabric.collectives.get("dispatch", fabric.collectives["all_to_all"])
 
 
-def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
-    """All-to-all of rows that go once to a domain, and on to each rank of it that wants them, once.
+def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> tuple[float, float, float]:
+    """All-to-all of rows that go once to a domain, and on to each rank of it that wants them, once, as
+    `_parts` has it.
 
     once: bytes of all rows of a rank. The hops inside the domains and those over NICs are pipelined; the
     slower counts.
@@ -174,11 +194,11 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     wanted = once * (n - 1) * _met(n, *choices)
     if intra == n:
         rows = once * n * _met(n, *choices) / max(work.group.row, 1)
-        return max(_inside("all_to_all", profile, n, wanted), _in_rounds(work.group, profile, rows))
+        return _inside("all_to_all", profile, n, wanted), 0.0, _in_rounds(work.group, profile, rows)
     sent = once * (domains - 1) * _met(domains, *choices)
     outside = _seconds(out, domains, sent * _crossing("all_to_all", profile.scale_out, domains))
     inside = wanted * (intra - 1) / intra
-    return max(outside, _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0)
+    return _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0, outside, 0.0
 
 
 def _in_rounds(group: CommGroup, profile: HardwareProfile, rows: float) -> float:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from mopsim.cost.beside import lost
 from mopsim.engine.account import Prices
-from mopsim.program.workload import FABRICS, Program
+from mopsim.program.workload import TALKS, Program
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 
@@ -44,6 +44,6 @@ def beside(program: Program, hardware: HardwareProfile, stack: Stack, prices: Pr
             each.append(found[id(work)])
             continue
         each.append(share)
-        if op.stream in FABRICS and work and all(one.spares for one in work):
+        if op.stream in TALKS and work and all(one.spares for one in work):
             sparing.append(op.index)
     return Beside(share, each, frozenset(sparing))

@@ -13,6 +13,7 @@ from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
 from mopsim.engine.beside import beside
 from mopsim.engine.gaps import ShorterPlay, repeated, steady
 from mopsim.engine.ledger import Ledger
+from mopsim.engine.links import uses
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
 from mopsim.engine.streams import play
@@ -73,7 +74,10 @@ def run(
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = used.host.cpu_launch_time.si if used.host.cpu_launch_time else 0.0
     besides = [beside(program, used, workload.stack, prices) for program in workload.programs]
-    end = play(workload.programs, durations, records, besides, issue, blocking=workload.stack.host.blocking)
+    links = [uses(program, used, prices) for program in workload.programs]
+    blocking, queues = workload.stack.host.blocking, workload.stack.queue(used.device.architecture, strategy)
+    programs = workload.programs
+    end = play(programs, durations, records, besides, links, issue, blocking=blocking, queues=queues)
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Generator, Sequence
 from mopsim.engine.beside import Beside
 from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
+from mopsim.engine.links import Share, SharedLinks, Use
 from mopsim.engine.record import Record, turns
-from mopsim.program.workload import FABRICS, Op, Program, Repeat, first_compute
+from mopsim.program.workload import FABRICS, TALKS, Op, Program, Repeat, first_compute, lane
 
 
 class Meeting:
@@ -29,7 +30,8 @@ class Meeting:
 
 
 class Rank:
-    """One program in play: its streams, and compute that slows while a collective runs beside it."""
+    """One program in play: its streams, collectives that share links, and compute that slows while one of
+    them runs beside it."""
 
     def __init__(
         self,
@@ -38,8 +40,10 @@ class Rank:
         durations: Sequence[float],
         record: Record,
         beside: Beside,
+        uses: Use,
         meetings: dict[str, Meeting],
         host: HostThread | None,
+        queues: str,
     ) -> None:
         self.clock, self.program, self.durations = clock, program, durations
         self.record, self.meetings, self.host = record, meetings, host
@@ -52,6 +56,9 @@ class Rank:
         self.before = [-1] * len(program.ops)
         """The op that the same stream runs before each."""
         self.waiting: dict[int, list[Wake]] = {}
+        self.links = SharedLinks(clock, program, uses)
+        self.ran, self.shared = list(durations), dict[int, list[Share]]()
+        """Seconds that each op ran; how those did that shared links."""
         self.beside, self.lost = beside, beside.share
         self.talking: list[Op] = []
         self.taking = 0
@@ -64,9 +71,9 @@ class Rank:
         streams: dict[str, list[Op]] = {}
         before = self.before
         for op in program.ops:
-            earlier = streams.get(op.stream)
+            earlier = streams.get(on := lane(op, queues))
             if earlier is None:
-                streams[op.stream] = [op]
+                streams[on] = [op]
                 continue
             before[op.index] = earlier[-1].index
             earlier.append(op)
@@ -111,7 +118,7 @@ class Rank:
             if op.peak:
                 moves.append(index)
             if (duration := durations[index]) > 0.0:
-                if not (talking if compute else self.wake) and passes(until := now + duration):
+                if not (talking or (self.wake and not compute)) and passes(until := now + duration):
                     now = until
                 else:
                     now = yield begin(op, duration, wake)
@@ -159,9 +166,9 @@ class Rank:
         while until > since:
             op = ops[index]
             start = max(self.starts[index], since)
-            late = min(until, max(self.starts[index] + self.durations[index], start))
+            late = min(until, max(self.starts[index] + self.ran[index], start))
             record.blame(waiting, op, until - late, "host")
-            record.blame(waiting, op, late - start)
+            self._book(waiting, index, start, late)
             until = start
             if until <= since:
                 return
@@ -171,11 +178,21 @@ class Rank:
             record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
 
+    def _book(self, waiting: Op, index: int, since: float, until: float) -> None:
+        """Book a wait for op `index` while it ran: what others took of its links on them."""
+        ops, record, shares, own = self.program.ops, self.record, self.shared.get(index, ()), until - since
+        for share, end in zip(shares, [*(one.since for one in shares[1:]), until], strict=False):
+            lost = max(0.0, min(end, until) - max(share.since, since)) * (1.0 - share.rate)
+            own -= lost
+            for other in share.others:
+                record.blame(waiting, ops[other], lost / len(share.others))
+        record.blame(waiting, ops[index], own)
+
     def way(self, stream: str) -> tuple[Callable[[Op, float, Wake], object], Callable[[Op], object]]:
         """How ops of a stream begin and end."""
         if self.beside.most > 0.0 and stream == "compute":
             return self.compute, self.computed
-        if self.beside.most > 0.0 and stream in FABRICS:
+        if stream in TALKS or stream in FABRICS:
             return self.talk, self.talked
         clock = self.clock
         return lambda op, duration, wake: clock.at(clock.now + duration, wake), lambda op: None
@@ -193,18 +210,20 @@ class Rank:
         self.wake = None
 
     def talk(self, op: Op, duration: float, wake: Wake) -> None:
-        """A collective begins: compute goes on at the new rate."""
+        """A collective begins: compute, and those that share its links, go on at new rates."""
         self._pause()
         self.talking.append(op)
         self.taking += op.index not in self.beside.sparing
         self._wake()
-        self.clock.at(self.clock.now + duration, wake)
+        self.links.begin(op.index, duration, wake)
 
     def talked(self, op: Op) -> None:
         """It has ended."""
         self._pause()
         self.talking.remove(op)
         self.taking -= op.index not in self.beside.sparing
+        if past := self.links.end(op.index):
+            self.ran[op.index], self.shared[op.index] = self.clock.now - self.starts[op.index], past
         self._wake()
 
     def _pause(self) -> None:
@@ -221,7 +240,8 @@ class Rank:
         if self.talking:
             rate = self._rate()
             self.remaining -= passed * rate
-            self.record.stolen(self.talking[0], passed * (1.0 - rate))
+            for op in self.talking:
+                self.record.stolen(op, passed * (1.0 - rate) / len(self.talking))
         else:
             self.remaining -= passed
 
@@ -246,13 +266,15 @@ def play(
     durations: Sequence[Sequence[float]],
     records: Sequence[Record],
     besides: Sequence[Beside],
+    uses: Sequence[Use],
     issue: float = 0.0,
     *,
     blocking: bool = False,
+    queues: str = "each",
 ) -> float:
     """Run all programs to the end; returns the time at which the last op ended. issue: seconds of the host
     for each kernel; 0: it is never late. blocking: it waits for each kernel before it starts the next,
-    however little that costs it.
+    however little that costs it. queues: see HostCosts.
 
     Raises AssertionError that lists the ops left when none can go on: a deadlock in the program, never a
     user's mistake.
@@ -266,9 +288,9 @@ def play(
         for program, times in zip(programs, durations, strict=True)
     ]
     ranks = [
-        Rank(clock, program, times, record, beside, meetings, thread)
-        for program, times, record, beside, thread in zip(
-            programs, durations, records, besides, threads, strict=True
+        Rank(clock, program, times, record, beside, used, meetings, thread, queues)
+        for program, times, record, beside, used, thread in zip(
+            programs, durations, records, besides, uses, threads, strict=True
         )
     ]
     clock.play()

@@ -8,7 +8,13 @@ from msgspec.structs import replace
 from mopsim.graph.experts import EXCHANGES
 from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template
-from mopsim.program.workload import FABRICS, SLOTS, CommGroup, Op, Repeat, Work, collective_work, deltas
+from mopsim.program.workload import SLOTS, TALKS, CommGroup, Op, Repeat, Work, collective_work, deltas
+
+COMMUNICATOR = {
+    "dense_shard": "state", "expert_shard": "state", "vocabulary_shard": "state",
+    "dense_replicas": "replicas", "expert_replicas": "replicas", "ring": "vocabulary",
+}  # fmt: skip
+"""Groups whose communicators have other names."""
 
 
 class Builder:
@@ -74,7 +80,9 @@ class Builder:
         ranks = self.groups[group]
         if ranks.size == 1:
             return None
-        return self.collective(name, kind, size, ranks, component, phase, layer=layer, deps=self.so_far())
+        return self.collective(
+            name, kind, size, ranks, component, phase, group, layer=layer, deps=self.so_far()
+        )
 
     def flush(self, component: str, phase: str, layer: int = -1) -> None:
         """Put pending changes of memory into an op of their own."""
@@ -193,12 +201,13 @@ class Builder:
         return tuple(found.values())
 
     def collective(
-        self, name: str, kind: str, size: float, group: CommGroup, component: str, phase: str, *,
+        self, name: str, kind: str, size: float, group: CommGroup, component: str, phase: str, by: str, *,
         layer: int = -1, deps: Iterable[int | None] = (),
     ) -> int:  # fmt: skip
-        """A collective over `size` bytes (the full buffer); nothing is sent in a group of one."""
+        """A collective over `size` bytes (the full buffer) of the communicator `by`; nothing is sent in a
+        group of one."""
         work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
-        stream = stream_of(group) if group.size > 1 else "compute"
+        stream = stream_of(group, by) if group.size > 1 else "compute"
         return self.add(name, stream, component, phase, work, layer=layer, deps=deps)
 
 
@@ -232,15 +241,22 @@ class Recorder(Builder):
         return Template(tuple(self.ops), ends, tuple(self.memory), self._before, self._marks)
 
 
-def stream_of(group: CommGroup) -> str:
-    """The fabric that bounds a collective of this group."""
-    return "scale_up" if group.intra == group.size else "scale_out"
+def stream_of(group: CommGroup, by: str) -> str:
+    """The stream of a collective of this group: of its communicator, or its group's name, and the fabric that
+    bounds it."""
+    by = COMMUNICATOR.get(by, by)
+    return f"{by} scale_up" if group.intra == group.size else f"{by} scale_out"
+
+
+def state_stream(sent: Work) -> str:
+    """The stream of a collective of gradients or parameters."""
+    return stream_of(sent.group, "replicas" if sent.kind == "all_reduce" else "state")
 
 
 def turn_ends(ops: Sequence[Op]) -> list[bool]:
     """Whether another pass that is woven with this one goes on after each op: before and after rows are
     dispatched, and after they are combined. What the host reads before it dispatches is read by then."""
-    ends = [op.stream in FABRICS and op.name in EXCHANGES for op in ops]
+    ends = [op.stream in TALKS and op.name in EXCHANGES for op in ops]
     for place, op in enumerate(ops):
         if ends[place] and op.name == EXCHANGES[0]:
             before = place - 1

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from mopsim.graph.host_costs import FLAT
-from mopsim.program.builder import Builder, stream_of
+from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.template import Memory
 from mopsim.program.units import ShardedUnit
@@ -89,12 +89,6 @@ def _broadcast(c: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     return found
 
 
-def beside_layers(sent: Work) -> str:
-    """The stream of a collective that is hidden: of limited channels, which leave links to those of the
-    layers, it does not queue with them (NCCL's communicators have streams of their own)."""
-    return "scale_out" if sent.channels else stream_of(sent.group)
-
-
 def grad_passes(context: Context, units: Sequence[ShardedUnit]) -> tuple[Work, ...]:
     """What is done with whole gradients before they are reduced (see Sharding.grad_passes)."""
     sharding, read_and_written = context.stack.sharding, 2.0 * context.b
@@ -172,4 +166,4 @@ def shared_embedding(context: Context, issue: Builder, reductions: Sequence[int]
     size = float(context.edges["embedding"].padded * context.reduce)
     work = (Work("all_reduce", bytes=size, group=context.groups["stage"]),)
     name = "shared embedding"
-    return issue.add(name, "scale_out", "embedding", "backward", work, tuple(reductions), (), name)
+    return issue.add(name, "stage scale_out", "embedding", "backward", work, tuple(reductions), (), name)

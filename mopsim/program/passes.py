@@ -283,7 +283,7 @@ class Passes:
         if group.size > 1 and c.stack.sharding.embedding == "split":
             kind = "reduce_scatter" if c.shapes.sequence_parallel else "all_reduce"
             summed = Work(kind, bytes=size, group=group)  # partial rows of a split vocabulary
-            draft.add("embedding", stream_of(group), "embedding", "forward", (summed,), (ready,))
+            draft.add("embedding", stream_of(group, "tensor"), "embedding", "forward", (summed,), (ready,))
         return draft.template()
 
     @property

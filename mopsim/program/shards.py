@@ -6,7 +6,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from mopsim.graph.tape import Step
-from mopsim.program.builder import Builder, stream_of
+from mopsim.program.builder import Builder, state_stream, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import flat_host, prepared, reduction
 from mopsim.program.fsdp2_copies import bytes_cast, bytes_whole, gather_copy, gathered_copy, reduce_copy
@@ -227,8 +227,8 @@ class Shards(FurtherLayers, Edges):
         moved = unit.padded * float(self.c.gathered(unit))
         sent = (Work("all_gather", bytes=moved, group=group, launches=calls, host=host),)
         self._coming[unit.name] = self.issue.add(
-            f"gather {unit.name}", stream_of(group), self._component(unit), phase, first + sent, room, memory,
-            layer=unit.layer,
+            f"gather {unit.name}", stream_of(group, "state"), self._component(unit), phase, first + sent,
+            room, memory, layer=unit.layer,
         )  # fmt: skip
 
     def _wait(self, unit: ShardedUnit, phase: str) -> Ops:
@@ -318,7 +318,7 @@ class Shards(FurtherLayers, Edges):
         for _, sent in reduction(self.c, [unit]):
             apart = replace(sent, launches=self.c.exchanges(unit, reduced=True))
             name, work, before = f"reduce {unit.name}", (*before, apart), ()
-            stream, part_of = stream_of(sent.group), self._component(unit)
+            stream, part_of = state_stream(sent), self._component(unit)
             last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
             self._sent = self._sent or last
         kept = self._kept_grad(unit, part)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mopsim.program import data_parallel, outputs, scales
-from mopsim.program.builder import Builder
+from mopsim.program.builder import Builder, state_stream
 from mopsim.program.context import Context
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements, wanted_again
@@ -373,8 +373,7 @@ class StageStep:
             part = units[0].component
             ready = (self.issue.add("scaled gradients", "compute", part, "backward", work, ready),)
         for part, sent in messages:
-            stream = data_parallel.beside_layers(sent)
-            op = self.issue.add("reduce gradients", stream, part, "backward", (sent,), ready)
+            op = self.issue.add("reduce gradients", state_stream(sent), part, "backward", (sent,), ready)
             self.reductions.append(op)
 
     def _reduce_rest(self) -> None:
@@ -392,9 +391,9 @@ class StageStep:
         use."""
         if not self.overlap.param_gather or self.c.strategy.dense.zero == 0 or self.c.shards_params:
             return
-        add, stream = self.issue.add, data_parallel.beside_layers
+        add = self.issue.add
         for unit in self.stage.units:
             self.gathered[unit.name] = tuple(
-                add("gather parameters", stream(sent), part, "forward", (sent,))
+                add("gather parameters", state_stream(sent), part, "forward", (sent,))
                 for part, sent in data_parallel.gathering(self.c, [unit])
             )

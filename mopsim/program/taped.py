@@ -154,7 +154,7 @@ class TapeDraft(Recorder):
         if self.context.stack.kernels.region_backward == "in_turn":
             self.close("backward")
             deps, memory = self.ready, [("activations", int(source.bytes))]
-        stream = stream_of(self.context.groups[source.group])
+        stream = stream_of(self.context.groups[source.group], source.group)
         op = self.add(source.name, stream, source.component, "backward", works_of, deps, memory)
         self.ready = (*(one for one in self.ready if one not in deps), op)
         return [(name, -size) for name, size in memory]
@@ -163,7 +163,7 @@ class TapeDraft(Recorder):
         """A collective on its own stream."""
         part: Part = "backward" if item.backward else "forward"
         work = works(item.kernel, part, self.context)
-        stream = stream_of(self.context.groups[item.kernel.group])
+        stream = stream_of(self.context.groups[item.kernel.group], item.kernel.group)
         return self.add(
             item.kernel.name, stream, item.kernel.component, _phase(item, back), work, deps, memory
         )
@@ -319,7 +319,7 @@ def _column(draft: TapeDraft, item: Played, gathered: Played) -> None:
     LinearWithGradAccumulationAndAsyncCommunication); or in turn: input gradient, its sum, gathered rows,
     weight gradient."""
     kernel, again, context, start = item.kernel, gathered.kernel, draft.context, draft.ready
-    stream, component = stream_of(context.groups[again.group]), kernel.component
+    stream, component = stream_of(context.groups[again.group], again.group), kernel.component
     in_turn = context.stack.kernels.region_backward == "in_turn" and not draft.split
     rows = () if draft.split or (keeps(kernel) and not in_turn) else works(again, "forward", context)
     whole = [("activations", int(again.bytes))] if rows else []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import COLLECTION
 from mopsim.graph.tape import Step
-from mopsim.program.builder import Builder, stream_of
+from mopsim.program.builder import Builder, state_stream, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import checked, gathering, scaled
 from mopsim.program.stage import Stage
@@ -107,7 +107,7 @@ class Update:
         last = b.compute("norm", _O, _O, -1, [self._passes(size, host)], *ready)
         world, key = self.c.groups["world"], "norm" if self.stage.degree > 1 else ""
         sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
-        agreed = b.add("norm", stream_of(world), _O, _O, sums, (last,), (), key, awaited=True)
+        agreed = b.add("norm", stream_of(world, "world"), _O, _O, sums, (last,), (), key, awaited=True)
         return b.compute("clip", _O, _O, -1, [self._passes(2 * held * self.width, self.host.clip)], agreed)
 
     def _main_gradients(self, reductions: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -140,7 +140,7 @@ class Update:
         if world.size > 1:
             for size in [8.0] + [4.0 * model.num_local_experts] * model.num_moe_layers:
                 work = (Work("all_reduce", bytes=size, group=world),)
-                ready = (self.b.add("agree", stream_of(world), _O, _O, work, ready),)
+                ready = (self.b.add("agree", stream_of(world, "world"), _O, _O, work, ready),)
         return ready
 
     @property
@@ -241,7 +241,7 @@ class Update:
         c, b, zero = self.c, self.b, self.dense.zero
         if zero and not c.shards_params and not c.strategy.overlap.param_gather:
             for _, sent in gathering(c, self.stage.units):
-                name, stream, waits = "gather parameters", stream_of(sent.group), self.host.waits
+                name, stream, waits = "gather parameters", state_stream(sent), self.host.waits
                 last = b.add(name, stream, _O, _O, (sent,), (last,), awaited=waits)
         if steps := c.stack.host.collections:
             collected = Work("memory_bound", launches=1, host=COLLECTION / steps)

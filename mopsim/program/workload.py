@@ -12,7 +12,15 @@ from mopsim.spec.categories import CATEGORIES
 from mopsim.spec.stack import Stack
 
 FABRICS = ("scale_up", "scale_out")
-STREAMS = ("compute", *FABRICS, "h2d", "d2h", "update", "host", "read")
+COMMUNICATORS = (
+    "tensor", "sequence", "experts", "expert_tensor", "expert_ranks", "vocabulary", "world", "stage",
+    "state", "replicas",
+)  # fmt: skip
+"""What has a stream of its own on each fabric. `state`: gathers of parameters and scattered sums of
+gradients; `replicas`: sums of gradients over copies. The others: groups of what is computed."""
+TALKS = {f"{one} {fabric}": fabric for one in COMMUNICATORS for fabric in FABRICS}
+"""Streams of collectives, and the fabric that bounds what they send."""
+STREAMS = ("compute", *FABRICS, *TALKS, "h2d", "d2h", "update", "host", "read")
 """`read`: a copy to the host of little that it waits for."""
 SLOTS = (*CATEGORIES, *(f"host/{category}" for category in CATEGORIES))
 """Ledger slots: a category on the device, or `host/` and a category on the host."""
@@ -209,6 +217,13 @@ class Workload:
     def repeats(self) -> int:
         """How often `unit` microbatches are repeated."""
         return (self.microbatches - self.expanded) // self.unit
+
+
+def lane(op: Op, queues: str) -> str:
+    """What runs an op after those before it: its stream, or of collectives in one queue (HostCosts.queues)
+    their fabric. Those in few blocks leave the others room."""
+    few = any(one.channels for one in op.work)
+    return op.stream if queues == "each" or few else TALKS.get(op.stream, op.stream)
 
 
 def first_compute(program: Program, index: int) -> int:

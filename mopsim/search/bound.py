@@ -170,10 +170,9 @@ class Bounder(Copies):
 
     def _replicas(self, *, hidden: bool) -> tuple[list[Reals], list[Reals]]:
         c, found, shown = self.c, [], list[tuple[str, Reals | float]]()
-        queued = not (hidden and self.space.stack.sharding.channels)  # limited ones have streams of their own
-        if bool(self.hides.grad_reduce) == hidden and queued:
+        if bool(self.hides.grad_reduce) == hidden:
             shown.append(("reduce_scatter", self.reduce))
-        if bool(self.hides.param_gather) == hidden and queued:
+        if bool(self.hides.param_gather) == hidden:
             shown.append(("all_gather", self.sent_updated))
         apart = c["experts"] * c["expert_tensor"]
         for kind in kinds(self.model):

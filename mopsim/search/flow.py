@@ -14,13 +14,17 @@ from mopsim.graph.tape import Step
 from mopsim.program.builder import turn_ends
 from mopsim.program.host_time import Around, hosted
 from mopsim.program.template import Template
-from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas, on_host
+from mopsim.program.workload import FABRICS, NUM_DEVICE_SLOTS, STREAMS, TALKS, Op, Work, deltas, lane, on_host
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 
 LEAST = 1e-3
 """Of its rate, what compute keeps beside a collective that takes all of it: it goes on after it."""
-COMPUTE, UP, OUT = (STREAMS.index(name) for name in ("compute", "scale_up", "scale_out"))
+COMPUTE = STREAMS.index("compute")
+UP, OUT = (
+    frozenset(place for place, name in enumerate(STREAMS) if TALKS.get(name, name) == fabric)
+    for fabric in FABRICS
+)
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,12 @@ class Priced:
 
 @dataclass
 class Prices:
-    """Of templates on one machine, under one stack: equal work is one object, priced once."""
+    """Of templates on one machine, under one stack: equal work is one object, priced once. queue: what starts
+    kernels there (HostCosts.queues)."""
 
     machine: HardwareProfile
     stack: Stack
+    queue: str
     known: dict[int, tuple[Work, float]] = field(default_factory=dict)
 
     def of(self, template: Template, around: Around | None = None) -> Priced:
@@ -115,7 +121,8 @@ class Prices:
                 steps, pending = (*pending, *steps), ()
                 slowed += took / max(1 - self._lost(piece), LEAST)
                 first = first if first[0] >= 0 else (place, steps)
-            ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
+            on = STREAMS.index(lane(piece, self.queue))
+            ops.append((on, took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
         hosts = self._hosts(template.pieces, seconds, around)
@@ -282,8 +289,10 @@ def alone(*flows: Flow) -> Alone:
                 done[place] = last[stream] = start + time if start >= 0 else -1.0
                 order.append((which, place))
                 place += 1
-                if stream in (UP, OUT):
-                    up, out = (up + time, out) if stream == UP else (up, out + time)
+                if stream in UP:
+                    up += time
+                elif stream in OUT:
+                    out += time
                 if turns[place - 1]:
                     break
             places[which] = place

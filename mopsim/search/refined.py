@@ -8,15 +8,14 @@ import numpy as np
 
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.flow import OUT, UP, Alone
+from mopsim.search.flow import Alone
 from mopsim.search.footprint import LAST, SLOTS
 from mopsim.search.learn import codes
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import NEXT_FORWARD, Column
-from mopsim.search.queued import Sendings, Sent, places, queued_backward, queued_forward
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, load
-from mopsim.search.wires import Message, Reals
+from mopsim.search.wires import Reals
 from mopsim.search.woven import LAID, RankTime, expected, fullest, woven_height
 from mopsim.spec.model import LayerKind
 
@@ -168,53 +167,12 @@ class Refined(Bounder):
         forward = forward + np.maximum(self._updated() - forward / self.microbatches, 0.0)
         pairs = (piece for group in self.parts.groups for piece in group.layers.values())
         if flat and all(len(piece.parts) > 2 for piece in pairs):  # else other rows are no flat units
-            forward, backward = map(np.maximum, (forward, backward), self._queued())
             experts = self._sum(lambda piece: [piece.parts[1]])[0]
             chain, *fabrics = self._sum(lambda piece: [piece.parts[0], piece.parts[2]])
             between = [way * last + one for way, one in zip(fabrics, reduced, strict=True)]
             backward = np.maximum(backward, experts + np.maximum.reduce([chain, *between]))
         back = backward + self._head(lambda piece: piece.chain)
         return np.asarray(forward + back + np.maximum(self._updated_early() - back / self.microbatches, 0.0))
-
-    def _queued(self) -> tuple[Reals, Reals]:
-        """Seconds of all forwards and backwards of layers of flat units, whose exchanges of tokens queue
-        behind those of weights."""
-        c, sent = self.c, {kind: self._sendings(kind) for kind in kinds(self.model)}
-        passes = [places(self.model, self.prefetch, forward=way).items() for way in (True, False)]
-        found, start = np.zeros((2, len(self.space))), 0
-        for group, count in zip(self.parts.groups, self.parts.counts, strict=True):
-            rows, start = slice(start, start + count), start + count
-            alike = codes([self.space.columns[name][rows] for name in SHARDS], count)
-            for code, first in zip(*np.unique(alike, return_index=True), strict=True):
-                at, mine = rows.start + int(first), np.flatnonzero(alike == code) + rows.start
-                one = {kind: each(at) for kind, each in sent.items()}
-                pieces, gathers = group.layers, bool(c["reshard"][at])
-                found[0, mine] = sum(
-                    times * queued_forward(pieces[place.kind], one, place) for place, times in passes[0]
-                )
-                found[1, mine] = sum(
-                    times * queued_backward(pieces[place.kind], one, place, gathers=gathers)
-                    for place, times in passes[1]
-                )
-        return found[0] * self.microbatches, found[1] * self.microbatches
-
-    def _sendings(self, kind: LayerKind) -> Callable[[int], Sendings]:
-        """How the weights and gradients of a layer are sent, by row."""
-        c, (dense, routed) = self.c, self.sizes.layers[kind]
-        apart = c["experts"] * c["expert_tensor"]
-        dense_unit = dense / c["tensor"], c["dense_shard"], c["tensor"]
-        routed_unit = routed / apart, c["expert_shard"], np.where(c["strided"] == 1, 1, apart)
-
-        def sent(name: str, width: float, unit: tuple[Reals, Reals, Reals]) -> Callable[[int], Sent]:
-            size, ranks, stride = unit
-            up, out = self.busy([Message(name, size * width, ranks, 1.0, stride)])
-            return lambda row: ((UP, up[row]),) if up[row] else ((OUT, out[row]),) if out[row] else ()
-
-        both = [sent("all_gather", self.sent, unit) for unit in (dense_unit, routed_unit)]
-        reduced = [sent("reduce_scatter", self.reduce, unit) for unit in (dense_unit, routed_unit)]
-        return lambda row: Sendings(
-            both[0](row) + both[1](row) * (routed > 0), reduced[0](row), reduced[1](row) * (routed > 0)
-        )
 
     def _updated(self) -> Reals:
         """Seconds for which the layers' state goes up beside the first forward, whose last layer waits for

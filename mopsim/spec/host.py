@@ -2,8 +2,11 @@
 
 from typing import Literal
 
+import msgspec
+
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS
+from mopsim.spec.kernels import DEFAULT
 from mopsim.spec.quantity import require_between
 from mopsim.spec.recompute import require_known
 
@@ -23,6 +26,11 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     `dtensor`: torch's parallelize_module. `plain`: nothing, or not known.
     hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
     blocking: the host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1).
+    queues: what starts kernels of several streams, by device architecture (`hopper`, ...; `default`: all
+    others). `each`: a queue for each stream, so that collectives of different communicators run side by side.
+    `one`: they start in the order in which the host issues them (CUDA_DEVICE_MAX_CONNECTIONS=1), so that a
+    collective comes after those before it on the same fabric. `split`: `one` where tensor or context
+    parallelism splits layers and no exchange of experts is hidden, else `each`.
     profiled: torch's profiler records operators and kernels, so that the host takes longer for each.
     reads_lengths: in the forward of a layer the host reads the lengths of sequences from the device, for
     the attention kernel. `every`: in every layer. `single`: if a microbatch is one sequence.
@@ -60,6 +68,9 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False
+    queues: dict[str, Literal["each", "one", "split"]] = msgspec.field(
+        default_factory=lambda: {DEFAULT: "each"}
+    )
     profiled: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
     documents: float = 1.0

@@ -154,6 +154,7 @@ class Stack(Spec, frozen=True, kw_only=True):
             "cpu.attention": (self.cpu.attention if self.cpu else {}, words),
             "compiled.kernels.attention": (self.compiled.get("kernels.attention", {}), words),
             "communication_share": (self.communication_share, (DEFAULT,)),
+            "host.queues": (self.host.queues, (DEFAULT,)),
         }
         for field, (entries, keys) in parts.items():
             known = {*keys, *DEVICE_ARCHITECTURES, architecture or DEFAULT}
@@ -208,6 +209,15 @@ class Stack(Spec, frozen=True, kw_only=True):
         """The stack as a job runs it."""
         compiled = self.compiling(strategy.compile).cut(model, strategy)
         return compiled.multiplying(strategy.precision.compute)
+
+    def queue(self, architecture: str, strategy: Strategy) -> Literal["each", "one"]:
+        """What starts kernels on a device architecture (HostCosts.queues)."""
+        queues = self.host.queues
+        found = queues.get(architecture, queues.get(DEFAULT, "each"))
+        if found != "split":
+            return found
+        split = strategy.dense.tensor_parallel > 1 or strategy.attention.context_parallel > 1
+        return "one" if split and not strategy.overlap.experts else "each"
 
     def compiling(self, how: str) -> "Stack":
         """The stack where a strategy has compiled what it says (`Strategy.compile`)."""

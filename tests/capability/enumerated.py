@@ -59,6 +59,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "stack.recompute.kept": ((), ("attention_core",)),
     "stack.recompute.selective": ((), ("core_attn",)),
     "stack.host.graphs": ((), ("attention",), ("step",)),
+    "stack.host.queues": ({"default": "each"}, {"default": "one"}, {"blackwell": "split"}),
 }  # fmt: skip
 """Where the type alone says too little."""
 

@@ -258,6 +258,7 @@ FIRST = ("left", "biased", "experts again", "clamped", "narrow")
 
 
 ELSEWHERE = {
+    "stack.host.queues",  # jobs this small wait for the host, not for links: tests/sim/test_links.py
     "stack.communication_share",  # jobs this small wait for the host, not for the SMs
     "stack.sharding.reductions",  # of ZeRO-2 and 3 without FSDP: tests/sim/test_flat_update.py
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py

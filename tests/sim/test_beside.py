@@ -24,7 +24,7 @@ def _end(kinds: tuple[str, ...], spares: bool, kernels: str) -> float:
     waits for both. A kernel loses half of its rate beside a collective, a product three quarters."""
     builder = Builder(GROUPS)
     sent = Work("all_gather", bytes=1, group=GROUPS["pair"], spares=spares)
-    talk = builder.add("talk", "scale_up", "other", "forward", [sent])
+    talk = builder.add("talk", "tensor scale_up", "other", "forward", [sent])
     builder.add("long", "compute", "other", "forward", [Work(kind, bytes=1) for kind in kinds])
     builder.add("after", "compute", "other", "forward", [Work("memory_bound", bytes=2)], deps=[talk])
     program, profile = Program(tuple(builder.ops)), machine(share=0.5, products=0.75)
@@ -32,7 +32,7 @@ def _end(kinds: tuple[str, ...], spares: bool, kernels: str) -> float:
     flat = load_stack("mopexec-flat")
     stack = replace(flat, kernels=replace(flat.kernels, expert_products=kernels))
     besides = [beside(program, profile, stack, prices)]
-    return play([program], [[2.0, 3.0, 1.0]], [Record(True)], besides)
+    return play([program], [[2.0, 3.0, 1.0]], [Record(True)], besides, [{}])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def _overlap() -> Builder:
     """A collective of 2 s beside compute of 3 s, then compute of 1 s that waits for both."""
     builder = Builder(GROUPS)
     talk = builder.add(
-        "talk", "scale_up", "other", "forward", [Work("all_gather", bytes=1, group=GROUPS["pair"])]
+        "talk", "tensor scale_up", "other", "forward", [Work("all_gather", bytes=1, group=GROUPS["pair"])]
     )
     builder.add("long", "compute", "other", "forward", [Work("memory_bound", bytes=1)])
     builder.add("after", "compute", "other", "forward", [Work("memory_bound", bytes=1)], deps=[talk])
@@ -88,7 +88,7 @@ def test_rendezvous_starts_both_sides_together() -> None:
             builder.add("work", "compute", "other", "forward", [Work("memory_bound", bytes=1)])
         builder.add(
             "hop",
-            "scale_up",
+            "tensor scale_up",
             "other",
             "forward",
             [Work("send_recv", bytes=1)],

@@ -326,7 +326,7 @@ def test_a_flat_gradient_is_put_together_and_divided_before_it_is_sent() -> None
     params = total_params(deep())
     one, other = moved(flat), moved(apart)
     assert one["compute"] - other["compute"] == pytest.approx(2 * 2 * params, rel=0.01)
-    sent = one["scale_up"] - other.get("scale_up", 0.0)
+    sent = one["state scale_up"] - other.get("state scale_up", 0.0)
     assert sent == pytest.approx((2 + 4 + 2 * 4) * params, rel=0.01)
 
 

@@ -64,7 +64,9 @@ def test_sums_travel_by_all_reduce_where_rows_are_not_split() -> None:
     assert whole.memory_by_category["activations"] > split.memory_by_category["activations"]
     program = lower(deep(), without_rows_split(strategy), TrainSpec(seq_len=4096, global_batch=1)).programs[0]
     sums = [
-        op for op in program.ops if op.component in ("attention", "dense_ffn") and op.stream == "scale_up"
+        op
+        for op in program.ops
+        if op.component in ("attention", "dense_ffn") and op.stream == "tensor scale_up"
     ]
     assert len(sums) == 4 * 8
     assert {work.kind for op in sums for work in op.work} == {"all_reduce"}

@@ -201,7 +201,7 @@ def test_the_host_reads_a_map_of_routes_that_torch_makes() -> None:
             waits = [op for op in program.ops if op.awaited and (op.layer, op.microbatch) == (5, 1)]
             took[dispatcher, one.kernels.routes_map] = [(op.phase, op.stream) for op in waits]
     read = ("forward", "read")
-    assert took["deepep", "composed"] == [read, ("forward", "scale_up"), ("forward", "compute")]
+    assert took["deepep", "composed"] == [read, ("forward", "experts scale_up"), ("forward", "compute")]
     assert took["deepep", "fused"] == took["alltoall", "fused"] == took["alltoall", "composed"] == [read]
 
 

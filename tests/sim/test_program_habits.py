@@ -51,7 +51,7 @@ def test_a_blocked_host_pays_every_launch_between_kernels() -> None:
 
 
 def test_a_blocked_host_starts_no_compute_beside_a_collective() -> None:
-    ops = [_op(0, 1), _op(1, 1, "scale_up"), _op(2, 1)]
+    ops = [_op(0, 1), _op(1, 1, "tensor scale_up"), _op(2, 1)]
     assert _ends(ops, [5.0, 5.0, 5.0], blocking=True)["2"] == pytest.approx(18.0)
     assert _ends(ops, [5.0, 5.0, 5.0], blocking=False)["2"] == pytest.approx(11.0)
     assert _ends(ops, [5.0, 5.0, 5.0], blocking=True, issue=0.0)["2"] == pytest.approx(15.0)

@@ -362,3 +362,14 @@ def test_recipes_of_megatron_bridge_for_sixteen_cards_fuse_what_those_for_eight_
         made = found.program().kernels
         assert found.stack == "megatron-bridge-library"
         assert (made.activation, made.expert_rows, made.top_k, made.rotary) == kernels
+
+
+def test_mlperf_has_one_queue_where_recipes_have_more() -> None:
+    for ref, queues in (
+        ("mlcommons/training_results_v5.1@441d65f", ["one", "one"]),
+        ("a page", ["each", "each"]),
+    ):
+        cells = {"source": "new", "source_ref": ref, "stack": "nemo", "notes": "NeMo 25.09"}
+        found = read_case(row(**cells), MODELS)
+        made = found.program()
+        assert [made.queue(on, found.strategy) for on in ("hopper", "blackwell")] == queues

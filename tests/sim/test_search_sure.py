@@ -1,10 +1,13 @@
-"""What a candidate needs to fit as surely as is asked, and how long exchanges that queue take: at most what
-is simulated, and close to it."""
+"""What a candidate needs to fit as surely as is asked, and how long exchanges beside others take: at most
+what is simulated, and close to it."""
+
+from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
@@ -40,10 +43,12 @@ def problem(case: int) -> Problem:
     return Problem(spec, load_profile(hardware), nodes, TrainSpec(seq_len=seq_len, global_batch=batch))
 
 
-def played(row: Space) -> SimResult | None:
-    one = row.problem
+def played(row: Space, queues: Literal["each", "one"] | None = None) -> SimResult | None:
+    one, stack = row.problem, row.stack
+    if queues:
+        stack = replace(stack, host=replace(stack.host, queues={"default": queues}))
     try:
-        return simulate(one.model, one.hardware, one.num_nodes, row.build(0), one.training, row.stack)
+        return simulate(one.model, one.hardware, one.num_nodes, row.build(0), one.training, stack)
     except SpecError:  # which a search counts as rejected
         return None
 
@@ -90,14 +95,17 @@ def test_what_is_surely_needed_of_the_host_is_known(state: int, inputs: int) -> 
 
 
 @pytest.mark.parametrize("experts", [4, 8, 24])
-def test_exchanges_of_tokens_queue_behind_those_of_weights(experts: int) -> None:
-    """Gathers and reductions across nodes are in front of the exchanges of a sequence, which are waited for:
-    4 to 8 % of these steps."""
+def test_exchanges_of_tokens_run_beside_those_of_weights(experts: int) -> None:
+    """They share links across nodes with gathers and reductions, 1.9 to 2.8 % of these steps, which bounds
+    leave out. In a program of one queue they come after those issued before them: another 0.6 to 5.9 %."""
     row = long_sequences(experts=experts, expert_shard=96 // experts)
     found, (closer, _) = played(row), Refined.of(Pieces(row), SpaceFacts.of(row), [ONE])
     assert found is not None
     assert closer is not None
-    assert 0.99 * found.step_time <= closer.time()[0] <= found.step_time
+    assert 0.97 * found.step_time <= closer.time()[0] <= found.step_time
+    queued = played(row, queues="one")
+    assert queued is not None
+    assert queued.step_time > 1.005 * found.step_time
 
 
 @given(probability=st.floats(0.01, 1), tensors=st.floats(1e6, 1e12), above=st.floats(0, 1e11))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mopsim.engine import streams
 from mopsim.engine.beside import Beside
 from mopsim.engine.ledger import Ledger
+from mopsim.engine.links import Use
 from mopsim.engine.record import Record
 from mopsim.program.workload import Program
 from mopsim.spec.hardware import (
@@ -41,7 +42,8 @@ def play(
 ) -> float:  # fmt: skip
     """Programs on streams, all of whose kernels lose `share` beside a collective."""
     besides = [Beside.even(program, share) for program in programs]
-    end = streams.play(programs, durations, records, besides, issue, blocking=blocking)
+    uses: list[Use] = [{} for _ in programs]
+    end = streams.play(programs, durations, records, besides, uses, issue, blocking=blocking)
     for program, record, ledger in zip(programs, records, ledgers, strict=True):
         ledger.play(program.ops, record.moves, record.starts, record.ends)
     return end

@@ -87,7 +87,7 @@ ANY_NUMBER = {"first_loss", "last_loss"}
 #: Tables with names of the user's own: a new name is no misspelling there, or a rule of its own refuses it.
 OPEN_TABLES = {
     "collectives", "corrections", "kinds", "memory_by_category", "time_by_kind", "environment", "attention",
-    "communication_share", "sources", "has", "compiled",
+    "communication_share", "queues", "sources", "has", "compiled",
 }  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class FlatUnits(Shards):
             b.make(f"full {unit.name}", size, "gathered")
             self._coming[unit.name] = b.collective(
                 f"gather {unit.name}", "all_gather", size, c.groups[unit.group], unit.component, phase,
-                layer=unit.layer, deps=(*b.so_far(), up, updated),
+                "state", layer=unit.layer, deps=(*b.so_far(), up, updated),
             )  # fmt: skip
 
     def _download(self, unit: ShardedUnit, ready: int) -> None:

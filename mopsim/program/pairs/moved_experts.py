@@ -49,7 +49,7 @@ class ForeignExperts:
     def _travel(self, size: int, layer: int, phase: str, ready: int) -> int:
         group = self.c.groups["experts"]
         return self.b.collective(
-            "migrate", "send_recv", size, group, "experts", phase, layer=layer, deps=[ready]
+            "migrate", "send_recv", size, group, "experts", phase, "experts", layer=layer, deps=[ready]
         )
 
 

@@ -1,0 +1,161 @@
+"""Collectives of different communicators: streams of their own, and links that they share."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from mopsim.cost.communication import use
+from mopsim.engine.beside import Beside
+from mopsim.engine.links import Use
+from mopsim.engine.record import Record
+from mopsim.engine.streams import play
+from mopsim.program import lower
+from mopsim.program.builder import Builder
+from mopsim.program.workload import TALKS, CommGroup, Program, Work
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron
+from tests.sim.toys import small
+
+GROUPS = {"pair": CommGroup(2, 2)}
+TALKING = tuple(TALKS)
+
+
+def _played(
+    sent: Sequence[tuple[str, float, float]],
+    uses: Use,
+    *,
+    waits: int = -1,
+    share: float = 0.0,
+    queues: str = "each",
+) -> tuple[Program, Record]:
+    """Collectives (stream, start, seconds alone), each after a copy that ends as it starts; a kernel of 1 s
+    that waits for one of them."""
+    builder, durations, last = Builder(GROUPS), list[float](), 0
+    for place, (stream, start, seconds) in enumerate(sent):
+        before = builder.add("copy", STARTS[place], "other", "forward", [Work("h2d", bytes=1)])
+        work = [Work("all_gather", bytes=1, group=GROUPS["pair"])]
+        found = builder.add(f"sent {place}", stream, "other", "forward", work, deps=[before])
+        last = found if place == waits else last
+        durations += [start, seconds]
+    kernel = [Work("memory_bound", bytes=1)]
+    builder.add("kernel", "compute", "other", "forward", kernel, deps=[last] if waits >= 0 else [])
+    program, record = Program(tuple(builder.ops)), Record(True)
+    shifted = {2 * place + 1: used for place, used in uses.items()}
+    play([program], [[*durations, 1.0]], [record], [Beside.even(program, share)], [shifted], queues=queues)
+    return program, record
+
+
+STARTS = tuple(f"copy {place}" for place in range(8))
+
+
+def test_an_exchange_does_not_queue_behind_a_gather_of_another_communicator() -> None:
+    """A gather of 10 s, and after 1 s an exchange of 2 s that a kernel waits for: each has half of the link
+    until the exchange is over, at 5 s. On one stream it would have begun at 10 s."""
+    sent = [("state scale_up", 0.0, 10.0), ("tensor scale_up", 1.0, 2.0)]
+    _, record = _played(sent, {}, waits=1)
+    assert record.ends[3] == pytest.approx(5.0)
+    assert record.ends[1] == pytest.approx(12.0), "nothing of the link's time is lost"
+    waited = dict(record.tallies[0].exposed)
+    assert waited["all_gather"] == pytest.approx(4.0)
+    queued = [("state scale_up", 0.0, 10.0), ("state scale_up", 1.0, 2.0)]
+    assert _played(queued, {}, waits=1)[1].ends[3] == pytest.approx(12.0)
+
+
+def test_one_queue_runs_collectives_of_a_fabric_in_turn() -> None:
+    sent = [("state scale_up", 0.0, 10.0), ("tensor scale_up", 1.0, 2.0), ("world scale_out", 1.0, 2.0)]
+    _, record = _played(sent, {}, waits=1, queues="one")
+    assert [record.ends[place] for place in (1, 3, 5)] == pytest.approx([10.0, 12.0, 3.0])
+    assert [load_stack(name).queue("hopper", fsdp2(8)) for name in STACKS] == ["one", "each", "each"]
+
+
+STACKS = ("megatron-lm", "megatron-fsdp", "torchtitan")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "hidden"), [(1, 1, False), (2, 1, False), (1, 2, False), (2, 1, True)]
+)
+def test_recipes_queue_where_ranks_split_layers_up_to_hopper(tensor: int, context: int, hidden: bool) -> None:
+    strategy = megatron(8, tensor_parallel=tensor, context_parallel=context, expert_parallel=4)
+    strategy = replace(strategy, overlap=replace(strategy.overlap, experts=hidden))
+    found = [load_stack("megatron-bridge").queue(on, strategy) for on in ("ampere", "hopper", "blackwell")]
+    split = tensor * context > 1 and not hidden
+    assert found == ["one" if split else "each"] * 2 + ["each"]
+
+
+def test_links_that_have_room_are_not_shared() -> None:
+    sent = [("state scale_up", 0.0, 10.0), ("tensor scale_up", 1.0, 2.0)]
+    assert _played(sent, {0: (0.25, 0.0), 1: (0.75, 0.0)})[1].ends[3] == pytest.approx(3.0)
+    apart = [("state scale_out", 0.0, 10.0), ("tensor scale_up", 1.0, 2.0)]
+    assert _played(apart, {})[1].ends[3] == pytest.approx(3.0)
+    _, record = _played(apart, {0: (0.5, 1.0)})  # what a gather over NICs moves inside of domains
+    assert record.ends[3] == pytest.approx(4.0)
+    assert record.ends[1] == pytest.approx(11.0)
+
+
+SENT = st.tuples(
+    st.sampled_from(TALKING), st.floats(0.0, 10.0), st.floats(0.01, 10.0), st.floats(0.1, 1.0), st.booleans()
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SENT, min_size=1, max_size=8), st.floats(0.0, 0.5))
+def test_no_link_moves_more_than_its_rate(
+    sent: list[tuple[str, float, float, float, bool]], share: float
+) -> None:
+    """By any time what was moved over a fabric is at most what it moves in that time; collectives of one
+    stream run one after the other; none is faster than alone."""
+    uses = {}
+    for place, (stream, _, _, used, both) in enumerate(sent):
+        up = TALKS[stream] == "scale_up"
+        uses[place] = (used, 0.0) if up else (used if both else 0.0, 1.0)
+    program, record = _played([one[:3] for one in sent], uses, share=share)
+    spans = [
+        (record.starts[2 * place + 1], record.ends[2 * place + 1], one[2]) for place, one in enumerate(sent)
+    ]
+    for (start, end, alone), (stream, begins, *_) in zip(spans, sent, strict=True):
+        assert start >= begins
+        assert end - start >= alone * (1 - 1e-9)
+        mine = [span for span, one in zip(spans, sent, strict=True) if one[0] == stream]
+        assert all(other[0] >= end - 1e-9 or other[1] <= start + 1e-9 for other in mine if other[0] != start)
+    for fabric in (0, 1):
+        for first, *_ in spans:
+            for _, last, _ in spans:
+                inside = [
+                    uses[place][fabric] * one[2]
+                    for place, one in enumerate(spans)
+                    if one[0] >= first and one[1] <= last
+                ]
+                assert sum(inside) <= max(last - first, 0.0) * (1 + 1e-9) + 1e-12
+    assert program.ops[-1].stream == "compute"
+
+
+def test_a_collective_over_nics_uses_links_inside_of_domains_too() -> None:
+    card = load_profile("h100-sxm-80g")
+    inside, across = (Work("all_gather", bytes=8e9, group=CommGroup(*size)) for size in ((8, 8), (64, 8)))
+    assert use(inside, card) == (1.0, 0.0)
+    up, out = use(across, card)
+    assert (out, 0.5 < up < 1.0) == (1.0, True), "a ring brings 7 of 8 parts over links"
+    assert use(Work("all_gather", bytes=8e9, group=CommGroup(8, 1)), card) == (0.0, 1.0)
+    few = Work("all_gather", bytes=8e9, group=CommGroup(8, 8), channels=8)
+    assert use(few, load_profile("gb300-288g"))[0] < 0.7
+    rows = Work("all_to_all", bytes=8e9, group=CommGroup(8, 8, choices=4.0))
+    assert use(rows, card) == (1.0, 0.0)
+    assert use(Work("memory_bound", bytes=8e9), card) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "megatron"])
+def test_each_communicator_has_a_stream(name: str) -> None:
+    strategy = fsdp2(8, context_parallel=2, expert_parallel=4)
+    if name == "megatron":
+        strategy = megatron(8, tensor_parallel=2, expert_parallel=4)
+        hidden = replace(strategy.overlap, grad_reduce=True, param_gather=True)
+        strategy = replace(strategy, overlap=hidden)
+    program = lower(small(), strategy, TrainSpec(seq_len=512, global_batch=8), 8).programs[0]
+    streams = {op.stream for op in program.ops if op.stream in TALKS}
+    own = {"tensor scale_up"} if name == "megatron" else {"sequence scale_up"}
+    assert streams >= {"state scale_up", "experts scale_up", *own}
