@@ -25,7 +25,7 @@ from tests.sim.toys import machine, quantity, small
 H100 = load_profile("h100-sxm-80g")
 STAGES, LAYERS = 4, 4
 MIXTRAL = msgspec.structs.replace(load_model("mixtral_8x7b"), num_hidden_layers=STAGES * LAYERS)
-TRAINING = TrainSpec(seq_len=4096, global_batch=32)
+TRAINING = TrainSpec(seq_len=4096, global_batch=16)
 HIDDEN = 4096 * 4096 * 2 // 2
 """Bytes of a layer's input on one of two tensor-parallel ranks."""
 Recompute = Literal["none", "selective", "full"]

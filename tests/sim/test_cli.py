@@ -77,8 +77,12 @@ def test_search_writes_a_plan_that_reads_back(
     out, plan = Path("s.json"), Path("my [red]:car: plan.yaml")
     options = ["--family", "mop,fsdp2", "--budget", "4", "--top", "3"]
     assert call(monkeypatch, "search", *JOB, *options, "--json", str(out), "--plan", str(plan)) == 0
-    assert f"Written: {plan} (mopexec train --plan '{plan}')" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Written: {plan} (mopexec train --plan '{plan}')" in said
+    assert "tokens/s per rank" in said, "of a CPU"
+    assert "GPU" not in said
     found = json.loads(out.read_text())
+    assert "tokens/s per rank" in found["verdict"]
     assert {"candidates", "bounded", "simulated", "rejected", "seconds", "best", "top"} <= set(found)
     assert len(found["top"]) <= 3
     read = io.load(plan, Plan, "plan")
@@ -108,19 +112,6 @@ def test_names_are_listed_a_line_each(
     assert says in line
     assert call(monkeypatch, "list", kind, "--json", "-") == 0
     assert list(json.loads(capsys.readouterr().out)) == [line.split()[0] for line in lines]
-
-
-def test_tokens_of_a_cpu_are_per_rank(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    out = tmp_path / "s.json"
-    assert (
-        call(monkeypatch, "search", *JOB, "--family", "mop,fsdp2", "--budget", "2", "--json", str(out)) == 0
-    )
-    said = capsys.readouterr().out
-    assert "tokens/s per rank" in said
-    assert "GPU" not in said
-    assert "tokens/s per rank" in json.loads(out.read_text())["verdict"]
 
 
 def test_a_report_that_cannot_be_written_leaves_no_json(
@@ -231,6 +222,7 @@ def test_nothing_fits_is_told_by_the_exit_code_and_a_plan_of_nothing_is_not_writ
     assert call(monkeypatch, "search", *job, *options) == 3
     found = json.loads(out.read_text())
     assert found["best"] is None
+    assert found["why"]
     assert "nothing fits" in found["verdict"]
     assert not plan.exists()
 

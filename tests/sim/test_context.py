@@ -233,7 +233,7 @@ def test_the_help_names_the_contenders() -> None:
 def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = (
         "mopsim context --model mixtral_8x7b --hardware cpu-2core --nodes 1 --seq-len 1K --budget 1 --jobs 1 "
-        f"--contender fsdp2_device --out {tmp_path / 'report'}"
+        f"--out {tmp_path / 'report'}"
     )
     assert code_of(command, monkeypatch) == 3
     curves = json.loads((tmp_path / "report" / "context.json").read_text())["cases"][0]["curves"]

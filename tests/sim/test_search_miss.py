@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import mopsim
-from mopsim.cli import app
 from mopsim.common.working import near_batches
 from mopsim.search import Options, SearchResult, miss
 from mopsim.search.miss import would_fit
@@ -41,15 +40,6 @@ def test_a_miss_of_device_and_host_names_both() -> None:
     device, host = one.missing_bytes
     assert device == one.peak_memory - one.memory_limit > 0
     assert host == one.host_memory - one.host_limit > 0
-
-
-def test_the_command_ends_with_3_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--model mixtral_8x7b --hardware cpu-2core --seq-len 256 --global-batch 2 --budget 2"
-    code = app(["search", *arguments.split(), "--family", "fsdp2", "--json", "-"], standalone_mode=False)
-    assert code == 3
-    said = capsys.readouterr()
-    assert '"why"' in said.out
-    assert "nothing fits" in said.err or "nothing to run" in said.err
 
 
 @pytest.mark.parametrize(
