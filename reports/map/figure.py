@@ -27,13 +27,14 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], context: Callable[[int], st
     contexts = sorted({row["seq_len"] for row in rows})
     columns = 2 if len(clusters) > 1 else 1
     lines = -(-len(clusters) // columns)
-    with figure(path, 7.2 * columns, 0.75 + (0.9 + 0.62 * len(models)) * lines, lines, columns) as axes:
-        for axis, cluster in zip(axes, clusters, strict=False):
+    with figure(path, 7.2 * columns, 1.0 + (0.9 + 0.62 * len(models)) * lines, lines, columns) as axes:
+        for at, (axis, cluster) in enumerate(zip(axes, clusters, strict=False)):
             here = [row for row in rows if row["cluster"] == cluster]
             for row in here:
                 _cell(axis, row, contexts.index(row["seq_len"]), models.index(row["model"]))
             axis.set(
                 title=cluster,
+                xlabel="sequence length, tokens" if at >= len(clusters) - columns else "",
                 xlim=(0, len(contexts)),
                 ylim=(len(models), 0),
                 xticks=[0.5 + i for i in range(len(contexts))],
@@ -58,8 +59,8 @@ def legend(rows: Sequence[dict[str, Any]]) -> tuple[list[Patch], str]:
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in winners]
     if lost:
         odds = " (P: the highest of those named)" if any(map(_likely, lost)) else ""
-        handles.append(Patch(color=NOTHING, label=f"no plan fits with {SURE:g}{odds}"))
-    alone = f"only one: no other family has a plan that fits with {SURE:g}, as described"
+        handles.append(Patch(color=NOTHING, label=f"no plan fits with a probability of {SURE:g}{odds}"))
+    alone = f"only one: no other family has a plan that fits with a probability of {SURE:g}, as described"
     marks = {
         f"hatched, ?: faster with a probability below {SURE:g}": not all(map(sure, won)),
         alone: any(row["lead"] is None for row in won),

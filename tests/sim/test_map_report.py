@@ -67,7 +67,7 @@ def test_the_legend_has_what_is_drawn_alone() -> None:
     for rows, shown, missing in (
         ([SURELY], ("in a cell", "?: faster"), ("P:", "only one", "no plan")),
         ([KERNELS], ("in a cell",), ("hatched", "only one")),
-        ([SURELY, cell({}, {})], ("no plan fits with 0.9",), ("P:",)),
+        ([SURELY, cell({}, {})], ("no plan fits with a probability of 0.9",), ("P:",)),
         ([RISKY], ("P: the highest",), ("in a cell", "hatched", "only one")),
         ([cell({"mop": family(200, 1.0)}, {})], ("only one",), ("hatched", "no plan")),
     ):
