@@ -34,6 +34,8 @@ STRIDED: dict[str, float] = RATES["strided"]["per_second"]
 """Elements a second that torch's elementwise kernels follow by strides, by architecture."""
 RANKED: dict[str, float] = RATES["ranked"]["per_second"]
 """Numbers a second that torch.topk ranks in short rows, by architecture."""
+DOTS: dict[str, float] = RATES["dots"]["per_second"]
+"""Elements a second of rows that torch.bmm multiplies with a few others each, by architecture."""
 
 
 def matmul_curve(
@@ -122,6 +124,8 @@ def memory_bound(work: Work, profile: HardwareProfile) -> float:
         seconds += max(0.0, work.strided / pace - work.strided_bytes / bandwidth.si)
     if work.ranked and device.architecture in RANKED:
         seconds += work.ranked / RANKED[device.architecture]
+    if work.dots and device.architecture in DOTS:
+        seconds += work.dots / DOTS[device.architecture]
     return seconds + launches * device.launch_overhead.si
 
 

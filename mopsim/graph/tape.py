@@ -77,7 +77,8 @@ class Kernel(Struct, frozen=True):
     buffer. weighted: whether a norm has a weight. per_row: bytes of one number for each of the rows that a
     norm makes. casts, back_casts: whether it casts its input and its output's gradient, where products are in
     8 or 4 bits. back_serial: rows that its backward adds to one row, one after the other. back_sums: elements
-    that it adds by atomic operations. strided, back_strided: see Strided.
+    that it adds by atomic operations. back_dots: bytes of rows, in the compute dtype, whose elements a
+    batched product in fp32 meets with a few rows each. strided, back_strided: see Strided.
     group: whose ranks a collective joins. region: of kernels that run again for their own backward, whatever
     else is recomputed. beside: a collective beside which what follows runs, up to the first kernel that needs
     what it brings.
@@ -109,6 +110,7 @@ class Kernel(Struct, frozen=True):
     ranked: float = 0.0
     back_serial: float = 0.0
     back_sums: float = 0.0
+    back_dots: float = 0.0
     strided: Strided = Strided()
     back_strided: Strided = Strided()
     group: str = ""

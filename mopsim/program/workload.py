@@ -65,7 +65,8 @@ class Work(Struct, frozen=True):
     drops: attention draws a dropout mask inside its kernel. gradient: of a product that makes a weight
     gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
     indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. ordered:
-    elements that several rows, sorted, add to one. serial: rows added to one row, one after the other.
+    elements that several rows, sorted, add to one. serial: rows added to one row, one after the other. dots:
+    elements of rows that torch.bmm multiplies in fp32 with a few others each.
     ranked: numbers that torch.topk ranks. chunked: elements that torch's _chunk_cat copies. strided: elements
     that torch's elementwise kernels follow by strides, one after the other, and the bytes that these move,
     among the others.
@@ -95,6 +96,7 @@ class Work(Struct, frozen=True):
     ordered: float = 0.0
     chunked: float = 0.0
     ranked: float = 0.0
+    dots: float = 0.0
     strided: float = 0.0
     strided_bytes: float = 0.0
     duplex: bool = False

@@ -256,6 +256,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not size and not launches:
         return ()
     serial = 0.0 if forward else kernel.back_serial
+    dots = 0.0 if forward else kernel.back_dots / context.b
     strided = kernel.strided if forward else kernel.back_strided
     ranked = kernel.ranked if forward and context.stack.kernels.top_k == "torch" else 0.0
     cut = _cut(kernel, forward, context)
@@ -263,7 +264,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         Work(
             "memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, ordered=ordered,
             serial=serial, host=cut, strided=strided.size / context.b, strided_bytes=strided.bytes,
-            ranked=ranked,
+            ranked=ranked, dots=dots,
         ),
     )  # fmt: skip
 

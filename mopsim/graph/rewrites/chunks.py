@@ -73,7 +73,7 @@ def _part(kernel: Kernel, share: float, suffix: str, inner: set[str], region: st
         part.renamed(lambda name: name + suffix if name in inner else name),
         matmuls=tuple(replace(one, m=one.m * share) for one in kernel.matmuls),
         back_serial=kernel.back_serial * share,
-        back_sums=kernel.back_sums * share,
+        back_sums=kernel.back_sums * share, back_dots=kernel.back_dots * share,
         scratch=scaled(kernel.scratch), weight_grad=kernel.weight_grad - added,
         back_scratch=(*scaled(kernel.back_scratch), *((("activations", added),) if added else ())),
         region=region, beside=kernel.kind == "all_to_all",

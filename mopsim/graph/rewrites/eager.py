@@ -55,8 +55,9 @@ def composed(
     inputs = str(ways.get("weighted_inputs", "tokens"))
     if rows in ("composed", "wide", "added"):
         found = _weighted(
-            found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once, inputs == "tokens"
-        )
+            found, wide / b if rows == "wide" else 1.0, rows == "added" and not sent_once, inputs == "tokens",
+            rows == "wide" and ways.get("row_sums") == "sorted",
+        )  # fmt: skip
     if inputs != "tokens":
         found = weighed_apart(found, inputs, wide / b)
     if rows == "added" and not sent_once:
@@ -77,14 +78,15 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
 
 
 def _weighted(
-    kernels: tuple[Kernel, ...], wider: float, added: bool = False, anew: bool = True
+    kernels: tuple[Kernel, ...], wider: float, added: bool = False, anew: bool = True, batched: bool = False
 ) -> tuple[Kernel, ...]:
     """Route weights outside of the products: before an exchange that sums what it returns; else at home,
     where rows are put in the order of their tokens and summed by one product with the weights, for whose
     gradient autograd keeps them, in numbers `wider` than they came. Before such an exchange ranks tell each
     other how many rows go where; rows that do not travel lie in the order of experts already. added: no such
     product (see _added). Weights that rows read before they leave multiply them there, for whose gradient
-    their tokens are kept where their rows are made anew, and nothing at home."""
+    their tokens are kept where their rows are made anew, and nothing at home. batched: the product with the
+    weights is torch.bmm, one token's rows at a time."""
     last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
     if last is None:
         return kernels
@@ -122,7 +124,7 @@ def _weighted(
             )  # fmt: skip
             kernel = replace(
                 kernel, reads=("home", *kernel.reads[1:]), saves=("home",), indexed=False,
-                bytes=float(home.bytes + out), back_bytes=3.0 * home.bytes,
+                bytes=float(home.bytes + out), back_bytes=3.0 * home.bytes, back_dots=float(out) * batched,
             )  # fmt: skip
         found.append(kernel)
     return tuple(found)
