@@ -300,6 +300,7 @@ def test_routes_are_forced_where_a_row_says_so() -> None:
     cells = {"model": "qwen3_30b_a3b", "ep": "8", "etp": "1", "stack": "torchtitan", "routing": "balanced"}
     for notes, routing in (
         ("forced balance, no graphs", "forced"), ("fake balanced gate", "forced"), ("", "balanced"),
+        ("even routing (forced)", "forced"),
         ("--moe-router-force-load-balancing", "forced"), ("moe_router_force_load_balancing", "forced"),
         ("real C4 without forced balance", "balanced"), ("force_load_balance=false", "balanced"),
     ):  # fmt: skip
