@@ -120,8 +120,7 @@ SPANS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize(("name", "dtype"), halved(SPANS, ("bfloat16", "float32")))
 def test_a_cpu_attends_span_by_span(name: str, dtype: Any) -> None:
     """Beside the whole results are a span's: peaks of documents were 2.6 % low, in fp32 6. Autograd keeps no
     normed values of a norm without a weight: 4 and 3 % high."""

@@ -56,36 +56,37 @@ def test_under_fsdp2(name: str, recompute: Any) -> None:
     _check(model, strategy, TrainSpec(seq_len=2048, global_batch=2 * strategy.data_groups), 0.01)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"expert_parallel": 2}, TWO, TWO | FULL, {"tensor_parallel": 2, "expert_tensor_parallel": 2}],
-    ids=["experts", "tensors", "tensors, full", "experts' tensors"],
-)
-@pytest.mark.parametrize("model", [TWO_MATRICES, NETWORKS["LayerNorm"], GPT], ids=["two", "norms", "GPT"])
-def test_under_split_modules(model: ModelSpec, options: dict[str, Any]) -> None:
-    _check_stages(_split(2, {**options, "model": model}), 0.01)
+SPLITS: dict[str, dict[str, Any]] = {
+    "experts": {"expert_parallel": 2},
+    "tensors": TWO,
+    "tensors, full": TWO | FULL,
+    "experts' tensors": {"tensor_parallel": 2, "expert_tensor_parallel": 2},
+}
+MODELS = {"two": TWO_MATRICES, "norms": NETWORKS["LayerNorm"], "GPT": GPT}
+
+
+@pytest.mark.parametrize(("name", "options"), halved(MODELS, SPLITS))
+def test_under_split_modules(name: str, options: str) -> None:
+    _check_stages(_split(2, {**SPLITS[options], "model": MODELS[name]}), 0.01)
 
 
 TIED = msgspec.structs.replace(SMALL, tie_word_embeddings=True, vocab_size=65536)
 """One weight for embedding and head, of which each gradient is as large as all else of the network."""
 
 
-@pytest.mark.parametrize("loss", ["full", "chunked"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"recompute": "none"},
-        TWO,
-        {"recompute": "none", "reshard_after_forward": False},
-        {"offload": True},
-    ],
-    ids=["full", "kept", "tensors", "whole", "offloaded"],
-)
-def test_one_weight_under_fsdp2(options: dict[str, Any], loss: Any) -> None:
+SHARDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "tensors": TWO,
+    "kept": {"recompute": "none"},
+    "whole": {"recompute": "none", "reshard_after_forward": False},
+    "offloaded": {"offload": True},
+}
+
+
+@pytest.mark.parametrize(("name", "loss"), [*halved(SHARDS, ("full", "chunked")), ("full", "chunked")])
+def test_one_weight_under_fsdp2(name: str, loss: Any) -> None:
     """Where it was gathered for each and its gradients were summed apart, 17 % of GPT-3 5B's peak lacked."""
-    if loss == "chunked":
-        options = options | {"loss_chunk_tokens": 128}
+    options = SHARDS[name] | ({"loss_chunk_tokens": 128} if loss == "chunked" else {})
     strategy = fsdp2(2, **options, loss=loss)
     _check(TIED, strategy, TrainSpec(seq_len=512, global_batch=2 * strategy.data_groups), 0.01)
 

@@ -157,10 +157,8 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "ulysses": (4, {**TWO, "context_parallel": 2, "context_exchange": "ulysses"}),
     "stages": (2, STAGES),
-    "stages, full": (2, STAGES | FULL),
     "stages, inputs on the host": (2, STAGES | HOST),
     "stages of tensors": (4, STAGES | TWO),
-    "stages of tensors, full": (4, STAGES | TWO | FULL),
     "four stages": (4, {"pipeline_parallel": 4, "model": DEEP}),
     "halves": (2, HALVES),
     "halves, full": (2, HALVES | FULL),
@@ -170,7 +168,6 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "halves of tensors, full": (4, HALVES | TWO | FULL),
     "halves of a ring": (4, HALVES | {"context_parallel": 2, "expert_parallel": 2}),
     "halves of four stages": (4, HALVES | {"pipeline_parallel": 4, "model": DEEP}),
-    "halves of four stages, full": (4, HALVES | FULL | {"pipeline_parallel": 4, "model": DEEP}),
     "halves with sinks": (2, HALVES | {"model": SINKS}),
     "stages in turn": (2, IN_TURN),
     "stages in turn, full": (2, IN_TURN | FULL),
@@ -203,9 +200,7 @@ def _check_stages(plan: Plan, within: float) -> None:
 
 
 SPLIT |= {
-    "fp32": (2, {"dtype": "float32"}),
     "fp32 of tensors": (2, TWO | {"dtype": "float32"}),
-    "sinks": (2, {"model": SINKS}),
     "sinks of tensors": (2, TWO | {"model": SINKS}),
     "mixed layers": (2, {"model": MIXED, "expert_parallel": 2}),
     "mixed layers in stages": (2, STAGES | {"model": MIXED}),

@@ -143,7 +143,7 @@ def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, Spac
     return space, SpaceFacts.of(space)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     narrow=st.sampled_from(NARROW),
     family=st.sampled_from(IN_8_BITS),
@@ -223,8 +223,8 @@ def test_search_without_a_budget_finds_the_best_of_all() -> None:
     ("options", "memory"),
     [
         (Options(("fsdp2",), budget=10), None),
-        (Options(("fsdp2", "mop", "zero_offload"), budget=20), 70e6),
-        (Options(("mop", "megatron"), budget=8), None),
+        (Options(("fsdp2", "mop", "zero_offload"), budget=8), 70e6),
+        (Options(("mop", "megatron"), budget=4), None),
         (Options(("mop",), budget=15), 2e6),
         (Options(("mop",), budget=15, any_routing=True), 30e6),
     ],
@@ -309,8 +309,8 @@ def test_only_what_mopexec_runs_if_asked() -> None:
     found = search(Problem(model, hardware, 1, training, runnable=True), Options(("megatron",), budget=3))
     assert found.simulated == 0
     assert "is a stack that mopexec does not run" in found.verdict()
-    anyway = search(Problem(model, hardware, 1, training), Options(("megatron",), budget=3))
-    assert anyway.simulated == 3
+    anyway = search(Problem(model, hardware, 1, training), Options(("megatron",), budget=1))
+    assert anyway.simulated == 1
 
 
 def test_more_memory_never_makes_the_best_slower() -> None:
