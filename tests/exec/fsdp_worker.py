@@ -59,16 +59,13 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
         "offload": True,
     }  # fmt: skip
     found = {"everything": (make(**everything, prefetch=2), "learned")}
-    if world < 4:  # alone, on four ranks as on two; others on four are in sharded_plans
+    if world < 4:  # on four ranks as on two, what "everything" has not; others on four are in sharded_plans
         found |= {
             "plain": (make(), "learned"),
-            "ulysses": (make(context_parallel=world), "learned"),
-            "experts_world": (make(expert_parallel=world, recompute="full"), "learned"),
             "everything_skewed": (make(**everything), "60/3"),
             "everything_float32": (make(**everything, dtype="float32"), "learned"),
             "bfloat16": (make(**everything, dtype="bfloat16"), "learned"),
             "chunked_microbatches": (make(loss="chunked", loss_chunk_tokens=5, micro_batch=2), "learned"),
-            "offload": (make(offload=True, expert_parallel=pair, recompute="full"), "learned"),
             "no_prefetch": (make(prefetch=0, recompute="full", expert_parallel=pair), "learned"),
             "zero2": (make(reshard_after_forward=False), "learned"),
             "boundaries_on_host": (

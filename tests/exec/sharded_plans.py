@@ -52,7 +52,6 @@ def four() -> dict[str, Plan]:
         ),
         "stages in halves": make(**STAGES, expert_parallel=2, changes=HALVES),
         "stages in halves, tensors": make(tensor_parallel=2, **STAGES, changes=HALVES, recompute="full"),
-        "stages and tensors": make(tensor_parallel=2, **STAGES, recompute="full"),
     }
 
 

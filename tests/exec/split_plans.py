@@ -129,12 +129,6 @@ def four() -> dict[str, Plan]:
             expert_parallel=2,
             changes=HALVES,
         ),
-        "stages and tensors": make(
-            pipeline_parallel=2,
-            tensor_parallel=2,
-            expert_parallel=2,
-            micro_batch=2,
-        ),
         "replicated": make(tensor_parallel=2, changes={"dense": {"fsdp": 1}, "experts": {"expert_fsdp": 2}}),
     }
 

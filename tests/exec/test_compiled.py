@@ -60,7 +60,6 @@ def parts(**options: Any) -> Strategy:
 WITHOUT_MTP = replace(LATENT, num_nextn_predict_layers=0)
 KEPT = ("attention_core", "dispatch", "experts_up")
 CASES: dict[str, tuple[Plan, str]] = {
-    "grouped, kept": (compiled(shard(recompute="none")), "learned"),
     "grouped, everything": (compiled(shard(**EVERYTHING)), "learned"),
     "latent, recomputed but for what is between graphs": (
         compiled(kept(shard(expert_parallel=2), *KEPT), LATENT, **LOSSES),

@@ -49,7 +49,6 @@ def test_so_do_those_of_a_weight_that_embedding_and_head_share(tmp_path):
         in_float64(small_plan(1, **TRAINING)),
         fsdp2_plan(2, expert_parallel=2, recompute="full"),
         split_plan(2, tensor_parallel=2),
-        in_float64(small_plan(2, **TRAINING)),
     ]
     gpt = {"tie_word_embeddings": True, "learned_positions": 64}
     _check([replace(plan, model=replace(plan.model, **gpt)) for plan in plans], tmp_path)
