@@ -79,6 +79,8 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "no torchtitan, our own trainer", "zero3", "generic-eager"),
         ("new", "DeepSpeed ZeRO-3", "zero3", "deepspeed"),
         ("new", "Megatron-DeepSpeed", "zero1", "megatron-deepspeed"),
+        ("new", "GPT-NeoX (DeeperSpeed) of 2023-01", "zero1", "gpt-neox"),
+        ("new", "Megatron-DeepSpeed, GPT-NeoX tokenizer", "zero1", "megatron-deepspeed"),
         ("dgxc-nemo-2505", "", "zero1", "nemo"),
         ("nemo-rl-9", "", "zero1", "nemo-rl"),
         ("nemo-rl", "", "zero1", "nemo-rl"),
