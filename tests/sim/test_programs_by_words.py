@@ -376,3 +376,19 @@ def test_mlperf_has_one_queue_where_recipes_have_more() -> None:
         found = read_case(row(**cells), MODELS)
         made = found.program()
         assert [made.queue(on, found.strategy) for on in ("hopper", "blackwell")] == queues
+
+
+def test_words_say_where_weight_gradients_are_added() -> None:
+    for notes in (
+        "gradient-accumulation fusion off",
+        "--no-gradient-accumulation-fusion",
+        "gradient accumulation not fused",
+    ):
+        assert (
+            read_case(row(stack="megatron-lm", notes=notes), MODELS).program().kernels.weight_grads
+            == "composed"
+        )
+    fused = read_case(row(stack="megatron-lm", notes="gradient accumulation fused"), MODELS)
+    assert fused.program().kernels.weight_grads == "fused"
+    neox = read_case(row(notes="GPT-NeoX of 2023-01, flash attention"), MODELS)
+    assert (neox.stack, neox.program().attention) == ("gpt-neox", "flash1")
