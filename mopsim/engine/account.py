@@ -188,6 +188,8 @@ def _idle(played: PlayedStep, strategy: Strategy) -> int:
     sharding = workload.stack.under(strategy.dense.zero).sharding
     at_loss = ledger.peak_op is not None and ledger.peak_op.component == "vocabulary"
     cast = workload.cast if at_loss else 0
+    if sharding.one_pool:
+        return cast
     if sharding.fsdp:
         return ledger.rest + high["gathered"] + high["grads"] - ledger.peak + cast
     passes = [size for phase, size in ledger.by_phase.items() if phase != "optimizer"]

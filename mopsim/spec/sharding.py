@@ -132,6 +132,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     waits for (XLA's combiners with thresholds above a layer's size).
     loop_copies: copies of the shards of all layers' parameters, as wide as the shards, that are laid out by
     layer for the loop and live through the step.
+    one_pool: what FSDP gathers and reduces is allocated on the kernels' stream, and they take its blocks when
+    it is freed (functional collectives of a traced graph). false: on streams of its own.
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards). false: each is sharded over as many ranks as the strategy asks.
     agreements: at the end of a step ranks sum the loss and each router's load, in one exchange each.
@@ -182,6 +184,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     loop: Literal["none", "pipelined", "apart", "together"] = "none"
     loop_copies: float = 0.0
     one_mesh: bool = False
+    one_pool: bool = False
     agreements: bool = False
     tied: Literal["apart", "one"] = "apart"
     abreast: bool = False

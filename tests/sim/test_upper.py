@@ -174,6 +174,18 @@ def test_what_is_reserved_is_each_pool_at_its_own_highest() -> None:
     assert other.reserved_memory == other.peak_memory
 
 
+def test_what_a_traced_graph_gathers_lies_in_the_kernels_pool() -> None:
+    strategy, training = fsdp2(2, dtype="bfloat16"), TrainSpec(seq_len=64, global_batch=2)
+    apart, one = (
+        simulate(
+            small(), machine(), 1, strategy, training,
+            Stack(name=str(pool), sharding=Sharding(fsdp=True, one_pool=pool)),
+        )
+        for pool in (False, True)
+    )  # fmt: skip
+    assert one.reserved_memory == one.peak_memory == apart.peak_memory < apart.reserved_memory
+
+
 def test_idle_blocks_are_not_what_the_verdict_counts() -> None:
     """They are reserved, and given back where they are in the way."""
     result = played(machine(), "fsdp2")
