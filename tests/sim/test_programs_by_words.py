@@ -384,11 +384,14 @@ def test_words_say_where_weight_gradients_are_added() -> None:
         "--no-gradient-accumulation-fusion",
         "gradient accumulation not fused",
     ):
-        assert (
-            read_case(row(stack="megatron-lm", notes=notes), MODELS).program().kernels.weight_grads
-            == "composed"
-        )
+        found = read_case(row(stack="megatron-lm", notes=notes), MODELS)
+        assert found.program().kernels.weight_grads == "composed"
     fused = read_case(row(stack="megatron-lm", notes="gradient accumulation fused"), MODELS)
     assert fused.program().kernels.weight_grads == "fused"
     neox = read_case(row(notes="GPT-NeoX of 2023-01, flash attention"), MODELS)
     assert (neox.stack, neox.program().attention) == ("gpt-neox", "flash1")
+
+
+def test_megatron_deepspeed_leaves_swiglu_and_rotary_embedding_to_torch() -> None:
+    made = read_case(row(stack="megatron-deepspeed", model="llama3_8b", recompute="full"), MODELS).program()
+    assert (made.kernels.activation, made.kernels.rotary) == ("strided", "halves")
