@@ -263,6 +263,7 @@ ELSEWHERE = {
     "stack.sharding.reductions",  # of ZeRO-2 and 3 without FSDP: tests/sim/test_flat_update.py
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py
     "stack.sharding.one_pool",  # of blocks that stay reserved: tests/sim/test_upper.py
+    "stack.sharding.abreast",  # without it such a strategy is no job: tests/sim/test_side_by_side.py
     "stack.sharding.optional",  # without it a strategy below ZeRO-2 is no job at all
     "stack.sharding.host_room",  # of ZeRO-1's gradients on the host: tests/sim/test_flat_update.py
     "stack.sharding.searched",  # of gradients on the device in bf16: tests/sim/test_flat_update.py
