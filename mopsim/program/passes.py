@@ -383,7 +383,8 @@ class Passes:
         activations, own = self.context.strategy.activations, self.context.stack.recompute
         how, kept = self._how(tape)
         within, apart = self.context.stack.kernels.norm_within, () if own.around else AROUND
-        return plan(tape, how, activations.modules, kept, own.stops_early, apart, within)
+        scattered = own.sums == "scattered"
+        return plan(tape, how, activations.modules, kept, own.stops_early, apart, within, scattered)
 
 
 def _holding(played: list[Played], one: Step) -> list[Played]:

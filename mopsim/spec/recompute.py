@@ -23,6 +23,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
     others again (needs dense.tensor_parallel 1, else the field `selective` counts).
     kept_routed: the same for layers with routed experts, whatever splits them; empty: the kernels of
     `kept`.
+    sums: of a kept product whose ranks have partial sums. `partial`: these stay. `scattered`: what a
+    reduce-scatter makes of them stays in their place.
     selective: modules that `selective` without a list of modules runs again.
     chunk_inputs: the tensors that the backward of chunked experts reads. `redispatch`: they are sent again.
     `nested`: the layer's recomputation runs the experts and keeps them, and each chunk's backward runs its
@@ -43,6 +45,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
     holds_output: bool = False
     kept: tuple[str, ...] = ()
     kept_routed: tuple[str, ...] = ()
+    sums: Literal["partial", "scattered"] = "partial"
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested", "autograd"] = "redispatch"
     inputs: Literal["ahead", "asked"] = "ahead"

@@ -262,6 +262,7 @@ ELSEWHERE = {
     "stack.communication_share",  # jobs this small wait for the host, not for the SMs
     "stack.sharding.reductions",  # of ZeRO-2 and 3 without FSDP: tests/sim/test_flat_update.py
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py
+    "stack.recompute.sums",  # of named kept products on tensor ranks: tests/sim/test_kept_activations.py
     "stack.sharding.one_pool",  # of blocks that stay reserved: tests/sim/test_upper.py
     "stack.sharding.abreast",  # without it such a strategy is no job: tests/sim/test_side_by_side.py
     "stack.sharding.optional",  # without it a strategy below ZeRO-2 is no job at all

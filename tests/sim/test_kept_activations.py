@@ -40,6 +40,21 @@ def test_activations_of_a_gpt_layer(tensor: int) -> None:
     assert boundary == 2 * s * h // tensor
 
 
+def test_a_kept_product_of_partial_sums_may_stay_scattered() -> None:
+    model, s, tensor = load_model("gpt3_175b"), 2048, 2
+    tape = decoder_layer(model, Shapes(s // tensor, s, tensor=tensor, fused=True), 0)
+    kept = [
+        sum(
+            size
+            for item in forward(tape, plan(tape, "full", (), ("o_proj",), scattered=one))
+            for _, size in item.memory
+        )
+        for one in (False, True)
+    ]
+    whole = 2 * s * model.hidden_size
+    assert kept == [whole // tensor + whole, whole // tensor + whole // tensor]
+
+
 def test_selective_recomputation_drops_what_it_names() -> None:
     model = load_model("deepseek_v3")
     shapes = Shapes(4096, 4096, fused=True)

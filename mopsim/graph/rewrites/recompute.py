@@ -40,12 +40,12 @@ DISCARDED = ("layernorm", "moe_act", "mla_up_proj")
 
 def plan(
     tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False,
-    apart: Collection[str] = (), within: Collection[str] = (),
+    apart: Collection[str] = (), within: Collection[str] = (), scattered: bool = False,
 ) -> Recomputation:  # fmt: skip
     """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out. early: it
     stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop). apart:
     kernels that belong to no module. within: products whose kernel has the norm before them too, whose output
-    it then keeps.
+    it then keeps. scattered: of a kept product of partial sums, what a reduce-scatter makes of them is kept.
     """
     outside, saved = tape.outside, tape.kept
     alone = _alone(tape, kept)
@@ -56,9 +56,10 @@ def plan(
         count = len(tape.kernels)
         wanted = [i for i in range(count) if i not in own | after and _made(tape, {i}) & saved]
         end = max(wanted, default=-1) + 1 if early or own else count
-        again = frozenset(i for i in range(end) if tape.kernels[i].name not in kept) - own - after
+        left, sums = _left_out(tape, kept, scattered)
+        again = frozenset(range(end)) - left - own - after
         again -= _idle(tape, again, saved)
-        made = _made(tape, [i for i in range(count) if tape.kernels[i].name in kept])
+        made = _made(tape, left) - sums
         made |= _made(tape, after) & saved
         regions = [region for region in (again, *alone) if _made(tape, region) & (saved - made)]
         passed = (made - saved - outside) & (_read(tape, again) - _read(tape, own | after))
@@ -82,6 +83,17 @@ def plan(
                 dropped |= lost
     needed = set().union(*(_read(tape, region) - _made(tape, region) for region in regions)) - outside
     return Recomputation(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
+
+
+def _left_out(tape: Tape, kept: tuple[str, ...], scattered: bool) -> tuple[frozenset[int], set[str]]:
+    """Kernels that are kept; if `scattered`, with the reduce-scatter of what one makes, which stays in the
+    place of the partial sums: these."""
+    named = {i for i, kernel in enumerate(tape.kernels) if kernel.name in kept}
+    partial = _made(tape, named)
+    kernels = enumerate(tape.kernels)
+    found = {i for i, kernel in kernels if kernel.kind == "reduce_scatter" and {*kernel.reads} <= partial}
+    scatters = found if scattered else set[int]()
+    return frozenset(named | scatters), _read(tape, scatters)
 
 
 def _idle(tape: Tape, again: frozenset[int], saved: set[str]) -> frozenset[int]:
