@@ -318,8 +318,9 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
         assert programs <= set(list_stacks())
         assert {one.hardware for one in quantity.cells} <= set(list_profiles())
         assert 0.3 < quantity.deviations.widening < 3
-        assert (quantity.deviations.unseen > 0) == (quantity not in guesses)
-        assert (quantity.deviations.unseen_share < 1) == (quantity is known_errors().peak_memory)
+        assert quantity.deviations.unseen > 0 or quantity in guesses  # which are of programs not described
+        some = quantity in (known_errors().peak_memory, known_errors().guesses.peak_memory)
+        assert (quantity.deviations.unseen_share < 1) == (some and quantity.deviations.unseen > 0)
         timed = quantity in (known_errors().step_time, known_errors().guesses.step_time)
         assert set(quantity.parts) == ({ALWAYS, *STEP_PARTS} if timed else set())
         assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))
