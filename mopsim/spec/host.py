@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from mopsim.common.errors import require
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS
 from mopsim.spec.kernels import DEFAULT
@@ -94,4 +95,5 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_known("graphs", self.graphs, ("step", *COMPONENTS))
         require_between(self, 0, MOST_READS, "message_reads", "collections", "products")
+        require(DEFAULT in self.queues, "queues", self.queues, f"must have {DEFAULT!r}, of all others")
         require_between(self, 1, MOST_DOCUMENTS, "documents")

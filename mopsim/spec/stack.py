@@ -155,6 +155,7 @@ class Stack(Spec, frozen=True, kw_only=True):
             "compiled.kernels.attention": (self.compiled.get("kernels.attention", {}), words),
             "communication_share": (self.communication_share, (DEFAULT,)),
             "host.queues": (self.host.queues, (DEFAULT,)),
+            "compiled.host.queues": (self.compiled.get("host.queues", {}), (DEFAULT,)),
         }
         for field, (entries, keys) in parts.items():
             known = {*keys, *DEVICE_ARCHITECTURES, architecture or DEFAULT}

@@ -106,3 +106,12 @@ def test_an_unknown_architecture_of_compiled_blocks_is_refused() -> None:
     stack = replace(FLAT, compiled={"kernels.attention": {"default": "cpu", "hoper": "cudnn"}})
     with pytest.raises(SpecError, match=r"^stack\.compiled\.kernels\.attention: 'hoper' is not one of"):
         stack.check_architecture("")
+    stack = replace(FLAT, compiled={"host.queues": {"default": "one", "hoper": "each"}})
+    with pytest.raises(SpecError, match=r"^stack\.compiled\.host\.queues: 'hoper' is not one of"):
+        stack.check_architecture("")
+
+
+def test_queues_say_what_other_architectures_have() -> None:
+    for queues in ({}, {"blackwell": "one"}):
+        with pytest.raises(SpecError, match=r"^queues: .* must have 'default', of all others"):
+            replace(FLAT.host, queues=queues)
