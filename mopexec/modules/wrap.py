@@ -25,6 +25,7 @@ from mopexec.modules.slices import Block, part_of
 from mopexec.operators.dtypes import of_name
 from mopexec.weights.load import fill_block
 from mopexec.weights.source import Source
+from mopsim.spec.layout import even_dim
 from mopsim.spec.strategy import Strategy
 
 
@@ -57,13 +58,6 @@ def _parts(network: RankNetwork, mesh: Mesh) -> dict[str, Block]:
     return found
 
 
-def shard_dim(local_shape: tuple[int, ...], degree: int) -> int:
-    """Which dimension of an expert stack [E/Ep, ., .] its replicas split: the experts, where they divide
-    evenly."""
-    even = [dim for dim, size in enumerate(local_shape) if size % degree == 0]
-    return even[0] if even else 0
-
-
 def _shard(model: Any, strategy: Strategy, meshes: FsdpMeshes, platform: Platform) -> None:
     """`fully_shard` per experts, layer, embedding, (final norm, head), and the root, innermost first."""
     precision = strategy.precision
@@ -80,7 +74,7 @@ def _shard(model: Any, strategy: Strategy, meshes: FsdpMeshes, platform: Platfor
     degree = strategy.experts.expert_fsdp
 
     def placement(parameter: Tensor) -> Shard:
-        return Shard(shard_dim(tuple(parameter.shape), degree))
+        return Shard(even_dim(parameter.shape, degree))
 
     for layer in model.blocks():
         if layer.is_moe:

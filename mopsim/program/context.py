@@ -47,8 +47,8 @@ class Context:
     @cached_property
     def layers(self) -> dict[int, list[ShardedUnit]]:
         """Units of every layer."""
-        apart, joined = max(1, self.expert_modules), self.stack.sharding.mtp_projection == "whole"
-        return all_layer_units(self.model, self.strategy, apart=apart, joined=joined)
+        apart = max(1, self.expert_modules)
+        return all_layer_units(self.model, self.strategy, self.stack.sharding, apart=apart)
 
     @property
     def tokens(self) -> int:

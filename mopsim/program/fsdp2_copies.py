@@ -53,15 +53,31 @@ def gather_copy(c: Context, unit: ShardedUnit) -> Work:
 
 
 def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
-    """What has arrived, copied into one tensor for each parameter."""
-    return Work("memory_bound", bytes=float(unit.numel * bytes_arrived(c.gathered(unit))), launches=4)
+    """What has arrived, copied into one tensor for each parameter, and again where that is not in order
+    (Sharding.expert_dim)."""
+    copied = float((unit.numel + sum(unit.across)) * bytes_arrived(c.gathered(unit)))
+    return Work("memory_bound", bytes=copied, launches=4 + len(unit.across))
+
+
+def bytes_gathered(c: Context, unit: ShardedUnit) -> tuple[int, int, int]:
+    """What a copy-out takes on the device: all parameters, and until it ends a copy of those out of order."""
+    aside = int(sum(unit.across) * c.gathered(unit))
+    return c.whole(unit), aside, -aside
 
 
 def reduce_copy(c: Context, unit: ShardedUnit, width: int) -> Work:
     """Full gradients, of elements so wide, cast to the reduce dtype and copied into the buffer that is
-    sent."""
+    sent; first put in order (Sharding.expert_dim)."""
     size, copied = float(unit.padded * bytes_reduced(width, c.reduce)), float(unit.padded)
-    return Work("memory_bound", bytes=size, chunked=copied, launches=4, host=_host(unit, REST, 6))
+    size, launches = size + sum(unit.across) * bytes_reduced(width, width), 4 + len(unit.across)
+    return Work("memory_bound", bytes=size, chunked=copied, launches=launches, host=_host(unit, REST, 6))
+
+
+def bytes_reordered(unit: ShardedUnit, width: int) -> tuple[int, int]:
+    """What a loop takes beside the full gradients, of elements so wide, that it puts in order one by one: at
+    most, and for the last one, which it holds."""
+    across = unit.across or (0,)
+    return max(across) * width, across[-1] * width
 
 
 def summed(c: Context, unit: ShardedUnit, *, first: bool) -> Work:

@@ -6,10 +6,10 @@ from functools import partial
 from msgspec.structs import replace
 
 from mopsim.graph.tape import Step
+from mopsim.program import fsdp2_copies as fsdp2
 from mopsim.program.builder import Builder, state_stream, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import flat_host, prepared, reduction
-from mopsim.program.fsdp2_copies import bytes_cast, bytes_whole, gather_copy, gathered_copy, reduce_copy
 from mopsim.program.further import FurtherLayers
 from mopsim.program.replicated import Replicated
 from mopsim.program.shared_weight import Edges
@@ -216,9 +216,9 @@ class Shards(FurtherLayers, Edges):
             self._coming[unit.name] = room[0] if room else -1
             return
         memory: Memory = (("gathered", size),)
-        first = (gather_copy(self.c, unit),) if copied else ()
+        first = (fsdp2.gather_copy(self.c, unit),) if copied else ()
         if copied:
-            alive = bytes_cast(self.c, unit, away=away)
+            alive = fsdp2.bytes_cast(self.c, unit, away=away)
             memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
             if not reached:
                 room, memory = (self._pass(f"copy in {unit.name}", unit, first, phase, room, memory),), ()
@@ -246,13 +246,13 @@ class Shards(FurtherLayers, Edges):
         alone = self.c.groups[unit.group].size == 1
         size = self.c.whole(unit)
         away = self._place(unit).param_tier == "host"
-        high = bytes_whole(self.c, unit, away=away)
-        memory = [high, size - high] if alone else [size, -size]
+        high = fsdp2.bytes_whole(self.c, unit, away=away)
+        memory = [high, size - high] if alone else [*fsdp2.bytes_gathered(self.c, unit), -size]
         recomputed = self.c.strategy.activations.recompute == "full" and self._beside(unit)
         if away and (phase == "forward" or recomputed):
-            memory = [*memory[: 1 + alone], -self._deferred]  # held until the copy is issued
+            memory = [*(memory if alone else memory[:-1]), -self._deferred]  # held until the copy is issued
             self._deferred = 0 if alone else size
-        deps, work = (op,) if op >= 0 else (), (gathered_copy(self.c, unit),)
+        deps, work = (op,) if op >= 0 else (), (fsdp2.gathered_copy(self.c, unit),)
         steps = tuple(("gathered", step) for step in memory)
         self._copied_out = (self._pass(f"copy out {unit.name}", unit, work, phase, deps, steps),)
         return self._copied_out[0]
@@ -348,8 +348,10 @@ class Shards(FurtherLayers, Edges):
             return ()
         full, size = unit.numel * width, unit.padded * self.c.reduce
         held = unit.last * width * (unit.shard > 1)
-        memory = tuple(("gathered_grads", step) for step in (rest, -self._held, size, held - full))
-        work, name = (reduce_copy(self.c, unit, width),), f"copy in {unit.name}"
+        most, last = fsdp2.bytes_reordered(unit, width)
+        steps = rest, -self._held, most, last - most, size, held - last - full
+        memory = tuple(("gathered_grads", step) for step in steps)
+        work, name = (fsdp2.reduce_copy(self.c, unit, width),), f"copy in {unit.name}"
         op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
         self.issue.hold((*self.replicas.made(unit, part), ("gathered_grads", -held)))
         self._sent, self._held = (), size

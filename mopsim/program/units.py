@@ -7,8 +7,9 @@ from functools import lru_cache
 
 from msgspec import Struct, structs
 
-from mopsim.spec.layout import ceil_div, shard_numel
+from mopsim.spec.layout import ceil_div, even_dim, shard_numel
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.sharding import Sharding
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import Tensor, tensors
 
@@ -20,7 +21,8 @@ class ShardedUnit(Struct, frozen=True):
     """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
     copies: ranks that hold one.
 
-    sizes: elements of each parameter that it consists of.
+    sizes: elements of each parameter that it consists of; across: of those that are sharded along another
+    dimension than the first.
     group: name of the shard's process group; replicas: name of the group over which copies beyond `shard`
     are reduced.
     """
@@ -34,6 +36,7 @@ class ShardedUnit(Struct, frozen=True):
     group: str
     replicas: str
     sizes: Sizes = (0,)
+    across: Sizes = ()
 
     @property
     def tensors(self) -> int:
@@ -61,7 +64,8 @@ class ShardedUnit(Struct, frozen=True):
 def joined(units: Sequence[ShardedUnit]) -> ShardedUnit:
     """One unit of all their parameters."""
     sizes = tuple(size for unit in units for size in unit.sizes)
-    return structs.replace(units[0], numel=sum(unit.numel for unit in units), sizes=sizes)
+    across = tuple(size for unit in units for size in unit.across)
+    return structs.replace(units[0], numel=sum(unit.numel for unit in units), sizes=sizes, across=across)
 
 
 @lru_cache(maxsize=256)
@@ -110,12 +114,13 @@ def of_component(model: ModelSpec, layer: int, component: str) -> int:
 
 
 def layer_units(
-    model: ModelSpec, strategy: Strategy, layer: int, *, apart: int = 1, joined: bool = False
+    model: ModelSpec, strategy: Strategy, sharding: Sharding, layer: int, *, apart: int
 ) -> list[ShardedUnit]:
     """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts, of which so many
-    (`apart`) have parameters of their own. joined: see `_sizes`."""
+    (`apart`) have parameters of their own."""
     split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
-    dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split, joined)[layer]
+    whole, even = sharding.mtp_projection == "whole", sharding.expert_dim == "even"
+    dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split, whole)[layer]
     found = [_dense(strategy, f"layers.{layer}.dense", "attention", layer, dense)]
     for sizes in routed:
         found.append(
@@ -123,17 +128,25 @@ def layer_units(
                 f"layers.{layer}.experts", "experts", layer, sum(sizes),
                 strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
                 tuple(size // apart for size in sizes) * apart,
+                _across(model, strategy, layer, sizes) if even else (),
             )
         )  # fmt: skip
     return found
 
 
+def _across(model: ModelSpec, strategy: Strategy, layer: int, sizes: Sizes) -> Sizes:
+    """Those of a layer's routed parameters that are not sharded along their experts."""
+    local, degree = model.num_local_experts // strategy.experts.expert_parallel, strategy.experts.expert_fsdp
+    shapes = [(local, *t.shape[1:]) for t in _by_layer(model)[layer] if t.routed]
+    return tuple(size for size, shape in zip(sizes, shapes, strict=True) if even_dim(shape, degree))
+
+
 def all_layer_units(
-    model: ModelSpec, strategy: Strategy, *, apart: int, joined: bool
+    model: ModelSpec, strategy: Strategy, sharding: Sharding, *, apart: int
 ) -> dict[int, list[ShardedUnit]]:
     """`layer_units` of every layer."""
     count = model.num_hidden_layers + model.num_nextn_predict_layers
-    return {layer: layer_units(model, strategy, layer, apart=apart, joined=joined) for layer in range(count)}
+    return {layer: layer_units(model, strategy, sharding, layer, apart=apart) for layer in range(count)}
 
 
 def edge_units(

@@ -24,6 +24,11 @@ def ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
+def even_dim(shape: Sequence[int], degree: int) -> int:
+    """The first dimension that so many ranks divide evenly; the first one where none is."""
+    return next((dim for dim, size in enumerate(shape) if size % degree == 0), 0)
+
+
 def groups(num_ranks: int, degree: int, order: Order = "contiguous") -> list[list[int]]:
     """Rank groups of size `degree`, in ring order. Contiguous: 0..d-1, d..2d-1; strided: 0, n/d, 2n/d, ..."""
     count = num_ranks // degree

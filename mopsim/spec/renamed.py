@@ -42,9 +42,9 @@ class _Stack(Spec, frozen=True, kw_only=True):
 
 def stack(data: Any, field: str) -> Any:
     """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
-    that the program lacks something, and whose kernels have their present words. Raises MopError naming what
-    is wrong of them from `field`."""
-    data = _inputs(_kernels(data))
+    that the program lacks something, and whose kernels have their present words, all of them. Raises MopError
+    naming what is wrong of them from `field`."""
+    data = _unsaid(_inputs(_kernels(data)))
     if not isinstance(data, dict) or not data.keys() & set(STACK):
         return data
     found = {key: value for key, value in data.items() if key not in STACK}
@@ -99,6 +99,19 @@ def _inputs(data: Any) -> Any:
     given = recompute.get("chunk_inputs")
     now = {"chunk_inputs": names[given]} if isinstance(given, str) and given in names else {}
     return {**data, "recompute": {**recompute, **now}}
+
+
+def _unsaid(data: Any) -> Any:
+    """A stack of mopexec's with what it did before there was an entry for it."""
+    if not isinstance(data, dict) or str(data.get("runtime")) not in _NAMES["kernels"]:
+        return data
+    found, unsaid = dict(data), _NAMES["unsaid"]
+    if _entry(data, "sharding", "copies") is True:
+        found["sharding"] = {**unsaid["copies"], **data["sharding"]}
+    attention = _entry(data, "kernels", "attention")
+    if isinstance(attention, dict) and attention.get("default") == "flash2":
+        found["kernels"] = {**data["kernels"], "attention": {**unsaid["flash2"], **attention}}
+    return found
 
 
 def refuse_old(data: dict[str, Any], field: str) -> None:

@@ -119,6 +119,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     experts: true: routed experts' parameters are sharded by the same mechanism as the others. false:
     experts that are spread over ranks are plain tensors, whole on every replica. `shared`: sharded if
     expert_fsdp is above 1, plain tensors if it is 1.
+    expert_dim: the dimension along which FSDP2 shards a parameter of routed experts. `first`: the experts.
+    `even`: the first that the ranks divide, if one does: along another one, what is gathered and the
+    gradient that is reduced are put in order in copies of their own.
     embedding: `split`: tensor-parallel ranks split the token embedding. `whole`: each has it whole.
     mtp_projection: `split`: tensor-parallel ranks split the projection before an MTP layer. `whole`: each
     has it whole.
@@ -179,6 +182,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     host_moments: Literal["asked", "masters"] = "asked"
     experts: bool | Literal["shared"] = True
     embedding: Literal["split", "whole"] = "split"
+    expert_dim: Literal["first", "even"] = "first"
     mtp_projection: Literal["split", "whole"] = "split"
     prefetch: Literal["told", "reached", "split"] = "told"
     loop: Literal["none", "pipelined", "apart", "together"] = "none"
@@ -245,6 +249,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         yield self.copies or bool(self.flat) or self.whole_sums == "never", "whole_sums", rule
         rule = "is of torch's FSDP2 (copies)"
         yield self.copies or self.stays == "never", "stays", rule
+        yield self.copies or self.expert_dim == "first", "expert_dim", rule
         rule = "are of a program whose layers are turns of a loop (loop)"
         yield self.loop != "none" or not self.loop_copies, "loop_copies", rule
         rule = "is of a program that shards parameters (fsdp), without copies of FSDP2 and flat tensors"

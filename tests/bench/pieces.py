@@ -32,7 +32,6 @@ from mopexec.flat.state import by_parameter
 from mopexec.flat.units import Unit
 from mopexec.model import Transformer
 from mopexec.modules.slices import block_of, part_of, pieces
-from mopexec.modules.wrap import shard_dim
 from mopexec.modules.zero1 import buffers_of
 from mopexec.run.checkpoint_reader import read
 from mopexec.run.shards import ParameterPieces, Place
@@ -80,7 +79,7 @@ def _fully_sharded(spec: ModelSpec, strategy: Strategy, mesh: meshes.Mesh) -> It
     for name, shape in _shapes(spec).items():
         block, dim, group = block_of(name, shape, mesh), 0, mesh.dense_shard
         if block.kind == "experts":
-            dim, group = shard_dim(block.size, strategy.experts.expert_fsdp), mesh.expert_shard
+            dim, group = layout.even_dim(block.size, strategy.experts.expert_fsdp), mesh.expert_shard
         part = part_of(block, dim, group)
         yield {name: pieces(part, torch.empty(part.size, device="meta"))}
 

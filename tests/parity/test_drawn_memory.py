@@ -64,6 +64,16 @@ def test_peaks_of_grouped_heads_in_fp32() -> None:
         _agrees(plan_of(model, strategy, TrainSpec(seq_len=2048, global_batch=2), "cuda"))
 
 
+@pytest.mark.parametrize("options", [{}, {"offload": True}, {"recompute": "full", "prefetch": 0}], ids=str)
+@pytest.mark.parametrize("batch", [8, 16])
+def test_peaks_of_experts_that_are_split_within(options: dict[str, Any], batch: int) -> None:
+    """Two for each four ranks, which split another dimension: what is gathered and reduced is copied once
+    more. Gathered weights were 29 % low, gradients 7 %."""
+    model = replace(MODEL, num_local_experts=4, expert_bias=batch == 8)
+    strategy = fsdp2(8, expert_parallel=2, **options)
+    _agrees(plan_of(model, strategy, TrainSpec(seq_len=512, global_batch=batch), "cuda"))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_peaks_of_several_losses_in_strips(tied: bool) -> None:
     """Each made a gradient of the head, and a hidden state that an MTP layer reads was freed by its loss

@@ -110,6 +110,18 @@ def test_nested_checkpoints_of_plans_of_before_are_run_by_autograd(name: str, me
     assert found == load_stack(name)
 
 
+@pytest.mark.parametrize("name", ["mopexec-flat", "mopexec-flat-nested", "mopexec-fsdp2", "mopexec-split"])
+def test_stacks_of_before_say_what_runs_in_fp32_and_what_ranks_split(name: str) -> None:
+    """Until 2026-12-01 attention in fp32 on a GPU was simulated as the CPU's loop, and experts that do not
+    divide by their ranks as if these split them."""
+    older = io.to_plain(load_stack(name))
+    del older["kernels"]["attention"]["wide"], older["sharding"]["expert_dim"]
+    assert io.convert(renamed.stack(older, "stack"), Stack, "stack") == load_stack(name)
+    older["kernels"]["attention"] = {"default": "cpu"}
+    found = io.convert(renamed.stack(older, "stack"), Stack, "stack")
+    assert found.kernels.attention == {"default": "cpu"}
+
+
 @pytest.mark.parametrize(
     "name",
     ["megatron-core", "megatron-core-local", "generic-eager", "transformers-fsdp1", "bionemo-te", "nanotron"],
