@@ -16,7 +16,8 @@ Hooks = Mapping[int, Sequence[Callable[[int], None]]]
 """What is issued inside a template, by the place that it comes before; it gets the op of the place before."""
 FRAMES = (
     ("h", "rope"), ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows_g", "experts_down"),
-    ("rows", "experts_down_bias"), ("rows_g", "experts_down_bias"), ("rows", "scatter_rows"),
+    ("rows", "experts_down_bias"), ("rows_g", "experts_down_bias"), ("act", "experts_down_bias"),
+    ("rows", "scatter_rows"),
 )  # fmt: skip
 """Variables of the frames of Python that run a layer, and its routed experts, and the kernels to the end of
 which they are there (the last of those that run)."""
