@@ -73,9 +73,8 @@ class Masters:
         for buffer in self._buffers.all:
             master, part = self.values[buffer.key], buffer.part(buffer.values)
             if self.host:
-                narrow = self._staging(part.dtype).narrow(0, 0, part.numel())
                 with host_compute():
-                    narrow.copy_(master)
+                    narrow = self._staging(part.dtype).narrow(0, 0, part.numel()).copy_(master)
                 self._platform.copy(part, narrow)
                 self._platform.wait_host(self._platform.record())  # the next buffer is written there
             elif self._own:

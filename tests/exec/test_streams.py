@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from mopexec.check.dry_run import _batches, fake_world
+from mopexec.distributed.mesh import Group
+from mopexec.measure.scope import host_compute
 from mopexec.modules.hooks import InputHooks, again
+from mopexec.modules.masters import Masters
+from mopexec.modules.slices import Block, Kind
+from mopexec.modules.zero1 import Buffers, make_buffer
 from mopexec.run.apply import build
 from mopexec.run.train import _Loop
 from tests.exec.flat_plans import make_plan
 from tests.exec.streams import HOST as HOST_ACTOR
 from tests.exec.streams import Order, Race, Site, watched
+from tests.plans import split
 
 EXCHANGES: dict[str, Any] = {
     "attention": {"context_parallel": 2},
@@ -111,3 +117,33 @@ def test_layer_inputs_of_modules_need_their_waits() -> None:
     for site in sites:
         with pytest.raises(Race):
             _layers(site)
+
+
+def _masters(skip: Site | None = None) -> list[Site]:
+    """Two updates on the host of two buffers whose masters are there; where they waited."""
+    order, alone = Order(skip), Group((0,), 0, None)
+    block, dtypes = Block("whole", (16,), (0,), (16,)), (torch.bfloat16, torch.bfloat16)
+    with fake_world(1, 0), watched(order) as platform:
+        kinds: tuple[Kind, ...] = ("whole", "experts")
+        buffers = [
+            make_buffer(kind, {"w": block}, (None, alone, alone), dtypes, platform, trained=True)
+            for kind in kinds
+        ]
+        masters = Masters(Buffers(buffers), split(1, optimizer_on_host=1.0), platform)
+        for _ in range(2):
+            for buffer in buffers:
+                buffer.grads.add_(1)
+            grads = masters.gradients()
+            with host_compute():
+                for key, grad in grads.items():
+                    masters.values[key].sub_(grad)
+            masters.write_back()
+    return list(order.sites)
+
+
+def test_masters_on_the_host_need_their_waits() -> None:
+    sites = _masters()
+    assert len(sites) == 2  # gradients have arrived, and what is written back has left its buffer
+    for site in sites:
+        with pytest.raises(Race):
+            _masters(site)
