@@ -199,7 +199,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
         """Where a strategy shards no parameters: by torch's DistributedDataParallel, or not at all."""
         return replace(
             self, fsdp=False, copies=False, optional=False, whole_sums="never", stays="never", bucketed=True,
-            loop="pipelined" if self.loop_copies else "none",
+            loop="pipelined" if self.loop_copies else "none", expert_dim="first",
             zero_grad={"buffers": "fills", "fills": "frees"}.get(self.zero_grad, self.zero_grad),
         )  # fmt: skip
 

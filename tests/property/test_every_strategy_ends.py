@@ -109,6 +109,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
         sharding["copies"] = pick([True, False]) and not own.flat and own.loop == "none"
         sharding["whole_sums"] = own.whole_sums if sharding["copies"] else "never"
         sharding["stays"] = own.stays if sharding["copies"] else "never"
+        sharding["expert_dim"] = own.expert_dim if sharding["copies"] else "first"
     else:
         grads = "added" if stack.explicit else pick(["added", "kept"])
         sharding |= {

@@ -256,6 +256,7 @@ def test_a_loop_is_of_a_program_that_has_one(name: str, tmp_path: Path) -> None:
 def test_a_loop_without_shards_copies_them_all_and_is_no_explicit_schedule() -> None:
     looped = Sharding(loop="pipelined", loop_copies=1.0)
     assert looped.whole.loop == "pipelined"
+    assert Sharding(fsdp=True, copies=True, expert_dim="even").whole.expert_dim == "first"
     with pytest.raises(SpecError, match=r"sharding\.loop: 'pipelined' must be 'none' with explicit"):
         Stack(name="mine", explicit=True, sharding=looped)
 
