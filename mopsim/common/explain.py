@@ -10,6 +10,8 @@ import msgspec
 from mopsim.common.errors import SpecError, shown
 from mopsim.common.nearest import nearest
 
+YAML = {"object": "mapping", "array": "list"}
+
 
 def explain(error: msgspec.ValidationError, data: Any, kind: Any, prefix: str) -> str:
     """One line for a refusal of `data` as a `kind`; `prefix` names the outermost struct."""
@@ -56,7 +58,9 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
 
 
 def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+    """A sentence of msgspec's as a clause, with what YAML calls JSON's objects and arrays."""
+    said = re.sub(r"(?<=[`| ])(object|array)(?=[`| ])", lambda word: YAML[word[0]], message)
+    return said[:1].lower() + said[1:]
 
 
 def _steps(path: str) -> list[str]:

@@ -84,7 +84,7 @@ def use(work: Work, profile: HardwareProfile) -> tuple[float, float]:
 def _parts(work: Work, profile: HardwareProfile) -> tuple[float, float, float]:
     """Seconds of one launch of a collective inside of a domain, over NICs, and by its blocks, which go on at
     the same time."""
-    n, size = work.group.size, work.bytes
+    n, size = work.group.size, work.bytes / max(work.launches, 1)
     if n <= 1:
         return 0.0, 0.0, 0.0
     intra = work.group.intra
@@ -92,13 +92,10 @@ def _parts(work: Work, profile: HardwareProfile) -> tuple[float, float, float]:
     out = profile.scale_out.collectives[work.kind]
     crossing = _crossing(work.kind, profile.scale_out, domains)
     factor = 2.0 if work.kind == "all_reduce" else 1.0
-    launches = max(work.launches, 1)
     if work.kind == "send_recv":
-        size = size / launches
         if intra == n:
             return _inside(work.kind, profile, n, size), 0.0, 0.0
         return 0.0, _seconds(out, 1, size * crossing), 0.0
-    size = size / launches
     if work.group.choices:
         return _deduplicated(work, profile, size / work.group.choices)
     if intra == n:

@@ -213,8 +213,7 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def queue(self, architecture: str, strategy: Strategy) -> Literal["each", "one"]:
         """What starts kernels on a device architecture (HostCosts.queues)."""
-        queues = self.host.queues
-        found = queues.get(architecture, queues.get(DEFAULT, "each"))
+        found = self.host.queues.get(architecture, self.host.queues[DEFAULT])
         if found != "split":
             return found
         split = strategy.dense.tensor_parallel > 1 or strategy.attention.context_parallel > 1

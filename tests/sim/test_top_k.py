@@ -15,7 +15,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 
-H100 = load_profile("h100-sxm-80g")
+H100, QWEN = load_profile("h100-sxm-80g"), load_model("qwen3_30b_a3b")
 
 
 def _network(experts: int, chosen: int = 8, **fields: int | str) -> ModelSpec:
@@ -55,20 +55,21 @@ def test_a_row_takes_whole_warps_and_its_groups() -> None:
     assert grouped == 100 * (256 + 8 * 32 + 32)
 
 
+def played(field: str, recompute: str, **kernels: str) -> list[float]:
+    """What the works of a step of Qwen3-30B in torchtitan have in a field, with these kernels."""
+    stack = load_stack("torchtitan")
+    stack = replace(stack, kernels=replace(stack.kernels, **kernels))
+    strategy = fsdp2(8, expert_parallel=8, recompute=recompute)
+    program = lower(QWEN, strategy, TrainSpec(seq_len=4096, global_batch=8), 8, stack).programs[0]
+    return [found for op in program.ops for work in op.work if (found := getattr(work, field))]
+
+
 def test_a_fused_router_ranks_nothing() -> None:
     """Nor does a backward; a recomputed layer ranks again."""
-    model, training = load_model("qwen3_30b_a3b"), TrainSpec(seq_len=4096, global_batch=8)
-
-    def ranked(way: str, recompute: str = "full") -> list[float]:
-        stack = load_stack("torchtitan")
-        stack = replace(stack, kernels=replace(stack.kernels, top_k=way))
-        strategy = fsdp2(8, expert_parallel=8, recompute=recompute)
-        program = lower(model, strategy, training, 8, stack).programs[0]
-        return [work.ranked for op in program.ops for work in op.work if work.ranked]
-
-    assert not ranked("fused")
-    assert set(ranked("torch")) == {4096 * 128.0}
-    assert len(ranked("torch")) == 2 * len(ranked("torch", "none"))
+    assert not played("ranked", "full", top_k="fused")
+    again = played("ranked", "full", top_k="torch")
+    assert set(again) == {4096 * 128.0}
+    assert len(again) == 2 * len(played("ranked", "none", top_k="torch"))
 
 
 @pytest.mark.parametrize(
@@ -93,15 +94,7 @@ def test_gradients_of_route_weights_take_what_a_published_table_of_batched_produ
 
 def test_tokens_rows_are_weighed_by_batched_products_where_rows_are_sorted() -> None:
     """Once a layer and token, whatever is recomputed; where rows are added atomically, torch has none."""
-    model, training = load_model("qwen3_30b_a3b"), TrainSpec(seq_len=4096, global_batch=8)
-
-    def dots(sums: str, recompute: str = "full") -> list[float]:
-        stack = load_stack("torchtitan")
-        stack = replace(stack, kernels=replace(stack.kernels, row_sums=sums))
-        strategy = fsdp2(8, expert_parallel=8, recompute=recompute)
-        program = lower(model, strategy, training, 8, stack).programs[0]
-        return [work.dots for op in program.ops for work in op.work if work.dots]
-
-    assert set(dots("sorted")) == {4096.0 * model.hidden_size}
-    assert dots("sorted") == dots("sorted", "none")
-    assert not dots("atomic")
+    found = played("dots", "full", row_sums="sorted")
+    assert set(found) == {4096.0 * QWEN.hidden_size}
+    assert found == played("dots", "none", row_sums="sorted")
+    assert not played("dots", "full", row_sums="atomic")
