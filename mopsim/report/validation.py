@@ -81,7 +81,8 @@ def drawn_groups(groups: Mapping[str, Points]) -> dict[str, Points]:
     order = sorted(groups, key=lambda name: mean_error(groups[name]), reverse=True)
     rest = [point for name in order[MOST:] for point in groups[name]]
     named = {name: groups[name] for name in sorted(order[:MOST])}
-    return named | {f"{len(order) - MOST} others, less far off": rest}
+    left = len(order) - MOST
+    return named | {f"{left} other{'s' * (left > 1)}, less far off": rest}
 
 
 def scatter(

@@ -87,14 +87,27 @@ def completed(data: Any, field: str) -> Any:
     name, found = data["name"], data
     shipped = to_plain(_named(name)) if name in _texts() else {}
     if shipped and data.get("version", shipped["version"]) == shipped["version"]:
-        inner = (key for key in data if key not in _OPEN)
-        both = (key for key in inner if isinstance(data[key], dict) and isinstance(shipped.get(key), dict))
-        found = {**shipped, **data, **{key: {**shipped[key], **data[key]} for key in both}}
+        found = _filled(data, shipped)
     gone = next((key for key in _PARTS if key not in data), None)
     if gone and not (shipped and convert(found, Stack, field) == _named(name)):
         rule = f"missing, the field is required where a stack is not the shipped {shown(name)}"
         raise MopError(f"{field}.{gone}: {rule}")
     return found
+
+
+def inherited(data: Any) -> Any:
+    """A plan's stack of a user's own (plain objects) with the entries that came later, as the shipped stack
+    that it extends has them: what its file would say today."""
+    parent = data.get("extends") if isinstance(data, dict) else None
+    own = isinstance(parent, str) and parent in _texts() and data.get("name") not in _texts()
+    return _filled(data, to_plain(_named(parent))) if own else data
+
+
+def _filled(data: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`data` with the fields of `base` that it lacks, in mappings that are not open too."""
+    inner = (key for key in data if key not in _OPEN)
+    both = (key for key in inner if isinstance(data[key], dict) and isinstance(base.get(key), dict))
+    return {**base, **data, **{key: {**base[key], **data[key]} for key in both}}
 
 
 def _root(stack: Stack) -> str:

@@ -18,7 +18,7 @@ from mopsim.spec import renamed
 from mopsim.spec.categories import Runtime
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.stack import HostCosts, Stack
-from mopsim.spec.stacks import completed, load_stack
+from mopsim.spec.stacks import completed, inherited, load_stack
 from mopsim.spec.strategy import DEFAULT_STACK, Strategy
 
 Unfused = Literal[
@@ -98,7 +98,7 @@ def _plan(data: Any, field: str) -> Any:
     if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
         return data
     if "stack" in data:
-        same = renamed.stack(completed(data["stack"], f"{field}.stack"), f"{field}.stack")
+        same = inherited(renamed.stack(completed(data["stack"], f"{field}.stack"), f"{field}.stack"))
         return {**data, "strategy": renamed.strategy(data["strategy"]), "stack": same}
     strategy, stack = split(data["strategy"], f"{field}.strategy")
     if stack is None:

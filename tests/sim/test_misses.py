@@ -161,6 +161,7 @@ def test_a_figure_is_titled_by_its_finding() -> None:
 def test_of_many_groups_those_furthest_off_are_named() -> None:
     """157 sources made a legend twice as wide as the plot."""
     groups = {f"s{at:02}": [(1.0, 1.0 + at / 100)] * 2 for at in range(MOST + 6)}
+    assert "1 other, less far off" in drawn_groups(dict([*groups.items()][: MOST + 1]))
     found = drawn_groups(groups)
     assert list(found) == [*(f"s{at:02}" for at in range(6, MOST + 6)), "6 others, less far off"]
     assert sum(map(len, found.values())) == 2 * len(groups)

@@ -16,7 +16,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import completed, list_stacks, load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.upgrade import load_measurement, load_plan, read_strategy
+from mopsim.spec.upgrade import load_measurement, load_plan, read_plan, read_strategy
 from mopsim.strategies import fsdp2, mop
 from tests.plans import plan_of
 from tests.software import WORDS
@@ -293,6 +293,17 @@ def test_a_plan_has_its_shipped_stack_whole_however_little_it_says(tmp_path: Pat
     del older["kernels"]["logits_held"], older["stage_outputs"]
     found = load_plan(plan_with_stack(tmp_path, older)).stack
     assert found == replace(shipped, host=replace(shipped.host, blocking=True))
+
+
+def test_a_stack_of_a_user_takes_what_came_later_from_the_stack_that_it_extends() -> None:
+    parent = load_stack("torchtitan-compile-2026")
+    own = replace(parent, name="my-fork", version="mine", extends=parent.name)
+    older = io.to_plain(replace(own, kernels=replace(own.kernels, norm="composed")))
+    del older["sharding"]["expert_dim"], older["host"]["queues"], older["recompute"]["sums"]
+    plan = io.to_plain(plan_of(load_model("tiny"), mop(2), TrainSpec(seq_len=64, global_batch=2)))
+    plan |= {"stack": older, "strategy": plan["strategy"] | {"stack": "my-fork"}}
+    found = read_plan(plan, "plan.yaml").stack
+    assert found == replace(own, kernels=replace(own.kernels, norm="composed"))
 
 
 @pytest.mark.parametrize("name", list_stacks())
