@@ -139,11 +139,12 @@ def narrow_weight(context: Context) -> float:
 
 def _biased(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
     """The kernels with what Kernels.expert_bias says."""
-    run = context.stack.kernels.expert_bias
-    if run == "scaled":
+    run = context.stack.kernels
+    if run.expert_bias == "scaled":
         once = context.strategy.experts.sends_once
         return bias_scaled(kernels, context.wide / context.b if once else 1.0)
-    return kernels if run == "fused" else biased(kernels, run, context.b, context.stack.kernels.compiled)
+    compiled = run.compiled and run.clamped_gate == "fused"
+    return kernels if run.expert_bias == "fused" else biased(kernels, run.expert_bias, context.b, compiled)
 
 
 def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

@@ -96,8 +96,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     by atomic operations. `bulk`: by bulk reductions. `scaled`: the bias of the last product times the route
     weights, which the activation has applied, by torch for each expert.
     clamped_gate: the gate of experts with clamps around SwiGLU (gpt-oss). `fused`: one kernel. `composed`:
-    as torch composes it. `again`: composed, with a backward that starts from gate and up. `apart`: torch
-    clamps before one kernel, and the host waits.
+    as torch composes it, and the experts' biases, even if all else is compiled. `again`: composed, with a
+    backward that starts from gate and up. `apart`: torch clamps before one kernel, and the host waits.
     row_sums: how the rows of a token, and of its gradient, are summed. `gathered`: they are gathered and
     added. `atomic`: by atomic operations on bf16 (torch's index_add_; under Transformer Engine's layers the
     host then cuts rows into those of each expert). `atomic_if_sparse`: atomic only if a token chooses fewer

@@ -12,7 +12,7 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import megatron
+from mopsim.strategies import fsdp2, megatron
 from mopsim.validate.facts import general_stacks
 from mopsim.validate.rows import read_case
 from tests.sim.test_validate import MODELS, row
@@ -122,3 +122,19 @@ def test_words_say_how_plain_programs_compile_and_attend() -> None:
             read_case(row(stack="transformers-fsdp1", sharding="none", notes=notes), MODELS).program().kernels
         )
         assert (kernels.norm, kernels.adamw) == (norm, adamw), notes
+
+
+def test_experts_that_stay_eager_add_their_biases_eagerly() -> None:
+    """A gate that torch composes beside compiled parts: rows and biases are read, their sums written."""
+    model, compiled = load_model("gpt_oss_20b"), load_stack("torchtitan-compile")
+    strategy = structs.replace(fsdp2(8, recompute="none"), stack="torchtitan-compile")
+    moved = {}
+    for gate in ("fused", "composed"):
+        stack = structs.replace(compiled, kernels=structs.replace(compiled.kernels, clamped_gate=gate))
+        job = TrainSpec(seq_len=4096, global_batch=8, routing="balanced")
+        kernels = Passes(make_context(model, strategy, job, 8, stack)).tape(5).kernels
+        moved[gate] = {one.name: one for one in kernels if one.name.endswith("_bias")}
+    for name, one in moved["composed"].items():
+        assert one.launches == 2
+        assert (moved["fused"][name].bytes, moved["fused"][name].launches) == (0, 0)
+        assert one.back_sums == moved["fused"][name].back_sums > 0
