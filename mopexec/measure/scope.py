@@ -117,6 +117,6 @@ def mark_passing(parameter: Any) -> None:
     parameter.passing = True
 
 
-def category_of_gradient(parameter: Any) -> str:
-    """Of a gradient as it is made: what stays until it is reduced is one, what passes is of what runs now."""
-    return NOW.category if getattr(parameter, "passing", False) else "gathered_grads"
+def passes(parameter: Any) -> bool:
+    """Whether it was marked; what autograd saves of it may not be (a checkpoint detaches it)."""
+    return bool(getattr(parameter, "passing", False))

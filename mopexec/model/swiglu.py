@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.measure.scope import category, category_of_gradient
+from mopexec.measure.scope import NOW, category, passes
 from mopexec.model.kept import product
 from mopexec.model.parts import ungated
 from mopexec.operators.activation import Activation, wings_of
@@ -43,7 +43,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, name: str, groups: Groups, rows: Tensor, stack: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(rows, stack)
-        ctx.groups, ctx.biased = groups, bias is not None
+        ctx.groups, ctx.biased, ctx.passes = groups, bias is not None, passes(stack)
         return kept(partial(groups.product, rows, stack, bias), name)
 
     @staticmethod
@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
         groups, given = ctx.groups, grads[0]
 
         def made(*both: Tensor) -> tuple[Tensor]:
-            with category(category_of_gradient(stack)):  # before autograd has it
+            with category(NOW.category if ctx.passes else "gathered_grads"):  # before autograd has it
                 return (groups.of_weights(*both),)
 
         (of_weights,) = gradients(made, (rows, given), (stack,))

@@ -211,7 +211,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         bytes=moved + out.bytes, launches=d if ring else 1,
     )  # fmt: skip
     shared = model.attention == "gqa" and mine[1].bytes < mine[0].bytes
-    shared = shared and (shapes.expands or not shapes.fused)
+    shared = shared and (shapes.separate or not shapes.fused)
     if shapes.flash or not by_heads:
         working = rows * (qk + 1) * 4 + shared * rows * (qk + v_width) * b
         if not shapes.accumulates:

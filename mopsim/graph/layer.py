@@ -108,7 +108,8 @@ def _moe(
         ranks = model.num_local_experts // len(routes) * shapes.expert_tensor
         found += beside_rows(model, max(N * model.num_experts_per_tok, arrived), ranks, beside)
     found += sent if gathers else _same_back(sent)
-    products = _unweighted(experts(model, routes, b, shapes.expert_tensor, fused=shapes.fused).kernels)
+    whole = shapes.fused and not shapes.separate  # experts lie in no tensor-parallel region
+    products = _unweighted(experts(model, routes, b, shapes.expert_tensor, whole).kernels)
     if shapes.expert_tensor > 1 and not gathers:
         products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
     found += products

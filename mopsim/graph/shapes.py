@@ -18,8 +18,9 @@ class Shapes(Struct, frozen=True):
     last attends to the most.
     whole_experts: ranks that split experts gather tokens before the router, no rows of routes.
     documents: tokens of the documents that attention does not cross, 0 where it sees the whole sequence.
-    skips: whether its kernel leaves out what a window or a document hides. expands: its backward makes the
-    gradients of keys and values for each query head, whatever is fused. accumulates: it adds gradients up
+    skips: whether its kernel leaves out what a window or a document hides. separate: routed experts have a
+    product each for gate and up, and attention's backward makes the gradients of keys and values for each
+    query head, whatever is fused. accumulates: it adds gradients up
     beside those that it returns, as flash kernels for GPUs do, which take half precision. packed: a sequence
     is of documents that attention does not cross, whether or not it is known how long they are. by_rows: it
     runs block by block of query rows, with all heads that share keys in one product.
@@ -41,7 +42,7 @@ class Shapes(Struct, frozen=True):
     whole_experts: bool = False
     documents: int = 0
     skips: bool = True
-    expands: bool = False
+    separate: bool = False
     accumulates: bool = True
     packed: bool = False
     by_rows: bool = False

@@ -28,8 +28,12 @@ class FurtherLayers:
     _last: ShardedUnit | None = None
 
     def forward_order(self, layer: int, chunk: int) -> Sequence[int]:
-        """Layers, of which `layer` is one, the next of which are gathered ahead in a forward."""
-        return [layer] if layer in self.stage.extra else self.stage.chunks[chunk]
+        """Layers, of which `layer` is one, the next of which are gathered ahead in a forward: FSDP2's groups
+        are told so one after the other (`set_modules_to_forward_prefetch`)."""
+        layers, extra = self.stage.chunks[chunk], self.stage.extra
+        if self.copied and chunk == len(self.stage.chunks) - 1:
+            return [*layers, *extra]
+        return [layer] if layer in extra else layers
 
     def normed(self) -> Ops:
         """What a final norm waits for whose cross entropy comes later: the head too, of its group."""

@@ -60,7 +60,7 @@ class Passes:
             skips=context.stack.skips_hidden(context.training.plain_attention(context.model)),
             in_order=kernels.sequence_slices == "in_order",
             fused=not apart or strategy.dense.tensor_parallel > 1,
-            expands=kernels.gate_up == "separate",
+            separate=kernels.gate_up == "separate",
             whole_experts="routed" in kernels.exchanged_rows,
         )
         self.split = strategy.pipeline.splits
