@@ -138,3 +138,17 @@ def test_experts_that_stay_eager_add_their_biases_eagerly() -> None:
         assert one.launches == 2
         assert (moved["fused"][name].bytes, moved["fused"][name].launches) == (0, 0)
         assert one.back_sums == moved["fused"][name].back_sums > 0
+
+
+def test_biases_of_gpt_oss_are_summed_in_bulk_since_torch_2_14_and_hopper() -> None:
+    """Whether blocks are compiled or not; before layers are compiled whole, experts are eager."""
+    for gpu, when, summed in (
+        ("b200-sxm-192g", "202609", "bulk"),
+        ("b200-sxm-192g", "202606", "added"),
+        ("mi300x-192g", "202609", "added"),
+    ):
+        for stack in ("torchtitan-2026", "torchtitan-compile-2026"):
+            found = read_case(row(stack=stack, model="gpt_oss_20b", gpu=gpu, source_ref=when), MODELS)
+            assert found.program().kernels.expert_bias == summed
+    part = row(stack="torchtitan-compile", model="gpt_oss_20b", source_ref="202603")
+    assert read_case(part, MODELS).program().kernels.clamped_gate == "composed"
