@@ -208,15 +208,13 @@ def _copies(played: PlayedStep, strategy: Strategy) -> int:
 
 
 def _holes(played: PlayedStep) -> int:
-    """Bytes on top of the fullest rank's peak for blocks around logits that the last stage gathers whole."""
-    workload, peak = played.workload, played.ledgers[played.fullest].peak
-    last = max(program.stage for program in workload.programs)
-    losses = (
-        ledger.peak
-        for program, ledger in zip(workload.programs, played.ledgers, strict=True)
-        if program.stage == last and ledger.peak_op and ledger.peak_op.component == "vocabulary"
+    """Bytes on top of the fullest rank's peak for blocks around logits that the stage with the loss gathers
+    whole."""
+    peaks = ((ledger.peak, ledger.peak_op) for ledger in played.ledgers)
+    losses = (peak for peak, op in peaks if op and op.component == "vocabulary")
+    return upper.around_logits(
+        played.workload.gathered, played.ledgers[played.fullest].peak, max(losses, default=0)
     )
-    return upper.around_logits(workload.gathered, peak, max(losses, default=0))
 
 
 def _on_host(ledger: Ledger) -> dict[str, int]:

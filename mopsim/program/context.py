@@ -65,12 +65,12 @@ class Context:
         """Whether FSDP2 frees a group's parameters after its forward (mopexec.modules.wrap)."""
         return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
 
-    @property
+    @cached_property
     def weaves(self) -> bool:
-        """Whether passes run as weaving them has it: Megatron-Core's do so in every microbatch, also the
-        first forward and the last backward, which have none beside them (combined_1f1b.py)."""
+        """Whether passes run as weaving has it, also beside none (Megatron-Core's combined_1f1b.py)."""
         s = self.strategy
-        return bool(s.overlap.experts) and s.dense.zero < 2 and s.pipeline.schedule != "zero_bubble"
+        whole = s.dense.zero < 2 or holds("kept_whole")(Job(self.model, s, self.training, self.stack))
+        return bool(s.overlap.experts) and whole and s.pipeline.schedule != "zero_bubble"
 
     @property
     def owned(self) -> bool:

@@ -93,14 +93,15 @@ def passes_of(context: Context) -> Passes:
 def _expansion(strategy: Strategy, total: int, rounds: int) -> tuple[int, int]:
     """(microbatches of a repetition, microbatches lowered): the rest repeats the last repetition but one.
 
-    A pipeline is in its steady state once its stages are full, an interleaved one after two rounds of them;
-    where that turns out not to be so, after more (`longer`): stages of fewer layers run ahead for a while.
+    A pipeline is in its steady state once its stages are full, one of several parts a stage after two rounds
+    of them; where that turns out not to be so, after more (`longer`): stages of fewer layers run ahead for a
+    while.
     """
-    stages = strategy.pipeline.pipeline_parallel
-    if stages == 1:
+    stages, folded = strategy.pipeline.pipeline_parallel, strategy.pipeline.folded
+    if stages == 1 and not folded:
         return 1, min(total, EXPANDED + bool(strategy.overlap.experts))
-    unit = stages if strategy.pipeline.virtual_stages > 1 else 1
-    base = (2 + rounds) * stages if unit > 1 else rounds * stages + EXPANDED + 1
+    unit = stages if strategy.pipeline.virtual_stages > 1 and not folded else 1
+    base = (2 + rounds) * stages if unit > 1 else (rounds + 2 * folded) * stages + EXPANDED + 1
     return unit, total - unit * max(0, (total - base) // unit)
 
 

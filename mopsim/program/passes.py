@@ -35,7 +35,7 @@ from mopsim.program.over_layers import fewer, fullest, held
 from mopsim.program.shards import Shards
 from mopsim.program.split_backward import SplitShards, weight_grads
 from mopsim.program.stage import Stage
-from mopsim.program.taped import template
+from mopsim.program.taped import holding, template
 from mopsim.program.template import FRAMES, START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
@@ -46,7 +46,8 @@ from mopsim.spec.strategy import CAST
 
 
 class Passes:
-    """Layers that are alike share templates. split: backward and weight gradients apart (zero bubble)."""
+    """Layers that are alike share templates. split: weight gradients are apart, of some microbatches at
+    least."""
 
     def __init__(self, context: Context) -> None:
         self.context, strategy = context, context.strategy
@@ -63,7 +64,7 @@ class Passes:
             separate=kernels.gate_up == "separate",
             whole_experts="routed" in kernels.exchanged_rows,
         )
-        self.split = strategy.pipeline.splits
+        self.split = strategy.pipeline.splits or strategy.pipeline.folded
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
 
@@ -206,11 +207,15 @@ class Passes:
         return self._made(("forward", self.key(layer)), lambda: self._forward(layer))
 
     def backward(self, layer: int) -> Template:
-        """z's gradient -> x's; x is freed where it stayed. Weight gradients included unless `split`."""
+        """z's gradient -> x's; x is freed where it stayed. Weight gradients included."""
         return self._made(("backward", self.key(layer)), lambda: self._backward(layer))
 
+    def first_half(self, layer: int) -> Template:
+        """As `backward`, without weight gradients of products."""
+        return self._made(("first half", self.key(layer)), lambda: self._reverse(layer, halves=True))
+
     def weights(self, layer: int) -> Template:
-        """Weight gradients that a split backward left."""
+        """Weight gradients that a first half left."""
         return self._made(("weights", self.key(layer)), lambda: self._weights(layer))
 
     def kept(self, layer: int) -> tuple[Step, ...]:
@@ -316,7 +321,8 @@ class Passes:
     def _turns(self) -> bool:
         """Whether that is freed in every forward and made in every backward; in pipelines, some of whose
         forwards come one after the other, it is counted as if it were always there."""
-        return self._router_held and self.context.strategy.pipeline.pipeline_parallel == 1
+        pipeline = self.context.strategy.pipeline
+        return self._router_held and pipeline.pipeline_parallel == 1 and not pipeline.folded
 
     def _left(self, tape: Tape) -> tuple[Step, ...]:
         """What a layer's recomputation leaves until its next forward (see Recompute.router_graph)."""
@@ -338,14 +344,17 @@ class Passes:
         return away or saved or again or self.split
 
     def _backward(self, layer: int) -> Template:
+        return self._reverse(layer)
+
+    def _reverse(self, layer: int, halves: bool = False) -> Template:
         chosen = self._plan(tape := self.tape(layer))
-        held = held_for_weights(tape, chosen) if self.split else frozenset()
+        held = held_for_weights(tape, chosen) if halves else frozenset()
         freed = self._input if self._wants_input(tape) else ()
         held |= saved_to_router(tape, chosen) if self._turns else frozenset()
-        played = backward(tape, chosen, held, split=self.split)
+        played = backward(tape, chosen, held, split=halves)
         if self.context.stack.recompute.holds_output and chosen.again:
-            played = _holding(played, ("activations", self.context.hidden))
-        return template(played, self.context, "backward", freed, self.split)
+            played = holding(played, ("activations", self.context.hidden))
+        return template(played, self.context, "backward", freed, halves)
 
     def _weights(self, layer: int) -> Template:
         chosen = self._plan(tape := self.tape(layer))
@@ -385,15 +394,3 @@ class Passes:
         within, apart = self.context.stack.kernels.norm_within, () if own.around else AROUND
         scattered = own.sums == "scattered"
         return plan(tape, how, activations.modules, kept, own.stops_early, apart, within, scattered)
-
-
-def _holding(played: list[Played], one: Step) -> list[Played]:
-    """A reverse pass that begins and ends in a caller, who holds the layer's output, and its gradient once
-    that has been used."""
-    category, size = one
-    turn = next(place for place, item in enumerate(played) if item.backward)
-    found = list(played)
-    found[0] = replace(found[0], memory=(one, *found[0].memory))
-    found[turn] = replace(found[turn], memory=(*found[turn].memory, one))
-    found[-1] = replace(found[-1], memory=(*found[-1].memory, (category, -2 * size)))
-    return found

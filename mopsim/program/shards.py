@@ -49,8 +49,7 @@ class Shards(FurtherLayers, Edges):
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, tuple[ShardedUnit, int]] = {}
-        told = not self.copied or context.stack.sharding.told(context.strategy)
-        self._reached = () if told else ("forward",)
+        self._reached = ("forward",) * (self.copied and not context.stack.sharding.told(context.strategy))
         self._left: Ops = ()
         self._copied_out: Ops = ()
         self._sent: Ops = ()
@@ -60,8 +59,7 @@ class Shards(FurtherLayers, Edges):
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
         """Gathers that a layer waits for; those of the next layers are issued too, once the layer before has
         run: `prefetch` + 1 layers are full at a time. Full gradients come alive."""
-        ready: Ops = ()
-        units = self._groups(layer)
+        ready, units = Ops(), self._groups(layer)
         if self.c.shards_params:
             ready = tuple(op for u in units if not self._beside(u) for op in self._wait(u, phase))
             if phase == "backward":
@@ -74,6 +72,9 @@ class Shards(FurtherLayers, Edges):
             room = () if self.copied else tuple(self.ops[-1 - len(memory) : -len(memory)])
             ready += (self.issue.add("gradients", "compute", "other", phase, (), room, memory),)
         return ready
+
+    def halved(self, halves: bool) -> None:
+        """Whether the backward that begins leaves gradients of weights to later."""
 
     def ahead(self, layer: int, phase: str, order: Sequence[int]) -> None:
         """Start the gathers of the `prefetch` layers after `layer` (-1: of the first ones), and of the head
@@ -109,8 +110,8 @@ class Shards(FurtherLayers, Edges):
         if not self.copied:
             return {}
         if layer < 0:
-            early = self._has_head or (self.stage.is_last and self.c.one_weight)
-            early = early and self.c.strategy.vocabulary.loss in ("chunked", "ring")
+            strips = self.c.strategy.vocabulary.loss in ("chunked", "ring")
+            early = strips and (self._has_head or (self.stage.is_last and self.c.one_weight))
             return {0: (self._begin_loss,)} if early and phase == "forward" else {}
         found: dict[int, list[Callable[[int], None]]] = {}
 
@@ -146,7 +147,7 @@ class Shards(FurtherLayers, Edges):
         return self._wait(self.edge_unit(name), phase) if here and self.c.shards_params else ()
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
-        """The embedding or the head has run; its full gradient came and went if this was its backward."""
+        """Embedding or head has run; its full gradient came and went if this was its backward."""
         if name not in self.c.edges:
             if self.c.one_weight and phase == "backward":
                 self.weight_waits(phase)
@@ -194,8 +195,7 @@ class Shards(FurtherLayers, Edges):
         done = self.issue.add(
             "reduced", "compute", "other", "backward", (), self._unfinished, memory, awaited=awaited
         )
-        self._held, self._sent, self._landing = 0, (), False
-        self._unfinished.clear()
+        self._held, self._sent, self._landing, self._unfinished = 0, (), False, []
         return (done,)
 
     def _gather(self, unit: ShardedUnit, phase: str, room: Sequence[int]) -> None:

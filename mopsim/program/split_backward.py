@@ -16,13 +16,15 @@ from mopsim.program.units import ShardedUnit
 
 class SplitShards(Shards):
     """Layers' parameters are gathered and freed around the first half, which needs them; their gradients are
-    whole, and reduced, after the second."""
+    whole, and reduced, after the second. Of a backward that is not split as without this."""
 
-    _makes = "weights"
+    def halved(self, halves: bool) -> None:
+        """Whether the backward that begins leaves gradients of weights to later."""
+        self._makes = "weights" if halves else "backward"
 
     def beside(self, template: Template, layer: int, phase: str) -> Hooks:
         """What a layer's parameter groups do while its forward or first half runs."""
-        if phase == "forward" or layer < 0 or not self.copied:
+        if phase == "forward" or layer < 0 or not self.copied or self._makes == "backward":
             return super().beside(template, layer, phase)
         found: dict[int, list[Callable[[int], None]]] = {}
         again, last = template.products("recompute"), template.products("backward")[1]

@@ -10,12 +10,12 @@ from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
 from mopsim.program.loss import logit_elements
 from mopsim.program.units import ShardedUnit, looked_up, owned_numels
-from mopsim.spec.layout import stage_layers
+from mopsim.spec.layout import part_of, stage_layers
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `degree`. Model chunk v of it is part v * degree + index of the network.
+    """Stage `index` of `degree`. Its model chunks are parts of the network (`part`).
 
     alike: equal for layers that run alike; without it every layer is played."""
 
@@ -53,8 +53,8 @@ class Stage:
     @cached_property
     def every(self) -> list[list[int]]:
         """Decoder layers of each model chunk."""
-        layers, given = self.context.model.num_hidden_layers, self.context.strategy.pipeline.layers
-        return stage_layers(layers, self.degree, self.virtual, self.index, given)
+        layers, pipeline = self.context.model.num_hidden_layers, self.context.strategy.pipeline
+        return stage_layers(layers, self.degree, self.virtual, self.index, pipeline.layers, pipeline.folded)
 
     @property
     def extra(self) -> range:
@@ -69,11 +69,11 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
-        return self.index == self.degree - 1
+        return self.part(self.virtual - 1) == self.parts - 1
 
     def part(self, chunk: int) -> int:
         """Place of a model chunk in the network."""
-        return chunk * self.degree + self.index
+        return part_of(self.index, chunk, self.degree, self.context.strategy.pipeline.folded)
 
     @property
     def parts(self) -> int:
@@ -83,7 +83,7 @@ class Stage:
     def shares_embedding(self) -> bool:
         """Whether first and last stage each hold the embedding: tied to the head, or looked up by MTP
         layers."""
-        return self.degree > 1 and (
+        return not (self.is_first and self.is_last) and (
             "head" not in self.context.edges or self.context.model.num_nextn_predict_layers > 0
         )
 

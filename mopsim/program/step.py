@@ -8,21 +8,30 @@ from mopsim.program.builder import Builder, state_stream
 from mopsim.program.context import Context
 from mopsim.program.kept_grads import KeptGrads
 from mopsim.program.loss import Half, logit_elements, wanted_again
+from mopsim.program.messages import Messages
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.reads import LOSS, GradNorms
 from mopsim.program.split_backward import second_half
 from mopsim.program.stage import Stage
-from mopsim.program.template import Memory, Ops, merged
+from mopsim.program.template import Ops, merged
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec import pipeline_order
 from mopsim.spec.pipeline_order import Slot
 
+MAKES = {
+    "backward": ("inputs", "weights"),
+    "input_grad": ("inputs",),
+    "weight_grad": ("weights",),
+    "forward": (),
+}
+"""Gradients that a pass makes."""
+
 
 class StageStep:
     """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
-    g`."""
+    g`. left: passes that make a chunk's gradients, still to come."""
 
     boundaries: OffloadedInputs
 
@@ -36,9 +45,8 @@ class StageStep:
         self.kept = KeptGrads(context, self.issue, self.stage)
         self.overlap, self.norms = context.strategy.overlap, GradNorms(context, self.stage.is_first)
         self.after: Ops = ()
-        self.arriving: dict[str, int] = {}
-        self.unsent: list[tuple[str, int, int, Ops]] | None = None
-        self.sent: Memory = ()
+        self.left: Counter[tuple[str, int]] = Counter()
+        self.messages = Messages(context, self.issue, self.stage)
         self.gathered: dict[str, Ops] = {}
 
     def program(self, microbatches: int) -> Program:
@@ -51,14 +59,14 @@ class StageStep:
         self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
         self._gather_updated()
         self.shards.updated = self.passes.updates(self.issue, self.stage)
-        left = Counter(chunk for phase, _, chunk in slots if phase in ("backward", "weight_grad"))
+        self.left.update((made, chunk) for phase, _, chunk in slots for made in MAKES[phase])
         for turn in turns:
             if len(turn) > 1:
-                self._pair(turn[0], turn[1], left, pairs)
+                self._pair(turn[0], turn[1], pairs)
             else:
-                self._slot(turn[0], left)
+                self._slot(turn[0])
         self.issue.microbatch = -1
-        self._freed()
+        self.messages.freed()
         self._reduce_rest()
         returned = outputs.merged(self.c, self.issue, self.stage, microbatches)
         self.passes.update(self.issue, self.stage, self.reductions)
@@ -77,18 +85,17 @@ class StageStep:
         ops, repeats, blocks = tuple(self.issue.ops), tuple(self.repeats), self.stage.flat_bytes
         return Program(ops, self.stage.index, resident, repeats=repeats, blocks=blocks)
 
-    def _slot(self, slot: Slot, left: dict[int, int]) -> None:
+    def _slot(self, slot: Slot) -> None:
         phase, microbatch, chunk = slot
         self.issue.microbatch = microbatch
         if phase == "forward":
             self._forward(microbatch, chunk)
         elif phase == "weight_grad":
-            self._weights(microbatch, chunk, left)
+            self._weights(microbatch, chunk)
         else:
-            self._backward(microbatch, chunk, phase == "backward" and left[chunk] == 1)
-            left[chunk] -= phase == "backward"
+            self._backward(microbatch, chunk, phase == "input_grad")
 
-    def _pair(self, forward: Slot, backward: Slot, left: dict[int, int], woven: bool) -> None:
+    def _pair(self, forward: Slot, backward: Slot, woven: bool) -> None:
         """A forward and another microbatch's backward. woven: side by side, each computes while the other
         talks, as DualPipe (arXiv 2412.19437) and Megatron-Core overlap the communication of experts.
 
@@ -98,40 +105,29 @@ class StageStep:
         """
         together = not self.overlap.pipeline
         if together:
-            self._arrive(forward, backward)
-            self.unsent = []
+            self.messages.arrive((forward, backward))
+            self.messages.unsent = []
         if woven:
             self.boundaries.woven(backward[1], self.stage.chunks[backward[2]][::-1])
         start, window = len(self.issue.ops), self.boundaries.window
-        self._slot(forward, left)
+        self._slot(forward)
         middle, sent = len(self.issue.ops), self.after
         if woven:  # neither waits for the other
             self.after, self.boundaries.window = (), window
-        self._slot(backward, left)
+        self._slot(backward)
         moved = self.issue.weave(start, middle) if woven else {}
         if woven:
             self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
             self.reductions = [moved.get(op, op) for op in self.reductions]
             self.boundaries.issued(moved)
-        unsent, self.unsent = self.unsent or [], None
-        for way, microbatch, part, ready in unsent:
-            self._send(way, microbatch, part, tuple(moved.get(op, op) for op in ready))
-
-    def _arrive(self, *slots: Slot) -> None:
-        """Receives of several slots, issued before the host waits for them all."""
-        needed = []
-        for way, microbatch, chunk in slots:
-            part = self.stage.part(chunk)
-            if part != (0 if way == "forward" else self.stage.parts - 1):
-                needed.append((way, microbatch, part))
-        for place, (way, microbatch, part) in enumerate(needed):
-            self.issue.microbatch = microbatch
-            op = self._posted(way, microbatch, part, place == len(needed) - 1)
-            self.arriving[f"{way} {microbatch} {part}"] = op
+            self.messages.moved(moved)
+        unsent, self.messages.unsent = self.messages.unsent or [], None
+        for way, microbatch, chunk, ready in unsent:
+            self._send(way, microbatch, chunk, tuple(moved.get(op, op) for op in ready))
 
     def _forward(self, microbatch: int, chunk: int) -> None:
         c, issue, part = self.c, self.issue, self.stage.part(chunk)
-        ready = self._embed() if part == 0 else self._receive("forward", microbatch, part)
+        ready = self._embed() if part == 0 else self._receive("forward", microbatch, chunk)
         for layer in self.stage.chunks[chunk]:
             self._visit("forward", layer)
             waits = self.shards.before(layer, "forward", self.shards.forward_order(layer, chunk))
@@ -145,7 +141,7 @@ class StageStep:
             self._gap("forward", layer)
         ready = scales.agreed(c, issue, "forward", len(self.stage.every[chunk]), ready)
         if part < self.stage.parts - 1:
-            self._send("forward", microbatch, part + 1, ready)
+            self._send("forward", microbatch, chunk, ready)
             return
         issue.hold((("logits", -self.passes.held_logits),))
         if not self.stage.extra:
@@ -177,15 +173,20 @@ class StageStep:
         beside = {} if norm else self.shards.beside(template, -1, "forward")
         return self.issue.play(template, -1, (*ready, *waits), beside)
 
-    def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
-        issue, part = self.issue, self.stage.part(chunk)
-        order = list(reversed(self.stage.chunks[chunk]))
-        self._begin_grads(chunk, self.passes.split)
-        self.shards.sums.last = final or self.passes.split
+    def _backward(self, microbatch: int, chunk: int, halves: bool) -> None:
+        """halves: gradients of weights are made later."""
+        issue, part, sums = self.issue, self.stage.part(chunk), self.shards.sums
+        order, splits = list(reversed(self.stage.chunks[chunk])), self.c.strategy.pipeline.splits
+        self.left.subtract((made, chunk) for made in MAKES["input_grad" if halves else "backward"])
+        whole, final = not self.left["inputs", chunk], not halves and not self.left["weights", chunk]
+        self._begin_grads(chunk, halves)
+        self.shards.halved(halves)
+        sums.last = whole or splits
         if part == self.stage.parts - 1:
             waits = self.shards.edge("head", "backward")
             self.shards.turn((*reversed(self.stage.extra), *order))
-            ready = self._loss_backward(microbatch, waits, (*reversed(self.stage.extra), *order), final)
+            further = (*reversed(self.stage.extra), *order)
+            ready = self._loss_backward(microbatch, waits, further, halves, final)
             issue.hold((("logits", self.passes.held_logits),))
             how = self.c.stack.stage_outputs
             if (how == "returned" and self.stage.parts > 1) or (how == "held" and microbatch == 0):
@@ -193,28 +194,32 @@ class StageStep:
                 issue.hold((("logits", size),))
                 self.stands_for["logits"] += size
         else:
-            ready = self._receive("backward", microbatch, part)
+            ready = self._receive("backward", microbatch, chunk)
+        sums.last = final or splits
         for layer in order:
             self._visit("backward", layer)
-            ready = self._layer_backward(microbatch, layer, ready, order, final)
+            ready = self._layer_backward(microbatch, layer, ready, order, halves, final)
             self._gap("backward", layer)
+        sums.last = whole or splits
         ready = scales.agreed(self.c, issue, "backward", len(self.stage.every[chunk]), ready)
-        if part < self.stage.parts - 1:
+        if part < self.stage.parts - 1 and not self.messages.stays("forward", chunk):
             issue.hold((("activations", -self.c.held_output),))
         if part > 0:
-            ready = ready if self.passes.split else self.kept.added(chunk, ready)
-            self._send("backward", microbatch, part - 1, ready)
+            ready = ready if halves else self.kept.added(chunk, ready)
+            self._send("backward", microbatch, chunk, ready)
             self.after = (*self.after, *self.shards.finish())
             return
         self.shards.begin()
         ready = issue.play(self.passes.embedding("backward"), -1, ready)
         self._reduced(ready, "embedding", final)
         self.after = (*self.after, *self.shards.finish())
-        ready = ready if self.passes.split else self.kept.added(chunk, ready)
+        ready = ready if halves else self.kept.added(chunk, ready)
         issue.hold(self.passes.left)
         self._read(ready, "backward")
 
-    def _loss_backward(self, microbatch: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
+    def _loss_backward(
+        self, microbatch: int, ready: Ops, order: Sequence[int], halves: bool, final: bool
+    ) -> Ops:
         """All cross entropies, MTP layers, whose gradient is added to the loss's before, the final norm."""
         c, issue, extra = self.c, self.issue, self.stage.extra
         if not extra:
@@ -228,7 +233,7 @@ class StageStep:
         issue.hold(wanted_again(c, kept, "backward") * len(extra))
         for layer in reversed(extra):
             ready = issue.play(self.passes.loss("backward", "norm"), -1, ready)
-            ready = self._layer_backward(microbatch, layer, ready, order, final)
+            ready = self._layer_backward(microbatch, layer, ready, order, halves, final)
             ready = self.shards.projected(self.passes.projection("backward"), layer, "backward", ready)
             if self.shards.adds_in_place:
                 continue
@@ -255,11 +260,11 @@ class StageStep:
                 self.boundaries.repeat(gap.lead, gap.times)
 
     def _layer_backward(
-        self, microbatch: int, layer: int, ready: Ops, order: Sequence[int], final: bool
+        self, microbatch: int, layer: int, ready: Ops, order: Sequence[int], halves: bool, final: bool
     ) -> Ops:
         waits = self.shards.before(layer, "backward", order)
         waits += self.boundaries.before("backward", microbatch, layer, ready)
-        template = self.passes.backward(layer)
+        template = self.passes.first_half(layer) if halves else self.passes.backward(layer)
         beside = merged(
             self.shards.beside(template, layer, "backward"), self.boundaries.beside(template, layer)
         )
@@ -282,21 +287,23 @@ class StageStep:
             self.kept.begin(chunk)
             self.stands_for["grads"] -= self.kept.hidden[chunk]
 
-    def _weights(self, microbatch: int, chunk: int, left: dict[int, int]) -> None:
-        left[chunk] -= 1
+    def _weights(self, microbatch: int, chunk: int) -> None:
+        self.left["weights", chunk] -= 1
+        final = not self.left["weights", chunk]
+        self.shards.sums.last = final or self.c.strategy.pipeline.splits
         self._begin_grads(chunk, later=False)
         ready: Ops = ()
         for layer in reversed((*self.stage.chunks[chunk], *self.stage.extra)):
             self.boundaries.before("weight_grad", microbatch, layer, ready)
             ready = second_half(self.shards, self.issue, self.passes.weights(layer), layer)
             self.kept.made(*self.c.layers[layer])
-            if left[chunk] == 0 and self._early:
+            if final and self._early:
                 self._reduce(self.c.layers[layer], ready)
         self.after = (*self.after, *self.shards.finish())
         self.kept.added(chunk, ready)
 
     def _embed(self) -> Ops:
-        self._freed()
+        self.messages.freed()
         waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
         self.shards.start(self.stage.chunks[0])
         ready = self.issue.play(self.passes.embedding("forward"), -1, (*self.after, *waits))
@@ -304,55 +311,12 @@ class StageStep:
         self.shards.done("embedding", "forward")
         return ready
 
-    def _receive(self, way: str, microbatch: int, part: int) -> Ops:
-        """An activation or a gradient arrives from a neighbour."""
-        self._freed()
-        op = self.arriving.pop(f"{way} {microbatch} {part}", None)
-        if op is None:
-            op = self._posted(way, microbatch, part, not self.overlap.pipeline)
-        ready, self.after = (op, *self.after), ()
+    def _receive(self, way: str, microbatch: int, chunk: int) -> Ops:
+        ready, self.after = (*self.messages.receive(way, microbatch, chunk), *self.after), ()
         return ready
 
-    def _posted(self, way: str, microbatch: int, part: int, awaited: bool) -> int:
-        """A receive into a new buffer, made once what ran before is issued. awaited: Megatron-Core waits for
-        an exchange that is not overlapped (`batch_p2p_sync`). A message's shape is waited for too."""
-        self.issue.hold((("activations", self.c.hidden),))
-        op = self.issue.add(
-            f"receive {way}", f"{way}_in", "other", way, self._sent(), (), (), f"{way} {microbatch} {part}",
-            awaited=awaited,
-        )  # fmt: skip
-        if not (reads := self.c.stack.host.message_reads):
-            return op
-        work = (Work("memory_bound", launches=reads),)
-        return self.issue.add("shape read", "compute", "other", way, work, (op,), awaited=True)
-
-    def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
-        """To a neighbour, and freed: where it overlaps once it is sent, else by what comes next and waits for
-        it, which weight gradients do not."""
-        if self.unsent is not None:
-            self.unsent.append((way, microbatch, part, ready))
-            return
-        self.issue.microbatch = microbatch
-        held = self.c.held_output if way == "forward" else 0
-        overlaps, memory = self.overlap.pipeline, (("activations", held - self.c.hidden),)
-        op = self.issue.add(
-            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory if overlaps else (),
-            f"{way} {microbatch} {part}",
-        )  # fmt: skip
-        if not overlaps:
-            self.after = (*self.after, op)
-            self.sent += memory
-            if not self.passes.split:
-                self._freed()
-
-    def _freed(self) -> None:
-        """What was sent is, once something waits for it."""
-        self.issue.hold(self.sent)
-        self.sent = ()
-
-    def _sent(self) -> tuple[Work, ...]:
-        parts = 3 if self.c.stack.host.message_reads else 1  # with the two that say its shape
-        return (Work("send_recv", bytes=float(self.c.hidden), launches=parts, group=self.c.groups["stage"]),)
+    def _send(self, way: str, microbatch: int, chunk: int, ready: Ops) -> None:
+        self.after = (*self.after, *self.messages.send(way, microbatch, chunk, ready))
 
     def _reduced(self, ready: Ops, edge: str, final: bool) -> None:
         """The gradients of an edge are whole: reduced now where that overlaps."""

@@ -27,7 +27,7 @@ class TapeDraft(Recorder):
 
     def __init__(self, context: Context, back: Part = "backward") -> None:
         super().__init__(context.groups)
-        self.context, self.back, self.split = context, back, back == "input_grad"
+        self.context, self.back, self.split = context, back, back != "backward"
         self.ready: tuple[int, ...] = (START,)
         self.joined: list[Played] = []
         self.coming: dict[str, int] = {}
@@ -348,3 +348,15 @@ def _column(draft: TapeDraft, item: Played, gathered: Played) -> None:
     freed = [(category, -size) for category, size in whole]
     weights = product("weight_grad", ready, [*of_weights, *summed, *gone, *freed])
     draft.ready = (weights,) if in_turn else (weights, down)
+
+
+def holding(played: list[Played], one: Step) -> list[Played]:
+    """A reverse pass that begins and ends in a caller, who holds the layer's output, and its gradient once
+    that has been used."""
+    category, size = one
+    turn = next(place for place, item in enumerate(played) if item.backward)
+    found = list(played)
+    found[0] = replace(found[0], memory=(one, *found[0].memory))
+    found[turn] = replace(found[turn], memory=(*found[turn].memory, one))
+    found[-1] = replace(found[-1], memory=(*found[-1].memory, (category, -2 * size)))
+    return found

@@ -173,19 +173,26 @@ def even_parts(layers: int, parts: int) -> tuple[int, ...]:
     return tuple(len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts))
 
 
+def part_of(stage: int, chunk: int, degree: int, folded: bool = False) -> int:
+    """Place in the network of a model chunk of pipeline stage `stage`: round and round the stages, or,
+    folded, down to the last stage and up again (a V)."""
+    return chunk * degree + (degree - 1 - stage if folded and chunk % 2 else stage)
+
+
 def stage_layers(
-    num_layers: int, degree: int, virtual_stages: int, stage: int, given: Sequence[int] = ()
-) -> list[list[int]]:
+    num_layers: int, degree: int, virtual_stages: int, stage: int, given: Sequence[int] = (),
+    folded: bool = False,
+) -> list[list[int]]:  # fmt: skip
     """Layers of each model chunk of pipeline stage `stage` (a list per virtual stage), as even as can be.
 
-    given: layers of each of the degree x virtual_stages parts instead (`Pipeline.layers`).
+    given: layers of each of the degree x virtual_stages parts instead (`Pipeline.layers`). folded: see
+    part_of.
     """
     parts = degree * virtual_stages
     base, extra = divmod(num_layers, parts)
     starts = [sum(given[:i]) if given else i * base + min(i, extra) for i in range(parts + 1)]
-    return [
-        list(range(starts[v * degree + stage], starts[v * degree + stage + 1])) for v in range(virtual_stages)
-    ]
+    places = [part_of(stage, chunk, degree, folded) for chunk in range(virtual_stages)]
+    return [list(range(starts[place], starts[place + 1])) for place in places]
 
 
 def packed_row(size: int) -> int:

@@ -33,7 +33,7 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
         parts.append(f"CP-by={s.attention.cp_comm_type}")
     if s.pipeline.layers:
         parts.append(f"layers={_runs(s.pipeline.layers)}")
-    if s.pipeline.splits:
+    if s.pipeline.splits or s.pipeline.folded:
         parts.append(f"schedule={s.pipeline.schedule}")
     if s.experts.expert_parallel > 1 or s.experts.gathers:
         parts += _experts(s)

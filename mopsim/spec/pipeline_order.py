@@ -1,6 +1,7 @@
 """Pipeline schedules as pure order functions: which (phase, microbatch, model chunk) a stage works on, in
 order."""
 
+from collections import Counter
 from typing import Literal
 
 Slot = tuple[Literal["forward", "backward", "input_grad", "weight_grad"], int, int]
@@ -57,13 +58,65 @@ def zero_bubble(stages: int, microbatches: int, stage: int) -> list[Slot]:
     return order + [("weight_grad", microbatch, 0) for microbatch in waiting]
 
 
+def dualpipe_v(stages: int, microbatches: int, stage: int) -> list[tuple[Slot, ...]]:
+    """The turns of DualPipeV (arXiv 2412.19437; deepseek-ai/DualPipe 3da1bbea, dualpipe/dualpipev.py): chunk
+    0 of the stages lies on the way down a V, chunk 1 on its way up. A forward of one and a backward of the
+    other are one turn in the steady state; some backwards before and after it leave their weight gradients to
+    later, the first one first. Needs two microbatches a stage."""
+    found: list[tuple[Slot, ...]] = []
+    begun, waiting = Counter[tuple[bool, int]](), list[tuple[int, int]]()
+    after, before = stages - stage - 1, stage + 1
+
+    def play(*passes: tuple[Literal["forward", "backward", "input_grad"], int]) -> None:
+        turn: list[Slot] = []
+        for phase, chunk in passes:
+            turn.append((phase, begun[phase == "forward", chunk], chunk))
+            begun[phase == "forward", chunk] += 1
+            waiting.extend([turn[-1][1:]] * (phase == "input_grad"))
+        found.append(tuple(turn))
+
+    def weights() -> None:
+        found.append((("weight_grad", *waiting.pop(0)),))
+
+    for _ in range(2 * after):
+        play(("forward", 0))
+    for _ in range(before):
+        play(("forward", 0))
+        play(("forward", 1))
+    for _ in range(after):
+        play(("input_grad", 1))
+        weights()
+        play(("forward", 1))
+    for turn in range(microbatches - 2 * stages + before):
+        if turn == after == 0:  # its backward waits for a forward just before
+            play(("forward", 0))
+            play(("backward", 1))
+        else:
+            play(("forward", 0), ("backward", 1))
+        play(("forward", 1), ("backward", 0))
+    for _ in range(after):
+        play(("backward", 1))
+        play(("forward", 1), ("backward", 0))
+    for place in range(2 * before):
+        play(("backward" if place < before else "input_grad", 1 - place % 2))
+    for _ in range(after):
+        weights()
+        play(("input_grad", 0))
+    while waiting:
+        weights()
+    return found
+
+
 def order(
     schedule: str, stages: int, virtual: int, microbatches: int, stage: int, ahead: int = 0
 ) -> list[Slot]:
     """The slots of one stage, by the name in `Pipeline.schedule`.
 
-    ahead: forwards beyond the warm-up, so that a forward and the backward after it are of two microbatches.
+    ahead: forwards beyond the warm-up, so that a forward and the backward after it are of two microbatches,
+    as those of a turn of `dualpipe_v` are anyway.
     """
+    if schedule == "dualpipe_v":
+        return [slot for turn in dualpipe_v(stages, microbatches, stage) for slot in turn]
     if schedule == "zero_bubble" and stages > 1:  # nothing to fill in a stage alone
         return zero_bubble(stages, microbatches, stage)
     chunks = virtual if schedule == "interleaved" else 1
@@ -75,6 +128,8 @@ def turns(
 ) -> list[tuple[Slot, ...]]:
     """The slots of one stage, those together whose messages travel together: a forward and the backward after
     it, of an interleaved schedule or where `ahead` sets them apart."""
+    if schedule == "dualpipe_v":
+        return dualpipe_v(stages, microbatches, stage)
     slots = order(schedule, stages, virtual, microbatches, stage, ahead)
     paired = virtual > 1 or ahead
     if not paired or warm_up(stages, virtual, stage, ahead) >= microbatches * virtual:

@@ -32,18 +32,26 @@ class Pipeline(Spec, frozen=True, kw_only=True):
     layers: decoder layers of each of the pipeline_parallel x virtual_stages parts, in the network's order;
     empty: as evenly as possible. Embedding, MTP layers and loss lie in the first and the last part. schedule:
     order of forwards and backwards. `interleaved` needs virtual_stages above 1; `zero_bubble` splits the
-    backward.
+    backward. `dualpipe_v` (DualPipeV, arXiv 2412.19437) needs virtual_stages 2: the first parts lie on the
+    stages from the first to the last, the second parts on the way back (a V), so that the first stage has
+    both ends of the network. A forward through one and a backward through the other are one turn, and
+    backwards are split where the pipeline fills and drains.
     """
 
     pipeline_parallel: int = 1
     virtual_stages: int = 1
     layers: tuple[int, ...] = ()
-    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"] = "1f1b"
 
     @property
     def splits(self) -> bool:
-        """Whether backwards are in two halves: there is nothing to fill in a stage alone."""
+        """Whether all backwards are in two halves: there is nothing to fill in a stage alone."""
         return self.schedule == "zero_bubble" and self.pipeline_parallel > 1
+
+    @property
+    def folded(self) -> bool:
+        """Whether parts lie on the stages as on a V, and some backwards are in two halves."""
+        return self.schedule == "dualpipe_v"
 
 
 class Dense(Spec, frozen=True, kw_only=True):
@@ -207,8 +215,8 @@ class Overlap(Spec, frozen=True, kw_only=True):
     updated parameters are gathered while the next forward begins. pipeline: sends between stages run beside
     compute. tensor: gathers and scatters of tensor-parallel regions run beside the regions' products.
     experts: dispatch and combine of one microbatch's forward run beside the backward of another, layer by
-    layer, and the other way round; where parameters are gathered layer by layer, those of one sequence of a
-    microbatch run beside the compute of the others, all of which a layer's gathers and reductions serve.
+    layer, and the other way round; where every pass gathers parameters layer by layer, those of one sequence
+    of a microbatch run beside the compute of the others, all of which a layer's gathers and reductions serve.
     """
 
     grad_reduce: bool | None = False

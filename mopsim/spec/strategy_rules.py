@@ -121,9 +121,10 @@ def _pipeline(s: "Strategy") -> Rules:
     p = s.pipeline
     virtual = p.virtual_stages > 1
     alone = "needs a pipeline.pipeline_parallel above 1"
-    yield not virtual or p.pipeline_parallel > 1, "pipeline.virtual_stages", alone
+    yield not virtual or p.pipeline_parallel > 1 or p.folded, "pipeline.virtual_stages", alone
     one_part = f"plays one part a stage, not pipeline.virtual_stages {p.virtual_stages}: needs interleaved"
-    yield not virtual or p.schedule == "interleaved", "pipeline.schedule", one_part
+    yield not virtual or p.schedule == "interleaved" or p.folded, "pipeline.schedule", one_part
+    yield not p.folded or p.virtual_stages == 2, "pipeline.virtual_stages", "must be 2 with dualpipe_v"
     parts = p.pipeline_parallel * p.virtual_stages
     listed = f"must be a count of layers, 0 or more, for each of the {parts} parts"
     yield len(p.layers) in (0, parts) and min(p.layers, default=0) >= 0, "pipeline.layers", listed

@@ -124,8 +124,11 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             f"makes {microbatches} microbatches, not a multiple of pipeline.pipeline_parallel "
             f"{pipeline.pipeline_parallel} as interleaving needs"
         )
-        plain = pipeline.virtual_stages == 1
+        plain = pipeline.virtual_stages == 1 or pipeline.folded
         yield plain or microbatches % pipeline.pipeline_parallel == 0, "global_batch", rule
+        least = 2 * pipeline.pipeline_parallel * pipeline.folded
+        rule = f"makes {microbatches} microbatches, fewer than the {least} that dualpipe_v needs, two a stage"
+        yield microbatches >= least, "global_batch", rule
 
     def _check_chunks(self, strategy: Strategy) -> None:
         """A chunk is a bound on its tokens: it may be larger than what there is, but not absurdly small."""

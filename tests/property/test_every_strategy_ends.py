@@ -42,7 +42,8 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
     pick = draw.choice
     stages, tensor = pick([1, 1, 1, 2, 4]), pick([1, 1, 2])
     ranks = 8 // stages
-    virtual = pick([1, 1, 2]) if stages == 2 else 1
+    folded = draw.random() < 0.1
+    virtual = 2 if folded else pick([1, 1, 2]) if stages == 2 else 1
     recompute = pick(["none", "selective", "full", "full"])
     loss = pick(["full", "chunked", "ring", "vocab_parallel"])
     host = pick([True, False])
@@ -50,7 +51,8 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
         "name": "random", "world_size": 8, "micro_batch": pick([1, 2]), "stack": pick(list_stacks()),
         "pipeline": {
             "pipeline_parallel": stages, "virtual_stages": virtual,
-            "schedule": "interleaved" if virtual > 1 else pick(["1f1b", "zero_bubble", "interleaved"]),
+            "schedule": "dualpipe_v" if folded else "interleaved"
+            if virtual > 1 else pick(["1f1b", "zero_bubble", "interleaved"]),
         },
         "dense": {
             "tensor_parallel": tensor, "fsdp": pick([1, ranks // tensor or 1]), "zero": pick([0, 1, 2, 3, 3]),
