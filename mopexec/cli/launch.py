@@ -84,8 +84,6 @@ def check_train_options(path: Path, options: Sequence[str]) -> TrainOptions:
     """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now: those
     for ranks of torchrun, apart from files that only the cluster has. Raises MopError or the parser's error.
     """
-    from typer.main import get_command
-
     from mopexec.cli import app
     from mopexec.cli.train import check_ranks_options, options_of
 
@@ -96,7 +94,7 @@ def check_train_options(path: Path, options: Sequence[str]) -> TrainOptions:
         if needed not in named:
             rule = f"among the options of `mopexec train`: mopexec launch ... -- {needed} {value} ..."
             raise MopError(f"{needed}: is needed {rule}")
-    train = get_command(app).commands["train"]  # type: ignore[attr-defined]
+    train = app.parser.commands["train"]
     given = train.make_context("train", ["--plan", str(path), *options]).params
     check_ranks_options(given["max_restarts"])
     return options_of(given)

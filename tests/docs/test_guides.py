@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import mopexec.cli
 import mopsim.cli
@@ -68,7 +67,7 @@ APPS = {"mopsim": mopsim.cli.app, "mopexec": mopexec.cli.app}
 def test_commands_and_their_options_exist(page: Path) -> None:
     blocks = re.findall(r"```(?:\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     for package, command, rest in (found for block in blocks for found in COMMAND.findall(block)):
-        commands: dict[str, Any] = typer.main.get_command(APPS[package]).commands  # type: ignore[attr-defined]
+        commands: dict[str, Any] = APPS[package].parser.commands
         assert command in commands, f"{package} {command}"
         asked_of = commands[command]
         if inner := getattr(asked_of, "commands", None):

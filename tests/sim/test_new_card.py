@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.main import get_command
 
 import mopsim
 from mopsim.api.sensitivity import assumptions, sensitivity, value_of
@@ -178,7 +177,7 @@ def test_units_are_read_as_data_sheets_spell_them(figure: str, text: str, si: fl
 
 
 def test_the_help_says_what_each_figure_is() -> None:
-    command = get_command(app).commands["profile"].commands["new"]  # type: ignore[attr-defined]
+    command = app.parser.commands["profile"].commands["new"]
     shown = {option.opts[0][2:]: option.help for option in command.params}
     for figure in FIGURE_KINDS:
         assert shown[figure.name] == f"{figure.meaning}, {figure.unit}"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from mopexec.cli import app as mopexec_app
@@ -138,7 +137,7 @@ def test_every_text_option_is_read_written_or_plain() -> None:
     found = {
         written(param)
         for app in (mopsim_app, mopexec_app)
-        for command in _commands(get_command(app))
+        for command in _commands(app.parser)
         for param in command.params
         if get_type_hints(command.callback)[param.name] in TEXTS
     }
@@ -147,7 +146,7 @@ def test_every_text_option_is_read_written_or_plain() -> None:
 
 def test_every_command_says_what_it_found_as_json() -> None:
     for app in (mopsim_app, mopexec_app):
-        for command in _commands(get_command(app)):
+        for command in _commands(app.parser):
             assert "--json" in [written(param) for param in command.params], command.name
 
 
@@ -157,7 +156,7 @@ def test_help_fits_the_terminal_and_cuts_no_name(
     app: Any, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    for path, command in _with_paths(get_command(app), ()):
+    for path, command in _with_paths(app.parser, ()):
         said = CliRunner().invoke(app, [*path, "--help"]).output
         alone = re.compile(r" +-\S+( <\S+>| / -\S+)" if columns < 80 else "no name is so wide")
         lines = [line for line in said.splitlines() if not alone.fullmatch(line)]
