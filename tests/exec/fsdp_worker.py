@@ -58,23 +58,23 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
         "loss_chunk_tokens": 5,
         "offload": True,
     }  # fmt: skip
-    found = {"everything": (make(**everything, prefetch=2), "learned")}
-    if world < 4:  # on four ranks as on two, what "everything" has not; others on four are in sharded_plans
-        found |= {
-            "plain": (make(), "learned"),
+    found = {}
+    if world < 4:  # on four and eight ranks everything is in sharded_plans
+        found = {
+            "everything": (make(**everything, prefetch=2), "learned"),
             "everything_skewed": (make(**everything), "60/3"),
             "everything_float32": (make(**everything, dtype="float32"), "learned"),
             "bfloat16": (make(**everything, dtype="bfloat16"), "learned"),
-            "chunked_microbatches": (make(loss="chunked", loss_chunk_tokens=5, micro_batch=2), "learned"),
-            "no_prefetch": (make(prefetch=0, recompute="full", expert_parallel=pair), "learned"),
             "zero2": (make(reshard_after_forward=False), "learned"),
             "boundaries_on_host": (
-                plans.changed(make(recompute="full", micro_batch=2), activations={"layer_inputs": "host"}),
+                plans.changed(
+                    make(recompute="full", micro_batch=2, prefetch=0), activations={"layer_inputs": "host"}
+                ),
                 "learned",
             ),
         }  # fmt: skip
     if world == 4:
-        found |= {
+        found = {
             "hsdp": (make(fsdp=2), "learned"),
             "experts_strided": (
                 plans.changed(

@@ -50,7 +50,6 @@ def four() -> dict[str, Plan]:
         "experts split, skewed": make(
             **TENSORS, expert_tensor_parallel=2, routing="95/4", micro_batch=2, **_again("moe")
         ),
-        "stages in halves": make(**STAGES, expert_parallel=2, changes=HALVES),
         "stages in halves, tensors": make(tensor_parallel=2, **STAGES, changes=HALVES, recompute="full"),
     }
 

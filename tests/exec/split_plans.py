@@ -61,7 +61,6 @@ def two() -> dict[str, Plan]:
     """On two ranks, by name."""
     make = partial(_make, 2)
     return {
-        "zero_1": make(),
         "zero_1, replicated": make(
             expert_parallel=2, changes={"dense": {"fsdp": 1}, "experts": {"expert_fsdp": 1}}
         ),
@@ -98,7 +97,6 @@ def four() -> dict[str, Plan]:
     """On four ranks, by name."""
     make = partial(_make, 4)
     return {
-        "all": make(tensor_parallel=2, expert_parallel=2, recompute="full"),
         "all, skewed": make(
             tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2, micro_batch=2, routing="95/4"
         ),
@@ -113,13 +111,6 @@ def four() -> dict[str, Plan]:
         "four stages": make(
             replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2),
             pipeline_parallel=4,
-            stage_layers=(0, 2, 1, 1),
-        ),
-        "four stages in halves": make(
-            replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2),
-            pipeline_parallel=4,
-            changes=HALVES,
-            recompute="full",
             stage_layers=(0, 2, 1, 1),
         ),
         "stages in halves, tensors": make(

@@ -65,7 +65,7 @@ def _same(state: str, changes: dict[str, Any], routing: str = "learned", **optio
 
 @pytest.mark.parametrize(
     ("where", "state"),
-    [("sharded", state) for state in STATES] + [("replicated", "offloaded"), ("experts_sharded", "resident")],
+    [("sharded", "one_slot"), ("replicated", "offloaded"), ("experts_sharded", "resident")],
 )
 def test_it_is_the_update_at_the_end_of_the_step_to_the_bit(where: str, state: str) -> None:
     _same(state, COARSE | LAYOUTS[where], micro_batch=2)
@@ -93,10 +93,9 @@ def test_it_equals_the_single_device_model(state: str, world: int, changes: dict
     check(world, changes | {"optimizer": STATES[state] | EARLY}, training=UNCLIPPED, micro_batch=2)
 
 
-@pytest.mark.parametrize("state", ["offloaded", "resident"])
-def test_a_gradient_that_is_no_number_leaves_the_same_finished_step(state: str) -> None:
+def test_a_gradient_that_is_no_number_leaves_the_same_finished_step() -> None:
     """As without it the step ends, all units updated, with a norm that stops the run before it saves."""
-    for losses, lost in _apart("diverge", state, COARSE, micro_batch=2):
+    for losses, lost in _apart("diverge", "offloaded", COARSE, micro_batch=2):
         assert all(map(math.isnan, losses))
         assert not lost
 

@@ -32,7 +32,6 @@ ONE_EXPERT = replace(LLAMA4, num_experts_per_tok=1)
 
 FLAT_PARTS: dict[str, tuple[int, dict[str, Any], str, str]] = {
     "two ranks, everything": (2, ALL_TWO, "mopexec-flat", "learned"),
-    "two ranks, moved": (2, moving(ALL_TWO), "mopexec-flat", "95/4"),
     "four ranks, moved": (4, moving(ALL_FOUR), "mopexec-flat", "learned"),
     "two ranks, nested, moved": (2, moving(ALL_TWO), "mopexec-flat-nested", "95/4"),
 }
@@ -62,9 +61,10 @@ RUNTIMES: dict[str, Strategy] = {
     "experts' tensors, kept": split(2, dtype="float64", tensor_parallel=2, expert_tensor_parallel=2),
 }
 DOCUMENTS = ("fully_shard", "flat_units", "kept", "tensors", "context")
-CAUSAL = ("fully_shard", "flat_units", "stages", "context", "experts' tensors", "experts' tensors, kept")
+CAUSAL = ("stages", "context", "experts' tensors", "experts' tensors, kept")
 MASKED = [("document", name) for name in DOCUMENTS] + [("causal", name) for name in CAUSAL]
-"""Masks reach what splits sequences, and one way of what splits tensors."""
+"""Masks reach what splits sequences, and one way of what splits tensors. Causal ones under fully_shard and
+flat_units have a preset (test_what_presets_have_trains)."""
 
 
 @pytest.mark.parametrize(("mask", "runtime"), MASKED)

@@ -204,6 +204,8 @@ RUNTIMES = {
     "fully_shard": fsdp2(2, expert_parallel=2, dtype="float32"),
     "fully_shard, tensors": fsdp2(2, tensor_parallel=2, dtype="float32"),
     "flat_units": mop(2, expert_parallel=2, vocab_parallel=2, dtype="float32"),
+    "fully_shard, alone": fsdp2(1, dtype="float32"),
+    "flat_units, alone": mop(1, dtype="float32"),
 }
 
 
@@ -213,19 +215,20 @@ ALL = (*SPLIT, "gpt2", "llama4")
 
 
 def runs() -> list[tuple[str, str]]:
-    """Families of ALL under each runtime, the others under one of two; two under tensor parallelism."""
+    """Families of ALL on two ranks under each runtime, and two under tensor parallelism; the others, which
+    are cut as those of ALL are, on one rank of one of two runtimes."""
     whole = ("fully_shard", "flat_units")
     told = [(family, name) for family in ALL for name in whole] + [
         (family, "fully_shard, tensors") for family in SPLIT
     ]
     rest = [family for family in hf_models.CONFIGS if family not in ALL]
-    return told + [(family, whole[at % 2]) for at, family in enumerate(rest)]
+    return told + [(family, f"{whole[at % 2]}, alone") for at, family in enumerate(rest)]
 
 
 def strategy_of(runtime: str, folder: Path) -> Strategy:
     """Experts over the ranks, where there are any."""
     strategy = RUNTIMES[runtime]
-    if load_model(folder).num_moe_layers:
+    if load_model(folder).num_moe_layers or strategy.world_size == 1:
         return strategy
     experts = msgspec.structs.replace(strategy.experts, expert_parallel=1, expert_fsdp=2)
     return msgspec.structs.replace(strategy, experts=experts)
@@ -233,14 +236,14 @@ def strategy_of(runtime: str, folder: Path) -> Strategy:
 
 @pytest.mark.parametrize(("family", "runtime"), runs())
 def test_in_and_out(family: str, runtime: str, tmp_path: Path) -> None:
-    """Read by two ranks and written again, the files are the same to the byte; of families of ALL after two
-    steps too, transformers has the loss that the runner tells.
+    """Read by ranks and written again, the files are the same to the byte; of families of ALL after two steps
+    too, transformers has the loss that the runner tells.
     """
     folder = hf_models.save(hf_models.make(family), tmp_path / "given")
     plan = plan_of(folder, strategy_of(runtime, folder))
     tokens = hf_models.tokens()
     given = (plan, folder, tmp_path / "run", tokens, family in ALL)
-    loss = pool(2).run("tests.exec.weights_worker", "begin_and_save", *given)[0]
+    loss = pool(plan.strategy.world_size).run("tests.exec.weights_worker", "begin_and_save", *given)[0]
     written = tmp_path / "again"
     export(tmp_path / "run" / "begun", tmp_path / "again", file_bytes=30_000)
     assert (written / INDEX).is_file()
