@@ -11,7 +11,7 @@ from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.links import Share, SharedLinks, Use
 from mopsim.engine.record import Record, turns
-from mopsim.program.workload import FABRICS, TALKS, Op, Program, Repeat, first_compute, lane
+from mopsim.program.workload import FABRICS, TALKS, Op, Program, Repeat, first_compute, queued
 
 
 class Meeting:
@@ -68,12 +68,16 @@ class Rank:
         """Of the compute that runs."""
         self.timer = -1
         """The event at which it is woken."""
+        self.ahead = queued(program) if queues == "one" else {}
+        """What starts before each op, if there is one queue."""
+        self.begun, self.next = set[int]([-1]), dict[int, Wake]()
+        """What began, or only waits for its peers; who waits for one to begin."""
         streams: dict[str, list[Op]] = {}
         before = self.before
         for op in program.ops:
-            earlier = streams.get(on := lane(op, queues))
+            earlier = streams.get(op.stream)
             if earlier is None:
-                streams[on] = [op]
+                streams[op.stream] = [op]
                 continue
             before[op.index] = earlier[-1].index
             earlier.append(op)
@@ -88,7 +92,7 @@ class Rank:
         starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
         compute, durations, clock, now = stream == "compute", self.durations, self.clock, self.clock.now
         at, passes, turn_of, turn = clock.at, clock.passes, record.turns, None
-        (begin, end), issued_at = self.way(stream), record.issued
+        (begin, end), issued_at, ahead = self.way(stream), record.issued, self.ahead
         if host is not None:
             stretch, bases, awaited, repeats = host.stretch, host.bases, host.awaited, self.repeats
             first, inside, apart, blocked = host.first, host.inside, host.apart, host.blocked
@@ -110,8 +114,8 @@ class Rank:
                     now = until if passes(until := now + (issued - now)) else (yield at(until, wake))
                 if compute and now > before:
                     record.idle(op, now - before)
-            if op.rendezvous:
-                now = yield from self.meet(op, wake, now)
+            if index in ahead or op.rendezvous:
+                now = yield from self.turn(op, wake, now)
             start = starts[index] = now
             if host is not None and index in repeats:
                 self.leap(repeats[index], host)
@@ -140,6 +144,21 @@ class Rank:
             if index in waiting:
                 for other in waiting.pop(index):
                     clock.wake(other)
+
+    def turn(self, op: Op, wake: Wake, now: float) -> Generator[None, float, float]:
+        """Wait until what was issued before, in one queue, has begun, and for the op's counterparts; returns
+        the time."""
+        index = op.index
+        if index in self.ahead:
+            if (first := self.ahead[index]) not in self.begun:
+                self.next[first] = wake
+                since, now = now, (yield)
+                if op.stream == "compute" and now > since:
+                    self.blame(op, first, since, now)
+            self.begun.add(index)
+            if index in self.next:
+                self.clock.wake(self.next.pop(index))
+        return (yield from self.meet(op, wake, now)) if op.rendezvous else now
 
     def meet(self, op: Op, wake: Wake, before: float) -> Generator[None, float, float]:
         """Wait for the op's counterparts of other programs; returns the time."""
@@ -172,11 +191,24 @@ class Rank:
             until = start
             if until <= since:
                 return
-            earlier = (*op.deps, self.before[index]) if self.before[index] >= 0 else op.deps
-            index = max(earlier, key=ends.__getitem__, default=-1)
+            index = self._awaited(index)
             over = max(ends[index], since) if index >= 0 else since
             record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
+
+    def _awaited(self, index: int) -> int:
+        """What an op waited for last: a dependency, or what its stream ran before; in one queue, what the one
+        before it waited for, if that began later. -1: nothing."""
+        ends, latest = self.ends, -1
+        while index >= 0:
+            earlier = (*self.program.ops[index].deps, self.before[index])
+            found = max((one for one in earlier if one >= 0), key=ends.__getitem__, default=-1)
+            if found >= 0 and (latest < 0 or ends[found] > ends[latest]):
+                latest = found
+            index = self.ahead.get(index, -1)
+            if index < 0 or (latest >= 0 and self.starts[index] <= ends[latest]):
+                return latest
+        return latest
 
     def _book(self, waiting: Op, index: int, since: float, until: float) -> None:
         """Book a wait for op `index` while it ran: what others took of its links on them."""

@@ -15,7 +15,8 @@ from mopsim.program.reads import LOSS, GradNorms
 from mopsim.program.split_backward import second_half
 from mopsim.program.stage import Stage
 from mopsim.program.template import Ops, merged
-from mopsim.program.units import ShardedUnit
+from mopsim.program.units import ShardedUnit, looked_up
+from mopsim.program.updated import UpdatedParameters
 from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec import pipeline_order
 from mopsim.spec.pipeline_order import Slot
@@ -34,6 +35,7 @@ class StageStep:
     g`. left: passes that make a chunk's gradients, still to come."""
 
     boundaries: OffloadedInputs
+    updated: UpdatedParameters
 
     def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
         self.c, self.passes = context, passes
@@ -47,7 +49,6 @@ class StageStep:
         self.after: Ops = ()
         self.left: Counter[tuple[str, int]] = Counter()
         self.messages = Messages(context, self.issue, self.stage)
-        self.gathered: dict[str, Ops] = {}
 
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
@@ -57,7 +58,7 @@ class StageStep:
         )
         slots = [slot for turn in turns for slot in turn]
         self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
-        self._gather_updated()
+        self.updated = UpdatedParameters(self.c, self.issue, self.stage)
         self.shards.updated = self.passes.updates(self.issue, self.stage)
         self.left.update((made, chunk) for phase, _, chunk in slots for made in MAKES[phase])
         for turn in turns:
@@ -121,6 +122,7 @@ class StageStep:
             self.reductions = [moved.get(op, op) for op in self.reductions]
             self.boundaries.issued(moved)
             self.messages.moved(moved)
+            self.updated.issued(moved)
         unsent, self.messages.unsent = self.messages.unsent or [], None
         for way, microbatch, chunk, ready in unsent:
             self._send(way, microbatch, chunk, tuple(moved.get(op, op) for op in ready))
@@ -131,7 +133,7 @@ class StageStep:
         for layer in self.stage.chunks[chunk]:
             self._visit("forward", layer)
             waits = self.shards.before(layer, "forward", self.shards.forward_order(layer, chunk))
-            updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
+            updated = self.updated.before((unit.name for unit in c.layers[layer]), ready)
             self.boundaries.before("forward", microbatch, layer, ready)
             template = self.passes.forward(layer)
             beside = self.shards.beside(template, layer, "forward")
@@ -152,6 +154,7 @@ class StageStep:
             ready = self.shards.projected(self.passes.projection("forward"), layer, "forward", ready)
             template, order = self.passes.forward(layer), self.shards.forward_order(layer, chunk)
             waits = self.shards.before(layer, "forward", order)
+            waits = (*waits, *self.updated.before((unit.name for unit in c.layers[layer]), ready))
             hooks = self.shards.beside(template, layer, "forward")
             ready = issue.play(template, layer, (*ready, *waits), hooks)
             self.shards.after(layer, "forward")
@@ -170,6 +173,7 @@ class StageStep:
         """Final norm, projection on the vocabulary and loss of a hidden state."""
         template, norm = self.passes.loss("forward", half), half == "norm"
         waits = self.shards.normed() if norm else self.shards.edge("head", "forward")
+        waits = (*waits, *self.updated.before(("final", "head", "embedding"), ready))
         beside = {} if norm else self.shards.beside(template, -1, "forward")
         return self.issue.play(template, -1, (*ready, *waits), beside)
 
@@ -304,7 +308,8 @@ class StageStep:
 
     def _embed(self) -> Ops:
         self.messages.freed()
-        waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
+        updated = self.updated.before((unit.name for unit in looked_up(self.c.edges)), self.after)
+        waits = (*self.shards.edge("embedding", "forward"), *updated)
         self.shards.start(self.stage.chunks[0])
         ready = self.issue.play(self.passes.embedding("forward"), -1, (*self.after, *waits))
         self.after = ()
@@ -349,15 +354,3 @@ class StageStep:
         self._reduce(rest, self.issue.tail())
         if self.stage.shares_embedding and (self.stage.is_first or self.stage.is_last):
             self.reductions.append(data_parallel.shared_embedding(self.c, self.issue, self.reductions))
-
-    def _gather_updated(self) -> None:
-        """Parameters that the last step updated arrive beside the first forward, in the order of their
-        use."""
-        if not self.overlap.param_gather or self.c.strategy.dense.zero == 0 or self.c.shards_params:
-            return
-        add = self.issue.add
-        for unit in self.stage.units:
-            self.gathered[unit.name] = tuple(
-                add("gather parameters", state_stream(sent), part, "forward", (sent,))
-                for part, sent in data_parallel.gathering(self.c, [unit])
-            )

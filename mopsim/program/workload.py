@@ -221,11 +221,21 @@ class Workload:
         return (self.microbatches - self.expanded) // self.unit
 
 
-def lane(op: Op, queues: str) -> str:
-    """What runs an op after those before it: its stream, or of collectives in one queue (HostCosts.queues)
-    their fabric. Those in few blocks leave the others room."""
-    few = any(one.channels for one in op.work)
-    return op.stream if queues == "each" or few else TALKS.get(op.stream, op.stream)
+def queued(program: Program) -> dict[int, int]:
+    """Of ops in one queue (HostCosts.queues): the one issued before each, which starts before it; -1 of the
+    first. Collectives that are asked for at once, of several components, are one.
+
+    Copies have engines of their own. A pipeline's sends and receives are left out: a receive is issued here
+    where its slot begins, in Megatron-Core before the slot ahead of it (schedules.py).
+    """
+    found, before, last = dict[int, int](), -1, tuple[object, ...]()
+    for op in program.ops:
+        if not op.work or (op.stream != "compute" and op.stream not in TALKS):
+            continue
+        call = (op.name, op.stream, op.layer, op.deps)
+        if call != last or op.stream == "compute":
+            found[op.index], before, last = before, op.index, call
+    return found
 
 
 def first_compute(program: Program, index: int) -> int:

@@ -14,7 +14,7 @@ from mopsim.graph.tape import Step
 from mopsim.program.builder import turn_ends
 from mopsim.program.host_time import Around, hosted
 from mopsim.program.template import Template
-from mopsim.program.workload import FABRICS, NUM_DEVICE_SLOTS, STREAMS, TALKS, Op, Work, deltas, lane, on_host
+from mopsim.program.workload import FABRICS, NUM_DEVICE_SLOTS, STREAMS, TALKS, Op, Work, deltas, on_host
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 
@@ -100,12 +100,10 @@ class Priced:
 
 @dataclass
 class Prices:
-    """Of templates on one machine, under one stack: equal work is one object, priced once. queue: what starts
-    kernels there (HostCosts.queues)."""
+    """Of templates on one machine, under one stack: equal work is one object, priced once."""
 
     machine: HardwareProfile
     stack: Stack
-    queue: str
     known: dict[int, tuple[Work, float]] = field(default_factory=dict)
 
     def of(self, template: Template, around: Around | None = None) -> Priced:
@@ -121,8 +119,7 @@ class Prices:
                 steps, pending = (*pending, *steps), ()
                 slowed += took / max(1 - self._lost(piece), LEAST)
                 first = first if first[0] >= 0 else (place, steps)
-            on = STREAMS.index(lane(piece, self.queue))
-            ops.append((on, took, piece.deps, *device_bytes(steps)))
+            ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         turns = tuple(turn_ends(template.pieces))
         hosts = self._hosts(template.pieces, seconds, around)

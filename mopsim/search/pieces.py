@@ -170,11 +170,10 @@ class Pieces:
     def _every(self) -> tuple[Column, ...]:
         return self.space.within()
 
-    def prices(self, passes: Passes) -> Prices:
-        """On the space's machine, in the queues that a strategy leaves the stack."""
-        machine = self.space.machine
-        queue = self.space.stack.queue(machine.device.architecture, passes.context.strategy)
-        return once(self.made, ("prices", queue), lambda: Prices(machine, self.space.stack, queue))
+    @cached_property
+    def prices(self) -> Prices:
+        """On the space's machine."""
+        return once(self.made, "prices", lambda: Prices(self.space.machine, self.space.stack))
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
@@ -199,7 +198,7 @@ class Pieces:
         """Final norm, projection and cross entropy of a row, once."""
         turns, long = self._turns(index)
         which = None if long else 0
-        return self._known(LOSS, index, lambda one: self._piece(one, one.loss, which), vocabulary=turns)
+        return self._known(LOSS, index, lambda one: self._piece(one.loss, which), vocabulary=turns)
 
     def _turns(self, index: int) -> tuple[int, bool]:
         """(Ranks that share the vocabulary, at most TURNS of a ring; whether a ring is longer)."""
@@ -273,7 +272,7 @@ class Pieces:
     def embedding(self, index: int) -> LayerPiece | None:
         """Of a row; what its forward leaves is the first layer's input."""
         turns = self._turns(index)[0]
-        return self._known(EMBEDDING, index, lambda one: self._piece(one, one.embedding), vocabulary=turns)
+        return self._known(EMBEDDING, index, lambda one: self._piece(one.embedding), vocabulary=turns)
 
     def pinned(self, index: int) -> dict[str, float]:
         """Pinned bytes of a row on the host over those of its tensors (mopsim.program.pinned); nothing where
@@ -340,16 +339,13 @@ class Pieces:
         def around() -> Around:
             return Around.of(passes.context, passes.again(), woven=passes.context.weaves)
 
-        return LayerPiece(
-            (partial(passes.forward, layer), partial(passes.backward, layer)), self.prices(passes), around
-        )
+        ways = partial(passes.forward, layer), partial(passes.backward, layer)
+        return LayerPiece(ways, self.prices, around)
 
-    def _piece(
-        self, passes: Passes, template: Callable[[str], Template], heights_of: int | None = 1
-    ) -> LayerPiece:
+    def _piece(self, template: Callable[[str], Template], heights_of: int | None = 1) -> LayerPiece:
         """Of what has a template for each direction."""
         ways = cache(partial(template, "forward")), cache(partial(template, "backward"))
-        return LayerPiece(ways, self.prices(passes), heights_of=heights_of)
+        return LayerPiece(ways, self.prices, heights_of=heights_of)
 
 
 def _memory(template: Template) -> tuple[tuple[int, ...], tuple[int, ...], int]:

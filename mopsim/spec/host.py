@@ -28,10 +28,10 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     hooks: parameters are gathered and freed around each module (DeepSpeed's ZeRO-3), not around groups.
     blocking: the host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1).
     queues: what starts kernels of several streams, by device architecture (`hopper`, ...; `default`: all
-    others). `each`: a queue for each stream, so that collectives of different communicators run side by side.
-    `one`: they start in the order in which the host issues them (CUDA_DEVICE_MAX_CONNECTIONS=1), so that a
-    collective comes after those before it on the same fabric. `split`: `one` where tensor or context
-    parallelism splits layers and no exchange of experts is hidden, else `each`.
+    others). `each`: a queue for each stream. `one`: all kernels, of compute and communicators, start in the
+    order in which the host issues them (CUDA_DEVICE_MAX_CONNECTIONS=1), so that one that has to wait holds up
+    those behind it; those that run do so side by side. `exposed`: `one` where no exchange of experts is
+    hidden, else `each`. `split`: so too, and `one` only where tensor or context parallelism splits layers.
     profiled: torch's profiler records operators and kernels, so that the host takes longer for each.
     reads_lengths: in the forward of a layer the host reads the lengths of sequences from the device, for
     the attention kernel. `every`: in every layer. `single`: if a microbatch is one sequence.
@@ -69,7 +69,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     tensor: Literal["plain", "transformer_engine", "dtensor"] = "plain"
     hooks: bool = False
     blocking: bool = False
-    queues: dict[str, Literal["each", "one", "split"]] = msgspec.field(
+    queues: dict[str, Literal["each", "one", "exposed", "split"]] = msgspec.field(
         default_factory=lambda: {DEFAULT: "each"}
     )
     profiled: bool = False

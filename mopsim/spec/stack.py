@@ -214,10 +214,10 @@ class Stack(Spec, frozen=True, kw_only=True):
     def queue(self, architecture: str, strategy: Strategy) -> Literal["each", "one"]:
         """What starts kernels on a device architecture (HostCosts.queues)."""
         found = self.host.queues.get(architecture, self.host.queues[DEFAULT])
-        if found != "split":
+        if found in ("each", "one"):
             return found
-        split = strategy.dense.tensor_parallel > 1 or strategy.attention.context_parallel > 1
-        return "one" if split and not strategy.overlap.experts else "each"
+        splits = strategy.dense.tensor_parallel > 1 or strategy.attention.context_parallel > 1
+        return "one" if (splits or found == "exposed") and not strategy.overlap.experts else "each"
 
     def compiling(self, how: str) -> "Stack":
         """The stack where a strategy has compiled what it says (`Strategy.compile`)."""

@@ -14,6 +14,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.property.drawn import mixed
+from tests.software import changed
 
 MODELS = {
     **{
@@ -52,15 +53,27 @@ def drawn(seed: int) -> tuple[str, Strategy, int]:
 
 
 def both(
-    name: str, strategy: Strategy, seq_len: int, card: str = "h200-sxm-141g", batch: int = 64
+    name: str,
+    strategy: Strategy,
+    seq_len: int,
+    card: str = "h200-sxm-141g",
+    batch: int = 64,
+    queues: str | None = None,
 ) -> tuple[SimResult, SimResult]:
     model, hardware = MODELS[name], load_profile(card)
     training = TrainSpec(seq_len=seq_len, global_batch=batch)
-    found = []
+    found, stack = [], changed(strategy.stack, host={"queues": {"default": queues}}) if queues else None
     for play in (True, False):
-        workload = lower(model, strategy, training, hardware.scale_up_size, compose=play)
+        workload = lower(model, strategy, training, hardware.scale_up_size, stack, compose=play)
         found.append(run(workload, model, hardware, strategy, training))
     return found[0], found[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_composed_layers_queue_as_those_that_are_played(seed: int) -> None:
+    short, whole = both(*drawn(seed), queues="one")
+    assert short.step_time == pytest.approx(whole.step_time, rel=1e-3)
+    assert short.peak_memory == whole.peak_memory
 
 
 @pytest.mark.parametrize("seed", range(30))

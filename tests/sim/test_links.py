@@ -14,7 +14,7 @@ from mopsim.engine.record import Record
 from mopsim.engine.streams import play
 from mopsim.program import lower
 from mopsim.program.builder import Builder
-from mopsim.program.workload import TALKS, CommGroup, Program, Work
+from mopsim.program.workload import TALKS, CommGroup, Program, Work, queued
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
@@ -66,14 +66,82 @@ def test_an_exchange_does_not_queue_behind_a_gather_of_another_communicator() ->
     assert _played(queued, {}, waits=1)[1].ends[3] == pytest.approx(12.0)
 
 
-def test_one_queue_runs_collectives_of_a_fabric_in_turn() -> None:
-    sent = [("state scale_up", 0.0, 10.0), ("tensor scale_up", 1.0, 2.0), ("world scale_out", 1.0, 2.0)]
-    _, record = _played(sent, {}, waits=1, queues="one")
-    assert [record.ends[place] for place in (1, 3, 5)] == pytest.approx([10.0, 12.0, 3.0])
-    assert [load_stack(name).queue("hopper", fsdp2(8)) for name in STACKS] == ["one", "each", "each"]
+def test_one_queue_starts_collectives_in_turn() -> None:
+    """Those that run do so side by side; one that has to wait, for a kernel or for what its communicator
+    sends, holds up those behind it, on both fabrics. Who waits for these waits for the same."""
+    running = [("state scale_up", 0.0, 10.0), ("tensor scale_up", 1.0, 2.0), ("world scale_out", 1.0, 2.0)]
+    for queues in ("each", "one"):
+        _, record = _played(running, {}, waits=1, queues=queues)
+        assert [record.ends[place] for place in (1, 3, 5)] == pytest.approx([12.0, 5.0, 3.0])
+    late = [("state scale_up", 5.0, 10.0), ("tensor scale_up", 1.0, 2.0), ("world scale_out", 1.0, 2.0)]
+    _, record = _played(late, {}, queues="one")
+    assert [record.starts[place] for place in (1, 3, 5)] == [5.0] * 3
+    behind = [("state scale_up", 0.0, 10.0), ("state scale_up", 0.0, 1.0), ("world scale_out", 1.0, 2.0)]
+    _, record = _played(behind, {}, waits=2, queues="one")
+    assert [record.starts[place] for place in (1, 3, 5)] == [0.0, 10.0, 10.0]
+    assert sum(dict(record.tallies[0].exposed).values()) == pytest.approx(12.0)
 
 
-STACKS = ("megatron-lm", "megatron-fsdp", "torchtitan")
+def test_back_to_back_collectives_hold_up_the_kernels_behind_them() -> None:
+    """A collective runs beside the kernel issued after it, which a second of its communicator holds up until
+    the first is over (Megatron-Core, partition_buckets). Parts of one are one."""
+    for second, starts in (
+        ([], 0.0),
+        ([("state scale_up", 0.0, 1.0)], 10.0),
+        ([("tensor scale_up", 0.0, 1.0)], 0.0),
+    ):
+        _, record = _played([("state scale_up", 0.0, 10.0), *second], {}, queues="one")
+        assert record.starts[-1] == starts
+        assert sum(dict(record.tallies[0].exposed).values()) == pytest.approx(starts)
+    builder, sent = Builder(GROUPS), [Work("all_gather", bytes=1, group=GROUPS["pair"])]
+    for part in ("attention", "experts"):
+        builder.add("gather", "state scale_up", part, "forward", sent)
+    builder.add("copy", "h2d", "other", "forward", [Work("h2d", bytes=1)])
+    builder.compute("kernel", "other", "forward", -1, [Work("memory_bound", bytes=1)])
+    assert queued(Program(tuple(builder.ops))) == {0: -1, 3: 0}
+
+
+def _gathers(**pipeline: int) -> list[list[tuple[int, int]]]:
+    """Of each stage: what runs (layer) and which bucket is gathered, in the order of issue, until each was
+    asked for."""
+    strategy = megatron(16, expert_parallel=2, **pipeline)
+    strategy = replace(strategy, overlap=replace(strategy.overlap, param_gather=True))
+    workload = lower(small(num_hidden_layers=8), strategy, TrainSpec(seq_len=512, global_batch=64), 8)
+    found = []
+    for program in workload.programs:
+        asked = [op.index for op in program.ops if op.name == "gather parameters"]
+        seen = {op.layer: op.index for op in reversed(program.ops[: asked[-1] + 1]) if op.stream == "compute"}
+        order = [(index, RUNS, layer) for layer, index in seen.items() if layer >= 0]
+        buckets = {program.ops[index].layer: index for index in reversed(asked)}
+        order += [(index, ASKED, bucket) for bucket, index in buckets.items()]
+        found.append([(kind, which) for _, kind, which in sorted(order)])
+    return found
+
+
+def test_updated_parameters_are_asked_for_a_bucket_ahead() -> None:
+    """A layer's on the first stage, a stage's on others; those of a chunk ahead where it has several."""
+    (one,) = _gathers()
+    begins = [(ASKED, 0), (ASKED, 1)]
+    assert one == [*begins, *((kind, layer + 2 * kind) for layer in range(7) for kind in (1, 0)), (ASKED, 9)]
+    first, second = _gathers(pipeline_parallel=2)
+    assert first == [*begins, (ASKED, 2), (RUNS, 0), (ASKED, 3), (RUNS, 1), (ASKED, 4)]
+    assert second == [(ASKED, 0)]
+    _, second = _gathers(pipeline_parallel=2, virtual_stages=4)
+    assert second == [*begins, (RUNS, 1), (ASKED, 2), (RUNS, 3), (ASKED, 3)]
+
+
+RUNS, ASKED = 0, 1
+
+
+def test_who_has_one_queue() -> None:
+    found = {name: [load_stack(name).queue(on, fsdp2(8)) for on in ("hopper", "cdna4")] for name in STACKS}
+    assert found == {
+        "megatron-lm": ["one", "each"], "megatron-fsdp": ["each"] * 2, "torchtitan": ["each"] * 2,
+        "bionemo-te": ["each"] * 2, "halo": ["one"] * 2, "primus-2026": ["one", "each"],
+    }  # fmt: skip
+
+
+STACKS = ("megatron-lm", "megatron-fsdp", "torchtitan", "bionemo-te", "halo", "primus-2026")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +153,8 @@ def test_recipes_queue_where_ranks_split_layers_up_to_hopper(tensor: int, contex
     found = [load_stack("megatron-bridge").queue(on, strategy) for on in ("ampere", "hopper", "blackwell")]
     split = tensor * context > 1 and not hidden
     assert found == ["one" if split else "each"] * 2 + ["each"]
+    found = [load_stack("megatron-core").queue(on, strategy) for on in ("hopper", "blackwell")]
+    assert found == ["each" if hidden else "one"] * 2
 
 
 def test_links_that_have_room_are_not_shared() -> None:
@@ -103,17 +173,18 @@ SENT = st.tuples(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(SENT, min_size=1, max_size=8), st.floats(0.0, 0.5))
+@given(st.lists(SENT, min_size=1, max_size=8), st.floats(0.0, 0.5), st.sampled_from(["each", "one"]))
 def test_no_link_moves_more_than_its_rate(
-    sent: list[tuple[str, float, float, float, bool]], share: float
+    sent: list[tuple[str, float, float, float, bool]], share: float, queues: str
 ) -> None:
     """By any time what was moved over a fabric is at most what it moves in that time; collectives of one
-    stream run one after the other; none is faster than alone."""
+    stream run one after the other; none is faster than alone. In one queue they start in the order of issue,
+    each as soon as it may."""
     uses = {}
     for place, (stream, _, _, used, both) in enumerate(sent):
         up = TALKS[stream] == "scale_up"
         uses[place] = (used, 0.0) if up else (used if both else 0.0, 1.0)
-    program, record = _played([one[:3] for one in sent], uses, share=share)
+    program, record = _played([one[:3] for one in sent], uses, share=share, queues=queues)
     spans = [
         (record.starts[2 * place + 1], record.ends[2 * place + 1], one[2]) for place, one in enumerate(sent)
     ]
@@ -122,6 +193,10 @@ def test_no_link_moves_more_than_its_rate(
         assert end - start >= alone * (1 - 1e-9)
         mine = [span for span, one in zip(spans, sent, strict=True) if one[0] == stream]
         assert all(other[0] >= end - 1e-9 or other[1] <= start + 1e-9 for other in mine if other[0] != start)
+    for place, (start, *_) in enumerate(spans):
+        same = [spans[one][1] for one in range(place) if sent[one][0] == sent[place][0]]
+        ahead = [spans[place - 1][0]] if queues == "one" and place else []
+        assert start == pytest.approx(max([sent[place][1], *same, *ahead]), abs=1e-9)
     for fabric in (0, 1):
         for first, *_ in spans:
             for _, last, _ in spans:

@@ -92,7 +92,7 @@ def test_layers_that_share_their_pieces_have_equal_templates(family: str) -> Non
         for layer, kind in enumerate(every_kind(problem.model)):
             ways = own.forward(layer), own.backward(layer)
             assert tuple(make() for make in layers[kind].templates) == ways
-            prices = pieces.prices(own)
+            prices = pieces.prices
             assert [prices.of(way, around) for way in ways] == [layers[kind].ahead, layers[kind].back]
             shared[id(layers[kind])] = shared.get(id(layers[kind]), 0) + 1
     assert max(shared.values()) > 3  # the three layers with experts of a row are one piece

@@ -17,7 +17,6 @@ from mopsim.engine import SimResult, simulate
 from mopsim.program.builder import Builder
 from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
-from mopsim.program.workload import lane
 from mopsim.search import staged
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
@@ -335,13 +334,11 @@ def test_the_memory_of_a_woven_pipeline_is_known() -> None:
 
 @WHOLE
 def test_passes_are_woven_as_the_program_weaves_them() -> None:
-    """The seconds that the ops of the program's builder take, one after the other on each stream, or on
-    each fabric in a program of one queue."""
+    """The seconds that the ops of the program's builder take, one after the other on each stream."""
     space, _, pieces = whole(2, "megatron")
     index = _woven(space, 3)[1]
     strategy, one = space.build(index), problem(2)
     context = make_context(one.model, strategy, one.training, one.hardware.scale_up_size, space.stack)
-    queue = space.stack.queue(space.machine.device.architecture, context.strategy)
     passes, issue = passes_of(context), Builder(context.groups)
     ready: tuple[int, ...] = ()
     for layer in (0, 1, 2):
@@ -353,10 +350,9 @@ def test_passes_are_woven_as_the_program_weaves_them() -> None:
     ends: list[float] = []
     last: dict[str, float] = {}
     for op in issue.ops:
-        on = lane(op, queue)
-        start = max([last.get(on, 0.0), *(ends[dep] for dep in op.deps)])
+        start = max([last.get(op.stream, 0.0), *(ends[dep] for dep in op.deps)])
         ends.append(start + sum(seconds(work, space.machine) for work in op.work))
-        last[on] = ends[-1]
+        last[op.stream] = ends[-1]
     kinds = [one.model.layer_kind(layer) for layer in (0, 1, 2)]
     found = pieces.woven(index, PipelinePart(tuple(kinds)), PipelinePart((kinds[2], kinds[1])))
     assert issue.ops[0].stream == "compute"

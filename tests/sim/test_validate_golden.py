@@ -44,16 +44,6 @@ def test_rows_span_families_and_sources() -> None:
 
 
 MISSED = {
-    "halo-bench-qwen330ba3b-b300x8-bf16-s4096-3394e": (
-        0.5,
-        "43 % too fast (34 %): its filler text uses few experts, kernels are"
-        " fused as its pages say, 0.2 to 0.6 s a step missing at any length (causes.yaml, halo-in-series)",
-    ),
-    "halo-bench-qwen330ba3b-b300x8-bf16-s32768-adcbb": (
-        0.13,
-        "13 % too fast (6 %), 6 % before attention on Blackwell had its kernels' rates (adr/0075), by which"
-        " the network spread over ranks, 23 % too slow before, is 16; the host's share is what is missing",
-    ),
     "llm-foundry-mpt350m-a100x8-bf16-s32768-fdb65": (
         0.08,
         "7 % too slow (6 %), 5 % before the two cross"
