@@ -20,6 +20,8 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Experts
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
+from mopsim.validate.rows import read_case
+from tests.sim.test_validate import MODELS, row
 from tests.sim.toys import machine, small
 from tests.software import changed
 
@@ -315,3 +317,10 @@ def test_weights_that_multiply_inputs_are_gone_when_the_step_ends(stack: str) ->
     network, training = small(expert_inputs_weighted=True), TrainSpec(seq_len=32, global_batch=4)
     result = simulate(network, machine(), 1, mop(4, expert_parallel=2), training, load_stack(stack))
     assert result.fits
+
+
+@pytest.mark.parametrize(("month", "kept"), [("2026-02", False), ("2026-04", True), ("2026-06", True)])
+def test_torchtitan_keeps_products_with_biases_since_its_list_has_them(month: str, kept: bool) -> None:
+    cells = {"stack": "", "model": "gpt_oss_20b", "sharding": "zero3", "recompute": "selective"}
+    made = read_case(row(**cells, notes=f"torchtitan, {month}"), MODELS).program()
+    assert ("q_proj" in made.recompute.kept_routed) == kept
