@@ -49,10 +49,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows, stack = ctx.saved_tensors
-        groups, given = ctx.groups, grads[0]
+        groups, passing, given = ctx.groups, ctx.passes, grads[0]  # the context would hold what it saved
 
         def made(*both: Tensor) -> tuple[Tensor]:
-            with category(NOW.category if ctx.passes else "gathered_grads"):  # before autograd has it
+            with category(NOW.category if passing else "gathered_grads"):  # before autograd has it
                 return (groups.of_weights(*both),)
 
         (of_weights,) = gradients(made, (rows, given), (stack,))
