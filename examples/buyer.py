@@ -1,6 +1,6 @@
 """For a buyer: which machine type trains OLMoE (7B parameters) on 1T tokens in 20 days, and at what cost?
 
-Then, at the recommended size, MoP beside FSDP2 on that machine. Half a minute.
+Then, at the recommended size, MoP beside the FSDP2 plan that was found there. Half a minute.
 
     python examples/buyer.py [folder for the report]
 """
@@ -34,7 +34,7 @@ def main(folder: str) -> None:
         MODEL,
         inputs.hardware,
         nodes=inputs.nodes,
-        strategies=["mop", "fsdp2"],
+        strategies={"mop": "mop", "fsdp2": best.strategy},
         seq_len=SEQ_LEN,
         global_batch=inputs.training.global_batch,
         budget=3,

@@ -59,8 +59,9 @@ def outcome(variant: Variant, base: Workload) -> str:
 
 
 LAYERS_ALIKE = (
-    "mop, capped", "mop, state updated on the host", "fsdp2, offloaded", "megatron, selective",
-    "megatron, state updated on the host", "megatron, balanced",
+    "mop, capped", "mop, state updated on the host", "zero_offload", "fsdp2, offloaded",
+    "megatron, selective", "megatron, state updated on the host", "megatron, context", "megatron, balanced",
+    "megatron, fp8",
 )  # fmt: skip
 """Jobs whose ranks hold what those of another job on the same network do: fields of the network act there."""
 

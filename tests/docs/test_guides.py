@@ -34,18 +34,21 @@ def test_python_in_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "__guide__"})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
-    missing = [link for link in links if link and "://" not in link and not (page.parent / link).exists()]
+def test_links_lead_somewhere() -> None:
+    missing = []
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        places = [link.partition("#")[0] for link in links if "://" not in link]
+        missing += [f"{name(page)}: {one}" for one in places if one and not (page.parent / one).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "adr" not in page.parts], ids=name)
-def test_places_that_are_named_exist(page: Path) -> None:
-    named = {found.rstrip("/") for found in NAMED.findall(page.read_text(encoding="utf-8"))}
-    assert not [place for place in named if not (ROOT / place).exists()]
+def test_places_that_are_named_exist() -> None:
+    missing = []
+    for page in (one for one in PAGES if "adr" not in one.parts):
+        named = {found.rstrip("/") for found in NAMED.findall(page.read_text(encoding="utf-8"))}
+        missing += [f"{name(page)}: {place}" for place in named if not (ROOT / place).exists()]
+    assert not missing
 
 
 def test_every_field_of_a_step_is_explained() -> None:
@@ -63,19 +66,20 @@ COMMAND = re.compile(r"^(?:\.venv/bin/)?(mopsim|mopexec) +([a-z][a-z-]*)(.*)$", 
 APPS = {"mopsim": mopsim.cli.app, "mopexec": mopexec.cli.app}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_commands_and_their_options_exist(page: Path) -> None:
-    blocks = re.findall(r"```(?:\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    for package, command, rest in (found for block in blocks for found in COMMAND.findall(block)):
-        commands: dict[str, Any] = APPS[package].parser.commands
-        assert command in commands, f"{package} {command}"
-        asked_of = commands[command]
-        if inner := getattr(asked_of, "commands", None):
-            assert rest.split()[0] in inner, f"{package} {command} {rest}"
-            asked_of = inner[rest.split()[0]]
-        known = {option for one in asked_of.params for option in (*one.opts, *one.secondary_opts)}
-        asked = set(re.findall(r"--[a-z][a-z0-9-]*", rest.partition("#")[0]))
-        assert asked <= known, f"{package} {command}: {asked - known}"
+def test_commands_and_their_options_exist() -> None:
+    for page in PAGES:
+        blocks = re.findall(r"```(?:\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+        for package, command, rest in (found for block in blocks for found in COMMAND.findall(block)):
+            said = f"{name(page)}: {package} {command}"
+            commands: dict[str, Any] = APPS[package].parser.commands
+            assert command in commands, said
+            asked_of = commands[command]
+            if inner := getattr(asked_of, "commands", None):
+                assert rest.split()[0] in inner, f"{said} {rest}"
+                asked_of = inner[rest.split()[0]]
+            known = {option for one in asked_of.params for option in (*one.opts, *one.secondary_opts)}
+            asked = set(re.findall(r"--[a-z][a-z0-9-]*", rest.partition("#")[0]))
+            assert asked <= known, f"{said}: {asked - known}"
 
 
 def test_the_network_that_readme_trains_is_exported() -> None:
@@ -111,13 +115,14 @@ def test_fine_tuning_goes_on_with_another_plan_and_comes_back(page: str) -> None
 RECORDS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
-def test_a_record_is_dated_listed_and_a_page_at_most(record: Path) -> None:
-    text, number = record.read_text(encoding="utf-8"), record.name[:4]
-    assert text.startswith(f"# {number}. ")
-    assert re.search(r"^Date: 20\d\d-\d\d-\d\d\. Status: ", text, re.M)
-    assert len(text.splitlines()) <= 60
-    assert record.name in (record.parent / "README.md").read_text(encoding="utf-8")
+def test_a_record_is_dated_listed_and_a_page_at_most() -> None:
+    listed = (ROOT / "docs" / "adr" / "README.md").read_text(encoding="utf-8")
+    for record in RECORDS:
+        text, number = record.read_text(encoding="utf-8"), record.name[:4]
+        assert text.startswith(f"# {number}. "), record
+        assert re.search(r"^Date: 20\d\d-\d\d-\d\d\. Status: ", text, re.M), record
+        assert len(text.splitlines()) <= 60, record
+        assert record.name in listed
 
 
 def test_records_are_numbered_once() -> None:

@@ -21,7 +21,7 @@ from mopsim.spec.training import TrainSpec
 from tests.property.drawn import mixed
 from tests.sim.toys import small
 
-DRAWN, PLAYED = 600, 40
+DRAWN, PLAYED = 360, 24
 MODELS = {
     "plain": small(num_hidden_layers=4, qk_norm="head"),
     "dense": small(

@@ -84,7 +84,7 @@ BOUNDED = pytest.mark.parametrize(
 
 
 @BOUNDED
-@settings(max_examples=60 // len(FAMILIES), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40 // len(FAMILIES), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=st.integers(0, len(CASES) - 1), place=st.floats(0, 1, exclude_max=True))
 def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
     given_problem = problem(case)
@@ -143,7 +143,7 @@ def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, Spac
     return space, SpaceFacts.of(space)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     narrow=st.sampled_from(NARROW),
     family=st.sampled_from(IN_8_BITS),

@@ -39,7 +39,7 @@ NETWORKS = {
     ),
 }  # fmt: skip
 """Networks whose sequences a program trades in fewer ways."""
-ROWS_TRIED = 60
+ROWS_TRIED = 30
 
 
 def problem(stack: str, network: str = "tiny") -> Problem:

@@ -263,6 +263,7 @@ def measurements(draw: Any) -> Measurement:
 
 
 @given(models())
+@settings(max_examples=40)
 def test_models(spec: ModelSpec) -> None:
     check(spec)
 
@@ -287,6 +288,7 @@ def test_profiles(spec: HardwareProfile) -> None:
 
 
 @given(plans())
+@settings(max_examples=40)
 def test_plans(spec: Plan) -> None:
     check(spec)
 
