@@ -118,7 +118,6 @@ HALVES: dict[str, Any] = {**STAGES, "changes": {"pipeline": {"schedule": "zero_b
 AGAIN: dict[str, Any] = {"recompute": "selective", "recompute_modules": ("core_attn", "mlp", "moe")}
 SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded state": (2, {}),
-    "sharded state, full": (2, FULL),
     "replicated state": (2, {"expert_parallel": 2, "changes": {"dense": {"fsdp": 1}}}),
     "chunked loss": (2, {"changes": {"vocabulary": {"loss": "chunked", "chunk_tokens": 1024}}}),
     "tensors": (2, TWO),
@@ -126,12 +125,10 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "tensors, inputs on the host": (2, {**HOST, "tensor_parallel": 2, "micro_batch": 2}),
     "tensors, state on the host": (2, TWO | {"optimizer_on_host": 1.0}),
     "tensors, skewed": (2, TWO | {"routing": "60/3"}),
-    "mlp again": (2, TWO | {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
     "mlp and moe again": (
         2, TWO | {"recompute": "selective", "recompute_modules": ("core_attn", "mlp", "moe")}
     ),
     "experts' tensors": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2}),
-    "experts' tensors, full": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2, **FULL}),
     "experts' tensors spread": (4, TWO | {"expert_tensor_parallel": 2}),
     "projections kept": (2, _kept("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")),
     "exchanges kept, inputs on the host": (2, HOST | {"expert_parallel": 2} | _kept("dispatch", "combine")),
@@ -150,27 +147,21 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "ring, attention kept": (4, {"context_parallel": 4, **_kept("attention_core")}),
     "ring": (4, {"context_parallel": 4, "expert_parallel": 2}),
-    "ring, full": (4, {"context_parallel": 4, "expert_parallel": 2, **FULL}),
     "ring of tensors": (4, TWO | {"context_parallel": 2}),
     "blocks gathered": (
         4, {"context_parallel": 2, "context_exchange": "all_gather", "tensor_parallel": 2}
     ),
     "ulysses": (4, {**TWO, "context_parallel": 2, "context_exchange": "ulysses"}),
-    "stages": (2, STAGES),
     "stages, inputs on the host": (2, STAGES | HOST),
     "stages of tensors": (4, STAGES | TWO),
     "four stages": (4, {"pipeline_parallel": 4, "model": DEEP}),
     "halves": (2, HALVES),
-    "halves, full": (2, HALVES | FULL),
     "halves, modules again": (2, HALVES | AGAIN),
     "halves, inputs on the host": (2, HALVES | HOST),
-    "halves of tensors": (4, HALVES | TWO),
     "halves of tensors, full": (4, HALVES | TWO | FULL),
     "halves of a ring": (4, HALVES | {"context_parallel": 2, "expert_parallel": 2}),
     "halves of four stages": (4, HALVES | {"pipeline_parallel": 4, "model": DEEP}),
     "halves with sinks": (2, HALVES | {"model": SINKS}),
-    "stages in turn": (2, IN_TURN),
-    "stages in turn, full": (2, IN_TURN | FULL),
     "stages in turn, inputs on the host": (2, IN_TURN | HOST),
     "stages in turn of tensors": (4, IN_TURN | TWO),
 }  # fmt: skip
@@ -205,7 +196,6 @@ SPLIT |= {
     "mixed layers": (2, {"model": MIXED, "expert_parallel": 2}),
     "mixed layers in stages": (2, STAGES | {"model": MIXED}),
     "MTP": (2, {"model": MTP}),
-    "MTP, full": (2, FULL | {"model": MTP}),
     "MTP of tensors": (2, TWO | {"model": MTP}),
     "gated shared experts": (2, {"model": GATED}),
     "gated shared experts of tensors, full": (2, TWO | FULL | {"model": GATED}),
@@ -238,15 +228,16 @@ BLOCKS = {
 """Networks whose peak is in the backward of attention."""
 
 
+KERNELS = [*(("flash2", name) for name in BLOCKS), ("cudnn", "heads"), ("cudnn", "shared heads")]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "exchange", "within"), [(4, "all_gather", 0.01), (2, "ring", 0.012), (4, "ring", 0.012)]
-)
-@pytest.mark.parametrize(
-    ("kernel", "name"),
-    [*(("flash2", name) for name in BLOCKS), ("cudnn", "heads"), ("cudnn", "shared heads")],
+    ("ranks", "exchange", "within", "kernel", "name"),
+    [(4, "all_gather", 0.01, *one) for one in KERNELS]
+    + [((2, 4)[at % 2], "ring", 0.012, *one) for at, one in enumerate(KERNELS)],
 )
 def test_keys_and_values_that_come_again(
-    kernel: str, name: str, ranks: int, exchange: Exchange, within: float
+    ranks: int, exchange: Exchange, within: float, kernel: str, name: str
 ) -> None:
     """On the last rank, whose queries see all of them, as in the simulator. Of four in a ring with as many
     KV heads as heads, blocks merged in fp32 in the forward, not counted, have the peak."""
