@@ -176,7 +176,7 @@ class Passes:
         tape = widened(tape, c.stream // c.b, ways.autocast and not ways.compiled) if c.stream > c.b else tape
         if (way := ways.ring_blocks) != "fused":
             ranks = c.strategy.attention.context_parallel
-            tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide, way == "scripted"))
+            tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide, way))
         if 0 < c.strategy.dense.chunk_tokens < c.tokens:
             kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
             tape = replace(tape, kernels=kernels)

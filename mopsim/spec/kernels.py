@@ -181,7 +181,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     then stored as the bits that the parameter lacks (Transformer Engine).
     ring_blocks: how blocks of keys and values are merged under context parallelism. `fused`: one kernel.
     `composed`: kernels as eager torch composes them. `scripted`: in one kernel that torch fuses, after a
-    cast to fp32 (ring-flash-attn).
+    cast to fp32 (ring-flash-attn). `joined`: each output is joined to those before by torch, in fp32.
     loss: cross entropy. `composed`: torch's, several kernels with copies in fp32. `in_place`: Megatron-LM's
     vocab_parallel_cross_entropy, in place on one copy in fp32 of the logits or a rank's slice of them.
     `shifted`: so, and the maximum is subtracted from the copy into another one (Megatron-LM from 2022 to June
@@ -270,7 +270,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     autocast: bool = False
     weight_grads: Built = "fused"
     adamw: Literal["fused", "foreach", "looped", "widened"] = "fused"
-    ring_blocks: Literal["fused", "composed", "scripted"] = "fused"
+    ring_blocks: Literal["fused", "composed", "scripted", "joined"] = "fused"
     loss: Literal[
         "composed",
         "shifted",

@@ -289,7 +289,7 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
     # blocks that go round are merged alike; a script merges a block in four passes and packs nothing
     rings = Shapes(tokens=64, seq_len=256, sequence=ranks, exchange="ring", fused=True)
     around = decoder_layer(model, rings, 0).kernels
-    composed, scripted = (in_blocks(around, ranks, 2, 4, way) for way in (False, True))
+    composed, scripted = (in_blocks(around, ranks, 2, 4, way) for way in ("composed", "scripted"))
     place = next(i for i, kernel in enumerate(around) if kernel.name == "attention_core")
     assert (composed[place + 1].bytes, composed[place + 1].back_bytes) == (merge.bytes, merge.back_bytes)
     assert composed[place].back_scratch[1:] == found[core].back_scratch[1:]

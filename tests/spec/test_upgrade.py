@@ -149,7 +149,7 @@ def strategy(**fields: Any) -> dict[str, Any]:
 def composed(stack: Stack) -> list[str]:
     """The words of old files for what the stack composes."""
     said = {word: getattr(getattr(stack, section), field) for word, (section, field, _) in WORDS.items()}
-    return [word for word, value in said.items() if value not in ("fused", False)]
+    return [word for word, value in said.items() if value not in ("fused", "joined", False)]
 
 
 @pytest.mark.parametrize(

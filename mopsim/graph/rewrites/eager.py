@@ -158,7 +158,7 @@ def _added(kernels: tuple[Kernel, ...], wider: float, compiled: bool) -> tuple[K
 
 
 def in_blocks(
-    kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int, scripted: bool = False
+    kernels: tuple[Kernel, ...], ranks: int, b: int, wide: int, way: str = "composed"
 ) -> tuple[Kernel, ...]:
     """A tape's kernels with what torch's context parallelism does around the attention of every block of keys
     and values (torch.distributed.tensor.experimental._attention), gathered at once or going round: in fp32
@@ -166,8 +166,11 @@ def in_blocks(
     queries, keys and values.
 
     ranks: that share a sequence, one block each. b, wide: bytes of an element in the compute dtype and in
-    fp32. scripted: as ring-flash-attn, whose merge is a script that torch fuses, and which packs nothing.
+    fp32. way: Kernels.ring_blocks; scripted, as ring-flash-attn, it packs nothing.
     """
+    if way == "joined":
+        return _blocks_joined(kernels, ranks, wide / b)
+    scripted = way == "scripted"
     came = next((kernel for kernel in kernels if kernel.name in ("gather_kv_blocks", "ring")), None)
     if came is None:
         return kernels
@@ -198,6 +201,29 @@ def in_blocks(
     sums = scratch(int((3 if scripted else 4) * out * wider))
     core = replace(core, scratch=(*core.scratch, *sums), back_scratch=tuple(back))
     return (*kernels[:place], core, merge, *kernels[place + 1 :])
+
+
+def _blocks_joined(kernels: tuple[Kernel, ...], blocks: int, wider: float) -> tuple[Kernel, ...]:
+    """Blocks of keys and values stay, and what a rank has itself, until the last of so many has its output
+    joined to those before, which lie beside it while it is made. wider: an element in fp32 over one in the
+    compute dtype."""
+    came = next((kernel for kernel in kernels if kernel.name in ("gather_kv_blocks", "ring")), None)
+    if came is None:
+        return kernels
+    how = COMPOSED["blocks_joined"]
+
+    def change(core: Kernel) -> tuple[Kernel, ...]:
+        out, *sums = core.writes
+        narrow, wide = how.working
+        rows = sum(value.bytes for value in sums)
+        reads = (out.name, *came.reads, *core.reads)
+        beside = scratch(out.bytes * (narrow + wide * wider) + 4 * rows)
+        join = Kernel("join_blocks", "memory_bound", core.component, reads, (), scratch=beside)
+        core = replace(core, scratch=(*core.scratch, *scratch(out.bytes + rows)))
+        join = charged(join, how, out.bytes * (blocks - 1.0), out.bytes * (blocks - 1.0) * wider)
+        return core, replace(join, launches=join.launches * (blocks - 1))
+
+    return each(kernels, change, "attention_core")
 
 
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
