@@ -20,18 +20,17 @@ from mopexec.operators.grouped import RowCounts
 
 
 class _Regathered:
-    """Saved-tensor hooks: of gathered rows only a rank's own are kept; the backward gathers them again."""
+    """Saved-tensor hooks: of gathered rows only a rank's own are kept; the backward gathers them again,
+    for as long as autograd holds one of the views."""
 
     def __init__(self, own: Tensor, gather: Callable[[Tensor], Tensor], rows: Tensor) -> None:
         self._own, self._gather = own.detach(), gather
         self._storage = rows.untyped_storage()._cdata
-        self._packed = self._left = 0
         self._rows: Tensor | None = None
 
     def pack(self, tensor: Tensor) -> Any:
         if tensor.untyped_storage()._cdata != self._storage:
             return tensor
-        self._packed += 1
         return tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpack(self, packed: Any) -> Tensor:
@@ -39,12 +38,8 @@ class _Regathered:
             return packed
         if self._rows is None:
             with category("dispatch"), torch.no_grad():
-                self._rows, self._left = self._gather(self._own), self._packed
-        found = self._rows.as_strided(*packed)
-        self._left -= 1
-        if not self._left:
-            self._rows = None
-        return found
+                self._rows = self._gather(self._own)
+        return self._rows.as_strided(*packed)
 
 
 class SplitExperts:

@@ -28,10 +28,11 @@ HEAD = """# Mutations
 `python -m tests.bench.mutations reports/executor`: each fault of tests/bench/mutations.yaml alone in a copy
 of the project, and the tests that are to fail. {caught} of {all} are caught. The list was run in parts, and
 cases again after a test was added: nothing had held gradients below the clipping limit, the ends of packed
-documents that GPUs' attention is given, and, on fewer than 8 ranks, expert-tensor ranks with unequal rows;
-tests/parity/test_peaks.py was written with the list. Two faults were taken off it, as they change nothing
-that can be seen: rotary positions that do not restart with a document (only differences count), and a strip
-of logits that lives until the next one is there (the gradient's strip is larger).
+documents that GPUs' attention is given, on fewer than 8 ranks, expert-tensor ranks with unequal rows, memory
+of an input on the host that is lent too early, what batches of held-out data weigh, and initial values of
+experts; tests/parity/test_peaks.py was written with the list. Two faults were taken off it, as they change
+nothing that can be seen: rotary positions that do not restart with a document (only differences count), and
+a strip of logits that lives until the next one is there (the gradient's strip is larger).
 
 | fault | file | caught | by |
 |---|---|---|---|

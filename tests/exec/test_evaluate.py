@@ -2,13 +2,14 @@
 asked."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mopexec import data
 from mopexec.run import checkpoint
-from mopexec.run.evaluation import open_held_out
+from mopexec.run.evaluation import Evaluation, open_held_out
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -86,6 +87,14 @@ def test_a_batch_of_which_nothing_counts_counts_as_nothing(tmp_path):
         asked = [line["eval_loss"] for line in found[name] if line["eval_loss"]]
         assert asked == pytest.approx([line["eval_loss"] for line in found["flat"] if line["eval_loss"]])
         assert len(asked) == 3
+
+
+def test_every_target_weighs_the_same():
+    """Whichever batch it is in."""
+    counts, losses = (6, 0, 2), {6: 1.0, 2: 3.0}
+    feed = SimpleNamespace(batches=lambda index: [SimpleNamespace(num_targets=counts[index])])
+    runner = SimpleNamespace(evaluate=lambda batches: losses[batches[0].num_targets])
+    assert Evaluation(feed, 3, 0, 1).loss(runner) == pytest.approx((6 * 1.0 + 2 * 3.0) / 8)
 
 
 def test_data_of_which_nothing_counts_is_refused(tmp_path):

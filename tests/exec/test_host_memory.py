@@ -1,6 +1,7 @@
 """Host memory of a step: pinned blocks are made once, since torch caches none above 1 MiB."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from msgspec.structs import replace
 
 from mopexec.distributed.tiers import Platform
+from mopexec.modules.hooks import InputHooks, again
 from mopexec.run import apply
 from mopexec.run.runner import Batch
 from mopsim import strategies
@@ -53,3 +55,23 @@ def test_a_step_makes_no_host_memory_anew(name: str, monkeypatch: pytest.MonkeyP
     assert first
     assert made == first
     assert losses[1] < losses[0]
+
+
+def test_memory_of_an_input_holds_no_other_before_it_was_read() -> None:
+    """Two microbatches of three layers: the second's inputs take the memory that the first's have left."""
+    hooks, weight = InputHooks(Platform(torch.device("cpu")), 3), torch.randn(4, 4, requires_grad=True)
+
+    def gradients(*, offloads: bool) -> list[torch.Tensor]:
+        weight.grad, found = None, list[torch.Tensor]()
+        for start in range(2):
+            x = first = torch.full((2, 4), 0.1 + start, requires_grad=True)
+            for layer in range(3):
+                with hooks.keep(layer, x) if offloads else nullcontext():
+                    x = again(lambda given: (given @ weight).sin(), x)
+            x.sum().backward()
+            assert first.grad is not None
+            found.append(first.grad)
+        assert weight.grad is not None
+        return [*found, weight.grad]
+
+    torch.testing.assert_close(gradients(offloads=True), gradients(offloads=False), rtol=0, atol=0)

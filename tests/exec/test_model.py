@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import causal_attention
 from mopexec.model.auxiliary import Auxiliary
+from mopexec.model.initialize import initial_value
 from mopexec.model.routing import largest_share, load_histogram, profile_experts
 from mopexec.model.swiglu import activate
 from mopexec.operators.activation import activated, activated_backward, fused_backward_
@@ -175,6 +176,20 @@ def test_a_slice_of_a_sequence_is_positioned_by_its_start() -> None:
     assert hidden.shape == (1, 4, 16)
     q = F.linear(model.embedding(tokens), model.layers[0].attention.q_proj.weight)
     assert q.isfinite().all()
+
+
+def test_initial_values_are_of_the_seed_the_name_and_the_expert() -> None:
+    stack = "a.experts.up_proj"
+    given = [
+        ("a.weight", 0, None),
+        ("b.weight", 0, None),
+        ("a.weight", 1, None),
+        (stack, 0, 0),
+        (stack, 0, 1),
+    ]
+    drawn, again = ([initial_value(name, (8,), *rest) for name, *rest in given] for _ in range(2))
+    assert all(map(torch.equal, drawn, again))
+    assert len({tuple(values.tolist()) for values in drawn}) == len(given)
 
 
 def test_balancing_raises_the_bias_of_underused_experts() -> None:
