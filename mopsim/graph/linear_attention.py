@@ -13,6 +13,8 @@ from mopsim.spec.linear_attention import LinearAttention
 from mopsim.spec.model import ModelSpec
 
 _C = "attention"
+_PARTS = 5
+"""Of what is projected: gate, values, keys, queries, and a number for each head."""
 _WIDE = 4
 """Bytes of the numbers that a scan keeps its decays, its states and the products of its chunks in."""
 
@@ -38,10 +40,10 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
     inner = Value("mixed_s", int(rows * how.projected / shapes.tensor * b)) if split else projected
     out = Value("scanned_s", scanned.bytes) if split else scanned
     if split:
-        kernels.append(exchange("sequence_to_heads", (projected.name,), (inner,)))
+        kernels += _to_heads(projected, inner)
     kernels.append(_scan(how, shapes, inner, out))
     if split:
-        kernels.append(exchange("heads_to_sequence", (out.name,), (scanned,)))
+        kernels += _to_sequence(out, scanned)
     kernels.append(_gated_norm(model.linear_attention, shapes, values))
 
     def product(out: Value) -> Kernel:
@@ -50,6 +52,29 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
     kernels += end("scatter_a", product, Value("a", N * H * b), _C, shapes)
     kernels.append(residual("attention_residual", "a", "x", y, model, shapes, _C))
     return Tape((x,), tuple(kernels), ("y",))
+
+
+def _to_heads(source: Value, out: Value) -> tuple[Kernel, Kernel]:
+    """Rows of all tokens of some heads, from all heads of some tokens: gate, values, keys, queries and steps
+    are cut by ranks and exchanged one by one, joined, and put in the order of the sequence, of which a rank
+    of causal attention has a piece of each half: three copies (mamba_context_parallel.py, pre_conv_ssm)."""
+    parts = replace(
+        exchange("sequence_to_heads", (source.name,), (Value("parts", out.bytes),)), launches=_PARTS
+    )
+    copies = Kernel(
+        "order_sequence", "memory_bound", _C, ("parts",), (out,), bytes=6.0 * out.bytes,
+        launches=_PARTS + 2, scratch=(("activations", out.bytes),),
+    )  # fmt: skip
+    return replace(parts, launches=_PARTS), copies
+
+
+def _to_sequence(source: Value, out: Value) -> tuple[Kernel, Kernel]:
+    """Back again: two copies, one into the order of ranks, one that joins heads (ibid., post_conv_ssm)."""
+    ordered = Value("ordered", source.bytes)
+    copies = Kernel(
+        "order_ranks", "memory_bound", _C, (source.name,), (ordered,), bytes=4.0 * source.bytes, launches=2
+    )
+    return copies, exchange("heads_to_sequence", (ordered.name,), (out,))
 
 
 def _within(how: LinearAttention, shapes: Shapes) -> LinearAttention:

@@ -98,6 +98,11 @@ def test_ranks_share_heads(tensor: int, sequence: int) -> None:
     for name in ("in_proj", "linear_scan", "o_proj"):
         assert mine.by_name[name].total_flops * ranks == pytest.approx(one.by_name[name].total_flops)
     exchanges = [kernel.name for kernel in mine.kernels if kernel.kind == "all_to_all"]
+    if sequence > 1:
+        sent, scanned = mine.by_name["sequence_to_heads"], mine.by_name["heads_to_sequence"]
+        assert (sent.launches, scanned.launches) == (5, 1)
+        assert mine.by_name["order_sequence"].bytes == 3 * 2 * sent.bytes
+        assert mine.by_name["order_ranks"].bytes == 2 * 2 * scanned.bytes
     assert exchanges == (["sequence_to_heads", "heads_to_sequence"] if sequence > 1 else [])
 
 

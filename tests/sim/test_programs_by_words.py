@@ -65,6 +65,7 @@ def test_every_stack_that_is_named_exists() -> None:
         ("new", "AlephAlpha scaling, Aleph-Alpha/scaling", "zero1", "aleph-scaling"),
         ("new", "Megatron-Bridge, recipe qwen3_4b_pretrain", "zero1", "megatron-bridge-library"),
         ("new", "Megatron-Bridge 2026-07, full SFT on packed rows", "zero1", "megatron-bridge-library"),
+        ("new", "Megatron-Bridge 2026-08, SFT on packed sequences", "zero1", "megatron-bridge-library"),
         ("new", "Megatron-Bridge 2026-07, performance scripts, full SFT", "zero1", "megatron-bridge"),
         ("new", "PaddlePaddle 2.5.1, AMP O2", "zero2", "paddlenlp-2.5"),
         ("new", "EasyContext of 2024-04, DeepSpeed ZeRO-3", "zero3", "easycontext"),
