@@ -1,5 +1,6 @@
 """Context: everything that a program of one strategy looks up: sizes, groups, units, routing."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
@@ -11,8 +12,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.masked import Rooms
 from mopsim.graph.rewrites.migration import Migration, host_work
 from mopsim.graph.shapes import Shapes
-from mopsim.program.row_chunks import row_chunks
-from mopsim.program.topology import process_groups
+from mopsim.program.topology import all_groups
 from mopsim.program.units import ShardedUnit, all_layer_units, edge_units, looked_up
 from mopsim.program.workload import CommGroup
 from mopsim.spec.capability import Job, holds, refusals
@@ -22,7 +22,7 @@ from mopsim.spec.placement import Placement, at_home, least_loaded
 from mopsim.spec.routing import RoutingProfile, routing_counts
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import CAST, Experts, Precision, Strategy, Tier
+from mopsim.spec.strategy import Experts, Precision, Strategy
 from mopsim.spec.training import TrainSpec
 
 
@@ -90,18 +90,19 @@ class Context:
 
     @property
     def own_master(self) -> int:
-        """Bytes of a master weight beside the parameter."""
-        return self.stack.own_master(*self._updated)
+        """Bytes of a master weight beside the parameter, in layers that have the recipe."""
+        return self.master_of(self.strategy.precision)
+
+    def master_of(self, precision: Precision) -> int:
+        """Bytes of a master weight beside the parameter, of layers in a precision."""
+        s = self.strategy
+        return self.stack.own_master(precision, s.dense.zero, s.optimizer.update_on)
 
     @property
     def widens(self) -> bool:
         """Whether moments are copied wider to be updated."""
-        return self.stack.widens(*self._updated)
-
-    @property
-    def _updated(self) -> tuple[Precision, int, Tier]:
         s = self.strategy
-        return s.precision, s.dense.zero, s.optimizer.update_on
+        return self.stack.widens(s.precision, s.dense.zero, s.optimizer.update_on)
 
     @property
     def logits_held(self) -> bool | Literal["copy"]:
@@ -153,7 +154,7 @@ class Context:
     @property
     def casts_experts(self) -> bool:
         """Whether products of routed experts are in 8 or 4 bits."""
-        return self.strategy.precision.matmul in CAST and "experts" not in self.stack.kernels.exact
+        return self.strategy.precision.is_cast and "experts" not in self.stack.kernels.exact
 
     @property
     def aligns_rows(self) -> bool:
@@ -168,10 +169,8 @@ class Context:
     @property
     def looped(self) -> bool:
         """Whether the host starts products and casts of routed experts one by one."""
-        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products in (
-            "looped",
-            "modules",
-        )
+        alone = self.stack.kernels.expert_products in ("looped", "modules")
+        return bool(self.model.num_local_experts) and alone
 
     @property
     def own_experts(self) -> int:
@@ -233,7 +232,17 @@ class Context:
         """Bytes of a parameter of a unit that is gathered (see Sharding.gathers)."""
         if self.stack.sharding.gathers == "param":
             return self.param
-        return self.stack.gathered(self.strategy.precision) if unit.layer >= 0 else self.b
+        return self.stack.gathered(self.precision(unit.layer)) if unit.layer >= 0 else self.b
+
+    def precision(self, layer: int) -> Precision:
+        """That of a layer."""
+        return self.strategy.precision.of_layer(layer, self.model.num_hidden_layers)
+
+    @property
+    def without_recipe(self) -> "Context":
+        """As of layers whose products have none."""
+        strategy = replace(self.strategy, precision=self.strategy.precision.without_recipe)
+        return dataclasses.replace(self, strategy=strategy)
 
     @property
     def one_weight(self) -> bool:
@@ -350,22 +359,6 @@ def _routes(
     return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
 
 
-def _groups(
-    model: ModelSpec, strategy: Strategy, domain: int, stack: Stack, routing: RoutingProfile
-) -> dict[str, CommGroup]:
-    """Process groups; that of the experts knows how many a token chooses, of how many, where copies are sent
-    once."""
-    found = process_groups(strategy, domain)
-    if strategy.experts.sends_once:
-        deepep, group = strategy.experts.token_dispatcher == "deepep", found["experts"]
-        found["experts"] = replace(
-            group, choices=model.num_experts_per_tok, experts=model.num_local_experts,
-            limit=(model.n_group, model.topk_group), consecutive=stack.forces_consecutive(routing),
-            **(row_chunks(model, stack, group.size) if deepep else {}),
-        )  # fmt: skip
-    return found
-
-
 def make_context(
     model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack | None = None
 ) -> Context:
@@ -392,7 +385,7 @@ def make_context(
     )  # fmt: skip
     return Context(
         model, strategy, training, running,
-        _groups(model, strategy, domain, stack, training.routing), shapes,
+        all_groups(model, strategy, domain, stack, training.routing), shapes,
         edge_units(model, strategy, whole=stack.sharding.embedding == "whole", apart=holds("pairs")(job)),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
         int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),

@@ -29,11 +29,12 @@ def gathering(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     """What brings the updated parameters of units back from their shards, or from their tensors' owners."""
     if context.owned:
         return _broadcast(context, units)
-    precision, zero = context.strategy.precision, context.strategy.dense.zero
-    cast, exact = context.stack.updated(precision, zero), context.stack.kernels.exact
+    stack, zero = context.stack, context.strategy.dense.zero
 
     def width(unit: ShardedUnit) -> float:
-        return cast if unit.layer >= 0 and unit.component not in exact else float(context.param)
+        if unit.layer < 0 or unit.component in stack.kernels.exact:
+            return float(context.param)
+        return stack.updated(context.precision(unit.layer), zero)
 
     return _messages(context, units, width, "all_gather", "")
 

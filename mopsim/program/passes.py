@@ -42,7 +42,6 @@ from mopsim.program.workload import Work
 from mopsim.program.works import implemented, narrow_weight, roomy
 from mopsim.spec.model import LayerKind, every_kind
 from mopsim.spec.pipeline_order import Slot
-from mopsim.spec.strategy import CAST
 
 
 class Passes:
@@ -65,7 +64,7 @@ class Passes:
             whole_experts="routed" in kernels.exchanged_rows,
         )
         self.split = strategy.pipeline.splits or strategy.pipeline.folded
-        self._tapes: dict[tuple[object, ...], Tape] = {}
+        self._tapes: dict[LayerKind, Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
 
     def sharding(self, issue: Builder, stage: Stage) -> Shards:
@@ -91,19 +90,18 @@ class Passes:
         layers = (*(layer for chunk in stage.every for layer in chunk), *stage.extra)
         left = (step for layer in layers for step in self._left(self.tape(layer)))
         logits = (("logits", self.held_logits),) if self.held_logits else ()
-        cached = (("params", self._narrow_weights(layer)) for layer in layers if self._caches_weights)
-        return (*stage.resident(), *(left if self._router_held else ()), *logits, *cached)
-
-    @property
-    def _caches_weights(self) -> bool:
-        """Whether weights have casts that stay for good."""
-        c, how = self.context, self.context.stack.weights_as(self.context.strategy.dense.zero)
-        return how in ("cached", "rows", "only") and c.strategy.precision.matmul in CAST
+        cached = (("params", self._of(layer)._narrow_weights(layer)) for layer in layers)
+        found = (*stage.resident(), *(left if self._router_held else ()), *logits, *cached)
+        return tuple(step for step in found if step[1])
 
     def _narrow_weights(self, layer: int) -> int:
-        """Bytes of the casts of a layer's weights, which chunks share; less the parameters that they are."""
+        """Bytes of the casts of a layer's weights that stay for good, which chunks share; less the parameters
+        that they are."""
         c, exact = self.context, self.context.stack.kernels.exact
-        each = narrow_weight(c) - c.param * (c.stack.weights_as(c.strategy.dense.zero) == "only")
+        how = c.stack.weights_as(c.strategy.dense.zero)
+        if how not in ("cached", "rows", "only") or not c.strategy.precision.is_cast:
+            return 0
+        each = narrow_weight(c) - c.param * (how == "only")
         return sum({one.name: weights_narrow(one, each, exact) for one in self.tape(layer).kernels}.values())
 
     @cached_property
@@ -114,9 +112,18 @@ class Passes:
             return 0
         return logit_elements(c) * (c.wide if c.logits_held == "copy" else c.b)
 
-    def key(self, layer: int) -> LayerKind:
+    def key(self, layer: int) -> tuple[LayerKind, bool]:
         """Equal for layers that run alike."""
-        return self._kinds[layer]
+        return self._kinds[layer], self._of(layer) is self
+
+    def _of(self, layer: int) -> "Passes":
+        """Those of layers in a layer's precision."""
+        c = self.context
+        return self if c.precision(layer) is c.strategy.precision else self._without_recipe
+
+    @cached_property
+    def _without_recipe(self) -> "Passes":
+        return type(self)(self.context.without_recipe)
 
     @cached_property
     def _kinds(self) -> tuple[LayerKind, ...]:
@@ -124,7 +131,9 @@ class Passes:
 
     def tape(self, layer: int) -> Tape:
         """A layer's tape; weight gradients are added into resident buffers."""
-        key = self.key(layer)
+        if (other := self._of(layer)) is not self:
+            return other.tape(layer)
+        key = self._kinds[layer]
         if key not in self._tapes:
             c, etp = self.context, self.context.strategy.experts.expert_tensor_parallel
             routes = tuple(count * etp for count in c.routes()) if key.routed else ()
@@ -139,12 +148,8 @@ class Passes:
         """Of the rows of a layer's busiest rank, those that a rank keeps in each of its layers: all, unless
         loads were measured and no expert has every token, as the worst routing has it."""
         c, how, loads = self.context, self.context.strategy, self.context.training.routing
-        apart = (
-            c.stack.runtime
-            or c.rooms
-            or c.stack.kernels.expert_padding in ("busiest", "fresh")
-            or how.experts.balance != "none"
-        )
+        padded = c.stack.kernels.expert_padding in ("busiest", "fresh")
+        apart = c.stack.runtime or c.rooms or padded or how.experts.balance != "none"
         if isinstance(loads, str) or apart or max(loads) * c.model.num_experts_per_tok > 1.0 - 1e-6:
             return 1.0
         layers = max(1, c.model.num_moe_layers // how.pipeline.pipeline_parallel)
@@ -159,7 +164,7 @@ class Passes:
         if routes and split and maps_routes(c.strategy, c.stack):
             tape = replace(tape, kernels=with_routes_read(tape.kernels))
         precision = c.strategy.precision
-        if precision.matmul in CAST and c.stack.kernels.casts == "kept":
+        if precision.is_cast and c.stack.kernels.casts == "kept":
             share, how = DTYPE_BYTES[precision.matmul] / c.b, c.stack.kernels
             tape = quantized(tape, share, c.strategy.activations.modules, how.norm_within, how.exact)
         tape = self._added_up(tape)
@@ -196,27 +201,30 @@ class Passes:
         are added into resident buffers: one of each shape (`get_dummy_wgrad`)."""
         if not self._in_buffers:
             return 0
-        kernels = [
-            kernel for layer in layers for kernel in self.tape(layer).kernels if kernel.component != "router"
-        ]
-        shapes = {(one.n, one.k) for kernel in kernels for one in kernel.matmuls}
+        kernels = (kernel for layer in layers for kernel in self.tape(layer).kernels)
+        shapes = {(one.n, one.k) for it in kernels if it.component != "router" for one in it.matmuls}
         return int(sum(n * k for n, k in shapes) * self.context.param)
 
     def forward(self, layer: int) -> Template:
         """x -> z, which is new; x stays where the backward wants it."""
-        return self._made(("forward", self.key(layer)), lambda: self._forward(layer))
+        return self._of(layer)._layer("forward", layer)
 
     def backward(self, layer: int) -> Template:
         """z's gradient -> x's; x is freed where it stayed. Weight gradients included."""
-        return self._made(("backward", self.key(layer)), lambda: self._backward(layer))
+        return self._of(layer)._layer("backward", layer)
 
     def first_half(self, layer: int) -> Template:
         """As `backward`, without weight gradients of products."""
-        return self._made(("first half", self.key(layer)), lambda: self._reverse(layer, halves=True))
+        return self._of(layer)._layer("first half", layer)
 
     def weights(self, layer: int) -> Template:
         """Weight gradients that a first half left."""
-        return self._made(("weights", self.key(layer)), lambda: self._weights(layer))
+        return self._of(layer)._layer("weights", layer)
+
+    def _layer(self, part: str, layer: int) -> Template:
+        make = {"forward": self._forward, "backward": self._backward, "weights": self._weights}
+        halved = partial(self._reverse, halves=True)
+        return self._made((part, self._kinds[layer]), partial(make.get(part, halved), layer))
 
     def kept(self, layer: int) -> tuple[Step, ...]:
         """What a layer's forward leaves for its backward beside its input and its output, by category."""
@@ -254,12 +262,8 @@ class Passes:
 
     def projection(self, direction: str) -> Template:
         """The projection before an MTP layer."""
-
-        def make() -> Template:
-            played = (forward if direction == "forward" else backward)(*self._projection)
-            return template(played, self.context, direction)
-
-        return self._made(("projection", direction), make)
+        way, c = forward if direction == "forward" else backward, self.context
+        return self._made(("projection", direction), lambda: template(way(*self._projection), c, direction))
 
     def loss(self, direction: str, half: Half = "") -> Template:
         """Final norm, projection and cross entropy: the last hidden state is freed, its gradient made."""

@@ -1,6 +1,8 @@
 """Delayed scales of FP8 products as Transformer Engine of 2023 keeps them: each module updates its own from
 a history of largest values, on which the ranks of a group agree after each pass of a model chunk."""
 
+from collections.abc import Sequence
+
 from mopsim.graph.tape import Kernel
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
@@ -19,12 +21,13 @@ def updated(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]
     return (Kernel("scales", "memory_bound", "attention", (), (), launches=count), *kernels)
 
 
-def agreed(context: Context, issue: Builder, phase: str, layers: int, ready: Ops) -> Ops:
+def agreed(context: Context, issue: Builder, phase: str, layers: Sequence[int], ready: Ops) -> Ops:
     """The end of a chunk's pass: largest values are reduced (Kernels.scale_sums)."""
     group = context.groups.get(context.stack.kernels.scale_sums)
     if group is None or group.size == 1 or context.strategy.precision.matmul != "fp8":
         return ready
-    size = float(context.wide * MAXIMA[phase] * layers)
+    scaled = sum(context.precision(layer).is_cast for layer in layers)
+    size = float(context.wide * MAXIMA[phase] * scaled)
     work = Work("all_reduce", bytes=size, group=group)
     return (issue.add("scales", "compute", "attention", phase, (work,), ready),)
 

@@ -133,7 +133,7 @@ class Stage:
             if unit.layer >= 0:
                 found.append(("params", int(c.stack.sharding.loop_copies * shard * c.param)))
             found.append((_at(place.grad_tier, "grads"), held * c.grad))
-            each = 2 * int(DTYPE_BYTES[precision.moments]) + c.own_master
+            each = 2 * int(DTYPE_BYTES[precision.moments]) + c.master_of(c.precision(unit.layer))
             away = int(state * each * self.away)
             stays = int(state * c.masters_stay * self.away)
             found += [("optimizer", state * each - away + stays), ("host/optimizer", away)]

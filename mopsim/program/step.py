@@ -141,7 +141,7 @@ class StageStep:
             self.boundaries.after(microbatch, layer, ready)
             self.shards.after(layer, "forward")
             self._gap("forward", layer)
-        ready = scales.agreed(c, issue, "forward", len(self.stage.every[chunk]), ready)
+        ready = scales.agreed(c, issue, "forward", self.stage.every[chunk], ready)
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, chunk, ready)
             return
@@ -205,7 +205,7 @@ class StageStep:
             ready = self._layer_backward(microbatch, layer, ready, order, halves, final)
             self._gap("backward", layer)
         sums.last = whole or splits
-        ready = scales.agreed(self.c, issue, "backward", len(self.stage.every[chunk]), ready)
+        ready = scales.agreed(self.c, issue, "backward", self.stage.every[chunk], ready)
         if part < self.stage.parts - 1 and not self.messages.stays("forward", chunk):
             issue.hold((("activations", -self.c.held_output),))
         if part > 0:

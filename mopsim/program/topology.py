@@ -3,8 +3,14 @@
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from msgspec.structs import replace
+
+from mopsim.program.row_chunks import row_chunks
 from mopsim.program.workload import CommGroup
 from mopsim.spec.layout import groups, replica_groups, split
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Order, Strategy
 
 
@@ -78,3 +84,19 @@ def _worst(kind: str, ranks: int, domain: int, degree: int, by: int, order: Orde
     found = groups(ranks, degree, order)
     taken = {"whole": slice(None), "every": slice(None, None, by), "first": slice(by)}[kind]
     return worst((group[taken] for group in found), domain)
+
+
+def all_groups(
+    model: ModelSpec, strategy: Strategy, domain: int, stack: Stack, routing: RoutingProfile
+) -> dict[str, CommGroup]:
+    """Process groups; that of the experts knows how many a token chooses, of how many, where copies are sent
+    once."""
+    found = process_groups(strategy, domain)
+    if strategy.experts.sends_once:
+        deepep, group = strategy.experts.token_dispatcher == "deepep", found["experts"]
+        found["experts"] = replace(
+            group, choices=model.num_experts_per_tok, experts=model.num_local_experts,
+            limit=(model.n_group, model.topk_group), consecutive=stack.forces_consecutive(routing),
+            **(row_chunks(model, stack, group.size) if deepep else {}),
+        )  # fmt: skip
+    return found

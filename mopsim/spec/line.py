@@ -49,6 +49,9 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
         parts.append(f"offload={','.join(away)}")
     if s.dense.zero == 3 and not s.dense.reshard_after_forward:
         parts.append("reshard=no")
+    p = s.precision
+    if p.num_layers_at_start_in_bf16 or p.num_layers_at_end_in_bf16:
+        parts.append(f"bf16-layers={p.num_layers_at_start_in_bf16}/{p.num_layers_at_end_in_bf16}")
     if s.compile != "none":
         parts.append(f"compile={s.compile}")
     return f"{s.name} {' '.join(parts)}"

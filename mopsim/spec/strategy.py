@@ -6,6 +6,8 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
+from msgspec.structs import replace
+
 from mopsim.common.errors import Rules, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
@@ -234,7 +236,9 @@ class Precision(Spec, frozen=True, kw_only=True):
     optimizer's moments. master: dtype of master weights; "param": the parameter shard is the master. matmul:
     recipe of matrix products; "compute": no recipe. attention: dtype of the operands of the attention core;
     "matmul": the recipe's. vocabulary: dtype of the operands of the output projection; "matmul": the
-    recipe's.
+    recipe's. num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: of the decoder layers, so many of the
+    first and of the last whose products have no recipe, nor have their weights (Megatron-Core,
+    first_last_layers_bf16). MTP layers, which come after them, have it.
     """
 
     compute: DType = "bfloat16"
@@ -246,6 +250,24 @@ class Precision(Spec, frozen=True, kw_only=True):
     matmul: MatmulDType | Literal["compute"] = "compute"
     attention: Literal["compute", "matmul"] = "compute"
     vocabulary: Literal["compute", "matmul"] = "compute"
+    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0
+
+    def of_layer(self, layer: int, layers: int) -> "Precision":
+        """That of a layer where the network has so many decoder layers."""
+        end = layers - self.num_layers_at_end_in_bf16
+        left = 0 <= layer < self.num_layers_at_start_in_bf16 or end <= layer < layers
+        return self.without_recipe if left else self
+
+    @property
+    def without_recipe(self) -> "Precision":
+        """That of layers whose products have none."""
+        return replace(self, matmul="compute", num_layers_at_start_in_bf16=0, num_layers_at_end_in_bf16=0)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a recipe casts operands of products."""
+        return self.matmul in CAST
 
     @property
     def products(self) -> MatmulDType:

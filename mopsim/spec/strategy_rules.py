@@ -20,6 +20,7 @@ LEAST = {
     "experts.expert_fsdp": 1, "experts.chunk_tokens": 0, "experts.max_chunks": 1, "experts.min_rows": 1,
     "vocabulary.vocab_parallel": 1, "vocabulary.chunk_tokens": 0, "optimizer.bucket_params": 1,
     "optimizer.slots": 1, "activations.host_budget": 0, "activations.cpu_offload_layers": 0,
+    "precision.num_layers_at_start_in_bf16": 0, "precision.num_layers_at_end_in_bf16": 0,
 }  # fmt: skip
 """Integers of a strategy, and the least that each may be."""
 BETWEEN = {"optimizer.host_fraction": (0, 1), "experts.capacity": (1, 10**6), "experts.threshold": (1, 10**6)}
@@ -31,7 +32,7 @@ _VALUES, _RATIOS = attrgetter(*LEAST), attrgetter(*BETWEEN)
 
 def own(s: "Strategy") -> Rules:
     """Rules of a strategy alone."""
-    return chain(_ranges(s), _degrees(s), _state(s), _activations(s), _pipeline(s))
+    return chain(_ranges(s), _degrees(s), _state(s), _activations(s), _pipeline(s), _precision(s))
 
 
 def _ranges(s: "Strategy") -> Rules:
@@ -132,6 +133,16 @@ def _pipeline(s: "Strategy") -> Rules:
     yield not s.overlap.experts or p.pipeline_parallel == 1 or virtual, "overlap.experts", between
 
 
+def _precision(s: "Strategy") -> Rules:
+    """Layers in bf16 are an exception from a recipe."""
+    p = s.precision
+    recipe = p.compute == "bfloat16" and p.is_cast
+    rule = "needs precision.compute bfloat16 and a recipe in precision.matmul"
+    for place in ("start", "end"):
+        field = f"num_layers_at_{place}_in_bf16"
+        yield recipe or not getattr(p, field), f"precision.{field}", rule
+
+
 def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     experts, heads, layers = model.num_local_experts, model.num_attention_heads, model.num_hidden_layers
     field, degree = "experts.expert_parallel", s.experts.expert_parallel
@@ -155,6 +166,10 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     yield _divides(heads, tensor, "dense.tensor_parallel", f"num_attention_heads {heads}")
     away = s.activations.cpu_offload_layers
     yield away <= layers, "activations.cpu_offload_layers", f"is more than num_hidden_layers {layers}"
+    start, end = s.precision.num_layers_at_start_in_bf16, s.precision.num_layers_at_end_in_bf16
+    field = f"precision.num_layers_at_{'start' if start > layers else 'end'}_in_bf16"
+    rule = f"makes {start + end} layers in bf16, of num_hidden_layers {layers}"
+    yield start + end <= layers, field, rule
     stages, listed = s.pipeline.pipeline_parallel * s.pipeline.virtual_stages, s.pipeline.layers
     rule = f"is {sum(listed)} layers, not the num_hidden_layers {layers}"
     yield not listed or sum(listed) == layers, "pipeline.layers", rule

@@ -92,7 +92,11 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
             "pipeline": pick([False, True]), "tensor": pick([False, True]),
             "experts": pick([False, False, True]),
         },
-        "precision": {"matmul": pick(["compute", "compute", "fp8"]), "master": pick(["float32", "param"])},
+        "precision": {
+            "matmul": (recipe := pick(["compute", "compute", "fp8"])), "master": pick(["float32", "param"]),
+            "num_layers_at_start_in_bf16": pick([0, 1]) if recipe == "fp8" else 0,
+            "num_layers_at_end_in_bf16": pick([0, 0, 1]) if recipe == "fp8" else 0,
+        },
     }  # fmt: skip
 
 

@@ -28,7 +28,10 @@ DEGREES = (1, 1, 1, 2, 2, 4, 8, 16, 3)
 SIZES = (0, 1, 7, 64, 256, 4096, 100_000, 10**7, 2**40)
 HARDWARE = {name: load_profile(name) for name in ("h200-sxm-141g", "gb200-186g", "cpu-2core")}
 NAMES = {"save_ops": KEPT, "modules": (*MODULES, *COMPONENTS), "graphs": ("step", *COMPONENTS)}
-NOT_DEGREES = {"chunk_tokens", "bucket_params", "host_budget", "min_rows", "cpu_offload_layers", "max_chunks"}
+NOT_DEGREES = {
+    "chunk_tokens", "bucket_params", "host_budget", "min_rows", "cpu_offload_layers", "max_chunks",
+    "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+}  # fmt: skip
 
 
 def _drawn(kind: Any, field: str, draw: random.Random) -> Any:

@@ -108,7 +108,8 @@ class Pairs(Passes):
     def backward(self, layer: int) -> Template:
         """That of an MTP layer also goes through what is before it."""
         further = layer >= self.context.model.num_hidden_layers
-        return self._made(("backward", self.key(layer), further), lambda: self._backward(layer))
+        kind = self._kinds[layer]
+        return self._made(("backward", kind, further), lambda: self._backward(layer))
 
     def _forward(self, layer: int) -> Template:
         c, b = self.context, self.recorder()
@@ -116,7 +117,7 @@ class Pairs(Passes):
         b.rename("x", "input", "boundaries")
         self._attention(b).forward(layer, START)
         ffn = FfnPair(c, b)
-        if self.key(layer).routed:
+        if self._kinds[layer].routed:
             experts = self._experts(b, ffn)
             experts.plan(layer)
             b.cut("experts")
@@ -131,7 +132,7 @@ class Pairs(Passes):
         b.adopt("x", c.hidden, "boundaries")
         b.adopt("grad", c.hidden)
         attention.recompute(layer, START)
-        experts = self._experts(b, ffn) if self.key(layer).routed else None
+        experts = self._experts(b, ffn) if self._kinds[layer].routed else None
         if isinstance(experts, NestedExperts):
             b.cut("experts again")
             experts.recompute(layer, EXPERTS)
