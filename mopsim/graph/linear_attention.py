@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.attention import exchange, linear, norm, residual
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes
-from mopsim.graph.tape import Kernel, Tape, Value
+from mopsim.graph.tape import Kernel, Strided, Tape, Value
 from mopsim.spec.linear_attention import LinearAttention
 from mopsim.spec.model import ModelSpec
 
@@ -41,7 +41,15 @@ def linear_attention(model: ModelSpec, shapes: Shapes) -> Tape:
     out = Value("scanned_s", scanned.bytes) if split else scanned
     if split:
         kernels += _to_heads(projected, inner)
-    kernels.append(_scan(how, shapes, inner, out))
+    if shapes.by_token and shapes.attended > shapes.seq_len:
+        rows_in, rows_out = Value("mixed_b", inner.bytes), Value("scanned_b", out.bytes)
+        kernels += [
+            _turned("to_sequences", inner.name, rows_in, back=True),
+            _scan(how, shapes, rows_in, rows_out),
+            _turned("to_tokens", rows_out.name, out, back=False),
+        ]
+    else:
+        kernels.append(_scan(how, shapes, inner, out))
     if split:
         kernels += _to_sequence(out, scanned)
     kernels.append(_gated_norm(model.linear_attention, shapes, values))
@@ -75,6 +83,17 @@ def _to_sequence(source: Value, out: Value) -> tuple[Kernel, Kernel]:
         "order_ranks", "memory_bound", _C, (source.name,), (ordered,), bytes=4.0 * source.bytes, launches=2
     )
     return copies, exchange("heads_to_sequence", (ordered.name,), (out,))
+
+
+def _turned(name: str, source: str, out: Value, back: bool) -> Kernel:
+    """A copy of rows in another order by torch, which follows strides. back: of its gradient too, which a
+    product wants in order (Transformer Engine reshapes it), while mamba_ssm's kernels take any strides of
+    rows (ssd_combined.py, _mamba_chunk_scan_combined_bwd)."""
+    moved, strided = 2.0 * out.bytes, Strided(out.bytes, 2.0 * out.bytes)
+    return Kernel(
+        name, "memory_bound", _C, (source,), (out,), bytes=moved, back_bytes=moved * back, strided=strided,
+        back_strided=strided if back else Strided(), back_launches=int(back),
+    )  # fmt: skip
 
 
 def _within(how: LinearAttention, shapes: Shapes) -> LinearAttention:

@@ -59,6 +59,7 @@ class Passes:
             softmax=kernels.softmax,
             skips=context.stack.skips_hidden(context.training.plain_attention(context.model)),
             in_order=kernels.sequence_slices == "in_order",
+            by_token=kernels.scan_rows == "by_token",
             fused=not apart or strategy.dense.tensor_parallel > 1,
             separate=kernels.gate_up == "separate",
             whole_experts="routed" in kernels.exchanged_rows,

@@ -119,6 +119,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     keys.
     sequence_exchange: `fused`: Ulysses' tensors travel in one exchange. `composed`: one by one, with copies
     on both sides.
+    scan_rows: how rows lie where a scan of linear attention begins. `by_sequence`: sequence after sequence,
+    as its kernels take them. `by_token`: token by token, so that rows of several sequences are copied before
+    and after it.
     gathered_rows: rows that a region of split products gathers under sequence parallelism. `again`: they
     are gathered again for the weight gradients (Megatron-Core's autograd function). `kept`: they are kept
     (plain autograd).
@@ -250,6 +253,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     router: Built = "fused"
     sequence_slices: Literal["paired", "in_order"] = "paired"
     sequence_exchange: Built = "fused"
+    scan_rows: Literal["by_sequence", "by_token"] = "by_sequence"
     gathered_rows: Literal["again", "kept"] = "again"
     region_backward: Literal["beside", "in_turn"] = "beside"
     region_inputs: Literal["shared", "copied"] = "shared"

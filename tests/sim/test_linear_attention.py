@@ -106,6 +106,18 @@ def test_ranks_share_heads(tensor: int, sequence: int) -> None:
     assert exchanges == (["sequence_to_heads", "heads_to_sequence"] if sequence > 1 else [])
 
 
+def test_rows_by_token_are_copied_for_a_scan_of_several_sequences() -> None:
+    """What was projected and what is scanned, both ways, unless one sequence is a view of itself."""
+    one, many = Shapes(256, 256), Shapes(512, 256)
+    plain, tape = linear_attention(HYBRID, many), linear_attention(HYBRID, replace(many, by_token=True))
+    assert linear_attention(HYBRID, replace(one, by_token=True)) == linear_attention(HYBRID, one)
+    assert "to_sequences" not in plain.by_name
+    turned, back = tape.by_name["to_sequences"], tape.by_name["to_tokens"]
+    assert (turned.bytes, turned.back_moved) == (2 * plain.by_name["in_proj"].writes[0].bytes,) * 2
+    assert (back.bytes, back.back_moved, back.back_starts) == (2 * 512 * 256 * 2, 0, 0)
+    assert tape.by_name["linear_scan"].bytes == plain.by_name["linear_scan"].bytes
+
+
 def test_a_layer_without_ffn_is_its_mixer() -> None:
     tape = decoder_layer(HYBRID, Shapes(128, 128), 2)
     assert tape.outputs == ("z",)
