@@ -89,7 +89,7 @@ class Passes:
     def resident(self, stage: Stage) -> tuple[Step, ...]:
         """What lives through the step, or has been left by the one before."""
         layers = (*(layer for chunk in stage.every for layer in chunk), *stage.extra)
-        left = (step for layer in layers for step in self._left(self.tape(layer)))
+        left = (step for layer in layers for step in self._of(layer)._left(self.tape(layer)))
         logits = (("logits", self.held_logits),) if self.held_logits else ()
         cached = (("params", self._of(layer)._narrow_weights(layer)) for layer in layers)
         found = (*stage.resident(), *(left if self._router_held else ()), *logits, *cached)
@@ -229,8 +229,8 @@ class Passes:
 
     def kept(self, layer: int) -> tuple[Step, ...]:
         """What a layer's forward leaves for its backward beside its input and its output, by category."""
-        tape = self.tape(layer)
-        net = self._net(forward(tape, self._plan(tape)))
+        tape, of = self.tape(layer), self._of(layer)
+        net = self._net(forward(tape, of._plan(tape)))
         return tuple((category, size) for category, size in net.items() if size)
 
     def handed(self, layer: int) -> int:
@@ -312,9 +312,8 @@ class Passes:
 
     def _forward(self, layer: int) -> Template:
         tape = self.tape(layer)
-        gone = () if self._wants_input(tape) else self._input
-        left = self._left(tape) if self._turns else ()
-        last = (*gone, *((category, -size) for category, size in left))
+        left = tuple((category, -size) for category, size in self._left(tape)) if self._turns else ()
+        last = left if self._wants_input(tape) else (*self._input, *left)
         return template(forward(tape, self._plan(tape)), self.context, "forward", last)
 
     @property
@@ -331,13 +330,13 @@ class Passes:
 
     def _left(self, tape: Tape) -> tuple[Step, ...]:
         """What a layer's recomputation leaves until its next forward (see Recompute.router_graph)."""
-        values, names = tape.values, saved_to_router(tape, self._plan(tape))
-        return tuple((values[name].category, values[name].bytes) for name in sorted(names))
+        left = (tape.values[name] for name in sorted(saved_to_router(tape, self._plan(tape))))
+        return tuple((value.category, value.bytes) for value in left)
 
     def keeps_input(self, layer: int) -> bool:
         """Whether a layer's input is there until its backward, on the device or on the host: then its
         templates are the same wherever that is."""
-        return self._wants_input(self.tape(layer))
+        return self._of(layer)._wants_input(self.tape(layer))
 
     def _wants_input(self, tape: Tape) -> bool:
         """Whether anything reads a layer's input in its backward: not where all that a layer keeps is made
@@ -370,9 +369,8 @@ class Passes:
     def _net(self, played: Iterable[Played]) -> dict[str, int]:
         """Bytes that are left by category, without the layer's output, which the next layer frees."""
         net = {"activations": -self.context.hidden}
-        for item in played:
-            for category, size in item.memory:
-                net[category] = net.get(category, 0) + size
+        for category, size in (step for item in played for step in item.memory):
+            net[category] = net.get(category, 0) + size
         return net
 
     def again(self) -> dict[str, tuple[float, float, tuple[str, ...]]]:
@@ -381,8 +379,8 @@ class Passes:
         model, modules = self.context.model, self.context.strategy.activations.modules
         count = model.num_hidden_layers + model.num_nextn_predict_layers
         for layer in {self.key(layer): layer for layer in range(count)}.values():
-            tape = self.tape(layer)
-            found |= shares(tape, self._plan(tape), modules) if self._how(tape)[0] != "full" else {}
+            tape, of = self.tape(layer), self._of(layer)
+            found |= shares(tape, of._plan(tape), modules) if of._how(tape)[0] != "full" else {}
         return found
 
     def _how(self, tape: Tape) -> tuple[str, tuple[str, ...]]:
@@ -391,7 +389,8 @@ class Passes:
         how, kept = activations.recompute, activations.save_ops
         routed = own.kept_routed and any(kernel.component == "experts" for kernel in tape.kernels)
         own_choice = {"full": kept == own.kept, "selective": activations.modules == own.selective}
-        return ("full", own.kept_routed) if routed and own_choice.get(how) else (how, kept)
+        how, kept = ("full", own.kept_routed) if routed and own_choice.get(how) else (how, kept)
+        return how, own.listed(kept, self.context.strategy.precision.matmul)
 
     def _plan(self, tape: Tape) -> Recomputation:
         activations, own = self.context.strategy.activations, self.context.stack.recompute

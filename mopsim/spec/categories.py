@@ -58,6 +58,8 @@ KEPT = (
     "combine", "experts_gate", "experts_up", "experts_down",
 )  # fmt: skip
 """Kernels of a layer that a recomputation by operator may leave out (names of the layers' tapes)."""
+NO_PRODUCTS = ("attention_core", "dispatch", "combine")
+"""Those of them that no recipe of products changes."""
 JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_proj": ("gate_proj", "up_proj"),
     "experts_up": ("experts_gate", "experts_up"),

@@ -4,7 +4,7 @@ from typing import Literal
 
 from mopsim.common.errors import require
 from mopsim.common.io import Spec
-from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, NO_PRODUCTS
 
 
 def require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -23,6 +23,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
     others again (needs dense.tensor_parallel 1, else the field `selective` counts).
     kept_routed: the same for layers with routed experts, whatever splits them; empty: the kernels of
     `kept`.
+    unlisted: recipes of products (precision.matmul) that are operators of their own, which a recomputation by
+    operator runs again wherever it keeps those of the compute dtype.
     sums: of a kept product whose ranks have partial sums. `partial`: these stay. `scattered`: what a
     reduce-scatter makes of them stays in their place.
     selective: modules that `selective` without a list of modules runs again.
@@ -45,6 +47,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
     holds_output: bool = False
     kept: tuple[str, ...] = ()
     kept_routed: tuple[str, ...] = ()
+    unlisted: tuple[Literal["fp8", "mxfp8", "nvfp4"], ...] = ()
     sums: Literal["partial", "scattered"] = "partial"
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested", "autograd"] = "redispatch"
@@ -57,3 +60,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
         require_known("kept", self.kept, KEPT)
         require_known("kept_routed", self.kept_routed, KEPT)
         require_known("selective", self.selective, (*MODULES, *COMPONENTS))
+
+    def listed(self, kept: tuple[str, ...], recipe: str) -> tuple[str, ...]:
+        """Of kernels that are kept, those that are where products have a recipe."""
+        return tuple(one for one in kept if one in NO_PRODUCTS) if recipe in self.unlisted else kept

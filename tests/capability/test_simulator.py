@@ -263,6 +263,7 @@ ELSEWHERE = {
     "stack.communication_share",  # jobs this small wait for the host, not for the SMs
     "stack.sharding.reductions",  # of ZeRO-2 and 3 without FSDP: tests/sim/test_flat_update.py
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py
+    "stack.recompute.unlisted",  # of recipes beside named kernels: tests/sim/test_layers_in_bf16.py
     "stack.recompute.sums",  # of named kept products on tensor ranks: tests/sim/test_kept_activations.py
     "stack.sharding.one_pool",  # of blocks that stay reserved: tests/sim/test_upper.py
     "stack.sharding.abreast",  # without it such a strategy is no job: tests/sim/test_side_by_side.py

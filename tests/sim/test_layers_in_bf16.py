@@ -8,7 +8,10 @@ from msgspec import structs
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run
 from mopsim.program import lower
+from mopsim.program.context import make_context
+from mopsim.program.lower import passes_of
 from mopsim.program.workload import Workload
+from mopsim.spec.categories import KEPT
 from mopsim.spec.line import describe
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -139,3 +142,16 @@ def test_the_line_says_which_layers() -> None:
 def test_other_numbers_are_refused_in_a_line(matmul: str, start: int, end: int, rule: str) -> None:
     with pytest.raises(SpecError, match=rf"precision\.{rule}"):
         having(megatron(8), matmul, start, end).check_model(LLAMA)
+
+
+@pytest.mark.parametrize("products", [(), ("q_proj", "k_proj", "v_proj", "gate_proj")])
+def test_products_of_a_recipe_that_no_list_has_run_again(products: tuple[str, ...]) -> None:
+    """Of layers in bf16 the list's stay all the same: queries, keys, values and the gate, of 2 bytes."""
+    names = tuple(name for name in KEPT if name in ("attention_core", *products))
+    family = fsdp2(8)
+    activations = structs.replace(family.activations, recompute="full", save_ops=names)
+    plan = having(structs.replace(family, activations=activations), "nvfp4", 0, 5, "torchtitan-2026")
+    passes = passes_of(make_context(LLAMA, plan, TRAIN, 8, load_stack(plan.stack)))
+    four_bits, bf16 = (sum(size for _, size in passes.kept(layer)) for layer in (0, 31))
+    width = LLAMA.num_attention_heads * LLAMA.head_dim + 2 * LLAMA.num_key_value_heads * LLAMA.head_dim
+    assert bf16 - four_bits == (4096 * 2 * (width + LLAMA.intermediate_size) if products else 0)

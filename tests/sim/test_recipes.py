@@ -374,3 +374,23 @@ def test_legacy_grouped_products_of_primus_are_in_bf16_and_add_their_gradients()
             read_case(cells | {"gpu": "mi355x-288g", "ep": "8", "notes": notes}, MODELS).program().kernels
         )
         assert (kernels.expert_dtype, kernels.weight_grads) == (dtype, added)
+
+
+@pytest.mark.parametrize(
+    ("precision", "notes", "layers"),
+    [
+        ("nvfp4", "bf16_with_nvfp4_mixed, the last 4 layers in bf16", (None, 4)),
+        (
+            "nvfp4",
+            "NVFP4 in the first 85 % of the layers, the last 15 % and the output layer bf16",
+            (None, 5),
+        ),
+        ("fp8", "delayed scaling (first and last layer in bf16)", (1, 1)),
+        ("fp8", "bf16_with_fp8_current_scaling_mixed", (1, 1)),
+        ("bf16", "the last 4 layers in bf16", (None, None)),
+    ],
+)
+def test_layers_in_bf16_are_as_the_notes_say(precision: str, notes: str, layers: tuple[int, ...]) -> None:
+    settings = facts(row(model="llama3_8b", precision=precision, notes=notes)).settings
+    fields = (f"strategy.precision.num_layers_at_{place}_in_bf16" for place in ("start", "end"))
+    assert tuple(settings.get(field) for field in fields) == layers
