@@ -119,7 +119,8 @@ def _gathers(**pipeline: int) -> list[list[tuple[int, int]]]:
 
 
 def test_updated_parameters_are_asked_for_a_bucket_ahead() -> None:
-    """A layer's on the first stage, a stage's on others; those of a chunk ahead where it has several."""
+    """A layer's on the first stage; a stage's on others, at the start; those of a chunk ahead where it has
+    several."""
     (one,) = _gathers()
     begins = [(ASKED, 0), (ASKED, 1)]
     assert one == [*begins, *((kind, layer + 2 * kind) for layer in range(7) for kind in (1, 0)), (ASKED, 9)]
