@@ -306,9 +306,9 @@ def left_to_the_stack() -> dict[str, Job]:
     interleaved pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that
     HybridEP brings; heads' norms; a weight that embedding and head share; layers that are turns of a loop,
     and experts of a fixed room; rotary embeddings by torch; values that are narrower than keys; attention
-    scores that are kept; compiled layers in copies.
+    scores that are kept; compiled layers in copies; two sequences whose rows a scan takes.
     """
-    job = JOBS["megatron"]
+    job, linear = JOBS["megatron"], JOBS["megatron, linear"]
     names = ("param", "reduce", "grad", "moments", "master")
     precision = structs.replace(job.strategy.precision, **dict.fromkeys(names, "stack"))
     overlap = Overlap(**dict.fromkeys(Overlap.__struct_fields__))
@@ -376,6 +376,7 @@ def left_to_the_stack() -> dict[str, Job]:
             stack=structs.replace(job.software, kernels=Kernels()),
         ),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
+        "rows to scan": replace(linear, strategy=structs.replace(linear.strategy, micro_batch=2)),
         "scores": replace(
             job, stack=structs.replace(job.software, kernels=Kernels(attention={"default": "scores"}))
         ),
