@@ -19,6 +19,7 @@ from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 from tests.spec import test_huggingface as told
 from tests.spec.hybrid_configs import NEMOTRON_H, QWEN3_5_TEXT, QWEN3_NEXT
+from tests.together import together
 
 transformers = pytest.importorskip("transformers")
 StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDataclassError
@@ -99,13 +100,13 @@ def bases(architecture: str) -> list[Config]:
     return [*sure, *filter(read, more)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@together(ARCHITECTURES)
 def test_every_key_of_transformers_is_known(architecture: str) -> None:
     model = from_config(usual(architecture), "config.json")
     assert not [note for note in model.assumptions if note.startswith(UNREAD)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@together(ARCHITECTURES)
 def test_what_is_absent_is_what_transformers_takes(architecture: str) -> None:
     """Or is refused."""
     for base in bases(architecture):
@@ -115,7 +116,7 @@ def test_what_is_absent_is_what_transformers_takes(architecture: str) -> None:
             assert found == read(whole(architecture, less)) if found else key in REFUSED, key
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@together(ARCHITECTURES)
 def test_a_null_is_what_transformers_takes(architecture: str) -> None:
     """Or is refused. Most nulls transformers refuses."""
     for base in bases(architecture):

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mopexec.run import checkpoint_reader
 from mopexec.run.described import not_once
 from mopexec.run.shards import ParameterPieces, Piece
+from tests.together import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
 SHAPE, HALF = (6, 4), (3, 4)
@@ -176,7 +177,7 @@ def test_only_files_of_the_checkpoint_are_read(tmp_path: Path) -> None:
     assert "'__0_0.distcp' is none of the checkpoint's files" in refusal(tmp_path, described, [".metadata"])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@together(range(60))
 def test_the_first_element_that_is_not_in_one_box(seed: int) -> None:
     """As counting shows it."""
     draw = random.Random(seed)

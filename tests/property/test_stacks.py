@@ -15,6 +15,7 @@ from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Overlap, Pipeline, Precision, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import AS_STACK, STACKS, fsdp2, megatron, mop, zero_offload
+from tests.together import together
 
 MODEL = replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2, total_params=None, active_params=None)
 FAMILIES: dict[str, Strategy] = {
@@ -29,7 +30,7 @@ FAMILIES: dict[str, Strategy] = {
 TRAINING = TrainSpec(seq_len=2048, global_batch=16)
 
 
-@pytest.mark.parametrize("name", list_stacks())
+@together(list_stacks())
 def test_every_stack_plays_a_family_or_refuses_it_by_name(name: str) -> None:
     hardware, stack, played = load_profile("h200-sxm-141g"), load_stack(name), 0
     refused: dict[str, str] = {}
@@ -51,7 +52,7 @@ def test_every_stack_plays_a_family_or_refuses_it_by_name(name: str) -> None:
 RUN = (mop(2), fsdp2(2), zero_offload(2), megatron(2, tensor_parallel=2))
 
 
-@pytest.mark.parametrize("name", list_stacks())
+@together(list_stacks())
 def test_mopexec_runs_its_own_stacks_only(name: str) -> None:
     tiny = load_model("tiny")
     found = [runnable(one, tiny, stack=load_stack(name)) for one in RUN]

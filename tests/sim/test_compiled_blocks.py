@@ -23,6 +23,7 @@ from mopsim.strategies import fsdp2
 from tests.plans import plan_of
 from tests.sim.toys import small
 from tests.software import changed
+from tests.together import together
 
 MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/mopexec_layers.json").read_text())
 TINY = load_model("tiny")
@@ -63,7 +64,7 @@ def test_a_result_names_the_stack_as_it_is() -> None:
     assert simulated("h100-sxm-80g", "block").stack == load_stack("mopexec-fsdp2").on_kind("cuda")
 
 
-@pytest.mark.parametrize("name", list_stacks())
+@together(list_stacks())
 def test_a_stack_has_compiled_blocks_or_refuses_them(name: str) -> None:
     stack = load_stack(name)
     strategy: Strategy = replace(COMPILED, stack=name)

@@ -8,6 +8,7 @@ import pytest
 from mopsim.graph.rewrites.tensor_passes import COMPOSED
 from mopsim.program.loss import CASTS, KEEP_SOFTMAX
 from mopsim.spec.kernels import Kernels
+from tests.together import together
 
 OF_TORCH = {"gathered", *CASTS} - {"slices_in_place", *KEEP_SOFTMAX}
 """Losses that are torch's cross entropy on whatever they are given."""
@@ -19,7 +20,7 @@ def test_every_loss_that_is_not_torchs_has_its_own_passes(loss: str) -> None:
     assert f"loss_{loss}" in COMPOSED
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@together(COMPOSED)
 def test_a_source_is_a_file_or_a_release_and_not_a_description(name: str) -> None:
     how = COMPOSED[name]
     for one in filter(None, (how, how.ungated)):

@@ -21,6 +21,7 @@ from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES, fsdp2, megatron
 from tests.sim.spaces import generate
+from tests.together import together
 
 TINY = load_model("tiny")
 TRAINING = TrainSpec(seq_len=512, global_batch=8)
@@ -241,6 +242,6 @@ def test_a_target_takes_no_loss_that_its_stack_lacks(side: str) -> None:
     assert set(said or ()) <= set(described.has["vocabulary.loss"])
 
 
-@pytest.mark.parametrize("name", [name for name in list_stacks() if not name.startswith("generic")])
+@together([name for name in list_stacks() if not name.startswith("generic")])
 def test_every_program_says_which_losses_it_has(name: str) -> None:
     assert load_stack(name).has["vocabulary.loss"]

@@ -4,14 +4,13 @@ import copy
 import re
 from pathlib import Path
 
-import pytest
-
 from mopsim.report import sizing
+from tests.together import together
 
 ASKED = sorted(set(re.findall(r"SAID\.(\w+)", Path(sizing.__file__).read_text(encoding="utf-8"))))
 
 
-@pytest.mark.parametrize("macro", ASKED)
+@together(ASKED)
 def test_every_sentence_that_is_asked_for_is_a_macro(macro: str) -> None:
     source = Path(sizing.__file__).with_name("templates") / sizing.SAID.name
     assert f"macro {macro}(" in source.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from mopsim.common.io import write_yaml
 from mopsim.graph import active_params, total_params
 from mopsim.graph.counts import counts, tolerance
 from mopsim.spec.presets import list_models, load_model
+from tests.together import together
 
 REQUIRED = (
     "tiny",
@@ -39,14 +40,14 @@ def test_the_required_presets_exist() -> None:
     assert set(REQUIRED) <= set(list_models())
 
 
-@pytest.mark.parametrize("name", list_models())
+@together(list_models())
 def test_a_preset_carries_its_own_name_and_its_source(name: str) -> None:
     model = load_model(name)
     assert model.name == name
     assert model.source
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@together(PUBLISHED)
 def test_total_parameters_match_the_published_figure(name: str) -> None:
     """Within 2 %, or a unit of its last digit; most within 1 %."""
     found = counts(load_model(name))

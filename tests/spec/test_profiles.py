@@ -17,6 +17,7 @@ from mopsim.cost.communication import collective as seconds_of
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import Quantity
 from mopsim.spec.profiles import list_profiles, load_profile
+from tests.together import together
 
 NAMES = [
     "a100-pcie-80g",
@@ -63,7 +64,7 @@ def test_every_machine_of_the_published_runs_has_a_profile() -> None:
     assert set(NAMES) <= set(list_profiles())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@together(NAMES)
 def test_a_profile_is_physical(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
@@ -83,7 +84,7 @@ def test_a_profile_is_physical(name: str) -> None:
         assert devices < profile.node_power.si < 3 * devices
 
 
-@pytest.mark.parametrize("name", NAMES)
+@together(NAMES)
 def test_every_number_says_where_it_comes_from(name: str) -> None:
     found = quantities(to_plain(load_profile(name)))
     assert len(found) > 30
@@ -102,7 +103,7 @@ def test_rounds_are_measured_on_the_cards_that_were_timed_alone() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FITTED)
+@together(FITTED)
 def test_curves_reach_what_is_known_of_the_card(name: str) -> None:
     device = load_profile(name).device
     by_dtype = {curve.dtype: curve for curve in device.matmul}

@@ -9,6 +9,7 @@ from mopsim.spec import renamed
 from mopsim.spec.sharding import Sharding
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import SECTIONS, list_stacks, load_stack
+from tests.together import together
 
 
 def written(folder: Path, text: str) -> Path:
@@ -17,7 +18,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", list_stacks())
+@together(list_stacks())
 def test_a_shipped_stack_has_its_name_a_version_and_sources(name: str) -> None:
     stack = load_stack(name)
     assert stack.name == name
@@ -184,7 +185,7 @@ def test_what_is_written_instead_of_an_old_entry_can_be_loaded(tmp_path: Path) -
         assert set(stack.has) == {entry.partition(":")[0]}
 
 
-@pytest.mark.parametrize("name", list_stacks())
+@together(list_stacks())
 def test_a_stack_of_before_hybridep_lacks_it_or_says_why_not(name: str) -> None:
     stack = load_stack(name)
     if "hybridep" in stack.has.get("experts.token_dispatcher", ()) and "core_v0.14" in stack.version:

@@ -1,5 +1,6 @@
 """Plans, measurements and strategies of before the stacks still load, and mean what they meant."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,18 @@ from mopsim.spec.upgrade import load_measurement, load_plan, read_plan, read_str
 from mopsim.strategies import fsdp2, mop
 from tests.plans import plan_of
 from tests.software import WORDS
+from tests.together import together
 
 ROOT = Path(__file__).parents[2]
 EAGER = ["norms", "rotary", "activation", "residual", "experts", "copies", "modules"]
 
 
-def committed() -> dict[str, Any]:
-    """Plain objects of every committed YAML file with a strategy or a plan in it, by path."""
-    found = {}
-    for folder in ("reports", "tests", "examples", "docs"):
-        for path in sorted((ROOT / folder).rglob("*.yaml")):
-            data = io.parse_yaml(path.read_text(encoding="utf-8"), str(path))
-            if isinstance(data, dict) and {"strategy", "plan"} & set(data):
-                found[str(path.relative_to(ROOT))] = data
-    return found
+def committed() -> list[str]:
+    """Every committed YAML file with a strategy or a plan in it; none is parsed where tests are collected."""
+    folders = ("reports", "tests", "examples", "docs")
+    files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.yaml")))
+    keys = re.compile("^(strategy|plan):", re.MULTILINE)
+    return [str(path.relative_to(ROOT)) for path in files if keys.search(path.read_text(encoding="utf-8"))]
 
 
 FILES = committed()
@@ -43,10 +42,10 @@ def test_there_are_files_to_upgrade() -> None:
     assert len(FILES) >= 6
 
 
-@pytest.mark.parametrize("name", FILES)
+@together(FILES)
 def test_every_committed_file_loads(name: str) -> None:
     plan: Plan | Measurement
-    if "plan" in FILES[name]:
+    if "plan" in io.read_yaml(ROOT / name, "file"):
         plan = load_measurement(ROOT / name).plan
     else:
         plan = load_plan(ROOT / name)
@@ -270,7 +269,8 @@ def test_what_an_old_stack_cannot_have_said_is_one_line(
 
 
 def test_a_plan_names_the_stack_that_it_holds() -> None:
-    name, data = next((name, data) for name, data in FILES.items() if "strategy" in data)
+    read = ((name, io.read_yaml(ROOT / name, "file")) for name in FILES)
+    name, data = next((name, data) for name, data in read if "strategy" in data)
     plan = load_plan(ROOT / name)
     again = io.to_plain(plan)
     assert io.convert(again, Plan, "plan") == plan
@@ -306,7 +306,7 @@ def test_a_stack_of_a_user_takes_what_came_later_from_the_stack_that_it_extends(
     assert found == replace(own, kernels=replace(own.kernels, norm="composed"))
 
 
-@pytest.mark.parametrize("name", list_stacks())
+@together(list_stacks())
 def test_a_plan_keeps_its_own_stack_of_a_shipped_name(name: str) -> None:
     """What is not in its mappings is what it says: has anything, shares as the profile has them."""
     shipped = load_stack(name)
