@@ -268,7 +268,6 @@ def test_a_mistake_is_one_line(wrong: dict[str, Any], says: str) -> None:
 
 
 MACHINE, NET = mopsim.load_hardware("cpu-2core"), mopsim.load_model("tiny")
-STEP = mopsim.simulate(**JOB, strategy=TINY)
 STACK = mopsim.load_stack("mopexec-flat")
 WRONG: dict[str, Callable[[], object]] = {
     "model: 5 is refused: expected str or Path or ModelSpec": lambda: step(model=5),
@@ -298,15 +297,15 @@ WRONG: dict[str, Callable[[], object]] = {
     "strategies: 'mop' is refused: expected a sequence": lambda: mopsim.compare(**JOB, strategies="mop"),
     "result: {1: 2} is refused: expected a mapping of str to Any": lambda: mopsim.explore({1: 2}, "x.html"),  # type: ignore[dict-item]
     "result: a\\x00b: cannot be a path": lambda: mopsim.explore("a\0b", "x.html"),
-    "/x\\x00y: cannot be a path": lambda: mopsim.explore(STEP, "/x\0y"),
+    "/x\\x00y: cannot be a path": lambda: mopsim.explore(step(), "/x\0y"),
     "/x\\x00z: cannot be a path": lambda: mopsim.compare(**JOB, strategies=[TINY]).write("/x\0z"),
     "ref: None is refused: expected str or Path": lambda: mopsim.load_model(None),  # type: ignore[arg-type]
     "ref: b'x' is refused": lambda: mopsim.load_model(b"x"),  # type: ignore[arg-type]
     "ref: 5 is refused": lambda: mopsim.load_hardware(5),  # type: ignore[arg-type]
     "ref: [] is refused": lambda: mopsim.load_stack([]),  # type: ignore[arg-type]
-    "path: None is refused: expected str or Path": lambda: STEP.save_plan(None),  # type: ignore[arg-type]
-    "path: 5 is refused": lambda: STEP.seal(5),  # type: ignore[arg-type]
-    "path: 6 is refused": lambda: STEP.save_trace(6),  # type: ignore[arg-type]
+    "path: None is refused: expected str or Path": lambda: step().save_plan(None),  # type: ignore[arg-type]
+    "path: 5 is refused": lambda: step().seal(5),  # type: ignore[arg-type]
+    "path: 6 is refused": lambda: step().save_trace(6),  # type: ignore[arg-type]
     "routing: 5 is refused: expected str or a sequence of float": lambda: step(routing=5),
     "families: [3] is refused": lambda: mopsim.search(**JOB, families=[3]),  # type: ignore[list-item]
     "prices: {'cpu-2core': 'x'} is refused: expected a mapping of str to float": lambda: mopsim.size(
@@ -323,7 +322,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "result.a: <object object": lambda: mopsim.explore({"a": object()}, "x.html"),
     "result.a: 1 is refused as a key": lambda: mopsim.explore({"a": {1: 2}}, "x.html"),
     "folder: '' must not be empty": lambda: mopsim.compare(**JOB, strategies=[TINY]).write(""),
-    "path: '  ' must not be empty": lambda: STEP.save_plan("  "),
+    "path: '  ' must not be empty": lambda: step().save_plan("  "),
     "strategies: '' must be one line": lambda: mopsim.compare(**JOB, strategies={"": TINY}),
     "strategies: 'a\\nb' must be one line": lambda: mopsim.compare(**JOB, strategies={"a\nb": TINY}),
     "strategies: '\\x1b[31m' must be one line": lambda: mopsim.compare(**JOB, strategies={"\x1b[31m": TINY}),

@@ -23,6 +23,8 @@ HARDWARE = HardwareRef(
     name="any", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
 )
 TRAINING = TrainSpec(seq_len=64, global_batch=16)
+TURNS = 4
+"""Microbatches of a step in a pipeline: two stages, of one part or two, fill, keep step and drain."""
 
 
 def models() -> dict[str, ModelSpec]:
@@ -131,7 +133,10 @@ def jobs() -> dict[str, Job]:
     where routes that a program forces matter."""
     found, routed = {}, {"balanced": "70/2", "fp8": "forced"}
     for name, (model, strategy) in strategies().items():
-        training = replace(TRAINING, routing=routed.get(name.partition(", ")[2], TRAINING.routing))
+        staged = strategy.pipeline.pipeline_parallel > 1
+        batch = TURNS * strategy.data_groups if staged else TRAINING.global_batch
+        routing = routed.get(name.partition(", ")[2], TRAINING.routing)
+        training = replace(TRAINING, global_batch=batch, routing=routing)
         found[name] = Job(models()[model], strategy, training, load_stack(strategy.stack)).settled
     return found
 
