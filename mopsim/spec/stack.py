@@ -145,7 +145,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 
-    def check_architecture(self, architecture: str, prefix: str = "stack") -> None:
+    def check_architecture(self, architecture: str) -> None:
         """Raise SpecError where an entry is of an architecture that neither a shipped profile nor the device
         has: it would be passed over."""
         words = (DEFAULT, BEYOND, WIDE)
@@ -160,7 +160,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         for field, (entries, keys) in parts.items():
             known = {*keys, *DEVICE_ARCHITECTURES, architecture or DEFAULT}
             for key in (one for one in entries if one not in known):
-                raise unknown_architecture(f"{prefix}.{field}".lstrip("."), key, keys)
+                raise unknown_architecture(f"stack.{field}", key, keys)
 
     def on_kind(self, device_kind: str) -> "Stack":
         """The stack on devices of a kind (`HardwareProfile.device_kind`), of which it then says no more."""
