@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -29,20 +30,20 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
     """Run a typer app and exit: 0 or the command's code, 2 on a user's mistake, 128 + n where signal n ends
     it (SIGINT, SIGTERM or SIGHUP)."""
     given = sys.argv[1:] if arguments is None else arguments
-    signals: list[int] = []
+    signals = _Signals(name)
     _forget_sizes()
     try:
         _refuse_empty(given)
         with lasting_streams(), collected_seldom(), _noting_signals(signals):
             code = app(given, standalone_mode=False)
     except Exception as error:
-        if signals:  # what an interruption became on its way, in an import or a library
-            _stopped(name, signals)
+        if signals.came:  # what an interruption became on its way, in an import or a library
+            _stopped(signals)
         _explain(error, name, given)
     except KeyboardInterrupt:
-        _stopped(name, signals)
-    if code == 130 and signals:  # typer ends on Ctrl-C without a word
-        _stopped(name, signals)
+        _stopped(signals)
+    if code == 130 and signals.came:  # typer ends on Ctrl-C without a word
+        _stopped(signals)
     atexit.unregister(ignore_signals)
     atexit.register(ignore_signals, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # all is said and done
     sys.exit(code if isinstance(code, int) else 0)
@@ -60,10 +61,29 @@ def _forget_sizes() -> None:
             del os.environ[name]
 
 
-def _stopped(name: str, signals: Sequence[int]) -> NoReturn:
-    number = signals[0] if signals else signal.SIGINT
-    said = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    _fail(name, said, code=128 + number)
+@dataclass
+class _Signals:
+    """Signals that end a command: those that came, and whether it has said so."""
+
+    name: str
+    came: list[int] = field(default_factory=list)
+    told: bool = False
+
+    @property
+    def first(self) -> int:
+        return self.came[0] if self.came else signal.SIGINT
+
+    @property
+    def word(self) -> str:
+        """What the user reads of it."""
+        return (
+            "interrupted" if self.first == signal.SIGINT else f"stopped by {signal.Signals(self.first).name}"
+        )
+
+
+def _stopped(signals: _Signals) -> NoReturn:
+    signals.told = True
+    _fail(signals.name, signals.word, code=128 + signals.first)
 
 
 def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
@@ -75,7 +95,7 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
         where = error.filename or ("standard output or shared memory" if full else "")
         _fail(name, f"{where}: {error.strerror or error}" if where else str(error.strerror or error))
     if type(error).__name__ == "Abort":
-        _stopped(name, ())
+        _stopped(_Signals(name))
     if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug
         raise error
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -85,11 +105,11 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
 
 
 @contextmanager
-def _noting_signals(found: list[int]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP are one KeyboardInterrupt and noted in `found`, unless a command handles
+def _noting_signals(signals: _Signals) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP are one KeyboardInterrupt and noted in `signals`, unless a command handles
     them itself or whoever started this process had them ignored. More of them within REPEAT_SECONDS are the
     same wish; later ones are another."""
-    raised, report = -math.inf, sys.unraisablehook
+    raised, report, found = -math.inf, sys.unraisablehook, signals.came
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal raised
@@ -115,7 +135,9 @@ def _noting_signals(found: list[int]) -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if time.monotonic() > raised + REPEAT_SECONDS:
-            os._exit(128 + found[0])
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, b"" if signals.told else f"{signals.name}: {signals.word}\n".encode())
+            os._exit(128 + signals.first)
 
     usual = {
         signal.SIGINT: signal.default_int_handler,

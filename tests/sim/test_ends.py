@@ -86,6 +86,32 @@ def test_a_process_of_a_pool_whose_command_was_killed_before_it_began_ends() -> 
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
+INTERRUPTED_WHILE_IT_ENDS = """
+import os, signal
+from mopsim.common import command_line
+
+command_line.REPEAT_SECONDS = 0.0
+def app(given, standalone_mode):
+    os.kill(os.getpid(), signal.SIGINT)
+def ending(*said, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+command_line._stopped = ending
+command_line.run_app(app, "mopsim", ["context"])
+"""
+
+
+def test_a_second_interrupt_before_the_first_was_told_tells_it() -> None:
+    """A key that is held for longer than it takes to end: the command ended with 130 and without a word."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WHILE_IT_ENDS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert (done.returncode, done.stderr) == (130, "mopsim: interrupted\n")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
     process = sweep(tmp_path)
