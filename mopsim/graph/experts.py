@@ -58,7 +58,7 @@ BESIDE_ROWS = {"counts": "all counts", "weights": "sent weights"}
 def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
     """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category
     dispatch). They read their weights where these multiply them."""
-    row = model.hidden_size * b
+    row = model.expert_width * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
     read = [Value("h", tokens * row)]
@@ -116,7 +116,7 @@ def experts(model: ModelSpec, routes: Sequence[int], b: int, tensor: int = 1, fu
 
     fused: gate and up in one product, and SwiGLU applies the route weights, so that no output is kept.
     """
-    H, inner, total = model.hidden_size, model.moe_intermediate_size / tensor, sum(routes)
+    H, inner, total = model.expert_width, model.moe_intermediate_size / tensor, sum(routes)
     rows, out = Value("rows", total * H * b, "dispatch"), Value("out", total * H * b, "dispatch")
     wings = ("gate", "up") if model.ffn_matrices == 3 else ("up",)
     if fused:
@@ -139,7 +139,7 @@ def experts(model: ModelSpec, routes: Sequence[int], b: int, tensor: int = 1, fu
 
 def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
     """Results back to the tokens' ranks and summed over the k routes of a token."""
-    row = model.hidden_size * b
+    row = model.expert_width * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
     kernels = (

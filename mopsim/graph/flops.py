@@ -4,7 +4,7 @@ from functools import lru_cache
 
 from mopsim.graph.experts import experts, router
 from mopsim.graph.ffn import ffn
-from mopsim.graph.layer import mixer
+from mopsim.graph.layer import around_latent, mixer
 from mopsim.graph.shapes import Shapes
 from mopsim.spec.model import ModelSpec
 
@@ -16,7 +16,7 @@ def _layer_flops(model: ModelSpec, seq_len: int, layer: int, documents: int) -> 
     shapes = Shapes(S, S, documents=documents)
     tapes = [mixer(model, shapes, layer)]
     if kind.routed:
-        tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2)]
+        tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2), around_latent(model, shapes)]
         if model.shared_expert_intermediate_size:
             tapes.append(ffn(model, model.shared_expert_intermediate_size, "shared_experts", shapes))
     elif not kind.bare:

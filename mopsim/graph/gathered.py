@@ -16,7 +16,7 @@ def gathered(model: ModelSpec, shapes: Shapes, rows: int, ranks: int) -> tuple[T
     the sums are scattered in the router's dtype (Megatron-LM d98e8a64,
     megatron/core/transformer/moe/token_dispatcher.py, MoEAllGatherTokenDispatcher).
     """
-    tokens, row, wide = shapes.tokens, model.hidden_size * shapes.width, shapes.wide
+    tokens, row, wide = shapes.tokens, model.expert_width * shapes.width, shapes.wide
     size, picked = tokens * ranks * row, rows * row
     routes = float(tokens * ranks * model.num_local_experts)
     there = (

@@ -96,12 +96,15 @@ def _moe(
     if shared:
         tape = ffn(model, shared, "shared_experts", shapes)
         found += _renamed(tape, "shared_", keep) + _shared_gate(model, shapes)
+    W, latent = model.expert_width, around_latent(model, shapes).kernels
+    if latent:
+        found, keep = (*found, latent[0]), {"h": "latent"}
     rows, home = dispatch(model, N, arrived, b, split), combine(model, N, arrived, b, split)
     if gathers:
         rows, home = gathered(model, shapes, sum(routes), gathers)
     sent = _renamed(rows, "sent_", keep | {"rows": "rows", "weight": "weight"})
     if split and deduplicated:
-        once = min(arrived, _distinct(model, N, len(routes))) * H * b
+        once = min(arrived, _distinct(model, N, len(routes))) * W * b
         copy = replace(sent[0].sized(lambda _: 0), kind="view", bytes=0, launches=0)  # the exchange's own
         sent = (copy, sent[1].sized(lambda _: once), *sent[2:])
     if split and not gathers:
@@ -111,19 +114,42 @@ def _moe(
     whole = shapes.fused and not shapes.separate  # experts lie in no tensor-parallel region
     products = _unweighted(experts(model, routes, b, shapes.expert_tensor, whole).kernels)
     if shapes.expert_tensor > 1 and not gathers:
-        products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
+        products = _tensor_parallel(products, arrived * W * b, shapes.expert_tensor)
     found += products
     back = _renamed(home, "back_", {"out": "out"})
     if split and deduplicated:
-        back = (*back[:-2], back[-2].sized(lambda _: N * H * b), replace(back[-1], bytes=2.0 * N * H * b))
+        back = (*back[:-2], back[-2].sized(lambda _: N * W * b), replace(back[-1], bytes=2.0 * N * W * b))
     back = back if gathers else _same_back(back)
-    total = Value("f", N * H * b)
-    reads = ("returned", _shared(model)) if shared else ("returned",)
-    last = replace(
-        back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
-    )
-    found += (*back[:-1], last)
+    found += (*back[:-1], *_home(model, back[-1], N * H * b, latent[1:], bool(shared)))
     return found if shapes.fused else _shared_after(model, shapes, found)
+
+
+def around_latent(model: ModelSpec, shapes: Shapes) -> Tape:
+    """u [N,H] -> latent [N,W] before routed experts, and their sum latent_sum [N,W] -> f [N,H] after them;
+    nothing where experts work on the whole width. Every rank has both weights whole (Megatron-Core 00119989,
+    transformer/moe/moe_layer.py, fc1_latent_proj and fc2_latent_proj: TELinear, "duplicated")."""
+    N, H, W, b = shapes.tokens, model.hidden_size, model.expert_width, shapes.width
+    u, inner = Value("u", N * H * b), Value("latent_sum", N * W * b)
+    kernels = (
+        linear("latent_down", "u", Value("latent", N * W * b), N, W, H, b, "experts"),
+        linear("latent_up", "latent_sum", Value("f", N * H * b), N, H, W, b, "experts"),
+    )
+    return Tape((u, inner), kernels if model.moe_latent_size else (), ("f",))
+
+
+def _home(
+    model: ModelSpec, last: Kernel, size: int, latent: tuple[Kernel, ...], shared: bool
+) -> tuple[Kernel, ...]:
+    """The sum of a token's routes (`last`), to which the output of shared experts is added: in one kernel, or
+    after the product that follows it. size: bytes of f."""
+    last, read = replace(last, reads=("back_returned",)), (_shared(model),) if shared else ()
+    if not latent:
+        return (replace(last, reads=(*last.reads, *read), writes=(Value("f", size),)),)
+    (product,) = latent
+    last = replace(last, writes=(Value("latent_sum", size // model.hidden_size * model.expert_width),))
+    if not shared:
+        return last, product
+    return last, replace(product, writes=(Value("routed", size),)), _shared_sum(model, size)
 
 
 def _whole(
@@ -143,7 +169,7 @@ def _whole(
     kernels = list(_renamed(inner, "", {"u": "ug", "f": "fp"}))
     place = next(index for index, kernel in enumerate(kernels) if kernel.name == "dispatch")
     sent = kernels[place].reads[0]
-    total = float(size * model.num_experts_per_tok)
+    total = float(size // model.hidden_size * model.expert_width * model.num_experts_per_tok)
     kernels.insert(
         place,
         Kernel("routes_sum", "all_reduce", "experts", (sent,), (), back_bytes=total, group="expert_tensor"),
@@ -163,12 +189,15 @@ def _shared_after(model: ModelSpec, shapes: Shapes, kernels: tuple[Kernel, ...])
         return kernels
     tape = ffn(model, width, "shared_experts", shapes)
     routed = replace(kernels[-1], writes=(Value("routed", size),))
-    add = Kernel(
+    shared = _renamed(tape, "shared_", {"h": "u"}) + _shared_gate(model, shapes)
+    return (*kernels[:-1], routed, *shared, _shared_sum(model, size))
+
+
+def _shared_sum(model: ModelSpec, size: int) -> Kernel:
+    return Kernel(
         "shared_sum", "memory_bound", "shared_experts", ("routed", _shared(model)), (Value("f", size),),
         bytes=3.0 * size, back_bytes=0.0, back_launches=0,
     )  # fmt: skip
-    shared = _renamed(tape, "shared_", {"h": "u"}) + _shared_gate(model, shapes)
-    return (*kernels[:-1], routed, *shared, add)
 
 
 def _shared(model: ModelSpec) -> str:

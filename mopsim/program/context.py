@@ -275,7 +275,7 @@ class Context:
         sequences = self.strategy.micro_batch
         tokens, experts = self.tokens / sequences, model.num_local_experts
         each = max(1, int(max(1, ceil(tokens * model.num_experts_per_tok / experts)) * capacity))
-        return Rooms(sequences, tokens, each * experts, model.hidden_size)
+        return Rooms(sequences, tokens, each * experts, model.expert_width)
 
     def routes(self, index: int | None = None) -> tuple[int, ...]:
         """Rows of each expert that the most loaded rank computes, from chunk `index` (or all) of all ranks of
@@ -297,7 +297,7 @@ class Context:
         backward), in experts' weights with their gradients. mopexec's own runs moved experts so."""
         if not (self.looped or self.stack.explicit):
             return 0.0
-        return 6 * self.b / (self.model.ffn_matrices * self.model.hidden_size * (self.b + self.reduce))
+        return 6 * self.b / (self.model.ffn_matrices * self.model.expert_width * (self.b + self.reduce))
 
     @property
     def migration(self) -> Migration | None:
@@ -309,7 +309,7 @@ class Context:
             self.training.routing, self.tokens, model.num_local_experts, model.num_experts_per_tok,
             how.expert_parallel, how, self._row,
         )  # fmt: skip
-        weights = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size
+        weights = model.ffn_matrices * model.expert_width * model.moe_intermediate_size
         each = weights // how.expert_tensor_parallel * self.b
         most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.expert_parallel))
         host = host_work(model.num_local_experts, how.expert_parallel, *place.divided())

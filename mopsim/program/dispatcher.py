@@ -20,7 +20,7 @@ def buffers(context: Context) -> tuple[CommGroup, int] | None:
     group, how = context.groups["experts"], context.strategy.experts
     if not context.model.num_local_experts or group.size == 1 or not how.sends_once:
         return None
-    row = context.model.hidden_size * 2
+    row = context.model.expert_width * 2
     return group, _deepep(group, row) if how.token_dispatcher == "deepep" else _hybridep(context, group, row)
 
 
@@ -30,7 +30,7 @@ def _hybridep(context: Context, group: CommGroup, row: int) -> int:
     by 128; dispatch and combine share it (use_shared_buffer, the default of hybrid_ep_buffer.py)."""
     experts = context.model.num_local_experts * group.intra // group.size
     tokens = context.tokens // abreast(context) * group.size
-    return tokens * (row + 4 * experts + 4 * (context.model.hidden_size // 128))
+    return tokens * (row + 4 * experts + 4 * (context.model.expert_width // 128))
 
 
 def _deepep(group: CommGroup, row: int) -> int:

@@ -106,9 +106,9 @@ def _expansion(strategy: Strategy, total: int, rounds: int) -> tuple[int, int]:
 
 
 def guarantee(context: Context) -> int:
-    """Dispatch bytes that no routing exceeds: 2 Ep k c_eff H b (arXiv 2607.01844)."""
+    """Dispatch bytes that no routing exceeds: 2 Ep k c_eff H b, H a routed row's width (arXiv 2607.01844)."""
     model = context.model
     if not model.num_local_experts:
         return 0
     routes = context.strategy.experts.expert_parallel * model.num_experts_per_tok * context.chunk_tokens(0)
-    return 2 * routes * model.hidden_size * context.b
+    return 2 * routes * model.expert_width * context.b

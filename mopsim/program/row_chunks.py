@@ -20,4 +20,4 @@ def row_chunks(model: ModelSpec, stack: Stack, ranks: int) -> dict[str, float]:
     rows = sent["rows"].get(str(ranks)) if sent else None
     if not sent or not rows:
         return {}
-    return {"chunk": harmonic_mean(rows), "channels": sent["channels"], "row": 2 * model.hidden_size}
+    return {"chunk": harmonic_mean(rows), "channels": sent["channels"], "row": 2 * model.expert_width}

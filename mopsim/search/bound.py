@@ -266,7 +266,7 @@ class Bounder(Copies):
         qk, v = attention_widths(m)
         passes = self.microbatches * (2 + c["recompute"]) * self._attending / c["pipeline"]
         sent = tokens * m.num_attention_heads * min(qk, v) * self.compute
-        routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
+        routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.expert_width * self.compute
         moe_layers = self.sizes.moe_layers / c["pipeline"] * np.maximum(c["chunks"], 1)
         times = self.microbatches * moe_layers * (2 * ROUTED + self.sent_again)
         heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)

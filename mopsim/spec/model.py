@@ -36,6 +36,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     first_k_dense_replace: leading layers that are dense. mlp_only_layers: later layers that are dense too,
     counted from 0; the others route to experts. num_local_experts: routed experts of a layer.
     num_experts_per_tok: routed experts that a token chooses. moe_intermediate_size: columns of one expert.
+    moe_latent_size: width of the rows that routed experts work on, between a product before the dispatch and
+    one after the combine (LatentMoE, arXiv 2604.12374); 0: hidden_size. Router and shared experts see all.
     shared_expert_intermediate_size: columns of all shared experts together. shared_expert_gate: a sigmoid
     gate scales the shared experts' output. tie_word_embeddings: the output projection is the embedding.
     attention: grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank, qk_nope_head_dim,
@@ -87,6 +89,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    moe_latent_size: int = 0
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     tie_word_embeddings: bool = False
@@ -149,6 +152,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         """Elements of a head that rotary positions turn."""
         latent = self.attention == "mla"
         return self.qk_rope_head_dim if latent else int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def expert_width(self) -> int:
+        """Elements of a row that routed experts get and give."""
+        return self.moe_latent_size or self.hidden_size
 
     @property
     def composes_projections(self) -> bool:

@@ -16,12 +16,14 @@ _NEEDED = (
 )  # fmt: skip
 _OPTIONAL = (
     "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "attention_chunk_size",
-    "learned_positions", "num_nextn_predict_layers",
+    "moe_intermediate_size", "moe_latent_size", "shared_expert_intermediate_size", "q_lora_rank",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window",
+    "attention_chunk_size", "learned_positions", "num_nextn_predict_layers",
 )  # fmt: skip
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_MOE = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+_MOE = (
+    "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size", "shared_expert_intermediate_size",
+)  # fmt: skip
 _RANGES = (
     ("rms_norm_eps", 1e-12, 0.1), ("routed_scaling_factor", 1e-3, 1e3), ("rope_theta", 1.0, 1e12),
     ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),

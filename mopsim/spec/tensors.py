@@ -15,7 +15,8 @@ from mopsim.spec.strategy import Precision
 class Tensor:
     """A parameter. layer: decoder layer, -1 outside of one, layer count + i for MTP layer i. routed: split
     over experts. whole: a matrix that every rank of a tensor group holds all of, as Megatron-Core holds
-    routers, gates of shared experts, MLA's down-projections (TELinear, "duplicated") and position tables.
+    routers, gates of shared experts, products around latent experts, MLA's down-projections (TELinear,
+    "duplicated") and position tables.
     """
 
     name: str
@@ -61,7 +62,12 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
         )
     experts, bias = model.num_local_experts, model.router_bias
     found += _linear(f"{prefix}.moe.router", experts, H, "router", layer, bias, whole=True)
+    latent = model.moe_latent_size
+    if latent:
+        found += _linear(f"{prefix}.moe.latent_down", latent, H, "experts", layer, whole=True)
     found += _experts(model, f"{prefix}.moe.experts", layer)
+    if latent:
+        found += _linear(f"{prefix}.moe.latent_up", H, latent, "experts", layer, whole=True)
     if model.shared_expert_intermediate_size:
         found += _ffn(
             model, f"{prefix}.moe.shared", model.shared_expert_intermediate_size, "shared_experts", layer,
@@ -186,7 +192,7 @@ def _ffn(model: ModelSpec, prefix: str, width: int, component: str, layer: int, 
 
 
 def _experts(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
-    E, H, width = model.num_local_experts, model.hidden_size, model.moe_intermediate_size
+    E, H, width = model.num_local_experts, model.expert_width, model.moe_intermediate_size
     found = []
     gated = ("gate_proj",) if model.ffn_matrices == 3 else ()
     for name in (*gated, "up_proj", "down_proj"):

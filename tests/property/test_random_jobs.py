@@ -93,7 +93,7 @@ def model(draw: random.Random) -> dict[str, Any]:
             "moe_intermediate_size": draw.choice((1, 64, 768)),
             **draw.choice(({}, {"first_k_dense_replace": 1}, dense_fields(range(0, layers, 2), layers))),
             "shared_expert_intermediate_size": draw.choice((0, 64)), "expert_bias": draw.random() < 0.2,
-            "expert_inputs_weighted": draw.random() < 0.2,
+            "expert_inputs_weighted": draw.random() < 0.2, "moe_latent_size": draw.choice((0, 0, 1, 96)),
         }  # fmt: skip
     if draw.random() < 0.15:
         fields |= {

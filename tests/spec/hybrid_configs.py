@@ -50,3 +50,11 @@ NEMOTRON_H: dict[str, Any] = {
     "vocab_size": 131072,
 }  # fmt: skip
 """nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16, but for its norm_eps, which nothing reads."""
+NEMOTRON_3_SUPER: dict[str, Any] = NEMOTRON_H | {
+    "hidden_size": 4096, "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
+    "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME", "intermediate_size": 2688, "mamba_num_heads": 128,
+    "moe_intermediate_size": 2688, "moe_latent_size": 1024, "moe_shared_expert_intermediate_size": 5376,
+    "moe_shared_expert_overlap": False, "n_routed_experts": 512, "num_experts_per_tok": 22,
+    "num_hidden_layers": 88, "routed_scaling_factor": 5.0,
+}  # fmt: skip
+"""nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16 without its MTP layer."""

@@ -13,7 +13,7 @@ from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.tensors import total_params
-from tests.spec.hybrid_configs import NEMOTRON_H, QWEN3_5_MOE, QWEN3_5_TEXT, QWEN3_NEXT
+from tests.spec.hybrid_configs import NEMOTRON_3_SUPER, NEMOTRON_H, QWEN3_5_MOE, QWEN3_5_TEXT, QWEN3_NEXT
 
 BESIDE = {
     "name", "source", "assumptions", "total_params", "active_params", "rope_theta", "rms_norm_eps",
@@ -32,7 +32,12 @@ def blocks(*kinds: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "config"), [("qwen35_35b_a3b", QWEN3_5_MOE), ("nemotron_3_nano_30b_a3b", NEMOTRON_H)]
+    ("preset", "config"),
+    [
+        ("qwen35_35b_a3b", QWEN3_5_MOE),
+        ("nemotron_3_nano_30b_a3b", NEMOTRON_H),
+        ("nemotron_3_super_120b_a12b", NEMOTRON_3_SUPER),
+    ],
 )
 def test_a_config_reads_as_the_preset(preset: str, config: dict[str, Any]) -> None:
     found, expected = read(config), load_model(preset)
@@ -65,7 +70,7 @@ def _drawn(name: str, draw: random.Random) -> dict[str, Any]:
             "layers_block_type": [*chain.from_iterable(layers), "linear_attention", "moe"],
             "mamba_num_heads": 2 * groups, "mamba_head_dim": 6, "ssm_state_size": 8, "n_groups": groups,
             "conv_kernel": draw.choice([2, 4]), "moe_shared_expert_intermediate_size": 9,
-            "n_routed_experts": 8,
+            "n_routed_experts": 8, "moe_latent_size": draw.choice([None, 16]),
         }  # fmt: skip
     if name == "Qwen3Next":
         found |= {"mlp_only_layers": [1], "decoder_sparse_step": draw.choice([1, 2])}
@@ -117,7 +122,7 @@ LINEAR = ["linear_attention"]
         (LISTED | {"layers_block_type": [["moe"]]}, r"layers_block_type: \['moe'\] is refused: a block is"),
         (LISTED, "layers_block_type: missing, the field is required"),
         (NEMOTRON_H | {"num_hidden_layers": 51}, "num_hidden_layers: 51 is refused: .* has 52 blocks"),
-        (NEMOTRON_H | {"moe_latent_size": 1024}, "moe_latent_size: 1024 is refused: experts of a narrower"),
+        (NEMOTRON_H | {"moe_latent_size": -1}, "moe_latent_size: -1 must not be negative"),
         (NEMOTRON_H | {"sliding_window": 4096}, "sliding_window: 4096 is refused: its attention has no"),
         (NEMOTRON_H | {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers: 1 is refused: MTP layers"),
         (NEMOTRON_H | {"tie_word_embeddings": True}, "tie_word_embeddings: True is refused: its head is"),

@@ -40,7 +40,10 @@ def in_chunks(
             ]
         )
     whole = tuple(f"{total}.{index}" for index in range(len(shares)))
-    after = (replace(kernel, reads=_instead(kernel.reads, total, whole)) for kernel in kernels[end:])
+    after = (
+        replace(one, reads=_instead(one.reads, total, whole), saves=_instead(one.saves, total, whole))
+        for one in kernels[end:]
+    )
     return (*kernels[:first], *_pipelined(parts, routed, between), *after)
 
 
