@@ -16,7 +16,8 @@ def idle(strategy: Strategy, stack: Stack, inputs: Inputs) -> list[str]:
     sends = strategy.experts.token_dispatcher == "deepep"
     if not (asked.modules_again or asked.save_ops or sends):
         return []
-    context = make_context(inputs.model, strategy, inputs.training, inputs.hardware.scale_up_size, stack)
+    domain, on = inputs.hardware.scale_up_size, inputs.hardware.device.architecture
+    context = make_context(inputs.model, strategy, inputs.training, domain, stack, on)
     found = [
         f"note: {strategy.name}: activations.{field} {', '.join(names)}: acts on nothing, no layer of "
         f"{inputs.model.name} has it on the stack {stack.name}"

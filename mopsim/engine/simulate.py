@@ -48,7 +48,8 @@ def simulate(
     ranks = num_nodes * hardware.devices_per_node
     rule = f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}"
     require(strategy.world_size <= ranks, "strategy.world_size", strategy.world_size, rule)
-    workload = lower(model, strategy, training, hardware.scale_up_size, stack, compose=not timeline)
+    domain, on = hardware.scale_up_size, hardware.device.architecture
+    workload = lower(model, strategy, training, domain, stack, architecture=on, compose=not timeline)
     for refused in refusals(Job(model, strategy, training, stack, hardware), by="simulator"):
         raise refused
     return run(workload, model, hardware, strategy, training, timeline=timeline)

@@ -360,10 +360,11 @@ def _routes(
 
 
 def make_context(
-    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack | None = None
-) -> Context:
-    """stack: that of the strategy where none is given. Raises SpecError where they do not fit together, or
-    are not simulated."""
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack | None = None,
+    architecture: str = "",
+) -> Context:  # fmt: skip
+    """stack: that of the strategy where none is given. architecture: of the devices. Raises SpecError where
+    they do not fit together, or are not simulated."""
     stack = (stack or load_stack(strategy.stack, "strategy.stack")).under(strategy.dense.zero)
     strategy = stack.resolve(strategy)
     strategy.check_model(model)
@@ -373,7 +374,8 @@ def make_context(
     job = Job(model, strategy, training, stack)
     for refused in refusals(job, by="simulator"):
         raise refused
-    precision, dense, running = strategy.precision, strategy.dense, stack.running(model, strategy)
+    running = stack.running(model, strategy, architecture)
+    precision, dense = strategy.precision, strategy.dense
     b = int(DTYPE_BYTES[precision.compute])
     tokens = training.tokens_per_rank(strategy) // (dense.tensor_parallel if dense.sequence_parallel else 1)
     wide = 8 if precision.compute == "float64" else 4

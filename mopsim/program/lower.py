@@ -33,17 +33,18 @@ def lower(
     domain: int = 8,
     stack: Stack | None = None,
     *,
+    architecture: str = "",
     expand: bool = False,
     compose: bool = True,
 ) -> Workload:
     """The programs of one step. domain: devices of a scale-up domain. stack: that of the strategy where none
-    is given. expand: every microbatch and layer is played, none is composed; compose: layers are
-    (mopsim.program.composed).
+    is given. architecture: of the devices. expand: every microbatch and layer is played, none is composed;
+    compose: layers are (mopsim.program.composed).
 
     Raises SpecError where model, strategy, training and stack do not fit together.
     """
     stack = stack or load_stack(strategy.stack, "strategy.stack")
-    passes = passes_of(make_context(model, strategy, training, domain, stack))
+    passes = passes_of(make_context(model, strategy, training, domain, stack, architecture))
     return _lowered(passes, stack, expand=expand, compose=compose)
 
 

@@ -305,10 +305,10 @@ class Pieces:
     def _context(self, row: dict[str, int]) -> Context | None:
         """None where a rule refuses the row."""
         problem = self.space.problem
-        domain = problem.hardware.scale_up_size
+        domain, on = problem.hardware.scale_up_size, problem.hardware.device.architecture
         try:
             strategy = build(self.space.family, problem, row)
-            return make_context(problem.model, strategy, problem.training, domain, self.space.stack)
+            return make_context(problem.model, strategy, problem.training, domain, self.space.stack, on)
         except MopError:
             return None
 

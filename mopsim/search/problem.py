@@ -111,7 +111,8 @@ class Problem:
         )  # fmt: skip
         object.__setattr__(self, "known", worked_out(msgspec.msgpack.encode(asked)))
         hardware, training = self.hardware, replace(self.training, global_batch=1)
-        layer = (self.model, self.domain, hardware.device_kind, training, self.precision, self.stack)
+        device = (hardware.device_kind, hardware.device.architecture)
+        layer = (self.model, self.domain, *device, training, self.precision, self.stack)
         object.__setattr__(self, "made", lowered(msgspec.msgpack.encode(layer)))
 
     def __getstate__(self) -> dict[str, Any]:

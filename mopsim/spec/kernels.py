@@ -126,7 +126,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     are gathered again for the weight gradients (Megatron-Core's autograd function). `kept`: they are kept
     (plain autograd).
     region_backward: in the backward a region gathers its rows again and scatters the gradient of their
-    input. `beside`: beside the products. `in_turn`: one after the other.
+    input. `beside`: beside the products. `in_turn`: one after the other. `queued`: beside them where what is
+    issued first starts first: from Blackwell on, on cards of other vendors, or in one queue
+    (HostCosts.queues); else in turn.
     region_inputs: without sequence parallelism, the input of a region. `shared`: its products read it.
     `copied`: each product that gate_up makes separate reads and keeps a copy of its own, and the gradient of
     what ends a region is copied (Paddle's c_identity).
@@ -255,7 +257,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     sequence_exchange: Built = "fused"
     scan_rows: Literal["by_sequence", "by_token"] = "by_sequence"
     gathered_rows: Literal["again", "kept"] = "again"
-    region_backward: Literal["beside", "in_turn"] = "beside"
+    region_backward: Literal["beside", "in_turn", "queued"] = "beside"
     region_inputs: Literal["shared", "copied"] = "shared"
     region_sums: Literal["once", "each"] = "once"
     region_rows: Literal["once", "scattered", "each"] = "once"

@@ -32,6 +32,9 @@ from mopsim.spec.sharding import Sharding as Sharding
 from mopsim.spec.strategy import CAST, Activations, DType, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
+FILLED = ("ada", "ampere", "hopper")
+"""Device architectures on which a product fills the SMs before a collective that another queue has starts,
+though that was issued first: before Blackwell (Megatron-LM d98e8a64, megatron/training/arguments.py)."""
 _STATE = ("param", "reduce", "grad", "moments")
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 
@@ -206,10 +209,19 @@ class Stack(Spec, frozen=True, kw_only=True):
         causal half. plain: see `on`."""
         return self.on("", plain).attention not in ("masked", "scores")
 
-    def running(self, model: ModelSpec, strategy: Strategy) -> "Stack":
-        """The stack as a job runs it."""
+    def running(self, model: ModelSpec, strategy: Strategy, architecture: str = "") -> "Stack":
+        """The stack as a job runs it on a device architecture."""
         compiled = self.compiling(strategy.compile).cut(model, strategy)
-        return compiled.multiplying(strategy.precision.compute)
+        return compiled.ordered(architecture, strategy).multiplying(strategy.precision.compute)
+
+    def ordered(self, architecture: str, strategy: Strategy) -> "Stack":
+        """The stack whose hidden collectives of tensor groups start before the products that hide them, or do
+        not (Kernels.region_backward): `queued` becomes one of the others."""
+        if self.kernels.region_backward != "queued":
+            return self
+        late = architecture in FILLED and self.queue(architecture, strategy) == "each"
+        turn: Literal["beside", "in_turn"] = "in_turn" if late else "beside"
+        return replace(self, kernels=replace(self.kernels, region_backward=turn))
 
     def queue(self, architecture: str, strategy: Strategy) -> Literal["each", "one"]:
         """What starts kernels on a device architecture (HostCosts.queues)."""

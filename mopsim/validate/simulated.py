@@ -78,7 +78,8 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         model, hardware, stack = case.network(), case.profile(), case.program()
         stack = stack.on_kind(hardware.device_kind)
         strategy = case.resolved()
-        workload = lower(model, strategy, case.training, hardware.scale_up_size, stack)
+        domain, on = hardware.scale_up_size, hardware.device.architecture
+        workload = lower(model, strategy, case.training, domain, stack, architecture=on)
         result = run(workload, model, hardware, strategy, case.training)
         paced = paced and bool(case.measured.step_time and hardware.host.cpu_launch_time)
         paces = _paces(case, _as_played(workload, result.num_events)) if paced else ()
