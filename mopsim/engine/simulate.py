@@ -14,6 +14,7 @@ from mopsim.engine.beside import beside
 from mopsim.engine.gaps import ShorterPlay, repeated, steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.links import uses
+from mopsim.engine.queue import order
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
 from mopsim.engine.streams import play
@@ -76,9 +77,10 @@ def run(
     issue = used.host.cpu_launch_time.si if used.host.cpu_launch_time else 0.0
     besides = [beside(program, used, workload.stack, prices) for program in workload.programs]
     links = [uses(program, used, prices) for program in workload.programs]
-    blocking, queues = workload.stack.host.blocking, workload.stack.queue(used.device.architecture, strategy)
-    programs = workload.programs
-    end = play(programs, durations, records, besides, links, issue, blocking=blocking, queues=queues)
+    one = workload.stack.queue(used.device.architecture, strategy) == "one"
+    orders = [order(*each, prices) for each in zip(workload.programs, durations, strict=True) if one]
+    programs, blocking = workload.programs, workload.stack.host.blocking
+    end = play(programs, durations, records, besides, links, issue, blocking=blocking, orders=orders)
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)

@@ -10,8 +10,9 @@ from mopsim.engine.beside import Beside
 from mopsim.engine.clock import Clock, Process, Wake
 from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.links import Share, SharedLinks, Use
+from mopsim.engine.queue import Order, Queue
 from mopsim.engine.record import Record, turns
-from mopsim.program.workload import FABRICS, TALKS, Op, Program, Repeat, first_compute, queued
+from mopsim.program.workload import FABRICS, TALKS, Op, Program, Repeat, first_compute
 
 
 class Meeting:
@@ -43,7 +44,7 @@ class Rank:
         uses: Use,
         meetings: dict[str, Meeting],
         host: HostThread | None,
-        queues: str,
+        order: Order,
     ) -> None:
         self.clock, self.program, self.durations = clock, program, durations
         self.record, self.meetings, self.host = record, meetings, host
@@ -68,10 +69,7 @@ class Rank:
         """Of the compute that runs."""
         self.timer = -1
         """The event at which it is woken."""
-        self.ahead = queued(program) if queues == "one" else {}
-        """What starts before each op, if there is one queue."""
-        self.begun, self.next = set[int]([-1]), dict[int, Wake]()
-        """What began, or only waits for its peers; who waits for one to begin."""
+        self.queue = Queue(clock, order)
         streams: dict[str, list[Op]] = {}
         before = self.before
         for op in program.ops:
@@ -85,14 +83,13 @@ class Rank:
             clock.start(self.run(name, ops))
 
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
-        """Issue the stream's ops one after the other. Time passes at yields, and where nobody else is to be
-        woken meanwhile."""
+        """The stream's ops in turn. Time passes at yields, and where nobody else is to be woken meanwhile."""
         wake = yield
-        record, host, moves, talking = self.record, self.host, self.moves, self.talking
+        record, host, queue, moves, talking = self.record, self.host, self.queue, self.moves, self.talking
         starts, ends, done, waiting = self.starts, self.ends, self.done, self.waiting
         compute, durations, clock, now = stream == "compute", self.durations, self.clock, self.clock.now
-        at, passes, turn_of, turn = clock.at, clock.passes, record.turns, None
-        (begin, end), issued_at, ahead = self.way(stream), record.issued, self.ahead
+        at, passes, turn_of, turn, ahead = clock.at, clock.passes, record.turns, None, queue.ahead
+        (begin, end), issued_at, lasts = self.way(stream), record.issued, queue.lasts
         if host is not None:
             stretch, bases, awaited, repeats = host.stretch, host.bases, host.awaited, self.repeats
             first, inside, apart, blocked = host.first, host.inside, host.apart, host.blocked
@@ -121,7 +118,9 @@ class Rank:
                 self.leap(repeats[index], host)
             if op.peak:
                 moves.append(index)
-            if (duration := durations[index]) > 0.0:
+            if index in lasts:
+                now = yield from self.head(op, wake)
+            if (duration := lasts.get(index, durations[index])) > 0.0:
                 if not (talking or (self.wake and not compute)) and passes(until := now + duration):
                     now = until
                 else:
@@ -141,24 +140,29 @@ class Rank:
                     component = record.began(turn, ready, start)
                 component[op.component] += op.times * (now - start)
             done[index], ends[index] = True, now
-            if index in waiting:
-                for other in waiting.pop(index):
-                    clock.wake(other)
+            for other in waiting.pop(index, ()):
+                clock.wake(other)
 
     def turn(self, op: Op, wake: Wake, now: float) -> Generator[None, float, float]:
         """Wait until what was issued before, in one queue, has begun, and for the op's counterparts; returns
         the time."""
-        index = op.index
-        if index in self.ahead:
-            if (first := self.ahead[index]) not in self.begun:
-                self.next[first] = wake
+        index, queue = op.index, self.queue
+        if index in queue.ahead:
+            if queue.waits(index, wake):
                 since, now = now, (yield)
                 if op.stream == "compute" and now > since:
-                    self.blame(op, first, since, now)
-            self.begun.add(index)
-            if index in self.next:
-                self.clock.wake(self.next.pop(index))
+                    self.blame(op, queue.ahead[index], since, now)
+            if index not in queue.lasts:
+                queue.begin(index)
         return (yield from self.meet(op, wake, now)) if op.rendezvous else now
+
+    def head(self, op: Op, wake: Wake) -> Generator[object, float, float]:
+        """Run the op's kernels but the last, which frees the queue as it starts; returns the time."""
+        begin, end = self.way(op.stream)
+        now = yield begin(op, self.durations[op.index] - self.queue.lasts[op.index], wake)
+        end(op)
+        self.queue.begin(op.index)
+        return now
 
     def meet(self, op: Op, wake: Wake, before: float) -> Generator[None, float, float]:
         """Wait for the op's counterparts of other programs; returns the time."""
@@ -205,7 +209,10 @@ class Rank:
             found = max((one for one in earlier if one >= 0), key=ends.__getitem__, default=-1)
             if found >= 0 and (latest < 0 or ends[found] > ends[latest]):
                 latest = found
-            index = self.ahead.get(index, -1)
+            before = self.queue.ahead.get(index, -1)
+            if before in self.queue.lasts and self.starts[before] < self.starts[index] < ends[before]:
+                return before
+            index = before
             if index < 0 or (latest >= 0 and self.starts[index] <= ends[latest]):
                 return latest
         return latest
@@ -254,8 +261,10 @@ class Rank:
         self._pause()
         self.talking.remove(op)
         self.taking -= op.index not in self.beside.sparing
-        if past := self.links.end(op.index):
-            self.ran[op.index], self.shared[op.index] = self.clock.now - self.starts[op.index], past
+        index, now, past = op.index, self.clock.now, self.links.end(op.index)
+        if past or index in self.shared:
+            self.ran[index] = now - self.starts[index]
+            self.shared[index] = [*self.shared.get(index, ()), *past, Share(now, 1.0, ())]
         self._wake()
 
     def _pause(self) -> None:
@@ -302,11 +311,11 @@ def play(
     issue: float = 0.0,
     *,
     blocking: bool = False,
-    queues: str = "each",
+    orders: Sequence[Order] = (),
 ) -> float:
     """Run all programs to the end; returns the time at which the last op ended. issue: seconds of the host
     for each kernel; 0: it is never late. blocking: it waits for each kernel before it starts the next,
-    however little that costs it. queues: see HostCosts.
+    however little that costs it. orders: of each program in one queue, if it is in one.
 
     Raises AssertionError that lists the ops left when none can go on: a deadlock in the program, never a
     user's mistake.
@@ -320,9 +329,16 @@ def play(
         for program, times in zip(programs, durations, strict=True)
     ]
     ranks = [
-        Rank(clock, program, times, record, beside, used, meetings, thread, queues)
-        for program, times, record, beside, used, thread in zip(
-            programs, durations, records, besides, uses, threads, strict=True
+        Rank(clock, program, times, record, beside, used, meetings, thread, order)
+        for program, times, record, beside, used, thread, order in zip(
+            programs,
+            durations,
+            records,
+            besides,
+            uses,
+            threads,
+            orders or [Order()] * len(programs),
+            strict=True,
         )
     ]
     clock.play()

@@ -114,6 +114,11 @@ class Work(Struct, frozen=True):
             return float(self.launches)
         return self.count if self.kind == "matmul" else float(max(self.launches, 1))
 
+    @property
+    def launched(self) -> float:
+        """Kernels that run one after the other for it; 0: it is part of another's."""
+        return self.launches * self.count if self.kind == "matmul" else float(self.launches)
+
 
 def on_host(work: Iterable[Work], replayed: bool) -> tuple[float, float]:
     """(kernels that the host starts for an op, what it does besides in kernels' worth). replayed: as a part

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from mopsim.cost.communication import use
 from mopsim.engine.beside import Beside
 from mopsim.engine.links import Use
+from mopsim.engine.queue import Order, order
 from mopsim.engine.record import Record
 from mopsim.engine.streams import play
 from mopsim.program import lower
@@ -46,7 +47,8 @@ def _played(
     builder.add("kernel", "compute", "other", "forward", kernel, deps=[last] if waits >= 0 else [])
     program, record = Program(tuple(builder.ops)), Record(True)
     shifted = {2 * place + 1: used for place, used in uses.items()}
-    play([program], [[*durations, 1.0]], [record], [Beside.even(program, share)], [shifted], queues=queues)
+    orders = [Order(queued(program))] if queues == "one" else []
+    play([program], [[*durations, 1.0]], [record], [Beside.even(program, share)], [shifted], orders=orders)
     return program, record
 
 
@@ -99,6 +101,41 @@ def test_back_to_back_collectives_hold_up_the_kernels_behind_them() -> None:
     builder.add("copy", "h2d", "other", "forward", [Work("h2d", bytes=1)])
     builder.compute("kernel", "other", "forward", -1, [Work("memory_bound", bytes=1)])
     assert queued(Program(tuple(builder.ops))) == {0: -1, 3: 0}
+
+
+def test_a_queue_is_free_once_the_last_kernel_of_an_op_has_started() -> None:
+    """A gather issued after an op of a kernel of 2 s and of two in one piece of work of 8 s starts with the
+    last, at 6 s; one that begins with a product, in blocks, with the first."""
+    for waits, starts in ((False, 6.0), (True, 0.0)):
+        builder = Builder(GROUPS)
+        first = builder.add("copy", "h2d", "other", "forward", [Work("h2d", bytes=1)])
+        kernels = [Work("memory_bound", bytes=1), Work("memory_bound", bytes=1, launches=2)]
+        sent = [Work("all_gather", bytes=1, group=GROUPS["pair"])]
+        builder.compute("kernels", "other", "forward", -1, kernels, first)
+        builder.add("sent", "tensor scale_up", "other", "forward", sent, [first] if waits else [])
+        program, record, durations = Program(tuple(builder.ops)), Record(True), [0.0, 10.0, 1.0]
+        prices = {id(work): (work, seconds) for work, seconds in zip(kernels, (2.0, 8.0), strict=True)}
+        found = order(program, durations, prices)
+        assert found.lasts == ({} if waits else {1: 4.0})
+        play([program], [durations], [record], [Beside.even(program, 0.0)], [{}], orders=[found])
+        assert record.starts[2] == starts
+        assert record.ends == [0.0, 10.0, starts + 1.0]
+
+
+def test_hidden_sums_of_tensor_groups_need_one_queue_before_blackwell() -> None:
+    strategy = megatron(8, tensor_parallel=2)
+    hidden = replace(strategy, overlap=replace(strategy.overlap, experts=True))
+    for name, asked, turns in (
+        ("megatron-core", strategy, ["beside", "beside"]),
+        ("megatron-core", hidden, ["in_turn", "beside"]),
+        ("megatron-fsdp", strategy, ["in_turn", "beside"]),
+        ("megatron-bridge-library", strategy, ["in_turn", "beside"]),
+        ("torchtitan", strategy, ["in_turn", "in_turn"]),
+    ):
+        found = [
+            load_stack(name).ordered(on, asked).kernels.region_backward for on in ("hopper", "blackwell")
+        ]
+        assert found == turns, name
 
 
 def _gathers(**pipeline: int) -> list[list[tuple[int, int]]]:
