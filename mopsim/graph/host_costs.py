@@ -50,7 +50,7 @@ MODULES_AGAIN = {
 }  # fmt: skip
 """Of which modules (mopsim.graph.rewrites.recompute.MODULES) those of KINDS are that run again."""
 CHECKPOINT: float = _READ["checkpoint"]
-HOOKS: Costs = _READ["hooks"]
+HOOKS: dict[bool | str, Costs] = {True: _READ["hooks"]["new"], "early": _READ["hooks"]["early"]}
 GATHER: Pair = _READ["gather"]
 REST: Pair = _READ["rest"]
 FLAT: dict[bool | str, Costs] = {True: _READ["flat"]["whole"], "original": _READ["flat"]["original"]}

@@ -8,6 +8,7 @@ from msgspec import structs
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph import host_costs
 from mopsim.program.context import Context
+from mopsim.program.hook_time import hooks_of
 from mopsim.program.side_by_side import abreast
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.model import ModelSpec
@@ -19,13 +20,13 @@ NOTHING, WHOLE = (0.0, 0.0), (1.0, 0.0)
 
 @dataclass(frozen=True)
 class Around:
-    """What of a job the host's time of layers depends on. hooked: hooks around every module gather its
-    parameters. split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
+    """What of a job the host's time of layers depends on. hooks: what they add to each component (hooks_of).
+    split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
     apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
     is recomputed in part, that part of its forward, and Linears of modules that were measured alone. abreast:
     sequences that go through a layer one by one."""
 
-    hooked: bool = False
+    hooks: host_costs.Costs = field(default_factory=dict)
     split: bool = False
     kinds: host_costs.Costs = field(default_factory=dict)
     experts: int = 0
@@ -39,7 +40,6 @@ class Around:
     ) -> "Around":
         """Of a job. again: `Passes.again`; woven: see kinds_of."""
         stack = context.stack
-        hooked = stack.host.hooks and context.shards_params
         split = context.strategy.dense.tensor_parallel > 1
         kinds = kinds_of(context.model, stack, context.strategy, woven=woven)
         measured = stack.host.layers == "transformer_engine"
@@ -49,7 +49,8 @@ class Around:
             else (share, 0.0)
             for component, (share, rest, modules) in again.items()
         }
-        return cls(hooked, split, kinds, context.own_experts, context.expert_modules, found, abreast(context))
+        hooks = hooks_of(context)
+        return cls(hooks, split, kinds, context.own_experts, context.expert_modules, found, abreast(context))
 
 
 def maps_routes(strategy: Strategy, stack: Stack) -> bool:
@@ -188,8 +189,9 @@ def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: A
     whole += started * stack.host.products
     whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
     more = max(0.0, whole - sum(sum(work.issued for work in op.work) for op in ops))
-    if around.hooked and component in host_costs.HOOKS:
-        more += host_costs.HOOKS[component][back] + apart * host_costs.HOOKS["dense_ffn"][back]
+    if component in around.hooks:
+        own = NOTHING if apart else around.hooks[component]
+        more += own[back] + apart * around.hooks.get("expert", NOTHING)[back]
     return more + part * tensor[component][back] if component in tensor else more
 
 
