@@ -16,5 +16,5 @@ def start(inputs, out, *arguments):
 @pytest.mark.slow
 def test_killed_runs_go_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(kills, "_start", start)
-    found = sweep(tmp_path, 2, 4, background=True)
+    found = sweep(tmp_path, 2, 4, kills.same(), background=True)
     assert all(map(passed, found)), found
