@@ -100,8 +100,10 @@ class SplitFeedForward:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # positions do not matter here
         weights = dict(self._module.named_parameters())
-        wings = products(rows, self._group, weights, self._module.firsts)
-        out: Tensor = self._module.down_proj(self._module.activate(*wings))
+        wings = list(products(rows, self._group, weights, self._module.firsts))
+        inner = self._module.activate(*wings)
+        wings.clear()  # what nothing keeps is gone before the next product
+        out: Tensor = self._module.down_proj(inner)
         return out.view_as(x)
 
 

@@ -170,7 +170,7 @@ class Tape(Struct, frozen=True, dict=True):
     """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape.
 
     consumes: inputs that nobody else needs, so that they die here. held: (value, kernel) to the end of which
-    a forward run keeps it, to its own end without a name.
+    a forward run keeps it, to its own end without a name; of several for a value, the last counts.
     """
 
     inputs: tuple[Value, ...]
@@ -204,8 +204,10 @@ class Tape(Struct, frozen=True, dict=True):
     def holds(self) -> dict[str, int]:
         """Place of the kernel to the end of which a forward run keeps what is `held`."""
         places = {kernel.name: place for place, kernel in enumerate(self.kernels)}
-        last = len(self.kernels) - 1
-        return {name: places.get(until, last) for name, until in self.held}
+        last, found = len(self.kernels) - 1, dict[str, int]()
+        for name, until in self.held:
+            found[name] = max(found.get(name, 0), places.get(until, last))
+        return found
 
     @property
     def outside(self) -> set[str]:

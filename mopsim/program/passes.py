@@ -12,6 +12,7 @@ from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
+from mopsim.graph.rewrites.projections import norms_after
 from mopsim.graph.rewrites.quantized import quantized, weights_narrow
 from mopsim.graph.rewrites.recompute import (
     AROUND,
@@ -176,6 +177,7 @@ class Passes:
         made = {value.name for kernel in kernels for value in kernel.writes}
         run = {"", *(kernel.name for kernel in kernels)}
         frames = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
+        kernels = norms_after(kernels) if c.stack.host.frames else kernels  # before the next product
         kernels = shared_stay(kernels) if c.weaves or "router" in c.stack.host.graphs else kernels
         kernels = roomy(kernels, c) if routes and c.rows_room else kernels
         tape, ways = replace(tape, kernels=kernels, held=frames), c.stack.kernels

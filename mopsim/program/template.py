@@ -15,7 +15,8 @@ Ops = tuple[int, ...]
 Hooks = Mapping[int, Sequence[Callable[[int], None]]]
 """What is issued inside a template, by the place that it comes before; it gets the op of the place before."""
 FRAMES = (
-    ("h", "rope"), ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows_g", "experts_down"),
+    ("h", "rope"), ("h", "k_norm"), ("h", "rope_k"), ("y", ""), ("u", ""), ("routed", ""),
+    ("rows", "experts_down"), ("rows_g", "experts_down"),
     ("rows", "experts_down_bias"), ("rows_g", "experts_down_bias"), ("act", "experts_down_bias"),
     ("rows", "scatter_rows"),
 )  # fmt: skip

@@ -113,6 +113,22 @@ def of_component(model: ModelSpec, layer: int, component: str) -> int:
     return sum(tensor.numel for tensor in _by_layer(model)[layer] if tensor.component == component)
 
 
+COLUMNS = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.bias", "up_proj.bias", ".sinks")
+"""Vectors of a tensor-parallel region's outputs or heads, which its ranks split."""
+
+
+def whole_numel(model: ModelSpec, layer: int, *, projection: bool) -> int:
+    """Parameters of a layer (-1: outside of one), experts apart, that each rank of a tensor group has whole.
+    projection: that before an MTP layer too."""
+    return sum(
+        tensor.numel
+        for tensor in _by_layer(model).get(layer, [])
+        if tensor.whole
+        or (len(tensor.shape) == 1 and not tensor.name.endswith(COLUMNS))
+        or (projection and tensor.name.endswith(PROJECTION))
+    )
+
+
 def layer_units(
     model: ModelSpec, strategy: Strategy, sharding: Sharding, layer: int, *, apart: int
 ) -> list[ShardedUnit]:

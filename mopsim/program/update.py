@@ -11,9 +11,10 @@ from mopsim.program.context import Context
 from mopsim.program.data_parallel import checked, gathering, scaled
 from mopsim.program.stage import Stage
 from mopsim.program.template import Memory
+from mopsim.program.units import whole_numel
 from mopsim.program.update_host import UpdateHost
 from mopsim.program.workload import Work
-from mopsim.spec.layout import Bucket, numel, optimizer_buckets
+from mopsim.spec.layout import Bucket, ceil_div, numel, optimizer_buckets
 
 _O = "optimizer"
 UPDATED = 28
@@ -101,6 +102,7 @@ class Update:
         if self.dense.grad_tier == "device":
             b.spike(checked(self.c, sent=False) * min(held, self.stage.largest), "grads")
         self.width, ready = self._main_gradients(reductions)
+        ready = self._tensors_agree(ready)
         ready = self._agreed(ready) if self.c.stack.sharding.agreements else ready
         host = 0.0 if self.width > self.c.grad else self.host.norm
         size = held * (self.c.stack.sharding.norm_passes or self.width)
@@ -133,6 +135,28 @@ class Update:
             work = (self._passes(2 * held * wide),)
             ready = (b.add("unscale", "compute", _O, _O, work, ready, awaited=True),)
         return max(c.grad, wide), ready
+
+    def _tensors_agree(self, ready: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor group sums the gradients of what each rank has whole (see Sharding.tensor_sums)."""
+        c, b, sharding, stage = self.c, self.b, self.c.stack.sharding, self.stage
+        group = c.groups["tensor"]
+        if sharding.tensor_sums == "none" or group.size == 1:
+            return ready
+        layers = {unit.layer for unit in stage.units if unit.layer >= 0} | ({-1} if stage.is_last else set())
+        projection, copied = sharding.mtp_projection == "whole", sharding.tensor_sums == "copied"
+        held = sum(whole_numel(c.model, layer, projection=projection) for layer in layers)
+        size = c.grad * (ceil_div(held, self.dense.fsdp) if copied else held)
+        summed = Work("all_reduce", bytes=float(size), group=group)
+        on_host = self.dense.grad_tier == "host"
+        for stream, change in (("h2d", size), ("", 0), ("d2h", -size)):
+            copy = Work(stream, bytes=float(size)) if on_host else self._passes(2 * size)
+            way, work = (
+                (stream if on_host else "compute", copy) if change else (stream_of(group, "tensor"), summed)
+            )
+            if copied or not change:
+                memory = (("grads", change),) if change else ()
+                ready = (b.add("whole gradients", way, _O, _O, (work,), ready, memory),)
+        return ready
 
     def _agreed(self, ready: tuple[int, ...]) -> tuple[int, ...]:
         """What all ranks sum beside gradients (see Sharding.agreements)."""

@@ -78,7 +78,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         del ways["expert_rows"]
         kernels = gated_within(kernels)
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm, strategy.experts.sends_once)
-    if run.rotary == "wide":
+    if run.rotary == "wide" or (run.rotary == "fused" and run.gate_up == "separate"):
         found = sliced(found, model.rotary_dim / model.head_dim, model.rope_interleave)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:

@@ -140,6 +140,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     one_mesh: routed experts have as many copies as the other weights: one degree replicates both (a mesh of
     replicas and shards). false: each is sharded over as many ranks as the strategy asks.
     agreements: at the end of a step ranks sum the loss and each router's load, in one exchange each.
+    tensor_sums: what a group of tensor-parallel ranks does at the end of a step with the gradients of
+    parameters that each has whole. `none`: nothing that is played. `in_place`: they are summed where they
+    lie. `copied`: they are put together in one tensor, summed, and copied back.
     tied: embedding and head that share a weight. `apart`: the weight is gathered for each, and each makes
     and sums a gradient of it. `one`: they are one group with the final norm, which stays from the
     embedding's forward to its backward; the gradient that the head makes waits for the embedding's, as
@@ -190,6 +193,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     one_mesh: bool = False
     one_pool: bool = False
     agreements: bool = False
+    tensor_sums: Literal["none", "in_place", "copied"] = "none"
     tied: Literal["apart", "one"] = "apart"
     abreast: bool = False
     groups: Literal["layers", "modules", "each"] = "layers"

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
 from tests.parity.drawn_plans import drawn_plan
@@ -19,9 +20,9 @@ from tests.plans import plan_of, split
 SEEDS = (*range(6), *range(7, 29), 31, 32, 33, 34, 36, 37, 38, 39)
 """Any two that fields have together in one of the first 40 plans, they have in one of these; of numbers,
 whether they are 0, 1 or more."""
-MORE = (324, 328, 1014, 1081, 1094)
+MORE = (324, 328, 1014, 1081, 1094, 100009)
 """Gradients of a head beside its input's, of an embedding that an MTP layer reads too, of rotated pairs that
-are normed, and biases of experts."""
+are normed, biases of experts, and rows that are summed at home."""
 EXACT = (
     "weights", "gathered weights", "gradients", "optimizer state", "activations", "forward", "backward",
 )  # fmt: skip
@@ -96,6 +97,30 @@ def test_peaks_of_experts_beside_tensor_parallel_layers(limit: float) -> None:
     )  # fmt: skip
     strategy = split(4, tensor_parallel=2, recompute="full")
     _agrees(plan_of(model, strategy, TrainSpec(seq_len=512, global_batch=2), "cuda"))
+
+
+WIDE = ModelSpec(
+    name="wide", hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
+    head_dim=32, vocab_size=151, intermediate_size=128, qk_norm="unweighted",
+)  # fmt: skip
+TURNED = {"qk_norm": "full", "rope_interleave": True, "num_key_value_heads": 2}
+FULL: dict[str, Any] = {"tensor_parallel": 2, "recompute": "full"}
+IN_TENSORS: list[tuple[Strategy, dict[str, Any], str]] = [
+    (fsdp2(2, tensor_parallel=2, offload=True), {"hidden_size": 1024}, "optimizer"),
+    (fsdp2(2, **FULL), {}, "forward"),
+    (split(2, recompute="full"), TURNED, "forward"),
+    (split(2, **FULL), {"head_dim": 8, "intermediate_size": 512}, "forward"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(IN_TENSORS)))
+def test_peaks_of_tensor_parallel_regions(case: int) -> None:
+    """Whole parameters' gradients are summed in a tensor of their own (updates were 16 % low), queries and
+    keys are rotated one after the other (forwards 11 % high), pairs of neighbours are copied first (3 % low),
+    the norm's output is there until then, and gate and up are gone before the last product."""
+    strategy, fields, row = IN_TENSORS[case]
+    training = TrainSpec(seq_len=1024, global_batch=2)
+    _agrees(plan_of(replace(WIDE, **fields), strategy, training, "cuda"), (row,))
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "ring"])

@@ -114,7 +114,8 @@ def _weighted(
         elif kernel.name == "unsort" and last.bytes == 2.0 * out and not first:
             kernel = beside(kernel, kernel.writes[0].bytes, COMPOSED["weighted"])
         elif kernel is last and last.bytes != 2.0 * out and first:
-            kernel = summed_at_home(kernel, sent)
+            found += summed_at_home(kernel, sent)
+            continue
         elif kernel is last and last.bytes != 2.0 * out and not added:
             home = Value("home", int(sent * wider), "dispatch")
             moved = 2.0 * sent + ((1.0 + wider) * sent if wider > 1.0 else 0.0)

@@ -42,8 +42,9 @@ def weighed_first(kernel: Kernel) -> Kernel:
     return replace(kernel, saves=(*kernel.saves, *kernel.reads), back_scratch=(("dispatch", size),))
 
 
-def summed_at_home(kernel: Kernel, sent: int) -> Kernel:
+def summed_at_home(kernel: Kernel, sent: int) -> tuple[Kernel, Kernel]:
     """Rows of `sent` bytes put in the order of their tokens and summed. The order is kept once more, with
     which what a checkpoint makes again ends."""
     again = Value("sum_order", 1, "dispatch", grad=False)
-    return replace(kernel.keeping(again), scratch=(("dispatch", sent),))
+    kept = Kernel("order_kept", "view", kernel.component, (), (again,), saves=(again.name,))
+    return replace(kernel, scratch=(("dispatch", sent),)), kept
