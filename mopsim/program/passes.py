@@ -171,8 +171,7 @@ class Passes:
             tape = quantized(tape, share, c.strategy.activations.modules, how.norm_within, how.exact)
         tape = self._added_up(tape)
         if not c.stack.recompute.gathers_again:
-            activations = c.strategy.activations
-            tape = gathered_once(tape, activations.recompute, activations.modules)
+            tape = gathered_once(tape, c.strategy.activations.recompute, c.strategy.activations.modules)
         kernels = implemented(tape.kernels, c)
         made = {value.name for kernel in kernels for value in kernel.writes}
         run = {"", *(kernel.name for kernel in kernels)}
@@ -186,8 +185,7 @@ class Passes:
             ranks = c.strategy.attention.context_parallel
             tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, c.b, c.wide, way))
         if 0 < c.strategy.dense.chunk_tokens < c.tokens:
-            kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
-            tape = replace(tape, kernels=kernels)
+            tape = replace(tape, kernels=in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens))
         return tape
 
     @property

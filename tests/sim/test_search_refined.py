@@ -338,7 +338,8 @@ def test_passes_are_woven_as_the_program_weaves_them() -> None:
     space, _, pieces = whole(2, "megatron")
     index = _woven(space, 3)[1]
     strategy, one = space.build(index), problem(2)
-    context = make_context(one.model, strategy, one.training, one.hardware.scale_up_size, space.stack)
+    on, domain = one.hardware.device.architecture, one.hardware.scale_up_size
+    context = make_context(one.model, strategy, one.training, domain, space.stack, on)
     passes, issue = passes_of(context), Builder(context.groups)
     ready: tuple[int, ...] = ()
     for layer in (0, 1, 2):
