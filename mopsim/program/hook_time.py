@@ -13,9 +13,9 @@ from mopsim.spec.tensors import Tensor, layer_tensors
 STAYS = 1e5
 """A parameter of fewer elements is gathered once and stays (DeepSpeed, runtime/zero/config.py,
 param_persistence_threshold)."""
-BARE = {"attention": 2, "router": 1, "dense_ffn": 2, "shared_experts": 2, "experts": 1, "expert": 2}
+BARE = {"attention": 2, "router": 1, "dense_ffn": 2, "shared_experts": 2, "experts": 2, "expert": 2}
 """Modules without a parameter of their own, in transformers (models/llama, qwen3_moe, deepseek_v3): the layer
-and its attention; the block of experts; an FFN and its activation; all experts; one and its activation."""
+and its attention; the block of experts; an FFN, all experts or one of them, each with its activation."""
 JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Projections that are one module where a program does not keep them separate."""
 
@@ -55,9 +55,11 @@ def hooked(model: ModelSpec, *, separate: bool) -> dict[str, Hooked]:
             if tensor.component not in known:
                 found[tensor.component].append(tensor)
     parts = {name: _hooked(BARE[name], own, separate) for name, own in found.items() if name != "experts"}
-    if experts := found["experts"]:
+    if experts := [one for one in found["experts"] if one.routed]:
+        around = _hooked(BARE["experts"], (one for one in found["experts"] if not one.routed), separate)
         together = _hooked(0, experts, separate=False)
-        parts["experts"] = Hooked(BARE["experts"], together.kept, together.gathered)
+        kept, gathered = around.kept + together.kept, around.gathered + together.gathered
+        parts["experts"] = Hooked(around.modules, kept, gathered)
         parts["expert"] = _hooked(BARE["expert"], experts, separate, model.num_local_experts)
     return parts
 

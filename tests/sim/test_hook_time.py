@@ -52,6 +52,17 @@ def test_modules_and_parameters_are_those_of_transformers() -> None:
     assert joined["dense_ffn"] == Hooked(5, 1, (2 * ffn, ffn))
 
 
+def test_products_around_latent_experts_are_hooked_once_and_not_in_each_expert() -> None:
+    plain = small()
+    latent = replace(plain, moe_latent_size=plain.hidden_size)
+    before, found = (hooked(one, separate=True) for one in (plain, latent))
+    assert found["expert"] == before["expert"]
+    assert found["experts"].modules == before["experts"].modules + 2
+    more = [len(one.gathered) + one.kept for one in (found["experts"], before["experts"])]
+    assert more[0] == more[1] + 2
+    assert {**found, "experts": None} == {**before, "experts": None}
+
+
 def test_hooks_of_zero_3_take_the_host_time_where_parameters_are_sharded() -> None:
     given = replace(fsdp2(8), stack="deepspeed")
     strategies = [replace(given, dense=replace(given.dense, zero=zero)) for zero in (3, 2)]

@@ -5,9 +5,16 @@ from msgspec.structs import replace
 
 import mopsim
 from mopsim.common.errors import MopError
+from mopsim.engine import simulate
 from mopsim.graph.flops import flops_per_token
+from mopsim.graph.gathered import gathered
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.shapes import Shapes
+from mopsim.program.context import make_context
+from mopsim.program.dispatcher import buffers
+from mopsim.program.lower import guarantee
+from mopsim.search.facts import SpaceFacts
+from mopsim.search.problem import Problem
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.model import ModelSpec
@@ -18,6 +25,8 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.tensors import active_params, parameters, tensors, total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
+from tests.sim.spaces import spread
+from tests.sim.test_search import holds
 
 TINY = load_model("tiny")
 H, W = TINY.hidden_size, TINY.hidden_size // 4
@@ -127,3 +136,46 @@ def test_a_width_without_experts_is_refused() -> None:
     none = dict.fromkeys((*fields, "shared_expert_intermediate_size", "first_k_dense_replace"), 0)
     with pytest.raises(MopError, match=r"moe_latent_size: 64 must be 0 where num_local_experts is 0"):
         replace(TINY, **none, moe_latent_size=64)
+
+
+@pytest.mark.parametrize("dispatcher", ["deepep", "hybridep"])
+def test_buffers_of_a_dispatcher_have_the_latent_width(dispatcher: str) -> None:
+    """And what a routing cannot exceed."""
+    strategy = megatron(8, expert_parallel=8)
+    how = replace(strategy.experts, token_dispatcher=dispatcher)
+    training, stack = TrainSpec(seq_len=4096, global_batch=8), load_stack("megatron-bridge-hybridep")
+    sizes = {}
+    for width in (W, 2 * W, 3 * W):
+        model = replace(TINY, moe_latent_size=width)
+        context = make_context(model, replace(strategy, experts=how), training, 8, stack)
+        _, sizes[width] = buffers(context) or (None, 0)
+        assert guarantee(context) == 2 * 8 * TINY.num_experts_per_tok * 4096 * width * 2
+    assert 0 < sizes[W] < sizes[2 * W]
+    assert sizes[2 * W] - sizes[W] == pytest.approx(sizes[3 * W] - sizes[2 * W], rel=0.05)
+    rows = 8 * 4096 if dispatcher == "hybridep" else 0
+    assert sizes[2 * W] - sizes[W] >= rows * W * 2
+
+
+def test_rows_are_gathered_in_the_latent_width() -> None:
+    """The dispatcher that gathers all tokens of all ranks."""
+    found, plain = (
+        {
+            one.name: one.bytes
+            for tape in gathered(model, Shapes(128, 128), 512, 4)
+            for one in tape.kernels
+            if one.name in ("dispatch", "combine")
+        }
+        for model in (LATENT, TINY)
+    )
+    assert found
+    assert all(plain[name] == 4 * size for name, size in found.items()), (found, plain)
+
+
+def test_bounds_of_a_search_are_below_what_is_simulated() -> None:
+    """Time where rows of experts cross nodes, and memory."""
+    model = replace(load_model("qwen3_30b_a3b"), moe_latent_size=256, total_params=None, active_params=None)
+    machine, training = load_profile("h100-sxm-80g"), TrainSpec(seq_len=8192, global_batch=64)
+    space = spread(Problem(model, machine, 4, training), "megatron")
+    facts, far = SpaceFacts.of(space), (space.columns["experts"] >= 16).nonzero()[0]
+    for index in far[:: max(1, len(far) // 6)]:
+        holds(space, facts, index, simulate(model, machine, 4, space.build(int(index)), training))
