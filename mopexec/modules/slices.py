@@ -9,13 +9,10 @@ from mopexec.distributed.mesh import Group, Mesh
 from mopexec.model.initialize import is_stacked
 from mopexec.run.shards import ParameterPieces, boxes
 from mopsim.spec import layout
+from mopsim.spec.tensors import split_dim
 
 Kind = Literal["split", "whole", "experts"]
 """Held by the ranks at one tensor place, by all ranks of a stage, or by the replicas of an expert."""
-
-OUTPUTS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "sinks")
-INPUTS = ("o_proj.weight", "down_proj.weight")
-_TABLES = ("embedding.weight", "head.weight")
 
 
 @dataclass(frozen=True)
@@ -37,21 +34,10 @@ def block_of(name: str, shape: tuple[int, ...], groups: Mesh) -> Block:
         cuts = {0: (groups.experts.size, groups.experts.place)}
         if not name.endswith("down_proj_bias"):
             cuts[inner] = (groups.expert_tensor.size, groups.expert_tensor.place)
-    elif (dim := _split_dim(name)) is not None and groups.tensor.size > 1:
+    elif (dim := split_dim(name)) is not None and groups.tensor.size > 1:
         kind, cuts = "split", {dim: (groups.tensor.size, groups.tensor.place)}
     bounds = [layout.interval(size, *cuts.get(dim, (1, 0))) for dim, size in enumerate(shape)]
     return Block(kind, shape, tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds))
-
-
-def _split_dim(name: str) -> int | None:
-    """The dimension of a dense parameter that the ranks of a tensor group split."""
-    if name in _TABLES:
-        return 0
-    if "shared_gate" in name or "router" in name:
-        return None
-    if name.endswith(INPUTS):
-        return 1
-    return 0 if any(part in OUTPUTS for part in name.split(".")) else None
 
 
 def part_of(block: Block, dim: int, group: Group) -> Block:

@@ -1,12 +1,13 @@
 """The host's time of hooks around every module that gather and free its parameters (DeepSpeed's ZeRO-3)."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from math import inf
 from typing import NamedTuple
 
 from mopsim.graph.host_costs import HOOKS, Costs
 from mopsim.program.context import Context
+from mopsim.program.units import joined_name
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.tensors import Tensor, layer_tensors
 
@@ -16,8 +17,6 @@ param_persistence_threshold)."""
 BARE = {"attention": 2, "router": 1, "dense_ffn": 2, "shared_experts": 2, "experts": 2, "expert": 2}
 """Modules without a parameter of their own, in transformers (models/llama, qwen3_moe, deepseek_v3): the layer
 and its attention; the block of experts; an FFN, all experts or one of them, each with its activation."""
-JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""Projections that are one module where a program does not keep them separate."""
 
 
 class Hooked(NamedTuple):
@@ -66,16 +65,12 @@ def hooked(model: ModelSpec, *, separate: bool) -> dict[str, Hooked]:
 
 def _hooked(bare: int, own: Iterable[Tensor], separate: bool, count: int = 1) -> Hooked:
     """count: experts that the tensors are of; one of them is meant."""
-    sizes: dict[tuple[str, str], int] = defaultdict(int)
+    sizes = Counter[str]()
     for tensor in own:
-        place, _, kind = tensor.name.removesuffix(".weight").rpartition(".")
-        module, kind = (place.rpartition(".")[2], kind) if kind == "bias" else (kind, "weight")
-        sizes[module if separate else JOINED.get(module, module), kind] += tensor.numel // count
-    modules = {
-        one for one, kind in sizes if kind == "weight" and one != "sinks" and not one.endswith("_bias")
-    }
+        sizes[tensor.name if separate else joined_name(tensor.name)] += tensor.numel // count
+    modules = sum(name.endswith((".weight", "_proj")) for name in sizes)
     gathered = tuple(size for size in sizes.values() if size >= STAYS)
-    return Hooked(bare + len(modules), len(sizes) - len(gathered), gathered)
+    return Hooked(bare + modules, len(sizes) - len(gathered), gathered)
 
 
 def _linears(what: Hooked, room: float, costs: Costs) -> tuple[float, float]:

@@ -7,11 +7,12 @@ from functools import lru_cache
 
 from msgspec import Struct, structs
 
+from mopsim.spec.categories import JOINED
 from mopsim.spec.layout import ceil_div, even_dim, shard_numel
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.sharding import Sharding
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.tensors import Tensor, tensors
+from mopsim.spec.tensors import Tensor, split_dim, tensors
 
 Sizes = tuple[int, ...]
 """Elements of each tensor, in the order of their modules."""
@@ -95,8 +96,6 @@ def _held(mine: list[Tensor], split: int) -> Sizes:
     return tuple(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
 
 
-JOINED = (".k_proj", ".v_proj", ".gate_proj")
-"""Tensors that are one with another where projections are joined."""
 PROJECTION = ".projection.weight"
 """That before the layer of an MTP module."""
 
@@ -104,17 +103,20 @@ PROJECTION = ".projection.weight"
 @lru_cache(maxsize=1024)
 def module_tensors(model: ModelSpec, layer: int, routed: bool) -> int:
     """Parameters of a layer whose projections are joined: of a routed expert, or of all the rest."""
-    mine = [tensor.name for tensor in _by_layer(model)[layer] if tensor.routed == routed]
-    return sum(not any(part in name for part in JOINED) for name in mine)
+    return len({joined_name(tensor.name) for tensor in _by_layer(model)[layer] if tensor.routed == routed})
+
+
+def joined_name(name: str) -> str:
+    """The name of the tensor that a parameter is part of where projections of one input are joined."""
+    for whole, parts in JOINED.items():
+        for part in parts:
+            name = name.replace(f".{part}", f".{whole}")
+    return name
 
 
 def of_component(model: ModelSpec, layer: int, component: str) -> int:
     """Parameters of a component of a layer, whole."""
     return sum(tensor.numel for tensor in _by_layer(model)[layer] if tensor.component == component)
-
-
-COLUMNS = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.bias", "up_proj.bias", ".sinks")
-"""Vectors of a tensor-parallel region's outputs or heads, which its ranks split."""
 
 
 def whole_numel(model: ModelSpec, layer: int, *, projection: bool) -> int:
@@ -124,7 +126,7 @@ def whole_numel(model: ModelSpec, layer: int, *, projection: bool) -> int:
         tensor.numel
         for tensor in _by_layer(model).get(layer, [])
         if tensor.whole
-        or (len(tensor.shape) == 1 and not tensor.name.endswith(COLUMNS))
+        or (len(tensor.shape) == 1 and split_dim(tensor.name) is None)
         or (projection and tensor.name.endswith(PROJECTION))
     )
 

@@ -147,15 +147,17 @@ class Update:
         held = sum(whole_numel(c.model, layer, projection=projection) for layer in layers)
         size = c.grad * (ceil_div(held, self.dense.fsdp) if copied else held)
         summed = Work("all_reduce", bytes=float(size), group=group)
-        on_host = self.dense.grad_tier == "host"
-        for stream, change in (("h2d", size), ("", 0), ("d2h", -size)):
-            copy = Work(stream, bytes=float(size)) if on_host else self._passes(2 * size)
-            way, work = (
-                (stream if on_host else "compute", copy) if change else (stream_of(group, "tensor"), summed)
+        steps = [(stream_of(group, "tensor"), summed, 0)]
+        if copied:
+            on_host = self.dense.grad_tier == "host"
+            there, back = (
+                (way, Work(way, bytes=float(size))) if on_host else ("compute", self._passes(2 * size))
+                for way in ("h2d", "d2h")
             )
-            if copied or not change:
-                memory = (("grads", change),) if change else ()
-                ready = (b.add("whole gradients", way, _O, _O, (work,), ready, memory),)
+            steps = [(*there, size), *steps, (*back, -size)]
+        for stream, work, change in steps:
+            memory = (("grads", change),) if change else ()
+            ready = (b.add("whole gradients", stream, _O, _O, (work,), ready, memory),)
         return ready
 
     def _agreed(self, ready: tuple[int, ...]) -> tuple[int, ...]:

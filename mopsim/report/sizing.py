@@ -85,8 +85,8 @@ def unmeasured(result: SimResult) -> str:
     others = {one.stack for one in known.cells}
     if stack in others | {one.stack for one in result.facts.seen if one.step_time is not None}:
         return ""
-    runs, apart = sum(one.runs for one in known.cells), math.expm1(known.deviations.stack)
-    return SAID.unmeasured(stack, runs, len(others), apart, variants(result.stack, sorted(others)))
+    runs, near = sum(one.runs for one in known.cells), variants(result.stack, sorted(others))
+    return SAID.unmeasured(stack, runs, len(others), near)
 
 
 def published(result: SimResult, hardware: HardwareProfile) -> str:

@@ -10,6 +10,10 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Precision
 
+OUTPUTS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "sinks")
+INPUTS = ("o_proj.weight", "down_proj.weight")
+_TABLES = ("embedding.weight", "head.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
@@ -76,6 +80,18 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
         if model.shared_expert_gate:
             found += _linear(f"{prefix}.moe.shared_gate", 1, H, "shared_experts", layer, whole=True)
     return found
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension of a dense parameter that the ranks of a tensor group split in mopexec; None: each has it
+    whole. Vectors of the outputs of a split product, or of heads, are split with them."""
+    if name in _TABLES:
+        return 0
+    if "shared_gate" in name or "router" in name:
+        return None
+    if name.endswith(INPUTS):
+        return 1
+    return 0 if any(part in OUTPUTS for part in name.split(".")) else None
 
 
 def parameters(model: ModelSpec) -> dict[str, tuple[int, ...]]:
