@@ -71,7 +71,7 @@ def causal_forward(
     sinks: a logit for each query head that takes attention away.
     """
     core = core.over(q)
-    if core.documents and not _packed_kernel(q, sinks):
+    if core.documents and not _packed_kernel(q):
         return _documents_forward(q, k, v, core, sinks)
     width = max(q.shape[-1], v.shape[-1])
     forward = _pair(q, core, sinks)[0]
@@ -79,7 +79,7 @@ def causal_forward(
     if out.shape[-1] > v.shape[-1]:
         out = out[..., : v.shape[-1]].contiguous()
     if sinks is not None:
-        saved = attention_sinks.join_(out, saved, sinks)
+        saved = attention_sinks.join_(_row_of(out, core), saved, sinks)
     return out, saved
 
 
@@ -89,9 +89,11 @@ def causal_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and the sinks from that of `out`; all as the inputs' shapes."""
     core = core.over(q)
-    if core.documents and not _packed_kernel(q, sinks):
+    if core.documents and not _packed_kernel(q):
         return _documents_backward(grad, q, k, v, out, saved, core, sinks)
-    grad_sinks = None if sinks is None else attention_sinks.backward(grad, out, saved, sinks)
+    grad_sinks = None
+    if sinks is not None:
+        grad_sinks = attention_sinks.backward(_row_of(grad, core), _row_of(out, core), saved, sinks)
     width = max(q.shape[-1], v.shape[-1])
     backward = _pair(q, core, sinks)[1]
     grad, query, key, value, out = (_padded(t, width) for t in (grad, q, k, v, out))
@@ -125,9 +127,14 @@ def _cudnn_backward(
     return grads
 
 
-def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
+def _packed_kernel(q: Tensor) -> bool:
     """Whether one kernel takes all documents of a microbatch, by their ends."""
-    return kernels.attention(q) not in ("cpu", "rows") and sinks is None
+    return kernels.attention(q) not in ("cpu", "rows")
+
+
+def _row_of(x: Tensor, core: Core) -> Tensor:
+    """x [B, S, heads, d] as the log-sum-exps [b, heads, s] lie: of packed documents all sequences are one."""
+    return x.flatten(0, 1)[None] if core.documents else x
 
 
 def _documents_forward(
@@ -285,7 +292,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, 
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, longest, longest, 0.0, True, False,
             scale=core.scale, **_sides(q, core),
         )  # fmt: skip
-        return out.view(q.shape), (*rest[:3], ends)
+        return out.view(q.shape), (rest[0][None], *rest[1:3], ends)
     if _windowed(q, core):
         out, *rest = _ATEN._flash_attention_forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=core.scale, **_sides(q, core)
@@ -306,7 +313,7 @@ def _cuda_backward(
         longest = _ends(core, q)[1]
         flat = (t.flatten(0, 1) for t in (grad, q, k, v, out))
         found = _ATEN._flash_attention_backward(
-            *flat, lse, ends, ends, longest, longest, 0.0, True, seed, unused, scale=core.scale,
+            *flat, lse[0], ends, ends, longest, longest, 0.0, True, seed, unused, scale=core.scale,
             **_sides(q, core),
         )  # fmt: skip
         del inside

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.spec.strategy_rules import WORDS
+from mopsim.spec.categories import MODULES
 
 
 class Column(Spec, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class Column(Spec, frozen=True, kw_only=True):
 
 def _read(plain: dict[str, object], name: str) -> Column:
     column = convert(plain, Column, name)
-    words = (WORDS["activations.modules"] if word == "modules" else (word,) for word in column.words)
+    words = (MODULES if word == "modules" else (word,) for word in column.words)
     return replace(column, words=tuple(word for some in words for word in some))
 
 

@@ -11,6 +11,7 @@ from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.explain import not_one_of
 from mopsim.common.rules import RowFacts
 from mopsim.spec.capability import Job, values_had
+from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div, full_parts
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -30,7 +31,6 @@ from mopsim.spec.strategy import (
     Strategy,
     Vocabulary,
 )  # fmt: skip
-from mopsim.spec.strategy_rules import WORDS
 from mopsim.validate.facts import FamilyHabits, families, loss_parts
 from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number
 
@@ -256,8 +256,8 @@ def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations,
         raise SpecError("recompute", recompute, rule)
     names = [name for each in recompute.split("+") for name in (usual if each == "selective" else (each,))]
     for name in names:
-        if name not in (known := WORDS["activations.modules"]):
-            raise SpecError("recompute", name, not_one_of(("none", "full", "selective", *known)))
+        if name not in MODULES:
+            raise SpecError("recompute", name, f"is not one of none, full, selective, {', '.join(MODULES)}")
     modules = tuple(dict.fromkeys(names))
     return Activations(recompute="selective", modules=modules, layer_inputs=tier), tuple(told)
 

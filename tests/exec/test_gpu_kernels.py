@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mopexec.model.attention import causal_attention
+from mopexec.operators import attention_core, attention_rows, cudnn, grouped, kernels
 from mopexec.operators import compiler as operators_compiler
-from mopexec.operators import cudnn, grouped
 from mopexec.operators.attention_core import Core
-from mopexec.operators.documents import Documents, cumulative, positions
+from mopexec.operators.documents import Documents, cumulative, positions, spans
 from mopexec.operators.grouped import Groups, _in_one_kernel
 from mopexec.operators.kernels import using
 from mopsim.spec.stacks import load_stack
@@ -110,13 +110,72 @@ def test_ends_of_documents_reach_a_card_without_a_wait(monkeypatch: pytest.Monke
     assert given == ["pinned", (card, ("non_blocking", True))] * 2
 
 
-@pytest.mark.parametrize("documents", [((100, 160), (30, 31, 160)), ((100, 160), (30, 160))])
+PACKED: list[Documents] = [((100, 160), (30, 31, 160)), ((100, 160), (30, 160))]
+
+
+@pytest.mark.parametrize("documents", PACKED)
 @pytest.mark.parametrize("window", [0, 48])
-def test_documents_with_sinks_keep_what_each_one_saved(window: int, documents: Documents) -> None:
-    """The kernel of a window saves 3 values, that of a document within the window 7."""
+def test_gradients_of_documents_with_sinks_have_their_shapes(window: int, documents: Documents) -> None:
     shapes = [(2, 160, 8, 64), (2, 160, 4, 64), (2, 160, 4, 64), (8,)]
     leaves = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
     with using(CUDA):
         out = causal_attention(*leaves[:3], Core(0.1, window, documents), leaves[3])
         grads = torch.autograd.grad(out, leaves, torch.empty_like(out))
     assert [tuple(grad.shape) for grad in grads] == shapes
+
+
+class Packed:
+    """What torch's flash op makes of tokens [T, heads, d] and the ends of documents (its registration for
+    tensors without data: log-sum-exps [heads, T]), by the attention of CPUs."""
+
+    def _flash_attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, _: Tensor, *__: Any, scale: float, **sides: int
+    ) -> list[Tensor]:
+        core = self._core(ends, scale, **sides)
+        out, sums = attention_core._documents_forward(q[None], k[None], v[None], core, None)
+        return [out[0], torch.cat(sums[1:], dim=2)[0], q, q, q]
+
+    def _flash_attention_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, ends: Tensor,
+        *_: Any, scale: float, **sides: int,
+    ) -> list[Tensor]:  # fmt: skip
+        core, found = self._core(ends, scale, **sides), [torch.empty_like(t) for t in (q, k, v)]
+        for _row, at in spans(core.documents):
+            parts = (t[None, at] for t in (grad, q, k, v, out))
+            alone = Core(core.scale, core.window)
+            for whole, part in zip(
+                found, attention_rows.backward(*parts, (sums[None, :, at],), alone), strict=True
+            ):
+                whole[at] = part[0]
+        return found
+
+    def _core(self, ends: Tensor, scale: float, window_size_left: int = -1, **_: int) -> Core:
+        return Core(scale, window_size_left + 1, (tuple(ends[1:].tolist()),))
+
+
+@pytest.mark.parametrize("documents", PACKED)
+@pytest.mark.parametrize("window", [0, 48])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_one_kernel_takes_all_documents(
+    sunk: bool, window: int, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one document after the other; sinks too, whose sums are of all sequences in a row."""
+    shapes = [(2, 160, 8, 16), (2, 160, 4, 16), (2, 160, 4, 16), *[(8,)] * sunk]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    grad, found = torch.randn(2, 160, 8, 16, dtype=torch.float64), []
+    monkeypatch.setattr(attention_core, "_ATEN", Packed())
+    for packed in (False, True):
+        monkeypatch.setattr(kernels, "attention", lambda x: "rows")
+        monkeypatch.setattr(attention_core, "_packed_kernel", lambda q, packed=packed: packed)
+        monkeypatch.setattr(attention_core, "_pair", _flash_of_packed)
+        out = causal_attention(*leaves[:3], Core(0.25, window, documents), *leaves[3:])
+        found.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def _flash_of_packed(q: Tensor, core: Core, sinks: Tensor | None) -> tuple[Any, Any]:
+    """Only what has documents is given to the op."""
+    if core.documents:
+        return attention_core._cuda_forward, attention_core._cuda_backward
+    return attention_rows.forward, attention_rows.backward

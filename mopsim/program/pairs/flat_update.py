@@ -75,6 +75,7 @@ class PairUpdate(Update):
     def _clipped(self, reductions: Sequence[int]) -> int:
         """Gradient shards over replicas, then the global norm: one number over all ranks."""
         c, b = self.c, self.b
+        b.flush("other", "backward")  # its last buffers are gone before replicas' sums begin
         arrived = []
         for unit in self.stage.units:
             if unit.replicas:
