@@ -117,6 +117,7 @@ def search(
     budget: int = 100,
     runnable: bool = False,
     at_risk: bool = False,
+    confidence: float = 0.0,
     any_routing: bool = False,
     routing: str | Sequence[float] = "balanced",
     document_tokens: Count | None = None,
@@ -136,6 +137,8 @@ def search(
     families: some of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: number of strategies
     to rank. budget: most simulations of each family, so that more families are never worse. runnable: rank
     only plans that mopexec runs. at_risk: rank by speed alone, also plans that fit with a lower probability.
+    confidence: rank only plans of which P(fits), which allows for a program that is not as its stack says, is
+    at least this.
     any_routing: rank only plans that fit however unevenly the router chooses. progress: called as
     progress(simulated, best so far). jobs: processes that search families side by side, with the same result.
 
@@ -145,6 +148,8 @@ def search(
         document_tokens=document_tokens, precision=precision, learning_rate=learning_rate,
         warmup_steps=warmup_steps, clip_norm=clip_norm, seed=seed, stack=stack, interval=interval,
     )  # fmt: skip
-    options = Options(read_families(families), top, budget, at_risk, any_routing, jobs=jobs, prove=True)
+    options = Options(
+        read_families(families), top, budget, at_risk, confidence, any_routing, jobs=jobs, prove=True
+    )
     problem = inputs.problem(runnable=runnable)
     return Ranking(inputs, problem, options, ranked(problem, options, progress))

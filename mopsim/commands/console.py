@@ -7,6 +7,7 @@ from typing import Any
 
 from mopsim.api.results import Simulation
 from mopsim.common.outputs import STDOUT, plain_console
+from mopsim.common.units import format_probability
 from mopsim.spec.capability import SIDES
 
 
@@ -39,8 +40,8 @@ def say_written(console: Any, *paths: str | None) -> None:
         console.print(f"Written: {', '.join(files)}", soft_wrap=True)
 
 
-def say_plan(console: Any, path: str, step: Simulation) -> None:
-    """What a plan that was written is for."""
+def say_plan(console: Any, path: str, step: Simulation, which: str = "") -> None:
+    """Which plan was written, how likely it fits, and what it is for."""
     given = shlex.quote(path)
     # First those that the plan's stack describes.
     targets = sorted(
@@ -48,11 +49,13 @@ def say_plan(console: Any, path: str, step: Simulation) -> None:
         key=lambda to: step.result.stack.name not in SIDES[to]["stacks"],
     )
     if not step.fits:
-        ask = f"it is {step.verdict}: nothing to train"
+        ask = "nothing to train"
     elif step.runnable:
         ask = f"mopexec train --plan {given}"
     elif targets:
         ask = f"mopsim export --plan {given} --to {targets[0]}; mopexec does not run it"
     else:
         ask = f"mopexec does not run it; {exported([step])}"
-    console.print(f"Written: {path} ({ask})", soft_wrap=True)
+    odds = f"P(fits) {format_probability(step.result.p_fits)}" if step.fits else step.verdict
+    said = ", ".join(filter(None, (which, step.result.strategy.name, odds)))
+    console.print(f"Written: {path}: {said} ({ask})", soft_wrap=True)

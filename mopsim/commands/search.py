@@ -16,9 +16,11 @@ from mopsim.common import io
 from mopsim.common.command_line import NOTHING_FITS
 from mopsim.common.outputs import check_outputs
 from mopsim.common.processes import workers
-from mopsim.common.units import format_seconds
+from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
-from mopsim.report.tables import best_of_others, comparison
+from mopsim.intervals.spread import SURE
+from mopsim.report.tables import best_of_others, comparison, plan_line
+from mopsim.search import SearchResult
 from mopsim.search.miss import nearest_miss
 
 BRIEF = 1.0
@@ -101,6 +103,21 @@ def _more(what: str, tried: int, seconds: float) -> str:
     return f"; to say {what} {counted}{seconds:.1f} s" if tried or seconds >= BRIEF else ""
 
 
+def _instead(found: SearchResult) -> list[str]:
+    """A line of each plan that a user may rather want written, with the option that does so."""
+    best, lines = found.best, []
+    others = (
+        (found.run_by_mopexec, "mopexec runs a plan", "--runnable"),
+        (found.surer, "surer to fit is a plan", f"--confidence {SURE:g}"),
+    )
+    for one, what, option in others:
+        if one and best:
+            slower = max(0.0, one.ranked_time / best.ranked_time - 1)
+            that = f"that is {slower:.0%} slower, P(fits) {format_probability(one.p_fits)}"
+            lines.append(f"{what} {that} ({option} ranks only such): {plan_line(one)}")
+    return lines
+
+
 def _write(console: Console, ranking: Ranking, plan: str | None, seal: str | None) -> None:
     """The winner's plan and its sealed prediction, where they are asked for."""
     best = ranking.best
@@ -109,6 +126,7 @@ def _write(console: Console, ranking: Ranking, plan: str | None, seal: str | Non
             print(f"mopsim: {option}: {path} not written: {ranking.found.verdict()}", file=sys.stderr)
     if plan and best:
         best.save_plan(plan)
-        say_plan(console, plan, best)
+        say_plan(console, plan, best, "plan 1")
+        say_notes(console, _instead(ranking.found))
     if seal and best:
         console.print(f"sealed in {seal}: sha256 {best.seal(seal)}")

@@ -32,6 +32,12 @@ class PeakSpread:
         """If the program is."""
         return PeakSpread(self.tensors, self.above, self.error.as_described)
 
+    def enough(self, confidence: float = 0.0) -> float:
+        """Bytes that hold the program as good as surely (SURE) if it is as described, and with a probability
+        of `confidence` if it may not be."""
+        described = self.as_described.quantile(SURE)
+        return max(described, self.quantile(confidence)) if confidence else described
+
     def quantile(self, probability: float) -> float:
         """Bytes that are enough with this probability."""
         low, high = 0.0, self.tensors * float(np.exp(self.error.quantile(1 - CLOSE))) + self.above
@@ -47,7 +53,8 @@ def on_top(probability: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def least_share(facts: Facts, above: float) -> float:
+def least_share(facts: Facts, above: float, confidence: float = 0.0) -> float:
     """How many times its peak of tensors a device needs to hold a program that is as described as good as
-    surely (SURE). above: the part of the peak that comes on top, at most."""
-    return PeakSpread(1e12, above * 1e12, of_peak_memory(facts).as_described).quantile(SURE) / 1e12
+    surely (SURE), and one that may not be with a probability of `confidence`. above: the part of the peak
+    that comes on top, at most."""
+    return PeakSpread(1e12, above * 1e12, of_peak_memory(facts)).enough(confidence) / 1e12

@@ -17,7 +17,7 @@ from mopsim.engine import SimResult
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
 from mopsim.search.had import left_out
-from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting
+from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, UNSURE, Hunt, fitting
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
@@ -64,7 +64,8 @@ def search(
             if best is not None:
                 prove(one.hunts, best, tell)
             done[family] = _settled(one.hunts)
-    result = _merged([done[family] for family in options.families], options, SearchResult(problem.model))
+    both = SearchResult(problem.model, options.confidence)
+    result = _merged([done[family] for family in options.families], options, both)
     result.best_by_family = {family: done[family].found.best for family in options.families}
     result.lacking = {
         family: done[family].found for family, best in result.best_by_family.items() if best is None
@@ -100,7 +101,7 @@ def hunted(
     problem: Problem, family: str, options: Options, tell: Callable[[SearchResult], None] = lambda found: None
 ) -> Hunted:
     """Search one family. tell: called with what is found after each simulation."""
-    started, found = time.perf_counter(), SearchResult(problem.model)
+    started, found = time.perf_counter(), SearchResult(problem.model, options.confidence)
     hunts = _hunts(problem, family, options, found)
     found.bound_seconds = time.perf_counter() - started
     if not hunts:
@@ -161,11 +162,11 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     fit = [one for found in every for one in found.top]
     if not fit:
         fit = [one for found in every for one in found.risky]
-        result.rejected[RISK] -= len(fit)
+        result.rejected.subtract(RISK if not one.sure else UNSURE for one in fit)
         for found in every:
             found.top = found.risky
-    order = ranked if options.risk else chosen
-    grouped = rows(order(fit), options.top)
+    order = ranked(fit) if options.risk else chosen(fit, confidence=options.confidence)
+    grouped = rows(order, options.top)
     result.top, result.free = [row.best for row in grouped], [row.freedom() for row in grouped]
     tied = sum(len(row.tied) for row in grouped)
     result.rejected[TIED] += tied

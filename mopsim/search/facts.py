@@ -49,14 +49,14 @@ class Sizes:
         return Sizes(dense, experts, head, largest, len(routed), embedding, head or embedding, layers)
 
 
-def surely(space: Space, on_top: float = 0.0) -> float:
+def surely(space: Space, on_top: float = 0.0, confidence: float = 0.0) -> float:
     """How many times the peak of a candidate a device must hold, at least, to fit as good as surely. on_top:
-    part of the peak that communicators take beside it."""
+    part of the peak that communicators take beside it. confidence: `Options.confidence`."""
     problem, stack = space.problem, space.stack
     hardware, precision = problem.hardware, space.build(0).precision
     about = Facts.of(stack, hardware, precision, problem.model, exact=bool(stack.runtime))
     apart = hardware.device_kind == "cpu" or stack.pool  # no caching allocator (mopsim.engine.account)
-    return least_share(about, 0.0 if apart else ALLOCATOR + on_top)
+    return least_share(about, 0.0 if apart else ALLOCATOR + on_top, confidence)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ LIGHTER = 2
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
+UNSURE = "P(fits) is below --confidence"
 SLOWER_BOUND = "slower, bound: cannot beat the ranked plans"
 SLOWER = "slower, simulated: ranked plans are faster, or as fast and plainer"
 
@@ -79,7 +80,8 @@ class Hunt:
     def __post_init__(self) -> None:
         self.pools = [self.pool]
         self.near = np.zeros_like(self.pool.taken)
-        self.pool.enough = 1.0 if self.options.risk else surely(self.pool.space)
+        confidence = self.pool.confidence = self.options.confidence
+        self.pool.enough = 1.0 if self.options.risk else surely(self.pool.space, confidence=confidence)
 
     def run(self, progress: Progress) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
@@ -167,7 +169,7 @@ class Hunt:
         found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
         if len(fast):
             more = Pool.of(space, bounds, fast)
-            more.enough = self.pool.enough
+            more.enough, more.confidence = self.pool.enough, self.pool.confidence
             self.pools.append(more)
 
     def simulate(self, pool: Pool, position: int, progress: Progress) -> None:
@@ -281,7 +283,7 @@ class Hunt:
         self.places.append((simulated, pool, position))
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
-            device = simulated.device.as_described.quantile(SURE)
+            device = simulated.device.enough(self.options.confidence)
             memory = (round(device), round(simulated.host.quantile(SURE)))
         limit = pool.space.machine.memory_limit()
         time, share = pool.expected()[position], pool.room()[1][position]
@@ -309,9 +311,9 @@ class Hunt:
             return "does not fit where the router sends all tokens to one rank"
         if any(same(simulated, one) for one in found.top):
             return "equal in time and memory to a ranked plan"
-        if not simulated.sure and not options.risk:
-            found.risky = chosen([*found.risky, simulated], options.top)
-            return RISK
+        if not options.takes(simulated):
+            found.risky = chosen([*found.risky, simulated], options.top, options.confidence)
+            return UNSURE if simulated.sure else RISK
         return None
 
     def _fits_any_routing(self, strategy: Strategy) -> bool:

@@ -57,7 +57,7 @@ def would_fit(
             tried += one.simulated
             progress(tried, said)
             best = one.best
-            if best is not None and (best.sure or options.risk):
+            if best is not None and options.takes(best):
                 lines.append(f"{said} would fit: {best.line}")
                 break
     if len(lines) == (found.closest is not None):

@@ -62,7 +62,8 @@ class Pool:
     row of the space. seeds: positions of textbook layouts, tried first; published: those of recipes,
     whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
     alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
-    over: whether they say that it does not fit; enough: times its peak that a device must have at least;
+    over: whether they say that it does not fit; enough: times its peak that a device must have at least, and
+    confidence that is asked for;
     wires: times its peak for communicators, of those refined; sure_host: bytes that the host must have at
     least, where they were asked for.
     rise, slower: what refinements teach of the memory and of the time of others; host_rise: what simulations
@@ -91,6 +92,7 @@ class Pool:
     sure_host: Reals
     wires: Reals
     enough: float = 1.0
+    confidence: float = 0.0
     turns: int = 0
     shares: dict[float, float] = field(default_factory=dict)
     known: dict[Hashable, Any] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class Pool:
         self.taken[rows] |= self.over[rows]
 
     def _surely(self, on_top: float) -> float:
-        return once(self.shares, on_top, lambda: surely(self.space, on_top))
+        return once(self.shares, on_top, lambda: surely(self.space, on_top, self.confidence))
 
     def best(self, score: Callable[[], Reals], turns: float, *, briefly: bool = False) -> int | None:
         """The place of the least score under infinity among those whose bounds are refined: those of the best

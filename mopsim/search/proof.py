@@ -30,7 +30,7 @@ def prove(hunts: Sequence[Hunt], best: SimResult, progress: Progress) -> None:
     for hunt in hunts:
         hunt.multiply_out(below)
     pools = [pool for hunt in hunts for pool in hunt.pools]
-    least = [1.0 if options.risk or not best.sure else pool.enough for pool in pools]
+    least = [1.0 if options.risk or not options.takes(best) else pool.enough for pool in pools]
     rests = [*(hunt.rest.time for hunt in hunts), *(pool.rest for pool in pools)]
     below = min(float(times.min(initial=below)) for times in rests)
     rough = sorted((*one, at) for at, pool in enumerate(pools) for one in pool.rough(below, least[at]))

@@ -48,14 +48,18 @@ RESTRICTIONS = {
 def try_restricted(hunt: Hunt, progress: Callable[[SearchResult], None]) -> None:
     """Simulate, of each restriction that the best of the family does not keep, what keeps it and is expected
     to be fastest, until it is slower than one that was simulated, or the budget of the family is spent."""
-    model = hunt.found.model
+    model, takes = hunt.found.model, hunt.options.takes
     for one in RESTRICTIONS.values():
         best = hunt.found.best
         if best is None or not one.columns or one.kept(best, model):
             continue
         may = _may(hunt.pool, one)
         for _ in range(TRIES):
-            known = [done.step_time for done in hunt.found.played if done.sure and one.kept(done, model)]
+            known = [
+                done.step_time
+                for done in hunt.found.played
+                if done.sure and takes(done) and one.kept(done, model)
+            ]
             if hunt.found.simulated >= hunt.options.budget:
                 return
             position = hunt.fastest(may)

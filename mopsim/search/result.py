@@ -56,12 +56,14 @@ class SearchResult:
     gap: how much faster than the best any candidate left out can be at most, as a fraction, from the lower
     bounds of those left out; 0 where none can be faster, None where candidates are left and nothing is sure
     to fit.
+    confidence: `Options.confidence`.
     expected_gap: how much faster the best of them is expected to be, 0 where by no more than a tie.
     behind: how many times as long as the best every plan of a family's space takes at least, where one was
     found.
     """
 
     model: ModelSpec
+    confidence: float = 0.0
     candidates: int = 0
     bounded: int = 0
     simulated: int = 0
@@ -87,9 +89,11 @@ class SearchResult:
     @property
     def doubt(self) -> str:
         """That the best may not fit, in one line; empty where it is sure to, and where nothing fits."""
-        best = self.best
-        if best is None or best.sure:
+        best, asked = self.best, self.confidence
+        if best is None or (best.sure and best.p_fits >= asked):
             return ""
+        if best.sure:
+            return f"no plan that was simulated has P(fits) {asked:g}: the likeliest comes first, {best.odds}"
         likeliest = max((best, *self.played), key=lambda one: one.assurance)
         chance, most = (format_probability(one.p_as_described) for one in (best, likeliest))
         if likeliest.sure:
@@ -106,10 +110,36 @@ class SearchResult:
         best = self.best
         faster = [
             one for one in self.played
-            if best and one.fits and one.p_as_described < best.p_as_described
+            if best and one.fits and self.odds(one) < self.odds(best)
             and one.ranked_time * (1 + TIE) < best.ranked_time
         ]  # fmt: skip
-        return max(faster, key=lambda one: (one.p_as_described, -one.ranked_time), default=None)
+        return max(faster, key=lambda one: (self.odds(one), -one.ranked_time), default=None)
+
+    def odds(self, one: SimResult) -> float:
+        """Probability of fitting by which plans are taken: as described, unless a P(fits) is asked for."""
+        return one.p_fits if self.confidence else one.p_as_described
+
+    @property
+    def surer(self) -> SimResult | None:
+        """The fastest simulated plan of which P(fits) is SURE or more, where that of the best is not."""
+        safe = [one for one in self.played if one.fits and one.p_fits >= SURE]
+        if self.best is None or self.best.p_fits >= SURE:
+            return None
+        return min(safe, key=lambda one: one.ranked_time, default=None)
+
+    @property
+    def run_by_mopexec(self) -> SimResult | None:
+        """The fastest simulated plan that mopexec runs, where it does not run the best; of those that are as
+        sure to fit as is asked of the best, where there are any."""
+        best = self.best
+        if best is None or self._runs(best):
+            return None
+        runs = [one for one in self.played if one.fits and self._runs(one)]
+        sure = [one for one in runs if one.sure and one.p_fits >= self.confidence]
+        return min(sure or runs, key=lambda one: (-one.assurance, one.ranked_time), default=None)
+
+    def _runs(self, one: SimResult) -> bool:
+        return runnable(one.strategy, self.model, one.training, one.stack) is None
 
     @property
     def proven(self) -> bool:
@@ -251,14 +281,14 @@ def format_gap(gap: float) -> str:
     return f"{gap:.{0 if gap >= 0.1 else 1}%}".replace("%", " %")
 
 
-def surer(best: SimResult, one: SimResult, note: str) -> str:
+def surer(best: SimResult, one: SimResult, note: str, confidence: float = 0.0) -> str:
     """'surer than one that is 46 % faster, which fits, as described, with probability 0.84 (note): its line':
-    of the best that was found and `SearchResult.at_risk`."""
-    chance = one.p_as_described
+    of the best that was found and `SearchResult.at_risk`. confidence: that of the search."""
+    chance = one.p_fits if confidence else one.p_as_described
     near = abs(chance - SURE) < 0.005  # which two digits would not tell from what is ranked
     odds = f"{chance:.3f}" if near else format_probability(chance)
     gain = format_gap(best.ranked_time / one.ranked_time - 1)
-    fits = f"which fits, as described, with probability {odds}"
+    fits = f"of P(fits) {odds}" if confidence else f"which fits, as described, with probability {odds}"
     return f"surer than one that is {gain} faster, {fits} ({note}): {one.line}"
 
 

@@ -31,12 +31,14 @@ def _plainest_first(one: SimResult) -> tuple[bool, int, int]:
     return one.host_memory > 0, choices(one.strategy), one.peak_memory
 
 
-def chosen(results: Iterable[SimResult], most: float = math.inf) -> list[SimResult]:
+def chosen(results: Iterable[SimResult], most: float = math.inf, confidence: float = 0.0) -> list[SimResult]:
     """What a search would take, first: the fastest of those that are sure to fit; where none is, the
-    likeliest, and of those that are as likely the fastest. most: so many."""
-    alike: dict[float, list[SimResult]] = {}
+    likeliest, and of those that are as likely the fastest. most: so many. confidence: `Options.confidence`.
+    """
+    alike: dict[tuple[float, float], list[SimResult]] = {}
     for one in results:
-        alike.setdefault(one.assurance, []).append(one)
+        likely = math.floor(100 * min(one.p_fits, confidence)) / 100
+        alike.setdefault((one.assurance, likely), []).append(one)
     found = [one for likely in sorted(alike, reverse=True) for one in ranked(alike[likely])]
     return found[: int(min(len(found), most))]
 

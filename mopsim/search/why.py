@@ -66,7 +66,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     fits = [one for one in found.played if one.fits and one.p_as_described >= sure]
     others = _others(best, found)
     lines = [_bounds(best), *_costs(best, found, problem, fits), _risky(found)]
-    lines += [_safer(best, found.played)]
+    lines += [_safer(found)]
     lines += [_memory(best, found.played, where, sure) for where in ("device", "host")]
     lines += [_faster(best, others, problem, name) for name in _links(problem)]
     lines += [_overlapped(best, others, problem), *_graphs(best, problem)]
@@ -138,20 +138,22 @@ def _slower(one: SimResult, best: SimResult) -> str:
 
 def _risky(found: SearchResult) -> str | None:
     """Why not the likeliest of the faster plans that may not fit."""
-    best, one = found.best, found.at_risk
-    return f"the first plan is {surer(best, one, '--risk ranks it')}" if best and one else None
+    best, one, asked = found.best, found.at_risk, found.confidence
+    note = "a lower --confidence ranks it" if asked else "--risk ranks it"
+    return f"the first plan is {surer(best, one, note, asked)}" if best and one else None
 
 
-def _safer(best: SimResult, played: Sequence[SimResult]) -> str | None:
-    """The fastest of the program's plans that leave room for what its description may miss."""
-    safe = [one for one in played if one.stack == best.stack and one.fits and one.p_fits >= SURE]
-    if best.p_fits >= SURE or not safe:
+def _safer(found: SearchResult) -> str | None:
+    """What leaves room for what the description of the first plan's program may miss."""
+    best, one = found.best, found.surer
+    if best is None or best.p_fits >= SURE:
         return None
-    one = min(safe, key=lambda one: one.ranked_time)
+    if one is None:
+        return f"no simulated plan has P(fits) of {SURE:g} or more (--confidence {SURE:g} looks for one)"
     return (
-        f"a plan that is {one.ranked_time / best.ranked_time - 1:.0%} slower fits with probability "
-        f"{format_probability(one.p_fits)}, even if the program keeps other tensors than described: "
-        f"{one.line}"
+        f"a plan that is {one.ranked_time / best.ranked_time - 1:.0%} slower has P(fits) "
+        f"{format_probability(one.p_fits)}, though its program may keep other tensors than described "
+        f"(--confidence {SURE:g} ranks such plans): {one.line} on {one.stack.name}"
     )
 
 

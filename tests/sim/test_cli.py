@@ -78,7 +78,8 @@ def test_search_writes_a_plan_that_reads_back(
     options = ["--family", "mop,fsdp2", "--budget", "4", "--top", "3"]
     assert call(monkeypatch, "search", *JOB, *options, "--json", str(out), "--plan", str(plan)) == 0
     said = capsys.readouterr().out
-    assert f"Written: {plan} (mopexec train --plan '{plan}')" in said
+    odds = "P(fits) >0.99"
+    assert f"Written: {plan}: plan 1, fsdp2, {odds} (mopexec train --plan '{plan}')" in said
     assert "tokens/s per rank" in said, "of a CPU"
     assert "GPU" not in said
     found = json.loads(out.read_text())

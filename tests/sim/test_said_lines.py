@@ -21,11 +21,15 @@ from mopsim.report.validation_tables import _each
 def test_a_plan_is_exported_to_the_version_of_its_stack(
     stack: str, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = SimpleNamespace(stack=SimpleNamespace(name=stack))
+    result = SimpleNamespace(
+        stack=SimpleNamespace(name=stack), strategy=SimpleNamespace(name="fsdp2"), p_fits=0.8
+    )
     gaps: dict[str, list[Any]] = {"torchtitan": [], "torchtitan-main": [], "deepspeed": [None]}
     step: Any = SimpleNamespace(gaps=gaps, fits=True, runnable=False, result=result)
-    say_plan(human(None), "plan.yaml", step)
-    assert f"--to {target};" in " ".join(capsys.readouterr().out.split())
+    say_plan(human(None), "plan.yaml", step, "plan 1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Written: plan.yaml: plan 1, fsdp2, P(fits) 0.80 (")
+    assert f"--to {target};" in said
 
 
 def test_a_measured_value_outside_its_interval_is_said() -> None:

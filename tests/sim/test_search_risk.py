@@ -13,17 +13,20 @@ from mopsim import commands
 from mopsim.api.results import Ranking
 from mopsim.api.run import played
 from mopsim.commands.compare import run as run_compare
+from mopsim.common.errors import MopError
 from mopsim.context.contenders import contenders
 from mopsim.context.sweep import ContextPoint, Curve, nested
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
 from mopsim.report.findings import finding, risks, verdict
 from mopsim.report.tables import best_of_others
+from mopsim.search import Options
 from mopsim.search.result import proof
 from mopsim.search.simulating import chosen
 from mopsim.size.ask import _memory_reason
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.upgrade import load_plan
 from tests.sim.test_search import with_memory
 
@@ -123,6 +126,48 @@ def test_compare_and_simulate_say_what_may_not_fit(
     said = " ".join(capsys.readouterr().out.split())
     assert f"fsdp2 {best.chance} only." in said
     assert ranking.found.doubt in played("fsdp2", ranking.inputs, budget=12).notes
+
+
+@pytest.mark.parametrize(("confidence", "first"), [(0.0, "bold"), (0.9, "wary"), (0.99, "wary")])
+def test_a_search_takes_plans_by_the_odds_that_are_asked_for(
+    plan: SimResult, confidence: float, first: str
+) -> None:
+    """Both fit as described; if the program keeps other tensors, the faster one may not."""
+    facts = replace(plan.facts, stack="megatron-core", exact=False)
+    wary = replace(plan, facts=facts, memory_limit=2 * plan.peak_memory, fits=True)
+    bold = replace(wary, step_time=plan.step_time / 2, memory_limit=round(1.3 * plan.peak_memory))
+    assert bold.sure
+    assert 0.5 < bold.p_fits < 0.9 < wary.p_fits
+    assert chosen([wary, bold], confidence=confidence)[0] == {"bold": bold, "wary": wary}[first]
+    asked = Options(confidence=confidence)
+    assert asked.takes(wary) == (wary.p_fits >= confidence)
+    assert asked.takes(bold) == (bold.p_fits >= confidence)
+    assert bold.device.enough(0.9) == bold.device.quantile(0.9) > bold.device.enough()
+
+
+def test_no_confidence_is_asked_for_of_plans_at_risk() -> None:
+    with pytest.raises(MopError, match=r"confidence: 0.9 cannot be asked for with --risk"):
+        Options(risk=True, confidence=0.9)
+    with pytest.raises(MopError, match=r"confidence: 9.0 must lie between 0 and 0.999"):
+        Options(confidence=9.0)
+
+
+def test_a_written_plan_comes_with_those_that_may_be_preferred(ranking: Ranking, plan: SimResult) -> None:
+    """Of a stack that mopexec does not run, and one that leaves more room."""
+    facts = replace(plan.facts, stack="megatron-core", exact=False)
+    bold = replace(
+        plan, facts=facts, stack=load_stack("megatron-core"), step_time=plan.step_time / 2,
+        memory_limit=round(1.3 * plan.peak_memory), fits=True,
+    )  # fmt: skip
+    found = replace(ranking.found, top=[bold], played=[bold, plan])
+    assert found.surer == found.run_by_mopexec == plan
+    runs, surer = commands.search._instead(found)
+    assert runs == (
+        "mopexec runs a plan that is 100% slower, P(fits) >0.99 (--runnable ranks only such): "
+        f"{plan.line} on {plan.stack.name}"
+    )
+    assert surer.startswith("surer to fit is a plan that is 100% slower, P(fits) >0.99 (--confidence 0.9 ")
+    assert commands.search._instead(replace(found, top=[plan])) == []
 
 
 def test_of_a_comparison_the_risky_are_named(plan: SimResult) -> None:
