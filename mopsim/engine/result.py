@@ -9,7 +9,7 @@ from mopsim.common.io import to_plain
 from mopsim.common.units import format_bytes, format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
-from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, of_peak_memory, of_step_time, ratio
+from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, against, of_peak_memory, of_step_time, ratio
 from mopsim.spec.categories import shown_as, spoken
 from mopsim.spec.line import describe
 from mopsim.spec.stack import Stack
@@ -251,6 +251,7 @@ class SimResult:
             "interval": level,
             "step_time_interval_s": list(self.step_time_interval(level)),
             "peak_memory_interval_bytes": list(self.peak_memory_interval(level)),
+            "peak_memory_interval_against": against(self.facts),
             "step_time_corrected_s": self.corrected_step_time,
             "peak_memory_corrected_bytes": self.corrected_peak_memory,
             "p_fits": self.p_fits,

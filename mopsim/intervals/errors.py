@@ -237,12 +237,14 @@ class Guesses(Spec, frozen=True, kw_only=True):
 
 class Errors(Spec, frozen=True, kw_only=True):
     """The data of `errors.yaml`. made_by: the command that fits it; exact: standard deviation of ln(measured
-    / predicted) of the peak of a program that allocates to the byte what is simulated, exact_source: whence.
+    / predicted) of the peak of a program that allocates to the byte what is simulated, exact_source: whence;
+    exact_on: platforms of devices (`HardwareProfile.device_kind`) on which peaks of its runs were compared.
     """
 
     made_by: str
     exact: float
     exact_source: str
+    exact_on: tuple[str, ...]
     step_time: ErrorQuantity
     peak_memory: ErrorQuantity
     guesses: Guesses

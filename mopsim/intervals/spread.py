@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, hypot, log, sqrt
+from typing import Literal
 
 import numpy as np
 from msgspec.structs import fields, replace
@@ -51,13 +52,18 @@ MISSED = 0.9
 """Share of a user's runs whose misses an interval of this level has to hold."""
 
 
+Against = Literal["runs", "your runs", "dry run"]
+"""What predicted peaks were compared with: published runs, the user's own, or only what the program's dry run
+allocates."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a prediction before its run.
 
     stack: the software's name. hardware: the profile's. precision: see `products`. network: see `network`.
     exact: the program allocates to the byte what is simulated. made: what the step is made of. seen: runs of
-    the same user on the same machines.
+    the same user on the same machines. platform: of the devices.
     """
 
     stack: str
@@ -67,6 +73,7 @@ class Facts:
     exact: bool = False
     made: Made = ()
     seen: tuple[Observed, ...] = ()
+    platform: str = ""
 
     @classmethod
     def of(
@@ -74,7 +81,8 @@ class Facts:
         exact: bool = False, made: Made = (),
     ) -> "Facts":  # fmt: skip
         seen = hardware.runs_seen
-        return cls(stack.name, hardware.name, products(precision), network(model), exact, made, seen)
+        said = stack.name, hardware.name, products(precision), network(model)
+        return cls(*said, exact, made, seen, hardware.device_kind)
 
 
 ALIKE = (
@@ -178,11 +186,24 @@ def machines_share(facts: Facts) -> float:
     return max(0.0, 1 - (spread(known, *asked).deviation / spread(whole, *asked).deviation) ** 2)
 
 
+def _as_simulated(facts: Facts) -> bool:
+    """Whether the peak is taken to be what is simulated."""
+    offs = [one.peak_memory for one in facts.seen if one.stack == facts.stack]
+    return facts.exact and all(abs(off or 0.0) <= FAR * known_errors().exact for off in offs)
+
+
+def against(facts: Facts) -> Against:
+    """What an interval of a peak was learned from."""
+    if any(one.stack == facts.stack and one.peak_memory is not None for one in facts.seen):
+        return "your runs"
+    compared = not _as_simulated(facts) or facts.platform in known_errors().exact_on
+    return "runs" if compared else "dry run"
+
+
 @lru_cache(maxsize=4096)
 def of_peak_memory(facts: Facts) -> Spread:
     """The error to expect of a peak of tensors on the device; exact, unless the user's own runs were not."""
-    offs = [one.peak_memory for one in facts.seen if one.stack == facts.stack]
-    if facts.exact and all(abs(off or 0.0) <= FAR * known_errors().exact for off in offs):
+    if _as_simulated(facts):
         return Spread(0.0, known_errors().exact)
     return spread(known_errors().of("peak_memory", facts.stack), *_asked(facts, "peak_memory"))
 

@@ -9,7 +9,7 @@ from mopsim.common.io import to_plain
 from mopsim.common.units import UNITS, format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
-from mopsim.intervals.spread import SURE
+from mopsim.intervals.spread import SURE, against
 from mopsim.report.alternatives import freedom
 from mopsim.report.terminal import duration, numbered, size, table
 from mopsim.search.result import Freedom, SearchResult
@@ -62,6 +62,17 @@ P_FITS = (
     "the communicators may add. It allows for a program that keeps other tensors than its stack says"
 )
 """What stands by every table of steps."""
+
+
+def dry_run_only(results: Sequence[SimResult]) -> str:
+    """'Memory of 1, 3: the interval is against ...': of which of these steps no run was compared."""
+    places = [str(at) for at, one in enumerate(results, 1) if against(one.facts) == "dry run"]
+    every = "" if len(places) == len(results) else f" of {', '.join(places)}"
+    return f"memory{every}: {DRY_RUN}." if places else ""
+
+
+DRY_RUN = "interval and P(fits) are against the software's dry run; no run of it on a GPU has been compared"
+"""Of a step whose peak is known by the dry run of its program alone (`mopsim.intervals.spread.against`)."""
 
 
 def plan_line(result: SimResult) -> str:
@@ -121,6 +132,7 @@ def comparison(
         shown.add_row(str(number), *["-"] * 9, style="red")
         lines.append(Text(why, style="red"))
     limits = " ".join(f"{one}." for one in dict.fromkeys(map(_limits, results)))
+    said = "\n".join(filter(None, (f"{P_FITS}.", dry_run_only(results), limits)))
     return Group(
         Text(title, style="italic"),
         shown,
@@ -129,7 +141,7 @@ def comparison(
             "exposed: the share of the step in which compute waits for communication, copies, the host or "
             "other pipeline stages.\n"
             f"{level:.0%}: the measured value lies in this interval with that probability{ROUTED}. "
-            f"memory: the peak of tensors.\n{P_FITS}.\n{limits}",
+            f"memory: the peak of tensors.\n{said}",
             style="dim",
         ),
     )

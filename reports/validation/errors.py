@@ -27,6 +27,8 @@ EXACT = 0.006
 EXACT_SOURCE = (
     "tests/parity: peaks that the dry run plays lie within 1 %, which is taken for the 90 % interval"
 )
+EXACT_ON = ("cpu",)
+"""No run of mopexec on a GPU has been compared with its dry run."""
 
 
 FIRST: dict[Name, str] = {"step_time": "step_time_s", "peak_memory": "peak_memory_bytes"}
@@ -45,7 +47,8 @@ def learn(runs: Sequence[Run], guesses: Sequence[Run]) -> Errors:
     guessed_time, guessed_memory = _fitted([*unknown, *guesses], guessed)
     stacks = tuple(sorted(general_stacks()))
     return Errors(
-        made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, step_time=step_time, peak_memory=peak_memory,
+        made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE, exact_on=EXACT_ON,
+        step_time=step_time, peak_memory=peak_memory,
         guesses=Guesses(stacks=stacks, step_time=guessed_time, peak_memory=guessed_memory),
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Intervals: the conditional normal by hand, what narrows and widens them, and the fit on drawn sources."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import (
     Facts,
     Spread,
+    against,
     between,
     missed_by_most,
     of_peak_memory,
@@ -284,6 +286,18 @@ def test_a_peak_that_a_run_contradicts_is_not_exact() -> None:
     ]
     assert of_peak_memory(facts[0]).deviation == known_errors().exact
     assert of_peak_memory(facts[1]).quantile(0.95) > 0.5
+
+
+def test_what_an_interval_of_memory_was_learned_from_is_told() -> None:
+    """A dry run is no run; on a CPU runs were compared, and a user's own count."""
+    mine = Facts("mopexec-flat", "m", "bf16", "n", exact=True, platform="cuda")
+    seen = Observed(stack="mopexec-flat", precision="bf16", network="n", runs=1.0, peak_memory=0.001)
+    other = replace(seen, stack="another")
+    assert against(mine) == "dry run"
+    assert against(dataclasses.replace(mine, platform="cpu")) == "runs"
+    assert against(dataclasses.replace(mine, stack="megatron-core", exact=False)) == "runs"
+    assert against(dataclasses.replace(mine, seen=(seen,))) == "your runs"
+    assert against(dataclasses.replace(mine, seen=(other,))) == "dry run"
 
 
 def test_first_scores_say_how_many_programs_are_not_as_described() -> None:

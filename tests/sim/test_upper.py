@@ -14,6 +14,7 @@ from mopsim.program.context import make_context
 from mopsim.program.dispatcher import buffers
 from mopsim.program.pinned import power_of_two
 from mopsim.program.workload import CommGroup, Work, collective_work
+from mopsim.report.tables import DRY_RUN, dry_run_only
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.sharding import Sharding
@@ -162,6 +163,16 @@ def test_the_verdict_is_a_probability(name: str) -> None:
     assert played(with_device(limits[2] + 1), name).sure
     assert not played(with_device(limits[3]), name).sure
     assert played(with_device(result.peak_memory - 1), name).verdict == "out of memory"
+
+
+def test_peaks_known_by_a_dry_run_alone_are_said_to_be() -> None:
+    card = msgspec.structs.replace(machine(), device_kind="cuda")
+    step, other = (played(card, name) for name in ("fsdp2", "megatron"))
+    assert step.to_json()["peak_memory_interval_against"] == "dry run"
+    assert other.to_json()["peak_memory_interval_against"] == "runs"
+    assert dry_run_only([step, step]) == f"memory: {DRY_RUN}."
+    assert dry_run_only([other, step]) == f"memory of 2: {DRY_RUN}."
+    assert dry_run_only([other]) == ""
 
 
 def test_what_is_reserved_is_each_pool_at_its_own_highest() -> None:

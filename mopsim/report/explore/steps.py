@@ -14,7 +14,7 @@ from mopsim.program.workload import STREAMS
 from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
 from mopsim.report.palette import in_order
-from mopsim.report.tables import ENOUGH, P_FITS, ROUTED, describe, rate
+from mopsim.report.tables import DRY_RUN, ENOUGH, P_FITS, ROUTED, describe, rate
 from mopsim.search.result import Left, promise, promises
 from mopsim.spec.categories import shown_as
 from mopsim.spec.strategy import Strategy
@@ -199,7 +199,9 @@ def step_table(
     ]
     per = rate(device(one.found) for one in steps)
     columns = [(per if name == rate(()) else name, kind) for name, kind, _ in COLUMNS]
-    return table(title, columns, rows, " ".join(filter(None, (note, *between, NOTE))), marks)
+    played = [one.label for one in steps if one.found.get("peak_memory_interval_against") == "dry run"]
+    only = f"memory of {', '.join(played)}: {DRY_RUN}." if played else ""
+    return table(title, columns, rows, " ".join(filter(None, (note, *between, NOTE, only))), marks)
 
 
 OF_A_POINT = (
