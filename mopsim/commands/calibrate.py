@@ -13,7 +13,7 @@ from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.terminal import table
-from mopsim.spec.plan import LOST, Measurement
+from mopsim.spec.plan import Measurement
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import in_words
 from mopsim.spec.stacks import load_stack
@@ -46,7 +46,7 @@ def run(
     for one, peak in zip(given, result.peaks, strict=True):
         if one.routing != one.plan.training.routing:
             console.print(_routed(one, peak))
-        if one.disturbed or one.resumed or one.others > LOST:
+        if one.disturbances or one.resumed:
             console.print(_apart(one))
     if json:
         io.write_json(json, result.to_json())
@@ -64,12 +64,7 @@ def _routed(run: Measurement, peak: int) -> str:
 
 def _apart(run: Measurement) -> str:
     """What sets a run apart that others disturbed, or that did not run in one go."""
-    said = []
-    if run.others > LOST:
-        said.append(f"other programs had {run.others:.0%} of the cores")
-    if run.disturbed:
-        later = run.disturbed + len(run.step_times)
-        said.append(f"{run.disturbed} of {later} steps were disturbed by other programs and are left out")
+    said = run.disturbances
     if said:
         said[-1] += f": it counts as {run.quiet:.2f} runs"
     if run.resumed:

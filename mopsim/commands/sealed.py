@@ -39,6 +39,12 @@ def run(sealed: str, measurements: str | None, json: str | None) -> None:
             f"note: sealed for routing {found.plan.training.routing}, measured with {measured.routing}",
             style="yellow",
         )
+    if measured.disturbances:
+        console.print(
+            f"note: the run was disturbed, its step is no fair test: {'; '.join(measured.disturbances)}; "
+            "measure again while nothing else runs",
+            style="yellow",
+        )
     if measured.elsewhere:
         console.print(f"note: {measured.elsewhere}", style="yellow")
     if json:

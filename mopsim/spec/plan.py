@@ -261,6 +261,18 @@ class Measurement(Spec, frozen=True, kw_only=True):
         return max(1 - self.others, 0.1) * len(self.step_times) / max(steps, 1)
 
     @property
+    def disturbances(self) -> list[str]:
+        """What other programs did to the run: '3 of 10 steps were disturbed by other programs and are left
+        out'."""
+        said, later = [], self.disturbed + len(self.step_times)
+        if self.others > LOST:
+            said.append(f"other programs had {self.others:.0%} of the cores")
+        if self.disturbed:
+            gone = f"{self.disturbed} of {later} steps were disturbed by other programs"
+            said.append(f"{gone} and are left out")
+        return said
+
+    @property
     def elsewhere(self) -> str:
         """See Plan.elsewhere; '' where nobody counted the nodes."""
         return self.plan.elsewhere(self.plan.nodes if self.nodes is msgspec.UNSET else self.nodes)

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.io import parse_yaml, to_plain
+from mopsim.common.nearest import nearest
 from mopsim.common.rules import RowFacts
 from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
@@ -82,7 +83,8 @@ def _names_wrong(row: Row, models: dict[str, Row], told: set[str]) -> Iterator[U
     if name in models:
         yield from complaints_of(models[name])
     read = RowFacts(cells, {}, (), ())
-    yield from complaints(lambda: specs.update(model=_network(read, models)))
+    if "model" not in told:
+        yield from complaints(lambda: specs.update(model=_network(read, models)))
     for field, cell in cells.items():
         if field.startswith(ROOTS) and cell not in UNKNOWN:
             yield from _setting_wrong(field, cell, specs)
@@ -252,12 +254,16 @@ def _model(known: RowFacts, models: dict[str, Row]) -> tuple[str | ModelSpec, Ch
     """The network, and what the run changes of it: cut to its layers, with a position table as long as its
     sequences, and what rules say."""
     row, name = known.row, known.row["model"]
+    if name in UNKNOWN:
+        raise _missing("model")
     try:
         model = from_row(models[name]) if name in models else load_model(name)
     except SpecError as error:
         raise UnsupportedError("model", str(error)) from error
     except MopError as error:
-        raise UnsupportedError("model", f"{shown(name)} is neither in the models CSV nor a preset") from error
+        near = ", ".join(nearest(name, [*models, *list_models()]))
+        said = f"{shown(name)} is neither in the models CSV nor a preset{near and f'; near: {near}'}"
+        raise UnsupportedError("model", said) from error
     changes: Changes = {}
     layers = count(row, "num_layers") or model.num_hidden_layers
     if layers not in (model.num_hidden_layers, model.num_blocks):

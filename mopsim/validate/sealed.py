@@ -168,4 +168,5 @@ def score_json(sealed: Sealed, run: Measurement) -> dict[str, Any]:
         },
         "outcomes": [one.to_json() for one in outcomes(sealed, run)],
         "routing_as_sealed": run.routing == sealed.plan.training.routing,
+        "disturbances": run.disturbances,
     }  # fmt: skip

@@ -57,6 +57,22 @@ def test_a_sealed_prediction_is_scored_by_its_run(tmp_path: Path) -> None:
     assert set(found["sealed"]["versions"]) == {"mopsim", "python", "errors"}
 
 
+def test_a_disturbed_run_is_said_to_be(tmp_path: Path) -> None:
+    step, path = predicted(), tmp_path / "sealed.json"
+    step.seal(path)
+    run = measured(step, tmp_path / "run", 1.0)
+    assert scored(path, run, tmp_path)[2]["disturbances"] == []
+    quiet = io.load(run / "measurement.yaml", Measurement, "measurement")
+    busy = msgspec.structs.replace(quiet, steps=5, disturbed=3, others=0.25)
+    io.write_yaml(run / "measurement.yaml", busy)
+    _, text, found = scored(path, run, tmp_path)
+    said = "3 of 4 steps were disturbed by other programs and are left out"
+    assert found["disturbances"] == ["other programs had 25% of the cores", said]
+    told = " ".join(text.split())
+    assert "note: the run was disturbed, its step is no fair test: other programs had 25%" in told
+    assert said in told
+
+
 @pytest.mark.parametrize("number", ['"interval": 0.8', '"seq_len": 256', '"hidden_size": 256'])
 def test_a_changed_byte_is_seen(tmp_path: Path, number: str) -> None:
     step, path = predicted(), tmp_path / "sealed.json"

@@ -21,6 +21,17 @@ from tests.sim.test_validate import MODELS, row, validate_runs
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [("zzz", ""), ("qwen3_30b", "; near: qwen3_30b_a3b, "), ("", "not stated by the source")],
+)
+def test_an_unknown_network_is_told_once(name: str, said: str) -> None:
+    _, refused = cases_of([row(model=name)], MODELS)
+    (told,) = [one for one in refused[0].told if one.startswith("model: ")]
+    whole = f"model: {name!r} is neither in the models CSV nor a preset{said}" if name else f"model: {said}"
+    assert told.startswith(whole)
+
+
+@pytest.mark.parametrize(
     ("changes", "field"),
     [
         ({"recompute": "unknown"}, "recompute"),
