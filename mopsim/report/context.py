@@ -7,11 +7,12 @@ from rich.console import Group
 from rich.text import Text
 
 from mopsim.common import io
-from mopsim.common.units import format_count
+from mopsim.common.units import format_count, format_probability
 from mopsim.context.contenders import Contender
 from mopsim.context.sweep import ContextCase, ContextPoint, Curve
+from mopsim.intervals.spread import Ratio
 from mopsim.report.page import Table
-from mopsim.report.tables import rate
+from mopsim.report.tables import between, rate
 from mopsim.report.terminal import numbered, table
 from mopsim.search.result import at_most, format_gap
 
@@ -51,6 +52,30 @@ def ratio(above: Curve, below: Curve, seq_len: int) -> float | None:
     return one.throughput / other.throughput
 
 
+def lead(above: Curve, below: Curve, seq_len: int) -> Ratio | None:
+    """The same with its error."""
+    one, other = above.at(seq_len), below.at(seq_len)
+    if ratio(above, below, seq_len) is None or not (one and other and one.result and other.result):
+        return None
+    return one.result.times_as_fast_as(other.result)
+
+
+def leads(curves: Mapping[str, Curve], lengths: Sequence[int]) -> dict[str, list[Ratio | None]]:
+    """How many times as fast the first contender is as each other, by length; where no length has a ratio the
+    other is left out."""
+    first, *_ = curves.values()
+    found = {
+        name: [lead(first, curve, length) for length in lengths]
+        for name, curve in curves.items()
+        if curve is not first
+    }
+    return {name: ratios for name, ratios in found.items() if any(ratios)}
+
+
+def odds(one: Ratio | None) -> str:
+    return format_probability(one.p_faster) if one else ""
+
+
 def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
@@ -71,11 +96,13 @@ def case_table(curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
     rows = [
         [curve.contender.label, *(cell(curve.at(length)) for length in lengths)] for curve in curves.values()
     ]
-    first, *others = curves.values()
-    for curve in others:
-        ratios = [times(ratio(first, curve, length)) for length in lengths]
-        if any(ratios):
-            rows.append([f"{first.contender.label} over {curve.contender.label}", *ratios])
+    first, *_ = curves.values()
+    for name, ratios in leads(curves, lengths).items():
+        label = f"{first.contender.label} over {curves[name].contender.label}"
+        ends = [one and one.interval(LEVEL) for one in ratios]
+        rows.append([label, *(times(one.predicted if one else None) for one in ratios)])
+        rows.append([f"{label}, {LEVEL:.0%}", *((pair and between(pair, times)) or "" for pair in ends)])
+        rows.append([f"probability that {first.contender.label} is faster", *map(odds, ratios)])
     return Table([f"{_rate(curves.values())} at", *(format_count(length) for length in lengths)], rows)
 
 
@@ -84,22 +111,47 @@ def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequenc
     '1/2' is how many times as fast the first is as the second."""
     title = f"{case_name(case)} of {case.hardware.name}, {_rate(curves.values())}"
     found = table("", ("#",), [format_count(length) for length in lengths])
-    first, *others = curves.values()
+    compared, names = leads(curves, lengths), [*curves]
     cells = [[cell(curve.at(length)) for length in lengths] for curve in curves.values()]
     for number, row in enumerate(cells, 1):
         found.add_row(str(number), *(one.partition(":")[0].replace("not legal", "-") for one in row))
-    for number, curve in enumerate(others, 2):
-        ratios = [times(ratio(first, curve, length)) for length in lengths]
-        if any(ratios):
-            found.add_row(f"1/{number}", *ratios)
-    said = [*_legend(curves, lengths), "reach: of the lengths asked"]
-    said += ["1/2: how many times as fast 1 is as 2"] if others else []
+    for name, ratios in compared.items():
+        found.add_row(
+            f"1/{names.index(name) + 1}", *(times(one.predicted if one else None) for one in ratios)
+        )
+        found.add_row("P", *map(odds, ratios), style="dim")
+    said = [
+        *_legend(curves, lengths),
+        "after a name: the longest of the lengths asked that fits",
+        *_compared(compared),
+    ]
     gaps = [f"; gap {format_gap(_gap(curve))}" if _gap(curve) else "" for curve in curves.values()]
-    said += ["gap: a plan left out is at most so much faster"] if any(gaps) else []
+    said += ["gap: a plan that was not simulated is at most so much faster"] if any(gaps) else []
     lines = [Text(f"{_end(curve)}{gap}") for curve, gap in zip(curves.values(), gaps, strict=True)]
     return Group(Text(title, style="italic"), found, numbered(lines), Text("; ".join(said), style="dim"))
 
 
+def _compared(leads: Mapping[str, Sequence[Ratio | None]]) -> list[str]:
+    """What ratios and their odds are, and how far off they may be."""
+    factors = [
+        end / one.predicted
+        for ratios in leads.values()
+        for one in ratios
+        if one
+        for end in one.interval(LEVEL)
+    ]
+    if not factors:
+        return []
+    least, most = min(factors), max(factors)
+    return [
+        "1/2: how many times as fast 1 is as 2",
+        "P: the probability that 1 is the faster one in a run",
+        f"with {LEVEL:.0%} a measured ratio is {least:.2g} to {most:.2g} times the printed one",
+    ]
+
+
+LEVEL = 0.9
+"""Probability of the intervals of ratios."""
 MARKS = {
     "out": "out: does not fit", "not legal": "-: not legal", "*": "*: fits with a probability below 0.9",
     "\u2020": "\u2020: of the smallest step",
@@ -157,6 +209,7 @@ def to_json(
                 "tokens_per_device": case.tokens_per_device,
                 "document_tokens": case.documents,
                 "curves": curves_json(found),
+                "ratios": _leads_json(found, lengths),
             }
             for case, found in zip(cases, curves, strict=True)
         ],
@@ -177,6 +230,20 @@ def curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
     }
 
 
+def _leads_json(curves: Mapping[str, Curve], lengths: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Of the first contender over each other one."""
+    return {
+        name: [
+            {
+                "seq_len": length, "ratio": one.predicted, "interval": LEVEL,
+                "ratio_interval": list(one.interval(LEVEL)), "p_faster": one.p_faster,
+            }
+            for length, one in zip(lengths, ratios, strict=True) if one
+        ]
+        for name, ratios in leads(curves, lengths).items()
+    }  # fmt: skip
+
+
 def _strategy(point: ContextPoint | None) -> Any:
     return io.to_plain(point.result.strategy) if point and point.result else None
 
@@ -194,6 +261,7 @@ def _point_json(point: ContextPoint) -> dict[str, Any]:
     }
     if result:
         found |= {
+            **result.intervals(LEVEL),
             "step_time_s": result.step_time,
             "mfu": result.mfu,
             "peak_memory_bytes": result.peak_memory,

@@ -216,7 +216,12 @@ def test_the_command_writes_its_curves(
     assert set(curves) == {"mop", "fsdp2", "fsdp2_device"}
     assert curves["fsdp2_device"]["stopped_by"] == "logits"
     assert curves["mop"]["strategy_at_longest"]["world_size"] == 16
+    (first, *_) = made["cases"][0]["ratios"]["fsdp2_device"]
+    assert first["ratio_interval"][0] < first["ratio"] < first["ratio_interval"][1]
+    assert 0 < first["p_faster"] < 1
+    assert curves["mop"]["points"][0]["step_time_interval_s"][0] < curves["mop"]["points"][0]["step_time_s"]
     page = (out / "index.md").read_text()
+    assert "probability that MoP is faster" in page
     assert "FSDP2, full logits, no offload" in page
     assert "Reach, of the lengths asked: " in page
     assert "FSDP2, full logits, no offload: 128K*, stopped at 1M by logits" in page

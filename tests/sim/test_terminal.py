@@ -118,8 +118,11 @@ def test_a_context_sweep_stays_in_its_lines() -> None:
     lines = shown(shown_table(case, curves, lengths))
     found = rows(lines)
     assert found[0].split() == ["#", *["64K", "128K", "256K", "512K", "1M", "2M", "4M", "8M", "16M"]]
-    labels = [*map(str, range(1, 8)), *(f"1/{number}" for number in range(2, 8))]
-    assert [line.split()[0] for line in found[1:14]] == labels
+    labels = [*map(str, range(1, 8))] + [name for number in range(2, 8) for name in (f"1/{number}", "P")]
+    assert [line.split()[0] for line in found[1:20]] == labels
+    assert found[9].split() == ["P", *["0.50"] * 6]
+    said = " ".join(" ".join(lines).split())
+    assert "P: the probability that 1 is the faster one in a run; with 90% a measured ratio is 0." in said
     assert all(len(line.split()) == 10 for line in found[1:8])
     assert lines[0].startswith("120B on 16 devices of h200-sxm-141g, tokens/s per GPU")
     assert f"2 {names[1].label}: 8M†, stopped at 16M by activations; gap 10 %" in [
