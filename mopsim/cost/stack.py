@@ -10,6 +10,7 @@ from mopsim.common.errors import require
 from mopsim.common.shipped import named_in
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import RATES, for_heads, matmul
+from mopsim.graph.shapes import attention_widths
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import (
     NARROW_HEAD,
@@ -44,6 +45,13 @@ DROPPED_BYTES = 5.0
 """What dropout moves of a score in either pass."""
 SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
+UNFUSED_BYTES = {"forward": 78.6, "backward": 93.2}
+"""Traffic of a score beside the products where FlexAttention is not compiled, by operators in fp32: scale,
+mask, log-sum-exp and softmax, for which torch's CUDA kernels read and write it several times, the checks for
+rows that are all masked, a cast; in the backward scale, mask and softmax again and the gradients of each
+(reports/host/flex_unfused.json)."""
+UNFUSED_PRODUCTS = {"forward": (1, 1), "backward": (2, 3)}
+"""As SCORE_PRODUCTS: Q K^T is made again. What makes scores is in fp32, without TF32."""
 GROUPED_BY_TORCH: dict[str, float] = RATES["grouped_by_torch"]["slower"]
 """How many times as slow torch's grouped products are as a profile's, by architecture."""
 PROFILED: float = RATES["profiled"]["slower"]
@@ -108,9 +116,8 @@ def as_used(
     kernel = str(here.attention)
     if fixed and kernel == "profile":
         kernel = DETERMINISTIC_KERNEL.get(architecture, kernel)
-    scores = kernel in ("scores", "rows")
-    moved = _moved("composed" if kernel == "rows" else stack.kernels.softmax, model)
-    curve = _scores(hardware, head_dim, seq_len, moved) if scores else _curve(hardware, kernel, head_dim)
+    scores = kernel in ("scores", "rows", "unfused")
+    curve = _scores(hardware, stack, kernel, model, seq_len) if scores else _curve(hardware, kernel, head_dim)
     if fixed and not scores:
         source = f"{curve.source}; deterministic: arXiv 2601.21824"
         curve = replace(curve, backward=curve.backward * DETERMINISTIC, tag="assumed", source=source)
@@ -213,20 +220,24 @@ def _moved(softmax: str, model: ModelSpec) -> dict[str, float]:
 
 
 def _scores(
-    hardware: HardwareProfile, head_dim: int, seq_len: int, moved: dict[str, float]
+    hardware: HardwareProfile, stack: Stack, kernel: str, model: ModelSpec, seq_len: int
 ) -> AttentionCurve:
     """Scores written to memory, whole square: time of a head's scores over the FLOP that a causal kernel
     would count for them. The products are narrow on one side (head_dim): the profile's curve, which is
-    fitted to measured products of that kind too, prices them. moved: bytes of a score beside the products.
+    fitted to measured products of that kind too, prices them.
     """
-    S, d = seq_len, head_dim
-    making, taking = (_product(hardware, S, n, k) for n, k in ((S, d), (d, S)))
+    S, (qk, v), alone = seq_len, attention_widths(model), kernel == "unfused"
+    moved = (
+        UNFUSED_BYTES if alone else _moved("composed" if kernel == "rows" else stack.kernels.softmax, model)
+    )
+    making = _product(hardware, S, S, qk, "float32" if alone else "bfloat16")
+    taking = _product(hardware, S, v, S)
     shares = {}
     for phase, products in (("forward", 2), ("backward", 5)):
-        made, taken = SCORE_PRODUCTS[phase]
+        made, taken = (UNFUSED_PRODUCTS if alone else SCORE_PRODUCTS)[phase]
         rest = moved[phase] * S * S / hardware.device.memory_bandwidth.si
         shares[phase] = (
-            products * float(d) * S * S / (made * making + taken * taking + rest) / _peak(hardware)
+            products * (qk + v) / 2 * S * S / (made * making + taken * taking + rest) / _peak(hardware)
         )
     return AttentionCurve(
         forward=shares["forward"], backward=shares["backward"], tag="assumed",
@@ -234,9 +245,9 @@ def _scores(
     )  # fmt: skip
 
 
-def _product(hardware: HardwareProfile, m: int, n: int, k: int) -> float:
+def _product(hardware: HardwareProfile, m: int, n: int, k: int, dtype: str = "bfloat16") -> float:
     """Seconds of one of many products in a launch."""
-    work = Work("matmul", m=m, n=n, k=k, count=1, dtype="bfloat16")
+    work = Work("matmul", m=m, n=n, k=k, count=1, dtype=dtype)
     return matmul(work, hardware) - hardware.device.launch_overhead.si
 
 

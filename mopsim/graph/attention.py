@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs, pairs_of_a_slice
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
+from mopsim.graph.unfused import by_scores
 from mopsim.spec.layout import ATTENTION_ROWS
 from mopsim.spec.model import ModelSpec
 
@@ -217,6 +218,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         if not shapes.accumulates:
             core, working = _by_spans(core, mine, shapes, model, layer, shared)
         core = _flash(core, names, working, rows * (shapes.wide if shapes.by_rows else 4))
+        core = by_scores(core, rows * seq) if shapes.unfused else core
     else:
         core = _kept(core, rows * seq, shapes.softmax, model.dropout > 0, b)
     home = [exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),))] if out.name == "os" else []

@@ -44,6 +44,7 @@ CLAMPS: Pair = _READ["clamps"]
 WOVEN: dict[bool, Pair] = {False: _READ["woven"]["together"], True: _READ["woven"]["apart"]}
 KINDS: Costs = _READ["kinds"]
 DOCUMENTS: Costs = _READ["documents"]
+UNFUSED: Pair = _READ["unfused"]
 MODULES_AGAIN = {
     "core_attn": "core_attention", "layernorm": "norm", "moe_act": "activation",
     "mla_up_proj": "up-projections",

@@ -23,8 +23,8 @@ class Shapes(Struct, frozen=True):
     query head, whatever is fused. accumulates: it adds gradients up
     beside those that it returns, as flash kernels for GPUs do, which take half precision. packed: a sequence
     is of documents that attention does not cross, whether or not it is known how long they are. by_rows: it
-    runs block by block of query rows, with all heads that share keys in one product. by_token: see
-    Kernels.scan_rows.
+    runs block by block of query rows, with all heads that share keys in one product. unfused: see
+    Kernels.attention. by_token: see Kernels.scan_rows.
     """
 
     tokens: int
@@ -47,6 +47,7 @@ class Shapes(Struct, frozen=True):
     accumulates: bool = True
     packed: bool = False
     by_rows: bool = False
+    unfused: bool = False
     by_token: bool = False
 
     @property

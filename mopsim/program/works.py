@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.graph.host_costs import PERMUTED
+from mopsim.graph.host_costs import PERMUTED, UNFUSED
 from mopsim.graph.rewrites.biases import bias_scaled, biased
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import composed, gradients_stacked, gradients_stay
@@ -159,6 +159,11 @@ def _exchanged(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, .
     return rows_exchanged(kernels, ordered, rows, grads, context.stack.kernels.exact)
 
 
+def _traced(context: Context, forward: bool) -> float:
+    """What torch.vmap does around the operators of a mask that nothing compiles, in kernels' worth."""
+    return UNFUSED[not forward] if context.shapes.unfused else 0.0
+
+
 def _laid_out(context: Context) -> tuple[int, int]:
     """How often the attention's output, and its gradient, are laid out anew: see Kernels.attention_rows."""
     rows = context.stack.kernels.attention_rows
@@ -235,7 +240,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         return (
             Work(
                 "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
-                drops=drops, launches=launches,
+                drops=drops, launches=launches, host=_traced(context, forward),
             ),
         )  # fmt: skip
     size = kernel.bytes if forward else kernel.back_moved

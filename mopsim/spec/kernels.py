@@ -13,12 +13,13 @@ Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
 AttentionKernel = Literal[
     "profile", "cpu", "flash1", "flash2", "flash3", "flash4", "cudnn", "ck", "flex", "triton", "masked",
-    "rows", "scores",
+    "unfused", "rows", "scores",
 ]  # fmt: skip
 """profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
-query heads of a KV head one after another. masked: torch's under a mask, of the whole square. rows: blocks of
-query rows, as torch composes them (mopexec/operators/attention_rows.py). scores: kept in memory, no flash
-kernel."""
+query heads of a KV head one after another. masked: torch's under a mask, of the whole square. unfused:
+FlexAttention that nothing compiles: the whole square of scores in fp32, by operators, of which nothing is
+kept. rows: blocks of query rows, as torch composes them (mopexec/operators/attention_rows.py). scores: kept
+in memory, no flash kernel."""
 Normed = Literal["qkv_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "up_proj", "router"]
 """Products of the layers' tapes that come after a norm, in joined projections."""
 EXACT = ("router", "vocabulary")

@@ -207,7 +207,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     def skips_hidden(self, plain: bool) -> bool:
         """Whether attention leaves out the blocks of scores that a window or a document hides, beside the
         causal half. plain: see `on`."""
-        return self.on("", plain).attention not in ("masked", "scores")
+        return self.on("", plain).attention not in ("masked", "unfused", "scores")
 
     def running(self, model: ModelSpec, strategy: Strategy, architecture: str = "") -> "Stack":
         """The stack as a job runs it on a device architecture."""
