@@ -176,6 +176,7 @@ def fsdp2(
     recompute: Literal["none", "selective", "full"] = "full",
     recompute_modules: tuple[str, ...] = (),
     save_ops: tuple[str, ...] = (),
+    recompute_num_layers: int = 0,
     loss: Literal["full", "chunked"] = "full",
     loss_chunk_tokens: int = 1024,
     offload: bool = False,
@@ -189,11 +190,9 @@ def fsdp2(
 
     fsdp: ranks that share one copy; below the world size it is HSDP. expert_fsdp: the same of routed
     experts; 0: all of their replicas. offload: parameters, gradients and optimizer are on the host and
-    updated there (CPUOffloadPolicy). context_exchange: how context-parallel ranks exchange a sequence.
-    tensor_parallel above 1 has sequence parallelism and the loss over the split vocabulary, whatever
-    `loss` says. virtual_stages: parts of a pipeline rank, interleaved. stage_layers: decoder layers of each
-    part; empty: as evenly as possible. recompute_modules: modules that `selective` runs again; empty: the
-    stack's. save_ops: kernels that `full` does not run again."""
+    updated there (CPUOffloadPolicy). tensor_parallel above 1 has sequence parallelism and the loss over the
+    split vocabulary, whatever `loss` says. virtual_stages: parts of a pipeline rank, interleaved.
+    stage_layers: decoder layers of each part; empty: as even as can be. Recomputation: see Activations."""
     stage_ranks, split = _rest(world_size, pipeline_parallel), tensor_parallel > 1
     wide, tier = _wide(dtype), _tier(offload)
     return Strategy(
@@ -214,7 +213,10 @@ def fsdp2(
             chunk_tokens=loss_chunk_tokens if loss == "chunked" and not split else 0,
         ),
         optimizer=_state("host" if offload else "device"),
-        activations=Activations(recompute=recompute, modules=recompute_modules, save_ops=save_ops),
+        activations=Activations(
+            recompute=recompute, modules=recompute_modules, save_ops=save_ops,
+            recompute_num_layers=recompute_num_layers,
+        ),
         precision=Precision(compute=dtype, param=wide, reduce=wide, grad=wide, moments=wide, master="param"),
     )  # fmt: skip
 
@@ -265,6 +267,7 @@ def megatron(
     recompute: Literal["none", "selective", "full"] = "none",
     recompute_modules: tuple[str, ...] = (),
     save_ops: tuple[str, ...] = (),
+    recompute_num_layers: int = 0,
     offload_inputs: bool = False,
     optimizer_on_host: float = 0.0,
     overlap: Overlap | None = None,
@@ -276,7 +279,8 @@ def megatron(
     virtual_stages: parts of a pipeline rank, interleaved. stage_layers: decoder layers of each part; empty:
     as evenly as possible. context_exchange: how context-parallel ranks exchange a sequence. token_dispatcher:
     how rows reach their experts. recompute_modules: modules that `selective` runs again; empty: the stack's.
-    save_ops: kernels that `full` does not run again. optimizer_on_host: part of AdamW's state on the host.
+    save_ops: kernels that `full` does not run again. recompute_num_layers: of each model chunk, layers that
+    it runs again; 0: all. optimizer_on_host: part of AdamW's state on the host.
     overlap: communication that runs beside compute; None: what the stack hides. ZeRO-1 shards over all ranks
     of a stage. Gradients have the stack's dtype (fp32 for `megatron-core`). expert_tensor_parallel may differ
     from tensor_parallel (parallel folding). mopexec runs it on `mopexec-split`."""
@@ -301,6 +305,7 @@ def megatron(
         optimizer=_state("host" if optimizer_on_host else "device", host_fraction=optimizer_on_host),
         activations=Activations(
             recompute=recompute, layer_inputs=_tier(offload_inputs), save_ops=save_ops,
+            recompute_num_layers=recompute_num_layers,
             modules=recompute_modules if recompute == "selective" else (),
         ),
         overlap=overlap or AS_STACK,

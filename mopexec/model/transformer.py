@@ -48,6 +48,7 @@ class DecoderLayer(nn.Module):
         self, spec: ModelSpec, index: int, moe: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
+        self.index = index
         self.attention_norm = norm_of(spec, dtype, device)
         self.attention = SelfAttention(spec, index, dtype, device)
         self.ffn_norm = norm_of(spec, dtype, device)

@@ -1,7 +1,7 @@
 """Hooks of the runtimes of modules: component names, memory categories, recompute and boundary offload."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from mopexec.modules.save_ops import keep_products
 from mopexec.operators.again import contexts
 from mopexec.operators.dtypes import of_name
 from mopexec.operators.layer_inputs import HostInput, count_on_host
+from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
 
@@ -96,18 +97,20 @@ def recompute(model: Any, plan: Plan, platform: Platform) -> None:
     """Have the backward run again what the plan's strategy says."""
     activations = plan.strategy.activations
     if activations.recompute == "full":
-        recompute_layers(model, InputHooks.of(plan, platform), activations.save_ops)
+        kept = layout.not_recomputed(plan.strategy, plan.model)
+        layers = [layer for layer in model.blocks() if layer.index not in kept]
+        recompute_layers(layers, InputHooks.of(plan, platform), activations.save_ops)
+        for module in () if kept else model.mtp:
+            module.join = partial(again, module.join)
     recompute_modules(model, activations.modules_again)
 
 
-def recompute_layers(model: Any, boundaries: InputHooks, names: Collection[str]) -> None:
-    """Run every layer, and the projection before that of an MTP module, under a non-reentrant checkpoint,
-    inside FSDP's hooks: its inputs are kept and what kernels of these names make, the rest made again."""
-    keep_products(model, names)
-    for index, layer in enumerate(model.blocks()):
-        layer.forward = _Checkpointed(index, layer.forward, boundaries, names)
-    for module in model.mtp:
-        module.join = partial(again, module.join)
+def recompute_layers(layers: Sequence[Any], boundaries: InputHooks, names: Collection[str]) -> None:
+    """Run layers under a non-reentrant checkpoint, inside FSDP's hooks: their inputs are kept and what
+    kernels of these names make, the rest made again. (So is the projection before that of an MTP module.)"""
+    keep_products(layers, names)
+    for place, layer in enumerate(layers):
+        layer.forward = _Checkpointed(place, layer.forward, boundaries, names)
 
 
 def recompute_modules(model: Any, names: Collection[str]) -> None:

@@ -1,6 +1,6 @@
 """Recomputation by operator: which products of a layer keep their outputs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ class _KeptLinear:
         return product(self._name, x, self._module.weight, self._module.bias)
 
 
-def keep_products(model: Any, names: Collection[str]) -> None:
-    """Have products of these names keep their outputs in every layer. Parts of the model that are no modules
+def keep_products(layers: Iterable[Any], names: Collection[str]) -> None:
+    """Have products of these names keep their outputs in layers. Parts of these that are no modules
     of torch's see to theirs: attention's core, routed experts and their exchanges, what tensor parallelism
     has swapped in.
     """
-    for layer in model.blocks() if names else ():
+    for layer in layers if names else ():
         if type(layer.attention.rows) is OwnRows:
             layer.attention.rows = _KeptRows()
         for path, module in layer.named_modules():

@@ -1,12 +1,9 @@
 """Context: everything that a program of one strategy looks up: sizes, groups, units, routing."""
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 from typing import Literal
-
-from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.masked import Rooms
@@ -16,7 +13,7 @@ from mopsim.program.topology import all_groups
 from mopsim.program.units import ShardedUnit, all_layer_units, edge_units, looked_up
 from mopsim.program.workload import CommGroup
 from mopsim.spec.capability import Job, holds, refusals
-from mopsim.spec.layout import num_chunks, offloaded_boundaries
+from mopsim.spec.layout import not_recomputed, num_chunks, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.placement import Placement, at_home, least_loaded
 from mopsim.spec.routing import RoutingProfile, routing_counts
@@ -238,11 +235,14 @@ class Context:
         """That of a layer."""
         return self.strategy.precision.of_layer(layer, self.model.num_hidden_layers)
 
-    @property
-    def without_recipe(self) -> "Context":
-        """As of layers whose products have none."""
-        strategy = replace(self.strategy, precision=self.strategy.precision.without_recipe)
-        return dataclasses.replace(self, strategy=strategy)
+    def recomputes(self, layer: int) -> bool:
+        """Whether a layer, or what it stands for, runs again whole."""
+        return self.strategy.activations.recompute == "full" and layer not in self.not_recomputed
+
+    @cached_property
+    def not_recomputed(self) -> frozenset[int]:
+        """Layers that keep everything though others run again."""
+        return not_recomputed(self.strategy, self.model)
 
     @property
     def one_weight(self) -> bool:

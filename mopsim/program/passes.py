@@ -39,6 +39,7 @@ from mopsim.program.stage import Stage
 from mopsim.program.taped import holding, template
 from mopsim.program.template import FRAMES, START, Template
 from mopsim.program.update import Update
+from mopsim.program.variants import Usual, context_of, usual
 from mopsim.program.workload import Work
 from mopsim.program.works import implemented, narrow_weight, roomy
 from mopsim.spec.model import LayerKind, every_kind
@@ -68,6 +69,7 @@ class Passes:
         self.split = strategy.pipeline.splits or strategy.pipeline.folded
         self._tapes: dict[LayerKind, Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
+        self._others: dict[Usual, Passes] = {}
 
     def sharding(self, issue: Builder, stage: Stage) -> Shards:
         """What gathers parameters and reduces gradients."""
@@ -114,18 +116,17 @@ class Passes:
             return 0
         return logit_elements(c) * (c.wide if c.logits_held == "copy" else c.b)
 
-    def key(self, layer: int) -> tuple[LayerKind, bool]:
+    def key(self, layer: int) -> tuple[LayerKind, Usual]:
         """Equal for layers that run alike."""
-        return self._kinds[layer], self._of(layer) is self
+        return self._kinds[layer], usual(self.context, layer)
 
     def _of(self, layer: int) -> "Passes":
-        """Those of layers in a layer's precision."""
-        c = self.context
-        return self if c.precision(layer) is c.strategy.precision else self._without_recipe
-
-    @cached_property
-    def _without_recipe(self) -> "Passes":
-        return type(self)(self.context.without_recipe)
+        """Those of layers that run as a layer does."""
+        if all(how := usual(self.context, layer)):
+            return self
+        if how not in self._others:
+            self._others[how] = type(self)(context_of(self.context, *how))
+        return self._others[how]
 
     @cached_property
     def _kinds(self) -> tuple[LayerKind, ...]:
@@ -229,8 +230,7 @@ class Passes:
 
     def kept(self, layer: int) -> tuple[Step, ...]:
         """What a layer's forward leaves for its backward beside its input and its output, by category."""
-        tape, of = self.tape(layer), self._of(layer)
-        net = self._net(forward(tape, of._plan(tape)))
+        net = self._net(forward(tape := self.tape(layer), self._of(layer)._plan(tape)))
         return tuple((category, size) for category, size in net.items() if size)
 
     def handed(self, layer: int) -> int:
@@ -249,7 +249,7 @@ class Passes:
         """What is before an MTP layer, and what it leaves: with full recomputation its inputs."""
         tape = mtp_projection(self.context.model, self.shapes)
         tape = self._added_up(replace(tape, kernels=implemented(tape.kernels, self.context)))
-        if self.context.strategy.activations.recompute != "full":
+        if self.context.strategy.activations.recompute != "full" or self.context.not_recomputed:
             return tape, everything(tape)
         inner = range(1, len(tape.kernels) - 1)
         made = {value.name for index in inner for value in tape.kernels[index].writes}
@@ -376,11 +376,11 @@ class Passes:
     def again(self) -> dict[str, tuple[float, float, tuple[str, ...]]]:
         """What of each component is recomputed where it is not whole (`shares`)."""
         found: dict[str, tuple[float, float, tuple[str, ...]]] = {}
-        model, modules = self.context.model, self.context.strategy.activations.modules
-        count = model.num_hidden_layers + model.num_nextn_predict_layers
-        for layer in {self.key(layer): layer for layer in range(count)}.values():
+        modules = self.context.strategy.activations.modules
+        for layer in {self.key(layer): layer for layer in range(len(self._kinds))}.values():
             tape, of = self.tape(layer), self._of(layer)
-            found |= shares(tape, of._plan(tape), modules) if of._how(tape)[0] != "full" else {}
+            if (chosen := of._plan(tape)).again and of._how(tape)[0] != "full":
+                found |= shares(tape, chosen, modules)
         return found
 
     def _how(self, tape: Tape) -> tuple[str, tuple[str, ...]]:

@@ -248,7 +248,7 @@ class Shards(FurtherLayers, Edges):
         away = self._place(unit).param_tier == "host"
         high = fsdp2.bytes_whole(self.c, unit, away=away)
         memory = [high, size - high] if alone else [*fsdp2.bytes_gathered(self.c, unit), -size]
-        recomputed = self.c.strategy.activations.recompute == "full" and self._beside(unit)
+        recomputed = self.c.recomputes(unit.layer) and self._beside(unit)
         if away and (phase == "forward" or recomputed):
             memory = [*(memory if alone else memory[:-1]), -self._deferred]  # held until the copy is issued
             self._deferred = 0 if alone else size

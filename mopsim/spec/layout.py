@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mopsim.common.errors import require
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Order, Strategy
 
 MOST_MICROBATCHES, MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**12, 2**12
@@ -171,6 +172,22 @@ def full_parts(layers: int, parts: int, first: int, last: int) -> tuple[int, ...
 def even_parts(layers: int, parts: int) -> tuple[int, ...]:
     """Layers of each part of a pipeline, as even as can be: the first have one more."""
     return tuple(len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts))
+
+
+def not_recomputed(strategy: Strategy, model: ModelSpec) -> frozenset[int]:
+    """Layers that keep everything for their backward though a full recomputation runs others again
+    (`activations.recompute_num_layers`)."""
+    again, pipeline = strategy.activations.recompute_num_layers, strategy.pipeline
+    if not again:
+        return frozenset()
+    layers, degree, virtual = model.num_hidden_layers, pipeline.pipeline_parallel, pipeline.virtual_stages
+    chunks = (
+        chunk
+        for stage in range(degree)
+        for chunk in stage_layers(layers, degree, virtual, stage, pipeline.layers, pipeline.folded)
+    )
+    mtp = range(layers, layers + model.num_nextn_predict_layers)
+    return frozenset({*mtp, *(layer for chunk in chunks for layer in chunk[again:])})
 
 
 def part_of(stage: int, chunk: int, degree: int, folded: bool = False) -> int:

@@ -43,6 +43,8 @@ def describe(strategy: Strategy, routed: bool = True) -> str:
     if s.dense.chunk_tokens:
         parts.append(f"ffn-chunk={s.dense.chunk_tokens}")
     parts.append(f"recompute={'+'.join(s.activations.modules_again) or s.activations.recompute}")
+    if s.activations.recompute_num_layers:
+        parts.append(f"recompute-layers={s.activations.recompute_num_layers}")
     if s.activations.save_ops:
         parts.append(f"save={'+'.join(s.activations.save_ops)}")
     if away := _offloaded(s):

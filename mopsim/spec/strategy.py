@@ -183,7 +183,10 @@ class Activations(Spec, frozen=True, kw_only=True):
     recompute: `none`, `selective` (the modules below), or `full` (each layer from its input). modules:
     modules that selective recomputation runs again; empty: the program's own choice. save_ops: kernels of a
     layer (categories.KEPT) that a full recomputation does not run again, since it keeps their outputs:
-    torch's selective activation checkpointing by operator. layer_inputs: where the inputs of decoder layers
+    torch's selective activation checkpointing by operator. recompute_num_layers: of each model chunk of a
+    stage, the number of decoder layers that a full recomputation runs again, the first ones; the others keep
+    everything, as do MTP layers (Megatron-Core's recompute_method block; programs that spread them over the
+    chunk keep as much and take as long); 0: all. layer_inputs: where the inputs of decoder layers
     wait, even if no recomputation starts from them (offload_modules layer_input and attn_norm of
     Megatron-Core). host_budget: bytes of layer inputs for each rank that go to pinned memory, the first
     inputs first; 0: no cap. cpu_offload_layers: this number of decoder layers, the first of a stage, keep
@@ -194,6 +197,7 @@ class Activations(Spec, frozen=True, kw_only=True):
     recompute: Literal["none", "selective", "full"] = "full"
     modules: tuple[str, ...] = ()
     save_ops: tuple[str, ...] = ()
+    recompute_num_layers: int = 0
     layer_inputs: Tier = "device"
     host_budget: int = 0
     cpu_offload_layers: int = 0

@@ -20,6 +20,7 @@ LEAST = {
     "experts.expert_fsdp": 1, "experts.chunk_tokens": 0, "experts.max_chunks": 1, "experts.min_rows": 1,
     "vocabulary.vocab_parallel": 1, "vocabulary.chunk_tokens": 0, "optimizer.bucket_params": 1,
     "optimizer.slots": 1, "activations.host_budget": 0, "activations.cpu_offload_layers": 0,
+    "activations.recompute_num_layers": 0,
     "precision.num_layers_at_start_in_bf16": 0, "precision.num_layers_at_end_in_bf16": 0,
 }  # fmt: skip
 """Integers of a strategy, and the least that each may be."""
@@ -107,6 +108,7 @@ def _activations(s: "Strategy") -> Rules:
             yield names.count(name) == 1, field, f"names {name!r} twice"
     full = f"needs activations.recompute full, not {a.recompute}"
     yield not a.save_ops or a.recompute == "full", "activations.save_ops", full
+    yield not a.recompute_num_layers or a.recompute == "full", "activations.recompute_num_layers", full
     for needed, given in (
         ("activations.recompute none", a.recompute == "none"),
         ("activations.layer_inputs device", a.layer_inputs == "device"),
@@ -165,7 +167,9 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     yield whole or s.experts.expert_tensor_parallel == 1, "dense.sequence_parallel", rows
     yield _divides(heads, tensor, "dense.tensor_parallel", f"num_attention_heads {heads}")
     away = s.activations.cpu_offload_layers
-    yield away <= layers, "activations.cpu_offload_layers", f"is more than num_hidden_layers {layers}"
+    more = f"is more than num_hidden_layers {layers}"
+    yield away <= layers, "activations.cpu_offload_layers", more
+    yield s.activations.recompute_num_layers <= layers, "activations.recompute_num_layers", more
     start, end = s.precision.num_layers_at_start_in_bf16, s.precision.num_layers_at_end_in_bf16
     field = f"precision.num_layers_at_{'start' if start > layers else 'end'}_in_bf16"
     rule = f"makes {start + end} layers in bf16, of num_hidden_layers {layers}"

@@ -44,8 +44,11 @@ LOSSES = ("full", "vocab_parallel", "chunked")
 """What the column `loss` says of a strategy's."""
 TILE = 8192
 """Tokens of a tile of a chunked loss, where the source does not say: memory no longer depends on it."""
-FEW = re.compile(r"full\(block,(\d+) layers\)")
-"""Note of Megatron's recompute_method block with recompute_num_layers."""
+SOME = re.compile(
+    r"\bblock\b[^;]{0,40}?\b(\d+) (?:of \d+ )?layers"
+    r"|\bblock\b.*?recompute[_-]num[_-]layers[ =:]*(\d+)|recompute[_-]num[_-]layers[ =:]*(\d+).*?\bblock\b"
+)
+"""Notes of Megatron's recompute_method block with recompute_num_layers."""
 T = TypeVar("T")
 
 
@@ -229,9 +232,9 @@ def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations,
     out."""
     tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
     recompute, told = row["recompute"], []
-    if recompute == "full" and _few(row):
+    some = _some(row)
+    if recompute == "full" and some == 0:
         recompute = "none"
-        told.append("full recompute of a few layers: simulated as none")
     away = 0.0
     if row.get("activation_offload", "") not in (*UNKNOWN, "none", "boundaries"):
         away = number(row, "activation_offload") or 0.0
@@ -246,7 +249,7 @@ def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations,
         layers = round(away * model.num_hidden_layers)
         return Activations(recompute="none", layer_inputs=tier, cpu_offload_layers=layers), tuple(told)
     if recompute == "full":
-        return Activations(recompute="full", layer_inputs=tier), tuple(told)
+        return Activations(layer_inputs=tier, recompute_num_layers=some or 0), tuple(told)
     own = bool(stack.recompute.selective or stack.recompute.kept)
     if recompute == "selective" and own:
         return Activations(recompute="selective", layer_inputs=tier), tuple(told)
@@ -262,10 +265,10 @@ def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations,
     return Activations(recompute="selective", modules=modules, layer_inputs=tier), tuple(told)
 
 
-def _few(row: Row) -> bool:
-    """Whether fewer than half of the layers are recomputed (FEW)."""
-    found, layers = FEW.search(row.get("notes", "").lower()), count(row, "num_layers")
-    return bool(found and layers and int(found.group(1)) * (count(row, "pp") or 1) < layers / 2)
+def _some(row: Row) -> int | None:
+    """Layers of each model chunk that are recomputed, where notes say so (SOME)."""
+    found = SOME.search(row.get("notes", "").lower())
+    return int(next(filter(None, found.groups()))) if found else None
 
 
 def _overlap(row: Row) -> Overlap:

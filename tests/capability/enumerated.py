@@ -26,6 +26,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "strategy.activations.modules": (("core_attn",), ("layernorm", "moe"), ("mlp",), ("moe_act",)),
     "strategy.activations.save_ops": (("q_proj",), ("attention_core", "dispatch")),
     "strategy.activations.host_budget": (0, 1 << 14),
+    "strategy.activations.recompute_num_layers": (0, 1),
     "strategy.pipeline.layers": ((1, 3), (2, 2), (1, 1, 1, 1)),
     "strategy.optimizer.host_fraction": (0.0, 0.5, 1.0),
     "strategy.optimizer.bucket_params": (100_000, 100_000_000),

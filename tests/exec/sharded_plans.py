@@ -34,7 +34,10 @@ def two() -> dict[str, Plan]:
         "tensors, offloaded": make(**TENSORS, recompute="full", micro_batch=2, offload=True),
         "tensors, biased": make(BIASED, **TENSORS),
         "stages in turn": make(
-            msgspec.structs.replace(MODEL, num_hidden_layers=5), **IN_TURN, recompute="full"
+            msgspec.structs.replace(MODEL, num_hidden_layers=5),
+            **IN_TURN,
+            recompute="full",
+            recompute_num_layers=1,
         ),
     }
 

@@ -64,6 +64,7 @@ DEMO = [
     fsdp2(2, expert_parallel=2, loss="chunked", dtype="float32"),
     fsdp2(2, context_parallel=2, offload=True, loss="chunked", loss_chunk_tokens=512),
     fsdp2(2, expert_parallel=2, recompute="none"),
+    fsdp2(2, expert_parallel=2, recompute_num_layers=1),
     changed(
         fsdp2(2, expert_parallel=2), activations={"recompute": "selective", "modules": ("core_attn", "moe")}
     ),
@@ -106,6 +107,7 @@ DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
 TWO, STAGES = {"tensor_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}
 IN_TURN = {**STAGES, "virtual_stages": 2, "model": DEEP}
 FULL, HOST = {"recompute": "full"}, {"recompute": "full", "offload_inputs": True}
+SOME = {"recompute": "full", "recompute_num_layers": 1, "model": DEEP}
 
 
 def _kept(*names: str) -> dict[str, Any]:
@@ -164,6 +166,10 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "halves with sinks": (2, HALVES | {"model": SINKS}),
     "stages in turn, inputs on the host": (2, IN_TURN | HOST),
     "stages in turn of tensors": (4, IN_TURN | TWO),
+    "some layers again, of tensors": (2, TWO | SOME | {"recompute_num_layers": 3}),
+    "some layers again, of stages in turn": (2, IN_TURN | SOME),
+    "some layers again, in halves": (2, HALVES | SOME | {"recompute_num_layers": 2}),
+    "some layers again, without MTP": (2, FULL | {"model": MTP, "recompute_num_layers": 1}),
 }  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
             "recompute": recompute,
             "modules": draw.sample([*MODULES, *COMPONENTS], 3) if recompute == "selective" else [],
             "save_ops": draw.sample(KEPT, 2) if recompute == "full" and draw.random() < 0.2 else [],
+            "recompute_num_layers": pick([0, 0, 1]) if recompute == "full" else 0,
             "layer_inputs": pick(["device", "host"]), "host_budget": pick([0, 100_000]),
             "cpu_offload_layers": pick([0, 0, 0, 2]),
         },

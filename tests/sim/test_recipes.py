@@ -215,12 +215,22 @@ def test_a_cell_of_the_table_wins_over_every_rule() -> None:
     assert found.program().kernels.loss == "composed"
 
 
-def test_recompute_of_a_few_layers_is_none() -> None:
-    few = bridge("llama3_8b", "h100-sxm-80g", "recompute only in part: full(block,5 layers)", precision="fp8")
-    found = read_case(few, MODELS)
-    assert found.strategy.activations.recompute == "none"
-    assert "full recompute of a few layers: simulated as none" in found.approximations
-    assert read_case({**few, "notes": ""}, MODELS).strategy.activations.recompute == "full"
+@pytest.mark.parametrize(
+    ("notes", "layers"),
+    [
+        ("recompute only in part: full(block,5 layers)", 5),
+        ("recompute method block, recompute_num_layers 12", 12),
+        ("recompute_num_layers=3 (method block)", 3),
+        ("recompute method uniform, recompute_num_layers 1", 0),
+        ("", 0),
+    ],
+)
+def test_recompute_of_some_layers(notes: str, layers: int) -> None:
+    said = bridge("llama3_8b", "h100-sxm-80g", notes, precision="fp8")
+    found = read_case(said, MODELS).strategy.activations
+    assert (found.recompute, found.recompute_num_layers) == ("full", layers)
+    none = bridge("llama3_8b", "h100-sxm-80g", "full/block with 0 layers", precision="fp8")
+    assert read_case(none, MODELS).strategy.activations.recompute == "none"
 
 
 def test_layouts_hold_the_whole_network() -> None:
