@@ -16,7 +16,6 @@ from mopexec.operators.rope import Positions, rotate_
 from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.operators.temperature import temper_
 from mopexec.operators.ulysses import SequenceExchange, project_backward
-from mopsim.spec.layout import SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -207,7 +206,7 @@ class AttentionBlock:
         merged = self.exchange.merge(packed, heads)
         weight = weights[f"attention.{name}_proj.weight"]
         if self.spec.qk_norm == "head":
-            for start, stop in row_slices(merged.shape[0], 0 if kernels.NOW.norm else SLICE_ROWS):
+            for start, stop in row_slices(merged.shape[0], 0 if kernels.NOW.norm else None):
                 before = self._by_head(hidden[start:stop] @ weight.t())
                 part = self._by_head(merged[start:stop])
                 rms_norm_backward_(

@@ -26,7 +26,7 @@ from mopexec.operators.routes import RoutePlanner, Routes
 from mopexec.operators.rows import row_slices
 from mopexec.operators.ungated import ungated_of
 from mopexec.operators.weighted_inputs import spread_backward
-from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
+from mopsim.spec.layout import FUSED_ROWS
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -265,7 +265,7 @@ class MoEBlock:
             rows, of_weights = returned.rows.take_weighted()
             if not kernels.NOW.rows and not inputs_weighted:
                 own.copy_(of_weights.index_select(0, inverse).view(own.shape))
-        for start, stop in row_slices(target.shape[0], FUSED_ROWS if kernels.NOW.rows else SLICE_ROWS):
+        for start, stop in row_slices(target.shape[0], FUSED_ROWS if kernels.NOW.rows else None):
             hidden = None
             if inputs_weighted:
                 with component("router"):

@@ -24,7 +24,7 @@ from mopexec.operators.router import (
 )
 from mopexec.operators.router_losses import RouterLosses
 from mopexec.operators.rows import add_matmul, row_slices
-from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
+from mopsim.spec.layout import FUSED_ROWS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routing_counts
 from mopsim.spec.strategy import Experts
@@ -111,7 +111,7 @@ class RoutePlanner:
         """
         with component("router"):
             found: list[Tensor] = []
-            for start, stop in row_slices(x.shape[0], 0 if kernels.NOW.router else SLICE_ROWS):
+            for start, stop in row_slices(x.shape[0], 0 if kernels.NOW.router else None):
                 hidden = self.norms.forward(x[start:stop], weights, "ffn_norm")
                 logits, chosen = router_logits(hidden, weights), experts[start:stop]
                 del hidden
@@ -134,7 +134,7 @@ class RoutePlanner:
         with component("router"):
             router = weights["moe.router.weight"].to(wide(x.dtype))
             shares = self.losses.shares(experts, router.t())
-            for start, stop in row_slices(x.shape[0], FUSED_ROWS if kernels.NOW.router else SLICE_ROWS):
+            for start, stop in row_slices(x.shape[0], FUSED_ROWS if kernels.NOW.router else None):
                 rows = slice(start, stop)
                 hidden = self.norms.forward(x[rows], weights, "ffn_norm")
                 logits = router_logits(hidden, weights)

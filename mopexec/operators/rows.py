@@ -12,9 +12,9 @@ from mopsim.spec import layout
 from mopsim.spec.layout import SLICE_ROWS
 
 
-def row_slices(num_rows: int, most: int = SLICE_ROWS) -> list[tuple[int, int]]:
-    """[start, stop) slices of at most `most` rows; 0: all at once."""
-    return layout.token_slices(num_rows, most)
+def row_slices(num_rows: int, most: int | None = None) -> list[tuple[int, int]]:
+    """[start, stop) slices of at most `most` rows, of SLICE_ROWS where not given; 0: all at once."""
+    return layout.token_slices(num_rows, SLICE_ROWS if most is None else most)
 
 
 def add_matmul(target: Tensor, left: Tensor, right: Tensor) -> None:

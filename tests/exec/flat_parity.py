@@ -259,6 +259,7 @@ def fail(platform: Platform, plan: Plan) -> str:
 def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: int) -> dict[str, float]:
     """`compare` with element-wise work cut into slices of `num_rows` rows."""
     whole, rows.SLICE_ROWS = rows.SLICE_ROWS, num_rows
+    assert len(rows.row_slices(2 * num_rows)) == 2
     try:
         return compare(platform, plan, routing)
     finally:

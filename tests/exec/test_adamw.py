@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 
+from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.contents import layer_contents
 from mopexec.flat.units import Unit
 from mopexec.model import Transformer
 from mopexec.modules.optimizer import Shard, ShardedAdamW
+from mopexec.modules.slices import Block
+from mopexec.modules.zero1 import make_buffer
 from mopexec.operators.adamw import decays, groups, runs
 from mopsim.spec.training import TrainSpec
 from tests.exec.flat_parity import decay_groups
@@ -44,7 +47,6 @@ def test_runs_cover_a_slice_in_order():
 
 def test_a_units_shards_know_what_does_not_decay():
     """Over the ranks it is what the parameters of the unit that do not decay hold."""
-    from mopexec.distributed.mesh import Group
     from mopsim.spec.strategy import Precision
 
     model = spec(**ALL)
@@ -59,6 +61,25 @@ def test_a_units_shards_know_what_does_not_decay():
         for name, view in contents.views(flat).items():
             view.fill_(not decays(name))
         assert places == set(flat.nonzero().flatten().tolist())
+
+
+def test_a_buffers_parts_know_what_does_not_decay():
+    """Over the ranks it is what the parameters of the buffer that do not decay hold."""
+    shapes = {"a.weight": (7, 5), "norm.weight": (9,), "b.weight": (4, 11), "b.bias": (30,), "c.weight": (3,)}
+    blocks = {name: Block("whole", shape, (0,) * len(shape), shape) for name, shape in shapes.items()}
+    for size in (1, 2, 3, 5):
+        places = set()
+        for place in range(size):
+            groups = None, Group(tuple(range(size)), place, None), Group((place,), 0, None)
+            buffer = make_buffer("whole", blocks, groups, (torch.float32,) * 2, CPU, trained=True)
+            first = place * buffer.values.numel() // size
+            size_of_part = buffer.part(buffer.values).numel()
+            assert all(0 <= low < high <= size_of_part for low, high in buffer.undecayed)
+            places |= {first + at for low, high in buffer.undecayed for at in range(low, high)}
+        kept = torch.zeros_like(buffer.values)
+        for name in shapes:
+            buffer.view(kept, name).fill_(not decays(name))
+        assert places == set(kept.nonzero().flatten().tolist())
 
 
 def test_a_buffers_shard_decays_where_its_parameters_do():

@@ -2,22 +2,28 @@
 nothing moves; the peak of the dispatch against standard expert parallelism and against the plan.
 """
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from mopexec.check import dry_run
+from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
+from mopexec.operators.least_loaded import _slots, placed
 from mopexec.run.apply import build
 from mopsim.engine import simulate
+from mopsim.spec.placement import least_loaded
 from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Experts
 from tests.exec.flat_plans import make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_FOUR, ALL_TWO, TOLERANCE
 from tests.sim.toys import machine, small
 
+CPU = Platform(torch.device("cpu"))
 MOVING: dict[str, Any] = {"balance": "least_loaded", "min_rows": 1}
 PARTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "two ranks, everything": (2, ALL_TWO, 2),
@@ -43,6 +49,34 @@ def test_it_equals_the_single_device_model(name: str, routing: str, dtype: str) 
     plan = make_plan(world, moving(base), dtype=dtype, micro_batch=micro_batch, training=stated)
     for worst in pool(world).run("tests.exec.flat_parity", "compare", plan, how):
         assert max(worst.values()) <= TOLERANCE[dtype], worst
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_rank_gets_the_rows_that_are_placed_with_it(seed: int) -> None:
+    """Over all chunks, however a chunk's routes are spread; and what one sends another receives."""
+    draw, size, experts, chunks = random.Random(seed), 4, 8, 5
+    counts = [
+        [[draw.choice([0, 1, 3, 40 * (e == 2)]) for e in range(experts)] for _ in range(chunks)]
+        for _ in range(size)
+    ]
+    how = Experts(expert_parallel=size, balance="least_loaded", min_rows=1, capacity=1.0)
+    totals = [sum(counts[r][i][e] for r in range(size) for i in range(chunks)) for e in range(experts)]
+    placement = least_loaded(totals, size, how.capacity, how.min_rows, how.threshold)
+    found = [placed(counts, Group(tuple(range(size)), place, None), how, CPU) for place in range(size)]
+    slots = _slots(placement, experts // size, size)
+    for place, of in enumerate(found):
+        assert of is not None
+        send, receive, arrived, _ = of
+        assert arrived.tolist() == receive
+        for e in range(experts):
+            _, slot = slots.get((place, e), (place, None))
+            rows = 0 if slot is None else sum(part[r][slot] for part in receive for r in range(size))
+            assert rows == placement.rows[place].get(e, 0)
+        width = len(send[0]) // size
+        for other, theirs in enumerate(found):
+            assert theirs is not None
+            for i in range(chunks):
+                assert send[i][other * width : (other + 1) * width] == theirs[1][i][place]
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 5])

@@ -23,6 +23,8 @@ def test_every_share_is_kept_over_the_run_by_the_index_alone(weights):
     found = [shares.place(index) for index in range(count)]
     assert found[40_000:40_100] == [SourceOrder(weights).place(index) for index in range(40_000, 40_100)]
     seen = Counter[int]()
+    due = [(earlier + 0.5) * sum(weights) / weights[source] for source, earlier in found]
+    assert all(later > due[place] - 1e-6 for place, later in enumerate(due[1:]))
     for index, (source, earlier) in enumerate(found, start=1):
         assert earlier == seen[source]
         seen[source] += 1
@@ -30,6 +32,17 @@ def test_every_share_is_kept_over_the_run_by_the_index_alone(weights):
             for place, weight in enumerate(weights):
                 due = index * weight / sum(weights)
                 assert abs(seen[place] - due) <= 1 + len(weights) / 2 * weight / sum(weights)
+
+
+def test_sources_of_one_size_and_epochs_have_orders_of_their_own(tmp_path):
+    """Else windows at one place of two sources would always come together."""
+    for place in range(3):
+        np.save(tmp_path / f"{place}.npy", np.full(2000, place))
+    lines = "".join(f"- {{path: {place}.npy}}\n" for place in range(3))
+    (tmp_path / "mix.yaml").write_text(f"sources:\n{lines}")
+    dataset = data.TokenDataset(prepared(tmp_path / "mix.yaml", 300, tmp_path / "cache"), 8, 0)
+    orders = {tuple(part.order(epoch).tolist()) for part in dataset.parts for epoch in range(2)}
+    assert len(orders) == 6
 
 
 def test_a_source_is_permuted_once_an_epoch(tmp_path, monkeypatch):

@@ -99,6 +99,18 @@ def test_the_end_of_a_step_does_not_wait_for_the_update_beside_the_next() -> Non
         assert order.clock("d2h").get("state_d2h", 0) < before
 
 
+def test_a_state_is_that_after_the_update_beside_the_next_forward() -> None:
+    """The host, which writes it, has waited for all of the update and for what goes back."""
+    plan = make_plan(2, CASES["beside"], dtype="float32", training={"global_batch": 2})
+    order = Order()
+    with fake_world(2, 0), watched(order) as platform:
+        runner = build(plan, platform, routing="profile")
+        runner.step([replace(batch, num_targets=1) for batch in _batches(plan, platform)])
+        runner.state_dict()
+        for actor in ("update", "state_h2d", "state_d2h"):
+            assert order.clock(HOST_ACTOR)[actor] == order.clock(actor)[actor] > 0
+
+
 def _layers(skip: Site | None = None) -> list[Site]:
     """Two layers of torch modules that keep their inputs on the host; where they waited."""
     order, weight = Order(skip), torch.ones(4, 4, requires_grad=True)
