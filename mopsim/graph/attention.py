@@ -124,8 +124,9 @@ def _gqa(model: ModelSpec, shapes: Shapes, rotates: bool) -> tuple[list[Kernel],
 
 
 def _rotations(pairs: list[tuple[str, Value]], shapes: Shapes) -> list[Kernel]:
-    """Of queries and keys, (source, result) of each. fused: in one kernel, but where products are apart."""
-    if shapes.fused and not shapes.separate:
+    """Of queries and keys, (source, result) of each. fused: in one kernel, unless it turns them
+    one after the other."""
+    if shapes.fused and not shapes.rotates_apart:
         results = tuple(out for _, out in pairs)
         moved = 2 * sum(out.bytes for out in results)
         sources = tuple(source for source, _ in pairs)

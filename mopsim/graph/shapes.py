@@ -24,7 +24,7 @@ class Shapes(Struct, frozen=True):
     beside those that it returns, as flash kernels for GPUs do, which take half precision. packed: a sequence
     is of documents that attention does not cross, whether or not it is known how long they are. by_rows: it
     runs block by block of query rows, with all heads that share keys in one product. unfused: see
-    Kernels.attention. by_token: see Kernels.scan_rows.
+    Kernels.attention. by_token: see Kernels.scan_rows. rotates_apart: see Kernels.rotations.
     """
 
     tokens: int
@@ -49,6 +49,7 @@ class Shapes(Struct, frozen=True):
     by_rows: bool = False
     unfused: bool = False
     by_token: bool = False
+    rotates_apart: bool = False
 
     @property
     def region_tokens(self) -> int:

@@ -384,7 +384,7 @@ def make_context(
         strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
         documents=training.own_document, packed=training.attention_mask == "document",
         accumulates=b <= 2 and stack.attention != "cpu", by_rows=running.attention == "rows",
-        unfused=running.attention == "unfused",
+        unfused=running.attention == "unfused", rotates_apart=running.kernels.rotations == "apart",
     )  # fmt: skip
     return Context(
         model, strategy, training, running,

@@ -177,7 +177,7 @@ class Passes:
         made = {value.name for kernel in kernels for value in kernel.writes}
         run = {"", *(kernel.name for kernel in kernels)}
         frames = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
-        kernels = norms_after(kernels) if c.stack.host.frames else kernels  # before the next product
+        kernels = norms_after(kernels) if c.stack.kernels.qk_norms == "in_turn" else kernels
         kernels = shared_stay(kernels) if c.weaves or "router" in c.stack.host.graphs else kernels
         kernels = roomy(kernels, c) if routes and c.rows_room else kernels
         tape, ways = replace(tape, kernels=kernels, held=frames), c.stack.kernels

@@ -67,9 +67,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         most = (run.expert_padding == "fresh") * context.tokens * strategy.experts.expert_parallel
         kernels = padded_to_busiest(kernels, context.own_experts, most)
     kernels = weights_stacked(kernels, context.b) if run.expert_weights == "stacked" else kernels
-    if run.gate_up == "separate":
-        fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
-        kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
+    turned, gates = run.rotary == "fused" and run.rotations == "apart", run.gate_up == "separate"
+    fused = {"gated": gates and run.activation == "fused", "experts_gated": gates and model.swiglu_limit > 0}
+    kernels = rows_fused(kernels, turned, [name for name, one in fused.items() if one])
     if context.rooms and run.expert_masks and not strategy.experts.sends_once:
         kernels = by_masks(kernels, context.rooms, context.b)
     kernels = heads_apart(kernels, run.grouped_heads == "repeated", _laid_out(context))
@@ -78,7 +78,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         del ways["expert_rows"]
         kernels = gated_within(kernels)
     found = composed(kernels, ways, context.b, context.wide, wings, layernorm, strategy.experts.sends_once)
-    if run.rotary == "wide" or (run.rotary == "fused" and run.gate_up == "separate"):
+    if run.rotary == "wide" or turned:
         found = sliced(found, model.rotary_dim / model.head_dim, model.rope_interleave)
     found = clamps_apart(found) if ways.get("clamped_gate") == "apart" else found
     if run.sinks == "composed" and model.attention_sinks:

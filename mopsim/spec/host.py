@@ -59,8 +59,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     logs: values that the program counts and reads at the end of a step for its log alone. `zeros`: the
     number of gradients that are zero. `params_norm`: the norm of the parameters.
     frames: variables of a layer's Python frame (residual stream, norm's output, sum of routes) live until
-    the layer has run, that of attention's norm until queries and keys are made. These are normed one by one,
-    each before the next product.
+    the layer has run, that of attention's norm until queries and keys are made.
     graphs: components whose kernels CUDA graphs replay. `step`: one graph of the whole step.
     """
 

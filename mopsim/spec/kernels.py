@@ -47,6 +47,12 @@ class Kernels(Spec, frozen=True, kw_only=True):
     (Transformer Engine). `composed`: products of complex numbers in eager torch. `halves`: products of
     halves in eager torch. `wide`: as `halves`, in fp32. `upcast`: so on copies in fp32. `gathered`: as
     `halves`, on tables of a microbatch's positions that each layer gathers and keeps.
+    rotations: of queries and keys that one product makes. `together`: in one kernel. `apart`: in
+    one each.
+    rotary_tables: sines and cosines that a program keeps. `positions`: of a sequence's positions.
+    `sequences`: where documents are packed, a table for each sequence of a microbatch, as they restart.
+    qk_norms: when queries and keys are normed. `together`: once all are made. `in_turn`: each before the
+    next product.
     activation: `fused`: one kernel. `composed`: kernels as eager torch composes them. `strided`: as torch
     composes it on halves of one tensor. `tanh`: as `composed`, and without a gate GELU's tanh form operation
     by operation, of which most results are kept (transformers' gelu_new). `tanh_wide`: so in fp32, as
@@ -231,6 +237,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     norm_within: tuple[Normed, ...] = ()
     head_norms: Literal["fused", "summed"] = "fused"
     rotary: Literal["fused", "by_token", "composed", "halves", "wide", "upcast", "gathered"] = "fused"
+    rotations: Literal["together", "apart"] = "together"
+    rotary_tables: Literal["positions", "sequences"] = "positions"
+    qk_norms: Literal["together", "in_turn"] = "together"
     activation: Literal["fused", "composed", "strided", "tanh", "tanh_wide"] = "fused"
     residual: Literal["fused", "composed", "routed"] = "fused"
     stream: Literal["compute", "float32"] = "compute"

@@ -108,9 +108,15 @@ def _unsaid(data: Any) -> Any:
     found, unsaid = dict(data), _NAMES["unsaid"]
     if _entry(data, "sharding", "copies") is True:
         found["sharding"] = {**unsaid["copies"], **data["sharding"]}
+    separate = _entry(data, "kernels", "gate_up") == "separate"
+    frames = _entry(data, "host", "frames") is True
+    ways = unsaid["kernels"] | (unsaid["separate"] if separate else {}) | (unsaid["frames"] if frames else {})
+    for section in ("kernels", "cpu"):
+        if isinstance(given := data.get(section), dict):
+            found[section] = {**ways, **given}
     attention = _entry(data, "kernels", "attention")
     if isinstance(attention, dict) and attention.get("default") == "flash2":
-        found["kernels"] = {**data["kernels"], "attention": {**unsaid["flash2"], **attention}}
+        found["kernels"]["attention"] = {**unsaid["flash2"], **attention}
     return found
 
 

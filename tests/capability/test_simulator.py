@@ -309,7 +309,8 @@ def left_to_the_stack() -> dict[str, Job]:
     interleaved pipeline; gradients as narrow as the products; FSDP's groups without copies; rows that
     HybridEP brings; heads' norms; a weight that embedding and head share; layers that are turns of a loop,
     and experts of a fixed room; rotary embeddings by torch; values that are narrower than keys; attention
-    scores that are kept; compiled layers in copies; two sequences whose rows a scan takes.
+    scores that are kept; compiled layers in copies; two sequences whose rows a scan takes, and two of packed
+    documents whose queries and keys are normed and rotated.
     """
     job, linear = JOBS["megatron"], JOBS["megatron, linear"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -380,6 +381,12 @@ def left_to_the_stack() -> dict[str, Job]:
         ),
         "by torch": replace(job, stack=structs.replace(job.software, kernels=Kernels(rotary="halves"))),
         "rows to scan": replace(linear, strategy=structs.replace(linear.strategy, micro_batch=2)),
+        "turned apart": replace(
+            JOBS["fsdp2, tensor"],
+            model=structs.replace(job.model, qk_norm="head"),
+            strategy=fsdp2(8, tensor_parallel=2, micro_batch=2),
+            training=structs.replace(whole.training, attention_mask="document"),
+        ),
         "scores": replace(
             job, stack=structs.replace(job.software, kernels=Kernels(attention={"default": "scores"}))
         ),
