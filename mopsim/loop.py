@@ -142,13 +142,12 @@ def run(out: str, seed: int, steps: int, json: str | None = None) -> None:
     console.print("The closed loop on this machine", style="bold")
     started = time.perf_counter()
     report = _loop(loop)
+    console.print(result_table(report))
+    console.print(f"{report.warning()}{report.verdict()}")
     with loop.stage("write the report"), whole_directory(folder) as aside:
         write_demo(aside, report)
-    console.print(result_table(report))
-    console.print(
-        f"{report.warning()}{report.verdict()}\nReport: {folder / 'index.md'} and index.html, "
-        f"{time.perf_counter() - started:.0f} s in all"
-    )
+    seconds = time.perf_counter() - started
+    console.print(f"Report: {folder / 'index.md'} and index.html, {seconds:.0f} s in all")
     if json:
         io.write_json(json, report.to_json())
 

@@ -34,10 +34,8 @@ def run(
         software = load_stack(stack, "--stack")
         given = [on_stack(one, software) for one in given]
     result = calibrate(known, given)
-    io.write_yaml(Path(out), result.profile)
     console = human(json)
     console.print(residuals(result))
-    console.print(f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}")
     for name, ends in result.intervals.items():
         said = " to ".join(f"{end - 1:+.0%}" for end in ends)
         console.print(f"90 % of further runs on {name}: {said} of the prediction")
@@ -48,6 +46,8 @@ def run(
             console.print(_routed(one, peak))
         if one.disturbances or one.resumed:
             console.print(_apart(one))
+    io.write_yaml(Path(out), result.profile)
+    console.print(f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}")
     if json:
         io.write_json(json, result.to_json())
 

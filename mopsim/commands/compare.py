@@ -23,7 +23,8 @@ _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
 
 
 def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: str | None, **job: Any) -> int:
-    """Compare, show, write the report into `out` if asked. Returns the exit code: 3 where nothing fits."""
+    """Compare, show, then write the report into `out` if asked: a full disk loses no result. Returns the exit
+    code: 3 where nothing fits."""
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
     kinds = read_formats(formats)
@@ -38,17 +39,17 @@ def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: st
     except NoStrategyError as error:
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS
-    command = as_typed("mopsim")
-    with io.json_beside(json, found.to_json(command) if json else None), writing(console, out):
-        written = found.write(out, command, kinds) if out else []
     level, refused = found.inputs.interval, list(found.refused.values())
     results = list(found.results.values())
     console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))
     if found.sweep:
         console.print(swept_table(found.sweep, level, refused))
     console.print(points(found.headline().splitlines()))
-    say_written(console, *map(str, written))
     say_notes(console, found.notes)
+    command = as_typed("mopsim")
+    with io.json_beside(json, found.to_json(command) if json else None), writing(console, out):
+        written = found.write(out, command, kinds) if out else []
+    say_written(console, *map(str, written))
     return 0 if found.any_fits else NOTHING_FITS
 
 

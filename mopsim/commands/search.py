@@ -68,9 +68,9 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
         console.print(line, style="dim")
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {reason}", style="dim")
+    _write(console, ranking, plan, seal)
     if json:
         io.write_json(json, ranking.to_json())
-    _write(console, ranking, plan, seal)
     say_written(console, json)
     return 0 if ranking.best else NOTHING_FITS
 

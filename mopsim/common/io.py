@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -12,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
+from mopsim.common.aside import aside
 from mopsim.common.errors import MopError, Rule, Rules, SpecError
 from mopsim.common.explain import explain
 from mopsim.common.outputs import check_place, real_path
@@ -202,24 +202,21 @@ def _aside(path: Path, content: bytes) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_place(path)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except (FileExistsError, NotADirectoryError):
         raise MopError(f"{path}: its parent is a file, not a directory") from None
     except OSError as error:
         raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException as error:  # an interruption too
-        Path(aside).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
-        raise
+        with aside(path) as beside:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield
+            beside.chmod(0o644)
+            beside.replace(path)
+    except OSError as error:
+        raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_yaml(path: Path, spec: Any) -> None:
@@ -235,11 +232,15 @@ def write_json(path: str, value: Any) -> None:
 
 @contextmanager
 def json_beside(path: str | None, value: Any) -> Iterator[None]:
-    """As `write_json`, once the body has written what belongs to it: both are there, or none. path: None for
-    no JSON."""
+    """As `write_json`, once the body has written what belongs to it: both files are there, or none. Standard
+    output has the JSON even where the body cannot write. path: None for no JSON."""
     text = "" if path is None else as_json(value, indent=2) + "\n"
     if path in (None, "-"):
-        yield
+        try:
+            yield
+        except MopError:
+            print(text, end="", flush=True)
+            raise
         print(text, end="", flush=True)
         return
     with _aside(Path(path), text.encode()):

@@ -1,7 +1,6 @@
 """Where a command writes, checked before it works: an hour of search must not end at a path it cannot use."""
 
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO, cast
 
+from mopsim.common.aside import aside
 from mopsim.common.errors import MopError
 
 STDOUT = "-"
@@ -183,24 +183,22 @@ def whole_directory(folder: Path) -> Iterator[Path]:
     target = real_path(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            yield aside
-            _move(aside, target)
-        except MopError as error:  # of a file of the report: named where it was to be
-            raise MopError(str(error).replace(str(aside), str(folder))) from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with aside(target, directory=True) as beside:
+            try:
+                yield beside
+                _move(beside, target)
+            except MopError as error:  # of a file of the report: named where it was to be
+                raise MopError(str(error).replace(str(beside), str(folder))) from None
     except OSError as error:
         raise MopError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def _move(aside: Path, target: Path) -> None:
+def _move(beside: Path, target: Path) -> None:
     if not target.exists():
-        aside.chmod(0o755)
-        aside.rename(target)
+        beside.chmod(0o755)
+        beside.rename(target)
         return
-    places = {path: target / path.relative_to(aside) for path in sorted(aside.rglob("*"))}
+    places = {path: target / path.relative_to(beside) for path in sorted(beside.rglob("*"))}
     for path, place in places.items():
         if path.is_file():
             check_place(place)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from mopsim.common import io
+from mopsim.common.aside import aside
 from mopsim.common.errors import MopError
 from mopsim.common.io import as_json, write_json, write_text
 from mopsim.common.outputs import whole_directory
@@ -72,6 +74,75 @@ def test_an_earlier_report_stays_until_the_new_one_is_done(tmp_path: Path) -> No
         "out/a.md", "out/mine.txt", "out/parts/b.md",
     }  # fmt: skip
     assert (out / "a.md").read_text() == "new"
+
+
+def _leave(folder: Path, what: str) -> None:
+    """Another program writes there, and is killed."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mopsim.common.aside import aside\n"
+        f"with aside(Path({str(folder / what)!r}), directory={what == 'c'}) as place:\n"
+        "    (place / 'x' if place.is_dir() else place).write_text('half')\n"
+        "    print('writing', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"writing\n"
+        before = {*folder.iterdir()}
+        with aside(folder / what, directory=what == "c"):
+            assert before < {*folder.iterdir()}, "what another one writes stays"
+    assert other.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("what", ["c", "r.json"])
+def test_what_a_killed_program_left_is_removed(tmp_path: Path, what: str) -> None:
+    mine = [tmp_path / name for name in (f".{what}.settings", f".{what}.0123abcd", ".x.json.0123abcd.part")]
+    for path in mine:
+        path.write_text("mine")
+    _leave(tmp_path, what)
+    (left,) = {*tmp_path.glob(".*")} - {*mine}
+    assert left.name.startswith(f".{what}.")
+    with aside(tmp_path / what, directory=what == "c") as place:
+        assert {*tmp_path.glob(".*")} == {*mine, place}
+    assert {*tmp_path.iterdir()} == {*mine}
+
+
+def test_a_long_name_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 120 + ".json")
+    for _ in range(2):
+        write_text(path, "new")
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+JOB = "--model tiny --hardware cpu-2core --seq-len 512 --global-batch 4 --strategy fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "lost"),
+    [
+        (f"simulate {JOB} --trace t.json", "P(fits): the probability", "t.json"),
+        (f"compare {JOB} --budget 2 --out c", "P(fits): the probability", "c/memory.png"),
+        (f"compare {JOB} --budget 2 --out c --json -", '"strategies"', "c/memory.png"),
+    ],
+)
+def test_a_full_disk_loses_no_result(tmp_path: Path, command: str, said: str, lost: str) -> None:
+    """Files of 3,000 bytes at most."""
+    limited = (
+        "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (3000, 3000)); from mopsim.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stdout
+    assert done.stderr.splitlines()[-1].endswith(f"{lost}: cannot be written: File too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
