@@ -15,10 +15,11 @@ from mopsim.report.timeline import timeline_plot
 
 
 def memory_figure(path: Path, results: Mapping[str, SimResult], level: float | None = None) -> None:
-    """Memory at the peak by category, with the limit; the title says who fits. level: of an interval that is
+    """Memory at the peak by category, with the limit; the title says who fits, the bars what
+    lies on the host beside it. level: of an interval that is
     drawn over each bar."""
     lost = [label for label, result in results.items() if not result.fits]
-    title = f"Peak memory: {', '.join(lost)} over the limit" if lost else _least(results)
+    title = f"Device memory: {', '.join(lost)} over the limit" if lost else _least(results)
     bars = [
         Bar(
             label,
@@ -39,16 +40,17 @@ def _least(results: Mapping[str, SimResult]) -> str:
     peak, label = min((r.peak_memory, label) for label, r in results.items())
     most = max(r.peak_memory for r in results.values())
     return (
-        f"Peak memory: {label} needs the least, {peak / most:.0%} of the largest"
+        f"Device memory: {label} needs the least, {peak / most:.0%} of the largest"
         if len(results) > 1
-        else f"Peak memory of {label}"
+        else f"Device memory of {label} at its peak"
     )
 
 
 def _memory_remark(result: SimResult) -> str:
     if result.fits:
         share = result.peak_memory / result.memory_limit
-        return f"{format_bytes(result.peak_memory)} ({share:.0%} of the limit)"
+        host = f", and {format_bytes(result.host_memory)} of host memory" if result.host_memory else ""
+        return f"{format_bytes(result.peak_memory)} ({share:.0%} of the limit){host}"
     return f"{format_bytes(result.over_bytes)} over: {result.over}"
 
 

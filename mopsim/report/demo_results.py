@@ -15,6 +15,13 @@ from mopsim.spec.plan import LOST, Measurement, Plan
 
 OVERLAP = "p10 to p90 of their steps overlap"
 """Why the order of two is not known."""
+AGREES = {
+    (True, True): "agrees, before and after the pilot runs",
+    (False, True): "agrees after the pilot runs, not before",
+    (True, False): "agreed before calibration, not after the pilot runs",
+    (False, False): "disagrees, before and after the pilot runs",
+}
+"""Whether the probed profile, and that of the pilot runs, say who is faster as measured."""
 BUSY = 1.4
 """p90 of a run's steps over p10 from which its machine is called busy: 1.05 to 1.1 when nothing else runs."""
 
@@ -162,14 +169,14 @@ class DemoReport:
 
     def orders(self) -> list[tuple[str, str, str, str]]:
         """Every pair: who is faster as measured, as predicted by the probed profile and by that of the pilot
-        runs, which have seen neither, and whether the last agrees (or is a tie)."""
+        runs, which have seen neither, and which of the two agrees with the runs (or that these tie)."""
         found = []
         for a, b in combinations(self.contenders, 2):
             measured = min(a, b, key=lambda one: one.measured.step_time_median)
             other = b if measured is a else a
             first = min(a, b, key=lambda one: one.probed.step_time)
             predicted = min(a, b, key=lambda one: one.piloted.step_time)
-            verdict = "agrees" if measured is predicted else "disagrees"
+            verdict = AGREES[measured is first, measured is predicted]
             if not _apart(a, b):
                 verdict = f"too close to tell: {OVERLAP}"
             found.append(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mopexec.measure.quiet import loaded
 from mopsim.loop import BESIDE, Loop
-from mopsim.report.demo_results import OVERLAP, DemoContender, DemoReport
+from mopsim.report.demo_results import AGREES, OVERLAP, DemoContender, DemoReport
 
 
 def run(name: str, others: float) -> Any:
@@ -75,12 +75,35 @@ def test_two_are_too_close_to_tell_where_the_spreads_shown_overlap(
     pair = [contender("mop", 1.0, 1.05, 1.1), contender("fsdp2", *other)]
     found = DemoReport(pair, [], none, none, none, 0, 1, [], {}, "", none, 0)
     ((*_, verdict),) = found.orders()
-    assert verdict == ("agrees" if apart else f"too close to tell: {OVERLAP}")
+    assert verdict == (AGREES[True, True] if apart else f"too close to tell: {OVERLAP}")
     won = "Fastest in these runs, " if found.busy() else "Winner: mop"
     assert found.verdict().startswith(won if apart else "A tie on this machine: mop")
     assert found.verdict().endswith(OVERLAP) is not apart
     found.probed_beside = loaded(0.5, 2, "the profile is")
     assert found.verdict().startswith("Fastest in these runs, " if apart else "A tie on this machine: mop")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.5, 2.0, "agrees after the pilot runs, not before"),
+        (2.0, 0.5, "agreed before calibration, not after the pilot runs"),
+        (0.5, 0.5, "disagrees, before and after the pilot runs"),
+    ],
+)
+def test_a_verdict_tells_both_predictions(before: float, after: float, said: str) -> None:
+    """fsdp2 takes twice as long as mop; so many times by the probed profile, and by that of the pilots."""
+    none: Any = None
+    pair = [contender("mop", 1.0, 1.0, 1.0), contender("fsdp2", 2.0, 2.0, 2.0)]
+    other: Any = pair[1]
+    steps = pair[0].probed.step_time
+    other.probed, other.piloted = (SimpleNamespace(step_time=times * steps) for times in (before, after))
+    found = DemoReport(pair, [], none, none, none, 0, 1, [], {}, "", none, 0)
+    ((order, first, later, verdict),) = found.orders()
+    assert order == "mop before fsdp2"
+    said_first = ["mop" if one > 1 else "fsdp2" for one in (before, after)]
+    assert [first.split()[0], later.split()[0]] == said_first
+    assert verdict == said
 
 
 def test_a_stage_that_takes_long_is_said_without_a_terminal(

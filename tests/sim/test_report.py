@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.units import format_probability
 from mopsim.engine import SimResult
 from mopsim.report import validation
-from mopsim.report.compare import write_compare
+from mopsim.report.compare import memory_figure, write_compare
 from mopsim.report.findings import Results, finding, headline, outcome, software, verdict
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
@@ -60,6 +61,18 @@ def test_compare_writes_pictures_and_pages(results: list[SimResult], tmp_path: P
     assert "mopsim compare ..." in text
     assert all(f"({path.name})" in text for path in written if path.suffix == ".png")
     assert "Lines over the bars: a measured value lies between their ends with probability 90%" in text
+
+
+def test_a_title_of_memory_is_of_the_device_and_bars_tell_the_hosts(
+    results: list[SimResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("mopsim.report.compare.memory_bars", lambda *given: drawn.append(given))
+    some = {name: replace(results[0], host_memory=size) for name, size in (("a", 0), ("b", 2**31))}
+    memory_figure(tmp_path / "memory.png", some)
+    ((_, bars, _, title),) = drawn
+    assert title.startswith("Device memory: a needs the least, 100% of the largest")
+    assert [" of host memory" in bar.remark for bar in bars] == [False, True]
 
 
 def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Presets: every one loads, says what it assumes, and has as many parameters as were published."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -140,3 +142,8 @@ def test_a_network_that_cannot_be_expressed_says_why(name: str, reason: str) -> 
     assert name not in list_models()
     with pytest.raises(MopError, match=f"^model: '{name}' {reason}$"):
         load_model(name)
+
+
+def test_a_directory_of_no_network_is_said_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(MopError, match=r"model: .*: is a directory without a config\.json of Hugging Face"):
+        load_model(tmp_path)

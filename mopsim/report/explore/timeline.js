@@ -21,6 +21,7 @@ function timeline(view) {
   const categories = Object.keys(view.memory.categories);
   const totals = view.memory.times.map((_, index) => categories.reduce((sum, name) => sum + view.memory.categories[name][index], 0));
   const highest = Math.max(1, ...totals, view.limit || 0), unit = unitOf("bytes", [highest]);
+  const names = Math.max(84, 10 + 7.2 * Math.max(...view.streams.map((name) => name.length))); // pixels left of the lanes
   let from = 0, to = end, lane = Math.max(0, view.streams.indexOf("compute")), chosen = -1, width = 0, dragged = null;
 
   const seconds = (value) => told(value, "seconds");
@@ -71,7 +72,7 @@ function timeline(view) {
 
   function draw(now) {
     width = now;
-    const left = width < 480 ? 0 : 84, right = width - 8, rowHeight = left ? 30 : 46, lift = left ? 4 : 18, high = left ? 22 : 24;
+    const left = width < 480 || width < 4 * names ? 0 : names, right = width - 8, rowHeight = left ? 30 : 46, lift = left ? 4 : 18, high = left ? 22 : 24;
     const top = 4, floor = top + lanes.length * rowHeight, memoryTop = floor + 34, memoryFloor = memoryTop + 130, height = memoryFloor + 42;
     const at = (time) => left + ((time - from) / (to - from)) * (right - left);
     const root = svg("svg", { width, height, "aria-hidden": "true" });
