@@ -40,7 +40,7 @@ class UpdatedParameters:
         places = sorted({self.places.pop(name) for name in names if name in self.places})
         found: Ops = ()
         for place in places:
-            if len(self.asked) <= place:
+            while len(self.asked) <= place:
                 self._next(ready)
             found += self.asked[place]
             if self.stage.virtual > 1:

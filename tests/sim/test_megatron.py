@@ -131,10 +131,14 @@ def test_a_ring_hides_behind_long_attention() -> None:
     assert result.exposed.get("send_recv", 0.0) < 0.05 * result.busy["send_recv"]
 
 
-def test_overlapped_gradients_and_parameters_cost_less() -> None:
-    strategy = megatron(8, tensor_parallel=2)
+@pytest.mark.parametrize("mtp", [0, 1, 2])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_overlapped_gradients_and_parameters_cost_less(mtp: int, stages: int) -> None:
+    """Of two MTP layers, both of which come before what the loss needs, the second was not asked for."""
+    strategy = megatron(8, tensor_parallel=2, pipeline_parallel=stages)
     hidden = with_(strategy, overlap=Overlap(grad_reduce=True, param_gather=True))
-    plain, overlapped = (play(deep(), one, 8) for one in (strategy, hidden))
+    model = deep(num_nextn_predict_layers=mtp)
+    plain, overlapped = (play(model, one, 8) for one in (strategy, hidden))
     assert overlapped.step_time < plain.step_time
     for kind in ("reduce_scatter", "all_gather"):
         assert overlapped.busy[kind] == pytest.approx(plain.busy[kind])
