@@ -21,13 +21,13 @@ NOTHING, WHOLE = (0.0, 0.0), (1.0, 0.0)
 @dataclass(frozen=True)
 class Around:
     """What of a job the host's time of layers depends on. hooks: what they add to each component (hooks_of).
-    split: tensor-parallel ranks share the products. kinds: see kinds_of. experts: of a rank;
+    split: see split_of. kinds: see kinds_of. experts: of a rank;
     apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
     is recomputed in part, that part of its forward, and Linears of modules that were measured alone. abreast:
     sequences that go through a layer one by one."""
 
     hooks: host_costs.Costs = field(default_factory=dict)
-    split: bool = False
+    split: host_costs.Costs = field(default_factory=dict)
     kinds: host_costs.Costs = field(default_factory=dict)
     experts: int = 0
     apart: int = 0
@@ -40,7 +40,7 @@ class Around:
     ) -> "Around":
         """Of a job. again: `Passes.again`; woven: see kinds_of."""
         stack = context.stack
-        split = context.strategy.dense.tensor_parallel > 1
+        split = split_of(context.model, stack, context.strategy)
         kinds = kinds_of(context.model, stack, context.strategy, woven=woven)
         measured = stack.host.layers == "transformer_engine"
         found = {
@@ -102,6 +102,29 @@ def kinds_of(
     }
 
 
+def split_of(model: ModelSpec, stack: Stack, strategy: Strategy) -> host_costs.Costs:
+    """Linears that tensor-parallel ranks add to each component of a layer. What DTensor adds to kinds of
+    attention and to experts is known of the modules of `host_costs.EXCHANGED`; a compiler's graph of
+    attention has the same operators of plain tensors."""
+    how, layers = strategy.experts, stack.host.layers
+    if strategy.dense.tensor_parallel == 1 or stack.host.tensor == "plain":
+        return {}
+    if stack.host.tensor == "transformer_engine":
+        return host_costs.TENSOR
+    if layers not in host_costs.EXCHANGED:
+        return host_costs.DTENSOR
+    kinds, found = host_costs.DTENSOR_KINDS, dict(host_costs.DTENSOR)
+    if layers == "functional" and model.kv_lora_rank:
+        found["attention"] = kinds["latent"]
+    elif layers == "functional" and model.qk_norm == "head":
+        found["attention"] = kinds["head_norms"]
+    sends, split = how.expert_parallel > 1, how.expert_tensor_parallel > 1
+    if sends or split:
+        found["experts"] = kinds["exchanged" * sends + "_" * (sends and split) + "split" * split]
+        found["shared_experts"] = kinds["shared_experts"]
+    return found
+
+
 def _of_context(strategy: Strategy) -> list[tuple[float, float]]:
     """What the exchange of a sequence adds."""
     ranks = strategy.attention.context_parallel
@@ -140,7 +163,7 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
         places = tuple(places)
         routed = {given[place].layer for place in places if given[place].component == "experts"}
         places = [place for place in places if given[place].layer in routed]
-    layers = host_costs.LAYER.keys() | around.kinds.keys()
+    layers = host_costs.LAYER.keys() | around.kinds.keys() | around.split.keys()
     passes: dict[tuple[int, int, str], dict[str, list[int]]] = {}
     groups, last = dict[str, list[int]](), (-1, -1, "")
     for place in places:
@@ -172,10 +195,7 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
 
 def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: Around) -> float:
     """What the host does in a pass of a component beside starting the kernels of its ops."""
-    added = {"plain": {}, "transformer_engine": host_costs.TENSOR, "dtensor": host_costs.DTENSOR}[
-        stack.host.tensor
-    ]
-    tensor = added if around.split else {}
+    tensor = around.split
     checkpoint = host_costs.CHECKPOINT if stack.sharding.copies else 0.0
     back = phase == "backward"
     part, alone = around.again.get(component, WHOLE) if phase == "recompute" else WHOLE

@@ -15,12 +15,13 @@ from mopsim.engine import simulate
 from mopsim.graph import host_costs as modules
 from mopsim.program import lower
 from mopsim.program.context import make_context
-from mopsim.program.host_time import kinds_of
+from mopsim.program.host_time import kinds_of, split_of
 from mopsim.program.workload import STREAMS, Workload
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Exchange, Strategy
+from mopsim.spec.strategy import Exchange, Experts, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
 from tests.sim.toys import small
@@ -97,6 +98,36 @@ def test_what_dtensor_adds_is_the_committed_measurement() -> None:
     for component, name in (("attention", "attention"), ("dense_ffn", "dense")):
         found = added[name]["forward"], added[name]["backward"]
         assert modules.DTENSOR[component] == pytest.approx(found, abs=0.5), component
+
+
+def test_what_dtensor_adds_to_kinds_of_layers_is_the_committed_measurement() -> None:
+    added = json.loads((Path(__file__).parents[2] / "reports/host/titan_tensor.json").read_text())["added"]
+    assert added.keys() == modules.DTENSOR_KINDS.keys() | {"attention"}
+    for kind, costs in modules.DTENSOR_KINDS.items():
+        found = added[kind]
+        assert costs == pytest.approx((found["forward"], found["backward"]), abs=0.6), kind
+
+
+def test_tensor_ranks_of_torchtitan_add_to_attention_and_experts_by_kind() -> None:
+    stack, kinds = load_stack("torchtitan"), modules.DTENSOR_KINDS
+
+    def added(model: str, stack: Stack = stack, **experts: int) -> dict[str, tuple[float, float]]:
+        how = fsdp2(8, expert_parallel=experts.get("expert_parallel", 1))
+        dense = replace(how.dense, tensor_parallel=2, fsdp=4)
+        return split_of(load_model(model), stack, replace(how, dense=dense, experts=Experts(**experts)))
+
+    normed = added("qwen3_30b_a3b", expert_parallel=4)
+    assert normed["attention"] == kinds["head_norms"]
+    assert normed["experts"] == kinds["exchanged"]
+    latent = added("deepseek_v3", expert_parallel=2, expert_tensor_parallel=2)
+    assert (latent["attention"], latent["experts"]) == (kinds["latent"], kinds["exchanged_split"])
+    assert added("deepseek_v3", expert_tensor_parallel=2)["experts"] == kinds["split"]
+    compiled = added("qwen3_30b_a3b", replace(stack, host=replace(stack.host, layers="functional_compiled")))
+    assert compiled == modules.DTENSOR
+    assert added("llama3_8b")["attention"] == modules.DTENSOR["attention"]
+    for tensor, found in (("plain", {}), ("transformer_engine", modules.TENSOR)):
+        other = replace(stack, host=replace(stack.host, tensor=tensor))
+        assert added("qwen3_30b_a3b", other, expert_parallel=4) == found
 
 
 def test_what_kinds_of_layers_add_is_the_committed_measurement() -> None:
