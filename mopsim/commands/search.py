@@ -22,6 +22,7 @@ from mopsim.intervals.spread import SURE
 from mopsim.report.tables import best_of_others, comparison, plan_line
 from mopsim.search import SearchResult
 from mopsim.search.miss import nearest_miss
+from mopsim.search.reasons import plain
 
 BRIEF = 1.0
 """Seconds that nobody minds."""
@@ -57,9 +58,9 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
             f"{len(refused)} of {len(ranking.top)} plans are planned only: mopexec does not run them "
             f"(--runnable leaves them out); {exported(refused)}"
         )
-    rate = found.bounded / max(found.bound_seconds, 1e-9)
+    rate = f"{found.bounded / max(found.bound_seconds, 1e-9):,.0f}/s"
     console.print(
-        f"{found.outcome()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
+        f"{found.outcome()}\n{found.candidates:,} candidates: lower bounds of {found.bounded:,} ({rate}), "
         f"{found.simulated} simulated, {found.seconds:.1f} s{more}"
     )
     inputs = ranking.inputs
@@ -67,7 +68,7 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     for line in found.left_out:
         console.print(line, style="dim")
     for reason, count in found.rejected.most_common():
-        console.print(f"  {count:>9,}  {reason}", style="dim")
+        console.print(f"  {count:>9,}  {plain(reason)}", style="dim")
     _write(console, ranking, plan, seal)
     if json:
         io.write_json(json, ranking.to_json())

@@ -13,7 +13,9 @@ from mopsim.intervals.spread import SURE, against
 from mopsim.report.alternatives import freedom
 from mopsim.report.terminal import duration, numbered, size, table
 from mopsim.search.result import Freedom, SearchResult
+from mopsim.spec.categories import SPOKEN
 from mopsim.spec.line import describe as describe
+from mopsim.spec.line import waits_for
 
 
 def rate(each: Iterable[str]) -> str:
@@ -59,7 +61,8 @@ ROUTED = ", if tokens are routed as in the plan"
 """What every interval assumes."""
 P_FITS = (
     "P(fits): the probability that device and host have room for the tensors and for what the allocator and "
-    "the communicators may add. It allows for a program that keeps other tensors than its stack says"
+    "the communicators may add. It allows for a program that keeps other tensors than its stack says; as "
+    "described: if it does not"
 )
 """What stands by every table of steps."""
 
@@ -226,13 +229,15 @@ def breakdown(result: SimResult) -> Group:
     """Where the memory of the peak and the time of the step go, and what may come on top of the memory."""
     peak = f"peak at {format_seconds(result.peak_time)} in {result.peak_component}, {result.peak_phase}"
     shown = table(peak, ())
-    for name in ("device memory", "component", "exposed"):
+    for name in ("device memory", "component", "compute waits for"):
         shown.add_column(name)
         shown.add_column("", justify="right")
     columns = [
-        _ranked({name: float(part) for name, part in result.memory_by_category.items()}, size),
+        _ranked({SPOKEN.get(name, name): part for name, part in result.memory_by_category.items()}, size),
         _ranked(result.time_by_component, format_seconds),
-        _ranked(result.waits, format_seconds),
+        _ranked(
+            {waits_for(kind, result.strategy): part for kind, part in result.exposed.items()}, format_seconds
+        ),
     ]
     for index in range(max(len(column) for column in columns)):
         cells: list[str] = []
@@ -247,7 +252,7 @@ def breakdown(result: SimResult) -> Group:
     return Group(shown, *notes)
 
 
-def _ranked(values: dict[str, float], show: object) -> list[tuple[str, str]]:
+def _ranked(values: Mapping[str, float], show: object) -> list[tuple[str, str]]:
     assert callable(show)
     return [
         (name, show(value)) for name, value in sorted(values.items(), key=lambda item: -item[1]) if value > 0

@@ -247,7 +247,7 @@ def proof(gap: float | None, found: bool = False) -> str:
     if gap is None:
         return f"not exhausted: a plan left out may {'be faster' if found else 'fit'}"
     if gap > LOOSE:
-        return "not exhausted: few plans were tried, and the bounds of the others are too loose to say more"
+        return "not exhausted: few plans were tried, and lower bounds of the others tell no more"
     return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"
 
 
@@ -259,7 +259,7 @@ def promise(gap: float | None, expected: float | None) -> str:
     best = f"the best plan left out is expected to be {format_gap(expected)} faster"
     none = "no plan left out is expected to be faster"
     proven = f"it is proven that none is more than {format_gap(gap)} faster"
-    loose = "few plans were tried, and the bounds of the others are too loose to prove anything"
+    loose = "few plans were tried, and lower bounds of the others prove nothing"
     return f"not exhausted: {best if expected else none}; {proven if gap <= LOOSE else loose}"
 
 
@@ -273,7 +273,7 @@ def promises(searched: Sequence[tuple[str, Left]]) -> list[str]:
 
 def at_most(gap: float) -> str:
     """'by at most 47 %'; where it tells nothing, that it does not."""
-    return f"by at most {format_gap(gap)}" if gap <= LOOSE else "(bounds are too loose to say by how much)"
+    return f"by at most {format_gap(gap)}" if gap <= LOOSE else "(by how much is not known)"
 
 
 def format_gap(gap: float) -> str:

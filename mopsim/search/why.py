@@ -80,7 +80,7 @@ def _bounds(best: SimResult) -> str:
     parts = sorted(ran.items(), key=lambda item: -item[1])[:3]
     spent = ", ".join(f"{name} {part / step:.0%}" for name, part in parts)
     told = waits(best)
-    what = "waiting bounds it" if best.exposed_share > HALF else "compute bounds it"
+    what = "most of it is waiting" if best.exposed_share > HALF else "most of it is compute"
     parts_of = ", ".join(f"{share:.0%} for {name}" for name, share in told)
     waited = f"in {best.exposed_share:.0%} of the step ({parts_of})" if told else "for almost nothing"
     return f"the step of {format_seconds(step)}: {spent}; {what}: compute waits {waited}"
@@ -210,7 +210,7 @@ def _faster(best: SimResult, others: Sequence[SimResult], problem: Problem, name
     if both and (more := _again(problem, both, plans))[0].ranked_time * (1 + TIE) < again[0].ranked_time:
         order += _order(more)
         so = f"with {MORE:g} times its bandwidth too the step {_takes(best, more[0])}{_order(more)}"
-        said = f"{said}; the host's DRAM bounds copies then, and {so}"
+        said = f"{said}; the host's DRAM limits copies then, and {so}"
     elif best.ranked_time <= (1 + TIE) * again[0].ranked_time and best.exposed_share >= SOME:
         said += _sooner(best, problem, quick, LINKS[name][0])
     return said if order or not others else f"{said}; the order of the families stays"

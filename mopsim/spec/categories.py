@@ -70,7 +70,7 @@ PHASES = ("forward", "recompute", "backward", "optimizer")
 SPOKEN = {
     "params": "parameters", "grads": "gradients", "gathered": "gathered parameters",
     "gathered_grads": "gathered gradients", "optimizer": "optimizer states", "dispatch": "routed tokens",
-    "host": "tensors on the host",
+    "host": "tensors on the host", "boundaries": "layer inputs",
 }  # fmt: skip
 """Categories of memory whose name in a sentence is another."""
 

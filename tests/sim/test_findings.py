@@ -65,9 +65,9 @@ def test_a_bound_too_loose_to_tell_anything_is_no_number() -> None:
     best = "not exhausted: the best plan left out is expected to be 30 % faster"
     assert promise(0.99, 0.0) == f"{none}; it is proven that none is more than 99 % faster"
     assert promise(0.99, 0.3) == f"{best}; it is proven that none is more than 99 % faster"
-    loose = "not exhausted: few plans were tried, and the bounds of the others are too loose to say more"
+    loose = "not exhausted: few plans were tried, and lower bounds of the others tell no more"
     assert proof(4.26, found=True) == loose
-    few = "few plans were tried, and the bounds of the others are too loose to prove anything"
+    few = "few plans were tried, and lower bounds of the others prove nothing"
     assert promise(4.26, 0.0) == f"{none}; {few}"
     assert promise(4.26, 0.3) == f"{best}; {few}"
 

@@ -55,7 +55,7 @@ def link_to_the_host(link: float, dram: float) -> str:
 def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
     gains = r"takes \S+ \w+ \(\d+% faster\)$"
     bound_by_dram, bound_by_link = link_to_the_host(1.0, 1 / 8), link_to_the_host(1 / 2, 4.0)
-    assert ", the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
+    assert ", the step takes as long; the host's DRAM limits copies then" in bound_by_dram
     assert re.search(f"with 2 times its bandwidth too the step {gains}", bound_by_dram)
     assert re.search(f", the step {gains}", bound_by_link)
     assert "DRAM" not in bound_by_link

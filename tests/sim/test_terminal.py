@@ -58,7 +58,7 @@ def test_a_large_job_stays_in_its_lines() -> None:
     assert reserve in " ".join(" ".join(lines).split())
     lines = shown(breakdown(result))
     assert not any("…" in line for line in lines)
-    assert sum("gathered_grads" in line for line in lines) == 1
+    assert sum("gathered gradients" in line for line in lines) == 1
 
 
 def test_a_step_of_hours_stays_in_its_lines() -> None:

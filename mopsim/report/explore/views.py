@@ -28,6 +28,7 @@ from mopsim.report.explore.steps import (
 )
 from mopsim.report.explore.sweep import sweep_views
 from mopsim.report.tables import rate
+from mopsim.search.reasons import plain
 from mopsim.search.result import exhausted
 
 
@@ -144,7 +145,10 @@ def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
     why = [[str(line)] for line in result.get("why") or []]
     if why:
         views.insert(1, table("Why", [("why", "text")], why))
-    return [*views, table("Why candidates are not ranked", names, [list(one) for one in left])]
+    return [
+        *views,
+        table("Why candidates are not ranked", names, [[plain(why), count] for why, count in left]),
+    ]
 
 
 def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
