@@ -136,7 +136,7 @@ def rotate_(
     """`rotate` in place on x [..., S, heads, d], position slices `rows` at a time; inverse rotates back (the
     backward).
 
-    Temporaries: a slice and a half, of the elements that turn, in the dtype of the tables. Fused: none.
+    Temporaries: a slice, of the elements that turn, in the dtype of the tables. Fused: none.
     """
     if kernels.NOW.rotary:
         OPS.rotate_(x, cos, sin, inverse)

@@ -62,7 +62,8 @@ class Ledger:
             grown = np.where(touched[:, used][rows[high]], above.now, 0).max(axis=0)
             for slot, size in zip(used.tolist(), grown.tolist(), strict=True):
                 self.high[slot] = max(self.high[slot], size)
-        shown = high | ~begins
+        own = np.array([op.stream == "compute" or bool(op.net) for op in ops], dtype=np.bool_)[places]
+        shown = high | (~begins & own)  # what ends beside the compute may end in a later phase of it
         self._by_phase(ops, places[shown], held.device[shown])
         if self.curve is not None:
             for row, (move, place) in enumerate(zip(moves, places.tolist(), strict=True)):

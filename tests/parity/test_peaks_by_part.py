@@ -70,7 +70,7 @@ def tracked(plan: Plan, rank: int = 0) -> dict[str, int]:
 def predicted(plan: Plan) -> dict[str, int]:
     """Bytes by row, of the first stage."""
     result = simulate(
-        plan.model, machine(memory=1000), 1, plan.strategy, plan.training, plan.stack, timeline=True
+        plan.model, machine(memory=1000, link=1e3), 1, plan.strategy, plan.training, plan.stack, timeline=True
     )
     assert plan.strategy.pipeline.pipeline_parallel == 1
     curves = result.memory_curve_by_category

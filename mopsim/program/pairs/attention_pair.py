@@ -82,7 +82,7 @@ class AttentionPair(Rows):
         b.make("out", self.q_bytes)
         b.make("sums", self.sums)
         core = attention(self.c.model, self.c.shapes, layer).by_name["attention_core"]
-        b.spike(sum(size for _, size in core.scratch) + (self.repeats > 1) * self.q_bytes // self.repeats)
+        b.spike(sum(size for _, size in core.scratch))
         works = self.kernels(layer, False, "attention_core")
         if self.repeats > 1:
             works.append(self.elementwise(self.q_bytes, 2, self.repeats))
@@ -218,8 +218,8 @@ class AttentionPair(Rows):
         return [self.pass_(self.N, width * self.D, 5 * self.c.b + 4 * self.c.wide, 9 * self.D)]
 
     def _rotate(self, size: int, layer: int) -> list[Work]:
-        """Rotation in place, slice by slice of positions: one and a half slices of temporaries, of the part
-        of a head that turns. None in layers without rotary positions."""
+        """Rotation in place, slice by slice of positions: a slice of temporaries in the tables' dtype, of the
+        part of a head that turns. None in layers without rotary positions."""
         if not self.c.model.rotates(layer):
             return []
         size = size * self.c.model.rotary_dim // self.d
@@ -227,7 +227,7 @@ class AttentionPair(Rows):
             return [Work("memory_bound", bytes=2.0 * size, launches=2)]
         positions = self.c.training.seq_len // self.D
         part = slice_rows(positions)
-        self.b.spike(1.5 * size * part / positions / 1)
+        self.b.spike(size * self.c.wide / self.c.b * part / positions)
         elements = size / self.c.b
         launches = 6 * max(1, -(-positions // part)) if elements else 0
         return [Work("memory_bound", bytes=6.0 * size, launches=launches)]
