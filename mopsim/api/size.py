@@ -22,7 +22,7 @@ from mopsim.api.inputs import (
     read_stack,
 )
 from mopsim.api.results import Result, Simulation, framed
-from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
+from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, rival_json, sizing_json
 from mopsim.common import io
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, require, shown
@@ -37,7 +37,7 @@ from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, points, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import DEFAULT_SIMULATIONS, Miss
+from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, Rival
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -64,8 +64,7 @@ class Clusters(Result):
         self.request, self.sizings = request, list(sizings)
         self.points = [point for sizing in sizings for point in sizing.tried if point.figures]
         self.cheapest, self.fastest = points.recommend(self.points, max_cost)
-        by_time = request.goal.seconds is None
-        self.chosen: Point | None = self.fastest if by_time else self.cheapest or points.fewest(self.points)
+        self.chosen: Point | None = points.choose(self.points, request)
 
     @property
     def miss(self) -> Miss | None:
@@ -88,6 +87,14 @@ class Clusters(Result):
     def fitter(self) -> Point | None:
         """A cluster whose plan is likelier to fit than the recommended one's, where that is not sure."""
         return points.surer_to_fit(self.points, self.chosen)
+
+    @property
+    def undecided(self) -> list[Rival]:
+        """Clusters of other machine types that a plan which no search tried may make better than the
+        recommended one, of each machine type the nearest; the nearest first."""
+        found = points.undecided(self.points, self.chosen, self.request)
+        nearest = {one.point.hardware.name: one for one in reversed(found)}
+        return [one for one in found if one is nearest[one.point.hardware.name]]
 
     @property
     def subject(self) -> Point | None:
@@ -140,6 +147,7 @@ class Clusters(Result):
             self.surer,
             self.fitter,
             self.ties,
+            self.undecided,
         )
         with whole_directory(Path(folder)) as aside:
             write_decision(aside, decision)
@@ -201,6 +209,7 @@ class Clusters(Result):
             "hardware": [sizing_json(sizing, request, least) for sizing in self.sizings],
             "recommended": point_json(self.chosen, request) if self.chosen else None,
             "ties": [brief_json(point, request) for point in self.ties],
+            "undecided": [rival_json(one, request) for one in self.undecided],
             "surer": brief_json(self.surer, request) if self.surer else None,
             "surer_to_fit": brief_json(self.fitter, request) if self.fitter else None,
             "fastest": point_json(self.fastest, request) if self.fastest else None,

@@ -9,7 +9,7 @@ from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES
 from mopsim.size.figures import DAY, rated
 from mopsim.size.goodput import Goodput
-from mopsim.size.points import Miss, Point, Request, Sizing
+from mopsim.size.points import Miss, Point, Request, Rival, Sizing
 
 
 def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[str, Any]:
@@ -122,6 +122,11 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "strategy_line": result.line,
         "stack": result.stack.name,
     }
+
+
+def rival_json(rival: Rival, request: Request) -> dict[str, Any]:
+    """A cluster of another machine type that may be better. worse, slack: fractions, as of `Rival`."""
+    return {**brief_json(rival.point, request), "worse": rival.worse, "slack": rival.slack}
 
 
 def miss_json(miss: Miss | None, request: Request) -> dict[str, Any] | None:

@@ -54,6 +54,7 @@ def _answer(found: Clusters) -> Iterator[str]:
     others = {
         "Odds": sizing.chances(chosen, request) if chosen else "",
         "A tie": sizing.tie(found.ties, chosen, request),
+        "Undecided": sizing.open_rivals(found.undecided, request),
         "More likely to be in time": sizing.surely(found.surer, chosen, request),
         "More likely to fit": sizing.fits_surely(found.fitter, chosen),
         "Break-even": sizing.break_even(found.sizings, chosen),

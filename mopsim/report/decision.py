@@ -21,7 +21,7 @@ from mopsim.report.page import Table, templates
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.size.assumptions import DEFAULT, NAMES, known
 from mopsim.size.figures import DAY, Figures
-from mopsim.size.points import Miss, Point, Request, Sizing
+from mopsim.size.points import Miss, Point, Request, Rival, Sizing
 from mopsim.size.settle import Settled
 from mopsim.size.whatif import Swing
 
@@ -33,7 +33,8 @@ TOLD = 5e-4
 class Decision:
     """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it.
     surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any; fitter:
-    one that is surer to fit; ties: others as good as the chosen one."""
+    one that is surer to fit; ties: others as good as the chosen one; undecided: clusters of other machine
+    types that may be better."""
 
     request: Request
     sizings: Sequence[Sizing]
@@ -47,6 +48,7 @@ class Decision:
     surer: Point | None = None
     fitter: Point | None = None
     ties: Sequence[Point] = ()
+    undecided: Sequence[Rival] = ()
 
     @property
     def subject(self) -> Point | None:
@@ -59,7 +61,8 @@ def write_decision(folder: Path, decision: Decision) -> None:
     for kind in ("png", "svg"):
         if decision.points:
             path = folder / f"pareto.{kind}"
-            cost_time(path, decision.points, decision.front, decision.chosen, goal, level)
+            best = [one.best for one in decision.sizings if one.best]
+            cost_time(path, decision.points, decision.front, decision.chosen, goal, level, best)
         if subject and decision.swings:
             tornado(folder / f"tornado.{kind}", decision.swings, subject, decision.request.model.name)
     drawn = {"pareto": "", "tornado": ""}

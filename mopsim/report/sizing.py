@@ -140,5 +140,5 @@ SAID = Words(
 )  # fmt: skip
 title, summary, searched, steps, missed = SAID.title, SAID.summary, SAID.searched, SAID.steps, SAID.missed
 asked_odds, chances, surely = SAID.asked_odds, SAID.chances, SAID.surely
-fits_surely, break_even, tie = SAID.fits_surely, SAID.break_even, SAID.tie
+fits_surely, break_even, tie, open_rivals = SAID.fits_surely, SAID.break_even, SAID.tie, SAID.open_rivals
 """What templates/sizing.j2 says."""

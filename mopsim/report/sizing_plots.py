@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mopsim.common.units import format_nodes, format_number
 from mopsim.report.palette import SERIES
@@ -18,45 +19,100 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GOOD, BAD, EDGE = "#1b4f72", "#ca6f1e", "#c0392b"
 
 
+AROUND = 1.4
+"""How many times the recommended cluster's cost a cluster may cost to be in the second panel."""
+
+
 def cost_time(
     path: Path, points: Sequence[Point], front: Sequence[Point], chosen: Point | None, goal: Goal,
-    level: float = LEVEL,
+    level: float = LEVEL, rivals: Sequence[Point] = (),
 ) -> None:  # fmt: skip
     """Cost over days of every cluster tried, an interval of days each, of probability `level`; the front as a
-    line."""
+    line. rivals: the best of each other machine type, marked as the recommended one is. Where others cost
+    about as much as that, a second panel has them alone, with their nodes."""
+    bill = chosen.figures if chosen else None
+    least = bill.cost if bill and bill.cost else 0.0
+    near = [one for one in _with_price(points) if (one.figures.cost or 0.0) <= AROUND * least]  # type: ignore[union-attr]
+    panels = [(list(points), [bill.cost or 0.0 for bill in _priced(points)])]
+    if 2 < len(near) < len(_with_price(points)):
+        panels.append((near, [bill.cost or 0.0 for bill in _priced(near)]))
     names = list(dict.fromkeys(point.hardware.name for point in points))
-    scale, unit = dollars([bill.cost or 0.0 for bill in _priced(points)])
-    with figure(path, 9, 5.0) as (axis,):
-        for place, name in enumerate(names):
-            bills = _priced([one for one in points if one.hardware.name == name])
-            days, costs = _days_costs(bills, scale)
-            ends = [bill.seconds_interval(level) for bill in bills]
-            below = [max(0.0, day - low / DAY) for day, (low, _) in zip(days, ends, strict=True)]
-            above = [max(0.0, high / DAY - day) for day, (_, high) in zip(days, ends, strict=True)]
-            axis.errorbar(
-                days, costs, xerr=[below, above], fmt=MARKS[place % len(MARKS)], alpha=0.75, elinewidth=0.8,
-                color=SERIES[place % len(SERIES)], label=name,
-            )  # fmt: skip
-        axis.plot(*_days_costs(_priced(front), scale), color="#515a5a", linewidth=1.2, label="Pareto front")
-        if chosen:
-            axis.scatter(
-                *_days_costs(_priced([chosen]), scale), s=230, facecolors="none", edgecolors=EDGE,
-                linewidths=2, label="recommended",
-            )  # fmt: skip
-        if goal.seconds:
-            axis.axvline(goal.seconds / DAY, color=EDGE, linestyle="--", label="deadline")
-        if goal.budget:
-            axis.axhline(goal.budget / scale, color=EDGE, linestyle=":", label="budget")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_formatter("{x:g}")
-            side.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
-            side.set_tick_params(which="both", labelsize=9)
-        axis.set_xlabel(f"days (bars: {100 * level:g} % interval)")
-        axis.set_ylabel(f"cost, {unit}")
-        axis.grid(alpha=0.3)
-        legend_below(axis, 4)
+    with figure(path, 9 if len(panels) == 1 else 13, 5.4, 1, len(panels)) as axes:
+        for axis, (shown, costs) in zip(axes, panels, strict=True):
+            scale, unit = dollars(costs)
+            for place, name in enumerate(names):
+                _machine(axis, [one for one in shown if one.hardware.name == name], name, place, scale, level)
+            line = [one for one in front if one in shown]
+            axis.plot(
+                *_days_costs(_priced(line), scale), color="#515a5a", linewidth=1.2, label="Pareto front"
+            )
+            _ring(axis, [chosen] if chosen else [], scale, "-", "recommended")
+            others = [one for one in rivals if one is not chosen and one in shown]
+            _ring(axis, others, scale, ":", "best of another machine type")
+            told = shown if axis is not axes[0] else [*line, *others]
+            for point in dict.fromkeys(map(id, told)):
+                _nodes(axis, next(one for one in told if id(one) == point), scale)
+            if goal.seconds:
+                axis.axvline(goal.seconds / DAY, color=EDGE, linestyle="--", label="deadline")
+            if goal.budget and (goal.budget <= AROUND * max(costs, default=0.0) or axis is axes[0]):
+                axis.axhline(goal.budget / scale, color=EDGE, linestyle=":", label="budget")
+            _scales(axis, [one / scale for one in costs])
+            axis.set_xlabel(f"days (bars: {100 * level:g} % interval; numbers: nodes)")
+            axis.set_ylabel(f"cost, {unit}")
+        if len(panels) > 1:
+            axes[1].set_title(f"At most {AROUND:g} times the recommended cost", fontsize=11)
+        legend_below(axes[0], 3)
+
+
+def _machine(axis: Axes, points: Sequence[Point], name: str, place: int, scale: float, level: float) -> None:
+    """The clusters of a machine type, an interval of days each."""
+    bills = _priced(points)
+    days, costs = _days_costs(bills, scale)
+    ends = [bill.seconds_interval(level) for bill in bills]
+    below = [max(0.0, day - low / DAY) for day, (low, _) in zip(days, ends, strict=True)]
+    above = [max(0.0, high / DAY - day) for day, (_, high) in zip(days, ends, strict=True)]
+    axis.errorbar(
+        days, costs, xerr=[below, above], fmt=MARKS[place % len(MARKS)], alpha=0.75, elinewidth=0.6,
+        color=SERIES[place % len(SERIES)], label=name,
+    )  # fmt: skip
+
+
+def _ring(axis: Axes, points: Sequence[Point], scale: float, style: str, label: str) -> None:
+    if points:
+        axis.scatter(
+            *_days_costs(_priced(points), scale), s=230, facecolors="none", edgecolors=EDGE, linewidths=2,
+            linestyle=style, label=label, zorder=4,
+        )  # fmt: skip
+
+
+def _nodes(axis: Axes, point: Point, scale: float) -> None:
+    """The number of nodes beside a cluster."""
+    for day, cost in zip(*_days_costs(_priced([point]), scale), strict=True):
+        axis.annotate(
+            f"{point.num_nodes:,}", (day, cost), (8, 6), textcoords="offset points", ha="left",
+            fontsize=8, color="#212f3c",
+        )  # fmt: skip
+
+
+def _scales(axis: Axes, costs: Sequence[float]) -> None:
+    """Both axes by ratio, the cost's to a little beyond the clusters, with marks within a decade."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    if costs:
+        pad = max(1.04, (max(costs) / min(costs)) ** 0.06)
+        axis.set_ylim(min(costs) / pad, max(costs) * pad)
+    for side, wide in ((axis.xaxis, False), (axis.yaxis, bool(costs) and max(costs) > 5 * min(costs))):
+        side.set_major_formatter("{x:g}")
+        if side is axis.yaxis and costs and not wide:
+            side.set_major_locator(MaxNLocator(6))
+            side.set_minor_locator(NullLocator())
+        side.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
+        side.set_tick_params(which="both", labelsize=9)
+    axis.grid(which="both", alpha=0.25)
+
+
+def _with_price(points: Sequence[Point]) -> list[Point]:
+    return [one for one in points if one.figures and one.figures.cost]
 
 
 def _priced(points: Sequence[Point]) -> list[Figures]:

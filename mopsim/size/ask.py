@@ -132,7 +132,8 @@ def merged(before: Answer, after: Answer) -> Answer:
 def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], tuple[Strategy, ...]]:
     """(The plans of other counts as they are here, in the forms that may be better than the first; all forms
     that were tried, also those that a bound says are slower than what is known). More stages wait as long for
-    one another as with fewer microbatches, and do no less: that form is for where nothing else fits."""
+    one another as with fewer microbatches, and do no less: a form with other stages is for where all that is
+    known here makes less of a device than the plan did."""
     found: list[SimResult] = []
     tried: list[Strategy] = []
     problem = request.problem(ask.hardware, ask.num_nodes, training)
@@ -140,19 +141,17 @@ def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimR
         best, enough = 0.0, AS_GOOD * plan.tokens_per_second_per_device
         stack = request.stack or load_stack(plan.strategy.stack, "stack")  # of each kind of devices its own
         forms = list(carried(plan.strategy, problem.world_size, training.global_batch))
-        lasts = [
-            (ask.first and form > 0) or _stages(one) != _stages(plan.strategy)
-            for form, one in enumerate(forms)
-        ]
-        for form, (strategy, last) in enumerate(zip(forms, lasts, strict=True)):
-            known = ask.rate or any(one.sure for one in found)
-            if best >= enough or (known and last):
+        for form, strategy in enumerate(forms):
+            rate = max((one.tokens_per_second_per_device for one in found if one.sure), default=ask.rate)
+            if best >= enough or (form and ask.first and rate):
+                break
+            if _stages(strategy) != _stages(plan.strategy) and max(rate, ask.rate) >= enough:
                 break
             if strategy in (*ask.tried, *tried):
                 best = max(best, ask.rate)
             elif not request.runnable or runnable(strategy, request.model, training, stack) is None:
                 tried.append(strategy)
-                ends = form + 1 == len(forms) or lasts[form + 1]
+                ends = form + 1 == len(forms) or ask.first
                 within = _worth(ask, training, strategy, found, math.inf if ends else enough)
                 if within < math.inf and slower(replace(problem), strategy, stack, within):
                     continue
@@ -186,11 +185,17 @@ def _small(result: SimResult) -> SimResult:
 
 
 def judged(request: Request, ask: Ask, found: Answer) -> Point:
-    """The point of an answer: its bill at every site, and whether it will do."""
+    """The point of an answer: its bill at every site, and whether it will do. Of the families' fastest plans
+    as simulated it is the one with which the run ends first: published runs move the families' steps by
+    other factors."""
     training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
     if not found.plans:
         return Point(ask.hardware, ask.num_nodes, training, None, None, False, found.why)
-    point = billed(request, ask.hardware, ask.num_nodes, training, found.plans[0], found.gap)
+    first = min(found.plans, key=lambda one: one.step_time * step_of(request, one).middle)
+    gap = found.gap
+    if gap is not None:
+        gap = (1 + gap) * first.step_time / found.plans[0].step_time - 1
+    point = billed(request, ask.hardware, ask.num_nodes, training, first, gap)
     if found.surer is None:
         return point
     return replace(point, surer=billed(request, ask.hardware, ask.num_nodes, training, found.surer))

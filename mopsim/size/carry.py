@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
+from math import gcd
 
 from msgspec.structs import replace
 
@@ -23,15 +24,16 @@ def carried(strategy: Strategy, world_size: int, batch: int) -> Iterator[Strateg
 
     More ranks become data-parallel ones, or ranks that share a sequence, or (of a plan that has them)
     tensor-parallel ranks or stages, in this order; the other degrees stay. Shards are over the same part of
-    the ranks as before, else over as many. A microbatch is the largest that divides the batch, is no larger
-    than before and leaves each stage one, where there are so many.
+    the ranks as before, else over as many. Expert-parallel ranks that do not divide the ranks become as many
+    of them as do, and more ranks share an expert's state. A microbatch is the largest that divides the batch,
+    is no larger than before and leaves each stage one, where there are so many.
     """
     ratio = Fraction(world_size, strategy.world_size)
     seen: list[Strategy] = []
     for degrees in _degrees(strategy, ratio):
-        for same_part in (True, False):
+        for same_part, fewer in ((True, False), (False, False), (True, True)):
             try:
-                found = _form(strategy, world_size, batch, degrees, same_part)
+                found = _form(strategy, world_size, batch, degrees, same_part, fewer=fewer)
             except MopError:
                 continue
             if found is not None:
@@ -54,9 +56,9 @@ def _degrees(s: Strategy, ratio: Fraction) -> list[tuple[Fraction, Fraction, Fra
 
 
 def _form(
-    s: Strategy, world_size: int, batch: int, degrees: tuple[Fraction, ...], same_part: bool
+    s: Strategy, world_size: int, batch: int, degrees: tuple[Fraction, ...], same_part: bool, *, fewer: bool
 ) -> Strategy | None:
-    """None where a number is not whole."""
+    """None where a number is not whole. fewer: expert-parallel ranks, so that they divide the ranks."""
     if any(one.denominator > 1 or one < 1 for one in degrees):
         return None
     stages, tensor, context = (int(one) for one in degrees)
@@ -66,6 +68,10 @@ def _form(
         return None
     grown = Fraction(ranks, s.stage_ranks) if same_part else Fraction(1)
     dense, experts = s.dense.fsdp * grown, s.experts.expert_fsdp * grown
+    parallel = s.experts.expert_parallel
+    if fewer:
+        parallel = gcd(parallel, ranks)
+        experts *= Fraction(s.experts.expert_parallel, parallel)
     if dense.denominator > 1 or experts.denominator > 1:
         return None
     whole = s.vocabulary.vocab_parallel == s.world_size > 1
@@ -82,7 +88,7 @@ def _form(
         pipeline=_pipeline(s.pipeline, stages, each // micro_batch),
         dense=replace(s.dense, fsdp=int(dense), tensor_parallel=tensor),
         attention=replace(s.attention, context_parallel=context),
-        experts=replace(s.experts, expert_fsdp=int(experts)),
+        experts=replace(s.experts, expert_parallel=parallel, expert_fsdp=int(experts)),
         vocabulary=replace(s.vocabulary, vocab_parallel=vocabulary),
     )
 

@@ -102,8 +102,8 @@ def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str
 
 
 def _round(known: KnownSteps, asks: list[Ask]) -> Rounds:
+    asks = [known.told(ask) for ask in asks if ask.simulations or known.new(ask)]
     if asks:
-        asks = [known.told(ask) for ask in asks]
         for ask, found in zip(asks, (yield asks), strict=True):
             known.note(ask, found)
 
@@ -156,7 +156,7 @@ def _close_in(known: KnownSteps, counts: Sequence[int]) -> Rounds:
             known.carry(count, *_hoped(known, count))
             for count in sorted({*between, *_hopeful(known, counts)})
         ]
-        asks = [ask for ask in asks if ask.num_nodes not in known.points or known.new(ask)]
+        asks = [ask for ask in asks if known.new(ask)]
         if not asks:
             return
         yield from _round(known, asks)
@@ -259,13 +259,18 @@ def _beside(point: Point, counts: Iterable[int]) -> bool:
     return any(max(point.num_nodes / one, one / point.num_nodes) < BESIDE for one in counts)
 
 
-def _look(known: KnownSteps, count: int, counts: Sequence[int]) -> Rounds:
+def looked_into(known: KnownSteps, count: int, times: int) -> Rounds:
+    """A search at a count with so many times the simulations, and what it found at the counts around."""
+    yield from _look(known, count, _counts(known.request, known.hardware)[0], times)
+
+
+def _look(known: KnownSteps, count: int, counts: Sequence[int], times: int = DEEP) -> Rounds:
     """A longer search at a count, of its fastest families where all hopeful ones were searched, and what it
     found at the counts around."""
     first, *others = known.answers[count].plans
     near = [one for one in others if one.step_time < 1.05 * first.step_time]
     families = () if known.unsearched(count) else tuple(one.strategy.name for one in (first, *near))
-    yield from _round(known, [known.search(count, families, DEEP)])
+    yield from _round(known, [known.search(count, families, times)])
     yield from _round(known, _worse(known, count, counts))
     yield from _close_in(known, counts)
 

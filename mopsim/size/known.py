@@ -18,7 +18,7 @@ AROUND = 4
 class KnownSteps:
     """What was found of one machine type so far. By count: given, the plans that it was asked with; tried,
     their forms that were played there; searched, families that were; behind, those of them that are slower by
-    far."""
+    far; longest, the most simulations of a family."""
 
     request: Request
     hardware: HardwareProfile
@@ -28,7 +28,15 @@ class KnownSteps:
     tried: dict[int, list[Strategy]] = field(default_factory=lambda: defaultdict(list))
     searched: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     behind: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    longest: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     simulated: int = 0
+
+    def again(self, simulations: int) -> None:
+        """Search anew with so many simulations: all that was found stays, and which families are slower by
+        far is found again."""
+        self.request = replace(self.request, simulations=simulations)
+        self.searched.clear()
+        self.behind.clear()
 
     def note(self, ask: Ask, found: Answer) -> None:
         """Keep an answer; of each family the faster plan, where the count was asked before."""
@@ -38,6 +46,7 @@ class KnownSteps:
         if ask.simulations:
             self.searched[ask.num_nodes].update(ask.families)
             self.behind[ask.num_nodes].update(found.behind)
+            self.longest[ask.num_nodes] = max(self.longest[ask.num_nodes], ask.simulations)
         before = self.answers.get(ask.num_nodes)
         if before is not None:
             found = merged(before, found)
@@ -78,8 +87,10 @@ class KnownSteps:
         return Ask(self.hardware, count, tuple({id(plan): plan for plan in plans}.values()))
 
     def new(self, ask: Ask) -> bool:
-        """Whether a count was not asked with all these plans."""
-        return any(plan.strategy not in self.given[ask.num_nodes] for plan in ask.plans)
+        """Whether a count was not asked, or not with all these plans."""
+        return ask.num_nodes not in self.answers or any(
+            plan.strategy not in self.given[ask.num_nodes] for plan in ask.plans
+        )
 
     def work(self, count: int) -> float:
         """Seconds within which the run ends as surely as asked, times nodes; infinite where not known."""

@@ -29,6 +29,8 @@ FEW_TOKENS = 8192
 the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
 MOST_NODES = 512
 """Of a cluster, where nothing is said of its size."""
+UNBOUNDED = 0.1
+"""How much worse than the recommended cluster one may be that no search bounds, and still be told."""
 NEAR = 2.0
 """How many times a point's nodes its speed is still said to grow with them."""
 
@@ -208,6 +210,13 @@ def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[P
     return cheapest, fastest
 
 
+def choose(points: Sequence[Point], request: Request) -> Point | None:
+    """The recommended cluster: the cheapest that does; of a budget alone the fastest; without a price that of
+    the fewest devices."""
+    cheapest, fastest = recommend(points, request.max_cost)
+    return fastest if request.goal.seconds is None else cheapest or fewest(points)
+
+
 def fewest(points: Sequence[Point]) -> Point | None:
     """The point of the fewest devices that does, the first of these; None where none does."""
     done = [point for point in points if point.does]
@@ -235,6 +244,54 @@ def ties(points: Sequence[Point], chosen: Point | None, goal: Goal, max_cost: fl
         if not by_time or _within(bill, max_cost)
     ]
     return [point for *_, point in sorted(found, key=lambda one: one[:2])]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A cluster of another machine type that may be better than the recommended one. worse: by how much it is
+    dearer (of a budget alone: slower), as a fraction; slack: how much faster a plan left out may be at most,
+    None where its number of nodes was not searched, so that nothing bounds it."""
+
+    point: Point
+    worse: float
+    slack: float | None
+
+
+def undecided(points: Sequence[Point], chosen: Point | None, request: Request) -> list[Rival]:
+    """The clusters of other machine types that would be better than the chosen one if they were as fast as
+    their search leaves open, and UNBOUNDED of those that no search bounds; the nearest first."""
+    mine = _measure(chosen, request) if chosen else None
+    if chosen is None or mine is None:
+        return []
+    found = []
+    for point in points:
+        theirs = _measure(point, request)
+        if theirs is None or point.hardware.name == chosen.hardware.name:
+            continue
+        worse, open_to = theirs / mine - 1, UNBOUNDED if point.gap is None else point.gap
+        if worse < open_to and _missed_by(point, request) <= 1 + open_to:
+            found.append(Rival(point, worse, point.gap))
+    return sorted(found, key=lambda one: (one.worse, one.point.num_nodes))
+
+
+def _measure(point: Point, request: Request) -> float | None:
+    """What is to be least: of a budget alone seconds, else dollars; None where it is not known."""
+    bill = point.figures
+    if bill is None:
+        return None
+    return bill.seconds if request.goal.seconds is None else bill.cost
+
+
+def _missed_by(point: Point, request: Request) -> float:
+    """How many times its limits a point needs, of the worse one; what it takes at once is not less where it
+    is faster, if it is bought."""
+    bill, goal = point.figures, request.goal
+    if bill is None or (request.terms.buy and not point.affordable):
+        return math.inf
+    late = quantile(bill, request.confidence) / goal.seconds if goal.seconds else 0.0
+    limits = [goal.budget] if goal.seconds else [goal.budget, request.max_cost]
+    most = min((one for one in limits if one), default=math.inf)
+    return max(late, (math.inf if bill.outlay is None else bill.outlay) / most if most < math.inf else 0.0)
 
 
 def _within(bill: Figures, max_cost: float | None) -> bool:

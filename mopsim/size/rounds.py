@@ -9,7 +9,8 @@ from mopsim.size.across import across
 from mopsim.size.ask import Answer, Ask, answer
 from mopsim.size.finder import Rounds, by_itself, sizing, with_plans
 from mopsim.size.known import KnownSteps
-from mopsim.size.points import Request, Sizing
+from mopsim.size.points import DEFAULT_SIMULATIONS, Request, Sizing
+from mopsim.size.rivals import SEARCHES, rivals
 from mopsim.spec.hardware import HardwareProfile
 
 Key = tuple[int, int]
@@ -25,16 +26,38 @@ def size_all(
     answers: Answers | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Sizing]:
-    """The sizing of every machine type, in their order: each by itself, then with the plans of all. answers:
-    of the questions in a queue that grows meanwhile, in any order. progress(done, known so far, what was
-    asked)."""
+    """The sizing of every machine type, in their order: each by itself, then with the plans of all, then
+    longer where the recommendation between them hangs on it; and so again with twice as many simulations, up
+    to those asked for. So what fewer simulations find more of them find too. answers: of the questions in a
+    queue that grows meanwhile, in any order. progress(done, known so far, what was asked)."""
     progress = progress or (lambda done, known, asked: None)
     everywhere = [KnownSteps(request, one) for one in machines]
     asked = _Asked(answers or _here(request), progress)
-    asked.side_by_side([by_itself(one) for one in everywhere])
+    for simulations in doublings(request.simulations):
+        for one in everywhere:
+            one.again(simulations)
+        asked.side_by_side([by_itself(one) for one in everywhere])
+        _compare(asked, everywhere)
+        left = SEARCHES
+        while longer := rivals(everywhere, left):
+            asked.side_by_side([rounds for _, rounds in longer])
+            _compare(asked, everywhere)
+            left -= len(longer)
+    return [sizing(one) for one in everywhere]
+
+
+def doublings(simulations: int) -> list[int]:
+    """Numbers of simulations one after the other: those that come by default, twice as many and so on."""
+    found = [min(simulations, DEFAULT_SIMULATIONS)]
+    while 2 * found[-1] <= simulations:
+        found.append(2 * found[-1])
+    return found
+
+
+def _compare(asked: "_Asked", everywhere: Sequence[KnownSteps]) -> None:
+    """Every machine type with the plans of all."""
     while any(asks := [across(one, everywhere) for one in everywhere]):
         asked.side_by_side([with_plans(*one) for one in zip(everywhere, asks, strict=True)])
-    return [sizing(one) for one in everywhere]
 
 
 @dataclass

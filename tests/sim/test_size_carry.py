@@ -57,6 +57,16 @@ def test_a_batch_that_does_not_divide_takes_a_smaller_microbatch_or_another_form
     assert all(96 % (one.micro_batch * one.data_groups) == 0 for one in carried(plan(micro_batch=4), 384, 96))
 
 
+def test_expert_parallel_ranks_that_do_not_divide_become_as_many_as_do() -> None:
+    """7 nodes had the plan of another family, 7 % slower, since that of 6 spreads experts over 16 ranks."""
+    found = next(carried(plan(world=48, stages=1), 56, 56))  # 8 divide both
+    assert (found.experts.expert_parallel, found.experts.expert_fsdp) == (8, 7)
+    wide = replace(plan(world=48, stages=1), experts=Experts(expert_parallel=16, expert_fsdp=3))
+    found = next(carried(wide, 56, 56))
+    assert (found.experts.expert_parallel, found.experts.expert_fsdp, found.dense.fsdp) == (8, 7, 56)
+    assert next(carried(wide, 96, 96)).experts.expert_parallel == 16
+
+
 def test_interleaving_needs_microbatches_in_multiples_of_the_stages() -> None:
     whole = replace(plan(), pipeline=Pipeline(pipeline_parallel=4, virtual_stages=2, schedule="interleaved"))
     assert next(carried(whole, 128, 128)).pipeline.virtual_stages == 2

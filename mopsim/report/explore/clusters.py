@@ -115,7 +115,7 @@ def _scatter(title: str, rows: Sequence[dict[str, Any]], result: Json) -> View:
     return plot(
         title,
         {"name": "days", "type": "number", "log": True},
-        {"name": "cost", "type": "dollars"},
+        {"name": "cost", "type": "dollars", "log": True},
         [
             (one["hardware"], {
                 "x": one["days"], "y": one["cost_usd"], "xr": _pair(one, "days"), "yr": _pair(one, "cost"),
