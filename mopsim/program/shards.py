@@ -296,10 +296,10 @@ class Shards(FurtherLayers, Edges):
 
     def _release(self, unit: ShardedUnit, phase: str, ready: Ops = ()) -> None:
         """Full parameters are freed, where they are."""
-        root = unit.layer < 0 and self.c.stack.sharding.fsdp
         alone = unit.name == "embedding" and self._modules and not self.c.one_weight
-        root = root and not alone and not self.c.one_by_one
-        kept = root or not self.c.reshards if phase == "forward" else self.sums.stays
+        root = unit.layer < 0 and self.c.stack.sharding.fsdp and not alone and not self.c.one_by_one
+        near = {unit.layer, unit.name} & self.stage.near
+        kept = root or near or not self.c.reshards if phase == "forward" else self.sums.stays
         if kept or self._there.pop(unit.name, None) is None:
             return  # FSDP's root is gathered once a microbatch
         name, memory = f"release {unit.name}", (("gathered", -self.c.whole(unit)),)

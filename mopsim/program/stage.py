@@ -9,6 +9,7 @@ from mopsim.graph.tape import Step
 from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
 from mopsim.program.loss import logit_elements
+from mopsim.program.reuse import near
 from mopsim.program.units import ShardedUnit, looked_up, owned_numels
 from mopsim.spec.layout import part_of, stage_layers
 
@@ -37,9 +38,14 @@ class Stage:
         if self.alike is None or not composable(self.context):
             return self.every, ()
         (layers,) = self.every
-        kinds = [alike(self.context, layer, self.alike(layer)) for layer in layers]
+        kinds = [(alike(self.context, layer, self.alike(layer)), layer in self.near) for layer in layers]
         shown, gaps = compose(layers, kinds, max(1, self.context.strategy.dense.prefetch))
         return [shown], gaps
+
+    @cached_property
+    def near(self) -> frozenset[int | str]:
+        """Layers, and units beside them, that stay gathered from the forward to the backward."""
+        return near(self.context)
 
     @property
     def chunks(self) -> list[list[int]]:

@@ -108,6 +108,8 @@ class Sharding(Spec, frozen=True, kw_only=True):
     loss. What goes to the host always is.
     host_room: under ZeRO-1 and 2, bytes, for each number of the largest tensor, of a buffer that stays on
     the device where gradients go to the host.
+    reuse_distance: under ZeRO-3, parameters whose next use comes before so many parameters of other uses stay
+    gathered until then. 0: none does.
     reduce_buffer: under ZeRO-2 and 3, bytes of a buffer through which gradients are reduced. It lives
     through the step. ZeRO-2 has a second one if reductions are hidden. Then, and under ZeRO-3, gathered
     parameters, and a copy of the buffer that is sent, are in the pools of their own streams.
@@ -180,6 +182,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
     search_copies: float = 0.0
     searched: Literal["always", "scaled"] = "always"
     host_room: float = 0.0
+    reuse_distance: float = 0.0
     reduce_buffer: float = 0.0
     host_masters: Literal["moved", "copied"] = "moved"
     host_moments: Literal["asked", "masters"] = "asked"
@@ -233,7 +236,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
         require_between(self, 0, MOST_BYTES, *EACH)
         require_between(self, 0, MOST_COPIES, "loop_copies")
         require_between(self, 0, MOST_CHANNELS, "channels")
-        require_between(self, 0, MOST_BUCKETS, "buckets", "bucket", "reduce_buffer", "update_group")
+        require_between(
+            self, 0, MOST_BUCKETS, "buckets", "bucket", "reduce_buffer", "update_group", "reuse_distance"
+        )
         whole = self.update_group == int(self.update_group)
         yield whole, "update_group", "must be 0, or a whole number of at least 1: parameters of one update"
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))

@@ -270,6 +270,7 @@ ELSEWHERE = {
     "stack.sharding.abreast",  # without it such a strategy is no job: tests/sim/test_side_by_side.py
     "stack.sharding.expert_dim",  # of experts that ranks split within: tests/parity/test_drawn_memory.py
     "stack.sharding.optional",  # without it a strategy below ZeRO-2 is no job at all
+    "stack.sharding.reuse_distance",  # of networks below it, or wide ones: tests/sim/test_reuse.py
     "stack.sharding.host_room",  # of ZeRO-1's gradients on the host: tests/sim/test_flat_update.py
     "stack.sharding.searched",  # of gradients on the device in bf16: tests/sim/test_flat_update.py
     "stack.sharding.update_group",  # of wide copies of narrow gradients: tests/sim/test_flat_update.py
