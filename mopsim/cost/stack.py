@@ -43,14 +43,15 @@ back; in the backward what the softmax is given with its result, casts around it
 (aten/src/ATen/native/SoftMax.cpp casts all but fp16 before its kernel)."""
 DROPPED_BYTES = 5.0
 """What dropout moves of a score in either pass."""
-SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
-"""Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
+SCORE_PRODUCTS = {"forward": ("k", "v"), "backward": ("v", "vkk")}
+"""Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK), by
+whose width each has, a key's or a value's."""
 UNFUSED_BYTES = {"forward": 78.6, "backward": 93.2}
 """Traffic of a score beside the products where FlexAttention is not compiled, by operators in fp32: scale,
 mask, log-sum-exp and softmax, for which torch's CUDA kernels read and write it several times, the checks for
 rows that are all masked, a cast; in the backward scale, mask and softmax again and the gradients of each
 (reports/host/flex_unfused.json)."""
-UNFUSED_PRODUCTS = {"forward": (1, 1), "backward": (2, 3)}
+UNFUSED_PRODUCTS = {"forward": ("k", "v"), "backward": ("kv", "vkk")}
 """As SCORE_PRODUCTS: Q K^T is made again. What makes scores is in fp32, without TF32."""
 GROUPED_BY_TORCH: dict[str, float] = RATES["grouped_by_torch"]["slower"]
 """How many times as slow torch's grouped products are as a profile's, by architecture."""
@@ -230,15 +231,15 @@ def _scores(
     moved = (
         UNFUSED_BYTES if alone else _moved("composed" if kernel == "rows" else stack.kernels.softmax, model)
     )
-    making = _product(hardware, S, S, qk, "float32" if alone else "bfloat16")
-    taking = _product(hardware, S, v, S)
+    widths, dtype = {"k": qk, "v": v}, "float32" if alone else "bfloat16"
+    making = {name: _product(hardware, S, S, width, dtype) for name, width in widths.items()}
+    taking = {name: _product(hardware, S, width, S) for name, width in widths.items()}
     shares = {}
     for phase, products in (("forward", 2), ("backward", 5)):
         made, taken = (UNFUSED_PRODUCTS if alone else SCORE_PRODUCTS)[phase]
         rest = moved[phase] * S * S / hardware.device.memory_bandwidth.si
-        shares[phase] = (
-            products * (qk + v) / 2 * S * S / (made * making + taken * taking + rest) / _peak(hardware)
-        )
+        took = sum(making[one] for one in made) + sum(taking[one] for one in taken) + rest
+        shares[phase] = products * (qk + v) / 2 * S * S / took / _peak(hardware)
     return AttentionCurve(
         forward=shares["forward"], backward=shares["backward"], tag="assumed",
         source="narrow products by the profile's curve, and a softmax over stored scores by its traffic",

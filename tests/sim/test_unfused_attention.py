@@ -1,11 +1,12 @@
 """FlexAttention that nothing compiles: scores come and go in memory, and the host maps the mask."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from mopsim.cost.stack import UNFUSED_BYTES
+from mopsim.cost.stack import SCORE_PRODUCTS, UNFUSED_BYTES, UNFUSED_PRODUCTS
 from mopsim.engine import simulate
 from mopsim.graph.host_costs import UNFUSED
 from mopsim.graph.layer import decoder_layer
@@ -26,6 +27,21 @@ def test_what_was_measured_is_what_is_charged() -> None:
         traffic = found["traffic"][phase]
         assert traffic == {"bytes": UNFUSED_BYTES[phase], "kernels": LAUNCHES[phase]}
         assert host == round(found["host"][phase] - LAUNCHES[phase])
+
+
+def test_each_product_of_the_forward_has_two_gradients_of_its_width() -> None:
+    """Q K^T is as wide as a key, P V as a value; without a kernel that keeps the scores Q K^T comes again."""
+    ahead, back, again = (
+        Counter("".join(products))
+        for products in (
+            SCORE_PRODUCTS["forward"],
+            SCORE_PRODUCTS["backward"],
+            UNFUSED_PRODUCTS["backward"],
+        )
+    )
+    assert ahead == Counter("kv")
+    assert back == ahead + ahead
+    assert again == back + Counter("k")
 
 
 def test_it_keeps_what_a_flash_kernel_keeps_and_holds_scores_meanwhile() -> None:
