@@ -4,6 +4,9 @@ import msgspec
 import pytest
 
 from mopsim.program import lower
+from mopsim.program.context import Context, make_context
+from mopsim.program.reuse import HEAD, near
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
@@ -50,6 +53,26 @@ def test_the_last_layers_stay_whose_next_use_is_near(recompute: str, uses: int) 
     before, after = (_gathers(distance, recompute) for distance in (ahead, ahead + 1))
     assert [before[one] for one in range(LAYERS)] == [2, 2, 2, 2, 2, 1]
     assert [after[one] for one in range(LAYERS)] == [2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mtp_layers_stay_first_and_each_uses_the_head_again(tied: bool) -> None:
+    model = msgspec.structs.replace(MODEL, num_nextn_predict_layers=1, tie_word_embeddings=tied)
+    head, layer = _sizes()
+    context = _context(model, 0)
+    extra = 2 * sum(unit.numel for unit in context.layers[LAYERS])  # the MTP layer, beside the head it uses
+    assert near(_context(model, 2 * head)) == {*HEAD}
+    assert near(_context(model, 2 * head + 1)) == {*HEAD, LAYERS}
+    assert near(_context(model, 4 * head + extra)) == {*HEAD, LAYERS}
+    assert near(_context(model, 4 * head + extra + 1)) == {*HEAD, LAYERS, LAYERS - 1}
+    assert near(_context(model, 4 * head + extra + 2 * layer)) == {*HEAD, LAYERS, LAYERS - 1}
+
+
+def _context(model: ModelSpec, distance: float) -> Context:
+    sharding = msgspec.structs.replace(DEEPSPEED.sharding, reuse_distance=distance)
+    stack = msgspec.structs.replace(DEEPSPEED, sharding=sharding)
+    training = TrainSpec(seq_len=128, global_batch=8)
+    return make_context(model, stack.resolve(fsdp2(8, recompute="none")), training, 8, stack)
 
 
 def test_a_small_network_is_gathered_once() -> None:
