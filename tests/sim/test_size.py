@@ -76,7 +76,9 @@ def test_energy_counts_the_whole_node() -> None:
     goal, a = Goal(10**12, 30 * DAY), assume({"pue": 1.2, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
     assert figures(node, 2, Step(1e6), goal, a).energy == pytest.approx(750 * 1.2 * 3.2e7)
     _, searched, known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
-    assert searched.startswith("Searched: fsdp2, at most 1 simulation of each at a node count")
+    assert searched.startswith(
+        "Searched: fsdp2, 1 simulation of each at a node count that is searched, up to 4 where"
+    )
     assert "power of a node of 8 devices 6 kW (assumed: toy)" in known
     assert (
         "power of a node of 8 devices 7.2 kW (assumed: 1.8 times its devices'; 500 W (assumed: toy))"
