@@ -44,6 +44,8 @@ BIASES: Costs = _READ["biases"]
 CLAMPS: Pair = _READ["clamps"]
 WOVEN: dict[bool, Pair] = {False: _READ["woven"]["together"], True: _READ["woven"]["apart"]}
 KINDS: Costs = _READ["kinds"]
+MIXERS: dict[str, Costs] = _READ["mixers"]
+"""By a stack's `host.layers`, of those that were measured, and by the kind of linear attention."""
 DOCUMENTS: Costs = _READ["documents"]
 UNFUSED: Pair = _READ["unfused"]
 MODULES_AGAIN = {

@@ -11,6 +11,7 @@ from mopsim.program.context import Context
 from mopsim.program.hook_time import hooks_of
 from mopsim.program.side_by_side import abreast
 from mopsim.program.workload import Op, Program, Work
+from mopsim.spec.layer_fields import LINEAR
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
@@ -24,7 +25,8 @@ class Around:
     split: see split_of. kinds: see kinds_of. experts: of a rank;
     apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
     is recomputed in part, that part of its forward, and Linears of modules that were measured alone. abreast:
-    sequences that go through a layer one by one."""
+    sequences that go through a layer one by one. linear: layers whose mixer is linear attention; -1: those of
+    templates."""
 
     hooks: host_costs.Costs = field(default_factory=dict)
     split: host_costs.Costs = field(default_factory=dict)
@@ -33,13 +35,19 @@ class Around:
     apart: int = 0
     again: host_costs.Costs = field(default_factory=dict)
     abreast: int = 1
+    linear: frozenset[int] = frozenset()
 
     @classmethod
     def of(
-        cls, context: Context, again: Mapping[str, tuple[float, float, tuple[str, ...]]], *, woven: bool
+        cls,
+        context: Context,
+        again: Mapping[str, tuple[float, float, tuple[str, ...]]],
+        *,
+        woven: bool,
+        layer: int | None = None,
     ) -> "Around":
-        """Of a job. again: `Passes.again`; woven: see kinds_of."""
-        stack = context.stack
+        """Of a job. again: `Passes.again`; woven: see kinds_of. layer: of a template of this layer's ops."""
+        stack, model = context.stack, context.model
         split = split_of(context.model, stack, context.strategy)
         kinds = kinds_of(context.model, stack, context.strategy, woven=woven)
         measured = stack.host.layers == "transformer_engine"
@@ -50,7 +58,11 @@ class Around:
             for component, (share, rest, modules) in again.items()
         }
         hooks = hooks_of(context)
-        return cls(hooks, split, kinds, context.own_experts, context.expert_modules, found, abreast(context))
+        mixers = {index: model.is_linear(index) for index in range(model.num_hidden_layers)}
+        mixers = mixers if layer is None else {-1: model.is_linear(layer)}
+        linear = frozenset(index for index, is_linear in mixers.items() if is_linear)
+        experts = context.own_experts, context.expert_modules
+        return cls(hooks, split, kinds, *experts, found, abreast(context), linear)
 
 
 def maps_routes(strategy: Strategy, stack: Stack) -> bool:
@@ -68,13 +80,15 @@ def kinds_of(
     model: ModelSpec, stack: Stack, strategy: Strategy | None = None, *, woven: bool = False
 ) -> host_costs.Costs:
     """Linears that a network's kind of layers adds to each component of the plain one; a strategy's
-    context-parallel ranks to attention, its dispatcher to experts. woven: `Context.weaves`."""
+    context-parallel ranks to attention, its dispatcher to experts. `LINEAR`: to the attention of layers whose
+    mixer is linear attention, in place of what is added to the others'. woven: `Context.weaves`."""
+    linear = _of_mixers(model, stack, strategy)
     if strategy and stack.host.layers in host_costs.EXCHANGED:
         routed = strategy.experts
         sends = routed.expert_parallel > 1 and routed.token_dispatcher == "alltoall"
-        return {"experts": host_costs.EXCHANGED[stack.host.layers]} if sends else {}
+        return linear | ({"experts": host_costs.EXCHANGED[stack.host.layers]} if sends else {})
     if stack.host.layers != "transformer_engine":
-        return {}
+        return linear
     latent = model.kv_lora_rank > 0
     composed = stack.kernels.rotary not in ("fused", "by_token") and not model.learned_positions
     rotary = "latent_rotary" if latent else "rotary"
@@ -96,10 +110,21 @@ def kinds_of(
         found["experts"] += [host_costs.DISPATCHERS.get(strategy.experts.token_dispatcher, NOTHING)]
         found["experts"] += [host_costs.ROUTES_MAP] * maps_routes(strategy, stack)
         found["experts"] += [host_costs.WOVEN[stack.host.delayed_grads]] * woven
-    return {
-        component: (sum(cost[0] for cost in costs), sum(cost[1] for cost in costs))
-        for component, costs in found.items()
-    }
+    return linear | {component: _sum(costs) for component, costs in found.items()}
+
+
+def _sum(costs: Sequence[host_costs.Pair]) -> host_costs.Pair:
+    return sum(ahead for ahead, _ in costs), sum(back for _, back in costs)
+
+
+def _of_mixers(model: ModelSpec, stack: Stack, strategy: Strategy | None) -> host_costs.Costs:
+    """What layers of linear attention add, where the modules of this kind were measured."""
+    known = host_costs.MIXERS.get(stack.host.layers, {})
+    kind = model.linear_attention.kind
+    if kind not in known:
+        return {}
+    split = strategy is not None and strategy.attention.context_parallel > 1
+    return {LINEAR: _sum([known[kind]] + [known["context"]] * split)}
 
 
 def split_of(model: ModelSpec, stack: Stack, strategy: Strategy) -> host_costs.Costs:
@@ -181,7 +206,8 @@ def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack, around: Aro
     known: dict[tuple[int, float], tuple[Work, ...]] = {}  # equal work stays one object, priced once
     every = ((key[2], *one) for key, groups in passes.items() for one in groups.items())
     for phase, component, group in every:
-        alike = (phase, component, *[id(given[place].work) for place in group])
+        linear = given[group[0]].layer in around.linear
+        alike = (phase, component, linear, *[id(given[place].work) for place in group])
         if alike not in more:
             more[alike] = _more(phase, component, [given[place] for place in group], stack, around)
         if more[alike] > 0:
@@ -203,7 +229,8 @@ def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: A
     experts, apart = (around.experts, around.apart) if component == "experts" and part == 1.0 else (0, 0)
     whole = costs.get(component, NOTHING)[back] + experts * costs.get("expert", NOTHING)[back]
     whole += apart * host_costs.LAYER["dense_ffn"][back]
-    whole = part * (whole + around.kinds.get(component, NOTHING)[back]) + alone
+    kind = LINEAR if component == "attention" and ops[0].layer in around.linear else component
+    whole = part * (whole + around.kinds.get(kind, NOTHING)[back]) + alone
     whole *= host_costs.ON_A_DEVICE.get(stack.host.layers, 1.0) * around.abreast
     started = sum(work.calls for op in ops for work in op.work if work.kind == "grouped_matmul")
     whole += started * stack.host.products

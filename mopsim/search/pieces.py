@@ -337,7 +337,7 @@ class Pieces:
     def _of_layer(self, passes: Passes, layer: int) -> LayerPiece:
         @cache
         def around() -> Around:
-            return Around.of(passes.context, passes.again(), woven=passes.context.weaves)
+            return Around.of(passes.context, passes.again(), woven=passes.context.weaves, layer=layer)
 
         ways = partial(passes.forward, layer), partial(passes.backward, layer)
         return LayerPiece(ways, self.prices, around)

@@ -123,6 +123,18 @@ def of_modules(recipe: object = None, kind: str = "") -> dict[str, Call]:
     return {f"{name}{kind}": partial(passes, partial(forward, chain)) for name, chain in made}
 
 
+def usual() -> dict[str, Any]:
+    """Of every layer's configuration."""
+    return {
+        "num_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 4, "num_query_groups": 2,
+        "kv_channels": 16, "ffn_hidden_size": WIDTH, "bf16": True, "params_dtype": torch.bfloat16,
+        "use_cpu_initialization": True, "normalization": "RMSNorm", "qk_layernorm": True,
+        "gated_linear_unit": True, "activation_func": silu, "add_bias_linear": False, "hidden_dropout": 0.0,
+        "attention_dropout": 0.0, "gradient_accumulation_fusion": True, "apply_rope_fusion": True,
+        "bias_activation_fusion": True, "bias_dropout_fusion": True,
+    }  # fmt: skip
+
+
 def network(experts: int = 0, **more: Any) -> nn.Module:
     """Layers of Megatron-Core on Transformer Engine; so many experts on each of eight ranks."""
     from megatron.core.models.gpt import GPTModel
@@ -137,15 +149,7 @@ def network(experts: int = 0, **more: Any) -> nn.Module:
         "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-3,
     }  # fmt: skip
     bare = more.pop("bare", False)
-    usual: dict[str, Any] = {
-        "num_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 4, "num_query_groups": 2,
-        "kv_channels": 16, "ffn_hidden_size": WIDTH, "bf16": True, "params_dtype": torch.bfloat16,
-        "use_cpu_initialization": True, "normalization": "RMSNorm", "qk_layernorm": True,
-        "gated_linear_unit": True, "activation_func": silu, "add_bias_linear": False, "hidden_dropout": 0.0,
-        "attention_dropout": 0.0, "gradient_accumulation_fusion": True, "apply_rope_fusion": True,
-        "bias_activation_fusion": True, "bias_dropout_fusion": True,
-    }  # fmt: skip
-    config = TransformerConfig(**(usual | (routed if experts else {}) | more))
+    config = TransformerConfig(**(usual() | (routed if experts else {}) | more))
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=bool(experts), qk_layernorm=True
     )
