@@ -41,7 +41,8 @@ def run(*, out: str | None, sweep: str | None, hold: str, formats: str, json: st
         return NOTHING_FITS
     level, refused = found.inputs.interval, list(found.refused.values())
     results = list(found.results.values())
-    console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))
+    told = [found.headline(), *found.notes]
+    console.print(comparison(results, found.inputs.where_of(results), level, refused=refused, said=told))
     if found.sweep:
         console.print(swept_table(found.sweep, level, refused))
     console.print(points(found.headline().splitlines()))

@@ -45,7 +45,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     if found.doubt:
         console.print(found.doubt, style="bold red")
     if found.top:
-        console.print(comparison(found.top, where, level, found.free))
+        told = [found.doubt, found.outcome(), *found.left_out, *map(plain, found.rejected)]
+        console.print(comparison(found.top, where, level, found.free, said=told))
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses", level))
     others = best_of_others(found.best_by_family, found.best or found.closest, found.lacking)
@@ -69,9 +70,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
         console.print(line, style="dim")
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {plain(reason)}", style="dim")
-    _write(console, ranking, plan, seal)
-    if json:
-        io.write_json(json, ranking.to_json())
+    with io.json_last(json, ranking.to_json):
+        _write(console, ranking, plan, seal)
     say_written(console, json)
     return 0 if ranking.best else NOTHING_FITS
 

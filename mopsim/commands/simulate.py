@@ -21,14 +21,13 @@ def run(*, trace: str | None, plan: str | None, seal: str | None, json: str | No
     console.print(comparison([step.result], step.inputs.where_of([step.result]), step.inputs.interval))
     console.print(breakdown(step.result))
     say_notes(console, step.notes)
-    if plan and made:
-        io.write_yaml(Path(plan), made)
-        say_plan(console, plan, step)
-    if seal:
-        console.print(f"sealed in {seal}: sha256 {step.seal(seal)}")
-    if json:
-        io.write_json(json, step.to_json())
-        say_written(console, json)
+    with io.json_last(json, step.to_json):
+        if plan and made:
+            io.write_yaml(Path(plan), made)
+            say_plan(console, plan, step)
+        if seal:
+            console.print(f"sealed in {seal}: sha256 {step.seal(seal)}")
+    say_written(console, json)
     if trace:
         training = step.inputs.training
         of_plan = {"learning_rate": training.learning_rate, "warmup_steps": training.warmup_steps}

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -22,6 +23,9 @@ from mopsim.common.yaml_text import parse_yaml as parse_yaml
 
 LARGEST = 2**28
 """Characters of a file that is read whole: a device such as /dev/zero has no end."""
+
+_PIPED: dict[tuple[int, int] | None, str] = {}
+"""Of a pipe without a name -> its text: it can be read once, and a command reads what it is given again."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -79,7 +83,11 @@ def read_text(path: Path, field: str = "") -> str:
         if path.is_fifo() and path.resolve().is_fifo():  # else a pipe without a name: /dev/stdin, <(...)
             raise MopError(f"{where}: is not a regular file: who reads a named pipe may wait without end")
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(LARGEST + 1)
+            state = os.fstat(file.fileno())
+            pipe = (state.st_dev, state.st_ino) if stat.S_ISFIFO(state.st_mode) else None
+            text = _PIPED[pipe] if pipe in _PIPED else file.read(LARGEST + 1)
+            if pipe:
+                _PIPED[pipe] = text
     except (FileNotFoundError, NotADirectoryError):
         raise MopError(f"{where}: no such file") from None
     except IsADirectoryError:
@@ -228,6 +236,19 @@ def write_json(path: str, value: Any) -> None:
     """Write JSON to a file atomically, or to standard output when `path` is '-'."""
     with json_beside(path, value):
         pass
+
+
+@contextmanager
+def json_last(path: str | None, made: Callable[[], Any]) -> Iterator[None]:
+    """Write the JSON of `made` once the body has written what is smaller: that stays where the JSON does not
+    fit. Standard output has the JSON even where the body cannot write."""
+    if path == "-":
+        with json_beside(path, made()):
+            yield
+        return
+    yield
+    if path:
+        write_json(path, made())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from mopsim.report.findings import headline, leaders
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, time_bars
 from mopsim.report.sweep import Sweep, sweep_figure, swept_rows
-from mopsim.report.tables import P_FITS, ROUTED, columns, dry_run_only, row
+from mopsim.report.tables import ROUTED, columns, dry_run_only, p_fits, row
 from mopsim.report.timeline import timeline_plot
 
 
@@ -98,7 +98,7 @@ def write_compare(
     sections = [
         Section(
             "The strategies",
-            f"{P_FITS}. {dry_run_only([*results.values()])}".rstrip(),
+            f"{p_fits(said)}. {dry_run_only([*results.values()])}".rstrip(),
             table=Table(heads, [*(row(result, level) for result in results.values()), *without]),
         ),
         Section(

@@ -61,10 +61,15 @@ ROUTED = ", if tokens are routed as in the plan"
 """What every interval assumes."""
 P_FITS = (
     "P(fits): the probability that device and host have room for the tensors and for what the allocator and "
-    "the communicators may add. It allows for a program that keeps other tensors than its stack says; as "
-    "described: if it does not"
+    "the communicators may add. It allows for a program that keeps other tensors than its stack says"
 )
 """What stands by every table of steps."""
+_DESCRIBED = "as described"
+
+
+def p_fits(*said: str) -> str:
+    """`P_FITS`, and what 'as described' is where anything `said` beside the table has it."""
+    return f"{P_FITS}; {_DESCRIBED}: if it does not" if any(_DESCRIBED in one for one in said) else P_FITS
 
 
 def dry_run_only(results: Sequence[SimResult]) -> str:
@@ -100,9 +105,11 @@ def comparison(
     level: float = 0.9,
     free: Sequence[Freedom] = (),
     refused: Sequence[str] = (),
+    said: Sequence[str] = (),
 ) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
-    level: of the intervals. free: of each, `SearchResult.free`. refused: why further ones have no numbers."""
+    level: of the intervals. free: of each, `SearchResult.free`. refused: why further ones have no numbers.
+    said: what stands above or below the table, whose words its legend explains."""
     names = (
         "step",
         f"{level:.0%}",
@@ -135,7 +142,8 @@ def comparison(
         shown.add_row(str(number), *["-"] * 9, style="red")
         lines.append(Text(why, style="red"))
     limits = " ".join(f"{one}." for one in dict.fromkeys(map(_limits, results)))
-    said = "\n".join(filter(None, (f"{P_FITS}.", dry_run_only(results), limits)))
+    odds = p_fits(*said, limits, *(line.plain for line in lines))
+    legend = "\n".join(filter(None, (f"{odds}.", dry_run_only(results), limits)))
     return Group(
         Text(title, style="italic"),
         shown,
@@ -144,7 +152,7 @@ def comparison(
             "exposed: the share of the step in which compute waits for communication, copies, the host or "
             "other pipeline stages.\n"
             f"{level:.0%}: the measured value lies in this interval with that probability{ROUTED}. "
-            f"memory: the peak of tensors.\n{said}",
+            f"memory: the peak of tensors.\n{legend}",
             style="dim",
         ),
     )

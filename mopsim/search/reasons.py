@@ -16,7 +16,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
      f"at most {TIE:.1%} faster than {{0}}, {_LEAST}".replace("%", " %")),
     ("slower, simulated: .*", "simulated: slower than the ranked plans, or as fast and less plain"),
     ("does not fit, simulated: (.*)", "simulated: does not fit, most of it {0}"),
-    ("fits, as described, with a (.*)", "simulated: fits with a {0}"),
+    ("fits, as described, with a (.*)", "simulated: fits, as described, with a {0}"),
 )  # fmt: skip
 """Pattern of a reason -> what is printed of it, the first that matches."""
 

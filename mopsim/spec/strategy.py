@@ -50,6 +50,11 @@ class Pipeline(Spec, frozen=True, kw_only=True):
         """Whether all backwards are in two halves: there is nothing to fill in a stage alone."""
         return self.schedule == "zero_bubble" and self.pipeline_parallel > 1
 
+    def largest_chunk(self, layers: int) -> int:
+        """Decoder layers of the model chunk that has most, of `layers` in all."""
+        parts = self.pipeline_parallel * self.virtual_stages
+        return max(self.layers, default=-(-layers // parts))
+
     @property
     def folded(self) -> bool:
         """Whether parts lie on the stages as on a V, and some backwards are in two halves."""

@@ -169,7 +169,9 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     away = s.activations.cpu_offload_layers
     more = f"is more than num_hidden_layers {layers}"
     yield away <= layers, "activations.cpu_offload_layers", more
-    yield s.activations.recompute_num_layers <= layers, "activations.recompute_num_layers", more
+    field, chunk = "activations.recompute_num_layers", s.pipeline.largest_chunk(layers)
+    rule = f"is more than the {chunk} layers of a model chunk; 0 recomputes all"
+    yield s.activations.recompute_num_layers <= chunk, field, rule
     start, end = s.precision.num_layers_at_start_in_bf16, s.precision.num_layers_at_end_in_bf16
     field = f"precision.num_layers_at_{'start' if start > layers else 'end'}_in_bf16"
     rule = f"makes {start + end} layers in bf16, of num_hidden_layers {layers}"

@@ -91,18 +91,20 @@ def strategy(
         zero = 3
     plain = not stack.sharding.experts and degrees.experts > 1
     spread = degrees.experts * degrees.expert_tensor
-    activations, approximations = _activations(row, model, stack)
+    pipeline = Pipeline(
+        pipeline_parallel=degrees.pipeline,
+        virtual_stages=degrees.virtual,
+        schedule="interleaved" if degrees.virtual > 1 else "1f1b",
+        layers=edges_counted(model.num_hidden_layers, degrees.pipeline * degrees.virtual),
+    )
+    chunk = pipeline.largest_chunk(model.num_hidden_layers)
+    activations, approximations = _activations(row, model, stack, chunk)
     found = Strategy(
         name=kind,
         world_size=degrees.world,
         micro_batch=degrees.micro_batch,
         stack=stack.name,
-        pipeline=Pipeline(
-            pipeline_parallel=degrees.pipeline,
-            virtual_stages=degrees.virtual,
-            schedule="interleaved" if degrees.virtual > 1 else "1f1b",
-            layers=edges_counted(model.num_hidden_layers, degrees.pipeline * degrees.virtual),
-        ),
+        pipeline=pipeline,
         dense=Dense(
             tensor_parallel=degrees.tensor,
             sequence_parallel=degrees.tensor == 1 or row.get("sequence_parallel") != "no",
@@ -226,10 +228,10 @@ def _optimizer(row: Row) -> Optimizer:
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
 
 
-def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations, tuple[str, ...]]:
+def _activations(row: Row, model: ModelSpec, stack: Stack, chunk: int) -> tuple[Activations, tuple[str, ...]]:
     """Raises SpecError for an unknown module. An offloaded fraction is of layers
     (cpu_offloading_num_layers) where neither recomputation nor a pipeline stands beside it, else it is left
-    out."""
+    out. chunk: layers of the model chunk that has most: so many recomputed ones, or more, are all."""
     tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
     recompute, told = row["recompute"], []
     some = _some(row)
@@ -249,7 +251,8 @@ def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations,
         layers = round(away * model.num_hidden_layers)
         return Activations(recompute="none", layer_inputs=tier, cpu_offload_layers=layers), tuple(told)
     if recompute == "full":
-        return Activations(layer_inputs=tier, recompute_num_layers=some or 0), tuple(told)
+        part = some if some and some < chunk else 0
+        return Activations(layer_inputs=tier, recompute_num_layers=part), tuple(told)
     own = bool(stack.recompute.selective or stack.recompute.kept)
     if recompute == "selective" and own:
         return Activations(recompute="selective", layer_inputs=tier), tuple(told)

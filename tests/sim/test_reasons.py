@@ -2,6 +2,7 @@
 
 import pytest
 
+from mopsim.report.tables import P_FITS, p_fits
 from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND
 from mopsim.search.reasons import plain
@@ -23,9 +24,14 @@ from mopsim.search.reasons import plain
          "at most 0.5 % faster than the best of their family, by a lower bound of the step"),
         (SLOWER, "simulated: slower than the ranked plans, or as fast and less plain"),
         ("does not fit, simulated: grads", "simulated: does not fit, most of it gradients"),
-        (RISK, "simulated: fits with a probability below 0.9 (--risk ranks it)"),
+        (RISK, "simulated: fits, as described, with a probability below 0.9 (--risk ranks it)"),
         ("global batch is not a multiple of micro_batch x data groups",) * 2,
     ],
 )  # fmt: skip
 def test_a_reason_is_printed_in_plain_words(reason: str, said: str) -> None:
     assert plain(reason) == said
+
+
+def test_the_legend_explains_as_described_where_it_is_said() -> None:
+    assert p_fits("4 of 4 ranked", plain(SLOWER)) == P_FITS
+    assert p_fits(plain(RISK)) == f"{P_FITS}; as described: if it does not"

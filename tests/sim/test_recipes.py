@@ -221,6 +221,9 @@ def test_a_cell_of_the_table_wins_over_every_rule() -> None:
         ("recompute only in part: full(block,5 layers)", 5),
         ("recompute method block, recompute_num_layers 12", 12),
         ("recompute_num_layers=3 (method block)", 3),
+        ("recompute method block, recompute_num_layers 31", 31),
+        ("recompute method block, recompute_num_layers 32", 0),  # all of its layers
+        ("recompute method block, recompute_num_layers 80", 0),
         ("recompute method uniform, recompute_num_layers 1", 0),
         ("", 0),
     ],

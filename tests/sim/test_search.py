@@ -200,6 +200,7 @@ def test_megatron_is_not_run_and_says_why() -> None:
     reason = runnable(space.build(0), space.problem.model)
     assert reason is not None
     assert str(reason).startswith("stack: 'megatron-core' is a stack that mopexec does not run, only ")
+    assert "mopsim search --stack NAME --runnable plans for one of them" in str(reason)
 
 
 def test_search_without_a_budget_finds_the_best_of_all() -> None:

@@ -90,6 +90,16 @@ def test_it_is_refused_beside_other_recomputation(activations: dict[str, Any], r
         msgspec.convert(plain, Strategy)
 
 
-def test_layers_that_run_again_are_at_most_those_there_are() -> None:
-    with pytest.raises(SpecError, match=r"recompute_num_layers: 17 is more than num_hidden_layers 16"):
-        _simulated(fsdp2(8, recompute_num_layers=17))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layers_that_run_again_are_at_most_those_of_a_chunk(name: str) -> None:
+    chunk = _chunk(_with(name, 0))
+    rule = f"recompute_num_layers: {chunk + 1} is more than the {chunk} layers of a model chunk; 0 recomputes"
+    with pytest.raises(SpecError, match=rule):
+        _simulated(_with(name, chunk + 1))
+
+
+def test_the_largest_of_uneven_chunks_counts() -> None:
+    uneven = msgspec.structs.replace(_with("stages", 6).pipeline, layers=(6, 5, 3, 2))
+    msgspec.structs.replace(_with("stages", 6), pipeline=uneven).check_model(MIXTRAL)
+    with pytest.raises(SpecError, match="7 is more than the 6 layers of a model chunk"):
+        msgspec.structs.replace(_with("stages", 7), pipeline=uneven).check_model(MIXTRAL)

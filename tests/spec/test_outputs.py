@@ -127,12 +127,15 @@ JOB = "--model tiny --hardware cpu-2core --seq-len 512 --global-batch 4 --strate
     ("command", "said", "lost"),
     [
         (f"simulate {JOB} --trace t.json", "P(fits): the probability", "t.json"),
+        (f"simulate {JOB} --trace t.json --json -", '"step_time_s"', "t.json"),
+        (f"simulate {JOB} --plan p.yaml --json -", '"step_time_s"', "p.yaml"),
+        (f"search {JOB.partition(' --strategy')[0]} --budget 2 --plan p.yaml --json -", '"top"', "p.yaml"),
         (f"compare {JOB} --budget 2 --out c", "P(fits): the probability", "c/memory.png"),
         (f"compare {JOB} --budget 2 --out c --json -", '"strategies"', "c/memory.png"),
     ],
 )
 def test_a_full_disk_loses_no_result(tmp_path: Path, command: str, said: str, lost: str) -> None:
-    """Files of 3,000 bytes at most."""
+    """Files of 3,000 bytes at most, which a plan is longer than."""
     limited = (
         "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (3000, 3000)); from mopsim.cli import main; main()"
     )

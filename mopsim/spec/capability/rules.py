@@ -187,7 +187,8 @@ def no_runtime(job: Job) -> SpecError | None:
     if job.software.runtime:
         return None
     written = "; mopsim export writes it" * any(name in one.get("stacks", ()) for one in SIDES.values())
-    rule = f"is a stack that mopexec does not run, only {', '.join(_run())}{written}"
+    planned = "; mopsim search --stack NAME --runnable plans for one of them"
+    rule = f"is a stack that mopexec does not run, only {', '.join(_run())}{planned}{written}"
     return SpecError("stack", name, rule)
 
 
