@@ -17,7 +17,7 @@ from mopsim.common.units import parse_count
 from mopsim.common.values import listed, require_once
 from mopsim.context.contenders import Contender, contenders
 from mopsim.context.sweep import ContextCase, Curve, Task, nested, sweep, totals
-from mopsim.report.context import case_name, case_table, ends, shown_table, to_json
+from mopsim.report.context import case_name, case_table, ends, shown_table, software, to_json
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.spec.documents import held
 from mopsim.spec.presets import load_model
@@ -49,8 +49,11 @@ def run(*, out: str, json: str | None, contender: str, budget: int, jobs: int, *
         content = case_table(mine, lengths)
         console.print(shown_table(case, mine, lengths))
         sections.append(Section(case_name(case), ends(mine, lengths), content))
-    rules = [[one.label, one.rules] for one in asked]
-    sections.append(Section("Rules", "", Table(["contender", "rules"], rules)))
+    rules = [[one.label, one.runs_on, one.rules] for one in asked]
+    said = "; ".join(software(asked))
+    sections.append(
+        Section("Rules", f"{said[:1].upper()}{said[1:]}.", Table(["contender", "stack", "rules"], rules))
+    )
     with io.json_beside(json, made), whole_directory(Path(out)) as aside:
         io.write_json(str(aside / "context.json"), made)
         write_page(aside, Page("Context length against throughput", "", sections, stated(cases, lengths)))

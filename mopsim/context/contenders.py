@@ -15,6 +15,7 @@ from mopsim.search.had import Key, Value, axes_of, columns_of, exchanges, names
 from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.strategies import STACKS
 
 _TIERS = {"device": DEVICE, "host": HOST}
 _NOT_SWEPT = {"pipeline": 1, "expert_tensor": 1, "modules": 0, "saved": 0}
@@ -39,6 +40,17 @@ class Contender(Spec, frozen=True, kw_only=True):
     def software(self) -> Stack | None:
         """Of its candidates; None where it is the family's own."""
         return load_stack(self.stack) if self.stack else None
+
+    @property
+    def runs_on(self) -> str:
+        """Name of the stack of its candidates."""
+        return self.stack or STACKS[self.family]
+
+    @property
+    def assumed(self) -> bool:
+        """Whether what its stack can do is an assumption, so that no one program is known to be it."""
+        sources = load_stack(self.runs_on).sources.values()
+        return any(source.startswith("an assumption") for source in sources)
 
     def axes(self, problem: Problem, axes: Axes) -> Axes:
         """What is searched: a family's axes, widened to tensor and context parallelism, within the rules."""

@@ -124,10 +124,14 @@ def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequenc
         *_legend(curves, lengths),
         "after a name: the longest of the lengths asked that fits",
         *_compared(compared),
+        *software(one.contender for one in curves.values()),
     ]
     gaps = [f"; gap {format_gap(_gap(curve))}" if _gap(curve) else "" for curve in curves.values()]
     said += ["gap: a plan that was not simulated is at most so much faster"] if any(gaps) else []
-    lines = [Text(f"{_end(curve)}{gap}") for curve, gap in zip(curves.values(), gaps, strict=True)]
+    lines = [
+        Text(f"{_end(curve)}{gap}; on {curve.contender.runs_on}")
+        for curve, gap in zip(curves.values(), gaps, strict=True)
+    ]
     return Group(Text(title, style="italic"), found, numbered(lines), Text("; ".join(said), style="dim"))
 
 
@@ -150,6 +154,13 @@ def _compared(leads: Mapping[str, Sequence[Ratio | None]]) -> list[str]:
     ]
 
 
+def software(contenders: Iterable[Contender]) -> list[str]:
+    """That ratios are of plans and software where that differs, and which software is assumed."""
+    stacks = {one.runs_on: one.assumed for one in contenders}
+    found = ["ratios hold for plan and software together"] * (len(stacks) > 1)
+    return found + [f"{name} is an assumption, no one program" for name, assumed in stacks.items() if assumed]
+
+
 LEVEL = 0.9
 """Probability of the intervals of ratios."""
 MARKS = {
@@ -170,7 +181,9 @@ def ends(curves: Mapping[str, Curve], lengths: Sequence[int]) -> str:
     marked = [text for text in _legend(curves, lengths) if text[0] in "*\u2020"]  # the others are spelt out
     legend = f" {'; '.join(marked)}." if marked else ""
     found = "; ".join(map(_end, curves.values()))
-    return f"Reach, of the lengths asked: {found}.{left_out(curves)}{legend}"
+    on = "; ".join(f"{one.contender.label} on {one.contender.runs_on}" for one in curves.values())
+    said = "; ".join([on, *software(one.contender for one in curves.values())])
+    return f"Reach, of the lengths asked: {found}.{left_out(curves)}{legend} Software: {said}."
 
 
 def _end(curve: Curve) -> str:
@@ -198,7 +211,15 @@ def to_json(
     """SI units: tokens, seconds, bytes."""
     return {
         "lengths": list(lengths),
-        "contenders": {one.name: {"label": one.label, "rules": one.rules} for one in contenders},
+        "contenders": {
+            one.name: {
+                "label": one.label,
+                "rules": one.rules,
+                "stack": one.runs_on,
+                "stack_assumed": one.assumed,
+            }
+            for one in contenders
+        },
         "cases": [
             {
                 "model": case.model.name,

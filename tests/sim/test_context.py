@@ -208,10 +208,17 @@ def test_the_command_writes_its_curves(
         f"--contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
     )
     assert code_of(command, monkeypatch) in (0, None)
-    written = " ".join(capsys.readouterr().out.split()).partition("Written: ")[2]
+    printed = " ".join(capsys.readouterr().out.split())
+    written = printed.partition("Written: ")[2]
+    assumed = "fsdp2-any-context is an assumption, no one program"
+    for said in (printed, *((out / f"index.{kind}").read_text() for kind in ("md", "html"))):
+        for told in ("mopexec-flat", assumed, "plan and software together"):
+            assert told in " ".join(said.split())
     assert all(path.name in written for path in [*out.iterdir(), tmp_path / "x.json"])
     made = json.loads((out / "context.json").read_text())
     assert made == json.loads((tmp_path / "x.json").read_text())
+    assert made["contenders"]["mop"]["stack"] == "mopexec-flat"
+    assert made["contenders"]["fsdp2"]["stack_assumed"]
     curves = made["cases"][0]["curves"]
     assert set(curves) == {"mop", "fsdp2", "fsdp2_device"}
     assert curves["fsdp2_device"]["stopped_by"] == "logits"
