@@ -6,6 +6,7 @@ from mopexec.run import plans
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs, plain_console
 from mopsim.common.units import format_bytes, parse_bytes
+from mopsim.spec.plan import EDITED
 
 
 def run(
@@ -48,7 +49,9 @@ def run(
     console.print(
         f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s"
     )
-    if predicted := whole.prediction:
+    if whole.edited:
+        console.print(EDITED)
+    if predicted := whole.predicted:
         peak, moved = format_bytes(predicted.peak_memory), format_bytes(predicted.host_memory)
         console.print(f"the plan's prediction: {peak} at the peak, {moved} on the host")
     if program:

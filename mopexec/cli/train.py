@@ -20,7 +20,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, say
 from mopsim.common.units import format_bytes, format_seconds, parse_bytes
-from mopsim.spec.plan import LOST, Plan
+from mopsim.spec.plan import EDITED, LOST, Plan
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,10 @@ def _check_memory(options: TrainOptions, plan: Plan, ranks: int) -> None:
 
 
 def _say_elsewhere(options: TrainOptions, plan: Plan, nodes: int) -> None:
-    """That the ranks are not where the plan has them, in a line: its times are of another network."""
+    """That what was predicted is of another plan, or the ranks are not where the plan has them and its times
+    are of another network, in a line each."""
+    if plan.edited:
+        say(f"note: {EDITED}", stderr=options.console == "stderr")
     if said := plan.elsewhere(nodes):
         rest = "no measurement for calibrate (mopexec launch --torchrun writes a script for each node)"
         say(f"note: {said}: {rest}", stderr=options.console == "stderr")

@@ -49,7 +49,7 @@ def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
 def fuller(plan: Plan, peak: int, routing: RoutingProfile) -> str:
     """A line on a peak that passes what was predicted with the plan's routing, where the run's own was more
     uneven; '' otherwise. peak: bytes; routing: as of the Measurement."""
-    expected = plan.prediction.peak_memory if plan.prediction else 0
+    expected = plan.predicted.peak_memory if plan.predicted else 0
     planned, seen = plan.training.routing, hot(routing)
     if not expected or peak < (1 + MORE) * expected or seen is None or routing == planned:
         return ""

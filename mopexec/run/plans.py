@@ -127,9 +127,10 @@ def check_memory(plan: Plan, machine: int, *, ranks: int, shared: bool, copied: 
     host, for the device too where both are one (shared: a CPU), and their part of the copy of a checkpoint
     that is written beside the steps (copied). Raises MopError.
     """
-    if plan.prediction is None:
+    predicted = plan.predicted
+    if predicted is None:
         return
-    wanted = ranks * (plan.prediction.host_memory + (plan.prediction.peak_memory if shared else 0.0))
+    wanted = ranks * (predicted.host_memory + (predicted.peak_memory if shared else 0.0))
     limit, strategy = f"of memory, and this machine has {format_bytes(machine)}", plan.strategy
     if wanted > machine:
         rule = f"puts {ranks} ranks here, which would need {format_bytes(wanted)} {limit}"

@@ -134,7 +134,8 @@ class _Loop:
         self.tokens_per_step = plan.training.global_batch * plan.training.seq_len
         self.card = Card(job.platform.device)
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
-        self.predicted = plan.prediction.step_time if plan.prediction else None
+        self.prediction = plan.predicted
+        self.predicted = self.prediction.step_time if self.prediction else None
         self.strategy = io.digest(plan.strategy)
         self.watch = Watch(job.cores)
         self.step_times, self.idle_times = list[Timed](), list[Timed]()
@@ -210,7 +211,7 @@ class _Loop:
 
     def _line(self, step: int, lr: float, result: StepResult, slowest: dict[str, float]) -> StepMetrics:
         tokens_per_s = self.tokens_per_step / slowest["seconds"]
-        known = self.plan.prediction if self.plan.prediction and self.plan.prediction.mfu else None
+        known = self.prediction if self.prediction and self.prediction.mfu else None
         faster = known.step_time / slowest["seconds"] if known else 1.0
         return StepMetrics(
             step=step + 1,

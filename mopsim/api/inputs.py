@@ -385,7 +385,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             p_fits_as_described=result.p_as_described,
         ),
         mop_version=mopsim.__version__,
-    )
+    ).noted()
 
 
 def facts(inputs: Inputs, command: str) -> dict[str, str]:

@@ -29,6 +29,11 @@ def elsewhere(plan: Plan, stacks: Sequence[str]) -> str:
     )
 
 
+def again(plan: Plan) -> str:
+    """What its own stack predicts of a plan as it is."""
+    return _predicted(plan, plan.stack)
+
+
 def _predicted(plan: Plan, stack: Stack) -> str:
     """'3.2 s a step, 45.3 GiB a device', or why nothing is predicted."""
     profile = job_of(plan).hardware

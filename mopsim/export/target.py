@@ -12,7 +12,7 @@ from mopsim.common.errors import SpecError
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
 from mopsim.common.units import format_nodes, format_probability
-from mopsim.export.described import elsewhere
+from mopsim.export.described import again, elsewhere
 from mopsim.spec.capability import SIDES, Job, Side
 from mopsim.spec.capability.expressions import compiled
 from mopsim.spec.plan import Plan
@@ -94,12 +94,16 @@ def target(name: Side) -> Target:
 
 def header(side: Side, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
     """The lines that begin every file: what it is, what its keys were checked against, what is missing."""
-    known, hardware, prediction = target(side), plan.hardware, plan.prediction
+    known, hardware, prediction = target(side), plan.hardware, plan.predicted
     ranks = f"{plan.strategy.world_size} ranks ({format_nodes(hardware.num_nodes)} of {hardware.name})"
     lines = [
         f"{known.title} configuration for {plan.model.name} on {ranks}, from a plan of {plan.strategy.name}",
         f"Keys checked against {known.checked}",
     ]
+    if plan.edited:
+        lines.append(
+            f"The plan was edited since it was predicted. For the stack {plan.stack.name}: {again(plan)}"
+        )
     if prediction:
         need, limit = prediction.peak_memory / 1024**3, hardware.memory_limit / 1024**3
         over = [
@@ -122,5 +126,6 @@ def header(side: Side, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
         promised = f"{prediction.step_time:.4g} s a step, {need:.1f} of {limit:.1f} GiB a device; {fits}"
         whole = ". Predicted for the whole plan: what is not expressed below changes it" if gaps else ""
         lines.append(f"mopsim predicts for the stack {plan.stack.name}: {promised}{whole}")
+    if plan.prediction:
         lines += filter(None, [elsewhere(plan, SIDES[side]["stacks"])])
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]

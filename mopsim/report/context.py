@@ -63,11 +63,11 @@ def lead(above: Curve, below: Curve, seq_len: int) -> Ratio | None:
 def leads(curves: Mapping[str, Curve], lengths: Sequence[int]) -> dict[str, list[Ratio | None]]:
     """How many times as fast the first contender is as each other, by length; where no length has a ratio the
     other is left out."""
-    first, *_ = curves.values()
+    first = next(iter(curves.values()), None)
     found = {
         name: [lead(first, curve, length) for length in lengths]
         for name, curve in curves.items()
-        if curve is not first
+        if first and curve is not first
     }
     return {name: ratios for name, ratios in found.items() if any(ratios)}
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 import msgspec
 from msgspec.structs import replace
 
+from mopsim.common.changes import sparse
 from mopsim.common.errors import Rules, require, require_at_least, require_name
-from mopsim.common.io import Spec
+from mopsim.common.io import Spec, digest
 from mopsim.common.units import format_nodes
 from mopsim.spec import routing as profiles
 from mopsim.spec.hardware import DEVICE_ARCHITECTURES, unknown_architecture
@@ -25,6 +26,10 @@ MOST_BYTES, MOST_OPS = 1e15, 1e12
 LOST = 0.1
 """Part of a quiet step's seconds that a step may lose to other programs before it counts as disturbed; part
 of the cores that others may have before it is said."""
+
+
+EDITED = "the plan was edited since it was predicted (mopsim simulate --strategy predicts it as it is)"
+"""What is said of a plan whose prediction is of another (`Plan.edited`)."""
 
 
 class HardwareRef(Spec, frozen=True, kw_only=True):
@@ -59,7 +64,8 @@ class Prediction(Spec, frozen=True, kw_only=True):
     step_time: seconds. tokens_per_second: what all devices train together. peak_memory: bytes of a device.
     host_memory: bytes of a rank. memory_by_category: bytes at the peak. time_by_kind: busy seconds by kind of
     work. mfu, model_flops_per_second: of a device, 0 = not known. p_fits: probability that device and host
-    are enough; p_fits_as_described: the same if the program keeps what its stack says.
+    are enough; p_fits_as_described: the same if the program keeps what its stack says. of: the digest of the
+    plan that it was made of (`Plan.content`); empty in plans of before.
     """
 
     step_time: float
@@ -72,6 +78,7 @@ class Prediction(Spec, frozen=True, kw_only=True):
     model_flops_per_second: float = 0.0
     p_fits: float | None = None
     p_fits_as_described: float | None = None
+    of: str = ""
 
     def _rules(self) -> Rules:
         require_at_least(
@@ -113,6 +120,30 @@ class Plan(Spec, frozen=True, kw_only=True):
             yield False, f"strategy.{part}.{field}", "must be said in a plan, not left to the stack"
         self.training.check_strategy(self.strategy)
         self.training.check_model(self.model)
+
+    @property
+    def content(self) -> str:
+        """The digest of what time and memory depend on, but of the profile, which has a digest of its own;
+        fields that have their defaults are left out, so that it outlives new ones."""
+        t, h = self.training, self.hardware
+        cluster = (h.name, h.num_nodes, h.devices_per_node)
+        asked = (t.seq_len, t.global_batch, t.routing, t.attention_mask, t.document_tokens)
+        return digest([*map(sparse, (self.model, self.strategy, self.stack)), *cluster, *asked])
+
+    def noted(self) -> "Plan":
+        """With its content noted in its prediction."""
+        known = self.prediction
+        return replace(self, prediction=replace(known, of=self.content)) if known else self
+
+    @property
+    def edited(self) -> bool:
+        """Whether it has another content than what its prediction was made of."""
+        return self.prediction is not None and self.prediction.of not in ("", self.content)
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What was predicted of it as it is."""
+        return None if self.edited else self.prediction
 
     @property
     def line(self) -> str:
