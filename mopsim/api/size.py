@@ -34,9 +34,11 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import check_level
 from mopsim.report.sizing import columns, row, summary
+from mopsim.search.result import TIE
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, points, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
+from mopsim.size.near import near_tie
 from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, Rival
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
@@ -82,6 +84,12 @@ class Clusters(Result):
     def surer(self) -> Point | None:
         """A cluster that is little dearer than the recommended one and far likelier to be in time, if any."""
         return points.surer(self.points, self.chosen, self.request.goal)
+
+    @property
+    def near(self) -> Point | None:
+        """A cluster that is likelier to be in time and to fit than the recommended one, for at most 2 % more
+        of the cost, if any."""
+        return near_tie(self.points, self.chosen, self.request.goal, TIE)
 
     @property
     def fitter(self) -> Point | None:
@@ -148,6 +156,7 @@ class Clusters(Result):
             self.fitter,
             self.ties,
             self.undecided,
+            self.near,
         )
         with whole_directory(Path(folder)) as aside:
             write_decision(aside, decision)
@@ -209,6 +218,7 @@ class Clusters(Result):
             "hardware": [sizing_json(sizing, request, least) for sizing in self.sizings],
             "recommended": point_json(self.chosen, request) if self.chosen else None,
             "ties": [brief_json(point, request) for point in self.ties],
+            "near_tie": brief_json(self.near, request) if self.near else None,
             "undecided": [rival_json(one, request) for one in self.undecided],
             "surer": brief_json(self.surer, request) if self.surer else None,
             "surer_to_fit": brief_json(self.fitter, request) if self.fitter else None,

@@ -50,16 +50,13 @@ def _answer(found: Clusters) -> Iterator[str]:
     asked = sizing.asked_odds(request)
     least = "cheapest" if found.cheapest or not chosen else "no price is known: fewest devices"
     kind = f"{least} {asked}, --confidence" if asked else "fastest"
-    yield f"Recommended ({kind}): {sizing.summary(chosen)}"
-    others = {
-        "Odds": sizing.chances(chosen, request) if chosen else "",
-        "A tie": sizing.tie(found.ties, chosen, request),
-        "Undecided": sizing.open_rivals(found.undecided, request),
-        "More likely to be in time": sizing.surely(found.surer, chosen, request),
-        "More likely to fit": sizing.fits_surely(found.fitter, chosen),
-        "Break-even": sizing.break_even(found.sizings, chosen),
-    }
-    yield from (f"{what}: {said}" for what, said in others.items() if said)
+    yield f"Recommended ({kind}): {sizing.summary(chosen, sizing.price_is(chosen, request))}"
+    if chosen:
+        yield f"Odds: {sizing.chances(chosen, request)}"
+    others = sizing.preferable(
+        request, chosen, found.sizings, found.ties, found.near, found.undecided, found.surer, found.fitter
+    )
+    yield from (f"{what}: {said}" for what, said in others.items())
     within = "" if request.max_cost is None else f" within {format_dollars(request.max_cost)}"
     of = "" if request.goal.seconds is None else " of the counts that were asked"
     yield f"Fastest{within}{of}: {sizing.summary(found.fastest)}"

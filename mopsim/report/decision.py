@@ -34,7 +34,7 @@ class Decision:
     """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it.
     surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any; fitter:
     one that is surer to fit; ties: others as good as the chosen one; undecided: clusters of other machine
-    types that may be better."""
+    types that may be better; near: one that is better in all but a little of its cost."""
 
     request: Request
     sizings: Sequence[Sizing]
@@ -49,6 +49,7 @@ class Decision:
     fitter: Point | None = None
     ties: Sequence[Point] = ()
     undecided: Sequence[Rival] = ()
+    near: Point | None = None
 
     @property
     def subject(self) -> Point | None:
@@ -62,7 +63,16 @@ def write_decision(folder: Path, decision: Decision) -> None:
         if decision.points:
             path = folder / f"pareto.{kind}"
             best = [one.best for one in decision.sizings if one.best]
-            cost_time(path, decision.points, decision.front, decision.chosen, goal, level, best)
+            cost_time(
+                path,
+                decision.points,
+                decision.front,
+                decision.chosen,
+                goal,
+                level,
+                best,
+                sizing.title(decision.request).partition(" within")[0],
+            )
         if subject and decision.swings:
             tornado(folder / f"tornado.{kind}", decision.swings, subject, decision.request.model.name)
     drawn = {"pareto": "", "tornado": ""}
@@ -92,10 +102,16 @@ def content(d: Decision) -> dict[str, object]:
         "measures": _measures(d.settled),
         "level": f"{100 * d.request.interval:g} %",
         "now": f"{d.settled[0].before:.1%}" if d.settled else "",
-        "machine": f"{machines_share(subject.result.facts):.0%}" if subject and subject.result else "",
+        "machine": _machines_part(subject),
         "assumptions": _assumptions(d.request.at(bill)),
         "facts": d.facts,
     }
+
+
+def _machines_part(subject: Point | None) -> str:
+    """'12%' of the variance of a step's error, by machine types; empty where it is next to nothing."""
+    share = machines_share(subject.result.facts) if subject and subject.result else 0.0
+    return f"{share:.0%}" if share >= 0.005 else ""
 
 
 def texts(d: Decision) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from mopsim.report.words import Words
 from mopsim.search.result import TIE, format_gap, proof
 from mopsim.size.assumptions import DEFAULT
 from mopsim.size.figures import DAY, rated
-from mopsim.size.points import Point, Request, Sizing, pareto
+from mopsim.size.points import Point, Request, Rival, Sizing, pareto
 from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stacks import variants
@@ -70,6 +70,37 @@ def format_energy(joules: float) -> str:
 def format_carbon(kilograms: float) -> str:
     """'12.3 t', of CO2 equivalents."""
     return f"{format_number(kilograms / 1e3)} t"
+
+
+def price_is(point: Point | None, request: Request) -> str:
+    """' at an assumed price' of a cluster whose device or node has one; else empty."""
+    if point is None or point.figures is None or point.figures.cost is None:
+        return ""
+    here, name = request.at(point.figures), point.hardware.name
+    node = here.terms.capex.get(name) if here.terms.buy else None
+    price = None if here.terms.buy else here.terms.price(point.hardware, here.sites[0], here.assumptions)
+    tags = (node.tag if node else "", price.tag if price else "")
+    return " at an assumed price" if "assumed" in tags else ""
+
+
+def preferable(
+    request: Request, chosen: Point | None, sizings: Sequence[Sizing], ties: Sequence[Point] = (),
+    near: Point | None = None, undecided: Sequence[Rival] = (), surer: Point | None = None,
+    fitter: Point | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """What a buyer may prefer to the chosen cluster: a name -> what is said of it. near: a cluster of a near
+    tie, whose line says what others would say of it."""
+    left = [one for one in undecided if one.point is not near]
+    open_to = next((one for one in undecided if one.point is near), None)
+    found = {
+        "A tie": tie(ties, chosen, request),
+        "A near tie": SAID.near_tie(near, chosen, request, open_to),
+        "Undecided": open_rivals(left, request),
+        "More likely to be in time": "" if surer is near else surely(surer, chosen, request),
+        "More likely to fit": "" if fitter is near else fits_surely(fitter, chosen),
+        "Break-even": break_even(sizings, chosen),
+    }
+    return {name: said for name, said in found.items() if said}
 
 
 def _details(point: Point, level: float) -> str:

@@ -19,17 +19,19 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GOOD, BAD, EDGE = "#1b4f72", "#ca6f1e", "#c0392b"
 
 
+APART = (30.0, 16.0)
+"""Pixels from one number of nodes to the next, across and up, so that both can be read."""
 AROUND = 1.4
 """How many times the recommended cluster's cost a cluster may cost to be in the second panel."""
 
 
 def cost_time(
     path: Path, points: Sequence[Point], front: Sequence[Point], chosen: Point | None, goal: Goal,
-    level: float = LEVEL, rivals: Sequence[Point] = (),
+    level: float = LEVEL, rivals: Sequence[Point] = (), title: str = "",
 ) -> None:  # fmt: skip
     """Cost over days of every cluster tried, an interval of days each, of probability `level`; the front as a
     line. rivals: the best of each other machine type, marked as the recommended one is. Where others cost
-    about as much as that, a second panel has them alone, with their nodes."""
+    about as much as that, a second panel has them alone, with their nodes. title: of the first panel."""
     bill = chosen.figures if chosen else None
     least = bill.cost if bill and bill.cost else 0.0
     near = [one for one in _with_price(points) if (one.figures.cost or 0.0) <= AROUND * least]  # type: ignore[union-attr]
@@ -49,9 +51,6 @@ def cost_time(
             _ring(axis, [chosen] if chosen else [], scale, "-", "recommended")
             others = [one for one in rivals if one is not chosen and one in shown]
             _ring(axis, others, scale, ":", "best of another machine type")
-            told = shown if axis is not axes[0] else [*line, *others]
-            for point in dict.fromkeys(map(id, told)):
-                _nodes(axis, next(one for one in told if id(one) == point), scale)
             if goal.seconds:
                 axis.axvline(goal.seconds / DAY, color=EDGE, linestyle="--", label="deadline")
             if goal.budget and (goal.budget <= AROUND * max(costs, default=0.0) or axis is axes[0]):
@@ -59,6 +58,9 @@ def cost_time(
             _scales(axis, [one / scale for one in costs])
             axis.set_xlabel(f"days (bars: {100 * level:g} % interval; numbers: nodes)")
             axis.set_ylabel(f"cost, {unit}")
+            first = [one for one in (chosen, *others) if one in shown and one]
+            _nodes(axis, [*first, *line, *(shown if axis is not axes[0] else ())], scale)
+        axes[0].set_title(title, fontsize=11)
         if len(panels) > 1:
             axes[1].set_title(f"At most {AROUND:g} times the recommended cost", fontsize=11)
         legend_below(axes[0], 3)
@@ -85,13 +87,19 @@ def _ring(axis: Axes, points: Sequence[Point], scale: float, style: str, label: 
         )  # fmt: skip
 
 
-def _nodes(axis: Axes, point: Point, scale: float) -> None:
-    """The number of nodes beside a cluster."""
-    for day, cost in zip(*_days_costs(_priced([point]), scale), strict=True):
-        axis.annotate(
-            f"{point.num_nodes:,}", (day, cost), (8, 6), textcoords="offset points", ha="left",
-            fontsize=8, color="#212f3c",
-        )  # fmt: skip
+def _nodes(axis: Axes, points: Sequence[Point], scale: float) -> None:
+    """The number of nodes beside clusters, of those that lie close together beside the first alone."""
+    placed: list[tuple[float, float]] = []
+    for point in points:
+        for day, cost in zip(*_days_costs(_priced([point]), scale), strict=True):
+            x, y = axis.transData.transform((day, cost))
+            if any(abs(x - left) < APART[0] and abs(y - low) < APART[1] for left, low in placed):
+                continue
+            placed.append((x, y))
+            axis.annotate(
+                f"{point.num_nodes:,}", (day, cost), (8, 6), textcoords="offset points", ha="left",
+                fontsize=8, color="#212f3c",
+            )  # fmt: skip
 
 
 def _scales(axis: Axes, costs: Sequence[float]) -> None:

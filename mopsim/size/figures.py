@@ -38,11 +38,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars of a device and hour as rent, and who says so. own: the user or a site: without spread."""
+    """Dollars of a device and hour as rent, and who says so. own: the user or a site: without spread. tag: of
+    the profile's price."""
 
     dollars: float
     source: str
     own: bool = True
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Terms:
         source = f"{listed.tag}: {' '.join(listed.source.split())}"
         if self.reserved:
             source = f"{listed.text} x {a.reserved_factor:g} reserved; {source}"
-        return Price(listed.si * (a.reserved_factor if self.reserved else 1.0), source, own=False)
+        return Price(listed.si * (a.reserved_factor if self.reserved else 1.0), source, False, listed.tag)
 
 
 ON_DEMAND = Terms()

@@ -10,11 +10,14 @@ from mopsim.api.size import Clusters
 from mopsim.api.size_json import brief_json
 from mopsim.common.units import format_probability, format_span
 from mopsim.report.decision import Decision, content, texts
-from mopsim.report.sizing import break_even, chances, columns, fits_surely, row, tie
+from mopsim.report.sizing import break_even, chances, columns, fits_surely, preferable, price_is, row, tie
+from mopsim.search.result import TIE
+from mopsim.size import Goal
 from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.figures import DAY
-from mopsim.size.points import surer_to_fit, ties
-from tests.sim.test_size_decision import JOB, size
+from mopsim.size.near import near_tie
+from mopsim.size.points import Rival, surer_to_fit, ties
+from tests.sim.test_size_decision import JOB, priced, size
 
 pytestmark = pytest.mark.xdist_group("sizings of OLMoE")
 
@@ -156,3 +159,42 @@ def test_a_tie_is_told(found: Clusters) -> None:
     decision = Decision(request, [], [], [], chosen, None, [], [], ties=[same])
     assert f" A tie: {said}." in texts(decision)["answer"][0]
     assert found.to_json()["ties"] == [brief_json(one, request) for one in found.ties]
+
+
+def test_a_near_tie_is_told_in_one_line(found: Clusters) -> None:
+    """The same cluster was undecided, surer to be in time and surer to fit, in three lines."""
+    base, goal = found.points[0], Goal(1, 10 * DAY)
+    assert base.result is not None
+    tight = replace(base.result, memory_limit=round(1.02 * base.result.peak_memory))
+    chosen = replace(priced(base, 100.0, 9.5), result=tight)
+    better = replace(priced(base, 101.5, 7.0), num_nodes=base.num_nodes + 1, gap=0.1)
+    assert near_tie([chosen, better], chosen, goal, TIE) is better
+    for other in (priced(base, 103.0, 7.0), priced(base, 100.2, 7.0), priced(base, 101.5, 9.7)):
+        assert near_tie([chosen, other], chosen, goal, TIE) is None
+    assert near_tie([chosen, replace(better, result=tight)], chosen, goal, TIE) is None
+    assert near_tie([chosen, better], chosen, Goal(1, None, 1e9), TIE) is None
+    request = replace(found.request, goal=goal)
+    left = [Rival(better, 0.015, 0.1)]
+    said = preferable(request, chosen, [], (), better, left, better, better)
+    assert list(said) == ["A near tie"]
+    assert "1.5 % dearer; in time with probability >99% instead of" in said["A near tie"]
+    assert f"--simulations {2 * request.simulations}) may find it the cheaper" in said["A near tie"]
+    assert list(preferable(request, chosen, [], undecided=left)) == ["Undecided"]
+    decision = Decision(request, [], [], [], chosen, None, [], [], undecided=left, near=better)
+    assert f"A near tie: {said['A near tie']}." in texts(decision)["answer"][0]
+
+
+def test_an_assumed_price_is_marked(found: Clusters) -> None:
+    point = found.chosen
+    assert point is not None
+    listed = point.hardware.price_per_device_hour
+    assert listed is not None
+    guess = msgspec.structs.replace(listed, tag="assumed")
+    guessed = replace(point, hardware=msgspec.structs.replace(point.hardware, price_per_device_hour=guess))
+    assert price_is(guessed, found.request) == " at an assumed price"
+    assert (
+        "at an assumed price"
+        in texts(Decision(found.request, [], [], [], guessed, None, [], []))["answer"][0]
+    )
+    paid = replace(found.request.terms, rent={point.hardware.name: 2.0})
+    assert not price_is(guessed, replace(found.request, terms=paid))
