@@ -46,7 +46,7 @@ def load_model(ref: str | Path) -> ModelSpec:
         raise MopError(f"model: {shown(name)} {found}")
     if exists(path / "config.json"):
         path = path / "config.json"
-    elif path.is_dir():
+    elif exists(path) and path.is_dir():
         raise MopError(f"model: {path}: is a directory without a config.json of Hugging Face")
     if path.suffix not in SUFFIXES and not exists(path):
         raise unknown("model", name, list_models(), "preset")

@@ -125,9 +125,8 @@ def test_a_context_sweep_stays_in_its_lines() -> None:
     assert "P: the probability that 1 is the faster one in a run; with 90% a measured ratio is 0." in said
     assert all(len(line.split()) == 10 for line in found[1:8])
     assert lines[0].startswith("120B on 16 devices of h200-sxm-141g, tokens/s per GPU")
-    assert f"2 {names[1].label}: 8M†, stopped at 16M by activations; gap 10 %" in [
-        line.rstrip() for line in lines
-    ]
+    stops = "8M†, stopped at 16M by activations; gap 10 %"
+    assert f"2 {names[1].label}: {stops}; on {names[1].runs_on}" in said
     narrow = {name: replace(one, points=one.points[:1]) for name, one in curves.items()}
     assert shown(shown_table(case, narrow, lengths[:1]))[0].rstrip().endswith(", tokens/s per GPU")
 
