@@ -94,7 +94,8 @@ class InputHooks:
 
 
 def recompute(model: Any, plan: Plan, platform: Platform) -> None:
-    """Have the backward run again what the plan's strategy says."""
+    """Have the backward run again what the plan's strategy says; with all layers also the projection before
+    that of an MTP module."""
     activations = plan.strategy.activations
     if activations.recompute == "full":
         kept = layout.not_recomputed(plan.strategy, plan.model)
@@ -107,7 +108,7 @@ def recompute(model: Any, plan: Plan, platform: Platform) -> None:
 
 def recompute_layers(layers: Sequence[Any], boundaries: InputHooks, names: Collection[str]) -> None:
     """Run layers under a non-reentrant checkpoint, inside FSDP's hooks: their inputs are kept and what
-    kernels of these names make, the rest made again. (So is the projection before that of an MTP module.)"""
+    kernels of these names make, the rest made again."""
     keep_products(layers, names)
     for place, layer in enumerate(layers):
         layer.forward = _Checkpointed(place, layer.forward, boundaries, names)

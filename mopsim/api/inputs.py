@@ -20,7 +20,7 @@ from mopsim.common.values import listed, require_once
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
-from mopsim.intervals.spread import check_level
+from mopsim.intervals.spread import LEVEL, check_level
 from mopsim.search.problem import Problem
 from mopsim.spec import documents, upgrade
 from mopsim.spec.config_reader import UNREAD
@@ -68,7 +68,7 @@ class Inputs:
     training: TrainSpec
     precision: MatmulDType | None
     stack: Stack | None = None
-    interval: float = 0.9
+    interval: float = LEVEL
     said: tuple[str, ...] = OF_JOB
 
     def trained_as(self, *plans: Plan) -> "Inputs":

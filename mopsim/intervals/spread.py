@@ -45,7 +45,8 @@ SURE = 0.9
 CLOSE = 1e-6
 """Of a quantile, in logs."""
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 0.999
+LEVEL, LOWEST_LEVEL, HIGHEST_LEVEL = 0.9, 0.01, 0.999
+"""Probabilities of intervals: where none is asked for, and that may be asked for."""
 FAR = 5
 """Deviations that a peak which is simulated to the byte may be off by in a run, and still is."""
 MISSED = 0.9

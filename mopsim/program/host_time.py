@@ -48,8 +48,8 @@ class Around:
     ) -> "Around":
         """Of a job. again: `Passes.again`; woven: see kinds_of. layer: of a template of this layer's ops."""
         stack, model = context.stack, context.model
-        split = split_of(context.model, stack, context.strategy)
-        kinds = kinds_of(context.model, stack, context.strategy, woven=woven)
+        split = split_of(model, stack, context.strategy)
+        kinds = kinds_of(model, stack, context.strategy, woven=woven)
         measured = stack.host.layers == "transformer_engine"
         found = {
             component: (rest, sum(_alone(module, context) for module in modules))
@@ -58,9 +58,8 @@ class Around:
             for component, (share, rest, modules) in again.items()
         }
         hooks = hooks_of(context)
-        mixers = {index: model.is_linear(index) for index in range(model.num_hidden_layers)}
-        mixers = mixers if layer is None else {-1: model.is_linear(layer)}
-        linear = frozenset(index for index, is_linear in mixers.items() if is_linear)
+        layers = filter(model.is_linear, range(model.num_hidden_layers) if layer is None else (layer,))
+        linear = frozenset(index if layer is None else -1 for index in layers)
         experts = context.own_experts, context.expert_modules
         return cls(hooks, split, kinds, *experts, found, abreast(context), linear)
 

@@ -10,7 +10,7 @@ from mopsim.common import io
 from mopsim.common.units import format_count, format_probability
 from mopsim.context.contenders import Contender
 from mopsim.context.sweep import ContextCase, ContextPoint, Curve
-from mopsim.intervals.spread import Ratio
+from mopsim.intervals.spread import LEVEL, Ratio
 from mopsim.report.page import Table
 from mopsim.report.tables import between, rate
 from mopsim.report.terminal import numbered, table
@@ -161,8 +161,6 @@ def software(contenders: Iterable[Contender]) -> list[str]:
     return found + [f"{name} is an assumption, no one program" for name, assumed in stacks.items() if assumed]
 
 
-LEVEL = 0.9
-"""Probability of the intervals of ratios."""
 MARKS = {
     "out": "out: does not fit", "not legal": "-: not legal", "*": "*: fits with a probability below 0.9",
     "\u2020": "\u2020: of the smallest step",

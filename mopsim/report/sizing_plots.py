@@ -7,9 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mopsim.common.units import format_nodes, format_number
+from mopsim.intervals.spread import LEVEL
 from mopsim.report.palette import SERIES
 from mopsim.report.style import figure, legend_below
-from mopsim.size.figures import DAY, LEVEL, Figures, Goal
+from mopsim.size.figures import DAY, Figures, Goal
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
 from mopsim.spec.categories import WAITS

@@ -8,8 +8,9 @@ from typing import Any
 from mopsim.common.errors import MOST_LINES
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.intervals.errors import Name
+from mopsim.intervals.spread import LEVEL
 from mopsim.validate.components import Predicted
-from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
+from mopsim.validate.output import GROUPS, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
 from mopsim.validate.scored import Scored
 from mopsim.validate.scoring import ErrorSummary, by_group, capacity, over_sources, regrets

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from mopsim.common.garbage import collected_later
 from mopsim.common.units import plain_dollars
 from mopsim.engine import SimResult
-from mopsim.intervals.spread import SURE
+from mopsim.intervals.spread import LEVEL, SURE
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.search.problem import once
 from mopsim.size.carry import carried, played, slower
-from mopsim.size.figures import LEVEL, Figures, Step, figures
+from mopsim.size.figures import Figures, Step, figures
 from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from scipy.special import ndtr, ndtri
 
 from mopsim.common.errors import MopError
+from mopsim.intervals.spread import LEVEL
 from mopsim.size.assumptions import HERE, Assumptions, Capex, Site, assume, known
 from mopsim.size.fabric import Network, network
 from mopsim.size.goodput import HOUR, Goodput, goodput, whole_racks
@@ -15,8 +16,6 @@ from mopsim.spec.hardware import HardwareProfile
 
 DAY = 86400.0
 YEAR_HOURS = 8766.0
-LEVEL = 0.9
-"""Probability of the intervals that are shown."""
 WIDE = float(ndtri((1 + LEVEL) / 2))
 """Standard deviations to either end of them."""
 

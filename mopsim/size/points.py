@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from mopsim.engine import SimResult
 from mopsim.intervals import spread
+from mopsim.intervals.spread import LEVEL
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
-from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
+from mopsim.size.figures import DAY, ON_DEMAND, Figures, Goal, Terms
 from mopsim.spec.documents import Documents, training_fields
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec

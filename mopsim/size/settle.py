@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 from scipy.special import ndtri
 
+from mopsim.intervals.spread import LEVEL
 from mopsim.size.benchmarks import Benchmark, measurements, of_machine, settled_by_plan, tag_of
-from mopsim.size.figures import LEVEL, Figures, deviation
+from mopsim.size.figures import Figures, deviation
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
 

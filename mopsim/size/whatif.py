@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from msgspec.structs import replace as altered
 
 from mopsim.engine import SimResult
+from mopsim.intervals.spread import LEVEL
 from mopsim.size.ask import billed
 from mopsim.size.assumptions import known
 from mopsim.size.benchmarks import measurements, of_machine, spreads, tag_of
 from mopsim.size.carry import played
-from mopsim.size.figures import LEVEL, WIDE, Figures, deviation
+from mopsim.size.figures import WIDE, Figures, deviation
 from mopsim.size.points import Point, Request
 from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.training import TrainSpec

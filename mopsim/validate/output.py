@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from mopsim.intervals.errors import NAMES, Name
+from mopsim.intervals.spread import LEVEL
 from mopsim.validate import scoring
 from mopsim.validate.components import IN_SAMPLE, Predicted
 from mopsim.validate.run import Refused, Validation, about
@@ -28,10 +29,6 @@ GROUPS: dict[str, Callable[[Scored], str]] = {
     "precision": lambda one: one.case.precision,
     "quality": lambda one: one.case.quality,
 }
-
-
-LEVEL = 0.9
-"""Probability of the intervals where none is asked for."""
 
 
 def to_json(validation: Validation, components: Sequence[Predicted], level: float = LEVEL) -> dict[str, Any]:

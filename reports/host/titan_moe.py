@@ -11,8 +11,6 @@ op, and its launch is added as te_triton.json has it. `plain`: experts of one ra
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mopsim.graph.host_costs import LAYER
 from reports.host import measure
+from reports.host.output import write
 
 LAYERS, ROUNDS, BESIDE = measure.LAYERS, 40, ("whole", "router", "attention")
 LAUNCH = 2.4
@@ -177,15 +176,7 @@ def main() -> None:
     measure.moe._grouped_mm = measure.grouped_mm  # type: ignore[attr-defined]
     ours = variants(modules(options.source))
     theirs = {name: call for name, call in measure.variants().items() if name.split()[0] in BESIDE}
-    found = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        **layers(timed(ours | theirs)),
-    }
-    text = json.dumps(found, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    write(layers(timed(ours | theirs)), options.json)
 
 
 if __name__ == "__main__":

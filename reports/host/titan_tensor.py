@@ -13,8 +13,6 @@ too. As titan_moe.py runs them: one expert-parallel rank, two tensor-parallel on
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -46,6 +44,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mopsim.graph.host_costs import DTENSOR
 from reports.host import dtensor, titan_moe
+from reports.host.output import write
 
 LAYERS, ROUNDS, RANKS, SIZE, HEAD, TOKENS = 4, 30, 2, 64, 16, 8
 PACKAGES = ("components", "protocols", "config", *(f"models.{one}{part}" for one in ("qwen3", "deepseek_v3")
@@ -274,14 +273,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
-    found = {
-        "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-        **added(timed(calls(modules(options.source)))),
-    }  # fmt: skip
-    text = json.dumps(found, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    write(added(timed(calls(modules(options.source)))), options.json)
 
 
 if __name__ == "__main__":
