@@ -135,12 +135,13 @@ JOB = "--model tiny --hardware cpu-2core --seq-len 512 --global-batch 4 --strate
     ],
 )
 def test_a_full_disk_loses_no_result(tmp_path: Path, command: str, said: str, lost: str) -> None:
-    """Files of 3,000 bytes at most, which a plan is longer than."""
+    """Files of 3,000 bytes at most, which a plan is longer than: modules compiled meanwhile (-B) would be cut
+    off, and stay so."""
     limited = (
         "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (3000, 3000)); from mopsim.cli import main; main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", limited, *command.split()], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-B", "-c", limited, *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     assert said in done.stdout
