@@ -24,7 +24,7 @@ LATER = (
     "mlp_only_layers", "layer_types", "attention_chunk_size", "partial_rotary_factor", "ffn_activation",
     "norm_bias", "full_attention_rotary", "attn_temperature_tuning", "floor_scale", "attn_scale",
     "expert_inputs_weighted", "layers_without_ffn", "attention_output_gate", "linear_attention",
-    "moe_latent_size",
+    "sparse_attention", "moe_latent_size",
 )  # fmt: skip
 """Fields of ModelSpec that no digest of all of them had."""
 

@@ -115,7 +115,9 @@ def as_used(
     here = stack.on(architecture, training.plain_attention(model))
     fixed = stack.kernels.deterministic
     kernel = str(here.attention)
-    if fixed and kernel == "profile":
+    if model.sparse_attention.index_topk:
+        kernel = "sparse_latent"
+    elif fixed and kernel == "profile":
         kernel = DETERMINISTIC_KERNEL.get(architecture, kernel)
     scores = kernel in ("scores", "rows", "unfused")
     curve = _scores(hardware, stack, kernel, model, seq_len) if scores else _curve(hardware, kernel, head_dim)

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs, pairs_of_a_slice
+from mopsim.graph.sparse_attention import latent_values, sparse_core
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
 from mopsim.graph.unfused import by_scores
 from mopsim.spec.layout import ATTENTION_ROWS
@@ -22,6 +23,7 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     x, y = Value("x", N * H * b), Value("y", N * H * b)
     kernels = [norm("attention_norm", "x", "h", N, H, b, _C)]
     rotates = model.rotates(layer)
+    sparse = model.sparse_attention.index_topk > 0
     projected, values = _mla(model, shapes) if model.attention == "mla" else _gqa(model, shapes, rotates)
     kernels += projected
     if model.tempers(layer):
@@ -31,7 +33,9 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
                    back_bytes=2 * q.bytes)
         )  # fmt: skip
         values = (q, *values[1:])
-    kernels += _core(model, shapes, layer, values)
+    kernels += (
+        sparse_core(model, shapes, layer, *values[:2]) if sparse else _core(model, shapes, layer, values)
+    )
     gated = model.attention_output_gate
     kernels += [_output_gate(kernels)] if gated else []
     _, v_width = attention_widths(model)
@@ -171,6 +175,9 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
         kernels += entering("gather_h", "q_proj", "h", H, q_value, heads * qk)
     kernels.append(linear("kv_a_proj", "h", Value("kva", M * (rank + rope) * b), M, rank + rope, H, b, _C))
     kernels.append(norm("kv_a_norm", "kva", "kvn", M, rank, b, _C))
+    if model.sparse_attention.index_topk:
+        absorbed, queries, keys = latent_values(model, shapes)
+        return [*kernels, *absorbed], (queries, keys, keys)
     up = heads * (model.qk_nope_head_dim + v)
     kernels += entering("gather_kv", "kv_b_proj", "kvn", rank, Value("kvb", int(N * up * b)), up)
     size = int(N * heads * qk * b)

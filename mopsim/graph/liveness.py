@@ -127,7 +127,8 @@ def backward(
         if of_weight:  # autograd hands both gradients on at once
             memory.append(("activations", of_weight))
         passes = not kernel.matmuls and any(f"d/{value.name}" in held for value in kernel.writes)
-        for name in kernel.reads if kernel.writes else ():  # else the gradient is changed in place
+        apart = kernel.kind == "view" and not any(value.grad for value in kernel.writes)
+        for name in kernel.reads if kernel.writes and not apart else ():  # else it is changed in place
             value = values[name]
             if value.grad and value.bytes:
                 if passes and name not in alive:  # the sum's, which stays

@@ -30,7 +30,7 @@ class Value(Struct, frozen=True):
 
 class Matmul(Struct, frozen=True):
     """`count` products C[m,n] = A[m,k] B[k,n]. weight: B is a parameter (its gradient is k x n). constant: A
-    has no gradient."""
+    has no gradient. frozen: neither has one."""
 
     m: float
     n: float
@@ -38,6 +38,7 @@ class Matmul(Struct, frozen=True):
     count: float = 1
     weight: bool = True
     constant: bool = False
+    frozen: bool = False
 
     @property
     def flops(self) -> float:
@@ -67,18 +68,19 @@ class Kernel(Struct, frozen=True):
     """One kernel (or a few small ones launched together).
 
     kind: a kind of work (mopsim.spec.hardware.WORK_KINDS), or "view" for none. bytes: memory traffic of a
-    forward run, or the full buffer of a collective. flops, seq: of attention (causal half counted). saves:
-    values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the kernel only.
-    indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
-    of its own for it. ranked: numbers, whole warps of them in a row, of which it finds each row's largest.
-    share: of its rows, those that an attention kernel takes at a time. loop: of a loop over routed experts,
-    the largest one's rows over all of them: of what it makes for itself alone one's is there at a time.
-    weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
-    buffer. weighted: whether a norm has a weight. per_row: bytes of one number for each of the rows that a
-    norm makes. casts, back_casts: whether it casts its input and its output's gradient, where products are in
-    8 or 4 bits. back_serial: rows that its backward adds to one row, one after the other. back_sums: elements
-    that it adds by atomic operations. back_dots: bytes of rows, in the compute dtype, whose elements a
-    batched product in fp32 meets with a few rows each. strided, back_strided: see Strided.
+    forward run, or the full buffer of a collective. flops, seq: of attention (causal half counted).
+    back_flops: of its backward, unless five products to the forward's two. indexer: of the scores that choose
+    keys. saves: values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the
+    kernel only. indexed: rows are read or written by index, at an eager framework's rate unless the schedule
+    has a kernel of its own for it. ranked: numbers, whole warps of them in a row, of which it finds each
+    row's largest. share: of its rows, those that an attention kernel takes at a time. loop: of a loop over
+    routed experts, the largest one's rows over all of them: of what it makes for itself alone one's is there
+    at a time. weight_grad: bytes of the parameter gradients that its backward makes before they are added to
+    the unit's buffer. weighted: whether a norm has a weight. per_row: bytes of one number for each of the
+    rows that a norm makes. casts, back_casts: whether it casts its input and its output's gradient, where
+    products are in 8 or 4 bits. back_serial: rows that its backward adds to one row, one after the other.
+    back_sums: elements that it adds by atomic operations. back_dots: bytes of rows, in the compute dtype,
+    whose elements a batched product in fp32 meets with a few rows each. strided, back_strided: see Strided.
     group: whose ranks a collective joins. region: of kernels that run again for their own backward, whatever
     else is recomputed. beside: a collective beside which what follows runs, up to the first kernel that needs
     what it brings.
@@ -93,7 +95,9 @@ class Kernel(Struct, frozen=True):
     matmuls: tuple[Matmul, ...] = ()
     bytes: float = 0.0
     flops: float = 0.0
+    back_flops: float | None = None
     seq: int = 0
+    indexer: bool = False
     share: float = 1.0
     loop: float = 0.0
     launches: int = 1

@@ -61,18 +61,17 @@ class Work(Struct, frozen=True):
     buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
     other; 0: products of a group that another Work starts. calls: what the host starts for it where that
     differs (kernels side by side). host: what the host does for it besides starting it, in kernels' worth
-    (mopsim.graph.host_costs). group: ranks of a collective.
-    drops: attention draws a dropout mask inside its kernel. gradient: of a product that makes a weight
-    gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
-    indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. ordered:
-    elements that several rows, sorted, add to one. serial: rows added to one row, one after the other. dots:
-    elements of rows that torch.bmm multiplies in fp32 with a few others each.
-    ranked: numbers that torch.topk ranks. chunked: elements that torch's _chunk_cat copies. strided: elements
-    that torch's elementwise kernels follow by strides, one after the other, and the bytes that these move,
-    among the others.
-    duplex: a transfer beside another the other way, with which it shares host DRAM. spares: a collective
-    whose program leaves its SMs out of the products beside it. channels: blocks of a collective at most, 0:
-    as many as the library takes.
+    (mopsim.graph.host_costs). group: ranks of a collective. drops: attention draws a dropout mask inside its
+    kernel. indexer: scores by which keys are chosen. gradient: of a product that makes a weight gradient,
+    bytes of an element that it moves: written, or read and written where it is added to a buffer. indexed:
+    rows are read or written by index. sums: elements added by atomic operations in bf16. ordered: elements
+    that several rows, sorted, add to one. serial: rows added to one row, one after the other. dots: elements
+    of rows that torch.bmm multiplies in fp32 with a few others each. ranked: numbers that torch.topk ranks.
+    chunked: elements that torch's _chunk_cat copies. strided: elements that torch's elementwise kernels
+    follow by strides, one after the other, and the bytes that these move, among the others. duplex: a
+    transfer beside another the other way, with which it shares host DRAM. spares: a collective whose program
+    leaves its SMs out of the products beside it. channels: blocks of a collective at most, 0: as many as the
+    library takes.
     """
 
     kind: str
@@ -85,6 +84,7 @@ class Work(Struct, frozen=True):
     seq: int = 0
     backward: bool = False
     drops: bool = False
+    indexer: bool = False
     gradient: float = 0.0
     params: float = 0.0
     launches: int = 1

@@ -72,7 +72,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     kernels = rows_fused(kernels, turned, [name for name, one in fused.items() if one])
     if context.rooms and run.expert_masks and not strategy.experts.sends_once:
         kernels = by_masks(kernels, context.rooms, context.b)
-    kernels = heads_apart(kernels, run.grouped_heads == "repeated", _laid_out(context))
+    if not model.sparse_attention.index_topk:  # else all heads share the keys, and so does their kernel
+        kernels = heads_apart(kernels, run.grouped_heads == "repeated", _laid_out(context))
     kernels = attended(kernels, context)
     if run.expert_rows == "interleaved" and strategy.precision.matmul == "mxfp8":
         del ways["expert_rows"]
@@ -233,14 +234,17 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     forward = part == "forward"
     launches = kernel.launches if forward else kernel.back_starts
     if kernel.kind == "attention":
-        flops, moved = kernel.flops * (1.0 if forward else ATTENTION_BACKWARD), kernel.bytes * (2 - forward)
+        back = kernel.flops * ATTENTION_BACKWARD if kernel.back_flops is None else kernel.back_flops
+        flops, moved = kernel.flops if forward else back, kernel.bytes * (2 - forward)
+        if not flops:
+            return ()
         precision = context.strategy.precision
         dtype = precision.products if precision.attention == "matmul" else precision.compute
         drops = context.model.dropout > 0 and context.stack.flash
         return (
             Work(
                 "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
-                drops=drops, launches=launches, host=_traced(context, forward),
+                drops=drops, indexer=kernel.indexer, launches=launches, host=_traced(context, forward),
             ),
         )  # fmt: skip
     size = kernel.bytes if forward else kernel.back_moved
@@ -355,8 +359,10 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
             "input_grad": (one.m, one.k, one.n),
             "weight_grad": (one.k, one.n, one.m),
         }
-        if one.constant:
+        if one.constant or one.frozen:
             del shapes["input_grad"]
+        if one.frozen:
+            del shapes["weight_grad"]
         for name, (m, n, k) in shapes.items():
             if part == name or (part == "backward" and name != "forward"):
                 calls = int(one.count) if looped else 0

@@ -16,11 +16,13 @@ from mopsim.spec.config_parts import (
     Fields,
     blocks,
     dense_layers,
+    indexer,
     late_windows,
     layer_flags,
     layer_list,
     layers_of,
     linear_layers,
+    listed_mlps,
     period_of,
     qwen_windows,
     routed_layers,
@@ -235,7 +237,8 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
     for part in (
         sparse_steps, shared_gate, listed_windows, window_if_used, leading_dense, groups_if_limited,
         ernie_layers, alternating_windows, llama4_layers, unclipped, qwen_windows, late_windows,
-        plain_activation, four_times_wider, equal_heads, linear_layers, blocks,
+        plain_activation, four_times_wider, equal_heads, linear_layers, blocks, listed_mlps,
+        indexer,
     )
 }  # fmt: skip
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import msgspec
 
+from mopsim.common import io
 from mopsim.common.errors import MopError, shown
 from mopsim.spec.config_reader import ConfigReader
 from mopsim.spec.layer_fields import LINEAR, MOST_LAYERS, WINDOWS, dense_fields, window_fields
 from mopsim.spec.rope import RopeScaling
+from mopsim.spec.sparse_attention import SparseAttention
 
 Fields = dict[str, Any]
 KINDS_THERE = "kinds"
@@ -142,6 +144,33 @@ def routed_layers(r: ConfigReader, first: int) -> Callable[[int], bool]:
         return lambda layer: layer >= first and layer % every == 0
     each = layer_flags(r, "moe_layer_freq")
     return lambda layer: layer >= first and (not each or each[layer] == 1)
+
+
+def listed_mlps(r: ConfigReader) -> Fields:
+    """Layers with experts by their list; without one all but the leading ones."""
+    types, layers, first = r.items("mlp_layer_types"), layers_of(r), r.integer("first_k_dense_replace")
+    if not types:
+        return dense_layers(r, routed_layers(r, first))
+    r.read.add("moe_layer_freq")
+    if len(types) != len(layers) or not all(one in ("dense", "sparse") for one in types):
+        rule = f"must be dense or sparse for each of num_hidden_layers {len(layers)}"
+        raise MopError(f"{r.origin}: mlp_layer_types: {shown(types)} {rule}")
+    return dense_layers(r, lambda layer: types[layer] == "sparse")
+
+
+def indexer(r: ConfigReader) -> Fields:
+    """The indexer of sparse attention, and which layers have one."""
+    r.must_be("index_topk_pattern", "", "only a period of layers with an indexer can be expressed")
+    every, offset = r.integer("index_topk_freq", 1), r.integer("index_skip_topk_offset", 2)
+    found = {name: r.count(name) for name in ("index_n_heads", "index_head_dim", "index_topk")}
+    if every != 1:
+        found |= {"index_topk_freq": every, "index_skip_topk_offset": offset}
+    chooses = io.convert(found, SparseAttention, r.origin).chooses
+    expected = ["full" if chooses(layer) else "shared" for layer in layers_of(r)]
+    if r.items("indexer_types") not in ([], expected):
+        rule = "is refused: only what index_topk_freq and index_skip_topk_offset say can be expressed"
+        raise MopError(f"{r.origin}: indexer_types: {shown(r.items('indexer_types'))} {rule}")
+    return {"sparse_attention": found}
 
 
 def linear_layers(r: ConfigReader) -> Fields:

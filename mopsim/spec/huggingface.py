@@ -49,10 +49,16 @@ def _text(config: Config) -> tuple[Config, tuple[str, ...]]:
     return {**inner, "architectures": [TEXT_OF[name]]}, (f"the text network of {name} alone",)
 
 
+INDEXED = ("indexed_attention", "deepseek_sparse_attention")
+"""Words for layers that attend to what an indexer chooses, its own or another layer's."""
+
+
 def _check_layer_types(r: ConfigReader, model: ModelSpec) -> None:
     """Refuse `layer_types` that are not the layers of the network that was read."""
     kinds, layers = r.items("layer_types"), range(model.num_hidden_layers)
     if not r.has("layer_types"):
+        return
+    if model.sparse_attention.index_topk and {*kinds} <= {*INDEXED}:  # versions of transformers differ
         return
     if kinds != model.layer_words:
         only = model.layer_words[0]

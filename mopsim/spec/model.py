@@ -11,6 +11,7 @@ from mopsim.spec.layer_fields import LINEAR, MOST_TOKENS, WINDOWS, LayerType, wi
 from mopsim.spec.linear_attention import LinearAttention
 from mopsim.spec.model_rules import relations, sizes
 from mopsim.spec.rope import RopeScaling
+from mopsim.spec.sparse_attention import SparseAttention
 
 DESCRIPTION = ("name", "source", "assumptions", "total_params", "active_params")
 """Fields of a ModelSpec that say something about the network and do not change it."""
@@ -18,12 +19,14 @@ DESCRIPTION = ("name", "source", "assumptions", "total_params", "active_params")
 
 class LayerKind(NamedTuple):
     """Of a layer: the window of its attention (0: none), whether it routes to experts, whether its mixer is
-    linear attention, whether there is nothing after the mixer."""
+    linear attention, whether there is nothing after the mixer, whether an indexer chooses what it attends to.
+    """
 
     window: int
     routed: bool
     linear: bool = False
     bare: bool = False
+    chooses: bool = False
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
@@ -43,37 +46,37 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     attention: grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank, qk_nope_head_dim,
     qk_rope_head_dim, v_head_dim: a size of MLA, as in DeepSeek's configs. attention_bias: which projections
     have a bias. attention_sinks: each head has a learned logit that takes a part of the attention. qk_norm:
-    queries and keys are normalised in each head, or over the full projection, or in each head without
-    weights where they are rotated, after it (`unweighted`: Llama 4). sliding_window: tokens that a
-    windowed layer attends to. attention_chunk_size: tokens of the chunks that these layers attend within,
-    instead of a window. sliding_window_period: one layer in this many is windowed, from the first.
-    layer_types: the kind of each layer, if no period describes it. layers_without_ffn: layers that have
-    neither a dense FFN nor experts after their attention, counted from 0. attention_output_gate: a sigmoid
-    gate, a projection of the layer's input, scales the output of attention (arXiv 2505.06708).
-    linear_attention: the mixer of layers that are not attention. learned_positions: rows of a learned table
-    of positions; 0: rotary positions. expert_bias: the experts' products have a bias. router_bias: the
-    router's product has a bias. ffn_bias: the products of dense FFNs have a bias.
+    queries and keys are normalised in each head, or over the full projection, or in each head without weights
+    where they are rotated, after it (`unweighted`: Llama 4). sliding_window: tokens that a windowed layer
+    attends to. attention_chunk_size: tokens of the chunks that these layers attend within, instead of a
+    window. sliding_window_period: one layer in this many is windowed, from the first. layer_types: the kind
+    of each layer, if no period describes it. layers_without_ffn: layers that have neither a dense FFN nor
+    experts after their attention, counted from 0. attention_output_gate: a sigmoid gate, a projection of the
+    layer's input, scales the output of attention (arXiv 2505.06708). linear_attention: the mixer of layers
+    that are not attention. sparse_attention: the indexer of keys that are attended to. learned_positions:
+    rows of a learned table of positions; 0: rotary positions. expert_bias: the experts' products have a bias.
+    router_bias: the router's product has a bias. ffn_bias: the products of dense FFNs have a bias.
     ffn_matrices: matrices of an FFN: 3 with a gate (SwiGLU), 2 without. ffn_activation: function between two
     matrices without a gate, in the words of Hugging Face's `hidden_act`. norm: the kind of norm in the
-    layers. norm_bias: LayerNorms have a bias.
-    num_nextn_predict_layers: MTP layers (DeepSeek-V3). scoring_func: function from the router's logits to
-    weights. norm_topk_prob: the weights of the chosen experts are normalised. routed_scaling_factor: factor
-    of these weights. topk_method: `greedy`: experts are chosen among all. `group_limited_greedy`: in the
-    groups with the best expert (DeepSeek-V2). `noaux_tc`: in the groups with the best two experts together
-    (DeepSeek-V3). n_group: groups of experts. topk_group: groups that a token is limited to. swiglu_limit:
-    limit that clamps the gate and up products of experts, with up + 1, as in GPT-OSS; 0: plain SwiGLU.
-    swiglu_alpha: factor of the gate in its sigmoid, if there is a limit. expert_inputs_weighted: the weights
-    of the chosen experts multiply their inputs, not their outputs (Llama 4). rms_norm_eps: term that a norm
-    adds to the mean of squares. rope_theta: base of rotary angles. rope_interleave: rotary positions turn
-    neighbouring elements, not elements half a head apart. partial_rotary_factor: part of a head that is
-    turned, without MLA. full_attention_rotary: layers without a window have rotary positions; False: only
-    windowed ones (arXiv 2501.18795). attn_temperature_tuning: queries of layers without them are scaled by
-    their position (Llama 4): log(1 + floor((position + 1) / floor_scale)) * attn_scale + 1, positions from 0.
-    floor_scale: positions of one scale. attn_scale: how much it grows, at most 10. rope_scaling: scaling of
-    rotary frequencies, for longer sequences than in the first training. dropout: rate for the outputs of
-    attention and FFN, and for the attention weights where they are kept. total_params: the published count,
-    which is compared and never used in a calculation. active_params: the same of active parameters. source:
-    where the numbers are from. assumptions: facts that the source does not state.
+    layers. norm_bias: LayerNorms have a bias. num_nextn_predict_layers: MTP layers (DeepSeek-V3).
+    scoring_func: function from the router's logits to weights. norm_topk_prob: the weights of the chosen
+    experts are normalised. routed_scaling_factor: factor of these weights. topk_method: `greedy`: experts are
+    chosen among all. `group_limited_greedy`: in the groups with the best expert (DeepSeek-V2). `noaux_tc`: in
+    the groups with the best two experts together (DeepSeek-V3). n_group: groups of experts. topk_group:
+    groups that a token is limited to. swiglu_limit: limit that clamps the gate and up products of experts,
+    with up + 1, as in GPT-OSS; 0: plain SwiGLU. swiglu_alpha: factor of the gate in its sigmoid, if there is
+    a limit. expert_inputs_weighted: the weights of the chosen experts multiply their inputs, not their
+    outputs (Llama 4). rms_norm_eps: term that a norm adds to the mean of squares. rope_theta: base of rotary
+    angles. rope_interleave: rotary positions turn neighbouring elements, not elements half a head apart.
+    partial_rotary_factor: part of a head that is turned, without MLA. full_attention_rotary: layers without a
+    window have rotary positions; False: only windowed ones (arXiv 2501.18795). attn_temperature_tuning:
+    queries of layers without them are scaled by their position (Llama 4): log(1 + floor((position + 1) /
+    floor_scale)) * attn_scale + 1, positions from 0. floor_scale: positions of one scale. attn_scale: how
+    much it grows, at most 10. rope_scaling: scaling of rotary frequencies, for longer sequences than in the
+    first training. dropout: rate for the outputs of attention and FFN, and for the attention weights where
+    they are kept. total_params: the published count, which is compared and never used in a calculation.
+    active_params: the same of active parameters. source: where the numbers are from. assumptions: facts that
+    the source does not state.
     """
 
     name: str
@@ -109,6 +112,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     layers_without_ffn: tuple[int, ...] = ()
     attention_output_gate: bool = False
     linear_attention: LinearAttention = LinearAttention()
+    sparse_attention: SparseAttention = SparseAttention()
     expert_bias: bool = False
     router_bias: bool = False
     ffn_matrices: Literal[2, 3] = 3
@@ -184,6 +188,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         """Whether the mixer of `layer` is linear attention. That of an MTP layer is not."""
         return layer < len(self.layer_types) and self.layer_types[layer] == LINEAR
 
+    def chooses(self, layer: int) -> bool:
+        """Whether an indexer of `layer` chooses the keys that are attended to."""
+        sparse = self.sparse_attention
+        return sparse.index_topk > 0 and not self.is_linear(layer) and sparse.chooses(layer)
+
     @property
     def num_blocks(self) -> int:
         """Mixers, FFNs and blocks of experts: layers as networks with linear attention count them."""
@@ -233,8 +242,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
 
     def layer_kind(self, layer: int) -> LayerKind:
         """Equal for layers that do the same work."""
-        bare = layer in self.layers_without_ffn
-        return LayerKind(self.window(layer), self.is_moe_layer(layer), self.is_linear(layer), bare)
+        bare, linear = layer in self.layers_without_ffn, self.is_linear(layer)
+        return LayerKind(self.window(layer), self.is_moe_layer(layer), linear, bare, self.chooses(layer))
 
     def layer_kinds(self) -> dict[LayerKind, list[int]]:
         """Decoder layers by their kind, in the order of each kind's first."""

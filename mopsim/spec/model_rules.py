@@ -128,6 +128,12 @@ def _attention(m: "ModelSpec") -> Rules:
     for field, usual in _TEMPERATURE.items() if not m.attn_temperature_tuning else ():
         rule = f"must be {usual!r}, the default, where attn_temperature_tuning is False: nothing is scaled"
         yield getattr(m, field) == usual, field, rule
+    if m.sparse_attention.index_topk:
+        rule = (
+            "must be at least 1 beside a sparse_attention.index_topk: the indexer reads the queries' latent"
+        )
+        yield m.q_lora_rank >= 1, "q_lora_rank", rule
+        yield latent, "attention", "must be 'mla' beside a sparse_attention.index_topk"
     if not latent:
         for field in _MLA:
             yield getattr(m, field) == 0, field, "must be 0 for gqa"

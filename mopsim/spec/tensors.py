@@ -196,7 +196,25 @@ def _mla(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     found.append(Tensor(f"{prefix}.kv_a_norm.weight", (model.kv_lora_rank,), "attention", layer))
     out = heads * (model.qk_nope_head_dim + model.v_head_dim)
     found += _linear(f"{prefix}.kv_b_proj", out, model.kv_lora_rank, "attention", layer)
+    found += _indexer(model, prefix, layer) if model.chooses(layer) else []
     return found + _linear(f"{prefix}.o_proj", H, heads * model.v_head_dim, "attention", layer)
+
+
+def _indexer(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
+    """Queries of all its heads, a key that they share, its LayerNorm, a weight of each head
+    (DeepSeek-V3.2-Exp, inference/model.py, Indexer). Every tensor-parallel rank has them whole (Megatron-LM,
+    transformer/experimental_attention_variant/dsa.py: parallel_mode duplicated)."""
+    how, C = model.sparse_attention, "attention"
+    width = how.index_n_heads * how.index_head_dim
+    found = _linear(f"{prefix}.index_q_proj", width, model.q_lora_rank, C, layer, whole=True)
+    found += _linear(f"{prefix}.index_k_proj", how.index_head_dim, model.hidden_size, C, layer, whole=True)
+    found += [
+        Tensor(f"{prefix}.index_k_norm.{name}", (how.index_head_dim,), C, layer)
+        for name in ("weight", "bias")
+    ]
+    return found + _linear(
+        f"{prefix}.index_weights", how.index_n_heads, model.hidden_size, C, layer, whole=True
+    )
 
 
 def _ffn(model: ModelSpec, prefix: str, width: int, component: str, layer: int, bias: bool) -> list[Tensor]:

@@ -11,6 +11,7 @@ from mopsim.spec.linear_attention import LinearAttention
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
+from mopsim.spec.sparse_attention import SparseAttention
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -48,7 +49,11 @@ def models() -> dict[str, ModelSpec]:
         tiny, layer_types=("linear_attention", "full_attention") * 2, layers_without_ffn=(2,),
         linear_attention=mixer,
     )  # fmt: skip
-    return {"moe": tiny, "latent": latent, "dense": dense, "windowed": windowed, "hybrid": hybrid}
+    indexer = SparseAttention(index_n_heads=4, index_head_dim=16, index_topk=8, index_topk_freq=2)
+    return {
+        "moe": tiny, "latent": latent, "dense": dense, "windowed": windowed, "hybrid": hybrid,
+        "sparse": replace(latent, sparse_attention=indexer),
+    }  # fmt: skip
 
 
 def strategies() -> dict[str, tuple[str, Strategy]]:
@@ -118,6 +123,10 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
         "megatron, latent": (
             "latent",
             megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2),
+        ),
+        "megatron, sparse": (
+            "sparse",
+            megatron(8, context_parallel=2, expert_parallel=2, context_exchange="all_gather"),
         ),
         "megatron, linear": (
             "hybrid",

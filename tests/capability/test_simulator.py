@@ -173,8 +173,8 @@ def test_a_sequence_is_traded_as_the_program_can(stack: str) -> None:
 @pytest.mark.parametrize(
     ("model", "ranks", "exchange", "says"),
     [
-        ("deepseek_v3", 4, "all_gather", "in this case (mla), only 'ring'"),
-        ("deepseek_v3", 4, "ulysses", "in this case (mla), only 'ring'"),
+        ("deepseek_v3", 4, "all_gather", "in this case (latent to all), only 'ring'"),
+        ("deepseek_v3", 4, "ulysses", "in this case (latent to all), only 'ring'"),
         ("deepseek_v3", 4, "ring", ""),
         ("gpt_oss_120b", 4, "ring", "in this case (windows slide, attention sinks), only 'ulysses'"),
         ("gpt_oss_120b", 4, "all_gather", "in this case (attention sinks), only 'ulysses'"),

@@ -14,6 +14,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.sparse_attention import SparseAttention
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Strategy
@@ -35,6 +36,8 @@ MODELS = {
         num_local_experts=16, vocab_size=1024, intermediate_size=512, moe_intermediate_size=128
     ),
 }  # fmt: skip
+INDEXER = SparseAttention(index_n_heads=4, index_head_dim=32, index_topk=64, index_topk_freq=2)
+MODELS["sparse"] = replace(MODELS["latent"], sparse_attention=INDEXER)
 
 
 def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:

@@ -135,7 +135,6 @@ def test_a_missing_file_is_named() -> None:
     ("name", "reason"),
     [
         ("deepseek_v4_flash", "has sparse attention, which ModelSpec cannot express"),
-        ("glm5_2", "has sparse attention, which ModelSpec cannot express"),
     ],
 )
 def test_a_network_that_cannot_be_expressed_says_why(name: str, reason: str) -> None:

@@ -26,7 +26,7 @@ def quantized(
     again = {value.name for i in places for value in tape.kernels[i].writes}
 
     def change(kernel: Kernel) -> Kernel:
-        if not kernel.matmuls or kernel.component in exact or kernel.saves[0] in again:
+        if not (kernel.matmuls and kernel.saves) or kernel.component in exact or kernel.saves[0] in again:
             return kernel
         return _cast(kernel, values[kernel.saves[0]], share)
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from msgspec.structs import replace
 
 from mopsim.graph.liveness import Recomputation
+from mopsim.graph.sparse_attention import INDEXER
 from mopsim.graph.tape import GATE_CLAMPS, Kernel, Tape
 from mopsim.spec.categories import COMPONENTS, JOINED
 from mopsim.spec.hardware import COLLECTIVES
@@ -19,10 +20,12 @@ MODULES: dict[str, tuple[str, ...]] = {
         "heads_to_sequence",
         "stack",
         "put_together",
+        *INDEXER,
+        "absorb_v",
     ),
     "layernorm": ("attention_norm", "ffn_norm"),
     "moe_act": (GATE_CLAMPS, "experts_act"),
-    "mla_up_proj": ("gather_q", "q_b_proj", "gather_kv", "kv_b_proj", "rope"),
+    "mla_up_proj": ("gather_q", "q_b_proj", "gather_kv", "kv_b_proj", "absorb_k", "rope"),
 }
 """Kernels of the modules that are smaller than a component (names of Megatron-Core's --recompute-modules).
 The core of attention has its exchange of a sequence: Megatron-Core checkpoints core_attention, inside of

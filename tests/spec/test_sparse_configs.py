@@ -1,0 +1,68 @@
+"""config.json of networks with an indexer: as transformers builds them, as the presets made by hand."""
+
+import json
+from typing import Any
+
+import pytest
+
+from mopsim.common.errors import MopError
+from mopsim.spec.huggingface import from_config
+from mopsim.spec.presets import load_model
+from mopsim.spec.tensors import total_params
+from tests.spec.hybrid_configs import DEEPSEEK_V3_2, GLM_5_2
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_hidden_layers": 9, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "num_experts_per_tok": 2, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config"), [("glm5_2", GLM_5_2), ("deepseek_v3_2", DEEPSEEK_V3_2)])
+def test_a_config_reads_as_the_preset(name: str, config: dict[str, Any]) -> None:
+    read, preset = from_config(config, "config.json"), load_model(name)
+    for field in set(preset.__struct_fields__) - {
+        "name",
+        "source",
+        "assumptions",
+        "total_params",
+        "active_params",
+    }:
+        assert getattr(read, field) == getattr(preset, field), field
+    assert not read.assumptions
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("deepseek_v32", {}), ("glm_moe_dsa", {}),
+     ("glm_moe_dsa", {"index_topk_freq": 4, "index_skip_topk_offset": 3})],
+)  # fmt: skip
+def test_it_has_the_parameters_that_transformers_makes(kind: str, more: dict[str, int]) -> None:
+    """But for those of indexers that layers without one have there, and never use."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind, **SMALL, **more)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(made).__name__]
+    model = from_config(json.loads(config.to_json_string()), "config.json")
+    assert [layer for layer in range(9) if model.chooses(layer)] == ([0, 1, 2, 6] if more else list(range(9)))
+    unused = {f"model.layers.{layer}.self_attn.indexer." for layer in range(9) if not model.chooses(layer)}
+    used = [one for name, one in made.named_parameters() if not name.startswith(tuple(unused))]
+    assert total_params(model) == sum(one.numel() for one in used)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"indexer_types": ["full"] * 78}, "indexer_types: .* is refused: only what index_topk_freq"),
+        ({"index_topk_pattern": "FS" * 39}, "index_topk_pattern: .* only a period of layers"),
+        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: .* must be dense or sparse for each"),
+        ({"index_topk": 0}, "index_topk: 0 must be at least 1"),
+        ({"attention_bias": True}, "attention_bias: True is refused: biases on latent attention"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(MopError, match=says):
+        from_config(GLM_5_2 | changes, "config.json")
