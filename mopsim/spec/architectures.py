@@ -226,6 +226,22 @@ def equal_heads(r: ConfigReader) -> Fields:
     return {}
 
 
+def rotary_part(r: ConfigReader) -> Fields:
+    """The part of a head that is turned, by its elements or as a factor; all of it where neither is said."""
+    width = r.integer("head_dim")
+    turned = r.integer("rotary_dim", round(r.number("partial_rotary_factor", 1.0) * width))
+    return {"partial_rotary_factor": turned / width}
+
+
+def attends_everywhere(r: ConfigReader) -> Fields:
+    """All layers are softmax attention, which an earlier network of the family lists; MTP layers, which
+    transformers does not train, are left out."""
+    r.passed |= {"num_mtp_modules", "use_mtp", "mtp_transformer_layers"}
+    if 0 in layer_flags(r, "attn_type_list"):
+        raise MopError(f"{r.origin}: attn_type_list: layers of linear attention cannot be expressed here")
+    return {}
+
+
 def unclipped(r: ConfigReader) -> Fields:
     if r.has("clip_qkv"):
         raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
@@ -238,7 +254,7 @@ PARTS: dict[str, Callable[[ConfigReader], Fields]] = {
         sparse_steps, shared_gate, listed_windows, window_if_used, leading_dense, groups_if_limited,
         ernie_layers, alternating_windows, llama4_layers, unclipped, qwen_windows, late_windows,
         plain_activation, four_times_wider, equal_heads, linear_layers, blocks, listed_mlps,
-        indexer,
+        indexer, rotary_part, attends_everywhere,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""config.json of published networks with layers of linear attention, or with an indexer."""
+"""config.json of published networks of 2025 and 2026."""
 
 from typing import Any
 
@@ -92,3 +92,34 @@ DEEPSEEK_V3_2: dict[str, Any] = {
     "vocab_size": 129280,
 }  # fmt: skip
 """deepseek-ai/DeepSeek-V3.2-Exp, likewise."""
+MINIMAX_M2: dict[str, Any] = {
+    "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "attn_type_list": [1] * 62,
+    "head_dim": 128, "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 1536,
+    "max_position_embeddings": 196608, "mlp_intermediate_size": 8192, "mtp_transformer_layers": 1,
+    "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8,
+    "num_local_experts": 256, "num_mtp_modules": 3, "qk_norm_type": "per_layer", "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000, "rotary_dim": 64, "scoring_func": "sigmoid", "shared_intermediate_size": 0,
+    "tie_word_embeddings": False, "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True,
+    "vocab_size": 200064,
+}  # fmt: skip
+"""MiniMaxAI/MiniMax-M2, without what says how it is stored and generated from."""
+GLM_4_7_FLASH: dict[str, Any] = {
+    "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "attention_bias": False,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240,
+    "kv_lora_rank": 512, "max_position_embeddings": 202752, "moe_intermediate_size": 1536, "n_group": 1,
+    "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 20,
+    "num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20, "q_lora_rank": 768,
+    "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_theta": 1000000,
+    "routed_scaling_factor": 1.8, "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
+    "v_head_dim": 256, "vocab_size": 154880,
+}  # fmt: skip
+"""zai-org/GLM-4.7-Flash, likewise."""
+SOLAR_OPEN: dict[str, Any] = {
+    "architectures": ["SolarOpenForCausalLM"], "model_type": "solar_open", "first_k_dense_replace": 0,
+    "head_dim": 128, "hidden_size": 4096, "intermediate_size": 10240, "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1280, "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000, "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False, "vocab_size": 196608,
+}  # fmt: skip
+"""upstage/Solar-Open-100B, likewise."""

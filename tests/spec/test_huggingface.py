@@ -11,7 +11,16 @@ from mopsim.common.errors import MopError
 from mopsim.spec.architectures import ARCHITECTURES, TEXT_OF
 from mopsim.spec.presets import load_model
 from mopsim.spec.tensors import total_params
-from tests.spec.hybrid_configs import DEEPSEEK_V3_2, GLM_5_2, NEMOTRON_H, QWEN3_5_MOE, QWEN3_NEXT
+from tests.spec.hybrid_configs import (
+    DEEPSEEK_V3_2,
+    GLM_4_7_FLASH,
+    GLM_5_2,
+    MINIMAX_M2,
+    NEMOTRON_H,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
+    SOLAR_OPEN,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -341,7 +350,21 @@ def test_mtp_layers_are_those_that_a_config_says(tmp_path: Path) -> None:
 
 
 def test_every_architecture_is_covered_here() -> None:
-    others = (QWEN2, MISTRAL, DOTS1, ERNIE, GPT2, QWEN3_NEXT, QWEN3_5_MOE, NEMOTRON_H, GLM_5_2, DEEPSEEK_V3_2)
+    others = (
+        QWEN2,
+        MISTRAL,
+        DOTS1,
+        ERNIE,
+        GPT2,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
+        NEMOTRON_H,
+        GLM_5_2,
+        DEEPSEEK_V3_2,
+        MINIMAX_M2,
+        GLM_4_7_FLASH,
+        SOLAR_OPEN,
+    )
     said = {config["architectures"][0] for config in (*CASES.values(), *others)}  # type: ignore[index]
     assert {TEXT_OF.get(name, name) for name in said} == set(ARCHITECTURES)
 
