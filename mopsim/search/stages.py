@@ -33,6 +33,16 @@ LAYOUTS = ("even", "ends", "front")
 
 @cache
 def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple[int, ...] | None:
+    """As `_layers_of`, of whole groups of layers that attend to the same keys. None where a part before the
+    last would have none."""
+    found = _layers_of(model, stages, virtual, layout)
+    if model.sparse_attention.index_topk_freq == 1 or found is None or stages == 1 or layout == IDEAL:
+        return found
+    whole = model.whole_groups(found or even_parts(model.num_hidden_layers, stages * virtual))
+    return whole if all(whole[:-1]) else None
+
+
+def _layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple[int, ...] | None:
     """Decoder layers of each part; empty: as even as can be. None where the layout is none of its own.
 
     ENDS and FRONT are those of published recipes (recipes.yaml): 61 layers with MTP are 1, 2 (30 times), 0 on

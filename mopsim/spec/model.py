@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from math import gcd
 from typing import Any, Literal, NamedTuple
 
@@ -192,6 +193,19 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         """Whether an indexer of `layer` chooses the keys that are attended to."""
         sparse = self.sparse_attention
         return sparse.index_topk > 0 and not self.is_linear(layer) and sparse.chooses(layer)
+
+    def shares(self, layer: int) -> bool:
+        """Whether `layer` attends to keys that a layer before it chose."""
+        return self.sparse_attention.index_topk > 0 and not self.is_linear(layer) and not self.chooses(layer)
+
+    def whole_groups(self, parts: Sequence[int]) -> tuple[int, ...]:
+        """Decoder layers of each part of a pipeline, each of which begins at the nearest layer that attends
+        to what no layer before it chose; as they are where every layer does."""
+        layers = self.num_hidden_layers
+        begins = [*(layer for layer in range(layers) if not self.shares(layer)), layers]
+        ends = list(accumulate(parts))[:-1]
+        places = [0, *(min(begins, key=lambda begin: abs(begin - end)) for end in ends), layers]
+        return tuple(after - before for before, after in pairwise(places))
 
     @property
     def num_blocks(self) -> int:

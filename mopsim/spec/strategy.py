@@ -50,10 +50,15 @@ class Pipeline(Spec, frozen=True, kw_only=True):
         """Whether all backwards are in two halves: there is nothing to fill in a stage alone."""
         return self.schedule == "zero_bubble" and self.pipeline_parallel > 1
 
+    def parts(self, layers: int) -> tuple[int, ...]:
+        """Of `layers` decoder layers those of each model chunk, in their order."""
+        count = self.pipeline_parallel * self.virtual_stages
+        base, more = divmod(layers, count)
+        return self.layers or tuple(base + (part < more) for part in range(count))
+
     def largest_chunk(self, layers: int) -> int:
         """Decoder layers of the model chunk that has most, of `layers` in all."""
-        parts = self.pipeline_parallel * self.virtual_stages
-        return max(self.layers, default=-(-layers // parts))
+        return max(self.parts(layers))
 
     @property
     def folded(self) -> bool:

@@ -172,6 +172,10 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     field, chunk = "activations.recompute_num_layers", s.pipeline.largest_chunk(layers)
     rule = f"is more than the {chunk} layers of a model chunk; 0 recomputes all"
     yield s.activations.recompute_num_layers <= chunk, field, rule
+    parts = s.pipeline.parts(layers)
+    grouped = model.whole_groups(parts)
+    rule = f"lets a part begin with a layer that attends to what one before it chose; {list(grouped)} will do"
+    yield sum(parts) != layers or grouped == parts, "pipeline.layers", rule
     start, end = s.precision.num_layers_at_start_in_bf16, s.precision.num_layers_at_end_in_bf16
     field = f"precision.num_layers_at_{'start' if start > layers else 'end'}_in_bf16"
     rule = f"makes {start + end} layers in bf16, of num_hidden_layers {layers}"

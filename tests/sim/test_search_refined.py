@@ -47,7 +47,7 @@ CASES = (
     ("qwen3_30b_a3b", "mi300x-192g", 2, 8192, 32),
     ("mixed", "h200-sxm-141g", 2, 8192, 32),
     ("nemotron_3_nano_30b_a3b", "h100-sxm-80g", 2, 8192, 64),
-    ("deepseek_v3_2", "gb200-186g", 16, 8192, 256),
+    ("glm5_2", "gb200-186g", 16, 8192, 256),
 )
 """Networks with and without windows, latents and dense layers, at places of their own; a CPU, and cards."""
 PLAIN = (Phase.explicit, Phase.reuse, Phase.generate)

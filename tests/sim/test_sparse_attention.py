@@ -1,6 +1,7 @@
 """Latent attention to the keys that an indexer chooses: parameters, FLOP, rates, refusals."""
 
 import re
+from itertools import product
 from typing import Literal
 
 import msgspec
@@ -17,6 +18,7 @@ from mopsim.graph.flops import flops_per_token
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.shapes import Shapes, causal_pairs
 from mopsim.program.workload import Work
+from mopsim.search.stages import RULES, layers_of, lighter
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.model import LayerKind, ModelSpec
@@ -127,6 +129,21 @@ def test_a_sequence_is_shared_by_gathering_alone(exchange: Exchange) -> None:
     assert bool(said) != gathered
     rule = "is not simulated with a sparse_attention, only 'all_gather'"
     assert gathered or said == [f"strategy.attention.cp_comm_type: '{exchange}' {rule}"]
+
+
+def test_parts_of_a_pipeline_begin_with_an_indexer() -> None:
+    """Megatron-Bridge lays GLM-5.2 on six stages as 10, 12, 12, 12, 16, 16."""
+    glm = load_model("glm5_2")
+    assert glm.whole_groups((10, 12, 12, 12, 16, 16)) == (10, 12, 12, 12, 16, 16)
+    assert glm.whole_groups((13,) * 6) == (14, 12, 12, 12, 16, 12)
+    problem = dict(nodes=2, seq_len=4096, global_batch=96)
+    with pytest.raises(
+        MopError, match=r"pipeline\.layers: \[\] lets a part begin .*; \[14, 12, 12, 12, 16, 12\] will do"
+    ):
+        mopsim.simulate(glm, "gb200-186g", strategy=megatron(6, pipeline_parallel=6), **problem)
+    for stages, virtual, layout in product((2, 4, 6, 13), (1, 2), (*RULES, *lighter(glm, 4, 1))):
+        parts = layers_of(glm, stages, virtual, layout)
+        assert not parts or (glm.whole_groups(parts) == parts and sum(parts) == 78)
 
 
 def test_no_runtime_or_target_takes_it() -> None:
