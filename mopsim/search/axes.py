@@ -31,7 +31,7 @@ from mopsim.search.problem import (
     Values,
     divisors,
 )
-from mopsim.search.stages import ENDS, EVEN, IDEAL, RULES, VIRTUAL
+from mopsim.search.stages import ENDS, EVEN, IDEAL, RULES, VIRTUAL, can_lay
 from mopsim.spec.capability.expressions import holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.layout import ceil_div
@@ -166,7 +166,7 @@ def _split_experts(problem: Problem) -> list[tuple[int, ...]]:
 
 
 def _pipelines(problem: Problem) -> list[int]:
-    return [d for d in divisors(problem.world_size) if d <= problem.model.num_hidden_layers]
+    return [d for d in divisors(problem.world_size) if can_lay(problem.model, d)]
 
 
 def _stages(problem: Problem) -> list[tuple[int, ...]]:

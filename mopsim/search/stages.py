@@ -107,6 +107,11 @@ def plain(model: ModelSpec, stages: int, virtual: int) -> tuple[int, ...]:
     return tuple(found) if stages > 1 or virtual == 1 else ()
 
 
+def can_lay(model: ModelSpec, stages: int) -> bool:
+    """Whether the layers can be laid over so many stages."""
+    return stages <= model.num_hidden_layers and any(plain(model, stages, virtual) for virtual in VIRTUAL)
+
+
 @cache
 def lighter(model: ModelSpec, stages: int, virtual: int) -> tuple[int, ...]:
     """Codes of what BALANCED may become, the most even first; none where a pipeline has no plain layout."""

@@ -18,7 +18,7 @@ from mopsim.graph.flops import flops_per_token
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.shapes import Shapes, causal_pairs
 from mopsim.program.workload import Work
-from mopsim.search.stages import RULES, layers_of, lighter
+from mopsim.search.stages import RULES, can_lay, layers_of, lighter
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.model import LayerKind, ModelSpec
@@ -217,3 +217,15 @@ def test_a_published_step_lies_in_its_interval() -> None:
     low, high = step.result.step_time_interval(0.9)
     assert low < 39.43 < high
     assert step.step_time_s == pytest.approx(39.43, rel=0.2)
+
+
+def test_a_search_lays_whole_groups() -> None:
+    """No layout has as many stages as groups or more, of degrees that divide the ranks: 24, 32, 48."""
+    glm = load_model("glm5_2")
+    assert [can_lay(glm, stages) for stages in (6, 20, 24, 32)] == [True, True, False, False]
+    found = mopsim.search(
+        glm, "gb200-186g", nodes=24, seq_len=4096, global_batch=1024, families=["megatron"], budget=2
+    )
+    for one in found.found.played:
+        parts = one.strategy.pipeline.parts(78)
+        assert glm.whole_groups(parts) == parts
