@@ -57,20 +57,20 @@ def sparse_core(model: ModelSpec, shapes: Shapes, layer: int, q: Value, k: Value
     """o [N, heads, v]: keys gathered over the ranks of a sequence, those chosen for each query, the attention
     to them, the values taken out of the latent. A layer without an indexer attends to what the last one
     before it chose. The backward adds up the gradient of the shared keys in fp32."""
-    N, b, d, how = shapes.region_tokens, shapes.width, shapes.sequence, model.sparse_attention
+    N, b, d = shapes.region_tokens, shapes.width, shapes.sequence
     heads, rank = model.num_attention_heads / shapes.tensor, model.kv_lora_rank
     seen = Value("kg", k.bytes * d) if d > 1 else k
     kernels = [_gathered("gather_latents", k, seen)] if d > 1 else []
     kernels += indexer(model, shapes) if model.chooses(layer) else []
     chosen = ("chosen",) if model.chooses(layer) else ()
     out, lse = Value("ol", int(N * heads * rank * b)), Value("lse", int(N * heads * _WIDE), grad=False)
-    pairs = _pairs(shapes, how.index_topk)
+    pairs = _pairs(shapes, model.sparse_attention.index_topk)
     kernels.append(
         Kernel(
             "attention_core", "attention", _C, (q.name, seen.name, *chosen), (out, lse),
-            saves=(q.name, seen.name, out.name, lse.name, *chosen), seq=min(how.index_topk, shapes.seq_len),
+            saves=(q.name, seen.name, out.name, lse.name, *chosen), seq=_most(model, shapes),
             flops=2 * pairs * heads * (2 * rank + model.qk_rope_head_dim),
-            bytes=float(q.bytes + seen.bytes + out.bytes + N * how.index_topk * _PLACE),
+            bytes=float(q.bytes + seen.bytes + out.bytes + N * _most(model, shapes) * _PLACE),
             back_scratch=(("activations", seen.bytes // b * _WIDE),),
         )
     )  # fmt: skip
@@ -84,6 +84,11 @@ def _gathered(name: str, own: Value, whole: Value) -> Kernel:
         name, "all_gather", _C, (own.name,), (whole,), bytes=float(whole.bytes), group="sequence",
         back_kind="reduce_scatter",
     )  # fmt: skip
+
+
+def _most(model: ModelSpec, shapes: Shapes) -> int:
+    """Keys that are chosen for a query."""
+    return min(model.sparse_attention.index_topk, shapes.seq_len)
 
 
 def _pairs(shapes: Shapes, most: int) -> float:
@@ -144,7 +149,7 @@ def indexer(model: ModelSpec, shapes: Shapes) -> list[Kernel]:
         (keys,) = sent.writes
     among = _pairs(shapes, how.index_topk) * learns
     teacher = model.num_attention_heads * (model.kv_lora_rank + model.qk_rope_head_dim)
-    chosen = Value("chosen", N * how.index_topk * _PLACE, grad=False)
+    chosen = Value("chosen", N * _most(model, shapes) * _PLACE, grad=False)
     kernels.append(
         Kernel(
             "index_scores", "attention", _C, ("iq", keys.name, "iw0"), (chosen,), indexer=True, launches=2,
