@@ -16,7 +16,7 @@ from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
-from mopsim.search.had import left_out
+from mopsim.search.had import left_out, not_searched
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, UNSURE, Hunt, fitting
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
@@ -231,7 +231,7 @@ def _hunts(problem: Problem, family: str, options: Options, result: SearchResult
         result.candidates += space.rejected.total()
         result.rejected.update(space.rejected)
     result.candidates += every
-    result.left_out += left_out(problem, family)
+    result.left_out += [*left_out(problem, family), *not_searched(problem, family)]
     space = found[0][0]
     if not len(space):
         return []

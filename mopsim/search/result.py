@@ -46,7 +46,7 @@ class SearchResult:
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
     lacking: what each of the latter counted by itself.
 
-    left_out: lines that name the values that no candidate has, as the program lacks them.
+    left_out: lines that name what no candidate has: values that the program lacks, what no axis is of.
 
     free: for each of `top`, by what plans of its family that are as fast differ from it. played: all results.
 
