@@ -89,17 +89,17 @@ def kinds_of(
     if stack.host.layers != "transformer_engine":
         return linear
     latent = model.kv_lora_rank > 0
-    composed = stack.kernels.rotary not in ("fused", "by_token") and not model.learned_positions
+    turned = _turned(model) * (stack.kernels.rotary not in ("fused", "by_token"))
     rotary = "latent_rotary" if latent else "rotary"
     mine = {
-        "attention": ("latent",) * latent + (rotary,) * composed,
+        "attention": ("latent",) * latent,
         "router": ("sigmoid",) * (model.scoring_func == "sigmoid") + ("groups",) * (model.n_group > 1),
         "shared_experts": ("shared_experts",),
     }
     found = {component: [host_costs.KINDS[kind] for kind in kinds] for component, kinds in mine.items()}
-    more = (stack.host.documents - 1.0) * composed
-    ahead, back = host_costs.DOCUMENTS[rotary]
-    found["attention"].append((more * ahead, more * back))
+    more = stack.host.documents - 1.0
+    for (ahead, back), times in ((host_costs.KINDS[rotary], 1.0), (host_costs.DOCUMENTS[rotary], more)):
+        found["attention"].append((turned * times * ahead, turned * times * back))
     found["attention"] += _of_context(strategy) if strategy else []
     ranks = strategy.experts.expert_parallel if strategy else 1
     found["experts"] = _of_experts(model, stack, model.num_local_experts // ranks)
@@ -110,6 +110,12 @@ def kinds_of(
         found["experts"] += [host_costs.ROUTES_MAP] * maps_routes(strategy, stack)
         found["experts"] += [host_costs.WOVEN[stack.host.delayed_grads]] * woven
     return linear | {component: _sum(costs) for component, costs in found.items()}
+
+
+def _turned(model: ModelSpec) -> float:
+    """Part of the layers of softmax attention that have rotary positions."""
+    softmax = [layer for layer in range(model.num_hidden_layers) if not model.is_linear(layer)]
+    return sum(map(model.rotates, softmax)) / max(len(softmax), 1)
 
 
 def _sum(costs: Sequence[host_costs.Pair]) -> host_costs.Pair:

@@ -63,6 +63,13 @@ def test_ranks_of_a_sequence_exchange_it_as_mixers_do() -> None:
     assert ring["attention"] != ring[LINEAR]
 
 
+def test_the_attention_of_a_hybrid_without_rotary_embedding_pays_the_host_for_none() -> None:
+    stack = load_stack("megatron-core")
+    eager = replace(stack, kernels=replace(stack.kernels, rotary="halves"))
+    bare = replace(HYBRID, full_attention_rotary=False)
+    assert kinds_of(bare, eager) == kinds_of(HYBRID, stack) != kinds_of(HYBRID, eager)
+
+
 @pytest.mark.parametrize(("how", "known"), [(megatron(8), True), (fsdp2(8), False)])
 def test_modules_that_were_not_measured_count_as_attention(how: Strategy, known: bool) -> None:
     assert (LINEAR in kinds_of(HYBRID, load_stack(how.stack), how)) == known
