@@ -143,14 +143,14 @@ class Shards(FurtherLayers, Edges):
 
     def edge(self, name: str, phase: str) -> Ops:
         """Gathers that the embedding or the head waits for."""
+        name = "embedding" if name == "head" and self.head_is_gathered else name
         here = name in self.c.edges or (self.copied and self.c.one_weight)
         return self._wait(self.edge_unit(name), phase) if here and self.c.shards_params else ()
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """Embedding or head has run; its full gradient came and went if this was its backward."""
         if name not in self.c.edges:
-            if self.c.one_weight and phase == "backward":
-                self.weight_waits(phase)
+            self.head_done(phase, ready)
             return
         unit = self.edge_unit(name)
         if name == "embedding" and phase == "backward":

@@ -19,6 +19,7 @@ class Edges:
     stage: Stage
     _opened: dict[str, int]
     _make_gradients: Callable[[ShardedUnit, int, str], None]
+    _release: Callable[[ShardedUnit, str, tuple[int, ...]], None]
     _waiting = 0
 
     def edge_unit(self, name: str) -> ShardedUnit:
@@ -33,6 +34,20 @@ class Edges:
         if unit is None:
             return final
         return replace(joined([final, unit]), name=unit.name)
+
+    @property
+    def head_is_gathered(self) -> bool:
+        """Whether the embedding's weight is gathered for the head too, which shares it (Sharding.tied
+        `apart`). FSDP's is in the root, or in a group with the final norm."""
+        how = self.c.stack.sharding
+        return "head" not in self.c.edges and how.tied == "apart" and not how.fsdp
+
+    def head_done(self, phase: str, ready: tuple[int, ...]) -> None:
+        """A head whose weight is the embedding's has run."""
+        if self.c.one_weight and phase == "backward":
+            self.weight_waits(phase)
+        if self.head_is_gathered and phase == "backward":
+            self._release(self.edge_unit("embedding"), phase, ready)
 
     def weight_waits(self, phase: str) -> None:
         """The gradient that the head's product makes of a shared weight, unless it is there: a loss in strips

@@ -75,6 +75,16 @@ def _context(model: ModelSpec, distance: float) -> Context:
     return make_context(model, stack.resolve(fsdp2(8, recompute="none")), training, 8, stack)
 
 
+def test_a_weight_shared_with_the_head_is_gathered_for_it_too() -> None:
+    """Once for the embedding, and once for the head, whose backward comes right after its forward."""
+    tied = msgspec.structs.replace(MODEL, tie_word_embeddings=True)
+    job = TrainSpec(seq_len=128, global_batch=8)
+    program = lower(tied, fsdp2(8, recompute="none"), job, stack=DEEPSPEED, compose=False).programs[0]
+    names = [op.name for op in program.ops]
+    assert names.count("gather embedding") == names.count("release embedding") == 2
+    assert sum(size for op in program.ops for category, size in op.net if category == "gathered") == 0
+
+
 def test_a_small_network_is_gathered_once() -> None:
     whole = _gathers(DEEPSPEED.sharding.reuse_distance)
     assert {whole[layer] for layer in range(LAYERS)} == {1}
