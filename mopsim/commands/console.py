@@ -23,12 +23,15 @@ def say_notes(console: Any, notes: Sequence[str]) -> None:
 
 
 def exported(steps: Sequence[Simulation]) -> str:
-    """How many of these `mopsim export` writes for each target; of none, what the nearest target lacks of the
-    first."""
+    """How many of these `mopsim export` writes for each target; of none, what no target has of the first, or
+    else what the nearest lacks."""
     whole = Counter(to for step in steps for to, gaps in step.gaps.items() if not gaps)
     if whole:
         said = ", ".join(f"{count} for {to}" for to, count in whole.most_common())
         return f"mopsim export writes {said}"
+    lacking = ({gap.field for gap in gaps} for gaps in steps[0].gaps.values())
+    if nowhere := sorted(set.intersection(*lacking)):
+        return f"mopsim export writes none: no target has {', '.join(nowhere)} as here"
     to, gaps = min(steps[0].gaps.items(), key=lambda one: len(one[1]))
     return f"mopsim export writes none, --to {to} for {gaps[0]}"
 

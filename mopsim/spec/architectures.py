@@ -228,7 +228,7 @@ def equal_heads(r: ConfigReader) -> Fields:
 
 def rotary_part(r: ConfigReader) -> Fields:
     """The part of a head that is turned, by its elements or as a factor; all of it where neither is said."""
-    width = r.integer("head_dim")
+    width = r.count("head_dim")
     turned = r.integer("rotary_dim", round(r.number("partial_rotary_factor", 1.0) * width))
     return {"partial_rotary_factor": turned / width}
 

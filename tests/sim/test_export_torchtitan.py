@@ -3,10 +3,12 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mopsim
+from mopsim.commands.console import exported
 from mopsim.common.errors import MopError
 from mopsim.export import export
 from mopsim.spec.presets import load_model
@@ -102,6 +104,14 @@ def test_a_search_says_which_targets_take_its_plans(
     asked += ["--family", "fsdp2", "--stack", "torchtitan", "--global-batch", "16", "--seq-len", "4K"]
     assert call(monkeypatch, "search", *asked) == 0
     assert re.search(f"planned only: .* {says}", " ".join(capsys.readouterr().out.split()))
+
+
+def test_what_no_target_has_is_said_first() -> None:
+    """Not the nearest target's want of a flavor, which would look like all there is."""
+    job: Any = {"model": "glm5_2", "hardware": "h200-sxm-141g", "nodes": 64, "seq_len": 4096}
+    step = mopsim.simulate(**job, global_batch=512, strategy=fsdp2(512), stack="torchtitan")
+    said = "mopsim export writes none: no target has model.sparse_attention.index_topk as here"
+    assert exported([step]) == said
 
 
 def test_torchtitan_splits_no_sequence_that_has_windows() -> None:
