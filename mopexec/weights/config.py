@@ -31,6 +31,7 @@ _ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 _FUNCTIONS: dict[str, Callable[[ModelSpec], Any]] = {
     "dense_layers()": lambda m: [one for one in range(m.num_hidden_layers) if not m.is_moe_layer(one)],
     "rotating_layers()": lambda m: [int(m.rotates(one)) for one in range(m.num_hidden_layers)],
+    "rotary_dim()": lambda m: round(m.partial_rotary_factor * m.head_dim),
     "shared_experts()": _shared_experts,
     "activation()": lambda m: _ACTIVATIONS.get(m.ffn_activation, m.ffn_activation),
     "absent()": lambda _: msgspec.UNSET,

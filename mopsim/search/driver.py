@@ -16,7 +16,7 @@ from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
-from mopsim.search.had import left_out, not_searched
+from mopsim.search.had import left_out
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, UNSURE, Hunt, fitting
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
@@ -256,3 +256,10 @@ def _hunts(problem: Problem, family: str, options: Options, result: SearchResult
     for space, bounds in over if options.nearest and not hunts else ():
         find_closest(space, bounds, result)
     return hunts
+
+
+def not_searched(problem: Problem, family: str) -> list[str]:
+    """A line of what plans of the family may have and no axis is of (adr/0096): a proof is of the others."""
+    asked = problem.software(family).has.get("activations.recompute_num_layers", (1,))
+    line = "not searched: full recomputation of some layers alone (activations.recompute_num_layers)"
+    return [line] * any(asked)

@@ -113,13 +113,6 @@ def left_out(problem: Problem, family: str) -> list[str]:
     return [f"{stack.name} has no {lacking}: left out"] * bool(lacking) + more
 
 
-def not_searched(problem: Problem, family: str) -> list[str]:
-    """A line of what plans of the family may have and no axis is of (adr/0096): a proof is of the others."""
-    asked = problem.software(family).has.get("activations.recompute_num_layers", (1,))
-    line = "not searched: full recomputation of some layers alone (activations.recompute_num_layers)"
-    return [line] * any(asked)
-
-
 def _said(some: list[str], rule: str) -> str:
     """'2, 4 or 8 are not in DeepSpeed': values that one rule refuses."""
     listed = " or ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some)

@@ -58,7 +58,7 @@ class Pipeline(Spec, frozen=True, kw_only=True):
 
     def largest_chunk(self, layers: int) -> int:
         """Decoder layers of the model chunk that has most, of `layers` in all."""
-        return max(self.parts(layers))
+        return max(self.layers, default=-(-layers // (self.pipeline_parallel * self.virtual_stages)))
 
     @property
     def folded(self) -> bool:

@@ -156,6 +156,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v2": ("DeepseekV2", _LATENT | {"topk_method": "group_limited_greedy"}),
+    "glm4_moe_lite": ("Glm4MoeLite", _LATENT | {"num_mtp_layers": 0, "norm_topk_prob": True}),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20, "num_local_experts": 8,
+            "num_experts_per_tok": 3, "rotary_dim": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "solar_open": (
+        "SolarOpen",
+        {
+            "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 20, "n_routed_experts": 8,
+            "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+        },
+    ),
     "deepseek_v3": ("DeepseekV3", _LATENT | {"num_mtp_layers": 0, "norm_topk_prob": True}),
 }  # fmt: skip
 

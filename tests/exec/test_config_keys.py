@@ -17,8 +17,8 @@ from mopsim.spec.architectures import ARCHITECTURES
 from mopsim.spec.config_reader import UNREAD
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
+from tests.spec import hybrid_configs as others
 from tests.spec import test_huggingface as told
-from tests.spec.hybrid_configs import NEMOTRON_H, QWEN3_5_TEXT, QWEN3_NEXT
 from tests.together import together
 
 transformers = pytest.importorskip("transformers")
@@ -34,11 +34,16 @@ PUBLISHED: dict[str, Config] = {
         told.DOTS1,
         told.ERNIE,
         told.GPT2,
-        QWEN3_NEXT,
-        NEMOTRON_H,
+        others.QWEN3_NEXT,
+        others.NEMOTRON_H,
+        others.GLM_5_2,
+        others.DEEPSEEK_V3_2,
+        others.MINIMAX_M2,
+        others.GLM_4_7_FLASH,
+        others.SOLAR_OPEN,
     )
-} | {"Llama4ForCausalLM": told.TEXT, "Qwen3_5MoeForCausalLM": QWEN3_5_TEXT}  # type: ignore[assignment]
-SIZES: Config = {"num_attention_heads": 128, "hidden_size": 8192, "num_hidden_layers": 9}
+} | {"Llama4ForCausalLM": told.TEXT, "Qwen3_5MoeForCausalLM": others.QWEN3_5_TEXT}  # type: ignore[assignment]
+SIZES: Config = {"num_attention_heads": 640, "hidden_size": 40960, "num_hidden_layers": 9}
 """Of no class, and such that every class's num_key_value_heads divides the heads."""
 NEEDED: Config = {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1}
 """What is null in some classes, with which there is no network."""
@@ -53,7 +58,7 @@ REFUSED = {
     "n_group", "topk_group", "use_sliding_window", "layer_types", "head_dim", "n_embd", "n_layer", "n_head",
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "n_groups", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "hybrid_override_pattern",
-    "layers_block_type", "moe_shared_expert_intermediate_size",
+    "layers_block_type", "moe_shared_expert_intermediate_size", "index_topk_freq", "index_skip_topk_offset",
 }  # fmt: skip
 """Without which a config of some architecture is refused."""
 

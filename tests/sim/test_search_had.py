@@ -10,7 +10,8 @@ import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.export import TARGETS
 from mopsim.search import had as had_module
-from mopsim.search.had import Had, had, left_out, not_searched
+from mopsim.search.driver import not_searched
+from mopsim.search.had import Had, had, left_out
 from mopsim.search.problem import ULYSSES, Problem
 from mopsim.search.space import Space
 from mopsim.spec.capability import ROWS, SIDES, Job, field_refusals, refusals
