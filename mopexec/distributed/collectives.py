@@ -5,6 +5,7 @@ names; torch 2.11 and 2.12 know the old names only. The first dimension is what 
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -193,6 +194,12 @@ def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, gro
     return settled
 
 
+_OWN = 3
+"""References to an object of a list that only a loop over it has in hand, its own and the count's among them. A
+thread that gives a storage up lowers its use count first, and the reference to its Python object once it has
+the GIL."""
+
+
 class _Settled:
     """A work that is over when gloo has let go of its tensors too.
 
@@ -211,7 +218,7 @@ class _Settled:
         if self.work is not None:
             self.work.wait()
             self.work = None
-        while any(_use_count(storage) > 1 for storage in self._doubles):
+        while any(_use_count(one) > 1 or sys.getrefcount(one) > _OWN for one in self._doubles):
             time.sleep(0)  # gloo's thread goes first
         self._doubles, self._tensors = [], []
 

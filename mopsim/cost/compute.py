@@ -14,9 +14,9 @@ from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD, HardwareProfile, Matmul
 RATES: dict[str, dict[str, Any]] = shipped("mopsim.cost", "rates.yaml")
 """Numbers of libraries and of cards' kinds, with their sources."""
 DROPS_FORWARD, DROPS_BACKWARD = RATES["drops"]["forward"], RATES["drops"]["backward"]
-INDEXER: dict[str, float] = {phase: RATES["indexer"][phase] for phase in ("forward", "backward")}
-"""Share of the peak that scores by which keys are chosen reach."""
 """Rate of a flash kernel that draws a dropout mask over one that does not."""
+INDEXER: float = RATES["indexer"]["share"]
+"""Share of the peak that scores by which keys are chosen reach."""
 GRADIENTS_EXPOSED = {float(RATES["gradients_exposed"]["bytes"]): RATES["gradients_exposed"]["share"]}
 """Share of a dense weight gradient's own traffic that adds to its product's time, by bytes of an element read
 and written."""
@@ -92,14 +92,14 @@ def attention(work: Work, profile: HardwareProfile) -> float:
     """The attention core: its FLOP at a fraction of the matmul peak that grows with the sequence.
 
     8-bit operands: the bf16 curve, so many times as fast as `AttentionCurve` says. An indexer's scores, of 16
-    bits, reach the same share at any length.
+    bits, reach the same share at any length; their backward is the attention's among the chosen keys.
     """
     shape, eight_bit = profile.device.attention, DTYPE_BYTES[work.dtype] < 2
     curve = matmul_curve(profile, "bfloat16" if eight_bit else work.dtype)
     share = (shape.backward if work.backward else shape.forward) * work.seq / (work.seq + shape.seq_half)
     share = min(share, shape.held)
     if work.indexer:
-        share = INDEXER["backward" if work.backward else "forward"]
+        share = share if work.backward else INDEXER
     elif eight_bit:
         share *= shape.eight_bit_backward if work.backward else shape.eight_bit_forward
     if work.drops:

@@ -153,7 +153,7 @@ def indexer(model: ModelSpec, shapes: Shapes) -> list[Kernel]:
     kernels.append(
         Kernel(
             "index_scores", "attention", _C, ("iq", keys.name, "iw0"), (chosen,), indexer=True, launches=2,
-            saves=("iq", keys.name, "iw0") if learns else (), seq=shapes.seq_len,
+            saves=("iq", keys.name, "iw0") if learns else (), seq=_most(model, shapes),
             flops=2 * _pairs(shapes, 0) * heads * width,
             back_flops=2 * among * (teacher / shapes.tensor + 3 * heads * width),
             bytes=float(queries.bytes + keys.bytes + chosen.bytes), back_launches=4 * learns,

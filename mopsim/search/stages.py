@@ -8,9 +8,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.spec.layout import ceil_div, even_parts, full_parts
+from mopsim.spec.layout import ceil_div, full_parts
 from mopsim.spec.model import LayerKind, ModelSpec
 from mopsim.spec.pipeline_order import warm_up
+from mopsim.spec.strategy import even_parts
 
 EVEN, ENDS, FRONT, IDEAL, BALANCED = 0, 1, 2, 3, 4
 """Codes of the `layout` column. EVEN: as even as can be. ENDS: as full as each other, where embedding, MTP

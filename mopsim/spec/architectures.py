@@ -230,6 +230,8 @@ def rotary_part(r: ConfigReader) -> Fields:
     """The part of a head that is turned, by its elements or as a factor; all of it where neither is said."""
     width = r.count("head_dim")
     turned = r.integer("rotary_dim", round(r.number("partial_rotary_factor", 1.0) * width))
+    if turned > width:
+        raise MopError(f"{r.origin}: rotary_dim: {turned} is more than the {width} elements of a head")
     return {"partial_rotary_factor": turned / width}
 
 

@@ -165,7 +165,7 @@ def indexer(r: ConfigReader) -> Fields:
     found = {name: r.count(name) for name in ("index_n_heads", "index_head_dim", "index_topk")}
     if every != 1:
         found |= {"index_topk_freq": every, "index_skip_topk_offset": offset}
-    chooses = io.convert(found, SparseAttention, r.origin).chooses
+    chooses = io.convert(found, SparseAttention, f"{r.origin}: model.sparse_attention").chooses
     expected = ["full" if chooses(layer) else "shared" for layer in layers_of(r)]
     if r.items("indexer_types") not in ([], expected):
         rule = "is refused: only what index_topk_freq and index_skip_topk_offset say can be expressed"

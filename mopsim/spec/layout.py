@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from mopsim.common.errors import require
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import Order, Strategy
+from mopsim.spec.strategy import Order, Strategy, even_parts
 
 MOST_MICROBATCHES, MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**12, 2**12
 """Pieces that a batch, the tokens of a rank or its parameters may be cut into: more is a slip of the pen, and
@@ -169,11 +170,6 @@ def full_parts(layers: int, parts: int, first: int, last: int) -> tuple[int, ...
     return tuple(found)
 
 
-def even_parts(layers: int, parts: int) -> tuple[int, ...]:
-    """Layers of each part of a pipeline, as even as can be: the first have one more."""
-    return tuple(len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts))
-
-
 def not_recomputed(strategy: Strategy, model: ModelSpec) -> frozenset[int]:
     """Layers that keep everything for their backward though a full recomputation runs others again
     (`activations.recompute_num_layers`)."""
@@ -205,9 +201,7 @@ def stage_layers(
     given: layers of each of the degree x virtual_stages parts instead (`Pipeline.layers`). folded: see
     part_of.
     """
-    parts = degree * virtual_stages
-    base, extra = divmod(num_layers, parts)
-    starts = [sum(given[:i]) if given else i * base + min(i, extra) for i in range(parts + 1)]
+    starts = [0, *accumulate(given or even_parts(num_layers, degree * virtual_stages))]
     places = [part_of(stage, chunk, degree, folded) for chunk in range(virtual_stages)]
     return [list(range(starts[place], starts[place + 1])) for place in places]
 

@@ -201,6 +201,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     def whole_groups(self, parts: Sequence[int]) -> tuple[int, ...]:
         """Decoder layers of each part of a pipeline, each of which begins at the nearest layer that attends
         to what no layer before it chose; as they are where every layer does."""
+        if self.sparse_attention.index_topk_freq == 1:
+            return tuple(parts)
         layers = self.num_hidden_layers
         begins = [*(layer for layer in range(layers) if not self.shares(layer)), layers]
         ends = list(accumulate(parts))[:-1]

@@ -27,6 +27,12 @@ CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
 """Recipes of products whose operands are cast from what everything else computes in."""
 
 
+def even_parts(layers: int, parts: int) -> tuple[int, ...]:
+    """Layers of each part of a pipeline, as even as can be: the first have one more."""
+    base, more = divmod(layers, parts)
+    return tuple(base + (part < more) for part in range(parts))
+
+
 class Pipeline(Spec, frozen=True, kw_only=True):
     """Pipeline parallelism: the only degree that factors the world.
 
@@ -52,9 +58,7 @@ class Pipeline(Spec, frozen=True, kw_only=True):
 
     def parts(self, layers: int) -> tuple[int, ...]:
         """Of `layers` decoder layers those of each model chunk, in their order."""
-        count = self.pipeline_parallel * self.virtual_stages
-        base, more = divmod(layers, count)
-        return self.layers or tuple(base + (part < more) for part in range(count))
+        return self.layers or even_parts(layers, self.pipeline_parallel * self.virtual_stages)
 
     def largest_chunk(self, layers: int) -> int:
         """Decoder layers of the model chunk that has most, of `layers` in all."""

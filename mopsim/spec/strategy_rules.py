@@ -172,10 +172,6 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     field, chunk = "activations.recompute_num_layers", s.pipeline.largest_chunk(layers)
     rule = f"is more than the {chunk} layers of a model chunk; 0 recomputes all"
     yield s.activations.recompute_num_layers <= chunk, field, rule
-    parts = s.pipeline.parts(layers)
-    grouped = model.whole_groups(parts)
-    rule = f"lets a part begin with a layer that attends to what one before it chose; {list(grouped)} will do"
-    yield sum(parts) != layers or grouped == parts, "pipeline.layers", rule
     start, end = s.precision.num_layers_at_start_in_bf16, s.precision.num_layers_at_end_in_bf16
     field = f"precision.num_layers_at_{'start' if start > layers else 'end'}_in_bf16"
     rule = f"makes {start + end} layers in bf16, of num_hidden_layers {layers}"
@@ -185,3 +181,9 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     yield not listed or sum(listed) == layers, "pipeline.layers", rule
     rule = f"times virtual_stages {s.pipeline.virtual_stages} is more than num_hidden_layers {layers}"
     yield bool(listed) or stages <= layers, "pipeline.pipeline_parallel", rule
+    if listed or stages <= layers:
+        parts = s.pipeline.parts(layers)
+        grouped = model.whole_groups(parts)
+        will_do = f"{list(grouped)} will do" if all(grouped[:-1]) else f"too many parts: {stages}"
+        rule = f"lets a part begin with a layer that attends to what one before it chose; {will_do}"
+        yield grouped == parts, "pipeline.layers", rule

@@ -26,7 +26,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.sparse_attention import SparseAttention
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Exchange
+from mopsim.spec.strategy import Exchange, Pipeline
 from mopsim.spec.tensors import parameters, total_params
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
@@ -139,6 +139,10 @@ def test_parts_of_a_pipeline_begin_with_an_indexer() -> None:
     strategy, says = megatron(6, pipeline_parallel=6), "[14, 12, 12, 12, 16, 12] will do"
     with pytest.raises(MopError, match=r"pipeline\.layers: \[\] lets a part begin .*" + re.escape(says)):
         simulate(glm, load_profile("gb200-186g"), 2, strategy, TRAINING, load_stack("megatron-core"))
+    for parts, words in ((32, "too many parts: 32"), (8 * 10**12, "is more than num_hidden_layers 78")):
+        many = Pipeline(pipeline_parallel=8, virtual_stages=parts // 8, schedule="interleaved")
+        with pytest.raises(MopError, match=words):
+            replace(strategy, world_size=8, pipeline=many).check_model(glm)
     for stages, virtual, layout in product((2, 4, 6, 13), (1, 2), (*RULES, *lighter(glm, 4, 1))):
         parts = layers_of(glm, stages, virtual, layout)
         assert not parts or (glm.whole_groups(parts) == parts and sum(parts) == 78)

@@ -3,12 +3,14 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from mopsim.common.errors import MopError
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.presets import load_model
 from mopsim.spec.tensors import active_params, total_params
+from mopsim.validate.models import model_rules
 from tests.spec.hybrid_configs import DEEPSEEK_V3_2, GLM_4_7_FLASH, GLM_5_2, MINIMAX_M2, SOLAR_OPEN
 
 SMALL: dict[str, Any] = {
@@ -34,6 +36,12 @@ def test_a_config_reads_as_the_preset(name: str, config: dict[str, Any]) -> None
     }:
         assert getattr(read, field) == getattr(preset, field), field
     assert not read.assumptions
+
+
+def test_rows_of_a_table_have_the_indexer_of_the_preset() -> None:
+    (rule,) = [one for one in model_rules() if one.id == "indexer-of-glm-5-2"]
+    said = msgspec.to_builtins(load_model("glm5_2").sparse_attention)
+    assert said == said | rule.set["model.sparse_attention"]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +103,5 @@ def test_earlier_networks_of_a_family_are_refused() -> None:
         from_config(MINIMAX_M2 | {"attn_type_list": [0, 1] * 31}, "config.json")
     with pytest.raises(MopError, match="only norms over all heads can be expressed here"):
         from_config(MINIMAX_M2 | {"qk_norm_type": "per_head"}, "config.json")
+    with pytest.raises(MopError, match="rotary_dim: 256 is more than the 128 elements of a head"):
+        from_config(MINIMAX_M2 | {"rotary_dim": 256}, "config.json")

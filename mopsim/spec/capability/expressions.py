@@ -9,8 +9,8 @@ from mopsim.common.let import Let
 from mopsim.common.shipped import kept
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
-from mopsim.spec.layout import ceil_div, even_parts, interval
-from mopsim.spec.strategy import CAST
+from mopsim.spec.layout import ceil_div, interval
+from mopsim.spec.strategy import CAST, even_parts
 
 _PARTS = ("model", "strategy", "training", "hardware", "fsdp", "chunks")
 
