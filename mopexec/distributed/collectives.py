@@ -195,9 +195,9 @@ def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, gro
 
 
 _OWN = 3
-"""References to an object of a list that only a loop over it has in hand, its own and the count's among them. A
-thread that gives a storage up lowers its use count first, and the reference to its Python object once it has
-the GIL."""
+"""References to an object of a list that only a loop over it has in hand, its own and the count's among them.
+A thread that gives a storage up lowers its use count first, and the reference to its Python object once it
+has the GIL."""
 
 
 class _Settled:
