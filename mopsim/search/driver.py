@@ -149,7 +149,6 @@ def _add(result: SearchResult, found: SearchResult) -> None:
     result.simulated += found.simulated
     result.bound_seconds += found.bound_seconds
     result.rejected.update(found.rejected)
-    result.left_out += [line for line in found.left_out if line not in result.left_out]
     result.played += found.played
     keep_closest(found.closest, result)
 
@@ -159,6 +158,7 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     every = [one.found for one in hunted]
     for found in every:
         _add(result, found)
+    result.left_out = named_lines(dict(zip(options.families, every, strict=True)))
     fit = [one for found in every for one in found.top]
     if not fit:
         fit = [one for found in every for one in found.risky]
@@ -182,6 +182,15 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     for counted in (result, *every):
         counted.rejected = Counter({reason: count for reason, count in counted.rejected.items() if count})
     return result
+
+
+def named_lines(every: Mapping[str, SearchResult]) -> list[str]:
+    """'left out (mop, fsdp2): ...': each line of `SearchResult.left_out` once, with the families it is of."""
+    families: dict[str, list[str]] = {}
+    for family, found in every.items():
+        for line in found.left_out:
+            families.setdefault(line, []).append(family)
+    return [line.replace(":", f" ({', '.join(of)}):", 1) for line, of in families.items()]
 
 
 def _settled(hunts: Sequence[Hunt]) -> Hunted:
@@ -231,10 +240,11 @@ def _hunts(problem: Problem, family: str, options: Options, result: SearchResult
         result.candidates += space.rejected.total()
         result.rejected.update(space.rejected)
     result.candidates += every
-    result.left_out += [*left_out(problem, family), *not_searched(problem, family)]
+    result.left_out += left_out(problem, family)
     space = found[0][0]
     if not len(space):
         return []
+    result.left_out += not_searched(problem, family)
     if problem.precision in CAST and family not in IN_8_BITS:
         result.rejected[f"{family}: has no products in {problem.precision}"] += every
         return []

@@ -22,7 +22,7 @@ from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
 from mopsim.spec.capability.rules import in_words, what_the_stack_has
-from mopsim.spec.has import plain
+from mopsim.spec.has import field_of, plain
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 
@@ -110,13 +110,13 @@ def left_out(problem: Problem, family: str) -> list[str]:
             others[error.field, error.rule].append(in_words(error.value, shown))
     lacking = "; ".join(f"{path} {', '.join(found)}" for path, found in values.items())
     more = [f"left out: {field}: {_said(some, rule)}" for (field, rule), some in others.items()]
-    return [f"{stack.name} has no {lacking}: left out"] * bool(lacking) + more
+    return [f"left out: {stack.name} has no {lacking}"] * bool(lacking) + more
 
 
 def _said(some: list[str], rule: str) -> str:
-    """'2, 4 or 8 are not in DeepSpeed': values that one rule refuses."""
-    listed = " or ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some)
-    return f"{listed} {re.sub('^is ', 'are ', rule) if some[1:] else rule}"
+    """'2, 4 or 8 are not in DeepSpeed': values that one rule refuses, alike of all families."""
+    *first, last = sorted(some, key=lambda word: (len(word), word))
+    return f"{', '.join(first)} or {last} {re.sub('^is ', 'are ', rule)}" if first else f"{last} {rule}"
 
 
 def names(key: Key) -> tuple[str, ...]:
@@ -255,9 +255,9 @@ class _Trials:
         """Whether an axis sets a field that the stack has under conditions."""
         if key not in self.bound:
             fields = [one.partition(" where ") for one in self.stack.has]
-            reads = [attrgetter(name) for name, where, _ in fields if where]
+            reads = [attrgetter(field_of(name)) for name, where, _ in fields if where]
             jobs = list(self._along(key, self.axes[key], self.contexts[1]))
-            self.bound[key] = any(len({read(job.strategy) for job in jobs}) > 1 for read in reads)
+            self.bound[key] = any(len({read(job) for job in jobs}) > 1 for read in reads)
         return self.bound[key]
 
     def _job(self, columns: dict[str, int], stack: Stack | None = None) -> Job | None:
@@ -340,12 +340,12 @@ class _Trials:
     def _set_by(self, path: str) -> set[Key]:
         """The axes that set a field of the strategy."""
         if path not in self.setters:
-            read = attrgetter(path)
+            read = attrgetter(field_of(path))
             self.setters[path] = {
                 key
                 for key, values in self.axes.items()
                 for context in self.contexts
-                if len({read(job.strategy) for job in self._along(key, values, context)}) > 1
+                if len({read(job) for job in self._along(key, values, context)}) > 1
             }
         return self.setters[path]
 

@@ -163,7 +163,7 @@ def indexer(r: ConfigReader) -> Fields:
     r.must_be("index_topk_pattern", "", "only a period of layers with an indexer can be expressed")
     every, offset = r.integer("index_topk_freq", 1), r.integer("index_skip_topk_offset", 2)
     found = {name: r.count(name) for name in ("index_n_heads", "index_head_dim", "index_topk")}
-    if every != 1:
+    if every != 1 or (r.has("index_skip_topk_offset") and offset > len(layers_of(r))):
         found |= {"index_topk_freq": every, "index_skip_topk_offset": offset}
     chooses = io.convert(found, SparseAttention, f"{r.origin}: model.sparse_attention").chooses
     expected = ["full" if chooses(layer) else "shared" for layer in layers_of(r)]

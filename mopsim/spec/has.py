@@ -1,4 +1,4 @@
-"""What a program can do of what a strategy asks (`Stack.has`): fields of a strategy and their values."""
+"""What a program can do of what a job asks (`Stack.has`): fields of a strategy or a network, their values."""
 
 from typing import Any, Literal, get_args, get_origin
 
@@ -8,13 +8,21 @@ from mopsim.common.errors import SpecError, require
 from mopsim.common.explain import not_one_of
 from mopsim.common.io import leaves
 from mopsim.common.shipped import kept
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.strategy_rules import BETWEEN, LEAST, WORDS
 
 NAMES = ("name", "stack")
 """Fields of a strategy that say what it is called and what it is for: a program decides neither."""
-_ASKED = dict(leaves(Strategy))
-"""Type of every field of a strategy that holds no struct, by its path."""
+MODEL = "model."
+"""What the key of a network's field begins with."""
+_ASKED = dict(leaves(Strategy)) | dict(leaves(ModelSpec, MODEL))
+"""Type of every field of a strategy or a network that holds no struct, by its key."""
+
+
+def field_of(key: str) -> str:
+    """The field of a job that a key of `has` is of, without its condition."""
+    return key if key.startswith(MODEL) else f"strategy.{key}"
 
 
 def plain(value: Any) -> Any:
@@ -23,9 +31,9 @@ def plain(value: Any) -> Any:
 
 
 def require_had(key: str, values: tuple[Any, ...]) -> None:
-    """An entry of `has` names a decision of Strategy, values that it may have, and a known condition."""
+    """An entry of `has` names a field of Strategy or ModelSpec, its values there, and a known condition."""
     path, only, where = key.partition(" where ")
-    require(path in _ASKED, "has", key, "is not a field of a strategy")
+    require(path in _ASKED, "has", key, "is not a field of a strategy, nor model.FIELD of a network")
     require(path not in NAMES, "has", key, "is a name, which no program has or lacks")
     require(bool(values), f"has.{key}", [], "must name the values that the program has")
     if only:

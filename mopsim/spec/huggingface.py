@@ -55,16 +55,17 @@ INDEXED = ("indexed_attention", "deepseek_sparse_attention")
 
 def _check_layer_types(r: ConfigReader, model: ModelSpec) -> None:
     """Refuse `layer_types` that are not the layers of the network that was read."""
-    kinds, layers = r.items("layer_types"), range(model.num_hidden_layers)
+    kinds, layers = r.items("layer_types"), model.num_hidden_layers
     if not r.has("layer_types"):
         return
-    if model.sparse_attention.index_topk and {*kinds} <= {*INDEXED}:  # versions of transformers differ
-        return
-    if kinds != model.layer_words:
-        only = model.layer_words[0]
+    if model.sparse_attention.index_topk:  # versions of transformers differ
+        alike, only = len(kinds) == layers and {*kinds} <= {*INDEXED}, " or ".join(INDEXED)
+    else:
+        alike, only = kinds == model.layer_words, model.layer_words[0]
+    if not alike:
         raise MopError(
             f"{r.origin}: layer_types: {shown(kinds)} is refused: only {only}, "
-            f"one for each of num_hidden_layers {len(layers)}, can be expressed of this architecture"
+            f"one for each of num_hidden_layers {layers}, can be expressed of this architecture"
         )
 
 

@@ -134,6 +134,9 @@ def _attention(m: "ModelSpec") -> Rules:
         )
         yield m.q_lora_rank >= 1, "q_lora_rank", rule
         yield latent, "attention", "must be 'mla' beside a sparse_attention.index_topk"
+        field, rule = "sparse_attention.index_skip_topk_offset", "is more than num_hidden_layers"
+        leading = m.sparse_attention.index_skip_topk_offset <= m.num_hidden_layers
+        yield leading, field, f"{rule} {m.num_hidden_layers}"
     if not latent:
         for field in _MLA:
             yield getattr(m, field) == 0, field, "must be 0 for gqa"

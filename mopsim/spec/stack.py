@@ -74,8 +74,9 @@ class Stack(Spec, frozen=True, kw_only=True):
     explicit: the program is a schedule of forward and backward pairs without an autograd graph (mopexec's
     flat_units).
     has: the values of a strategy's fields that the program can run: a field -> its values
-    (`vocabulary.loss: [full]`). A field without an entry may have any value. A key `field where condition`
-    counts only where the condition (conditions.yaml of the capability table) holds.
+    (`vocabulary.loss: [full]`), and of a network's (`model.sparse_attention.index_topk: [0]`). A field
+    without an entry may have any value. A key `field where condition` counts only where the condition
+    (conditions.yaml of the capability table) holds.
     stage_outputs: how long the output of a pipeline stage lives. `freed`: until it is sent; the last
     stage's logits until their backward. `returned`: as `freed`, but the last stage's logits of all
     microbatches live until the end of the step, where they are concatenated. `held`: in buffers until its

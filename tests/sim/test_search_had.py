@@ -8,11 +8,13 @@ from msgspec.structs import replace
 
 import mopsim
 from mopsim.common.errors import SpecError
+from mopsim.engine import simulate
 from mopsim.export import TARGETS
 from mopsim.search import had as had_module
-from mopsim.search.driver import not_searched
+from mopsim.search.driver import named_lines, not_searched
 from mopsim.search.had import Had, had, left_out
 from mopsim.search.problem import ULYSSES, Problem
+from mopsim.search.result import SearchResult
 from mopsim.search.space import Space
 from mopsim.spec.capability import ROWS, SIDES, Job, field_refusals, refusals
 from mopsim.spec.capability.rules import in_words, what_the_stack_has
@@ -151,8 +153,8 @@ def test_ranks_that_share_kv_heads_unevenly_are_left_out_together() -> None:
 
 def test_what_is_left_out_is_named() -> None:
     assert left_out(problem("torchtitan"), "fsdp2") == [
-        "torchtitan has no attention.cp_comm_type ulysses; vocabulary.loss chunked; "
-        "activations.modules core_attn: left out",
+        "left out: torchtitan has no attention.cp_comm_type ulysses; vocabulary.loss chunked; "
+        "activations.modules core_attn",
         "left out: strategy.activations.recompute: 'selective' is not in TorchTitan, only 'none' or 'full': "
         "its selective mode names operators, not modules",
     ]
@@ -163,7 +165,7 @@ def test_what_is_left_out_is_named() -> None:
     assert left_out(problem("generic-fused"), "fsdp2") == []
     mla = left_out(problem("megatron-core", "mla"), "megatron")
     assert any(
-        "'all_gather' or 'ulysses' are not" in one and "(latent to all), only 'ring'" in one for one in mla
+        "'ulysses' or 'all_gather' are not" in one and "(latent to all), only 'ring'" in one for one in mla
     )
 
 
@@ -233,7 +235,7 @@ def test_what_a_program_has_is_not_said_to_be_lacking_for_the_words_of_a_rule(
     )
     monkeypatch.setattr("mopsim.search.had.had", lambda *_: Had({}, [ring, ulysses], "", []))
     lacking, other = left_out(asked, "fsdp2")
-    assert lacking == "torchtitan has no attention.cp_comm_type ulysses: left out"
+    assert lacking == "left out: torchtitan has no attention.cp_comm_type ulysses"
     assert other == "left out: strategy.attention.cp_comm_type: 'ring' is refused beside windows"
 
 
@@ -242,7 +244,8 @@ def test_a_search_prints_and_keeps_what_was_left_out(capsys: pytest.CaptureFixtu
         "tiny", "h200-sxm-141g", seq_len=512, global_batch=8, families="fsdp2", stack="torchtitan", budget=3
     )
     asked = problem("torchtitan"), "fsdp2"
-    assert found.left_out == [*left_out(*asked), *not_searched(*asked)]
+    said = [*left_out(*asked), *not_searched(*asked)]
+    assert found.left_out == [line.replace(":", " (fsdp2):", 1) for line in said]
     assert found.best is not None
     assert found.best.strategy.vocabulary.loss == "full"
 
@@ -257,3 +260,20 @@ def test_a_target_takes_no_loss_that_its_stack_lacks(side: str) -> None:
 @together([name for name in list_stacks() if not name.startswith("generic")])
 def test_every_program_says_which_losses_it_has(name: str) -> None:
     assert load_stack(name).has["vocabulary.loss"]
+
+
+def test_what_several_families_lack_is_told_once_with_their_names() -> None:
+    every = {"mop": ["left out: a: 1", "left out: b: 2"], "fsdp2": ["left out: b: 2"], "megatron": []}
+    found = {family: SearchResult(TINY, left_out=lines) for family, lines in every.items()}
+    assert named_lines(found) == ["left out (mop): a: 1", "left out (mop, fsdp2): b: 2"]
+
+
+@pytest.mark.parametrize("stack", ["torchtitan", "deepspeed"])
+def test_a_program_without_an_indexer_is_refused_by_name(stack: str) -> None:
+    asked = Problem(load_model("deepseek_v3_2"), load_profile("h200-sxm-141g"), 32, TRAINING)
+    asked = dataclasses.replace(asked, stack=load_stack(stack))
+    rule = f"model.sparse_attention.index_topk is not simulated on the stack {stack}, only 0"
+    assert had(asked, "fsdp2").refused == rule
+    whole = replace(TRAINING, global_batch=256)
+    with pytest.raises(SpecError, match=r"index_topk: 2048 is not simulated on the stack .*, only 0"):
+        simulate(asked.model, asked.hardware, 32, fsdp2(256), whole, load_stack(stack))

@@ -88,6 +88,15 @@ def test_it_has_the_parameters_that_transformers_makes(kind: str, more: dict[str
     [
         ({"indexer_types": ["full"] * 78}, "indexer_types: .* is refused: only what index_topk_freq"),
         ({"index_topk_pattern": "FS" * 39}, "index_topk_pattern: .* only a period of layers"),
+        *(
+            (
+                {"index_topk_freq": every, "index_skip_topk_offset": 79, "indexer_types": None},
+                "index_skip_topk_offset: 79 is more than num_hidden_layers 78",
+            )
+            for every in (1, 4)
+        ),
+        ({"layer_types": ["full_attention"] * 78}, "layer_types: .* is refused: only indexed_attention or"),
+        ({"layer_types": ["indexed_attention"]}, "layer_types: .* one for each of num_hidden_layers 78"),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: .* must be dense or sparse for each"),
         ({"index_topk": 0}, "index_topk: 0 must be at least 1"),
         ({"attention_bias": True}, "attention_bias: True is refused: biases on latent attention"),

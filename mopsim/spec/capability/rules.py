@@ -15,7 +15,7 @@ from mopsim.common.shipped import kept
 from mopsim.spec.capability.expressions import SIDES, compiled, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.table import EXPORTS, ROWS, RUNTIMES, Side
-from mopsim.spec.has import plain
+from mopsim.spec.has import field_of, plain
 from mopsim.spec.kernels import BEYOND, DEFAULT
 from mopsim.spec.model import DESCRIPTION, ModelSpec
 from mopsim.spec.presets import list_models, load_model
@@ -127,7 +127,7 @@ def _had(job: Job) -> dict[str, dict[str, tuple[Any, ...]]]:
     entries: dict[str, dict[str, tuple[Any, ...]]] = {}
     for key, values in job.software.has.items():
         path, _, where = key.partition(" where ")
-        if ROWS[f"strategy.{path}"].acts_in(job) and (not where or holds(where)(job)):
+        if ROWS[field_of(path)].acts_in(job) and (not where or holds(where)(job)):
             entries.setdefault(path, {})[where] = tuple(map(plain, values))
     return entries
 
@@ -137,7 +137,7 @@ def _works(had: Mapping[str, tuple[Any, ...]]) -> list[Any]:
 
 
 def values_had(job: Job, path: str) -> list[Any] | None:
-    """Values of a strategy's field that the job's program has for it; None where it has any."""
+    """Values of a field (a key of `has`) that the job's program has for it; None where it has any."""
     had = _had(job).get(path)
     return None if had is None else _works(had)
 
@@ -146,7 +146,8 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
     """Every field that acts has a value that the program can have (`Stack.has`), under all conditions that
     hold."""
     for path, had in _had(job).items():
-        value = attrgetter(path)(job.strategy)
+        field = field_of(path)
+        value = attrgetter(field)(job)
         if all(value in values for values in had.values()):
             continue
         works = _works(had)
@@ -154,7 +155,7 @@ def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
         case = f" in this case ({', '.join(told).replace('_', ' ')})" if told else ""
         on = f"the stack {job.software.name}{case}"
         only = _only(works, path) if works else "nor is any other value"
-        yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, {only}")
+        yield SpecError(field, value, f"is not {SIDES[side]['does']} on {on}, {only}")
 
 
 def _only(works: list[Any], path: str) -> str:
