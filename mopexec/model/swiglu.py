@@ -90,13 +90,19 @@ def grouped_experts(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], 
         out = grouped(activate((grouped(x, name) for name in names[:-1]), how), "down")
         groups.expert = None  # no backward adds a bias
         return out
-    weights = zip(*(stacks[f"{name}_proj"].unbind(0) for name in names), strict=True)
+    weights = zip(*(_of_each(stacks[f"{name}_proj"]) for name in names), strict=True)
     biases: Iterable[Sequence[Tensor | None]] = repeat((None,) * len(names))
     if biased:
-        biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in names), strict=True)
-    rows = torch.split(x, counts.by_expert)
+        biases = zip(*(_of_each(stacks[f"{name}_proj_bias"]) for name in names), strict=True)
+    rows = torch.split(x, counts.by_expert) if len(counts.by_expert) > 1 else (x,)
     each = zip(rows, weights, biases, strict=False)
-    return torch.cat([_one_expert(*one, how) for one in each])
+    outputs = [_one_expert(*one, how) for one in each]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # of one it would be a copy
+
+
+def _of_each(stack: Tensor) -> Sequence[Tensor]:
+    """What each expert has of a stack [E, ...]: views, whose gradients are stacked where they are several."""
+    return stack.unbind(0) if len(stack) > 1 else (stack.squeeze(0),)
 
 
 def _one_expert(

@@ -149,11 +149,12 @@ class RankNetwork:
         """Swap in the parallel parts, and what the backward recomputes."""
         plan, mesh, model = self._plan, self._mesh, self.model
         strategy, tensor = plan.strategy, mesh.tensor
+        kept = layout.not_recomputed(strategy, plan.model)
         for layer in model.blocks():
             if tensor.size > 1:
                 split_layer(layer, tensor)
             if layer.is_moe:
-                self._spread(layer.moe)
+                self._spread(layer.moe, again=strategy.activations.experts_again and layer.index not in kept)
             if mesh.sequence.size > 1:
                 layer.attention.core = self._exchange()
         first_row, _ = layout.interval(plan.model.vocab_size, tensor.size, tensor.place)
@@ -172,7 +173,8 @@ class RankNetwork:
             return UlyssesAttention(sequence)
         return BlockAttention(sequence, ring=how == "ring")
 
-    def _spread(self, moe: Any) -> None:
+    def _spread(self, moe: Any, *, again: bool) -> None:
+        """again: the experts are recomputed, rows that they gather included."""
         mesh, spec, routing = self._mesh, self._plan.model, self.model.routing
         if moe.shared is not None and mesh.tensor.size > 1:
             moe.forward = SharedFirst(moe)
@@ -180,7 +182,6 @@ class RankNetwork:
             routing, spec.num_local_experts, mesh.experts, self._platform, mesh.expert_tensor
         )
         if mesh.expert_tensor.size > 1:
-            again = self._plan.strategy.activations.experts_again
             moe.experts.forward = SplitExperts(moe.experts, mesh.expert_tensor, regathers=not again)
 
     def _given(self, tokens: Tensor, start: int, documents: Documents = ()) -> Given:

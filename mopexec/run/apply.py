@@ -53,7 +53,7 @@ def build(
     stack = plan.stack
     if not platform.fake:
         stack = stack.on_kind("cuda" if platform.is_cuda else "cpu")
-    stack = stack.compiling(plan.strategy.compile).multiplying(plan.strategy.precision.compute)
+    stack = stack.compiling(plan.strategy.compile).multiplying(plan.model, plan.strategy)
     stack = stack.on(plan.hardware.architecture, plan.training.plain_attention(plan.model))
     plan = msgspec.structs.replace(plan, stack=stack)
     if plan.strategy.compile != "none" and not platform.fake:

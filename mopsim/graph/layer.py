@@ -114,7 +114,7 @@ def _moe(
     whole = shapes.fused and not shapes.separate  # experts lie in no tensor-parallel region
     products = _unweighted(experts(model, routes, b, shapes.expert_tensor, whole).kernels)
     if shapes.expert_tensor > 1 and not gathers:
-        products = _tensor_parallel(products, arrived * W * b, shapes.expert_tensor)
+        products = _tensor_parallel(products, arrived * W * b, shapes.expert_tensor, len(routes) > 1)
     found += products
     back = _renamed(home, "back_", {"out": "out"})
     if split and deduplicated:
@@ -249,11 +249,11 @@ def _same_back(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     )
 
 
-def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tuple[Kernel, ...]:
+def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int, several: bool) -> tuple[Kernel, ...]:
     """Rows of all ranks that split an expert are gathered before and scattered after (`size` bytes); between
-    the order of ranks and that of experts they are copied: of what is scattered before, and of what is
-    gathered for the backward after the local rows' gradient is gone, so that one of the two is there beside
-    the copy.
+    the order of ranks and that of `several` experts they are copied: of what is scattered before, and of what
+    is gathered for the backward after the local rows' gradient is gone, so that one of the two is there
+    beside the copy.
     """
     whole, out = Value("rows_g", size * ranks, "dispatch"), Value("out", size, "dispatch")
     kernels = tuple(
@@ -263,8 +263,9 @@ def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tupl
     before = gather("gather_rows", "rows", whole, "experts", "expert_tensor")
     after = scatter("scatter_rows", "out_p", out, size * ranks, "experts", "expert_tensor")
     whole_copy, beside = (("dispatch", size * ranks),), (("dispatch", size * (ranks - 1)),)
-    before = replace(before, scratch=whole_copy, back_scratch=beside)
-    after = replace(after, scratch=beside, back_scratch=beside)
+    if several:
+        before = replace(before, scratch=whole_copy, back_scratch=beside)
+        after = replace(after, scratch=beside, back_scratch=beside)
     return (before, *kernels[:-1], last, after)
 
 

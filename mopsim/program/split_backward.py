@@ -8,8 +8,9 @@ from mopsim.graph.liveness import gradients
 from mopsim.graph.tape import Kernel, Played, Step, Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.regions import keeps, region
 from mopsim.program.shards import Shards
-from mopsim.program.taped import TapeDraft, keeps, region
+from mopsim.program.taped import TapeDraft
 from mopsim.program.template import Hooks, Ops, Template
 from mopsim.program.units import ShardedUnit
 

@@ -149,7 +149,7 @@ class Stage:
         each = c.shapes.packed and c.stack.kernels.rotary_tables == "sequences"
         tables = rows * model.rotary_dim * c.wide * (strategy.micro_batch if each else 1)
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
-        found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
+        found.append(("params", 8 * max(1, model.num_routers) * max(1, model.num_local_experts)))
         found.append(("framework", int(self._reduce_buffers * c.stack.sharding.reduce_buffer)))
         found.append(("framework", int(self._host_room)))
         return tuple(step for step in found if step[1])

@@ -1,7 +1,7 @@
 """Op templates: a played tape as ops whose dependencies are relative, made once and issued for every
 microbatch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -10,6 +10,7 @@ from mopsim.graph.tape import GATE_CLAMPS, Kernel, Played, Step
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.casts import Part
 from mopsim.program.context import Context
+from mopsim.program.regions import apart, keeps, partner, regathers, region, still_to_read
 from mopsim.program.template import START, Template
 from mopsim.program.workload import CommGroup, deltas
 from mopsim.program.works import works
@@ -33,6 +34,7 @@ class TapeDraft(Recorder):
         self.coming: dict[str, int] = {}
         self.counted = context.stack.host.counts_read == "never"
         self.late: list[Played] = []
+        self.again: set[str] = set()
 
     def close(self, back: str) -> None:
         """Compute kernels gathered so far become one piece."""
@@ -147,6 +149,31 @@ class TapeDraft(Recorder):
             return "input_grad"
         return self.back if item.backward else "forward"
 
+    def regathered(self, item: Played, source: Kernel, others: int, back: str) -> Played:
+        """A product's backward, by experts that gather rows again before the first of those that read them,
+        and free them after the last. others: of these that are still to come."""
+        self._gathered(source, back)
+        gone = ("dispatch", -source.writes[0].bytes)
+        return item if others else replace(item, memory=(*item.memory, gone))
+
+    def gather_first(self, later: Sequence[Played], gathers: Mapping[str, Kernel], back: str) -> None:
+        """The rows that products of one expert after another gather again, before the first of them."""
+        for one in later:
+            source = gathers.get(one.kernel.reads[0]) if one.kernel.matmuls and one.backward else None
+            if source is not None and one.kernel.loop and regathers(one.kernel, source):
+                self._gathered(source, back)
+
+    def _gathered(self, source: Kernel, back: str) -> None:
+        if source.name in self.again or self.context.groups[source.group].size == 1:
+            return
+        self.close(back)
+        self.again.add(source.name)
+        whole = [("dispatch", source.writes[0].bytes), *source.scratch]
+        whole += [(name, -size) for name, size in source.scratch]
+        work, stream = works(source, "forward", self.context), self._stream(source)
+        op = self.add(source.name, stream, source.component, "backward", work, self.ready, whole)
+        self.ready = (op,)
+
     def gather_again(self, source: Kernel) -> list[Step]:
         """The rows that a product kept its own of, in their turn or beside all before; what is freed then."""
         works_of, memory = works(source, "forward", self.context), list[Step]()
@@ -154,7 +181,7 @@ class TapeDraft(Recorder):
         if self.context.stack.kernels.region_backward == "in_turn":
             self.close("backward")
             deps, memory = self.ready, [("activations", int(source.bytes))]
-        stream = stream_of(self.context.groups[source.group], source.group)
+        stream = self._stream(source)
         op = self.add(source.name, stream, source.component, "backward", works_of, deps, memory)
         self.ready = (*(one for one in self.ready if one not in deps), op)
         return [(name, -size) for name, size in memory]
@@ -163,10 +190,14 @@ class TapeDraft(Recorder):
         """A collective on its own stream."""
         part: Part = "backward" if item.backward else "forward"
         work = works(item.kernel, part, self.context)
-        stream = stream_of(self.context.groups[item.kernel.group], item.kernel.group)
+        stream = self._stream(item.kernel)
         return self.add(
             item.kernel.name, stream, item.kernel.component, _phase(item, back), work, deps, memory
         )
+
+    def _stream(self, kernel: Kernel) -> str:
+        """Of a collective: of the fabric of its group."""
+        return stream_of(self.context.groups[kernel.group], kernel.group)
 
 
 def _phase(item: Played, back: str) -> str:
@@ -193,17 +224,21 @@ def template(
         draft.receive(item, direction)
         talks = _talks(item, context)
         source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
-        if source is not None and (context.groups[source.group].size == 1 or _apart(kernel, source, context)):
+        if source is not None and (context.groups[source.group].size == 1 or apart(kernel, source, context)):
+            if regathers(kernel, source) and not split:
+                item = draft.regathered(item, source, still_to_read(played[index + 1 :], kernel), direction)
             source = None
+        elif item.backward and kernel.loop and not split:  # first inputs come with the first expert's
+            draft.gather_first(played[index + 1 :], gathers, direction)
         following = played[index + 1] if index + 1 < len(played) else None
         if talks and _beside(item, context):
             done |= draft.blocks(item, following, index, direction)
         elif talks:
             draft.exchange(item, direction)
-        elif source is not None and (partner := _partner(played, index, source, done)):
+        elif source is not None and (other := partner(played, index, source, done)):
             draft.close(direction)
-            done.add(partner)
-            _column(draft, item, played[partner])
+            done.add(other)
+            _column(draft, item, played[other])
         else:
             draft.join(item, following, direction)
     draft.close(direction)
@@ -274,32 +309,6 @@ def _beside(item: Played, context: Context) -> bool:
 def _leads(item: Played) -> bool:
     """Whether that product comes after the collective: in the forward, or in the backward of a scatter."""
     return item.backward == (item.kernel.kind == "reduce_scatter")
-
-
-def region(kernel: Kernel) -> tuple[str, ...]:
-    """What the products of a region read, where the kernel begins one."""
-    if kernel.group not in ("tensor", "expert_tensor"):
-        return ()
-    if kernel.kind == "all_reduce" and not kernel.writes and not kernel.bytes:
-        return kernel.reads
-    return tuple(value.name for value in kernel.writes) if kernel.kind == "all_gather" else ()
-
-
-def keeps(kernel: Kernel) -> bool:
-    """Whether a product keeps what it reads, so that its weight gradient needs nothing gathered again."""
-    return kernel.reads[0] in kernel.saves
-
-
-def _apart(kernel: Kernel, source: Kernel, context: Context) -> bool:
-    """Whether what begins the product's region has a backward of its own, after both of its gradients."""
-    in_turn = context.stack.kernels.region_backward == "in_turn"
-    return in_turn and source.group == "tensor" and bool(source.writes) and keeps(kernel)
-
-
-def _partner(played: Sequence[Played], index: int, source: Kernel, done: set[int]) -> int:
-    """Place of the backward of what begins a product's region; 0 where another product took it already."""
-    found = (i for i in range(index, len(played)) if played[i].kernel is source and played[i].backward)
-    return next((i for i in found if i not in done), 0)
 
 
 def _splits(first: Played, item: Played, direction: str, context: Context) -> bool:

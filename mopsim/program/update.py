@@ -138,13 +138,11 @@ class Update:
 
     def _tensors_agree(self, ready: tuple[int, ...]) -> tuple[int, ...]:
         """A tensor group sums the gradients of what each rank has whole (see Sharding.tensor_sums)."""
-        c, b, sharding, stage = self.c, self.b, self.c.stack.sharding, self.stage
+        c, b, sharding = self.c, self.b, self.c.stack.sharding
         group = c.groups["tensor"]
         if sharding.tensor_sums == "none" or group.size == 1:
             return ready
-        layers = {unit.layer for unit in stage.units if unit.layer >= 0} | ({-1} if stage.is_last else set())
-        projection, copied = sharding.mtp_projection == "whole", sharding.tensor_sums == "copied"
-        held = sum(whole_numel(c.model, layer, projection=projection) for layer in layers)
+        held, copied = self._whole, sharding.tensor_sums == "copied"
         size = c.grad * (ceil_div(held, self.dense.fsdp) if copied else held)
         summed = Work("all_reduce", bytes=float(size), group=group)
         steps = [(stream_of(group, "tensor"), summed, 0)]
@@ -160,11 +158,19 @@ class Update:
             ready = (b.add("whole gradients", stream, _O, _O, (work,), ready, memory),)
         return ready
 
+    @property
+    def _whole(self) -> int:
+        """Parameters that each of several tensor-parallel ranks has whole."""
+        c, stage = self.c, self.stage
+        layers = {unit.layer for unit in stage.units if unit.layer >= 0} | ({-1} if stage.is_last else set())
+        projection = c.stack.sharding.mtp_projection == "whole"
+        return sum(whole_numel(c.model, layer, projection=projection) for layer in layers)
+
     def _agreed(self, ready: tuple[int, ...]) -> tuple[int, ...]:
         """What all ranks sum beside gradients (see Sharding.agreements)."""
         world, model = self.c.groups["world"], self.c.model
         if world.size > 1:
-            for size in [8.0] + [4.0 * model.num_local_experts] * model.num_moe_layers:
+            for size in [8.0] + [4.0 * model.num_local_experts] * model.num_routers:
                 work = (Work("all_reduce", bytes=size, group=world),)
                 ready = (self.b.add("agree", stream_of(world, "world"), _O, _O, work, ready),)
         return ready
@@ -332,14 +338,18 @@ class Update:
 
     def _on_host(self) -> Memory:
         """What is on the host while it updates, of what lives on the device: gradients, and parameters that
-        go up, those of the experts or the others at a time, where it is not the masters that go up."""
+        go up, a buffer at a time: of the experts, of the others, and of those that a tensor group has whole
+        where it sums their gradients, where it is not the masters that go up."""
         found: list[Step] = []
         if self.dense.grad_tier == "device":
             found.append(("host/grads", sum(self.away) * self._sent))
         if self.dense.param_tier == "device" and not self.c.masters_stay:
             units = list(zip(self.stage.units, self.away, strict=True))
             routed = sum(away for unit, away in units if unit.component == "experts")
-            found.append(("host/params", max(routed, sum(self.away) - routed) * self.c.param))
+            apart = self.c.stack.sharding.tensor_sums == "in_place" and self.c.groups["tensor"].size > 1
+            whole = int(ceil_div(self._whole, self.dense.fsdp) * self.stage.away) if apart else 0
+            together = max(routed, whole, sum(self.away) - routed - whole)
+            found.append(("host/params", together * self.c.param))
         return (*found, *((category, -size) for category, size in found))
 
     @property

@@ -52,7 +52,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     kernels = router_losses(kernels, *losses, strategy.micro_batch) if any(losses) else kernels
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     run, sharding = context.stack.kernels, context.stack.sharding
+    pieces = run.expert_outputs == "pieces" and context.own_experts > 1  # one alone is whole
     gone = {
+        "expert_outputs": not pieces,
         "clamped_gate": not model.swiglu_limit, "head_norms": model.qk_norm != "head",
         "activation": run.activation.startswith("tanh") and model.ffn_activation.startswith("relu"),
     }  # fmt: skip
@@ -98,7 +100,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = under_autocast(found, context.param / context.b if context.stack.autocasts else 1)
     if sharding.copies or context.keeps_grads:
         return gradients_stay(found, sharding.copies and sharding.groups == "modules")
-    return gradients_stacked(found, model.ffn_matrices) if run.expert_outputs == "pieces" else found
+    return gradients_stacked(found, model.ffn_matrices) if pieces else found
 
 
 def projected(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

@@ -180,6 +180,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         dense = self.first_k_dense_replace + len(self.mlp_only_layers) + len(self.layers_without_ffn)
         return self.num_hidden_layers - dense if self.num_local_experts else 0
 
+    @property
+    def num_routers(self) -> int:
+        """Routers: of decoder layers that route, and of MTP layers where the network has experts."""
+        return self.num_moe_layers + (self.num_nextn_predict_layers if self.num_local_experts else 0)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) routes to experts. MTP layers do where the network has any."""
         dense = layer < self.first_k_dense_replace or layer in self.mlp_only_layers

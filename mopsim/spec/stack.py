@@ -24,17 +24,20 @@ from mopsim.spec.kernels import BEYOND, WIDE
 from mopsim.spec.kernels import DEFAULT as DEFAULT
 from mopsim.spec.kernels import AttentionKernel as AttentionKernel
 from mopsim.spec.kernels import Kernels as Kernels
+from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.reading import Reading as Reading
 from mopsim.spec.recompute import Recompute as Recompute
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.sharding import Sharding as Sharding
-from mopsim.spec.strategy import CAST, Activations, DType, Overlap, Precision, Strategy, Tier
+from mopsim.spec.strategy import CAST, Activations, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
 FILLED = ("ada", "ampere", "hopper")
 """Device architectures on which a product fills the SMs before a collective that another queue has starts,
 though that was issued first: before Blackwell (Megatron-LM d98e8a64, megatron/training/arguments.py)."""
+GROUPED_ROW = 16
+"""Bytes of which torch's grouped products want rows to be multiples (ATen/native/GroupedMMUtils.h)."""
 _STATE = ("param", "reduce", "grad", "moments")
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 
@@ -213,7 +216,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     def running(self, model: ModelSpec, strategy: Strategy, architecture: str = "") -> "Stack":
         """The stack as a job runs it on a device architecture."""
         compiled = self.compiling(strategy.compile).cut(model, strategy)
-        return compiled.ordered(architecture, strategy).multiplying(strategy.precision.compute)
+        return compiled.ordered(architecture, strategy).multiplying(model, strategy)
 
     def ordered(self, architecture: str, strategy: Strategy) -> "Stack":
         """The stack whose hidden collectives of tensor groups start before the products that hide them, or do
@@ -247,16 +250,18 @@ class Stack(Spec, frozen=True, kw_only=True):
             return self
         return replace(self, kernels=replace(run, activation="composed"))
 
-    def multiplying(self, compute: DType) -> "Stack":
-        """The stack where products are in a dtype: torch's grouped ones are in 16 bits alone, others run one
-        by one (mopexec/operators/grouped.py: fits), and so may be its attention kernel (WIDE)."""
-        if DTYPE_BYTES[compute] == 2:
-            return self
-        if WIDE in self.kernels.attention and DTYPE_BYTES[compute] > 2:
+    def multiplying(self, model: ModelSpec, strategy: Strategy) -> "Stack":
+        """The stack as its products are: torch's grouped ones are in 16 bits alone, of rows of whole 16 bytes
+        (GROUPED_ROW), others run one by one (mopexec/operators/grouped.py: fits). Its attention kernel may be
+        one for wider dtypes (WIDE)."""
+        element = DTYPE_BYTES[strategy.precision.compute]
+        if WIDE in self.kernels.attention and element > 2:
             attention = {DEFAULT: self.kernels.attention[WIDE]}
             self = replace(self, kernels=replace(self.kernels, attention=attention))
         run = self.kernels
-        if run.expert_products != "torch":
+        inner = ceil_div(model.moe_intermediate_size, strategy.experts.expert_tensor_parallel)
+        whole = all(size * element % GROUPED_ROW == 0 for size in (model.expert_width, inner))
+        if run.expert_products != "torch" or (element == 2 and whole):
             return self
         outputs: Literal["whole", "pieces"] = "whole" if self.explicit else "pieces"
         alone = replace(run, expert_products="looped", expert_bias="fused", expert_outputs=outputs)

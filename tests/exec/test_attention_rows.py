@@ -14,6 +14,8 @@ from mopexec.operators.context_parallel import blocks_backward, blocks_forward
 from mopexec.operators.kernels import using
 from mopsim.spec.stack import Kernels
 from mopsim.spec.stacks import load_stack
+from mopsim.strategies import fsdp2
+from tests.parity.memory_cases import MODEL
 
 ROWS = Kernels(attention={"default": "rows"})
 LENGTH = 300
@@ -89,10 +91,11 @@ def test_blocks_of_context_parallelism_are_the_whole(
 @pytest.mark.parametrize(("compute", "kernel"), [("bfloat16", "flash2"), ("float32", "rows")])
 def test_one_table_of_kernels(name: str, compute: Any, kernel: str) -> None:
     """What a stack says of a dtype is what runs where no data is, and where it is on a GPU."""
-    stack = load_stack(name).on_kind("cuda").multiplying(compute).on("ampere")
+    strategy = fsdp2(1, dtype=compute)
+    stack = load_stack(name).on_kind("cuda").multiplying(MODEL, strategy).on("ampere")
     assert stack.attention == kernel
     q = torch.empty((1, 8, 4, 8), dtype=getattr(torch, compute), device="meta")
     for run in (stack.kernels, load_stack(name).on_kind("cuda").on("ampere").kernels):
         with using(run):
             assert kernels.attention(q) == kernel
-    assert load_stack(name).on_kind("cpu").multiplying(compute).attention == "cpu"
+    assert load_stack(name).on_kind("cpu").multiplying(MODEL, strategy).attention == "cpu"

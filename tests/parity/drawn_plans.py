@@ -57,22 +57,22 @@ def drawn_plan(seed: int, *, replicated: bool = False) -> Plan:
 
 
 def _plan(draw: random.Random) -> Plan:
-    family, model = draw.choice(FAMILIES), _model(draw)
+    family, model = draw.choice(FAMILIES), drawn_model(draw)
     strategy, explicit = _strategy(draw, model, family), family in ("mop", "zero_offload")
-    some: Fields = {}
+    more: Fields = {}
     if strategy.experts.expert_parallel > 1 and draw.random() < 0.3:
-        some["routing"] = "60/3"
+        more["routing"] = "60/3"
     if draw.random() < 0.2:
-        some["attention_mask"] = "document"
+        more["attention_mask"] = "document"
     training = TrainSpec(
         seq_len=draw.choice([1024, 2048]), global_batch=strategy.data_groups * draw.choice([1, 2]),
-        clip_norm=float(strategy.optimizer.overlap != "backward"), **some,
+        clip_norm=float(strategy.optimizer.overlap != "backward"), **more,
     )  # fmt: skip
     return plan_of(model, strategy, training, draw.choice(["cpu", "cuda"]) if explicit else "cuda")
 
 
 def _replicated(draw: random.Random) -> Plan:
-    model, world = _model(draw), 4
+    model, world = drawn_model(draw), 4
     strategy = fsdp2(
         world, fsdp=draw.choice([1, 2]), recompute=draw.choice(["none", "full"]),
         expert_parallel=draw.choice([1, 2]) if model.num_local_experts else 1, offload=draw.random() < 0.5,
@@ -81,7 +81,7 @@ def _replicated(draw: random.Random) -> Plan:
     return plan_of(model, strategy, training, "cuda")
 
 
-def _some(draw: random.Random, table: list[tuple[float, Fields]]) -> Fields:
+def some(draw: random.Random, table: list[tuple[float, Fields]]) -> Fields:
     found: Fields = {}
     for often, fields in table:
         if draw.random() < often:
@@ -89,12 +89,12 @@ def _some(draw: random.Random, table: list[tuple[float, Fields]]) -> Fields:
     return found
 
 
-def _model(draw: random.Random) -> ModelSpec:
+def drawn_model(draw: random.Random) -> ModelSpec:
     heads, latent, routed = draw.choice([4, 8, 16]), draw.random() < 0.3, draw.random() < 0.7
     fields: Fields = {
         "hidden_size": draw.choice([64, 128, 256]), "num_attention_heads": heads,
         "intermediate_size": draw.choice([16, 128, 1024]), "vocab_size": draw.choice([151, 512, 4096]),
-    } | _some(draw, SOME)  # fmt: skip
+    } | some(draw, SOME)  # fmt: skip
     if latent:
         nope, rope = draw.choice([16, 32]), draw.choice([8, 16])
         fields |= {
@@ -105,13 +105,13 @@ def _model(draw: random.Random) -> ModelSpec:
     else:
         shared = [count for count in (2, 4, 8, 16) if heads % count == 0]
         fields |= {"num_key_value_heads": draw.choice(shared), "head_dim": draw.choice([16, 32, 64])}
-        fields |= _some(draw, OF_HEADS)
+        fields |= some(draw, OF_HEADS)
     if routed:
         fields |= {
             "num_local_experts": draw.choice([4, 8, 16]), "num_experts_per_tok": draw.choice([1, 2, 4]),
             "moe_intermediate_size": draw.choice([8, 32, 256]), "first_k_dense_replace": draw.choice([0, 1]),
             "shared_expert_intermediate_size": draw.choice([0, 32, 128]),
-        } | _some(draw, OF_EXPERTS)  # fmt: skip
+        } | some(draw, OF_EXPERTS)  # fmt: skip
     return ModelSpec(name="drawn", num_hidden_layers=3, **fields)
 
 

@@ -33,12 +33,12 @@ EXACT = (
     "seed", [*SEEDS[:12], *(pytest.param(seed, marks=pytest.mark.slow) for seed in (*SEEDS[12:], *MORE))]
 )
 def test_peaks(seed: int) -> None:
-    _agrees(drawn_plan(seed))
+    agrees(drawn_plan(seed))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_peaks_of_replicated_shards(seed: int) -> None:
-    _agrees(drawn_plan(seed, replicated=True))
+    agrees(drawn_plan(seed, replicated=True))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_peaks_of_an_mtp_layer(options: dict[str, Any]) -> None:
     model = replace(MODEL, num_nextn_predict_layers=1)
     training = TrainSpec(seq_len=512, global_batch=8)
     rows = ("gradients", "backward") + (() if "offload" in options else ("gathered weights",))
-    _agrees(plan_of(model, fsdp2(4, **options), training, "cuda"), rows)
+    agrees(plan_of(model, fsdp2(4, **options), training, "cuda"), rows)
 
 
 def test_peaks_of_grouped_heads_in_fp32() -> None:
@@ -59,7 +59,7 @@ def test_peaks_of_grouped_heads_in_fp32() -> None:
         head_dim=32, vocab_size=151, intermediate_size=128,
     )  # fmt: skip
     for strategy in (split(2, dtype="float32"), fsdp2(2, dtype="float32", recompute="full")):
-        _agrees(plan_of(model, strategy, TrainSpec(seq_len=2048, global_batch=2), "cuda"))
+        agrees(plan_of(model, strategy, TrainSpec(seq_len=2048, global_batch=2), "cuda"))
 
 
 @pytest.mark.parametrize("options", [{}, {"offload": True}, {"recompute": "full", "prefetch": 0}], ids=str)
@@ -69,13 +69,13 @@ def test_peaks_of_experts_that_are_split_within(options: dict[str, Any], batch: 
     more. Gathered weights were 29 % low, gradients 7 %."""
     model = replace(MODEL, num_local_experts=4, expert_bias=batch == 8)
     strategy = fsdp2(8, expert_parallel=2, **options)
-    _agrees(plan_of(model, strategy, TrainSpec(seq_len=512, global_batch=batch), "cuda"))
+    agrees(plan_of(model, strategy, TrainSpec(seq_len=512, global_batch=batch), "cuda"))
 
 
 def test_peaks_of_biases_added_to_rows() -> None:
     """The call of an expert's last product holds its rows until the bias is added: forwards were 4 % low."""
     model, strategy = replace(MODEL, expert_bias=True), fsdp2(8, expert_parallel=2, offload=True)
-    _agrees(plan_of(model, strategy, TrainSpec(seq_len=SHORT, global_batch=8), "cuda"), ("forward",))
+    agrees(plan_of(model, strategy, TrainSpec(seq_len=SHORT, global_batch=8), "cuda"), ("forward",))
 
 
 def test_peaks_of_a_group_that_is_gathered_ahead_of_the_head() -> None:
@@ -83,7 +83,7 @@ def test_peaks_of_a_group_that_is_gathered_ahead_of_the_head() -> None:
     11 % low."""
     model = replace(MODEL, num_nextn_predict_layers=1, vocab_size=4096)
     training = TrainSpec(seq_len=512, global_batch=8)
-    _agrees(plan_of(model, fsdp2(4, recompute="none"), training, "cuda"))
+    agrees(plan_of(model, fsdp2(4, recompute="none"), training, "cuda"))
 
 
 @pytest.mark.parametrize("limit", [0.0, 7.0])
@@ -96,7 +96,7 @@ def test_peaks_of_experts_beside_tensor_parallel_layers(limit: float) -> None:
         moe_intermediate_size=256, swiglu_limit=limit,
     )  # fmt: skip
     strategy = split(4, tensor_parallel=2, recompute="full")
-    _agrees(plan_of(model, strategy, TrainSpec(seq_len=512, global_batch=2), "cuda"))
+    agrees(plan_of(model, strategy, TrainSpec(seq_len=512, global_batch=2), "cuda"))
 
 
 WIDE = ModelSpec(
@@ -120,7 +120,7 @@ def test_peaks_of_tensor_parallel_regions(case: int) -> None:
     the norm's output is there until then, and gate and up are gone before the last product."""
     strategy, fields, row = IN_TENSORS[case]
     training = TrainSpec(seq_len=1024, global_batch=2)
-    _agrees(plan_of(replace(WIDE, **fields), strategy, training, "cuda"), (row,))
+    agrees(plan_of(replace(WIDE, **fields), strategy, training, "cuda"), (row,))
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "ring"])
@@ -133,7 +133,7 @@ def test_peaks_of_blocks_that_are_joined(exchange: str, options: dict[str, Any])
         head_dim=32, vocab_size=151, intermediate_size=128,
     )  # fmt: skip
     strategy = split(2, context_parallel=2, context_exchange=exchange, recompute="full", **options)
-    _agrees(plan_of(model, strategy, TrainSpec(seq_len=1024, global_batch=2), "cuda"), ranks=(1,))
+    agrees(plan_of(model, strategy, TrainSpec(seq_len=1024, global_batch=2), "cuda"), ranks=(1,))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -142,7 +142,7 @@ def test_peaks_of_several_losses_in_strips(tied: bool) -> None:
     (device 5 % low)."""
     model = replace(MODEL, num_nextn_predict_layers=2, tie_word_embeddings=tied, vocab_size=4096)
     strategy = fsdp2(2, recompute="full", loss="chunked", loss_chunk_tokens=256, prefetch=0)
-    _agrees(plan_of(model, strategy, TrainSpec(seq_len=1024, global_batch=4), "cuda"))
+    agrees(plan_of(model, strategy, TrainSpec(seq_len=1024, global_batch=4), "cuda"))
 
 
 def test_peaks_of_sums_over_replicas() -> None:
@@ -151,10 +151,11 @@ def test_peaks_of_sums_over_replicas() -> None:
         replace(MODEL, vocab_size=4096), mop(4, fsdp=2, optimizer="device"),
         TrainSpec(seq_len=512, global_batch=8), "cuda",
     )  # fmt: skip
-    _agrees(plan, ("optimizer",))
+    agrees(plan, ("optimizer",))
 
 
-def _agrees(plan: Plan, exact: tuple[str, ...] = EXACT, ranks: tuple[int, ...] = (0,)) -> None:
+def agrees(plan: Plan, exact: tuple[str, ...] = EXACT, ranks: tuple[int, ...] = (0,)) -> None:
+    """The rows of `exact`, beside the tiers, and those alone that the plan has."""
     ranks = ranks if plan.training.routing == "balanced" else (0, plan.strategy.world_size - 1)
     known = max((tracked(plan, rank) for rank in ranks), key=lambda one: one["device"])
     found, known = together(plan, predicted(plan)), together(plan, known)

@@ -90,7 +90,7 @@ class PairUpdate(Update):
         """What all ranks sum: the square of the norm with the loss, and the routers' loads."""
         b, model = self.b, self.c.model
         agreed = b.issue("norm", "all_reduce", 2 * self.wide, "world", _O, _O)
-        loads = 4.0 * model.num_local_experts * model.num_moe_layers
+        loads = 4.0 * model.num_local_experts * model.num_routers
         balanced = b.issue("balance", "all_reduce", loads, "world", _O, _O) if loads else None
         return agreed, balanced
 

@@ -1,0 +1,20 @@
+"""Predicted against tracked peaks of plans drawn from the wider space (`wide_plans`), of the rank with the
+most to do: the last one where blocks of keys are joined."""
+
+import pytest
+
+from tests.parity.test_drawn_memory import agrees
+from tests.parity.wide_plans import wide_plan
+
+SEEDS = (0, 55, 82, 109, 116, 162, 192, 210, 215, 233)
+"""Of buffers of what tensor-parallel ranks have whole (0, 55, 116), of experts whose rows are not whole 16
+bytes (82), of routers of MTP layers (109), and of experts that ranks split: alone on a rank, in layers that
+keep everything, gathered again (162 and on)."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_peaks(seed: int) -> None:
+    plan = wide_plan(seed)
+    attention, last = plan.strategy.attention, plan.strategy.world_size - 1
+    joined = attention.context_parallel > 1 and attention.cp_comm_type != "ulysses"
+    agrees(plan, ranks=(last,) if joined else (0,))
