@@ -80,7 +80,7 @@ class ComposedAttention(AttentionBlock):
                 whole = hidden.view(*shape, -1)
                 found = project(spec, named, whole, self.cos, self.sin, rows, **self._how)
             torch.autograd.backward(found, outer)
-            del found, outer, named, whole
+            del found, outer, named, hidden, whole
             grad_hidden = rows.taken()
             self.norms.backward_(grad, x, grad_hidden.view(x.shape), weights, grads, "attention_norm")
 

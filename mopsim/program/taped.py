@@ -111,13 +111,14 @@ class TapeDraft(Recorder):
     def blocks(self, item: Played, following: Played | None, place: int, back: str) -> set[int]:
         """A collective in blocks beside the product after it, or that before; places of what is done too."""
         self.close(back)
+        memory, _ = _so_far(item.memory)  # the product has those
         if _leads(item) and following:  # the next product runs on what has arrived
-            moved = self.talk(item, back, self.ready, item.memory)
+            moved = self.talk(item, back, self.ready, memory)
             self.joined.append(following)
             self.close(back)
         else:  # what the product before has made is sent
             before = self.ops[self.ready[0]].deps if self.ops else (START,)
-            moved = self.talk(item, back, before, item.memory)
+            moved = self.talk(item, back, before, memory)
         self.ready = (*self.ready, moved)
         return {place + 1} if _leads(item) else set()
 
@@ -258,6 +259,13 @@ def _of_weights(item: Played) -> tuple[list[Step], list[Step]]:
     return steps, found
 
 
+def _so_far(steps: Sequence[Step]) -> tuple[list[Step], list[Step]]:
+    """Memory steps without, and of, the unit's gradients so far, which one of two kernels beside each other
+    counts."""
+    found = [step for step in steps if step[0] == "gathered_grads"]
+    return [step for step in steps if step not in found], found
+
+
 def _halves(item: Played) -> tuple[list[Step], list[Step], list[Step]]:
     """Memory steps of a product's backward: what its first half makes, what comes and goes with its weight
     gradient, what is freed once both are there."""
@@ -335,8 +343,7 @@ def _column(draft: TapeDraft, item: Played, gathered: Played) -> None:
     steps, of_weights = list(item.memory), list[Step]()
     if in_turn:
         steps, of_weights = _of_weights(item)
-    summed = [step for step in steps if step[0] == "gathered_grads"]  # gradients of the unit, so far
-    steps = [step for step in steps if step not in summed]
+    steps, summed = _so_far(steps)
     made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))
 
     def gather(deps: tuple[int, ...]) -> tuple[int, ...]:
