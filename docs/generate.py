@@ -189,7 +189,10 @@ def interface() -> str:
         parts += [f"## {name}", call, inspect.getdoc(one) or ""]
     for name in classes:
         one = getattr(mopsim, name)
-        public = [member for member in vars(one) if not member.startswith("_")]
+        inner = [base for base in one.__mro__[1:] if base.__module__.startswith("mopsim.")]
+        own = [one, *(base for base in inner if base.__name__ not in classes)]
+        members = dict.fromkeys(member for base in own for member in vars(base))
+        public = [member for member in members if not member.startswith("_")]
         methods = [member for member in public if callable(getattr(one, member)) or _is_property(one, member)]
         lines = [f"- `{member}`: {_first_line(getattr(one, member))}" for member in methods]
         parts += [f"## {name}", inspect.getdoc(one) or "", "\n".join(lines)]

@@ -34,12 +34,11 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import check_level
 from mopsim.report.sizing import columns, row, summary
-from mopsim.search.result import TIE
-from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, points, size_all
+from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY
-from mopsim.size.near import near_tie
-from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, Rival
+from mopsim.size.points import DEFAULT_SIMULATIONS
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 Told = Callable[[int, int, str], None]
 
 
-class Clusters(Result):
+class Clusters(Result, Decided):
     """For each machine type the cluster that meets the limits, or the reason why there is none.
 
     `cheapest` and `fastest` (within max_cost) are chosen among all clusters that were tried and meet the
@@ -61,58 +60,6 @@ class Clusters(Result):
 
     recommended: dict[str, Any] | None
     hardware: list[dict[str, Any]]
-
-    def __init__(self, request: Request, sizings: Sequence[Sizing], max_cost: float | None) -> None:
-        self.request, self.sizings = request, list(sizings)
-        self.points = [point for sizing in sizings for point in sizing.tried if point.figures]
-        self.cheapest, self.fastest = points.recommend(self.points, max_cost)
-        self.chosen: Point | None = points.choose(self.points, request)
-
-    @property
-    def miss(self) -> Miss | None:
-        """The nearest miss, if no cluster meets the limits."""
-        goal = self.request.goal
-        return None if self.chosen else points.nearest_miss(self.points, goal, self.request.confidence)
-
-    @property
-    def ties(self) -> list[Point]:
-        """The other clusters that are as good as the recommended one within 0.5 % of what it was chosen by:
-        cost, days or, without a price, devices; the fastest first."""
-        return points.ties(self.points, self.chosen, self.request.goal, self.request.max_cost)
-
-    @property
-    def surer(self) -> Point | None:
-        """A cluster that is little dearer than the recommended one and far likelier to be in time, if any."""
-        return points.surer(self.points, self.chosen, self.request.goal)
-
-    @property
-    def near(self) -> Point | None:
-        """A cluster that is likelier to be in time and to fit than the recommended one, for at most 2 % more
-        of the cost, if any."""
-        return near_tie(self.points, self.chosen, self.request.goal, TIE)
-
-    @property
-    def fitter(self) -> Point | None:
-        """A cluster whose plan is likelier to fit than the recommended one's, where that is not sure."""
-        return points.surer_to_fit(self.points, self.chosen)
-
-    @property
-    def undecided(self) -> list[Rival]:
-        """Clusters of other machine types that a plan which no search tried may make better than the
-        recommended one, of each machine type the nearest; the nearest first."""
-        found = points.undecided(self.points, self.chosen, self.request)
-        nearest = {one.point.hardware.name: one for one in reversed(found)}
-        return [one for one in found if one is nearest[one.point.hardware.name]]
-
-    @property
-    def subject(self) -> Point | None:
-        """The recommended cluster, or the nearest miss."""
-        return self.chosen or (self.miss.point if self.miss else None)
-
-    @property
-    def front(self) -> list[Point]:
-        """The Pareto front of cost and time, cheapest first."""
-        return points.pareto(self.points)
 
     @cached_property
     def best(self) -> Simulation | None:
@@ -142,24 +89,8 @@ class Clusters(Result):
         settled = settle(self.subject, swings, self.request.interval) if self.subject else []
         profiles = [io.identified(one.hardware) for one in self.sizings]
         said = {"command": command, "version": mopsim.__version__, "hardware profiles": ", ".join(profiles)}
-        decision = Decision(
-            self.request,
-            self.sizings,
-            self.points,
-            self.front,
-            self.chosen,
-            self.miss,
-            swings,
-            settled,
-            said,
-            self.surer,
-            self.fitter,
-            self.ties,
-            self.undecided,
-            self.near,
-        )
         with whole_directory(Path(folder)) as aside:
-            write_decision(aside, decision)
+            write_decision(aside, Decision(self, swings, settled, said))
             io.write_json(str(aside / "what_if.json"), [asdict(one) for one in swings])
             io.write_json(str(aside / "size.json"), self.to_json())
             written = sorted(path.name for path in aside.iterdir())
@@ -290,7 +221,7 @@ def size(
         max_devices, read_documents(document_tokens).get("document_tokens", 0),
     )  # fmt: skip
     _check(request, machines)
-    return Clusters(request, _size_all(request, machines, jobs, progress), most)
+    return Clusters(request, _size_all(request, machines, jobs, progress))
 
 
 def _check(request: Request, machines: Sequence[HardwareProfile]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from mopsim.common import io
 from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES
+from mopsim.size.decided import Rival
 from mopsim.size.figures import DAY, rated
 from mopsim.size.goodput import Goodput
-from mopsim.size.points import Miss, Point, Request, Rival, Sizing
+from mopsim.size.points import Miss, Point, Request, Sizing
 
 
 def sizing_json(sizing: Sizing, request: Request, least: float | None) -> dict[str, Any]:

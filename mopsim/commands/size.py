@@ -53,10 +53,7 @@ def _answer(found: Clusters) -> Iterator[str]:
     yield f"Recommended ({kind}): {sizing.summary(chosen, sizing.price_is(chosen, request))}"
     if chosen:
         yield f"Odds: {sizing.chances(chosen, request)}"
-    others = sizing.preferable(
-        request, chosen, found.sizings, found.ties, found.near, found.undecided, found.surer, found.fitter
-    )
-    yield from (f"{what}: {said}" for what, said in others.items())
+    yield from (f"{what}: {said}" for what, said in sizing.preferable(found).items())
     within = "" if request.max_cost is None else f" within {format_dollars(request.max_cost)}"
     of = "" if request.goal.seconds is None else " of the counts that were asked"
     yield f"Fastest{within}{of}: {sizing.summary(found.fastest)}"
@@ -80,7 +77,7 @@ def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) ->
     for line in _answer(found):
         console.print(line)
     console.print()
-    console.print(sizing.sizing_table(found.sizings, chosen, request, sizing.stated(request, found.sizings)))
+    console.print(sizing.sizing_table(found))
     probed = [note for one in found.sizings for note in busy(one.hardware)]
     say_notes(console, [*unread(request.model), *probed])
     with io.json_beside(json, found.to_json() if json else None), writing(console, out):

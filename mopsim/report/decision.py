@@ -20,8 +20,9 @@ from mopsim.report import sizing
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.size.assumptions import DEFAULT, NAMES, known
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY, Figures
-from mopsim.size.points import Miss, Point, Request, Rival, Sizing
+from mopsim.size.points import Point, Request
 from mopsim.size.settle import Settled
 from mopsim.size.whatif import Swing
 
@@ -31,50 +32,28 @@ TOLD = 5e-4
 
 @dataclass(frozen=True)
 class Decision:
-    """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it.
-    surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any; fitter:
-    one that is surer to fit; ties: others as good as the chosen one; undecided: clusters of other machine
-    types that may be better; near: one that is better in all but a little of its cost."""
+    """What the page says. swings, settled: of the cluster recommended, or the nearest miss. facts: of its own
+    making."""
 
-    request: Request
-    sizings: Sequence[Sizing]
-    points: Sequence[Point]
-    front: Sequence[Point]
-    chosen: Point | None
-    miss: Miss | None
-    swings: Sequence[Swing]
-    settled: Sequence[Settled]
+    found: Decided
+    swings: Sequence[Swing] = ()
+    settled: Sequence[Settled] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
-    surer: Point | None = None
-    fitter: Point | None = None
-    ties: Sequence[Point] = ()
-    undecided: Sequence[Rival] = ()
-    near: Point | None = None
-
-    @property
-    def subject(self) -> Point | None:
-        return self.chosen or (self.miss.point if self.miss else None)
 
 
 def write_decision(folder: Path, decision: Decision) -> None:
     """Write decision.html and its figures (PNG and SVG) into `folder`."""
-    subject, goal, level = decision.subject, decision.request.goal, decision.request.interval
+    found = decision.found
+    request, subject = found.request, found.subject
     for kind in ("png", "svg"):
-        if decision.points:
-            path = folder / f"pareto.{kind}"
-            best = [one.best for one in decision.sizings if one.best]
+        if found.points:
+            best = [one.best for one in found.sizings if one.best]
             cost_time(
-                path,
-                decision.points,
-                decision.front,
-                decision.chosen,
-                goal,
-                level,
-                best,
-                sizing.title(decision.request).partition(" within")[0],
-            )
+                folder / f"pareto.{kind}", found.points, found.front, found.chosen, request.goal,
+                request.interval, best, sizing.title(request).partition(" within")[0],
+            )  # fmt: skip
         if subject and decision.swings:
-            tornado(folder / f"tornado.{kind}", decision.swings, subject, decision.request.model.name)
+            tornado(folder / f"tornado.{kind}", decision.swings, subject, request.model.name)
     drawn = {"pareto": "", "tornado": ""}
     for path in folder.glob("*.svg"):
         text = path.read_text("utf-8")
@@ -83,9 +62,10 @@ def write_decision(folder: Path, decision: Decision) -> None:
     write_text(folder / "decision.html", template.render(**content(decision), **drawn))
 
 
-def content(d: Decision) -> dict[str, object]:
+def content(decision: Decision) -> dict[str, object]:
     """What the template shows, but for its figures."""
-    subject, said = d.subject, texts(d)
+    d, settled, said = decision.found, decision.settled, texts(decision)
+    subject = d.subject
     bill = subject.figures if subject else None
     return {
         "title": "Which cluster to sign for" if d.chosen else "No cluster meets the limits",
@@ -99,12 +79,12 @@ def content(d: Decision) -> dict[str, object]:
         "network": " ".join(said["network"]),
         "sites": _sites(subject),
         "risks": said["risks"],
-        "measures": _measures(d.settled),
+        "measures": _measures(settled),
         "level": f"{100 * d.request.interval:g} %",
-        "now": f"{d.settled[0].before:.1%}" if d.settled else "",
+        "now": f"{settled[0].before:.1%}" if settled else "",
         "machine": _machines_part(subject),
         "assumptions": _assumptions(d.request.at(bill)),
-        "facts": d.facts,
+        "facts": decision.facts,
     }
 
 
@@ -114,8 +94,9 @@ def _machines_part(subject: Point | None) -> str:
     return f"{share:.0%}" if share >= 0.005 else ""
 
 
-def texts(d: Decision) -> dict[str, list[str]]:
+def texts(decision: Decision) -> dict[str, list[str]]:
     """The sentences of each part of the page, by block of templates/decision.j2."""
+    d = decision.found
     point = d.subject
     result, bill = (point.result, point.figures) if point else (None, None)
     here, whole = d.request.at(bill), bool(result and bill)
@@ -127,8 +108,8 @@ def texts(d: Decision) -> dict[str, list[str]]:
     template = templates().get_template("decision.j2")
     facts = template.new_context(
         {
-            "d": d, "point": point, "result": result, "bill": bill, "whole": whole, "here": here,
-            "terms": here.terms, "machine": point and point.hardware,
+            "d": d, "swings": decision.swings, "point": point, "result": result, "bill": bill,
+            "whole": whole, "here": here, "terms": here.terms, "machine": point and point.hardware,
             "wires": point and point.hardware.scale_out, "level": f"{100 * d.request.interval:g} %",
             "heaviest": [
                 f"{name.replace('_', ' ')} {part / result.step_time:.0%}"
@@ -146,7 +127,7 @@ def texts(d: Decision) -> dict[str, list[str]]:
     return {name: [line for line in lines if line] for name, lines in said.items()}
 
 
-def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
+def _cards(d: Decided, point: Point, bill: Figures) -> list[dict[str, str]]:
     level = d.request.interval
     low, high = (one / DAY for one in bill.seconds_interval(level))
     result, good, costs = point.result, bill.goodput, bill.cost_interval(level)
@@ -167,7 +148,7 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in cards if value]
 
 
-def _rivals(d: Decision) -> Table:
+def _rivals(d: Decided) -> Table:
     """The best of each machine, the front, and the next sizes of the one chosen."""
     subject = d.subject
     near = [one for one in d.points if subject and one.hardware.name == subject.hardware.name]

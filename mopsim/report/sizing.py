@@ -1,7 +1,6 @@
 """The tables of `mopsim size`: what a buyer asks of a cluster."""
 
 import math
-from collections.abc import Sequence
 
 from rich.console import Group
 from rich.text import Text
@@ -14,8 +13,9 @@ from mopsim.report.terminal import table
 from mopsim.report.words import Words
 from mopsim.search.result import TIE, format_gap, proof
 from mopsim.size.assumptions import DEFAULT
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY, rated
-from mopsim.size.points import Point, Request, Rival, Sizing, pareto
+from mopsim.size.points import Point, Request
 from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stacks import variants
@@ -83,22 +83,19 @@ def price_is(point: Point | None, request: Request) -> str:
     return " at an assumed price" if "assumed" in tags else ""
 
 
-def preferable(
-    request: Request, chosen: Point | None, sizings: Sequence[Sizing], ties: Sequence[Point] = (),
-    near: Point | None = None, undecided: Sequence[Rival] = (), surer: Point | None = None,
-    fitter: Point | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """What a buyer may prefer to the chosen cluster: a name -> what is said of it. near: a cluster of a near
-    tie, whose line says what others would say of it."""
-    left = [one for one in undecided if one.point is not near]
-    open_to = next((one for one in undecided if one.point is near), None)
+def preferable(d: Decided) -> dict[str, str]:
+    """What a buyer may prefer to the chosen cluster: a name -> what is said of it; of a near tie in its line
+    alone."""
+    request, chosen, near, surer, fitter = d.request, d.chosen, d.near, d.surer, d.fitter
+    left = [one for one in d.undecided if one.point is not near]
+    open_to = next((one for one in d.undecided if one.point is near), None)
     found = {
-        "A tie": tie(ties, chosen, request),
+        "A tie": tie(d.ties, chosen, request),
         "A near tie": SAID.near_tie(near, chosen, request, open_to),
         "Undecided": open_rivals(left, request),
         "More likely to be in time": "" if surer is near else surely(surer, chosen, request),
         "More likely to fit": "" if fitter is near else fits_surely(fitter, chosen),
-        "Break-even": break_even(sizings, chosen),
+        "Break-even": break_even(d.sizings, chosen),
     }
     return {name: said for name, said in found.items() if said}
 
@@ -129,30 +126,27 @@ def published(result: SimResult, hardware: HardwareProfile) -> str:
     return f"{told} on {hardware.name}"
 
 
-def sizing_table(
-    sizings: Sequence[Sizing], recommended: Point | None, request: Request, assumptions: Sequence[str]
-) -> Group:
+def sizing_table(d: Decided) -> Group:
     """One line a machine: its cluster that does, or why there is none; then each strategy, and its MFU, for
-    which 80 columns have no room."""
-    names = columns(request)[:-1]
+    which 80 columns have no room; then what it rests on."""
+    request, names = d.request, columns(d.request)[:-1]
     shown = table("", names[:1], names[1:])
     lines: list[Text] = []
-    for sizing in sizings:
+    for sizing in d.sizings:
         if sizing.best is None:
             shown.add_row(sizing.hardware.name, "cannot", *["-"] * (len(names) - 2), style="red")
             lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
             continue
-        chosen = recommended is not None and recommended is sizing.best
+        chosen = d.chosen is sizing.best
         shown.add_row(*row(sizing.best, request)[:-1], style="bold green" if chosen else None)
         lines.append(Text(_details(sizing.best, request.interval)))
-    if any(sizing.best for sizing in sizings):
-        assumptions = [SIMULATED, *assumptions]
-    return Group(shown, *lines, *(Text(line, style="dim") for line in assumptions))
+    rests_on = [SIMULATED] * any(sizing.best for sizing in d.sizings) + stated(d)
+    return Group(shown, *lines, *(Text(line, style="dim") for line in rests_on))
 
 
-def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
+def stated(d: Decided) -> list[str]:
     """What the figures rest on: lines for the assumptions, one a machine for price and power as billed."""
-    front = pareto([point for one in sizings for point in one.tried])
+    request, sizings, front = d.request, d.sizings, d.front
     brought = sum(point.gap is None for point in front)
     simulated = sum(one.simulated for one in sizings)
     plans = [one.best.result for one in sizings if one.best and one.best.result]

@@ -205,8 +205,7 @@ def _edges(known: KnownSteps) -> Iterator[tuple[int, int]]:
 
 def _paid(known: KnownSteps, point: Point) -> bool:
     """Whether a point keeps the budget, and the limit within which the fastest is wanted."""
-    limit, outlay = known.request.max_cost, point.figures.outlay if point.figures else None
-    return point.affordable and (limit is None or (outlay is not None and outlay <= limit))
+    return point.affordable and known.request.pays(point.figures)
 
 
 def _inside(known: KnownSteps, counts: Sequence[int], low: int, high: int) -> list[int]:

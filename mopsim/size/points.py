@@ -1,14 +1,12 @@
-"""What is asked of a sizing and what it answers: requests, points, the recommendation, near misses."""
+"""What is asked of a sizing and what it answers: requests, points, near misses."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mopsim.engine import SimResult
-from mopsim.intervals import spread
 from mopsim.intervals.spread import LEVEL
 from mopsim.search.problem import Problem
-from mopsim.search.result import TIE
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
 from mopsim.size.figures import DAY, ON_DEMAND, Figures, Goal, Terms
@@ -22,16 +20,11 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
 DEFAULT_SIMULATIONS = 3
-SURE, LITTLE = 0.95, 1.1
-"""Probability of the deadline from which a cluster is called sure, and how many times the recommended one's
-cost it may be for it to be named beside that."""
 FEW_TOKENS = 8192
 """Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
 the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
 MOST_NODES = 512
 """Of a cluster, where nothing is said of its size."""
-UNBOUNDED = 0.1
-"""How much worse than the recommended cluster one may be that no search bounds, and still be told."""
 NEAR = 2.0
 """How many times a point's nodes its speed is still said to grow with them."""
 
@@ -82,6 +75,11 @@ class Request:
             return self.max_nodes or MOST_NODES
         nodes = self.max_devices // hardware.devices_per_node
         return min(self.max_nodes or nodes, nodes)
+
+    def pays(self, bill: Figures | None) -> bool:
+        """Whether a bill is within max_cost."""
+        outlay = bill.outlay if bill else None
+        return self.max_cost is None or (outlay is not None and outlay <= self.max_cost)
 
     @property
     def flag(self) -> str:
@@ -171,7 +169,7 @@ class Sizing:
     def rival(self) -> Point | None:
         """What is compared with other machine types by its cost: the best; where there is none, the cheapest
         cluster that fits and is in time."""
-        return self.best or next(_by_cost(point for point in self.tried if point.in_time), None)
+        return self.best or next(by_cost(point for point in self.tried if point.in_time), None)
 
     @property
     def bill(self) -> Figures | None:
@@ -180,7 +178,7 @@ class Sizing:
         return next((point.figures for point in points if point.figures), None)
 
 
-def _by_cost(points: Iterable[Point]) -> Iterator[Point]:
+def by_cost(points: Iterable[Point]) -> Iterator[Point]:
     """The points that have a price, cheapest first."""
     priced = [
         (bill.cost, bill.seconds, point.num_nodes, point)
@@ -188,150 +186,6 @@ def _by_cost(points: Iterable[Point]) -> Iterator[Point]:
         if (bill := point.figures) and bill.cost is not None
     ]
     return (point for *_, point in sorted(priced, key=lambda one: one[:3]))
-
-
-def pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in cost and time, cheapest first; those without a price left out."""
-    front: list[Point] = []
-    fastest = float("inf")
-    for point in _by_cost(points):
-        if point.figures and point.figures.seconds < fastest:
-            front.append(point)
-            fastest = point.figures.seconds
-    return front
-
-
-def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[Point | None, Point | None]:
-    """(cheapest, fastest within `max_cost` dollars of outlay) of the points that do; a machine without a
-    price is never the cheapest, nor within a budget."""
-    done = [(point, point.figures) for point in points if point.does and point.figures]
-    affordable = [(bill.seconds, point.num_nodes, point) for point, bill in done if _within(bill, max_cost)]
-    cheapest = next(_by_cost(point for point, _ in done), None)
-    fastest = min(affordable, key=lambda one: one[:2])[2] if affordable else None
-    return cheapest, fastest
-
-
-def choose(points: Sequence[Point], request: Request) -> Point | None:
-    """The recommended cluster: the cheapest that does; of a budget alone the fastest; without a price that of
-    the fewest devices."""
-    cheapest, fastest = recommend(points, request.max_cost)
-    return fastest if request.goal.seconds is None else cheapest or fewest(points)
-
-
-def fewest(points: Sequence[Point]) -> Point | None:
-    """The point of the fewest devices that does, the first of these; None where none does."""
-    done = [point for point in points if point.does]
-    return min(done, key=lambda one: one.num_devices, default=None)
-
-
-def ties(points: Sequence[Point], chosen: Point | None, goal: Goal, max_cost: float | None) -> list[Point]:
-    """The other points that do and are as good as the chosen one, within TIE of what it was chosen by:
-    without a deadline its seconds (those within `max_cost` dollars of outlay), else its dollars, without a
-    price its devices. The fastest first."""
-    if chosen is None or chosen.figures is None:
-        return []
-    by_time, priced = goal.seconds is None, chosen.figures.cost is not None
-
-    def measure(point: Point, bill: Figures) -> float:
-        if by_time or not priced:
-            return bill.seconds if by_time else point.num_devices
-        return math.inf if bill.cost is None else bill.cost
-
-    most = (1 + TIE) * measure(chosen, chosen.figures)
-    found = [
-        (bill.seconds, point.num_nodes, point)
-        for point in points
-        if point is not chosen and point.does and (bill := point.figures) and measure(point, bill) <= most
-        if not by_time or _within(bill, max_cost)
-    ]
-    return [point for *_, point in sorted(found, key=lambda one: one[:2])]
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A cluster of another machine type that may be better than the recommended one. worse: by how much it is
-    dearer (of a budget alone: slower), as a fraction; slack: how much faster a plan left out may be at most,
-    None where its number of nodes was not searched, so that nothing bounds it."""
-
-    point: Point
-    worse: float
-    slack: float | None
-
-
-def undecided(points: Sequence[Point], chosen: Point | None, request: Request) -> list[Rival]:
-    """The clusters of other machine types that would be better than the chosen one if they were as fast as
-    their search leaves open, and UNBOUNDED of those that no search bounds; the nearest first."""
-    mine = _measure(chosen, request) if chosen else None
-    if chosen is None or mine is None:
-        return []
-    found = []
-    for point in points:
-        theirs = _measure(point, request)
-        if theirs is None or point.hardware.name == chosen.hardware.name:
-            continue
-        worse, open_to = theirs / mine - 1, UNBOUNDED if point.gap is None else point.gap
-        if worse < open_to and _missed_by(point, request) <= 1 + open_to:
-            found.append(Rival(point, worse, point.gap))
-    return sorted(found, key=lambda one: (one.worse, one.point.num_nodes))
-
-
-def _measure(point: Point, request: Request) -> float | None:
-    """What is to be least: of a budget alone seconds, else dollars; None where it is not known."""
-    bill = point.figures
-    if bill is None:
-        return None
-    return bill.seconds if request.goal.seconds is None else bill.cost
-
-
-def _missed_by(point: Point, request: Request) -> float:
-    """How many times its limits a point needs, of the worse one; what it takes at once is not less where it
-    is faster, if it is bought."""
-    bill, goal = point.figures, request.goal
-    if bill is None or (request.terms.buy and not point.affordable):
-        return math.inf
-    late = quantile(bill, request.confidence) / goal.seconds if goal.seconds else 0.0
-    limits = [goal.budget] if goal.seconds else [goal.budget, request.max_cost]
-    most = min((one for one in limits if one), default=math.inf)
-    return max(late, (math.inf if bill.outlay is None else bill.outlay) / most if most < math.inf else 0.0)
-
-
-def _within(bill: Figures, max_cost: float | None) -> bool:
-    return max_cost is None or (bill.outlay is not None and bill.outlay <= max_cost)
-
-
-def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | None:
-    """The cheapest point that does, is in time with probability SURE or more and costs at most LITTLE times
-    the chosen one; None where that is as sure itself, or has no deadline or price."""
-    bill = chosen.figures if chosen else None
-    certain = bill.p_within(goal.seconds) if bill else None
-    if bill is None or bill.cost is None or certain is None or certain >= SURE:
-        return None
-    most = LITTLE * bill.cost
-    for point in _by_cost(point for point in points if point.does):
-        one = point.figures
-        if one and (one.cost or 0.0) <= most and (one.p_within(goal.seconds) or 0.0) >= SURE:
-            return point
-    return None
-
-
-def surer_to_fit(points: Sequence[Point], chosen: Point | None) -> Point | None:
-    """The cheapest point that does and fits as surely as plans are asked to, even if its program keeps more
-    than its stack says; else the surest of those that fit more surely than the chosen one. Of each number of
-    nodes its fastest plan, and its surer one. None where the chosen one is as sure itself."""
-    plan = chosen.result if chosen else None
-    if plan is None or plan.p_fits >= spread.SURE:
-        return None
-    found = [
-        (
-            -min(one.p_fits, spread.SURE),
-            math.inf if bill.cost is None else bill.cost,
-            point.num_devices,
-            point,
-        )
-        for point in (*points, *(one.surer for one in points if one.surer))
-        if point.does and (one := point.result) and (bill := point.figures) and one.p_fits > plan.p_fits
-    ]
-    return min(found, key=lambda one: one[:3])[3] if found else None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ is dearer by less than that, the two are told apart by what their searches happe
 
 from collections.abc import Sequence
 
-from mopsim.size.finder import Rounds, looked_into
+from mopsim.size.decided import Decided
+from mopsim.size.finder import Rounds, looked_into, sizing
 from mopsim.size.known import KnownSteps
-from mopsim.size.points import choose, undecided
 
 LONGER, SEARCHES = 4, 2
 """Times as many simulations as at other counts with which a rival is searched, and such searches of a sizing
@@ -20,10 +20,9 @@ def rivals(everywhere: Sequence[KnownSteps], left: int) -> list[tuple[KnownSteps
     that may be the better one and was not searched as long. All counts with plans are held against the
     recommended one, those too that miss a limit by no more than they may be faster."""
     request = everywhere[0].request
-    points = [one for known in everywhere for one in known.points.values()]
     found: dict[str, tuple[KnownSteps, Rounds]] = {}
     by_name = {known.hardware.name: known for known in everywhere}
-    for one in undecided(points, choose(points, request), request):
+    for one in Decided(request, [sizing(known) for known in everywhere]).rivals():
         name, count = one.point.hardware.name, one.point.num_nodes
         known = by_name[name]
         if name not in found and known.longest[count] < LONGER * request.simulations:

@@ -20,9 +20,9 @@ from mopsim.report.sizing import stated
 from mopsim.search import staged
 from mopsim.size import Goal, Point, Request, Sizing, Step, assume, figures, size_all
 from mopsim.size.counts import global_batch, least_nodes, node_counts
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY, Terms
 from mopsim.size.goodput import rack_nodes, whole_racks
-from mopsim.size.points import recommend
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
@@ -75,7 +75,9 @@ def test_energy_counts_the_whole_node() -> None:
     node = msgspec.structs.replace(priced(), node_power=quantity(6, "kW"))
     goal, a = Goal(10**12, 30 * DAY), assume({"pue": 1.2, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
     assert figures(node, 2, Step(1e6), goal, a).energy == pytest.approx(750 * 1.2 * 3.2e7)
-    _, searched, known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
+    _, searched, known, unknown = stated(
+        Decided(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
+    )
     assert searched.startswith(
         "Searched: fsdp2, 1 simulation of each at a node count that is searched, up to 4 where"
     )
@@ -128,7 +130,6 @@ def test_a_rack_that_is_paid_for_is_tried_whole() -> None:
     """Of 18 nodes sixteen trained: 90 dollars, where all do 85."""
     rack = msgspec.structs.replace(priced(), scale_up_size=18 * priced().devices_per_node)
     best = size(request(3 * DAY, max_nodes=48), rack).best
-    assert best is not None
     assert best.num_nodes == whole_racks(rack, best.num_nodes)
 
 
@@ -157,16 +158,11 @@ def test_a_global_batch_leaves_room_for_microbatches() -> None:
 
 def test_the_cheapest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() -> None:
     alone = size(request(400 * DAY, max_nodes=1), priced()).best
-    assert alone is not None
-    assert alone.figures is not None
     seconds = alone.figures.seconds / 5  # so five nodes, or a few more
     goal = request(seconds, max_nodes=16)
     sizing = size(goal, priced())
-    assert sizing.best is not None
     assert sizing.best.num_nodes > 1
-    assert sizing.best.figures is not None
     assert sizing.best.figures.seconds <= seconds
-    assert sizing.best.result is not None
     assert sizing.best.result.sure
     cost = sizing.best.figures.cost
     assert cost is not None
@@ -187,8 +183,6 @@ def test_a_longer_deadline_is_never_dearer_and_what_one_finds_all_find() -> None
         goal = Goal(10**12, days * DAY)
         asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=160, assumptions=AS_SIMULATED)
         best = size(asked, machine).best
-        assert best is not None
-        assert best.figures is not None
         found.append((best.figures.cost or 0.0, best.figures.days, best.num_nodes))
     assert found == sorted(found, reverse=True)
     assert [nodes for _, _, nodes in found] == [160, 80]
@@ -203,7 +197,6 @@ def test_a_budget_pays_for_the_fastest_cluster_that_it_can() -> None:
     terms = Terms(rent={machine.name: 3.5})
     asked = Request(model, goal, 4096, 2**22, ("fsdp2",), max_nodes=20, assumptions=AS_SIMULATED, terms=terms)
     best = size(asked, machine).best
-    assert best is not None
     assert best.num_nodes == 16
 
 
@@ -227,7 +220,6 @@ def test_why_none_will_do_is_said_of_the_cluster_that_comes_nearest() -> None:
     assert nodes < max(costs)
     assert f"too dear: ${costs[nodes]:,.0f}" in sizing.why
     assert sizing.why.endswith(f", with {nodes} node{'s' * (nodes > 1)}")
-    assert sizing.rival is not None
     assert sizing.rival.num_nodes == nodes
     assert sizing.bill is bills[nodes]
 
@@ -245,17 +237,15 @@ def test_what_does_not_fit_names_the_category() -> None:
 
 def test_recommended_is_the_cheapest_and_the_fastest_keeps_the_budget() -> None:
     goal = request(DAY, max_nodes=8)
-    dear, cheap = size(goal, priced("dear", 4.0)), size(goal, priced("cheap", 2.0))
-    points = [*dear.tried, *cheap.tried]
-    cheapest, fastest = recommend(points)
-    assert cheapest is not None
+    both = [size(goal, priced("dear", 4.0)), size(goal, priced("cheap", 2.0))]
+    found, poor = Decided(goal, both), Decided(dataclasses.replace(goal, max_cost=1e-6), both)
+    cheapest, fastest = found.cheapest, found.fastest
     assert cheapest.hardware.name == "cheap"
-    assert fastest is not None
-    assert fastest.figures is not None
-    assert recommend(points, max_cost=1e-6) == (cheapest, None)
+    assert (poor.cheapest, poor.fastest) == (cheapest, None)
     unpriced = Point(machine(), 1, TrainSpec(seq_len=1, global_batch=1), fastest.result,
                      figures(machine(), 1, Step(1e9), Goal(1, 1)), True, "")  # fmt: skip
-    assert recommend([unpriced]) == (None, unpriced)
+    alone = Decided(goal, [Sizing(unpriced.hardware, unpriced, [unpriced])])
+    assert (alone.cheapest, alone.fastest, alone.chosen) == (None, unpriced, unpriced)
 
 
 JOB = ["size", "--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256",

@@ -23,8 +23,9 @@ from mopsim.report.sizing import missed, stated, summary, surely
 from mopsim.search import staged
 from mopsim.size import Goal, Point, Sizing
 from mopsim.size.benchmarks import of_machine, spreads
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY, WIDE
-from mopsim.size.points import nearest_miss, pareto, surer
+from mopsim.size.points import Request, nearest_miss
 from mopsim.size.settle import settle
 from mopsim.spec.observed import Observed
 from mopsim.spec.stacks import load_stack
@@ -48,13 +49,16 @@ def found() -> Clusters:
     return size("olmoe_1b_7b", MACHINES, days=10, **JOB)
 
 
+def decided(request: Request, *points: Point) -> Decided:
+    """What is recommended of these clusters."""
+    return Decided(request, [Sizing(points[0].hardware, points[0], list(points))])
+
+
 def test_the_front_is_beaten_by_nothing(found: Clusters) -> None:
     front = found.front
-    assert front == pareto(found.points)
+    assert front
     for point in found.points:
         for kept in front:
-            assert kept.figures is not None
-            assert point.figures is not None
             assert point.figures.cost is not None
             assert kept.figures.cost is not None
             better = point.figures.cost < kept.figures.cost and point.figures.seconds < kept.figures.seconds
@@ -82,14 +86,12 @@ def test_more_nodes_are_not_slower_or_it_is_said(found: Clusters) -> None:
     for name in MACHINES:
         seconds = float("inf")
         for point in (one for one in found.points if one.hardware.name == name):
-            assert point.figures is not None
             assert point.figures.seconds < seconds * 1.006 or "no faster than" in point.why
             seconds = min(seconds, point.figures.seconds)
 
 
 def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clusters) -> None:
     chosen = found.chosen
-    assert chosen is not None
     assert chosen.figures is not None
     swings = found.what_if()
     names = {one.name for one in swings}
@@ -99,7 +101,6 @@ def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clust
         if swing.name in ("step_time", "matmul", "grouped_matmul"):
             assert swing.low.days < bill.days < swing.high.days
     time = next(one for one in swings if one.name == "step_time")
-    assert chosen.result is not None
     assert (time.low.value, time.high.value) == pytest.approx(chosen.result.step_time_interval(0.9))
     wide = exp(WIDE * bill.step_deviation)
     assert (time.low.days, time.high.days) == pytest.approx((bill.days / wide, bill.days * wide))
@@ -139,13 +140,11 @@ def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
     stacks = {one.stack for one in cells}
 
     def said(stack: str, *seen: Observed) -> list[str]:
-        assert chosen is not None
-        assert chosen.result is not None
         software = load_stack(stack)
         result = replace(chosen.result, stack=software, facts=replace(chosen.result.facts, seen=seen))
         point = replace(chosen, result=result)
-        decision = Decision(found.request, [], [], [], point, None, [], [])
-        lines = (texts(decision)["risks"], stated(found.request, [Sizing(point.hardware, point, [point])]))
+        alone = decided(found.request, point)
+        lines = (texts(Decision(alone))["risks"], stated(alone))
         return [line for one in lines for line in one if line.startswith(f"No measured run of {stack} is")]
 
     assert re.search(r"\(only of its variants .*megatron-bridge, megatron-", said("megatron-core-graphs")[0])
@@ -161,16 +160,12 @@ def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
 def test_the_days_are_those_of_the_arithmetic(found: Clusters) -> None:
     """Steps, seconds of a step, the factor and the goodput stand together and give the days."""
     point = found.chosen
-    assert point is not None
-    assert point.figures is not None
-    assert point.figures.goodput is not None
     wide = replace(point.figures, measured_over_predicted=1.06, seconds=point.figures.seconds * 1.06)
-    decision = Decision(found.request, [], [], [], replace(point, figures=wide), None, [], [])
+    decision = Decision(decided(found.request, replace(point, figures=wide)))
     found_numbers = re.search(
         r"([\d,]+) steps of (\S+) (\w+) as simulated \(the days count 1.06 times that, (\S+) \3",
         texts(decision)["why"][0],
     )
-    assert found_numbers is not None
     steps, alone, unit, counted = found_numbers.groups()
     assert float(counted) == pytest.approx(1.06 * float(alone), rel=0.01)
     seconds = float(counted) * {"s": 1.0, "ms": 1e-3}[unit] * float(steps.replace(",", ""))
@@ -184,11 +179,10 @@ def test_carried_plans_are_named_and_a_proof_is_of_one_number_of_nodes(found: Cl
     searched, carried = replace(chosen, gap=0.001), replace(chosen, gap=None)
     assert "on this number of nodes proven" in summary(searched)
     assert "plan carried from another number of nodes" in summary(carried)
-    decision = Decision(found.request, [], [searched], [searched], searched, None, [], [])
-    page = content(decision)
+    page = content(Decision(decided(found.request, searched)))
     assert "no search bounds what another number of nodes would cost" in " ".join(page["risks"])
     for point, named in ((searched, False), (carried, True)):
-        rivals = content(replace(decision, points=[point], front=[point], chosen=point))["rivals"]
+        rivals = content(Decision(decided(found.request, point)))["rivals"]
         assert ("carried plan" in rivals.rows[0][-2]) is named
 
 
@@ -208,13 +202,9 @@ def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> No
 
 def test_a_budget_is_searched_for_and_the_fastest_within_it_is_recommended(found: Clusters) -> None:
     chosen = found.chosen
-    assert chosen is not None
-    assert chosen.figures is not None
     assert chosen.figures.cost is not None
     budget = chosen.figures.cost * 1.3
     rich = size("olmoe_1b_7b", [chosen.hardware.name], budget=budget, **JOB)
-    assert rich.chosen is not None
-    assert rich.chosen.figures is not None
     assert rich.chosen.figures.cost is not None
     assert rich.chosen.figures.cost <= budget
     assert rich.chosen.figures.seconds <= chosen.figures.seconds
@@ -227,7 +217,6 @@ def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> 
     assert none.chosen is None
     assert none.best is None
     miss = none.miss
-    assert miss is not None
     assert miss.days is not None
     assert miss.days > 0.7
     assert none.to_json()["nearest_miss"]["needs"] == {"days": miss.days, "larger_batch": True}
@@ -244,7 +233,6 @@ def test_more_nodes_are_advised_only_where_they_would_help(found: Clusters) -> N
     def advice(late: float, sequences: int) -> str:
         many = msgspec.structs.replace(point.training, global_batch=sequences)
         one = replace(point, training=many, in_time=False)
-        assert point.figures is not None
         return missed(nearest_miss([one], Goal(1, point.figures.seconds / late), 0.5))
 
     thick = 16 * point.num_devices  # sequences of 4,096: 65,536 tokens a device
@@ -262,7 +250,6 @@ def test_a_miss_of_two_limits_names_both(found: Clusters) -> None:
         return replace(point, in_time=False, affordable=False)
 
     miss = nearest_miss([too_much(one) for one in found.points], Goal(1, 1.0, 1.0), 0.5)
-    assert miss is not None
     assert miss.days is not None
     assert miss.dollars is not None
     assert miss.nodes is None
@@ -274,7 +261,6 @@ def test_a_miss_without_a_price_asks_for_one(found: Clusters) -> None:
     assert point.figures is not None
     unknown = replace(point, figures=replace(point.figures, cost=None, capex=None), affordable=False)
     miss = nearest_miss([unknown], Goal(1, None, 1.0), 0.5)
-    assert miss is not None
     assert miss.dollars is None
     assert missed(miss).endswith("it would meet the limits with a price (--price, --capex)")
     late = missed(nearest_miss([replace(unknown, in_time=False)], Goal(1, 1.0, 1.0), 0.5))
@@ -284,8 +270,6 @@ def test_a_miss_without_a_price_asks_for_one(found: Clusters) -> None:
 def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     bought = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **JOB)
     chosen = bought.chosen
-    assert chosen is not None
-    assert chosen.figures is not None
     assert chosen.figures.capex is not None
     assert chosen.figures.cost is not None
     assert chosen.figures.capex > chosen.figures.cost > 0
@@ -294,7 +278,7 @@ def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     used = bought.to_json()["assumptions"]
     assert (used["pue"], used["carbon"], used["power_price"]) == (1.15, 30, 0.06)
     assert used["sources"]["carbon"].startswith("site norway: hydro")
-    assert "PUE 1.15, 30 g CO2/kWh, 0.06 USD/kWh" in " ".join(stated(bought.request, bought.sizings))
+    assert "PUE 1.15, 30 g CO2/kWh, 0.06 USD/kWh" in " ".join(stated(bought))
     bought.write(tmp_path)
     page = (tmp_path / "decision.html").read_text("utf-8")
     assert "Where it could stand" in page
@@ -312,15 +296,12 @@ def test_the_price_stated_is_the_one_billed(tmp_path: Path) -> None:
     )
     rented = size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, sites=sites, **JOB)
     chosen = rented.chosen
-    assert chosen is not None
-    assert chosen.figures is not None
     assert chosen.figures.cost == pytest.approx(1.1 * chosen.figures.device_hours)
     assert chosen.figures.site == "beta"
     machine = rented.to_json()["hardware"][0]
     assert (machine["price_per_device_hour_usd"], machine["price_source"]) == (1.1, "site beta")
-    assert "in beta: price 1.1 USD/h (site beta)" in " ".join(stated(rented.request, rented.sizings))
-    decision = Decision(rented.request, rented.sizings, [], [], chosen, None, [], [])
-    assert "1.1 USD (site beta)" in " ".join(texts(decision)["risks"])
+    assert "in beta: price 1.1 USD/h (site beta)" in " ".join(stated(rented))
+    assert "1.1 USD (site beta)" in " ".join(texts(Decision(rented))["risks"])
     assert "price" not in {one.name for one in rented.what_if()}
 
 
@@ -346,16 +327,15 @@ def priced(point: Point, cost: float, days: float) -> Point:
 
 def test_a_surer_cluster_of_little_more_cost_is_named(found: Clusters) -> None:
     """At a deadline of ten days: 9.5 days are even odds and a little, 7 days are sure."""
-    base, goal = found.points[0], Goal(1, 10 * DAY)
+    base, request = found.points[0], replace(found.request, goal=Goal(1, 10 * DAY))
     chosen, sure, dear = priced(base, 100.0, 9.5), priced(base, 108.0, 7.0), priced(base, 111.0, 6.0)
-    assert surer([chosen, dear], chosen, goal) is None
-    assert surer([chosen, dear, sure], chosen, goal) is sure
-    assert surer([chosen, priced(base, 105.0, 9.0), sure], chosen, goal) is sure
-    assert surer([chosen, replace(sure, affordable=False)], chosen, goal) is None
-    assert surer([sure, priced(base, 109.0, 5.0)], sure, goal) is None
-    assert surer([chosen, sure], chosen, Goal(1, None, 1e9)) is None
-    assert surer([sure], None, goal) is None
-    request = replace(found.request, goal=goal)
+    assert decided(request, chosen, dear).surer is None
+    assert decided(request, chosen, dear, sure).surer is sure
+    assert decided(request, chosen, priced(base, 105.0, 9.0), sure).surer is sure
+    assert decided(request, chosen, replace(sure, affordable=False)).surer is None
+    assert decided(request, sure, priced(base, 109.0, 5.0)).surer is None
+    assert decided(replace(request, goal=Goal(1, None, 1e9)), chosen, sure).surer is None
+    assert decided(request, replace(sure, in_time=False)).surer is None
     said = surely(sure, chosen, request)
     assert (
         "with probability >99% instead of 63% if the plan fits, at 1.08 times the cost: 7.0 days, $108"
@@ -366,9 +346,7 @@ def test_a_surer_cluster_of_little_more_cost_is_named(found: Clusters) -> None:
 
 def test_the_page_has_the_interval_that_was_asked_for(found: Clusters, tmp_path: Path) -> None:
     chosen = found.chosen
-    assert chosen is not None
-    assert chosen.figures is not None
-    half = Clusters(replace(found.request, interval=0.5), found.sizings, None)
+    half = Clusters(replace(found.request, interval=0.5), found.sizings)
     assert "50 %" in half.table().columns
     assert half._level == 0.5
     half.write(tmp_path)
@@ -382,19 +360,16 @@ def test_the_page_has_the_interval_that_was_asked_for(found: Clusters, tmp_path:
 
 
 def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:
-    goal = Goal(1, 10 * DAY)
-    chosen = priced(found.points[0], 100.0, 9.5)
-    request = replace(found.request, goal=goal)
-    decision = Decision(request, [], [], [], chosen, None, [], [], surer=priced(chosen, 108.0, 7.0))
+    chosen, request = priced(found.points[0], 100.0, 9.5), replace(found.request, goal=Goal(1, 10 * DAY))
+    decision = Decision(decided(request, chosen, priced(chosen, 108.0, 7.0)))
     assert re.search(
         r"in time with probability 63% if it fits \(50% asked\); .*\. More likely to be in time: ",
         texts(decision)["answer"][0],
     )
-    assert chosen.result is not None
     odds = [format_probability(one) for one in (chosen.result.p_as_described, chosen.result.p_fits)]
     said = " ".join(texts(decision)["risks"])
     assert f"fits with probability {odds[0]}, and with a probability of 5% it needs" in said
     assert (chosen.result.device.error.off is None) == (f"the probability is {odds[1]}" not in said)
     tight = replace(chosen.result, memory_limit=int(chosen.result.peak_memory * 0.99))
-    said = " ".join(texts(replace(decision, chosen=replace(chosen, result=tight)))["risks"])
+    said = " ".join(texts(Decision(decided(request, replace(chosen, result=tight))))["risks"])
     assert re.search(r"it needs more than 1\d\d\.\d% of the usable device memory", said)

@@ -11,13 +11,10 @@ from mopsim.api.size_json import brief_json
 from mopsim.common.units import format_probability, format_span
 from mopsim.report.decision import Decision, content, texts
 from mopsim.report.sizing import break_even, chances, columns, fits_surely, preferable, price_is, row, tie
-from mopsim.search.result import TIE
 from mopsim.size import Goal
 from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.figures import DAY
-from mopsim.size.near import near_tie
-from mopsim.size.points import Rival, surer_to_fit, ties
-from tests.sim.test_size_decision import JOB, priced, size
+from tests.sim.test_size_decision import JOB, decided, priced, size
 
 pytestmark = pytest.mark.xdist_group("sizings of OLMoE")
 
@@ -30,15 +27,12 @@ def found() -> Clusters:
 def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found: Clusters) -> None:
     """A cluster was recommended whose plan fitted with 0.76, under the odds of its deadline alone."""
     point = found.chosen
-    assert point is not None
-    assert point.result is not None
     tight = replace(point.result, memory_limit=round(1.02 * point.result.peak_memory))
-    chosen, others = replace(point, result=tight), [one for one in found.points if one is not point]
-    fitter = surer_to_fit([chosen, *others], chosen)
-    assert fitter is not None
-    assert fitter.result is not None
+    chosen, least = replace(point, result=tight), 1.02 * point.figures.cost
+    others = [one for one in found.points if one is not point and one.figures.cost > least]
+    choice = decided(found.request, chosen, *others)
+    decision, fitter = Decision(choice), choice.fitter
     assert fitter.result.p_fits > tight.p_fits
-    decision = Decision(found.request, [], [], [], chosen, None, [], [], fitter=fitter)
     said, odds = texts(decision)["answer"][0], format_probability(tight.p_fits)
     assert re.search(
         rf"in time with probability \S+ if it fits \(50% asked\); it fits with probability {odds}", said
@@ -48,13 +42,12 @@ def test_the_headline_says_whether_the_plan_fits_and_what_fits_more_surely(found
     assert f"More likely to fit: {better} {surer}" in said
     assert "the plan fits with probability" in texts(decision)["risks"][0]
     roomy = replace(chosen, result=replace(tight, memory_limit=10 * tight.peak_memory))
-    assert surer_to_fit(others, roomy) is None
+    assert decided(found.request, roomy, *others).fitter is None
 
 
 def test_a_surer_plan_of_the_same_nodes_is_named(found: Clusters) -> None:
     """3 nodes at 1.37 times the cost were named, and not the plan that was 5 % slower on the 2 chosen."""
     point = found.chosen
-    assert point is not None
     assert point.result is not None
     plan = point.result
     tight = replace(plan, memory_limit=round(1.02 * plan.peak_memory))
@@ -67,7 +60,7 @@ def test_a_surer_plan_of_the_same_nodes_is_named(found: Clusters) -> None:
     assert merged(before, Answer((replace(roomy, step_time=0.9 * plan.step_time),), 1)).surer is None
     chosen = judged(found.request, ask, merged(before, after))
     others = [one for one in found.points if one.num_nodes != chosen.num_nodes]
-    fitter = surer_to_fit([chosen, *others], chosen)
+    fitter = decided(found.request, chosen, *others).fitter
     assert fitter is not None
     assert fitter is chosen.surer
     said = fits_surely(fitter, chosen)
@@ -78,12 +71,10 @@ def test_a_surer_plan_of_the_same_nodes_is_named(found: Clusters) -> None:
 def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> None:
     """By a price list of another day the recommended machine type was another."""
     chosen = found.chosen
-    assert chosen is not None
     rival = found["hardware"][0]
     assert rival["break_even_price_per_device_hour_usd"] == pytest.approx(rival["price_per_device_hour_usd"])
     assert break_even(found.sizings, chosen) == ""
     other = replace(chosen, hardware=msgspec.structs.replace(chosen.hardware, name="mine"))
-    assert other.figures is not None
     cheap = replace(other, figures=replace(other.figures, cost=(other.figures.cost or 0.0) / 2))
     price = rival["price_per_device_hour_usd"] / 2
     days = f"for {format_span(other.figures.days)}"
@@ -101,8 +92,6 @@ def test_a_rival_says_at_which_price_it_would_cost_as_much(found: Clusters) -> N
 def test_odds_of_the_budget_are_said(found: Clusters) -> None:
     """A cluster of $9.92 k was recommended for $10 k, without a word that this is all but even odds."""
     chosen = found.chosen
-    assert chosen is not None
-    assert chosen.figures is not None
     assert chosen.figures.cost is not None
     days, dollars = chosen.figures.seconds, 1.01 * chosen.figures.cost
     likely = chosen.figures.p_budget(dollars)
@@ -114,7 +103,7 @@ def test_odds_of_the_budget_are_said(found: Clusters) -> None:
     assert chances(chosen, alone).startswith(within)
     assert f"in time with probability 50% if it fits (50% asked), {within}" in chances(chosen, both)
     assert "budget" not in chances(chosen, found.request)
-    decision = Decision(alone, [], [], [], chosen, None, [], [])
+    decision = Decision(decided(alone, chosen))
     assert within in texts(decision)["answer"][0]
     card = {"name": "probability of the budget, if the plan fits", "value": f"{likely:.0%}"}
     assert str(card) in str(content(decision)["cards"])
@@ -133,68 +122,61 @@ def test_nodes_that_stand_by_have_a_column(found: Clusters) -> None:
 def test_a_tie_is_told(found: Clusters) -> None:
     """One of several counts of nodes that cost the same was recommended, without a word of the others."""
     chosen, request = found.chosen, found.request
-    assert chosen is not None
-    assert chosen.figures is not None
     assert chosen.figures.cost is not None
     bill, cost, days = chosen.figures, chosen.figures.cost, chosen.figures.seconds
     more = replace(chosen, num_nodes=2 * chosen.num_nodes)
     same = replace(more, figures=replace(bill, cost=1.004 * cost, seconds=days / 2))
     dear = replace(more, figures=replace(bill, cost=1.006 * cost, seconds=0.997 * days))
     late = replace(same, in_time=False)
-    asked, alone = request.goal, replace(request.goal, seconds=None, budget=2 * cost)
-    assert ties([chosen, dear, same, late], chosen, asked, None) == [same]
-    assert ties([chosen, dear], dear, alone, None) == [chosen]
-    assert ties([chosen, dear], dear, alone, cost / 2) == []
-    assert ties([chosen], chosen, asked, None) == ties([], None, asked, None) == []
+    budget = replace(request, goal=replace(request.goal, seconds=None, budget=2 * cost))
+    choice = decided(request, chosen, dear, same, late)
+    assert choice.ties == [same]
+    assert decided(budget, chosen, dear).ties == [chosen]
+    assert decided(replace(budget, max_cost=1.005 * cost), chosen, dear).ties == []
+    assert decided(request, chosen).ties == decided(request, late).ties == []
     free = [replace(one, figures=replace(bill, cost=None)) for one in (chosen, chosen, more)]
-    assert ties(free, free[0], asked, None) == free[1:2]
+    assert decided(request, *free).ties == free[1:2]
     said = tie([same], chosen, request)
     for_days = f"{same.hardware.cluster(same.num_nodes)} for {format_span(days / 2 / DAY)}"
     assert said.startswith(f"of the same cost within 0.5 %: {for_days}, $")
     assert re.search(r", in time with probability \S+, fits with probability \S+$", said)
     assert tie([], chosen, request) == ""
-    budget = replace(request, goal=alone)
     assert re.match(r"of the same duration within 0.5 %: .*; and 2 more$", tie([same] * 5, chosen, budget))
     assert tie(free, free[0], request).startswith("of the same number of devices within 0.5 %: ")
-    decision = Decision(request, [], [], [], chosen, None, [], [], ties=[same])
-    assert f" A tie: {said}." in texts(decision)["answer"][0]
+    assert f" A tie: {said}." in texts(Decision(choice))["answer"][0]
     assert found.to_json()["ties"] == [brief_json(one, request) for one in found.ties]
 
 
 def test_a_near_tie_is_told_in_one_line(found: Clusters) -> None:
     """The same cluster was undecided, surer to be in time and surer to fit, in three lines."""
-    base, goal = found.points[0], Goal(1, 10 * DAY)
-    assert base.result is not None
+    base, request = found.points[0], replace(found.request, goal=Goal(1, 10 * DAY))
     tight = replace(base.result, memory_limit=round(1.02 * base.result.peak_memory))
     chosen = replace(priced(base, 100.0, 9.5), result=tight)
-    better = replace(priced(base, 101.5, 7.0), num_nodes=base.num_nodes + 1, gap=0.1)
-    assert near_tie([chosen, better], chosen, goal, TIE) is better
-    for other in (priced(base, 103.0, 7.0), priced(base, 100.2, 7.0), priced(base, 101.5, 9.7)):
-        assert near_tie([chosen, other], chosen, goal, TIE) is None
-    assert near_tie([chosen, replace(better, result=tight)], chosen, goal, TIE) is None
-    assert near_tie([chosen, better], chosen, Goal(1, None, 1e9), TIE) is None
-    request = replace(found.request, goal=goal)
-    left = [Rival(better, 0.015, 0.1)]
-    said = preferable(request, chosen, [], (), better, left, better, better)
+    other = msgspec.structs.replace(base.hardware, name="mine")
+    better = replace(priced(base, 101.5, 7.0), hardware=other, gap=0.1)
+    choice = decided(request, chosen, better)
+    assert choice.near is choice.surer is choice.fitter is better
+    for one in (priced(base, 103.0, 7.0), priced(base, 100.2, 7.0), priced(base, 101.5, 9.7)):
+        assert decided(request, chosen, one).near is None
+    assert decided(request, chosen, replace(better, result=tight)).near is None
+    assert decided(replace(request, goal=Goal(1, None, 1e9)), chosen, better).near is None
+    said = preferable(choice)
     assert list(said) == ["A near tie"]
     assert "1.5 % dearer; in time with probability >99% instead of" in said["A near tie"]
     assert f"--simulations {2 * request.simulations}) may find it the cheaper" in said["A near tie"]
-    assert list(preferable(request, chosen, [], undecided=left)) == ["Undecided"]
-    decision = Decision(request, [], [], [], chosen, None, [], [], undecided=left, near=better)
-    assert f"A near tie: {said['A near tie']}." in texts(decision)["answer"][0]
+    assert f"A near tie: {said['A near tie']}." in texts(Decision(choice))["answer"][0]
+    late = replace(priced(base, 105.0, 9.7), hardware=other, gap=0.1, result=tight)
+    assert list(preferable(decided(request, chosen, late))) == ["Undecided"]
 
 
 def test_an_assumed_price_is_marked(found: Clusters) -> None:
     point = found.chosen
-    assert point is not None
     listed = point.hardware.price_per_device_hour
     assert listed is not None
     guess = msgspec.structs.replace(listed, tag="assumed")
     guessed = replace(point, hardware=msgspec.structs.replace(point.hardware, price_per_device_hour=guess))
     assert price_is(guessed, found.request) == " at an assumed price"
-    assert (
-        "at an assumed price"
-        in texts(Decision(found.request, [], [], [], guessed, None, [], []))["answer"][0]
-    )
+    answer = texts(Decision(decided(found.request, guessed)))["answer"][0]
+    assert "at an assumed price" in answer
     paid = replace(found.request.terms, rent={point.hardware.name: 2.0})
     assert not price_is(guessed, replace(found.request, terms=paid))

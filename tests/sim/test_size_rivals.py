@@ -14,8 +14,8 @@ from mopsim.report.sizing import open_rivals
 from mopsim.size import Goal, Point, Request, Sizing, assume, size_all
 from mopsim.size.ask import Answer, Ask, judged
 from mopsim.size.carry import carried
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY
-from mopsim.size.points import choose, undecided
 from mopsim.size.rivals import LONGER, SEARCHES
 from mopsim.size.rounds import Answered, Queue, doublings
 from mopsim.spec.stacks import load_stack
@@ -24,6 +24,7 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import STACKS
 from tests.sim.test_size_across import MACHINES
 from tests.sim.test_size_carry import plan
+from tests.sim.test_size_decision import decided
 from tests.sim.toys import small
 
 FAMILIES = ("mop", "fsdp2", "megatron")
@@ -130,9 +131,8 @@ def test_a_cluster_that_is_no_faster_than_a_smaller_one_says_so(seed: int, goal:
 def test_a_rival_is_searched_as_long_as_is_allowed(seed: int, goal: Goal) -> None:
     """What is left undecided was searched LONGER, or as many searches as are allowed were."""
     luck, asked = Luck(seed), request(3, goal)
-    found = points(size_all(asked, MACHINES, luck))
-    left = undecided(list(found.values()), choose(list(found.values()), asked), asked)
-    nearest = {one.point.hardware.name: one.point for one in reversed(left)}
+    left = Decided(asked, size_all(asked, MACHINES, luck)).undecided
+    nearest = {one.point.hardware.name: one.point for one in left}
     spent = sum(one >= LONGER * asked.simulations for one in luck.longest.values())
     assert spent >= SEARCHES or all(
         luck.longest.get((name, one.num_nodes), 0) >= LONGER * asked.simulations
@@ -153,7 +153,7 @@ def found_at(cost: float, gap: float | None, place: int = 0) -> Point:
                                                     (0.04, None, True), (0.2, None, False)])  # fmt: skip
 def test_what_is_undecided_is_told_in_a_line(worse: float, gap: float | None, told: bool) -> None:
     chosen, other = found_at(1.0, 0.05), found_at(1 + worse, gap, 1)
-    left = undecided([chosen, other], chosen, request(3))
+    left = decided(request(3), chosen, other).undecided
     assert [one.point for one in left] == [other] * told
     said = open_rivals(left, request(3))
     assert bool(said) == told

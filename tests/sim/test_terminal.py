@@ -15,6 +15,7 @@ from mopsim.report.sizing import sizing_table
 from mopsim.report.sweep import Sweep, SweepPoint, swept_table
 from mopsim.report.tables import breakdown, comparison
 from mopsim.size import Goal, size_all
+from mopsim.size.decided import Decided
 from mopsim.size.figures import DAY
 from mopsim.size.points import Request
 from mopsim.spec.presets import load_model
@@ -91,7 +92,7 @@ def test_a_sizing_stays_in_its_lines() -> None:
     goal = Goal(10**11, 365 * DAY)
     request = Request(load_model("tiny"), goal, 4096, 2**20, ("mop",), max_nodes=2, simulations=1)
     sizings = [size_all(request, [machine])[0] for machine in machines]
-    found = rows(shown(sizing_table(sizings, None, request, [])))
+    found = rows(shown(sizing_table(Decided(request, sizings))))
     for line, machine in zip(found[1:], machines, strict=False):
         assert line.startswith(machine.name)
 
