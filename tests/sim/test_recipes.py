@@ -48,30 +48,19 @@ def test_deepseek_v3_has_its_groups_of_experts_but_in_a_program_that_chooses_of_
         for stack, groups in (("megatron-bridge-hybridep", None), ("nemo", None), ("maxtext-turbo", 1)):
             set_ = facts(row(model=name, stack=stack, sharding="zero3")).settings
             assert (set_.get("model.n_group"), set_.get("model.topk_group")) == (groups, groups)
-        for when, groups in (
-            ("202510", 1),
-            ("2025-11-02", 1),
-            ("20251220", None),
-            ("2026-03", None),
-            ("", None),
-        ):
+        dated = {"202510": 1, "2025-11-02": 1, "20251220": None, "2026-03": None, "": None}
+        for when, groups in dated.items():
             set_ = facts(row(model=name, stack="torchtitan-compile", source_ref=when)).settings
             assert (set_.get("model.n_group"), set_.get("model.topk_group")) == (groups, groups)
     assert network(replace(whole, n_group=1, topk_group=1, topk_method="greedy")) == network(whole)
 
 
 def test_rows_of_an_unfused_permutation_are_added_by_atomic_operations() -> None:
-    for notes, sums in (
-        ("unfused permutation", "atomic"),
-        ("run without permute fusion", "atomic"),
-        ("permute fusion", "gathered"),
-    ):
-        found = read_case(row(stack="megatron-core", notes=notes, sharding="zero1"), MODELS)
-        assert found.program().kernels.row_sums == sums
-
-
-def test_a_program_that_must_be_asked_for_a_fused_permutation_is_asked_by_the_notes() -> None:
+    """Some programs must be asked for a fused one, as their notes say."""
     for stack, notes, sums in (
+        ("megatron-core", "unfused permutation", "atomic"),
+        ("megatron-core", "run without permute fusion", "atomic"),
+        ("megatron-core", "permute fusion", "gathered"),
         ("megatron-lm", "", "atomic"),
         ("megatron-lm", "permute fusion", "gathered"),
         ("megatron-lm", "no permute fusion", "atomic"),
@@ -337,12 +326,8 @@ def test_torchs_allocator_counts_workspaces_of_its_libraries() -> None:
 
 
 def test_layers_of_stages_are_nvidias_recipes_in_programs_on_megatron_core_alone() -> None:
-    for stack, told in (
-        ("megatron-bridge", True),
-        ("nemo", True),
-        ("nemo-automodel", False),
-        ("torchtitan", False),
-    ):
+    stacks = {"megatron-bridge": True, "nemo": True, "nemo-automodel": False, "torchtitan": False}
+    for stack, told in stacks.items():
         found = facts(row(model="deepseek_v3", num_layers="61", stack=stack, pp="8", vp="1"))
         assert ("strategy.pipeline.layers" in found.settings) == told, stack
 
@@ -393,11 +378,7 @@ def test_legacy_grouped_products_of_primus_are_in_bf16_and_add_their_gradients()
     ("precision", "notes", "layers"),
     [
         ("nvfp4", "bf16_with_nvfp4_mixed, the last 4 layers in bf16", (None, 4)),
-        (
-            "nvfp4",
-            "NVFP4 in the first 85 % of the layers, the last 15 % and the output layer bf16",
-            (None, 5),
-        ),
+        ("nvfp4", "NVFP4 in the first 85 % of the layers, the last 15 % and output layer bf16", (None, 5)),
         ("fp8", "delayed scaling (first and last layer in bf16)", (1, 1)),
         ("fp8", "bf16_with_fp8_current_scaling_mixed", (1, 1)),
         ("bf16", "the last 4 layers in bf16", (None, None)),

@@ -19,6 +19,8 @@ from mopsim.validate.run import Validation, cases_of, validate
 from mopsim.validate.tables import UnsupportedError, count, number, read_runs
 from tests.sim.test_validate import MODELS, row, validate_runs
 
+EXPERTS = {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": "natural"}
+
 
 @pytest.mark.parametrize(
     ("name", "said"),
@@ -56,46 +58,19 @@ def test_an_unknown_network_is_told_once(name: str, said: str) -> None:
         ({"fits": "oom"}, "fits"),
         ({"routing": "even"}, "routing"),
         *(
-            (
-                {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": how, "loads": loads},
-                "loads",
-            )
-            for how, loads in (
-                ("natural", "n/a"),
-                ("natural", "1,1"),
-                ("natural", "0 " * 128),
-                ("natural", "1 1"),
-                ("natural", "nan " * 128),
-                ("natural", "-1 3 " * 64),
-                ("balanced", "1 " * 128),
-            )
+            (EXPERTS | {"loads": loads}, "loads")
+            for loads in ("n/a", "1,1", "0 " * 128, "1 1", "nan " * 128, "-1 3 " * 64)
+        ),
+        (EXPERTS | {"routing": "balanced", "loads": "1 " * 128}, "loads"),
+        *(
+            (EXPERTS | {"routing": how, "load_balancing_loss": loss, "sharding": "zero1"}
+             | {"stack": "megatron-core"}, "load_balancing_loss")
+            for how, loss in (("natural", "0.9"), ("natural", "15"), ("natural", "16"), ("balanced", "1.02"))
         ),
         *(
-            (
-                {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": how, column: printed}
-                | {"sharding": "zero1", "stack": "megatron-core"},
-                column,
-            )
-            for column in ("load_balancing_loss",)
-            for how, printed in (*(("natural", one) for one in ("0.9", "15", "16")), ("balanced", "1.02"))
-        ),
-        *(
-            (
-                {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": "natural"}
-                | {"load_balancing_loss": "1.02", column: cell},
-                "load_balancing_loss",
-            )
-            for column, cell in (("loads", "1 " * 128), ("filler_tokens", "9"))
-        ),
-        (
-            {
-                "model": "deepseek_v3",
-                "num_layers": "61",
-                "ep": "8",
-                "routing": "natural",
-                "load_balancing_loss": "1.02",
-            },
-            "load_balancing_loss",
+            (EXPERTS | {"load_balancing_loss": "1.02"} | more, "load_balancing_loss")
+            for more in ({"loads": "1 " * 128}, {"filler_tokens": "9"},
+                         {"model": "deepseek_v3", "num_layers": "61"})
         ),
         ({"loss": "sparse"}, "loss"),
         ({"dispatcher": "flex"}, "dispatcher"),
@@ -120,7 +95,7 @@ def test_an_unknown_network_is_told_once(name: str, said: str) -> None:
         ({"peak_memory_gib": "1e9"}, "peak_memory_gib"),
         ({"peak_memory_gib": "1e-9"}, "peak_memory_gib"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_simulated_names_the_field(changes: dict[str, str], field: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read_case({**row(), **changes}, MODELS)
@@ -158,8 +133,6 @@ def test_what_follows_a_figure_of_a_case_follows_it() -> None:
     usual = read_case(row(), MODELS)
     limited = msgspec.structs.replace(usual, hardware_changes={"power": power})
     more, less = (one.profile().node_power for one in (usual, limited))
-    assert more is not None
-    assert less is not None
     assert more.si - less.si == pytest.approx(8 * (700 - 500))
 
 
