@@ -66,14 +66,12 @@ def test_a_sweep_says_which_documents_it_holds() -> None:
     assert note.endswith("in sequences: 87 of 128, 177 of 512")
     cut = mopsim.compare(**JOB, strategies=strategies, sweep=("seq_len", [128, 512]), document_tokens=200)
     assert any(one.endswith(": 128 of 128, 200 of 512") for one in cut.notes)
-    assert cut.sweep is not None
     points = cut.sweep.simulations
     assert [one["tiny"].plan().training.document_tokens for one in points] == [128, 200]
 
 
 def test_search_and_size_plan_for_packed_documents() -> None:
     found = mopsim.search(**JOB, families="fsdp2", budget=2, **PACKED)
-    assert found.best is not None
     assert found.best.plan().training.document_tokens == "100/1"
     model, machine = load_model("tiny"), load_profile("cpu-2core")
     least = [least_nodes(model, machine, 2**17, 10**12, 1e6, documents=one) for one in (0, 1024)]
@@ -82,7 +80,6 @@ def test_search_and_size_plan_for_packed_documents() -> None:
         "tiny", "cpu-2core", tokens="1M", days=900, seq_len=256, global_batch_tokens=1024, families="fsdp2",
         max_nodes=1, **PACKED,
     )  # fmt: skip
-    assert sized.best is not None
     assert sized.best.plan().training.document_tokens == sized.to_json()["document_tokens"] == "100/1"
 
 

@@ -262,7 +262,6 @@ def with_part(job: Job, noun: str, part: object) -> Job:
     new = Job(**(parts | {noun: part}))  # type: ignore[arg-type]
     new.strategy.check_model(new.model)
     new.software.check_strategy(new.strategy)
-    assert new.training is not None
     new.training.check_strategy(new.strategy)
     new.training.check_model(new.model)
     return new

@@ -15,8 +15,6 @@ from mopsim.strategies import mop
 def speed() -> ModuleType:
     path = Path(__file__).parents[1] / "bench" / "speed.py"
     spec = importlib.util.spec_from_file_location("speed", path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["speed"] = module
     spec.loader.exec_module(module)

@@ -129,14 +129,12 @@ def test_the_reach_is_not_of_the_size_of_the_step() -> None:
         (True, False), (True, True), (False, True),
     ]  # fmt: skip
     assert found.whole is found.points[0]
-    assert found.end is not None
     assert found.end.stopped_by == "logits"
     assert reach(found) == "256K*\u2020"
     assert found.points[0].fits
     assert not found.points[0].sure
     assert found.points[1].global_batch == 1
     tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 1))
-    assert tiny.longest is not None
     assert (tiny.longest.seq_len, tiny.longest.small) == (256 * K, False)
 
 
@@ -166,7 +164,6 @@ def test_a_step_of_one_sequence_and_one_microbatch() -> None:
     at_once = curve(
         Task(("x",), replace(case(), accumulate=False), NAMES["fsdp2_node"], (128 * K,), 1)
     ).points[0]
-    assert at_once.result is not None
     assert at_once.result.training.num_microbatches(at_once.result.strategy) == 1
 
 

@@ -160,8 +160,6 @@ def test_a_signal_is_the_exit_code_where_nobody_reads() -> None:
     )
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe)
-    assert process.stdout is not None
-    assert process.stderr is not None
     assert process.stdout.readline() == b"begun\n"
     process.stdout.close()
     process.stderr.close()

@@ -72,7 +72,6 @@ def test_a_page_holds_what_it_needs_and_names_no_address(tmp_path: Path) -> None
         "http://www.w3.org/2000/svg"
     }  # a name, not fetched
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)
-    assert policy is not None
     assert "default-src &#39;none&#39;" in policy.group(1)
     assert not re.search(r"unsafe|\*|https?:", policy.group(1))
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
@@ -314,13 +313,11 @@ def test_a_wrong_entry_of_a_step_is_named(made: dict[str, dict[str, Any]], key: 
 def test_colours_are_okabe_and_itos_and_have_a_shape_beside_them() -> None:
     text = (Path(explore.__file__).parent / "core.js").read_text(encoding="utf-8")
     found = re.search(r"const PALETTE = \[(.*?)\]", text)
-    assert found is not None
     palette = re.findall(r"#[0-9A-F]{6}", found.group(1))
     assert set(palette) == {
         "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
     }  # fmt: skip
     shapes = re.search(r"const SHAPES = \[(.*?)\];", text, re.S)
-    assert shapes is not None
     assert len(set(re.findall(r'"(M[^"]+)"', shapes.group(1)))) == 8
 
 

@@ -92,7 +92,6 @@ def test_what_is_left_of_a_plan_is_simulated() -> None:
     )
     gaps = list(refusals(given, by="torchtitan"))
     found = left(given, gaps)
-    assert found is not None
     assert found.verdict.startswith("out of memory, logits are")
     assert found.peak_memory > found.memory_limit == machine.memory_limit()
     assert left(given, [gap for gap in gaps if gap.field.startswith("strategy.precision")]) is None

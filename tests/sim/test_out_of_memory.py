@@ -36,10 +36,8 @@ def test_a_strategy_that_fits_everywhere_leaves_the_layout(
     axis = drawn(monkeypatch, tmp_path, sweep)
     legend_below(axis, 5)
     whole = axis.get_figure(root=True)
-    assert whole is not None
     whole.draw_without_rendering()
     legend = axis.get_legend()
-    assert legend is not None
     box = legend.get_window_extent()
     assert 0 <= box.y0 < box.y1 <= whole.bbox.height
     assert axis.title.get_window_extent().y1 <= whole.bbox.height

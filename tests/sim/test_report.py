@@ -295,7 +295,6 @@ def test_a_legend_is_below_the_label_of_its_axis(tmp_path: Path, height: float) 
         drawn.draw_without_rendering()
         for axis in axes:
             legend = axis.get_legend()
-            assert legend is not None
             assert legend.get_window_extent().y1 <= axis.xaxis.label.get_window_extent().y0
 
 

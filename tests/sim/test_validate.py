@@ -193,7 +193,6 @@ def test_sources_count_alike_however_many_rows_they_have() -> None:
     rows += [row("c", source="other", step_time_s="")]
     scored = validate_runs(rows).scored
     found = over_sources(scored, lambda one: 0.1 if one.case.source.name == "mine" else 0.3)
-    assert found is not None
     assert found.mape == pytest.approx(0.2)
     assert errors([None]) is None
 

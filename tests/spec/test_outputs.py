@@ -92,7 +92,6 @@ def _leave(folder: Path, what: str) -> None:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdin is not None
-        assert other.stdout is not None
         assert other.stdout.readline() == b"writing\n"
         before = {*folder.iterdir()}
         with aside(folder / what, directory=what == "c"):
