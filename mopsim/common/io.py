@@ -175,10 +175,15 @@ def as_json(value: Any, *, indent: int | None = None, ascii: bool = True) -> str
         raise MopError(f"JSON: {field}: {problem}: nothing is written") from None
 
 
-def digest(spec: Any) -> str:
-    """First 12 hex digits of the SHA-256 of the canonical JSON of a spec."""
+def sha256(spec: Any) -> str:
+    """SHA-256 of the canonical JSON of a spec, or of plain objects; hex digits."""
     text = json.dumps(to_plain(spec), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(spec: Any) -> str:
+    """The first 12 hex digits of that."""
+    return sha256(spec)[:12]
 
 
 def identified(spec: Any) -> str:

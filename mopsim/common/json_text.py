@@ -10,10 +10,9 @@ import msgspec
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import read_text
-from mopsim.common.values import Endless, first_unfit
+from mopsim.common.values import MOST_DIGITS, Endless, first_unfit
 from mopsim.common.yaml_text import field_at
 
-_MOST_DIGITS = 1000
 _KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:')
 
 
@@ -67,4 +66,4 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | Endless:
-    return int(text) if len(text) <= _MOST_DIGITS else Endless(text)
+    return int(text) if len(text) <= MOST_DIGITS else Endless(text)

@@ -54,8 +54,12 @@ def require_once(values: Sequence[Any], field: str) -> None:
             raise MopError(f"{field}: {shown(value)} is given twice")
 
 
+MOST_DIGITS = 1000
+"""Of an integer of a file."""
+
+
 class Endless(str):
-    """The text of an integer with more digits than Python converts; no field takes it."""
+    """The text of an integer with more digits; no field takes it."""
 
     def __repr__(self) -> str:
         return f"an integer of {len(self):,} digits"

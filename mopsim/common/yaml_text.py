@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mopsim.common.errors import MopError
-from mopsim.common.values import DEEPEST, Endless, first_unreadable, trimmed
+from mopsim.common.values import DEEPEST, MOST_DIGITS, Endless, first_unreadable, trimmed
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
@@ -18,7 +18,6 @@ _FLOAT = re.compile(
     r"|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
 )
 _INT = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
-_MOST_DIGITS = 1000
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -50,7 +49,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
     def construct_integer(self, node: Any) -> Any:
         text = self.construct_scalar(node)
-        return self.construct_yaml_int(node) if len(text) <= _MOST_DIGITS else Endless(text)
+        return self.construct_yaml_int(node) if len(text) <= MOST_DIGITS else Endless(text)
 
 
 def _same(key_node: Any) -> Any:

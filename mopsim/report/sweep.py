@@ -18,11 +18,11 @@ from mopsim.report.findings import Results, doubts, odds, outcome, unsure
 from mopsim.report.page import Table
 from mopsim.report.palette import SERIES
 from mopsim.report.style import figure, legend_below
-from mopsim.report.tables import beside, columns, plan_line, rate, row
+from mopsim.report.tables import NO_STRATEGY, beside, columns, plan_line, rate, row
 from mopsim.report.terminal import duration, size, table
 
 T = TypeVar("T")
-NO_MEMORY, NO_STRATEGY = "does not fit in memory", "no legal strategy"
+NO_MEMORY = "does not fit in memory"
 MAY_NOT = f"may not fit: P(fits) below {SURE:g}"
 """What a hollow point says."""
 MARKS = {NO_MEMORY: "x", NO_STRATEGY: "+"}

@@ -65,6 +65,8 @@ P_FITS = (
 )
 """What stands by every table of steps."""
 _DESCRIBED = "as described"
+NO_STRATEGY = "no legal strategy"
+"""What stands in the place of a step that a family does not have."""
 
 
 def p_fits(*said: str) -> str:

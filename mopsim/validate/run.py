@@ -1,7 +1,8 @@
 """A whole validation: cases -> simulations -> scores. Rows of a table become cases first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as fresh
 
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case
@@ -17,20 +18,16 @@ SIDE_BY_SIDE: tuple[HoldOut, ...] = ("source", "model")
 
 @dataclass(frozen=True)
 class Refused:
-    """A run that was not simulated, and why. about: its id, source, model, gpu, precision and quality. field:
-    what is missing or cannot be said; `simulator`: it failed. more: other fields, and what about them."""
+    """A run that was not simulated. about: its id, source, model, gpu, precision and quality. complaints:
+    (field, reason) of each that is missing or cannot be said; `simulator`: it failed."""
 
     about: dict[str, str]
-    field: str
-    reason: str
-    more: tuple[tuple[str, str], ...] = ()
+    complaints: list[tuple[str, str]]
 
     @property
-    def complaints(self) -> list[tuple[str, str]]:
-        """(field, reason) of each, the field not again in the reason."""
-        return [
-            (name, why.removeprefix(f"{name}: ")) for name, why in ((self.field, self.reason), *self.more)
-        ]
+    def field(self) -> str:
+        """The first that is told."""
+        return self.complaints[0][0]
 
     @property
     def told(self) -> list[str]:
@@ -44,8 +41,8 @@ class Validation:
     each hold-out that was asked for."""
 
     scored: list[Scored]
-    refused: list[Refused] = field(default_factory=list)
-    held: dict[HoldOut, list[Scored]] = field(default_factory=dict)
+    refused: list[Refused] = fresh(default_factory=list)
+    held: dict[HoldOut, list[Scored]] = fresh(default_factory=dict)
 
 
 def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], list[Refused]]:
@@ -57,9 +54,7 @@ def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], l
             cases.append(read_case(row, models))
         except UnsupportedError as error:
             names = ("run_id", "source", "model", "gpu", "precision", "quality")
-            more = tuple((one.field, one.reason) for one in error.more)
-            about = {name: row.get(name, "") for name in names}
-            refused.append(Refused(about, error.field, error.reason, more))
+            refused.append(Refused({name: row.get(name, "") for name in names}, error.complaints))
     return cases, refused
 
 
@@ -77,8 +72,11 @@ def validate(
 
 def refused_of(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Refused]:
     """Cases that were not simulated, each with the field that is to blame."""
-    pairs = zip(cases, results, strict=True)
-    return [Refused(about(case), result.field, result.error) for case, result in pairs if result.error]
+    return [
+        Refused(about(case), UnsupportedError(result.field, result.error).complaints)
+        for case, result in zip(cases, results, strict=True)
+        if result.error
+    ]
 
 
 def scored_by(known: Sequence[tuple[Case, Simulated]], hold_out: HoldOut) -> dict[HoldOut, list[Scored]]:

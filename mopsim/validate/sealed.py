@@ -1,8 +1,6 @@
 """Predictions that are sealed before the run: a file of the inputs and what is predicted of them, under a
 hash that shows whether a byte was changed, and scored when the run was measured."""
 
-import hashlib
-import json
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,32 +60,23 @@ class Sealed(io.Spec, frozen=True, kw_only=True):
 
 def seal(path: Path, plan: Plan, hardware: HardwareProfile, result: SimResult, level: float) -> str:
     """Write the sealed prediction of a plan; returns its hash. Raises MopError where it cannot be written."""
+    made_by = {"mopsim": mopsim.__version__, "python": platform.python_version()}
     sealed = Sealed(
         plan=plan, hardware=hardware, interval=level, step_time_s=result.step_time,
         step_time_interval_s=result.step_time_interval(level), peak_memory_bytes=result.peak_memory,
         peak_memory_interval_bytes=result.peak_memory_interval(level), fits=result.fits,
-        p_fits=result.p_fits, versions=_versions(), made=datetime.now(UTC).isoformat(timespec="seconds"),
+        p_fits=result.p_fits, versions=made_by | {"errors": io.digest(known_errors())},
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     content = io.to_plain(sealed)
     io.write_text(path, _text(content))
-    return _hash(content)
+    return io.sha256(content)
 
 
 def _text(content: Any) -> str:
     """All of the file."""
-    whole = {"format": FORMAT, "sha256": _hash(content), "sealed": content}
+    whole = {"format": FORMAT, "sha256": io.sha256(content), "sealed": content}
     return io.as_json(whole, indent=1) + "\n"
-
-
-def _versions() -> dict[str, str]:
-    errors = io.digest(known_errors())
-    return {"mopsim": mopsim.__version__, "python": platform.python_version(), "errors": errors}
-
-
-def _hash(content: Any) -> str:
-    """SHA-256 of the canonical JSON."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def open_sealed(path: Path) -> Sealed:
@@ -100,10 +89,10 @@ def open_sealed(path: Path) -> Sealed:
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise MopError(f"{where}: is not a sealed prediction: its format is not {FORMAT!r}")
     told, content = whole.get("sha256"), whole.get("sealed")
-    if not isinstance(content, dict) or told != _hash(content):
+    if not isinstance(content, dict) or told != io.sha256(content):
         raise MopError(
             f"{where}: altered after it was sealed: sha256 {told!s:.12} is not that of its content, "
-            f"{_hash(content):.12}"
+            f"{io.sha256(content):.12}"
         )
     if text != _text(content):
         raise MopError(f"{where}: altered after it was sealed: its text is not as its content is written")

@@ -37,6 +37,11 @@ class UnsupportedError(Exception):
         """This one and those beside it, each alone."""
         return [UnsupportedError(self.field, self.reason), *self.more]
 
+    @property
+    def complaints(self) -> list[tuple[str, str]]:
+        """(field, reason) of each, the field not again in the reason."""
+        return [(one.field, one.reason.removeprefix(f"{one.field}: ")) for one in self.each]
+
 
 def refuse_row(wrong: Iterable[UnsupportedError]) -> None:
     """Raise UnsupportedError with all that is wrong of a row, each once, unless nothing is."""

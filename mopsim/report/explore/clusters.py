@@ -6,6 +6,7 @@ from typing import Any
 from mopsim.common.units import format_nodes
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import (
+    OUT,
     ExplorerStep,
     Json,
     bars,
@@ -47,11 +48,7 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     best = result.get("recommended") or {}
     chosen = (best.get("hardware"), best.get("nodes"))
     marks = [
-        "recommended"
-        if (one["hardware"], one["nodes"]) == chosen
-        else _UNFIT
-        if "no" in _answers(one)
-        else ""
+        "recommended" if (one["hardware"], one["nodes"]) == chosen else OUT if "no" in _answers(one) else ""
         for one in rows
     ]
     costed = [one for one in rows if one["days"] is not None and one.get("cost_usd") is not None]
@@ -72,10 +69,6 @@ def _searched(result: Json) -> list[tuple[str, Json]]:
     """(cluster, what its search left out) of the best of each machine type."""
     found = [(one["name"], one["best"]) for one in result["hardware"] if one.get("best")]
     return [(f"{name}, {format_nodes(best['nodes'])}", best) for name, best in found]
-
-
-_UNFIT = "out of memory"
-"""The mark of a cluster that will not do, as of a strategy that does not fit."""
 
 
 def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:

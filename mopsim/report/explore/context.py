@@ -4,7 +4,7 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import ExplorerStep, Json, device, keyed, plot
+from mopsim.report.explore.steps import OUT, ExplorerStep, Json, device, keyed, plot
 from mopsim.report.tables import rate
 
 _RATE = "tokens_per_s_per_device"
@@ -47,7 +47,7 @@ def _told(point: Json, label: str) -> dict[str, Any]:
 
 
 def _mark(point: Json) -> str:
-    return str(point["verdict"]) if point[_RATE] is not None else "out of memory"
+    return str(point["verdict"]) if point[_RATE] is not None else OUT
 
 
 def _plot(

@@ -14,7 +14,7 @@ from mopsim.program.workload import STREAMS
 from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
 from mopsim.report.palette import in_order
-from mopsim.report.tables import DRY_RUN, ENOUGH, P_FITS, ROUTED, describe, rate
+from mopsim.report.tables import DRY_RUN, ENOUGH, NO_STRATEGY, P_FITS, ROUTED, describe, rate
 from mopsim.search.result import Left, promise, promises
 from mopsim.spec.categories import shown_as
 from mopsim.spec.strategy import Strategy
@@ -55,6 +55,10 @@ class StepJson(msgspec.Struct, frozen=True, kw_only=True):
     provenance: dict[str, Any] | None = None
 
 
+OUT = "out of memory"
+"""How what will not do is marked, on pages of every command."""
+
+
 @dataclass(frozen=True)
 class ExplorerStep:
     """A simulated step and what it is called in the result."""
@@ -74,7 +78,7 @@ class ExplorerStep:
 
     @property
     def verdict(self) -> str:
-        return str(self.found.get("verdict") or ("fits" if self.found["fits"] else "out of memory"))
+        return str(self.found.get("verdict") or ("fits" if self.found["fits"] else OUT))
 
 
 def device(found: Json) -> str:
@@ -91,7 +95,7 @@ def likely(found: Json) -> float | None:
 def state_of(fits: bool, p_fits: float | None, verdict: str = "") -> str:
     """How a row or a point is marked. p_fits: `likely`."""
     if not fits:
-        return "out of memory"
+        return OUT
     unsure = p_fits < SURE if p_fits is not None else verdict in ("may not fit", "at risk")
     return "may not fit" if unsure else "fits"
 
@@ -162,9 +166,6 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
 """Name, type, and what a step has of it; the name of the throughput is of the steps' devices."""
 
 
-NO_STRATEGY = "no legal strategy"
-
-
 def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], note: str = "",
           marks: Sequence[str] = ()) -> View:  # fmt: skip
     """Columns (name, type) without those that no row fills. marks: a state for each row."""
@@ -191,7 +192,7 @@ def step_table(
     for label, why in (refused or {}).items():
         said = {"label": label, "verdict": NO_STRATEGY, "strategy": why}
         rows.append([said.get(name) for name, _, _ in COLUMNS])
-        marks.append("out of memory")
+        marks.append(OUT)
     levels = sorted({one.found["interval"] for one in steps if "interval" in one.found})
     between = [
         f"step at least, at most: a measured step lies between them with {level:.0%}{ROUTED}."

@@ -4,8 +4,8 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import NO_STRATEGY, Cell, ExplorerStep, Json, device, ends, plot, table, told
-from mopsim.report.tables import rate
+from mopsim.report.explore.steps import OUT, Cell, ExplorerStep, Json, device, ends, plot, table, told
+from mopsim.report.tables import NO_STRATEGY, rate
 
 
 def sweep_views(sweep: Json, where: str) -> list[View]:
@@ -21,7 +21,7 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
         for value, batch, one, why in zip(values, batches, found, refused, strict=True):
             step = ExplorerStep(label, one) if one else None
             rows.append([value, label, batch, *_swept(step, why)])
-            marks.append(step.state if step else "out of memory")
+            marks.append(step.state if step else OUT)
             points.append((label, _swept_point(value, batch, step, why)))
     names = [
         (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
@@ -53,7 +53,7 @@ def _swept_point(value: float, batch: int | None, step: ExplorerStep | None, why
     rows: list[Any] = [("at", value, "number"), ("batch", batch, "number")]
     if step is None or not step.found["fits"]:
         told_ = told(step) if step else [("", f"{NO_STRATEGY}: {why or ''}", "text")]
-        return {"x": value, "y": None, "mark": "out of memory", "rows": [*rows, *told_]}
+        return {"x": value, "y": None, "mark": OUT, "rows": [*rows, *told_]}
     one, (low, high) = step.found, ends(step.found, "step_time_interval_s")
     rate = one["tokens_per_s_per_device"] * one["step_time_s"]
     return {
