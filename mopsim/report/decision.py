@@ -44,16 +44,11 @@ class Decision:
 def write_decision(folder: Path, decision: Decision) -> None:
     """Write decision.html and its figures (PNG and SVG) into `folder`."""
     found = decision.found
-    request, subject = found.request, found.subject
     for kind in ("png", "svg"):
         if found.points:
-            best = [one.best for one in found.sizings if one.best]
-            cost_time(
-                folder / f"pareto.{kind}", found.points, found.front, found.chosen, request.goal,
-                request.interval, best, sizing.title(request).partition(" within")[0],
-            )  # fmt: skip
-        if subject and decision.swings:
-            tornado(folder / f"tornado.{kind}", decision.swings, subject, request.model.name)
+            cost_time(folder / f"pareto.{kind}", found)
+        if found.subject and decision.swings:
+            tornado(folder / f"tornado.{kind}", decision.swings, found.subject, found.request.model.name)
     drawn = {"pareto": "", "tornado": ""}
     for path in folder.glob("*.svg"):
         text = path.read_text("utf-8")

@@ -7,10 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mopsim.common.units import format_nodes, format_number
-from mopsim.intervals.spread import LEVEL
 from mopsim.report.palette import SERIES
+from mopsim.report.sizing import title
 from mopsim.report.style import figure, legend_below
-from mopsim.size.figures import DAY, Figures, Goal
+from mopsim.size.decided import Decided
+from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
 from mopsim.spec.categories import WAITS
@@ -18,30 +19,26 @@ from mopsim.spec.categories import WAITS
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """One a machine, so that no colour is needed to tell them apart."""
 GOOD, BAD, EDGE = "#1b4f72", "#ca6f1e", "#c0392b"
-
-
 APART = (30.0, 16.0)
 """Pixels from one number of nodes to the next, across and up, so that both can be read."""
 AROUND = 1.4
 """How many times the recommended cluster's cost a cluster may cost to be in the second panel."""
 
 
-def cost_time(
-    path: Path, points: Sequence[Point], front: Sequence[Point], chosen: Point | None, goal: Goal,
-    level: float = LEVEL, rivals: Sequence[Point] = (), title: str = "",
-) -> None:  # fmt: skip
-    """Cost over days of every cluster tried, an interval of days each, of probability `level`; the front as a
-    line. rivals: the best of each other machine type, marked as the recommended one is. Where others cost
-    about as much as that, a second panel has them alone, with their nodes. title: of the first panel."""
+def cost_time(path: Path, d: Decided) -> None:
+    """Cost over days of every cluster that fits, an interval of days each; the front as a line; the best of
+    each other machine type is marked as the recommended one is. Where others cost about as much as that, a
+    second panel has them alone, with their nodes."""
+    points, front, chosen, request = d.points, d.front, d.chosen, d.request
+    goal, level, rivals = request.goal, request.interval, [one.best for one in d.sizings if one.best]
     bill = chosen.figures if chosen else None
     least = bill.cost if bill and bill.cost else 0.0
     near = [one for one in _with_price(points) if (one.figures.cost or 0.0) <= AROUND * least]  # type: ignore[union-attr]
-    panels = [(list(points), [bill.cost or 0.0 for bill in _priced(points)])]
-    if 2 < len(near) < len(_with_price(points)):
-        panels.append((near, [bill.cost or 0.0 for bill in _priced(near)]))
+    panels = [points, near] if 2 < len(near) < len(_with_price(points)) else [points]
     names = list(dict.fromkeys(point.hardware.name for point in points))
     with figure(path, 9 if len(panels) == 1 else 13, 5.4, 1, len(panels)) as axes:
-        for axis, (shown, costs) in zip(axes, panels, strict=True):
+        for axis, shown in zip(axes, panels, strict=True):
+            costs = [bill.cost or 0.0 for bill in _priced(shown)]
             scale, unit = dollars(costs)
             for place, name in enumerate(names):
                 _machine(axis, [one for one in shown if one.hardware.name == name], name, place, scale, level)
@@ -61,7 +58,7 @@ def cost_time(
             axis.set_ylabel(f"cost, {unit}")
             first = [one for one in (chosen, *others) if one in shown and one]
             _nodes(axis, [*first, *line, *(shown if axis is not axes[0] else ())], scale)
-        axes[0].set_title(title, fontsize=11)
+        axes[0].set_title(title(request).partition(" within")[0], fontsize=11)
         if len(panels) > 1:
             axes[1].set_title(f"At most {AROUND:g} times the recommended cost", fontsize=11)
         legend_below(axes[0], 3)
@@ -141,8 +138,6 @@ def dollars(costs: Sequence[float]) -> tuple[float, str]:
 
 MOST = 14
 """Inputs that a tornado shows."""
-
-
 LEAST = 0.01
 """Of the widest bar of a tornado: an input whose bars are shorter is left out."""
 NAMES = {
