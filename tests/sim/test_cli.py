@@ -8,48 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mopsim.cli import main
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.spec.plan import Plan
+from tests.called import SIMULATE_KEYS, call
 
-JOB = [
-    "--model",
-    "tiny",
-    "--hardware",
-    "cpu-2core",
-    "--seq-len",
-    "256",
-    "--global-batch",
-    "4",
-    "--precision",
-    "float32",
-]
-SIMULATE_KEYS = {
-    "step_time_s",
-    "tokens_per_s_per_device",
-    "model_flops_per_s_per_device",
-    "mfu",
-    "fits",
-    "peak_memory_bytes",
-    "memory_limit_bytes",
-    "memory_by_category_bytes",
-    "peak_at",
-    "host_memory_bytes",
-    "exposed_s",
-    "strategy",
-    "provenance",
-}
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of `mopsim ...` run in this process."""
-    monkeypatch.setattr(sys, "argv", ["mopsim", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    code = stopped.value.code
-    assert isinstance(code, int)
-    return code
+JOB = ["--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "4",
+       "--precision", "float32"]  # fmt: skip
 
 
 def test_simulate_writes_json_and_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,6 +126,7 @@ def test_compare_writes_a_report(
 
 
 CONTEXT = ("context", "--model", "tiny", "--nodes", "1", "--hardware", "cpu-2core", "--out", "x")
+EXPORT = ["export", "--plan"]
 MISTAKES = [
     (["simulate", *JOB, "--strategy", "nope"], "strategy: 'nope'"),
     (["search", *JOB, "--budget", "10M"], "--budget: '10M' is not a number of simulations"),
@@ -198,6 +164,13 @@ MISTAKES = [
     ([*CONTEXT, "--seq-len", "4096,,8192"], "--seq-len: '4096,,8192' has an empty value"),
     ([*CONTEXT, "--seq-len", "4K", "--contender", "mop,mop"], "--contender: 'mop,mop' has mop twice"),
     (["list", "presets"], "'presets'"),
+    ([*EXPORT, "missing.yaml", "--to", "deepspeed", "--out", "x"], "missing.yaml: no such file"),
+    ([*EXPORT, "missing.yaml", "--to", "nemo", "--out", "x"], "nemo"),
+    (
+        [*EXPORT, "x.yaml", "--to", "deepspeed", "--out", "-", "--json", "-"],
+        "--json: - is where --out goes too",
+    ),
+    (["export", "--to", "deepspeed"], "Missing option"),
     (["frobnicate"], "No such command"),
     (["search"], "Missing option"),
 ]

@@ -1,13 +1,11 @@
 """mopsim export: what it writes and refuses, and what is simulated of a plan that loses something."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from mopsim.cli import main
 from mopsim.common import io
 from mopsim.export.left import left
 from mopsim.spec.capability import refusals
@@ -17,16 +15,8 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
+from tests.called import call
 from tests.sim.test_export import plan
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mopsim", "export", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    code = stopped.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def test_the_command(
@@ -35,43 +25,22 @@ def test_the_command(
     source, out = tmp_path / "plan.yaml", tmp_path / "ds.json"
     io.write_yaml(source, plan(mop(32, expert_parallel=8, vocab_parallel=8)))
     common = ["--plan", str(source), "--to", "deepspeed", "--out", str(out)]
-    assert call(monkeypatch, *common) == 2
+    assert call(monkeypatch, "export", *common) == 2
     err = capsys.readouterr().err
     assert "strategy.vocabulary.loss: 'ring'" in err
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
     shared = replace(fsdp2(32, context_parallel=2), stack="torchtitan")
     io.write_yaml(tmp_path / "shared.yaml", plan(shared))
-    assert call(monkeypatch, "--plan", str(tmp_path / "shared.yaml"), *common[2:]) == 2
+    assert call(monkeypatch, "export", "--plan", str(tmp_path / "shared.yaml"), *common[2:]) == 2
     err = capsys.readouterr().err
     assert "only 'ring' or 'all_gather'" in err
     assert len(err.strip().splitlines()) == 1
-    assert call(monkeypatch, *common, "--lossy", "--json", "-") == 0
+    assert call(monkeypatch, "export", *common, "--lossy", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["not_expressed"][0]["field"] == "strategy.vocabulary.loss"
     assert json.loads(out.read_text())["zero_optimization"]["stage"] == 3
-    assert call(monkeypatch, *common[:-1], "-", "--lossy") == 0
+    assert call(monkeypatch, "export", *common[:-1], "-", "--lossy") == 0
     assert json.loads(capsys.readouterr().out)["train_batch_size"] == 64
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--plan", "missing.yaml", "--to", "deepspeed", "--out", "x"], "missing.yaml: no such file"),
-        (["--plan", "missing.yaml", "--to", "nemo", "--out", "x"], "nemo"),
-        (
-            ["--plan", "x.yaml", "--to", "deepspeed", "--out", "-", "--json", "-"],
-            "--json: - is where --out goes too",
-        ),
-        (["--to", "deepspeed"], "Missing option"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    assert call(monkeypatch, *arguments) == 2
-    err = capsys.readouterr().err
-    assert says in err
-    assert len(err.strip().splitlines()) == 1
 
 
 def test_what_is_left_of_a_plan_is_simulated() -> None:

@@ -15,7 +15,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Dispatcher, Strategy
 from mopsim.spec.upgrade import load_plan
 from mopsim.strategies import fsdp2
-from tests.sim.test_cli import call
+from tests.called import call
 from tests.sim.test_export import plan, replace
 
 

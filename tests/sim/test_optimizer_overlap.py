@@ -23,9 +23,9 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import State, mop
+from tests.called import call
 from tests.plans import changed
 from tests.sim.spaces import spread
-from tests.sim.test_cli import call
 
 MODEL = replace(load_model("qwen3_30b_a3b"), num_hidden_layers=12)
 MACHINE = load_profile("h200-sxm-141g")

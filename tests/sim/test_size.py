@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from math import lcm
 from pathlib import Path
 from unittest.mock import patch
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopsim.cli import main
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.units import parse_tokens
@@ -28,6 +26,7 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
+from tests.called import call
 from tests.sim.toys import machine, quantity, small
 
 MODEL = small()
@@ -251,15 +250,6 @@ def test_recommended_is_the_cheapest_and_the_fastest_keeps_the_budget() -> None:
 JOB = ["size", "--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256",
        "--global-batch-tokens", "1K", "--precision", "float32", "--family", "mop", "--simulations", "2",
        "--max-nodes", "4"]  # fmt: skip
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mopsim", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    code = stopped.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def test_the_command_writes_json_in_si_units_and_a_plan(
