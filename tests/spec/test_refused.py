@@ -1,6 +1,5 @@
 """Every field of every YAML wrong in type, range and spelling: one line that names field, value and rule."""
 
-import copy
 import json
 import re
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Dense, Strategy
 from mopsim.spec.training import TrainSpec
-
-Path = tuple[str | int, ...]
+from tests.property.malformed import Path, put
 
 
 def _plan() -> Plan:
@@ -112,13 +110,6 @@ def tables(data: Any, path: Path = ()) -> Iterator[Path]:
             yield from tables(value, (*path, key))
     elif isinstance(data, list) and data:
         yield from tables(data[0], (*path, 0))
-
-
-def put(data: Any, path: Path, value: Any) -> Any:
-    """`data` with the value at `path` replaced (copied along the path only)."""
-    changed = copy.copy(data)
-    changed[path[0]] = value if len(path) == 1 else put(data[path[0]], path[1:], value)
-    return changed
 
 
 def written(prefix: str, path: Path) -> str:
