@@ -118,7 +118,7 @@ class Hunt:
         for position in pool.lighter(place) if place is not None else ():
             pool.refine(position)
             tie = pool.time[position] <= (1 + TIE) * best.step_time
-            if tie and not pool.taken[position] and pool.room()[0][position]:
+            if tie and not pool.taken[position] and pool.one(position).fits:
                 self.simulate(pool, position, progress)
                 return True
         return False
@@ -225,11 +225,11 @@ class Hunt:
             return None
         fits, _ = pool.room()  # before they are refined, with some slack
         least = pool.next(below)
-        hoped = math.inf if least is None else (1 + LEEWAY) * pool.expected()[least]
+        hoped = math.inf if least is None else (1 + LEEWAY) * pool.one(least).seconds
         while pool.seeds:
             position = pool.seeds.pop(0)
             may = (fits[position] or position in pool.published) and self._open(position, below)
-            if may and self._promising(position) and pool.expected()[position] < hoped:
+            if may and self._promising(position) and pool.one(position).seconds < hoped:
                 return position
         return None
 
@@ -252,7 +252,7 @@ class Hunt:
     def _promising(self, position: int) -> bool:
         """Whether a candidate whose bounds are refined is expected to be faster by more than a tie, or may be
         as expectations were wrong lately."""
-        return bool(self.pool.expected()[position] < self._slowest())
+        return self.pool.one(position).seconds < self._slowest()
 
     def _slowest(self) -> float:
         """Seconds under which what is expected promises to be faster."""
@@ -286,7 +286,7 @@ class Hunt:
             device = simulated.device.enough(self.options.confidence)
             memory = (round(device), round(simulated.host.quantile(SURE)))
         limit = pool.space.machine.memory_limit()
-        time, share = pool.expected()[position], pool.room()[1][position]
+        time, _, share = pool.one(position)
         self.misses.append((math.log(simulated.step_time / time), math.log(memory[0] / limit / share)))
         pool.learn(position, *memory, simulated.step_time)
         if simulated.step_time <= sorted(one.step_time for one in found.played)[:BEAM][-1]:
@@ -325,9 +325,8 @@ class Hunt:
         """The least step time that is expected of candidates that were not simulated and may fit, seconds;
         infinite where there are none."""
         position = self.pool.next(math.inf)
-        if position is None or not self.pool.room()[0][position]:
-            return math.inf
-        return float(self.pool.expected()[position])
+        least = None if position is None else self.pool.one(position)
+        return least.seconds if least and least.fits else math.inf
 
     def fastest(self, may: NDArray[np.bool_]) -> int | None:
         """Of the candidates that `may` and are expected to fit the one of the least expected time."""

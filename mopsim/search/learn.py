@@ -5,16 +5,17 @@ bounds and simulations reject a candidate.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.search.problem import Column
+from mopsim.search.problem import Column, once
 from mopsim.search.wires import Reals
 
 _GIB = float(2**30)
@@ -24,8 +25,18 @@ LATELY = 8
 """Simulations whose misses tell how memory is best expected."""
 JOINED = 1 << 12
 """Combinations of values up to which columns are looked up together: their sums fit the cache."""
+ALL = slice(None)
+Places = slice | Column
+"""Candidates: ALL, or their positions."""
 _DOUBT = 0.02
 """Weight of the assumption that what is gathered takes what the closed form says, beside one simulation."""
+
+
+def found_at(known: dict[Any, Any], key: Hashable, at: Places, find: Callable[[Places], Reals]) -> Reals:
+    """Something of candidates, the last axis: of all found once, of some each time if not of all yet."""
+    if at is ALL:
+        return once(known, key, lambda: find(ALL))
+    return known[key][..., at] if key in known else find(at)
 
 
 @dataclass
@@ -45,41 +56,50 @@ class Memory:
     seen: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
     misses: list[tuple[float, float]] = field(default_factory=list)
-    _above: tuple[Reals, Reals] | None = None
+    _known: dict[Hashable, Any] = field(default_factory=dict)
 
     def learn(self, position: int, peak: float) -> None:
         """Note the simulated peak of a candidate, bytes."""
         kind, bound = int(self.kinds[position]), float(self.bound[position])
         if self.times:
-            share, fixed = (float(one[position]) for one in self._of_kind())
+            share, fixed = (float(one[0]) for one in self._of_kind(np.array([position])))
             both = bound * (1.0 + share) + fixed, bound * median(self.times)
             self.misses.append((math.log(both[0] / peak), math.log(both[1] / peak)))
         self.times.append(peak / bound)
         self.seen.setdefault(kind, []).append((position, peak - bound))
-        self._above = None
+        self._known = {}
 
-    def expected(self, rise: Reals | float = 1.0) -> Reals:
-        """Peak memory of every candidate, bytes. rise: what refined bounds are expected to be of those that
-        are not."""
+    def expected(self, rise: Reals | float = 1.0, at: Places = ALL) -> Reals:
+        """Peak memory of candidates, bytes. rise: what refined bounds are expected to be of those that are
+        not."""
         by_kind, by_times = np.square(self.misses[-LATELY:] or [(0.0, 0.0)]).sum(axis=0)
         if by_times < by_kind:
-            return np.asarray(self.bound * rise * median(self.times))
-        share, fixed = self._of_kind()
-        return np.asarray(self.bound * (rise + share) + fixed)
+            return np.asarray(self.bound[at] * rise * median(self.times))
+        share, fixed = self._of_kind(at)
+        return np.asarray(self.bound[at] * (rise + share) + fixed)
 
-    def _of_kind(self) -> tuple[Reals, Reals]:
+    def _of_kind(self, at: Places) -> tuple[Reals, Reals]:
         """(Times its bound, bytes) that each candidate has above its bound by its kind, else by all."""
-        if self._above is None:
-            every = [one for seen in self.seen.values() for one in seen]
-            scale = np.append(self._largest, self.bound.max(initial=1.0))
-            weights = np.tile(self._fit(every, scale), (int(self.kinds.max(initial=0)) + 1, 1))
-            for kind, seen in self.seen.items():
-                weights[kind] = self._fit(seen, scale)
-            fixed = np.zeros(len(self.bound))
+        weights = once(self._known, "weights", self._weights)
+
+        def of(at: Places) -> Reals:
+            kinds = self.kinds[at]
+            fixed = np.zeros(len(kinds))
             for part, weight in zip(self.parts, weights.T, strict=False):
-                fixed += part * weight[self.kinds]
-            self._above = weights[self.kinds, -1], fixed
-        return self._above
+                fixed += part[at] * weight[kinds]
+            return np.stack([weights[kinds, -1], fixed])
+
+        share, fixed = found_at(self._known, "above", at, of)
+        return share, fixed
+
+    def _weights(self) -> Reals:
+        """What each kind has for each unit of each part, and for each byte of the bound."""
+        every = [one for seen in self.seen.values() for one in seen]
+        scale = np.append(self._largest, self.bound.max(initial=1.0))
+        weights = np.tile(self._fit(every, scale), (int(self.kinds.max(initial=0)) + 1, 1))
+        for kind, seen in self.seen.items():
+            weights[kind] = self._fit(seen, scale)
+        return weights
 
     @cached_property
     def _largest(self) -> Reals:
@@ -114,18 +134,17 @@ class Rise:
     kinds: Column
     usually: Callable[[list[float]], float] = np.median
     seen: dict[int, list[float]] = field(default_factory=dict)
-    _known: Reals | None = None
+    _known: dict[Hashable, Any] = field(default_factory=dict)
 
     def learn(self, position: int, times: float) -> None:
         """Note the rise of a candidate."""
         self.seen.setdefault(int(self.kinds[position]), []).append(times)
-        self._known = None
+        self._known = {}
 
-    def expected(self) -> Reals:
-        """Of every candidate."""
-        if self._known is None:
-            self._known = self._by_kind()[self.kinds]
-        return self._known
+    def expected(self, at: Places = ALL) -> Reals:
+        """Of candidates."""
+        each = once(self._known, "kinds", self._by_kind)
+        return found_at(self._known, "all", at, lambda at: each[self.kinds[at]])
 
     def _by_kind(self) -> Reals:
         found = np.ones(int(self.kinds.max(initial=0)) + 1)
@@ -142,12 +161,14 @@ class Effects:
 
     codes: of each column the place of each candidate's value among that column's values, in as few bytes as
     hold it: a column has hundreds of thousands. joined: of so many columns, one after the other, the place of
-    each candidate's values among all their combinations. alike: how often two values were seen together.
+    each candidate's values among all their combinations. which: places of the columns among those given.
+    alike: how often two values were seen together.
     """
 
     codes: list[NDArray[np.unsignedinteger]]
     sizes: list[int]
     joined: list[tuple[int, Column]]
+    which: list[int]
     seen: list[list[int]] = field(default_factory=list)
     alike: Reals = field(init=False)
 
@@ -158,17 +179,18 @@ class Effects:
     @staticmethod
     def of(columns: Iterable[Column]) -> "Effects":
         """Columns of one value say nothing and are left out."""
-        codes, sizes = list[NDArray[np.unsignedinteger]](), list[int]()
-        for column in columns:
+        codes, sizes, which = list[NDArray[np.unsignedinteger]](), list[int](), list[int]()
+        for place, column in enumerate(columns):
             values, places = coded(column)
             if len(values) > 1:
                 codes.append(places.astype(np.min_scalar_type(len(values))))
                 sizes.append(len(values))
-        return Effects(codes, sizes, _joined(codes, sizes))
+                which.append(place)
+        return Effects(codes, sizes, _joined(codes, sizes), which)
 
     def unseen_yet(self) -> "Effects":
         """Of the same candidates, before any was seen."""
-        return Effects(self.codes, self.sizes, self.joined)
+        return Effects(self.codes, self.sizes, self.joined, self.which)
 
     def see(self, position: int) -> None:
         """Note that something was seen of a candidate."""
@@ -187,16 +209,16 @@ class Effects:
         """Of each value 1 where it was never seen, less the more often it was."""
         return np.asarray(1 / (1 + np.diagonal(self.alike)))
 
-    def added(self, each: Reals, to: float) -> Reals:
-        """Of every candidate: what its values have of `each`, added to a number."""
-        found = np.full(len(self.codes[0]) if self.codes else 1, to)
+    def added(self, each: Reals, to: float, at: Places = ALL) -> Reals:
+        """Of candidates: what their values have of `each`, added to a number."""
+        found = np.full(len(self.codes[0][at]) if self.codes else 1, to)
         values = (each[start : start + size] for start, size in zip(self.starts, self.sizes, strict=True))
         for count, places in self.joined:
             sums = np.zeros(1)
             for mine in islice(values, count):
                 sums = np.add.outer(sums, mine).ravel()
             if sums.any():
-                found += sums[places]
+                found += sums[places[at]]
         return found
 
 
@@ -220,20 +242,23 @@ class Slower:
 
     effects: Effects
     logarithms: list[float] = field(default_factory=list)
-    _known: Reals | None = None
+    _known: dict[Hashable, Any] = field(default_factory=dict)
 
     def learn(self, position: int, times: float) -> None:
         """Note that of a candidate."""
         self.effects.see(position)
         self.logarithms.append(math.log(times))
-        self._known = None
+        self._known = {}
 
-    def expected(self) -> Reals:
-        """Of every candidate."""
-        if self._known is None:
-            found, usual = np.array(self.logarithms), median(self.logarithms or [0.0])
-            self._known = np.exp(self.effects.added(self.effects.of_values(found - usual), usual))
-        return self._known
+    def expected(self, at: Places = ALL) -> Reals:
+        """Of candidates."""
+        each, usual = once(self._known, "values", self._values)
+        return found_at(self._known, "all", at, lambda at: np.exp(self.effects.added(each, usual, at)))
+
+    def _values(self) -> tuple[Reals, float]:
+        """(What each value adds to the logarithm, that of the usual)."""
+        found, usual = np.array(self.logarithms), median(self.logarithms or [0.0])
+        return self.effects.of_values(found - usual), usual
 
 
 @dataclass
@@ -244,7 +269,7 @@ class Times:
     guess: Reals
     effects: Effects
     seen: list[tuple[int, float]] = field(default_factory=list)
-    _known: dict[float, Reals] = field(default_factory=dict)
+    _known: dict[Hashable, Any] = field(default_factory=dict)
 
     def learn(self, position: int, seconds: float) -> None:
         """Note the simulated step time of a candidate, whose guess changes no more."""
@@ -252,23 +277,21 @@ class Times:
         self.seen.append((position, seconds))
         self._known = {}
 
-    def factor(self, hope: float) -> Reals:
-        """Of every candidate: step time over its guess, expected. hope: by how much (as a fraction) a value
-        that was never simulated is taken to be better. What is odd teaches no more than the most of the
-        others."""
-        if hope not in self._known:
-            self._known[hope] = self._factor(hope)
-        return self._known[hope]
-
-    def _factor(self, hope: float) -> Reals:
+    def factor(self, hope: float, at: Places = ALL) -> Reals:
+        """Of candidates: step time over its guess, expected. hope: by how much (as a fraction) a value that
+        was never simulated is taken to be better. What is odd teaches no more than the most of the others."""
         if not self.seen:
-            return np.ones(len(self.guess))
+            return np.ones(len(self.guess[at]))
+        each, usual = once(self._known, ("values", hope), lambda: self._values(hope))
+        return found_at(self._known, hope, at, lambda at: np.exp(self.effects.added(each, usual, at)))
+
+    def _values(self, hope: float) -> tuple[Reals, float]:
+        """(What each value adds to the logarithm, that of the usual)."""
         ratio = np.log([seconds / self.guess[position] for position, seconds in self.seen])
         usual = float(np.median(ratio))
         odd = _ODD * float(np.median(np.abs(ratio - usual))) + 1e-3
         ratio = np.clip(ratio, usual - odd, usual + odd)
-        each = self.effects.of_values(ratio - usual) - hope * self.effects.unseen()
-        return np.exp(self.effects.added(each, usual))
+        return self.effects.of_values(ratio - usual) - hope * self.effects.unseen(), usual
 
 
 def codes(columns: Iterable[Column], rows: int) -> Column:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from mopsim.search.bound import Bounds
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
 from mopsim.search.hosts import surely_on_host
-from mopsim.search.learn import Effects, Memory, Rise, Slower, Times, codes
+from mopsim.search.learn import ALL, Effects, Memory, Places, Rise, Slower, Times, codes, found_at
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import DEVICE, Column, once
 from mopsim.search.refined import Refined, alike
@@ -47,6 +47,8 @@ TOGETHER = 64
 """Groups of candidates whose bounds are refined together: what is common to all is done once."""
 SAMPLE = 4_000
 """Values that a sample of many has."""
+FEW = 4
+"""Where not one in so many candidates counts, what is asked of each is found of those alone."""
 STEP = 1 / 256
 """Part of a peak of which so many whole ones are counted where communicators come on top of it."""
 ROUGH = 0.15
@@ -54,6 +56,14 @@ ROUGH = 0.15
 HOPE, KNOWN_HOPE = 0.03, 0.003
 """Part by which a value of a column that was never simulated is taken to be faster than known, where bounds
 are rough and where they are refined."""
+
+
+class Expected(NamedTuple):
+    """Of a candidate: its step time, whether it fits, and the share that it needs of what memory there is."""
+
+    seconds: float
+    fits: bool
+    share: float
 
 
 @dataclass
@@ -172,13 +182,12 @@ class Pool:
             place = int(np.argmin(now))
             if self.refined[place] or not np.isfinite(now[place]):
                 return place if np.isfinite(now[place]) else None
-            known = np.where(self.refined, now, np.inf)
-            if turns < 0 and np.isfinite(known.min()):
-                return int(np.argmin(known))
-            if turns < 0 and briefly:
-                return None
-            first = _lowest(now, AT_ONCE)
-            self.refine(*first[np.isfinite(now[first])].tolist())
+            if turns < 0:
+                known = np.where(self.refined, now, np.inf)
+                place = int(np.argmin(known))
+                if briefly or np.isfinite(known[place]):
+                    return place if np.isfinite(known[place]) else None
+            self.refine(*_lowest(now, AT_ONCE).tolist())
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
@@ -188,36 +197,47 @@ class Pool:
         if self.host[position] > 0:
             self.host_rise.learn(position, host_memory / float(self.host[position]))
 
-    def expected(self, *, hopeful: bool = False) -> Reals:
-        """Step time of every candidate, seconds. hopeful: optimistic where a value was never simulated."""
-        return once(
-            self.known, hopeful, lambda: self._expected(*((KNOWN_HOPE, HOPE) if hopeful else (0.0, 0.0)))
-        )
+    def expected(self, at: Places = ALL, *, hopeful: bool = False) -> Reals:
+        """Step time of candidates, seconds. hopeful: optimistic where a value was never simulated."""
+        known, rough = (KNOWN_HOPE, HOPE) if hopeful else (0.0, 0.0)
 
-    def _expected(self, known: float, rough: float) -> Reals:
-        """The same. known, rough: by how much a value that was never simulated is taken to be faster, where
-        bounds are refined and where not."""
-        close, far = self.times.factor(known), self.times.factor(rough) * self.slower.expected()
-        return np.asarray(self.times.guess * np.where(self.refined, close, far))
+        def find(at: Places) -> Reals:
+            far = self.times.factor(rough, at) * self.slower.expected(at)
+            factor = np.where(self.refined[at], self.times.factor(known, at), far)
+            return np.asarray(self.times.guess[at] * factor)
 
-    def room(self) -> tuple[NDArray[np.bool_], Reals]:
-        """Of each candidate: whether it is expected to fit, with some slack where its bounds are not refined;
+        return found_at(self.known, hopeful, at, find)
+
+    def room(self, at: Places = ALL) -> tuple[NDArray[np.bool_], Reals]:
+        """Of candidates: whether each is expected to fit, with some slack where its bounds are not refined;
         its expected share of what there is."""
-        return once(self.known, "room", self._room)
+        share, rough = found_at(self.known, "room", at, self._room)
+        return rough <= 1, share
 
-    def _room(self) -> tuple[NDArray[np.bool_], Reals]:
-        hardware = self.space.problem.hardware
-        limit = self.space.machine.memory_limit()
-        share = self.memory.expected(np.where(self.refined, 1.0, self.rise.expected()))
+    def _room(self, at: Places) -> Reals:
+        """(Expected shares; the same with the slack)."""
+        limit, refined = self.space.machine.memory_limit(), self.refined[at]
+        share = self.memory.expected(np.where(refined, 1.0, self.rise.expected(at)), at)
         share /= limit
-        needed = self.host * self.host_rise.expected() / max(hardware.host_limit(), 1)
-        np.maximum(needed, self.memory.bound * (self.enough + self.wires) / limit, out=needed)
-        rough = share * np.where(self.refined, 1.0, 1 / (1 + ROUGH))
-        return np.maximum(needed, rough, out=rough) <= 1, np.maximum(needed, share, out=share)
+        hardware = self.space.problem.hardware
+        needed = self.host[at] * self.host_rise.expected(at) / max(hardware.host_limit(), 1)
+        enough = self.memory.bound[at] * (self.enough + self.wires[at]) / limit
+        np.maximum(needed, enough, out=needed)
+        rough = share * np.where(refined, 1.0, 1 / (1 + ROUGH))
+        found = np.empty((2, len(share)))
+        np.maximum(needed, share, out=found[0])
+        np.maximum(needed, rough, out=found[1])
+        return found
+
+    def one(self, position: int) -> Expected:
+        """What is expected of one candidate."""
+        at = np.array([position])
+        (fits,), (share,) = self.room(at)
+        return Expected(float(self.expected(at)[0]), bool(fits), float(share))
 
     def hoped(self, may: NDArray[np.bool_]) -> Reals:
         """Expected seconds of the candidates that `may` and are expected to fit, infinite of others."""
-        return np.where(may & ~self.taken & self.room()[0], self.expected(), np.inf)
+        return _of(may & ~self.taken, lambda at: np.where(self.room(at)[0], self.expected(at), np.inf))
 
     def next(
         self, below: float, turns: float = TURNS, *, hoped: float = np.inf, slack: float = 0.0
@@ -227,13 +247,17 @@ class Pool:
         of the memory by which it may be expected not to fit."""
 
         def score() -> Reals:
-            fits, share = self.room()
             usable = ~self.taken & (self.time < below)
-            likely = usable & (fits | (share <= 1 + slack))
-            if likely.any() or np.isfinite(hoped):
-                time = self.expected(hopeful=True)
+
+            def each(at: Places) -> Reals:
+                fits, share = self.room(at)
+                likely = fits | (share <= 1 + slack)
+                if not (np.isfinite(hoped) or (likely & usable[at]).any()):
+                    return share
+                time = self.expected(at, hopeful=True)
                 return np.where(likely & (time < hoped), time, np.inf)
-            return np.where(usable, share, np.inf)
+
+            return _of(usable, each)
 
         return self.best(score, turns, briefly=bool(np.isfinite(hoped)))
 
@@ -287,23 +311,37 @@ class Pool:
 
     def _differs(self, position: int) -> dict[str, NDArray[np.bool_]]:
         """By decision: which candidates decide otherwise than the one at `position`."""
-        index = int(self.rows[position])
+        names, effects = list(self.space.columns), self.times.effects
         groups: dict[str, NDArray[np.bool_]] = {}
         followers = {name for name, one in FOLLOWERS.items() if self.space.family in one.families}
-        for name, column in self.space.columns.items():
-            if not column.strides[0] or name in followers:  # one value
+        for place, column in zip(effects.which, effects.codes, strict=True):
+            name = names[place]
+            if name in followers:
                 continue
             group = _TOGETHER.get(name, name)
-            differs = column[self.rows] != column[index]
+            differs = column != column[position]
             groups[group] = groups[group] | differs if group in groups else differs
         return groups
 
 
+def _of(may: NDArray[np.bool_], find: Callable[[Places], Reals]) -> Reals:
+    """Something of the candidates that `may`, infinite of others. Of few it is found of these alone."""
+    at = np.flatnonzero(may)
+    if FEW * len(at) > len(may):
+        return np.where(may, find(ALL), np.inf)
+    found = np.full(len(may), np.inf)
+    found[at] = find(at)
+    return found
+
+
 def _lowest(values: Reals, count: int) -> Column:
-    """Places of the `count` lowest of many values. What a sample of them says is too high is not sorted."""
-    enough = np.sort(values[:: max(1, len(values) // SAMPLE)])[: count + 1]
-    low = np.flatnonzero(values <= enough[-1])
-    return np.asarray(low[np.argsort(values[low], kind="stable")[:count]])
+    """Places of the `count` lowest of many values, but infinite ones. What a sample of them says is too high
+    is not sorted."""
+    at = np.flatnonzero(np.isfinite(values))
+    finite = values[at]
+    enough = np.sort(finite[:: max(1, len(finite) // SAMPLE)])[: count + 1]
+    low = np.flatnonzero(finite <= enough[-1])
+    return np.asarray(at[low[np.argsort(finite[low], kind="stable")[:count]]])
 
 
 def _most(order: Column, memory: Reals) -> tuple[Column, Column]:

@@ -63,7 +63,9 @@ def try_restricted(hunt: Hunt, progress: Callable[[SearchResult], None]) -> None
             if hunt.found.simulated >= hunt.options.budget:
                 return
             position = hunt.fastest(may)
-            if position is None or hunt.pool.expected()[position] * (1 + LEEWAY) > min(known, default=np.inf):
+            if position is None or hunt.pool.one(position).seconds * (1 + LEEWAY) > min(
+                known, default=np.inf
+            ):
                 break
             hunt.simulate(hunt.pool, position, progress)
 
