@@ -165,10 +165,10 @@ class TapeDraft(Recorder):
                 self._gathered(source, back)
 
     def _gathered(self, source: Kernel, back: str) -> None:
-        if source.name in self.again or self.context.groups[source.group].size == 1:
+        if source.writes[0].name in self.again or self.context.groups[source.group].size == 1:
             return
         self.close(back)
-        self.again.add(source.name)
+        self.again.add(source.writes[0].name)
         whole = [("dispatch", source.writes[0].bytes), *source.scratch]
         whole += [(name, -size) for name, size in source.scratch]
         work, stream = works(source, "forward", self.context), self._stream(source)
