@@ -34,7 +34,9 @@ def regathers(kernel: Kernel, source: Kernel) -> bool:
 
 def still_to_read(later: Sequence[Played], kernel: Kernel) -> int:
     """Products after this one that read the same rows in a backward."""
-    return sum(item.backward and item.kernel.reads == kernel.reads for item in later if item.kernel.matmuls)
+    return sum(
+        item.backward and item.kernel.reads[0] == kernel.reads[0] for item in later if item.kernel.matmuls
+    )
 
 
 def partner(played: Sequence[Played], index: int, source: Kernel, done: set[int]) -> int:
