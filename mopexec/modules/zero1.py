@@ -20,12 +20,10 @@ from mopexec.modules.network import RankNetwork
 from mopexec.modules.slices import Block, Kind, pieces
 from mopexec.operators.adamw import Intervals, decays
 from mopexec.operators.dtypes import of_name
+from mopexec.operators.grouped import BLOCK
 from mopexec.run.shards import ParameterPieces
 from mopsim.spec import layout
 from mopsim.spec.strategy import Precision
-
-ALIGNED = 8
-"""Elements: parameters begin at 16 bytes in bf16, as grouped products want."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ def make_buffer(
     places, end = {}, 0
     for name, block in blocks.items():
         places[name] = end
-        end += layout.ceil_div(torch.Size(block.size).numel(), ALIGNED) * ALIGNED
-    size = layout.ceil_div(end, groups[1].size * ALIGNED) * groups[1].size * ALIGNED
+        end += layout.ceil_div(torch.Size(block.size).numel(), BLOCK) * BLOCK
+    size = layout.ceil_div(end, groups[1].size * BLOCK) * groups[1].size * BLOCK
     with category("params"):
         values = torch.zeros(size, dtype=dtypes[0], device=platform.device)
     with category("grads"):

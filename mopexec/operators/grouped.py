@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from mopexec.operators import kernels
 from mopexec.operators.fused import OPS
+from mopsim.spec.stack import GROUPED_ROW
 
-_BLOCK = 8
-"""Elements of 16 bytes in bf16: what grouped products want rows to be multiples of, on CUDA."""
+BLOCK = GROUPED_ROW // torch.bfloat16.itemsize
+"""Elements in bf16 of which grouped products want rows to be multiples."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def expert_order(arrived: Tensor, total: int) -> Tensor | None:
 def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
     """Whether the stack asks for grouped products and torch has them: bf16, rows of whole 16 bytes."""
     hidden, inner = stacks[f"{prefix}up_proj"].shape[1:]  # packed rows are wider than they multiply
-    whole = rows.shape[0] > 0 and hidden % _BLOCK == 0 and inner % _BLOCK == 0
+    whole = rows.shape[0] > 0 and hidden % BLOCK == 0 and inner % BLOCK == 0
     asked = kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
     return asked and _in_one_kernel(rows.device)
 
@@ -119,7 +120,7 @@ class Groups:
     def of_bias(self, grads: Tensor) -> Tensor:
         """Gradient of a bias [E, b]: the sum of each expert's rows, as a product with ones: in a fixed
         order."""
-        ones = torch.ones((grads.shape[0], _BLOCK), dtype=grads.dtype, device=grads.device)
+        ones = torch.ones((grads.shape[0], BLOCK), dtype=grads.dtype, device=grads.device)
         return self.of_weights(ones, grads)[:, 0]
 
     def add_weights(self, target: Tensor, rows: Tensor, grads: Tensor) -> None:

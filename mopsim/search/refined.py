@@ -19,9 +19,6 @@ from mopsim.search.wires import Reals
 from mopsim.search.woven import LAID, RankTime, expected, fullest, woven_height
 from mopsim.spec.model import LayerKind
 
-SHARDS = ("dense_shard", "expert_shard", "reshard")
-"""Columns that say how the weights of a layer are sent, beside those of its templates."""
-
 
 @dataclass(frozen=True)
 class WovenRank:

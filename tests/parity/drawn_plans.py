@@ -2,6 +2,7 @@
 fp32 under autograd are tested by themselves (test_wide_experts)."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -45,10 +46,14 @@ OF_EXPERTS: list[tuple[float, Fields]] = [
 
 def drawn_plan(seed: int, *, replicated: bool = False) -> Plan:
     """Equal for equal seeds. replicated: of FSDP2 whose shards have copies (HSDP)."""
-    draw = random.Random(seed)
+    return first_run(random.Random(seed), _replicated if replicated else _plan)
+
+
+def first_run(draw: random.Random, make: Callable[[random.Random], Plan]) -> Plan:
+    """The first plan so drawn that mopexec runs."""
     while True:
         try:
-            plan = _replicated(draw) if replicated else _plan(draw)
+            plan = make(draw)
             make_context(plan.model, plan.strategy, plan.training, 8, plan.stack)
             if next(not_run(plan), None) is None:
                 return plan

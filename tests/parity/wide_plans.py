@@ -7,16 +7,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from mopsim.common.errors import MopError
-from mopsim.program.context import make_context
-from mopsim.spec.capability import not_run
 from mopsim.spec.categories import KEPT
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
-from tests.parity.drawn_plans import Fields, drawn_model, some
+from tests.parity.drawn_plans import Fields, drawn_model, first_run, some
 from tests.plans import changed, plan_of, split
 
 FURTHER: list[tuple[float, Fields]] = [
@@ -39,15 +36,7 @@ WORLDS = (1, 2, 2, 4, 4, 8)
 
 def wide_plan(seed: int) -> Plan:
     """Equal for equal seeds."""
-    draw = random.Random(seed)
-    while True:
-        try:
-            plan = _plan(draw)
-            make_context(plan.model, plan.strategy, plan.training, 8, plan.stack)
-            if next(not_run(plan), None) is None:
-                return plan
-        except MopError:  # two that do not go together
-            continue
+    return first_run(random.Random(seed), _plan)
 
 
 def _plan(draw: random.Random) -> Plan:
