@@ -22,7 +22,7 @@ from mopsim.search.result import NOT_RUN
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, field_refusals, refusals
 from mopsim.spec.capability.expressions import fields_read
 from mopsim.spec.capability.rules import in_words, what_the_stack_has
-from mopsim.spec.has import field_of, plain
+from mopsim.spec.has import MODEL, field_of, plain
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 
@@ -191,7 +191,7 @@ class _Trials:
         for key, values in self.axes.items():
             if all(self._tried(key, value)[0] for value in cast(Sequence[Value], values)):
                 error = self._tried(key, values[0])[0][0]
-                return f"{error.field} {error.rule}"
+                return str(error) if error.field.startswith(MODEL) else f"{error.field} {error.rule}"
         return ""
 
     def _left(self, key: Key, lacks: dict[Value, SpecError]) -> Values:

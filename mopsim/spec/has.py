@@ -8,14 +8,14 @@ from mopsim.common.errors import SpecError, require
 from mopsim.common.explain import not_one_of
 from mopsim.common.io import leaves
 from mopsim.common.shipped import kept
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import DESCRIPTION, ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.strategy_rules import BETWEEN, LEAST, WORDS
 
-NAMES = ("name", "stack")
-"""Fields of a strategy that say what it is called and what it is for: a program decides neither."""
 MODEL = "model."
 """What the key of a network's field begins with."""
+NAMES = ("name", "stack", *(MODEL + name for name in DESCRIPTION))
+"""Keys of fields that say what a strategy or a network is called and where it is from: no program decides."""
 _ASKED = dict(leaves(Strategy)) | dict(leaves(ModelSpec, MODEL))
 """Type of every field of a strategy or a network that holds no struct, by its key."""
 
@@ -34,7 +34,7 @@ def require_had(key: str, values: tuple[Any, ...]) -> None:
     """An entry of `has` names a field of Strategy or ModelSpec, its values there, and a known condition."""
     path, only, where = key.partition(" where ")
     require(path in _ASKED, "has", key, "is not a field of a strategy, nor model.FIELD of a network")
-    require(path not in NAMES, "has", key, "is a name, which no program has or lacks")
+    require(path not in NAMES, "has", key, "is a description, which no program has or lacks")
     require(bool(values), f"has.{key}", [], "must name the values that the program has")
     if only:
         known = kept("mopsim.spec.capability", "conditions.yaml")

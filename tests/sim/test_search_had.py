@@ -272,7 +272,7 @@ def test_what_several_families_lack_is_told_once_with_their_names() -> None:
 def test_a_program_without_an_indexer_is_refused_by_name(stack: str) -> None:
     asked = Problem(load_model("deepseek_v3_2"), load_profile("h200-sxm-141g"), 32, TRAINING)
     asked = dataclasses.replace(asked, stack=load_stack(stack))
-    rule = f"model.sparse_attention.index_topk is not simulated on the stack {stack}, only 0"
+    rule = f"model.sparse_attention.index_topk: 2048 is not simulated on the stack {stack}, only 0"
     assert had(asked, "fsdp2").refused == rule
     whole = replace(TRAINING, global_batch=256)
     with pytest.raises(SpecError, match=r"index_topk: 2048 is not simulated on the stack .*, only 0"):

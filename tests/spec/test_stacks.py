@@ -106,9 +106,10 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
         ),
         (
             "name: a\nversion: b\nhas: {source: c, stack: [torchtitan]}",
-            "stack.has: 'stack' is a name, which no program has or lacks",
+            "stack.has: 'stack' is a description, which no program has or lacks",
         ),
-        ("name: a\nversion: b\nhas: {source: c, name: [a]}", "stack.has: 'name' is a name, which no"),
+        ("name: a\nversion: b\nhas: {source: c, model.name: [a]}", "stack.has: 'model.name' is a desc"),
+        ("name: a\nversion: b\nhas: {source: c, name: [a]}", "stack.has: 'name' is a description"),
         (
             "name: a\nversion: b\nhas: {source: c, activations.modules: [[mlp], [mpl]]}",
             "stack.has.activations.modules[1]: 'mpl' is not one of core_attn, ",
