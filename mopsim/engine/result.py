@@ -9,7 +9,17 @@ from mopsim.common.io import to_plain
 from mopsim.common.units import format_bytes, format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals.memory import PeakSpread
-from mopsim.intervals.spread import SURE, Facts, Ratio, Spread, against, of_peak_memory, of_step_time, ratio
+from mopsim.intervals.spread import (
+    SURE,
+    Facts,
+    Ratio,
+    Spread,
+    against,
+    fitting_in_words,
+    of_peak_memory,
+    of_step_time,
+    ratio,
+)
 from mopsim.spec.categories import shown_as, spoken
 from mopsim.spec.line import describe
 from mopsim.spec.stack import Stack
@@ -189,11 +199,8 @@ class SimResult:
 
     @property
     def verdict(self) -> str:
-        """`p_as_described` in words: `fits` from SURE on, else `may not fit`; `out of memory` where a point
-        is not."""
-        if not self.fits:
-            return "out of memory"
-        return "fits" if self.sure else "may not fit"
+        """As `fitting_in_words`."""
+        return fitting_in_words(self.fits, self.p_as_described)
 
     @property
     def odds(self) -> str:

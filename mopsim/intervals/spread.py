@@ -42,6 +42,8 @@ ITS_OWN = "(this user's)"
 """The source of the runs in a calibrated profile, and of what is predicted from it."""
 SURE = 0.9
 """Probability of fitting from which a plan is taken without being asked to take risks."""
+OUT = "out of memory"
+"""How what will not do is marked, also on the pages of every command."""
 CLOSE = 1e-6
 """Of a quantile, in logs."""
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -51,6 +53,13 @@ FAR = 5
 """Deviations that a peak which is simulated to the byte may be off by in a run, and still is."""
 MISSED = 0.9
 """Share of a user's runs whose misses an interval of this level has to hold."""
+
+
+def fitting_in_words(fits: bool, p_as_described: float) -> str:
+    """`fits` from SURE on, else `may not fit`; `out of memory` where the point is not enough."""
+    if not fits:
+        return OUT
+    return "fits" if p_as_described >= SURE else "may not fit"
 
 
 Against = Literal["runs", "your runs", "dry run"]

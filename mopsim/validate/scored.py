@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mopsim.intervals.errors import Name
 from mopsim.intervals.memory import PeakSpread
-from mopsim.intervals.spread import SURE, Spread
+from mopsim.intervals.spread import Spread, fitting_in_words
 from mopsim.validate.calibration import Fit
 from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated
@@ -80,10 +80,8 @@ class Scored:
 
     @property
     def verdict(self) -> str:
-        """In words, as SimResult.verdict."""
-        if not self.simulated.fits:
-            return "out of memory"
-        return "fits" if self.p_as_described >= SURE else "may not fit"
+        """As `fitting_in_words`."""
+        return fitting_in_words(self.simulated.fits, self.p_as_described)
 
 
 def _error(predicted: float, measured: float | None) -> float | None:

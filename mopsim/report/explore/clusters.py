@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.common.units import format_nodes
+from mopsim.intervals.spread import OUT
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import (
-    OUT,
     ExplorerStep,
     Json,
     bars,

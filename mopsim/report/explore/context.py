@@ -3,8 +3,9 @@
 from typing import Any
 
 from mopsim.common.units import format_count
+from mopsim.intervals.spread import OUT
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import OUT, ExplorerStep, Json, device, keyed, plot
+from mopsim.report.explore.steps import ExplorerStep, Json, device, keyed, plot
 from mopsim.report.tables import rate
 
 _RATE = "tokens_per_s_per_device"

@@ -9,7 +9,7 @@ import msgspec
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.engine import SimResult
-from mopsim.intervals.spread import SURE
+from mopsim.intervals.spread import OUT, SURE, fitting_in_words
 from mopsim.program.workload import STREAMS
 from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
@@ -55,10 +55,6 @@ class StepJson(msgspec.Struct, frozen=True, kw_only=True):
     provenance: dict[str, Any] | None = None
 
 
-OUT = "out of memory"
-"""How what will not do is marked, on pages of every command."""
-
-
 @dataclass(frozen=True)
 class ExplorerStep:
     """A simulated step and what it is called in the result."""
@@ -94,10 +90,9 @@ def likely(found: Json) -> float | None:
 
 def state_of(fits: bool, p_fits: float | None, verdict: str = "") -> str:
     """How a row or a point is marked. p_fits: `likely`."""
-    if not fits:
-        return OUT
-    unsure = p_fits < SURE if p_fits is not None else verdict in ("may not fit", "at risk")
-    return "may not fit" if unsure else "fits"
+    if p_fits is None:  # a file of before
+        p_fits = 0.0 if verdict in ("may not fit", "at risk") else SURE
+    return fitting_in_words(fits, p_fits)
 
 
 def plan_of(strategy: Json | str) -> str:

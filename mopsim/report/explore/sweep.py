@@ -3,8 +3,9 @@
 from typing import Any
 
 from mopsim.common.units import format_count
+from mopsim.intervals.spread import OUT
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import OUT, Cell, ExplorerStep, Json, device, ends, plot, table, told
+from mopsim.report.explore.steps import Cell, ExplorerStep, Json, device, ends, plot, table, told
 from mopsim.report.tables import NO_STRATEGY, rate
 
 
