@@ -34,7 +34,7 @@ from mopexec.model import Transformer
 from mopexec.modules.slices import block_of, part_of, pieces
 from mopexec.modules.zero1 import buffers_of
 from mopexec.run.checkpoint_reader import read
-from mopexec.run.shards import ParameterPieces, Place
+from mopexec.run.shards import ParameterPieces, Piece, Place
 from mopsim import strategies
 from mopsim.common import io
 from mopsim.common.io import write_text
@@ -189,12 +189,9 @@ def plan_cost(ranks: list[Held], *, flat: bool = False) -> dict[str, float]:
 def file_cost(folder: Path, *, flat: bool) -> dict[str, float]:
     """CPU seconds to write and to read the halves of an output projection under TP2, and bytes of it."""
     block = torch.rand(2, 2048, 2048)
-    whole = (2048, 4096)
-    state = {}
-    for half, values in enumerate(block):
-        part = SimpleNamespace(shape=whole, size=(2048, 2048), start=(0, 2048 * half))
-        held = pieces(part, values)  # type: ignore[arg-type]
-        state[f"o_proj.{half}"] = held.in_flat_order() if flat else held
+    halves = [Piece((0, 2048 * half), values) for half, values in enumerate(block)]
+    held = ParameterPieces.of(halves, (2048, 4096), block)
+    state = {"o_proj": held.in_flat_order() if flat else held}
     begin = time.process_time()
     save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
     written, begin = time.process_time() - begin, time.process_time()
