@@ -33,6 +33,23 @@ def test_the_errors_in_readme_are_those_of_the_report(row: str, pattern: str, wo
     assert words.format(float(found[1])) in said.partition("## How accurate the predictions are")[2][:1800]
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("AB", "{mean} % off, {bias} % too fast on average:"),
+        ("bf16_fp16_AB", "{mean} % in bf16 and fp16 ({runs:,} runs)"),
+        ("fp8_mxfp8_A", "{mean} % in 8 bits ({runs:,} runs, grade A alone)"),
+    ],
+)
+def test_errors_in_readme_are_told_with_the_runs_that_they_are_of(rows: str, words: str) -> None:
+    """An error of some of the counted runs names how many these are."""
+    tables = (ROOT / "reports/validation/tables.md").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in tables if line.startswith(f"| {rows} | step_time_s |"))
+    _, _, _, runs, mean, bias, *_ = (cell.strip() for cell in line.split("|"))
+    told = words.format(runs=int(runs), mean=mean.strip("%"), bias=bias.strip("-%"))
+    assert told in _readme().partition("## How accurate the predictions are")[2]
+
+
 def _readme() -> str:
     return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
