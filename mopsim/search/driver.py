@@ -269,7 +269,8 @@ def _hunts(problem: Problem, family: str, options: Options, result: SearchResult
 
 
 def not_searched(problem: Problem, family: str) -> list[str]:
-    """A line of what plans of the family may have and no axis is of (adr/0096): a proof is of the others."""
+    """A line of what plans of the family may have and no axis is of (adr/0096): few of them are simulated, no
+    bound is of the others, and a proof is not either."""
     asked = problem.software(family).has.get("activations.recompute_num_layers", (1,))
-    line = "not searched: full recomputation of some layers alone (activations.recompute_num_layers)"
+    line = "not searched: most plans that recompute some layers alone (activations.recompute_num_layers)"
     return [line] * any(asked)

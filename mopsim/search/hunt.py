@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from mopsim.engine import SimResult, simulate
 from mopsim.intervals.spread import SURE
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.facts import surely
+from mopsim.search.kept import Kept
 from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
 from mopsim.search.problem import Column
@@ -42,6 +44,8 @@ KEPT = 0.25
 """Part of a family's budget that a part of it leaves to the next."""
 LIGHTER = 2
 """Simulations at the end of a budget that are kept for the best plan without what it has on the host."""
+FEWER = 2
+"""Simulations at the end of a budget that are kept for plans that run fewer layers again."""
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
@@ -94,7 +98,10 @@ class Hunt:
             and self.idle < patience
             and not (self.found.top and self._effort() > self.spent + IDLE_OPS)
         ):
-            if most - self.found.simulated <= LIGHTER and self._lighten(progress):
+            left = most - self.found.simulated
+            if left <= FEWER and self._keep_more(progress):
+                continue
+            if left <= LIGHTER and self._lighten(progress):
                 continue
             position = self.next()
             if position is None:
@@ -103,10 +110,37 @@ class Hunt:
         self.lighten(progress, most)
 
     def lighten(self, progress: Progress, most: int) -> None:
-        """Simulate the best plan without what it keeps on the host, up to so many of the family: it leads
-        where it ties."""
-        while self.found.simulated < most and self._lighten(progress):
+        """Simulate plans that run fewer layers again, and the best without what it keeps on the host, which
+        leads where it ties, up to so many of the family."""
+        while self.found.simulated < most and (self._keep_more(progress) or self._lighten(progress)):
             pass
+
+    def _keep_more(self, progress: Progress) -> bool:
+        """Simulate the plan with some layers again that promises most; whether there was one."""
+        below, limit = self._fastest() / (1 + TIE), self.pool.space.machine.memory_limit()
+        if not (self.found.top and self.kept.places.size):
+            return False
+        place = self.pool.best(lambda: self.kept.seconds(limit, below), TURNS, briefly=True)
+        plan = self.kept.plan(place, limit) if place is not None else None
+        promised = plan.next(limit) if plan else None
+        if plan is None or promised is None or promised[1] >= below:
+            return False
+        simulated = plan.play(self.pool.space, promised[0])
+        if simulated is not None:
+            found = self.found
+            found.simulated, found.candidates, found.bounded = (
+                one + 1 for one in (found.simulated, found.candidates, found.bounded)
+            )
+            plan.note(promised[0], self._needed(simulated)[0], simulated.step_time)
+            self.found.played.append(simulated)
+            self._rank(simulated)
+            progress(self.found)
+        return True
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Candidates of which some layers may run again."""
+        return Kept.of(self.pool)
 
     def _lighten(self, progress: Progress) -> bool:
         """Simulate one of those that are expected to fit, whose bound may tie with the best; whether there
@@ -281,16 +315,25 @@ class Hunt:
         self.idle += bool(found.top)
         found.played.append(simulated)
         self.places.append((simulated, pool, position))
-        memory = (simulated.peak_memory, simulated.host_memory)
-        if not self.options.risk:
-            device = simulated.device.enough(self.options.confidence)
-            memory = (round(device), round(simulated.host.quantile(SURE)))
+        memory = self._needed(simulated)
         limit = pool.space.machine.memory_limit()
         time, _, share = pool.one(position)
         self.misses.append((math.log(simulated.step_time / time), math.log(memory[0] / limit / share)))
         pool.learn(position, *memory, simulated.step_time)
         if simulated.step_time <= sorted(one.step_time for one in found.played)[:BEAM][-1]:
             self.near[pool.neighbours(position)] = True
+        self._rank(simulated)
+
+    def _needed(self, simulated: SimResult) -> tuple[int, int]:
+        """Bytes of device and host that a simulated plan needs to be taken."""
+        if self.options.risk:
+            return simulated.peak_memory, simulated.host_memory
+        device = simulated.device.enough(self.options.confidence)
+        return round(device), round(simulated.host.quantile(SURE))
+
+    def _rank(self, simulated: SimResult) -> None:
+        """Rank it, or note why not."""
+        found = self.found
         reason = self._refused(simulated)
         if reason is not None:
             found.rejected[reason] += 1
