@@ -357,6 +357,11 @@ class Strategy(Spec, frozen=True, kw_only=True):
         return self.stage_ranks // self.dense.tensor_parallel
 
     @property
+    def dense_copies(self) -> int:
+        """Copies of the dense state in a stage."""
+        return max(1, self.dense_replicas // self.dense.fsdp)
+
+    @property
     def expert_replicas(self) -> int:
         """Ranks of a stage that hold the same expert slice."""
         return self.stage_ranks // (self.experts.expert_parallel * self.experts.expert_tensor_parallel)
