@@ -15,7 +15,7 @@ from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
 from mopsim.common.errors import MopError, require
 from mopsim.common.nearest import unknown
-from mopsim.common.units import parse_count
+from mopsim.common.units import format_number, parse_count
 from mopsim.common.values import listed, require_once
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
@@ -112,14 +112,14 @@ class Inputs:
 
     @property
     def where(self) -> str:
-        """'mop_120b on 2 nodes (16 devices) of h200-sxm-141g, 131072 tokens, batch 8': a title."""
-        cluster = self.hardware.cluster(self.nodes)
-        training = self.training
-        own = training.own_document
-        apart = f" in documents of {own}" if own else ""
-        return (
-            f"{self.model.name} on {cluster}, {training.seq_len} tokens{apart}, batch {training.global_batch}"
-        )
+        """'mop_120b on 2 nodes (16 devices) of h200-sxm-141g, 131072 tokens, batch 8 (65536 tokens
+        per device)': a title."""
+        cluster, training = self.hardware.cluster(self.nodes), self.training
+        apart = f" in documents of {training.own_document}" if training.own_document else ""
+        batch = training.global_batch
+        each = format_number(training.seq_len * batch / self.world_size)
+        step = f"{training.seq_len} tokens{apart}, batch {batch} ({each} tokens per device)"
+        return f"{self.model.name} on {cluster}, {step}"
 
     def where_of(self, results: Sequence[SimResult]) -> str:
         """The same; where results use fewer of the devices, how many."""

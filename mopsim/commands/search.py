@@ -56,8 +56,8 @@ def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **jo
     refused = [one for one in ranking.top if not one.runnable]
     if refused:
         console.print(
-            f"{len(refused)} of {len(ranking.top)} plans are planned only: mopexec does not run them "
-            f"(--runnable leaves them out); {exported(refused)}"
+            f"{len(refused)} of {len(ranking.top)} plans are planned only: mopexec does not run "
+            f"{_not_run(ranking)}; {exported(refused)}"
         )
     rate = f"{found.bounded / max(found.bound_seconds, 1e-9):,.0f}/s"
     console.print(
@@ -97,6 +97,12 @@ def _explain(console: Console, ranking: Ranking) -> str:
     return _more(what, tried, asked)
 
 
+def _not_run(ranking: Ranking) -> str:
+    """What it does not run: the stack that was asked for, or plans that --runnable leaves out."""
+    asked = ranking.inputs.stack
+    return asked.name if asked and not asked.runtime else "them (--runnable leaves them out)"
+
+
 def _more(what: str, tried: int, seconds: float) -> str:
     """'; to say what would fit 12 more, 4.2 s': what was done after the search, where it is not next to
     nothing."""
@@ -109,7 +115,7 @@ def _instead(found: SearchResult) -> list[str]:
     best, lines = found.best, []
     others = (
         (found.run_by_mopexec, "mopexec runs a plan", "--runnable"),
-        (found.surer, "surer to fit is a plan", f"--confidence {SURE:g}"),
+        (found.surer, "more likely to fit is a plan", f"--confidence {SURE:g}"),
     )
     for one, what, option in others:
         if one and best:

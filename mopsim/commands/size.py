@@ -56,7 +56,7 @@ def _answer(found: Clusters) -> Iterator[str]:
     yield from (f"{what}: {said}" for what, said in sizing.preferable(found).items())
     within = "" if request.max_cost is None else f" within {format_dollars(request.max_cost)}"
     of = "" if request.goal.seconds is None else " of the counts that were asked"
-    yield f"Fastest{within}{of}: {sizing.summary(found.fastest)}"
+    yield f"Fastest{within}{of}: {sizing.with_plan(found.fastest)}"
 
 
 def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) -> int:

@@ -29,6 +29,9 @@ from mopsim.size.whatif import Swing
 TOLD = 5e-4
 """Half-width of the interval of days that a measurement must take away to be told."""
 
+LEAST_SHARE = 5e-4
+"""Of the wall clock: what takes less of it is not told."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -70,7 +73,7 @@ def content(decision: Decision) -> dict[str, object]:
         "cards": _cards(d, subject, bill) if subject and bill else [],
         "why": said["why"],
         "rivals": _rivals(d),
-        "parts": _parts(bill),
+        "parts": _parts(subject, bill),
         "network": " ".join(said["network"]),
         "sites": _sites(subject),
         "risks": said["risks"],
@@ -112,7 +115,7 @@ def texts(decision: Decision) -> dict[str, list[str]]:
                 if result and part > 0.005 * result.step_time
             ],
             "runs": [sizing.published(one.result, one.hardware) for one in found if one.result],
-            "lost": [f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4],
+            "lost": [f"{name} {share:.1%}" for name, share in lost.items() if share > LEAST_SHARE],
             "sizing": sizing, "span": format_span, "dollars": format_dollars,
             "bytes": format_bytes, "seconds": format_seconds, "number": format_number,
             "odds": format_probability, "products": products, "upper": UPPER, "day": DAY, "default": DEFAULT,
@@ -158,15 +161,27 @@ def _rivals(d: Decided) -> Table:
 
 def _rival(point: Point, request: Request) -> list[str]:
     result = point.step_and_bill[0]
-    remarks = "; ".join(filter(None, (point.why, "carried plan" if point.gap is None else "")))
+    remarks = "; ".join(filter(None, (point.why, "adapted plan" if point.gap is None else "")))
     return [*sizing.row(point, request)[:-1], format_probability(result.p_fits), remarks, result.line]
 
 
-def _parts(bill: Figures | None) -> Table:
-    parts = dict(bill.parts) if bill else {}
+def _parts(point: Point | None, bill: Figures | None) -> Table:
+    parts = _of_rent(point, bill) if point and bill and set(bill.parts) == {"rent"} else {}
+    parts = parts or dict(bill.parts if bill else {})
     whole = sum(parts.values())
     rows = [[name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
     return Table(["part", "of this run", "share"], rows)
+
+
+def _of_rent(point: Point, bill: Figures) -> dict[str, float]:
+    """Dollars of the rent by what the nodes do; none where that is not known."""
+    if bill.goodput is None or not bill.billed_nodes:
+        return {}
+    train = bill.parts["rent"] * point.num_nodes / bill.billed_nodes
+    shares = {"training": bill.goodput.share, **bill.goodput.lost}
+    parts = {name: train * share for name, share in shares.items() if share > LEAST_SHARE}
+    spare = bill.parts["rent"] - train
+    return {**parts, **({"spare nodes, whole racks": spare} if spare > 0 else {})}
 
 
 def _sites(point: Point | None) -> Table:

@@ -34,7 +34,8 @@ def finding(
 
 
 def _with_risk(label: str, one: SimResult, results: Results) -> str:
-    """That a label's plan is surer than a faster one, and what the comparison would come to with that."""
+    """That a label's plan is more likely to fit than a faster one, and what the comparison would come to with
+    that."""
     own = results[label]
     assert own is not None  # at_risk is of a search that found a plan
     note = f"search --risk ranks it; with it {headline({**results, label: one})}"

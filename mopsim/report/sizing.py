@@ -20,7 +20,7 @@ from mopsim.spec.documents import own
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stacks import variants
 
-CARRIED = "plan carried from another number of nodes or machine"
+ADAPTED = "plan adapted from another number of nodes or machine"
 """Of a point whose own number of nodes was not searched, or brought nothing faster."""
 SIMULATED = (
     "MFU and tokens/s are as simulated. Days and cost count a longer or shorter step: the simulated one "
@@ -159,11 +159,18 @@ def stated(d: Decided) -> list[str]:
 
 
 SAID = Words(
-    "sizing.j2", day=DAY, default=DEFAULT, carried=CARRIED, sure=SURE, own=own, proof=proof, rated=rated,
+    "sizing.j2", day=DAY, default=DEFAULT, adapted=ADAPTED, sure=SURE, own=own, proof=proof, rated=rated,
     chance=odds, days=format_span, dollars=format_dollars, energy=format_energy, carbon=format_carbon,
     up=math.ceil, tied=format_gap(TIE),
 )  # fmt: skip
-title, summary, searched, steps, missed = SAID.title, SAID.summary, SAID.searched, SAID.steps, SAID.missed
+title, summary, with_plan, searched, steps, missed = (
+    SAID.title,
+    SAID.summary,
+    SAID.with_plan,
+    SAID.searched,
+    SAID.steps,
+    SAID.missed,
+)
 asked_odds, chances, surely = SAID.asked_odds, SAID.chances, SAID.surely
 fits_surely, break_even, tie, open_rivals = SAID.fits_surely, SAID.break_even, SAID.tie, SAID.open_rivals
 """What templates/sizing.j2 says."""

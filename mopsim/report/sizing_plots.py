@@ -57,7 +57,7 @@ def cost_time(path: Path, d: Decided) -> None:
             axis.set_xlabel(f"days (bars: {100 * level:g} % interval; numbers: nodes)")
             axis.set_ylabel(f"cost, {unit}")
             first = [one for one in (chosen, *others) if one in shown and one]
-            _nodes(axis, [*first, *line, *(shown if axis is not axes[0] else ())], scale)
+            _nodes(axis, [*first, *line, *shown], scale)
         axes[0].set_title(title(request).partition(" within")[0], fontsize=11)
         if len(panels) > 1:
             axes[1].set_title(f"At most {AROUND:g} times the recommended cost", fontsize=11)

@@ -194,11 +194,11 @@ def _also(result: SimResult, free: Freedom) -> str:
 
 
 def _surer(one: SimResult | None) -> str:
-    """'; as fast and surer to fit: 111 GiB, P(fits) 0.86: FSDP=8 ...'."""
+    """'; as fast and more likely to fit: 111 GiB, P(fits) 0.86: FSDP=8 ...'."""
     if one is None:
         return ""
     chance = format_probability(one.p_fits)
-    return f"; as fast and surer to fit: {size(one.peak_memory)}, P(fits) {chance}: {one.line}"
+    return f"; as fast and more likely to fit: {size(one.peak_memory)}, P(fits) {chance}: {one.line}"
 
 
 def best_of_others(

@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
-from mopsim.program.workload import STREAMS
+from mopsim.report.lanes import explained, lane, lanes
 from mopsim.report.palette import colour, in_order
 from mopsim.report.style import byte_scale, figure, time_scale
 
@@ -32,29 +32,28 @@ def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None
     """Gantt chart of a step that was simulated with its timeline, one lane per stream, by component or kind
     of transfer, over the device memory curve. limit: of that, where it is to be drawn."""
     spans, curve = result.spans, result.memory_curve
-    found = {span.stream for span in spans}
-    streams = [stream for stream in STREAMS if stream in found]
+    streams = lanes(span.stream for span in spans)
     end = max([*(span.end for span in spans), *(time for time, _ in curve)], default=1.0)
     unit, scale = time_scale(end)
     with figure(
         path, 12, 3.6 + 0.5 * len(streams), 2, sharex=True, height_ratios=[max(len(streams), 2), 2.2]
-    ) as (lanes, memory):
+    ) as (top, memory):
         for row, stream in enumerate(streams):
             for what in dict.fromkeys(span.drawn_as for span in spans if span.stream == stream):
                 chosen = [s for s in spans if s.stream == stream and s.drawn_as == what and s.end > s.start]
-                lanes.broken_barh(
+                top.broken_barh(
                     [(s.start / scale, (s.end - s.start) / scale) for s in chosen],
                     (row - 0.4, 0.8),
                     color=colour(what),
                     # an edge shows a copy of microseconds; on the compute lane it would hide its neighbours
                     linewidth=0.0 if stream == "compute" else 0.5,
                 )
-        lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])
-        lanes.invert_yaxis()
-        lanes.set_title(timeline_title(result, label))
+        top.set_yticks(range(len(streams)), [lane(stream) for stream in streams])
+        top.invert_yaxis()
+        top.set_title(timeline_title(result, label))
         named = in_order(span.drawn_as for span in spans)
         handles = [Patch(color=colour(name), label=name.replace("_", " ")) for name in named]
-        lanes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        top.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
         size, factor = byte_scale(max([value for _, value in curve] + [1]))
         drawn = to_the_end(curve, end)
         times, values = [t / scale for t, _ in drawn], [value / factor for _, value in drawn]
@@ -67,7 +66,7 @@ def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None
             )  # fmt: skip
         memory.set_ylim(bottom=0)
         memory.set_ylabel(f"device memory, {size}")
-        memory.set_xlabel(f"time in the step, {unit}")
+        memory.set_xlabel("\n".join(filter(None, (f"time in the step, {unit}", explained(streams)))))
 
 
 def to_the_end(curve: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

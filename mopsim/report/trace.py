@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mopsim.engine import SimResult
+from mopsim.report.lanes import lane, lanes
 
 Event = dict[str, Any]
 MICROSECONDS = 1e6
@@ -19,7 +20,7 @@ def chrome_trace(timeline: SimResult, metadata: Mapping[str, Any]) -> dict[str, 
         "microbatches_drawn": timeline.drawn_microbatches,
         "step_time_s": timeline.step_time,
     }
-    streams = list(dict.fromkeys(span.stream for span in timeline.spans))
+    streams = lanes(span.stream for span in timeline.spans)
     events = [*_names(timeline, streams), *_slices(timeline, streams), *_microbatches(timeline)]
     events += _counters(timeline)
     return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {**metadata, **counts}}
@@ -36,7 +37,7 @@ def _names(timeline: SimResult, streams: Sequence[str]) -> Iterator[Event]:
         yield {"ph": "M", "pid": stage, "tid": 0, "name": "process_name", "args": name}
     for tid, stream in enumerate(streams):
         at = {"ph": "M", "pid": timeline.span_stage, "tid": tid}
-        yield {**at, "name": "thread_name", "args": {"name": stream}}
+        yield {**at, "name": "thread_name", "args": {"name": lane(stream)}}
         yield {**at, "name": "thread_sort_index", "args": {"sort_index": tid}}
 
 

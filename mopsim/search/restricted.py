@@ -18,6 +18,9 @@ TRIES = 3
 """Simulations at most of a family for each restriction that its best does not keep."""
 
 
+RUN = "only plans that mopexec runs"
+
+
 @dataclass(frozen=True)
 class Restriction:
     """A rule that plans of a model keep or not. columns: the values of a space's columns that keep it."""
@@ -27,9 +30,7 @@ class Restriction:
 
 
 RESTRICTIONS = {
-    "only plans that mopexec runs": Restriction(
-        lambda one, model: runnable(one.strategy, model, one.training, one.stack) is None
-    ),
+    RUN: Restriction(lambda one, model: runnable(one.strategy, model, one.training, one.stack) is None),
     "nothing on the host": Restriction(
         lambda one, model: one.host_memory == 0, {"state": DEVICE, "boundary_host": 0, "offload": 0}
     ),

@@ -282,14 +282,14 @@ def format_gap(gap: float) -> str:
 
 
 def surer(best: SimResult, one: SimResult, note: str, confidence: float = 0.0) -> str:
-    """'surer than one that is 46 % faster, which fits, as described, with probability 0.84 (note): its line':
-    of the best that was found and `SearchResult.at_risk`. confidence: that of the search."""
+    """'more likely to fit than one that is 46 % faster, which fits, as described, with probability 0.84
+    (note): its line': of the best that was found and `SearchResult.at_risk`. confidence: the search's."""
     chance = one.p_fits if confidence else one.p_as_described
     near = abs(chance - SURE) < 0.005  # which two digits would not tell from what is ranked
     odds = f"{chance:.3f}" if near else format_probability(chance)
     gain = format_gap(best.ranked_time / one.ranked_time - 1)
     fits = f"of P(fits) {odds}" if confidence else f"which fits, as described, with probability {odds}"
-    return f"surer than one that is {gain} faster, {fits} ({note}): {one.line}"
+    return f"more likely to fit than one that is {gain} faster, {fits} ({note}): {one.line}"
 
 
 def plan_json(result: SimResult, model: ModelSpec, level: float = 0.9) -> dict[str, object]:

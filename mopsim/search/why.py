@@ -13,7 +13,7 @@ from mopsim.engine import SimResult, simulate
 from mopsim.intervals.spread import SURE
 from mopsim.search.had import offered
 from mopsim.search.problem import Problem
-from mopsim.search.restricted import RESTRICTIONS
+from mopsim.search.restricted import RESTRICTIONS, RUN
 from mopsim.search.result import TIE, SearchResult, surer
 from mopsim.spec.categories import STEP_PARTS, WAITING
 from mopsim.spec.hardware import HardwareProfile
@@ -109,7 +109,8 @@ def _costs(
             all(value in offered(problem, family, column) for column, value in rule.columns.items())
             for family in found.best_by_family
         )
-        if not possible or rule.kept(best, found.model):
+        runs = name != RUN or any(problem.software(family).runtime for family in found.best_by_family)
+        if not (possible and runs) or rule.kept(best, found.model):
             continue
         kept = [one for one in fits if rule.kept(one, found.model)]
         if not kept:

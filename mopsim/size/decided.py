@@ -122,7 +122,7 @@ class Decided:
 
     @property
     def fitter(self) -> Point | None:
-        """A cluster whose plan is likelier to fit than the recommended one's, where that is not sure: the
+        """A cluster whose plan is more likely to fit than the recommended one's, where that is not sure: the
         cheapest that is sure to, even if its program keeps more than its stack says, else the surest. Of each
         number of nodes its fastest plan, and its surer one."""
         plan = self.chosen.result if self.chosen else None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopsim.common.units import format_bytes, format_count
-from mopsim.report.context import case_name, case_table, cell, ratio, reach, times
+from mopsim.report.context import case_name, case_table, cell, ratio, reach, step_of, times
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.tables import describe
 from reports.context_throughput.figures import ratio_figure, reach_figure, throughput_figure
@@ -155,7 +155,8 @@ def write_context(folder: Path, study: Study, facts: dict[str, str], assumptions
         ),
     ]
     for case, curves in zip(study.cases, study.curves, strict=True):
-        sections.append(Section(case_name(case), finding(case, curves), case_table(curves, study.lengths)))
+        said = f"Whole steps have {step_of(case)}. {finding(case, curves)}"
+        sections.append(Section(case_name(case), said, case_table(curves, study.lengths)))
     printed = published_table(study)
     if printed:
         text = f"{SOURCE}. {small_step(study)}"

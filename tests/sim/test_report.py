@@ -247,7 +247,7 @@ def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
     trace = chrome_trace(one, {"version": "1"})
     events = json.loads(json.dumps(trace))["traceEvents"]
     threads = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert {"compute", "state scale_up"} <= threads
+    assert {"compute", "DP shard (scale-up)"} <= threads
     peak = max(event["args"]["bytes"] for event in events if event["name"] == "device memory")
     assert peak == one.peak_memory
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")

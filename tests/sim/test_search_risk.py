@@ -166,7 +166,9 @@ def test_a_written_plan_comes_with_those_that_may_be_preferred(ranking: Ranking,
         "mopexec runs a plan that is 100% slower, P(fits) >0.99 (--runnable ranks only such): "
         f"{plan.line} on {plan.stack.name}"
     )
-    assert surer.startswith("surer to fit is a plan that is 100% slower, P(fits) >0.99 (--confidence 0.9 ")
+    assert surer.startswith(
+        "more likely to fit is a plan that is 100% slower, P(fits) >0.99 (--confidence 0.9 "
+    )
     assert commands.search._instead(replace(found, top=[plan])) == []
 
 
@@ -184,8 +186,9 @@ def test_a_comparison_tells_a_faster_plan_that_its_search_left_as_unsure(plan: S
     bold = with_odds(replace(plan, step_time=1.25 * plan.step_time), 0.84)
     said = finding({"a": best, "b": slow}, {"b": (0.0, 0.0)}, at_risk={"b": bold})
     assert said[1] == (
-        "Search of b: its plan is surer than one that is 60 % faster, which fits, as described, with "
-        f"probability 0.84 (search --risk ranks it; with it a is fastest, 1.25x as fast as b): {bold.line}"
+        "Search of b: its plan is more likely to fit than one that is 60 % faster, which fits, as "
+        f"described, with probability 0.84 (search --risk ranks it; with it a is fastest, 1.25x as "
+        f"fast as b): {bold.line}"
     )
     assert said[1] in verdict({"a": best, "b": slow}, at_risk={"b": bold})
     faster = finding({"a": best, "b": slow}, at_risk={"b": replace(bold, step_time=best.step_time / 2)})

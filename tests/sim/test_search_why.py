@@ -257,7 +257,7 @@ def test_a_faster_plan_at_risk_is_told(found: SearchResult, problem: Problem) ->
     with_it = replace(found, played=[*found.played, bold])
     assert with_it.at_risk == bold
     told = [line for line in why(with_it, problem) if "--risk ranks it" in line]
-    assert any("surer than one that is 100 % faster" in line for line in told)
+    assert any("more likely to fit than one that is 100 % faster" in line for line in told)
     written = with_it.to_json()["at_risk"]
     assert isinstance(written, dict)
     assert written["step_time_s"] == bold.step_time
@@ -300,5 +300,5 @@ def test_a_tied_plan_that_is_surer_to_fit_is_told(chances: tuple[float, ...], su
     tied = [plan(one) for one in chances]
     surer = Row(plan(0.81), tied).freedom().surer  # type: ignore[arg-type]
     assert surer is (None if surest is None else tied[surest])
-    said = "; as fast and surer to fit: 111 GiB, P(fits) 0.90: EP=8"
+    said = "; as fast and more likely to fit: 111 GiB, P(fits) 0.90: EP=8"
     assert _surer(surer) == ("" if surest is None else said)

@@ -178,12 +178,12 @@ def test_carried_plans_are_named_and_a_proof_is_of_one_number_of_nodes(found: Cl
     assert chosen is not None
     searched, carried = replace(chosen, gap=0.001), replace(chosen, gap=None)
     assert "on this number of nodes proven" in summary(searched)
-    assert "plan carried from another number of nodes" in summary(carried)
+    assert "plan adapted from another number of nodes" in summary(carried)
     page = content(Decision(decided(found.request, searched)))
     assert "no search bounds what another number of nodes would cost" in " ".join(page["risks"])
     for point, named in ((searched, False), (carried, True)):
         rivals = content(Decision(decided(found.request, point)))["rivals"]
-        assert ("carried plan" in rivals.rows[0][-2]) is named
+        assert ("adapted plan" in rivals.rows[0][-2]) is named
 
 
 def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:

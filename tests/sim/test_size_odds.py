@@ -64,7 +64,9 @@ def test_a_surer_plan_of_the_same_nodes_is_named(found: Clusters) -> None:
     assert fitter is not None
     assert fitter is chosen.surer
     said = fits_surely(fitter, chosen)
-    assert said.startswith(f"the same {point.hardware.cluster(point.num_nodes)}, whose surer plan fits with ")
+    assert said.startswith(
+        f"the same {point.hardware.cluster(point.num_nodes)}, with another plan, which fits with "
+    )
     assert said.endswith(f" (plan: {plan.line} on {plan.stack.name})")
 
 

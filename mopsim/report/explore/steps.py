@@ -10,9 +10,9 @@ from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import OUT, SURE, fitting_in_words
-from mopsim.program.workload import STREAMS
 from mopsim.report.alternatives import freedom
 from mopsim.report.explore.page import View
+from mopsim.report.lanes import explained, lane, lanes
 from mopsim.report.palette import in_order
 from mopsim.report.tables import DRY_RUN, ENOUGH, NO_STRATEGY, P_FITS, ROUTED, describe, rate
 from mopsim.search.result import Left, promise, promises
@@ -314,8 +314,7 @@ def _short(seconds: float) -> float:
 
 def timeline(label: str, result: SimResult) -> View:
     """Spans and memory of a step that was simulated with its timeline."""
-    used = dict.fromkeys(span.stream for span in result.spans)
-    streams = sorted(used, key=lambda name: STREAMS.index(name) if name in STREAMS else len(STREAMS))
+    streams = lanes(span.stream for span in result.spans)
     names: dict[str, int] = {}
     components = in_order(span.drawn_as for span in result.spans)
     phases: dict[str, int] = {}
@@ -334,11 +333,13 @@ def timeline(label: str, result: SimResult) -> View:
         f"{drawn} of {total} microbatches are drawn" if drawn < total else "",
         f"streams of stage {result.span_stage + 1}, memory of stage {result.memory_stage + 1} of {stages}"
         if stages > 1 else "",
+        explained(streams),
     ]  # fmt: skip
     near = result.memory_limit < 3 * result.peak_memory
     return {
         "kind": "timeline", "title": f"Timeline of {label}", "note": "; ".join(filter(None, said)),
-        "streams": streams, "names": list(names), "components": components, "phases": list(phases),
+        "streams": [lane(one) for one in streams], "names": list(names),
+        "components": components, "phases": list(phases),
         "spans": spans, "end": max((one.end for one in result.spans), default=result.step_time),
         "limit": result.memory_limit if near else None,
         "memory": {
