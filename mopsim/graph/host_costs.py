@@ -47,6 +47,11 @@ KINDS: Costs = _READ["kinds"]
 MIXERS: dict[str, Costs] = _READ["mixers"]
 """By a stack's `host.layers`, of those that were measured, and by the kind of linear attention."""
 DOCUMENTS: Costs = _READ["documents"]
+_ORDERED = _READ["ordered"]
+ORDERED: Pair = tuple(
+    own + reads * _ORDERED["read"] for own, reads in zip(_ORDERED["piece"], _ORDERED["reads"], strict=True)
+)
+"""With the wait for what is read."""
 UNFUSED: Pair = _READ["unfused"]
 MODULES_AGAIN = {
     "core_attn": "core_attention", "layernorm": "norm", "moe_act": "activation",

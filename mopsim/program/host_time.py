@@ -9,6 +9,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph import host_costs
 from mopsim.program.context import Context
 from mopsim.program.hook_time import hooks_of
+from mopsim.program.packed import ordered_pieces
 from mopsim.program.side_by_side import abreast
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.layer_fields import LINEAR
@@ -26,7 +27,7 @@ class Around:
     apart: those of them that are modules of their own, each as a dense FFN is. again: of each component that
     is recomputed in part, that part of its forward, and Linears of modules that were measured alone. abreast:
     sequences that go through a layer one by one. linear: layers whose mixer is linear attention; -1: those of
-    templates."""
+    templates. ordered: pieces of documents in order, by phase (ordered_pieces)."""
 
     hooks: host_costs.Costs = field(default_factory=dict)
     split: host_costs.Costs = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Around:
     again: host_costs.Costs = field(default_factory=dict)
     abreast: int = 1
     linear: frozenset[int] = frozenset()
+    ordered: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -61,7 +63,14 @@ class Around:
         layers = filter(model.is_linear, range(model.num_hidden_layers) if layer is None else (layer,))
         linear = frozenset(index if layer is None else -1 for index in layers)
         experts = context.own_experts, context.expert_modules
-        return cls(hooks, split, kinds, *experts, found, abreast(context), linear)
+        return cls(hooks, split, kinds, *experts, found, abreast(context), linear, _ordered(context, again))
+
+
+def _ordered(context: Context, again: Mapping[str, tuple[float, float, tuple[str, ...]]]) -> dict[str, float]:
+    """Linears of putting documents in order: torch's own, so ON_A_DEVICE is not of them."""
+    ahead, back = (ordered_pieces(context) * cost for cost in host_costs.ORDERED)
+    _, rest, modules = again.get("attention", (1.0, 1.0, ()))
+    return {"forward": ahead, "backward": back, "recompute": ahead * ("core_attn" in modules or rest)}
 
 
 def maps_routes(strategy: Strategy, stack: Stack) -> bool:
@@ -237,6 +246,7 @@ def _more(phase: str, component: str, ops: Sequence[Op], stack: Stack, around: A
     kind = LINEAR if component == "attention" and ops[0].layer in around.linear else component
     whole = part * (whole + around.kinds.get(kind, NOTHING)[back]) + alone
     whole *= host_costs.ON_A_DEVICE.get(stack.host.layers, 1.0) * around.abreast
+    whole += around.ordered.get(phase, 0.0) * (kind == "attention")
     started = sum(work.calls for op in ops for work in op.work if work.kind == "grouped_matmul")
     whole += started * stack.host.products
     whole += checkpoint if phase == "recompute" and component == "attention" else 0.0

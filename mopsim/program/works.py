@@ -36,6 +36,7 @@ from mopsim.graph.shapes import attention_widths
 from mopsim.graph.tape import Kernel
 from mopsim.program.casts import Part, casts
 from mopsim.program.context import Context
+from mopsim.program.packed import ordered_pieces
 from mopsim.program.scales import updated
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import ATTENTION_BACKWARD, COLLECTIVES
@@ -178,7 +179,8 @@ def _laid_out(context: Context) -> tuple[int, int]:
 def _reads_lengths(context: Context) -> bool:
     """Whether the host reads from the device how long a microbatch's sequences are, in every layer."""
     when = context.stack.host.reads_lengths
-    return when == "every" or (when == "single" and context.strategy.micro_batch == 1)
+    single = when == "single" and context.strategy.micro_batch == 1
+    return when == "every" or single or ordered_pieces(context) > 0
 
 
 def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager: bool) -> tuple[Kernel, ...]:

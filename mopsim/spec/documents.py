@@ -60,6 +60,13 @@ def own(documents: Documents, seq_len: int) -> int:
     return _own(*found, seq_len) if found else int(documents)
 
 
+def number(documents: Documents, seq_len: int) -> float:
+    """Documents of a sequence of `seq_len` tokens, 1 where it is not known: of a law as many as its mean has
+    room for, else as if all were as long as a token's own is on average, so at least."""
+    found = law(documents)
+    return max(1.0, seq_len / (found[0] if found else int(documents) or seq_len))
+
+
 @lru_cache(maxsize=1024)
 def _own(mean: int, spread: float, seq_len: int) -> int:
     centre, cut = math.log(mean) - spread**2 / 2, math.log(seq_len)

@@ -38,6 +38,9 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     the attention kernel. `every`: in every layer. `single`: if a microbatch is one sequence.
     documents: documents of a packed row. A rotary embedding that no kernel fuses turns them one after the
     other. 1: a row is turned at once.
+    orders_documents: where context-parallel ranks exchange packed rows by all-to-all, the host makes the
+    order of their tokens piece by piece, two a rank of each document, and reads both ends of each from the
+    device.
     counts_read: in the forward of routed experts the host waits for the number of rows of each expert.
     `exchanged`: if rows are exchanged, for the messages' sizes. `always`: the products need these sizes
     too. `never`: every expert gets as many rows, padded, or only the device knows the number.
@@ -76,6 +79,7 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     profiled: bool = False
     reads_lengths: Literal["never", "single", "every"] = "never"
     documents: float = 1.0
+    orders_documents: bool = False
     counts_read: Literal["never", "exchanged", "always"] = "exchanged"
     loss_read: bool | Literal["after_backward"] = False
     grads_read: bool = False
