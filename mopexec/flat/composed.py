@@ -102,10 +102,9 @@ class ComposedAttention(AttentionBlock):
         while found:
             part = found.pop(0)
             heads, width = part.shape[2:]
-            packed = self.exchange.pack(part.flatten(0, 1).flatten(1), heads)
+            packed = [self.exchange.pack(part.flatten(0, 1).flatten(1), heads)]
             del part
             received.append(self.exchange.to_heads(packed).unflatten(-1, (-1, width)))  # type: ignore[no-untyped-call]
-            del packed
         return received
 
     def _unrotate_(self, packed: list[Tensor]) -> None:

@@ -64,13 +64,13 @@ class AttentionBlock:
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """x [N, H] to a new x1 [N, H]."""
         with component("attention"):
-            return self._output(x, self._core(x, weights)[3], weights)
+            return self._output(x, [self._core(x, weights)[3]], weights)
 
     def recompute(self, x: Tensor, weights: Weights) -> tuple[Tensor, Saved]:
         """(x1, what `backward` needs: q, k, v and the output of this rank's heads over all positions)."""
         with component("attention"), phase("recompute"):
             saved = self._core(x, weights)
-            return self._output(x, saved[3], weights), saved
+            return self._output(x, [saved[3]], weights), saved
 
     def backward(
         self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights,
@@ -113,7 +113,7 @@ class AttentionBlock:
         del hidden
         received = []
         while packed:
-            received.append(exchange.to_heads(packed.pop(0)).unflatten(-1, (-1, size)))  # type: ignore[no-untyped-call]
+            received.append(exchange.to_heads([packed.pop(0)]).unflatten(-1, (-1, size)))  # type: ignore[no-untyped-call]
         return received
 
     def _sinks(self, values: Weights) -> Tensor | None:
@@ -146,16 +146,19 @@ class AttentionBlock:
             temper_(self._by_position(packed), self.factors)
         return packed
 
-    def _output(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
-        """x + o_proj of the heads' outputs, back at this rank's positions."""
-        merged = self._local_output(out)
+    def _output(self, x: Tensor, given: list[Tensor], weights: Weights) -> Tensor:
+        """x + o_proj of the heads' outputs, taken out of a list, back at this rank's positions."""
+        merged = self._local_output(given)
         result = torch.addmm(x, merged, weights["attention.o_proj.weight"].t())
         bias = weights.get("attention.o_proj.bias")
         return result if bias is None else result.add_(bias)
 
-    def _local_output(self, out: Tensor) -> Tensor:
-        """[B, S, heads of this rank, d] to all heads of this rank's positions, [N, heads * d]."""
-        return self.exchange.merge(self.exchange.to_positions(out.flatten(2)), self.spec.num_attention_heads)
+    def _local_output(self, given: list[Tensor]) -> Tensor:
+        """[B, S, heads of this rank, d], taken out of a list, to all heads of this rank's positions, [N,
+        heads * d].
+        """
+        local = self.exchange.to_positions([given.pop().flatten(2)])
+        return self.exchange.merge(local, self.spec.num_attention_heads)
 
     def _core_backward(
         self, grad: Tensor, saved: Saved, weights: Weights, grads: Weights
@@ -163,25 +166,24 @@ class AttentionBlock:
         """Gradients of the projections q, k, v in the layout [D, N, w], before rotation and head norm."""
         q, k, v, out, sums = saved
         del saved
-        merged = self._local_output(out)
+        merged = self._local_output([out])
         add_matmul(grads["attention.o_proj.weight"], grad.t(), merged)
         if "attention.o_proj.bias" in grads:
             grads["attention.o_proj.bias"].add_(grad.sum(0))
         del merged
-        packed = self.exchange.project_back(grad, weights["attention.o_proj.weight"])
+        packed = [self.exchange.project_back(grad, weights["attention.o_proj.weight"])]
         grad_out = self.exchange.to_heads(packed).view(out.shape)
-        del packed
-        *found, grad_sinks = causal_backward(grad_out, q, k, v, out, sums, self._now, self._sinks(weights))
+        dq, dk, dv, grad_sinks = causal_backward(
+            grad_out, q, k, v, out, sums, self._now, self._sinks(weights)
+        )
         del grad_out, q, k, v, out, sums
         own_sinks = self._sinks(grads)
         if own_sinks is not None and grad_sinks is not None:
             own_sinks.add_(grad_sinks)
-        result = []
+        result, found = [], [dq, dk, dv]
+        del dq, dk, dv
         while found:
-            part = found.pop(0)
-            assert part is not None
-            result.append(self.exchange.to_positions(part.flatten(2)))
-            del part
+            result.append(self.exchange.to_positions([found.pop(0).flatten(2)]))
         self._unrotate_(result[:2])
         return result[0], result[1], result[2]
 

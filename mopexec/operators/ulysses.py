@@ -57,21 +57,24 @@ class SequenceExchange:
             torch.mm(grad, weight[:, place * width : (place + 1) * width], out=packed[place])
         return packed
 
-    def to_heads(self, packed: Tensor) -> Tensor:
-        """Send layout [D, N, w] of this rank's positions to all positions [B, S, w] of this rank's heads."""
-        if self.degree == 1:
-            return packed.view(self.batch, self.seq, -1)
-        by_place = swap(packed, self.group).view(self.degree, self.batch, self.seq, -1).transpose(0, 1)
-        return by_place.reshape(self.batch, self.degree * self.seq, -1)
-
-    def to_positions(self, x: Tensor) -> Tensor:
-        """All positions [B, S, w] of this rank's heads to [D, N, w]: this rank's positions, block by block of
-        heads.
+    def to_heads(self, given: list[Tensor]) -> Tensor:
+        """Send layout [D, N, w] of this rank's positions to all positions [B, S, w] of this rank's heads. It
+        is taken out of a list, and freed once it is sent.
         """
         if self.degree == 1:
-            return x.reshape(1, self.tokens, -1)
-        send = x.reshape(self.batch, self.degree, self.seq, -1).transpose(0, 1).contiguous()
-        return swap(send, self.group).view(self.degree, self.tokens, -1)
+            return given.pop().view(self.batch, self.seq, -1)
+        received = swap(given.pop(), self.group).view(self.degree, self.batch, self.seq, -1)
+        return received.transpose(0, 1).reshape(self.batch, self.degree * self.seq, -1)
+
+    def to_positions(self, given: list[Tensor]) -> Tensor:
+        """All positions [B, S, w] of this rank's heads to [D, N, w]: this rank's positions, block by block of
+        heads. They are taken out of a list, and freed once they are laid out to be sent.
+        """
+        if self.degree == 1:
+            return given.pop().reshape(1, self.tokens, -1)
+        by_place = given.pop().reshape(self.batch, self.degree, self.seq, -1).transpose(0, 1)
+        by_place = by_place.contiguous()
+        return swap(by_place, self.group).view(self.degree, self.tokens, -1)
 
     def merge(self, packed: Tensor, heads: int) -> Tensor:
         """[D, N, w] to rows [N, blocks * w], copies of a KV block summed (they are gradients then)."""

@@ -130,13 +130,14 @@ def backward(
         apart = kernel.kind == "view" and not any(value.grad for value in kernel.writes)
         for name in kernel.reads if kernel.writes and not apart else ():  # else it is changed in place
             value = values[name]
-            if value.grad and value.bytes:
+            size = value.grad_bytes
+            if value.grad and size:
                 if passes and name not in alive:  # the sum's, which stays
                     lent.add(name)
                 else:
-                    memory.append((value.category, value.bytes))
+                    memory.append((value.category, size))
                     if name in alive - lent:
-                        memory.append((value.category, -value.bytes))
+                        memory.append((value.category, -size))
                     lent.discard(name)
                 alive.add(name)
         memory += [(category, -size) for category, size in kernel.back_scratch]
@@ -145,7 +146,7 @@ def backward(
         for value in kernel.writes:
             if value.grad and value.name in alive:
                 if f"d/{value.name}" not in held and value.name not in lent:
-                    memory.append((value.category, -value.bytes))
+                    memory.append((value.category, -value.grad_bytes))
                 alive.discard(value.name)
         gone = [*over.get(index, ()), *(name for name, first in twice.items() if first == index)]
         memory += [(values[name].category, -values[name].bytes) for name in gone]

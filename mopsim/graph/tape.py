@@ -20,12 +20,18 @@ Step = tuple[str, int]
 
 
 class Value(Struct, frozen=True):
-    """A tensor that a kernel writes. grad: whether a gradient of its size flows back to it."""
+    """A tensor that a kernel writes. grad: whether a gradient flows back to it, of its size, or of `of_grad`
+    bytes: a part of another tensor has none of its own, but its gradient has."""
 
     name: str
     bytes: int
     category: str = "activations"
     grad: bool = True
+    of_grad: int = 0
+
+    @property
+    def grad_bytes(self) -> int:
+        return self.of_grad or self.bytes
 
 
 class Matmul(Struct, frozen=True):

@@ -351,9 +351,10 @@ class Shards(FurtherLayers, Edges):
         most, last = fsdp2.bytes_reordered(unit, width)
         steps = rest, -self._held, most, last - most, size, held - last - full
         memory = tuple(("gathered_grads", step) for step in steps)
-        work, name = (fsdp2.reduce_copy(self.c, unit, width),), f"copy in {unit.name}"
-        op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
-        self.issue.hold((*self.replicas.made(unit, part), ("gathered_grads", -held)))
+        work, phase = (fsdp2.reduce_copy(self.c, unit, width),), "backward"
+        op = self._pass(f"copy in {unit.name}", unit, work, phase, (*ready, *self._sent), memory)
+        memory = (*self.replicas.made(unit, part), ("gathered_grads", -held))
+        self._pass(f"shard of {unit.name}", unit, (), phase, (op,), memory)
         self._sent, self._held = (), size
         return (op,)
 
@@ -387,8 +388,7 @@ class Shards(FurtherLayers, Edges):
         return (("grads", size),)
 
     def _place(self, unit: ShardedUnit) -> Dense | Experts:
-        strategy = self.c.strategy
-        return strategy.experts if unit.component == "experts" else strategy.dense
+        return self.c.strategy.experts if unit.component == "experts" else self.c.strategy.dense
 
     def _copy(
         self, unit: ShardedUnit, way: str, size: int, phase: str, deps: Sequence[int],

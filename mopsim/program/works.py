@@ -6,7 +6,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.host_costs import PERMUTED, UNFUSED
 from mopsim.graph.rewrites.biases import bias_scaled, biased
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import composed, gradients_stacked, gradients_stay
+from mopsim.graph.rewrites.eager import composed, gradients_stacked, gradients_stay, turned_back
 from mopsim.graph.rewrites.gates import clamps_apart, gated_within
 from mopsim.graph.rewrites.masked import by_masks
 from mopsim.graph.rewrites.migration import rows_read
@@ -109,10 +109,13 @@ def projected(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ..
     them, of an explicit runtime, is made by slices (mopexec.operators.rows)."""
     run = context.stack.kernels
     ways = {"norm": run.norm, "rotary": run.rotary, "sequence_exchange": run.sequence_exchange}
-    model = context.model
-    first, *rest = norms_after(latents_split(kernels))
+    model, wider = context.model, context.wide / context.b
+    share = model.rotary_dim / model.head_dim
+    first, *rest = norms_after(
+        latents_split(kernels, share, turned_back(wider) if run.rotary == "wide" else 0)
+    )
     found = composed(tuple(rest), ways, context.b, context.wide, model.ffn_matrices - 1)
-    return first, *sliced(found, model.rotary_dim / model.head_dim, model.rope_interleave)
+    return first, *sliced(found, share, model.rope_interleave)
 
 
 def attended(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:

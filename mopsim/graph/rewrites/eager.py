@@ -330,9 +330,21 @@ def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 
 def _chunks(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Of latents only a part is rotated, before keys and values are made: in less than these take."""
-    found = COMPOSED["rotary_wide_chunks" if wider > 1 else "rotary_chunks"].of(kernel, wider, wings)
+    """Of latents only a part is rotated, before keys and values are made: in less than these take. For their
+    backward see `turned_back`."""
+    found = COMPOSED[_of_chunks(wider)].of(kernel, wider, wings)
     return replace(found, scratch=(), back_scratch=()) if len(kernel.writes) == 3 else found
+
+
+def _of_chunks(wider: float) -> str:
+    return "rotary_wide_chunks" if wider > 1 else "rotary_chunks"
+
+
+def turned_back(wider: float) -> float:
+    """Bytes in the backward of a rotation of chunks, the gradient that it makes among them, over those of
+    what it turns. The gradient that comes stays: a cast of it is beside it."""
+    narrow, wide = COMPOSED[_of_chunks(wider)].back_working
+    return narrow + wide * wider + 1 + (wider > 1)
 
 
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:

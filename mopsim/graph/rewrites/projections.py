@@ -136,19 +136,25 @@ def sliced(kernels: tuple[Kernel, ...], share: float, neighbours: bool) -> tuple
     return tuple(map(one, kernels))
 
 
-def latents_split(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """Latent attention whose queries are split by views: the backward makes the gradient of their projection
-    where it comes to it, after those of keys and values."""
+def latents_split(kernels: tuple[Kernel, ...], share: float, inside: float) -> tuple[Kernel, ...]:
+    """Latent attention whose queries are split by views, of which a share turns: the backward makes the
+    gradient of that part first and, once it comes to their projection, after those of keys and values, that
+    of the whole. inside: bytes in the rotation's backward over those of what it turns."""
     place = next((i for i, kernel in enumerate(kernels) if kernel.name == "rope"), 0)
     if not place or "q0" not in kernels[place].reads:
         return kernels
-    parts = replace(made(kernels)["q0"], name="q_parts", bytes=0)
+    turned = round(made(kernels)["q0"].bytes * share)
+    parts = replace(made(kernels)["q0"], name="q_parts", bytes=0, of_grad=turned)
     split = Kernel("q_split", "view", kernels[place].component, ("q0",), (parts,))
     rotated = kernels[place]
     first = next(i for i, kernel in enumerate(kernels) if kernel.writes[:1] == (made(kernels)["q0"],)) + 1
     reads = tuple("q_parts" if name == "q0" else name for name in rotated.reads)
-    around = (*kernels[:first], split, *kernels[first:])
-    return tuple(replace(one, reads=reads) if one is rotated else one for one in around)
+    back = Kernel(
+        "q_turned_back", "memory_bound", rotated.component, (rotated.writes[0].name,), (), launches=0,
+        back_bytes=0.0, back_scratch=(("activations", round(inside * turned)),),
+    )  # fmt: skip
+    turn = (replace(rotated, reads=reads), *((back,) if inside else ()))
+    return (*kernels[:first], split, *kernels[first:place], *turn, *kernels[place + 1 :])
 
 
 def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]) -> tuple[Kernel, ...]:

@@ -37,7 +37,6 @@ class AttentionPair(Rows):
         self._core(layer, "forward", waits)
         self.b.drop("q", "k", "v", "sums")
         self._output(layer, "forward")
-        self.b.drop("out")
 
     def recompute(self, layer: int, *waits: int | None) -> None:
         """Makes `x1` and keeps q, k, v, out and sums."""
@@ -90,31 +89,32 @@ class AttentionPair(Rows):
 
     def _output(self, layer: int, phase: str) -> None:
         """x1 = x + o_proj of the heads' outputs."""
-        b = self.b
-        waiting = self._local_output(layer, phase)
+        b, last = self.b, phase == "forward"
+        waiting = self._local_output(layer, phase, last=last)
         b.make("x1", self.c.hidden)
         works = [*self._merge_work(), *self.kernels(layer, False, "o_proj")]
         b.compute("o_proj", _C, phase, layer, works, waiting)
-        if self.D > 1:
-            b.drop("merged")
+        b.drop(*(("merged",) if self.D > 1 else ("out",) * last))
 
     def _exchange(self, layer: int, phase: str, name: str, size: int) -> int | None:
         """What was made so far is there before ranks trade heads for positions, or the other way."""
         self.b.flush(_C, phase, layer)
         return self.b.issue(name, "all_to_all", size, "sequence", _C, phase, layer)
 
-    def _local_output(self, layer: int, phase: str) -> int | None:
-        """out -> `merged`, all heads of this rank's positions; a view without an exchange."""
+    def _local_output(self, layer: int, phase: str, *, last: bool = False) -> int | None:
+        """out -> `merged`, all heads of this rank's positions; a view without an exchange. last: it is freed
+        once it is sent, or laid out to be sent."""
         if self.D == 1:
             return None
-        b = self.b
+        b, sent = self.b, ("out",) * last
         if self.B > 1:
             b.make("send", self.q_bytes)
             b.compute("pack", _C, phase, layer, [self.elementwise(self.q_bytes, 2, 1)])
+            b.drop(*sent)
+            sent = ("send",)
         b.make("received", self.q_bytes)
         waiting = self._exchange(layer, phase, "heads_to_sequence", self.q_bytes)
-        if self.B > 1:
-            b.drop("send")
+        b.drop(*sent)
         b.make("merged", self.q_bytes)
         b.drop("received")
         return waiting
@@ -130,10 +130,10 @@ class AttentionPair(Rows):
             return None
         b.make(target, size)
         waiting = self._exchange(layer, phase, "sequence_to_heads", size)
+        b.drop(source)
         if self.B > 1:
             b.spike(size)
             b.compute("unpack", _C, phase, layer, [self.elementwise(size, 2, 1)], waiting)
-        b.drop(source)
         return waiting
 
     def _core_backward(self, layer: int) -> None:
@@ -171,9 +171,11 @@ class AttentionPair(Rows):
             return None
         if self.B > 1:
             b.make("send", size)
+            b.drop(source)
+            source = "send"
         b.make(target, size)
         waiting = self._exchange(layer, "backward", "heads_to_sequence", size)
-        b.drop(*(("send",) if self.B > 1 else ()), source)
+        b.drop(source)
         return waiting
 
     def _projection_backward(self, layer: int, name: str, heads: int, merged: int) -> list[Work]:

@@ -257,6 +257,7 @@ class FlatUnits(Shards):
             return
         size = unit.padded * self.c.reduce
         b.make(f"part {unit.name}", unit.shard_numel * self.c.reduce, "gathered_grads")
+        b.flush(unit.component, phase, unit.layer)  # before an update's gradients are freed
         op = b.issue(
             f"reduce {unit.name}", "reduce_scatter", size, unit.group, unit.component, phase, unit.layer
         )

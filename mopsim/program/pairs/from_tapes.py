@@ -84,6 +84,8 @@ def _held(kernel: Kernel, results: tuple[str, ...], cast: bool, fused: bool) -> 
     """Whoever asks for the backward holds the gradients of results until its end, those too that a rotation
     would be done with once they are cast, or a composed norm. Of what is normed after it a fused rotation is
     done with the gradient before it puts those of its slices together."""
+    if not kernel.writes:
+        return kernel
     rotates, size = kernel.name.startswith("rope_"), kernel.writes[0].bytes
     if kernel.writes[0].name not in results:
         if not (fused and rotates and kernel.back_scratch):
