@@ -190,21 +190,24 @@ class Hunt:
         return sum(int((~one.taken & (one.time < below)).sum()) for one in self.pools)
 
     def multiply_out(self, below: float) -> None:
-        """What was not multiplied out and whose bound is under `below` seconds."""
+        """What was not multiplied out and whose bound is under `below` seconds; a row of the trunk, which was
+        counted as one candidate, is now those that it becomes."""
+        before = len(self.rest.time)
         space = self.rest.under(below, self.options.rows)
         if space is None:
             return
         bounds, found = bound(space), self.found
-        found.candidates += len(space) + space.rejected.total()
-        found.bounded += len(space)
+        more = len(space) - (before - len(self.rest.time))
+        found.candidates += more + space.rejected.total()
+        found.bounded += more
         found.rejected.update(space.rejected)
         keep = fitting(bounds, space, found)
         fast = keep[bounds.time[keep] < below]
         found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
         if len(fast):
-            more = Pool.of(space, bounds, fast)
-            more.enough, more.confidence = self.pool.enough, self.pool.confidence
-            self.pools.append(more)
+            pool = Pool.of(space, bounds, fast)
+            pool.enough, pool.confidence = self.pool.enough, self.pool.confidence
+            self.pools.append(pool)
 
     def simulate(self, pool: Pool, position: int, progress: Progress) -> None:
         """Simulate a candidate of a pool, learn from it and rank it."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mopsim.context.contenders import Contender, contenders
-from mopsim.search import Options
+from mopsim.search import Options, search
 from mopsim.search.axes import FIRST, within
 from mopsim.search.driver import hunted
 from mopsim.search.problem import Axes, Problem
@@ -61,6 +61,14 @@ def test_what_is_not_multiplied_out_leaves_the_first_part_out() -> None:
     for one in (space, more):
         first = [one.columns[name] == value for name, value in FIRST[FSDP2].items()]
         assert not np.logical_and.reduce(first).any()
+
+
+def test_a_row_of_the_trunk_is_counted_once() -> None:
+    """As one candidate while it is not multiplied out, as those that it becomes after that: it stayed a
+    candidate that was neither ranked nor rejected."""
+    found = search(asked(), Options(("megatron",), budget=4, rows=500))
+    assert sum(found.rejected.values()) + len(found.top) == found.candidates
+    assert found.bounded <= found.candidates
 
 
 def test_a_family_that_learned_nothing_has_one_part() -> None:
