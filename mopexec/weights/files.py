@@ -2,6 +2,7 @@
 what is never touched is never loaded.
 """
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -104,7 +105,7 @@ class Files:
         raise MopError(f"--init-from: {self.folder}: holds neither {SINGLE} nor {INDEX}")
 
     def _names(self, path: Path) -> list[str]:
-        if not path.is_file():
+        if not os.path.isfile(path):  # also where the system takes no such name
             raise MopError(f"{self.folder / INDEX}: {path.name}: no such file")
         try:
             self._open[path] = safe_open(str(path), framework="pt").__enter__()  # type: ignore[no-untyped-call]

@@ -117,6 +117,9 @@ def test_damaged_directories(qwen: Path, tmp_path: Path) -> None:
     for index in ('{"a": 5}', '{"a": null}', '{"a": "x", "b": 5}', "[]", "[" * 100_000):
         (empty / "model.safetensors.index.json").write_text(f'{{"weight_map": {index}}}')
         assert "index.json: weight_map: must map tensors to files" in refusal(empty)
+    for name in ("gone.safetensors", "x" * 300, "x/" * 3000, ""):
+        (empty / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        assert refusal(empty).endswith("no such file")
     (empty / "config.json").write_text("[" * 100_000)
     with pytest.raises(MopError, match=r"config\.json: is not a JSON object"):
         read_config(empty)
