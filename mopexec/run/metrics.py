@@ -1,10 +1,11 @@
-"""What a run says of itself: a JSON line a step, a line a step for people, and the measurement at the end."""
+"""What a run says of itself: a JSON line a step, lines for people, and the measurement at the end."""
 
 import json
 import math
 import os
 import platform as machine
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -23,6 +24,9 @@ from mopsim.common.outputs import plain_console
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.spec.plan import KindTiming, Measurement, Plan
 from mopsim.spec.routing import RoutingProfile
+
+EVERY = 5.0
+"""Seconds from one line of a step to the next; `metrics.jsonl` has every step."""
 
 
 class Timed(NamedTuple):
@@ -182,11 +186,14 @@ def _finite(value: object) -> bool:
 
 
 class Display:
-    """A line a step, under a progress bar where there is a terminal. Silent on all ranks but the first."""
+    """Lines of steps, at most one every EVERY seconds, under a progress bar where there is a terminal. Silent
+    on all ranks but the first. The first and the last step of a process, and one that has more to say than
+    numbers, have a line whenever they come."""
 
     def __init__(self, *, visible: bool, stderr: bool, steps: int) -> None:
         self._console = plain_console(stderr=stderr, quiet=not visible)
         self._progress: Progress | None = None
+        self._steps, self._due = steps, -math.inf
         if visible and self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -212,9 +219,14 @@ class Display:
             raise MopError(f"{where}: cannot be written: {error.strerror or error}") from None
 
     def step(self, metrics: StepMetrics) -> None:
-        self.say(step_line(metrics))
+        now = time.monotonic()
+        diverged = not math.isfinite(metrics.loss) or not math.isfinite(metrics.grad_norm)
+        told = metrics.eval_loss is not None or not metrics.targets or diverged
+        if now >= self._due or metrics.step >= self._steps or told:
+            self.say(step_line(metrics))
+            self._due = now + EVERY
         if self._progress:
-            self._progress.advance(self._task)
+            self._progress.update(self._task, advance=1, description=f"training, loss {metrics.loss:.4f}")
 
     def close(self) -> None:
         if self._progress:
@@ -223,7 +235,7 @@ class Display:
 
 def step_line(metrics: StepMetrics) -> str:
     """One step for people: loss, gradient norm, memory, speed, and measured over predicted step time."""
-    until = f", to step {metrics.memory_step}" if metrics.memory_step < metrics.step else ""
+    until = f", until step {metrics.memory_step}" if metrics.memory_step < metrics.step else ""
     parts = [
         f"step: {metrics.step:>4}",
         f"loss: {metrics.loss:8.5f}",

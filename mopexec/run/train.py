@@ -385,7 +385,7 @@ class _Tracking:
     def compiles(self, done: int) -> str:
         """When layers are compiled, in a process that goes on after step `done`."""
         first = done + self.slow
-        return f"memory is watched until step {first - 1}, uncompiled; step {first} compiles (slow)"
+        return f"memory is tracked until step {first - 1}, uncompiled; step {first} compiles (slow)"
 
     def last(self, step: int, first: int) -> int:
         """The last step (from 0) that was watched up to `step`, in a process that began with `first`."""

@@ -7,10 +7,8 @@ from functools import lru_cache
 
 from mopsim.common.errors import MopError, shown
 
-FEW = 40
-"""Names up to which a refusal lists them all."""
-LISTED = {"preset": "listed by mopsim list models", "stack": "listed by mopsim list stacks"}
-"""Where the names of a kind are listed."""
+LISTED = {"preset": "models", "profile": "hardware", "stack": "stacks"}
+"""Kinds of names -> what `mopsim list` calls them."""
 _SAME, _PREFIX = 1.0, 0.6
 _SAME_NAME = 0.85
 """Likeness from which two names are one that is misspelt: `fit` and `fits` are."""
@@ -51,15 +49,15 @@ def misspelt(name: str, known: Iterable[str], least: float = _SAME_NAME) -> str:
 
 
 def unknown(field: str, name: str, known: Iterable[str], kind: str, file: bool = True) -> MopError:
-    """The refusal of a `name` that is no `kind` (file: nor a file): near names, and all that are known
-    where they are few, else where their list is."""
+    """The refusal of a `name` that is no `kind` (file: nor a file): near names, then where the list of all is
+    (LISTED), or all."""
     names = list(known)
     near = nearest(name.replace("\\", "/").rstrip("/").rpartition("/")[2], names)
     hints = [f"near: {', '.join(near)}"] if near else []
-    if file and len(names) <= FEW:
-        hints.append(f"known: {', '.join(names)}")
+    if file and kind in LISTED:
+        hints.append(f"mopsim list {LISTED[kind]} has all {len(names)}")
     elif file:
-        hints.append(f"{len(names)} are known, {LISTED.get(kind, 'see docs/')}")
+        hints.append(f"known: {', '.join(names)}")
     what = f"neither a {kind} nor a file" if file else f"not one of {', '.join(names)}"
     return MopError("; ".join([f"{field}: {shown(name)} is {what}", *hints]))
 

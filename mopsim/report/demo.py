@@ -39,7 +39,8 @@ def write_demo(folder: Path, report: DemoReport) -> None:
             )
             for one in contenders
         ],
-        f"Predicted from pilot runs of other plans: at most {max(off):.0%} off, {max(before):.0%} before",
+        f"Predicted from pilot runs of other plans: at most {max(off):.0%} off, {max(before):.0%} before"
+        f"{_caveat(report)}",
     )
     for one in contenders:
         timeline_plot(folder / f"timeline-{one.name}.png", one.calibrated, one.name)
@@ -81,6 +82,14 @@ def _texts(report: DemoReport) -> dict[str, str]:
         }
     )  # fmt: skip
     return {name: "".join(block(facts)).strip() for name, block in template.blocks.items()}
+
+
+def _caveat(report: DemoReport) -> str:
+    """A second line of the title, where other programs ran beside; else ''."""
+    if report.warning():
+        return "\nThe machine was not quiet: neither measured nor calibrated times can be trusted"
+    left = ", ".join(_disturbed(report.contenders))
+    return f"\nOther programs ran beside: {left} left out" if left else ""
 
 
 def _disturbed(contenders: Sequence[DemoContender]) -> list[str]:

@@ -32,6 +32,8 @@ from mopsim.spec.capability import runnable
 from mopsim.spec.strategy import CAST
 
 ALL = Options()
+HEADS = ("left out", "not searched")
+"""How lines of `SearchResult.left_out` begin, before a colon."""
 SPENT, GAVE_UP = "not tried: budget of simulations spent", "not tried: those before were no faster"
 NO_GAIN = "no gain, bound: cannot beat the best by more than a tie"
 NO_GAIN_IN_FAMILY = "no gain, bound: cannot beat the best of their family by more than a tie"
@@ -190,7 +192,13 @@ def named_lines(every: Mapping[str, SearchResult]) -> list[str]:
     for family, found in every.items():
         for line in found.left_out:
             families.setdefault(line, []).append(family)
-    return [line.replace(":", f" ({', '.join(of)}):", 1) for line, of in families.items()]
+    return [_named(line, ", ".join(of)) for line, of in families.items()]
+
+
+def _named(line: str, families: str) -> str:
+    """A line with its families: behind what the colon at its beginning ends, else at the line's end."""
+    head = next((one for one in HEADS if line.startswith(f"{one}:")), line)
+    return f"{head} ({families}){line.removeprefix(head)}"
 
 
 def _settled(hunts: Sequence[Hunt]) -> Hunted:

@@ -158,7 +158,7 @@ def test_a_watched_step_compiles_nothing() -> None:
 def test_a_run_says_which_step_compiles() -> None:
     """It said only until when memory is watched, and the step after that took a minute."""
     options = TrainOptions(plan="plan.yaml", steps=9, out="out", tracked_steps=2)
-    said = "memory is watched until step 7, uncompiled; step 8 compiles (slow)"
+    said = "memory is tracked until step 7, uncompiled; step 8 compiles (slow)"
     assert _Tracking(options, compiled=True).compiles(5) == said
     assert _Tracking(options, compiled=False).slow == 0
 

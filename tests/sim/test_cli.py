@@ -64,7 +64,11 @@ def test_search_writes_a_plan_that_reads_back(
             "gpt_oss_120b",
             "5.712 B active (stated 5.13 B, without the input embedding); openai/gpt-oss",
         ),
-        ("hardware", "h200-sxm-141g", "8 GPUs a node, 140.40 GiB each; nvidia-smi"),
+        (
+            "hardware",
+            "h200-sxm-141g",
+            "140.4  4.13           989       8             450               50; nvidia-smi",
+        ),
         ("stacks", "torchtitan-compile", "simulated, extends torchtitan; 2025, torch 2.8"),
     ],
 )
@@ -73,6 +77,8 @@ def test_names_are_listed_a_line_each(
 ) -> None:
     assert call(monkeypatch, "list", kind) == 0
     lines = capsys.readouterr().out.splitlines()
+    head = lines.pop(0) if kind == "hardware" else ""
+    assert head.split()[:1] == ["machine"] * (kind == "hardware")
     (line,) = [line for line in lines if line.split()[0] == name]
     assert says in line
     assert call(monkeypatch, "list", kind, "--json", "-") == 0

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mopexec.measure.quiet import loaded
 from mopsim.loop import BESIDE, Loop
+from mopsim.report.demo import _caveat
 from mopsim.report.demo_results import AGREES, OVERLAP, DemoContender, DemoReport
 
 
@@ -117,3 +118,14 @@ def test_a_stage_that_takes_long_is_said_without_a_terminal(
     said = capsys.readouterr()
     assert re.search(r"^mopsim: list the stacks, running for \d+ s$", said.err, re.MULTILINE)
     assert "  list the stacks: " in said.out
+
+
+def test_a_picture_of_a_disturbed_run_says_so() -> None:
+    """predicted.png had no word of it."""
+    quiet, busy = report(0.1, 0.05), report(0.02, 0.45)
+    for one in (quiet, busy):
+        one.contenders[0].measured.disturbed = 0
+    assert _caveat(quiet) == ""
+    assert _caveat(busy).startswith("\nThe machine was not quiet: ")
+    quiet.contenders[0].measured.disturbed = 3
+    assert _caveat(quiet) == "\nOther programs ran beside: 3 steps of mop left out"

@@ -266,6 +266,8 @@ def test_what_several_families_lack_is_told_once_with_their_names() -> None:
     every = {"mop": ["left out: a: 1", "left out: b: 2"], "fsdp2": ["left out: b: 2"], "megatron": []}
     found = {family: SearchResult(TINY, left_out=lines) for family, lines in every.items()}
     assert named_lines(found) == ["left out (mop): a: 1", "left out (mop, fsdp2): b: 2"]
+    found = {"mop": SearchResult(TINY, left_out=["some layers alone: few", "not searched: a: 1"])}
+    assert named_lines(found) == ["some layers alone: few (mop)", "not searched (mop): a: 1"]
 
 
 @pytest.mark.parametrize("stack", ["torchtitan", "deepspeed"])

@@ -294,7 +294,7 @@ def test_an_unknown_stack_has_a_near_name_and_says_where_the_known_ones_are() ->
         load_stack("megatron-cor", "--stack")
     line = str(refused.value)
     assert line.startswith("--stack: 'megatron-cor' is neither a stack nor a file; near: megatron-core")
-    assert line.endswith(f"{len(list_stacks())} are known, listed by mopsim list stacks")
+    assert line.endswith(f"; mopsim list stacks has all {len(list_stacks())}")
 
 
 def test_a_stack_that_extends_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
