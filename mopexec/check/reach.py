@@ -235,7 +235,7 @@ def write_reaches(
 _TRAINED = (
     "Lengths are found by dry run; the longest fitting and the first failing one are then run as",
     "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
-    "every allocation watched by the tracker, the machine shared. It orders nothing but itself.",
+    "every allocation tracked, the machine shared. It orders nothing but itself.",
 )
 _PLAYED = ("Lengths are found by dry run; no step was trained at them.",)
 

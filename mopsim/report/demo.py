@@ -89,7 +89,7 @@ def _caveat(report: DemoReport) -> str:
     if report.warning():
         return "\nThe machine was not quiet: neither measured nor calibrated times can be trusted"
     left = ", ".join(_disturbed(report.contenders))
-    return f"\nOther programs ran beside: {left} left out" if left else ""
+    return f"\nOther programs were running: {left} left out" if left else ""
 
 
 def _disturbed(contenders: Sequence[DemoContender]) -> list[str]:

@@ -128,4 +128,4 @@ def test_a_picture_of_a_disturbed_run_says_so() -> None:
     assert _caveat(quiet) == ""
     assert _caveat(busy).startswith("\nThe machine was not quiet: ")
     quiet.contenders[0].measured.disturbed = 3
-    assert _caveat(quiet) == "\nOther programs ran beside: 3 steps of mop left out"
+    assert _caveat(quiet) == "\nOther programs were running: 3 steps of mop left out"
