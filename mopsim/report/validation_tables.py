@@ -1,7 +1,7 @@
 """Tables of a validation: one content, shown on a terminal or written as Markdown."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,21 @@ def _each(validation: Validation, level: float) -> Grid:
         if one.case.measured.fits is not None:
             said = "ran" if one.case.measured.fits else "ran out"
             table.add_row(one.case.id, "P(fits)", said, format_probability(one.p_fits), "", "")
+    for quantity, _ in shown:
+        table.rows += _together(validation.scored, quantity, level)
     return table
+
+
+def _together(scored: Sequence[Scored], quantity: Name, level: float) -> list[tuple[str, ...]]:
+    """A row of several runs of which the quantity was measured: the mean error, and how many are inside their
+    interval."""
+    found = [(one, measured) for one in scored if (measured := getattr(one.case.measured, quantity))]
+    if len(found) < 2:
+        return []
+    inside = sum(low <= it <= high for one, it in found for low, high in (one.interval(quantity, level),))
+    error = sum(abs(one.predicted(quantity) / measured - 1) for one, measured in found) / len(found)
+    name = f"{quantity.replace('_', ' ')}, mean"
+    return [(f"{len(found)} runs", name, "", "", f"{inside} of {len(found)} inside", _percent(error))]
 
 
 def _ends(ends: tuple[float, float], measured: float, show: Callable[[float], str]) -> str:

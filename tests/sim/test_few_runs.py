@@ -1,20 +1,21 @@
-"""`mopsim validate` of a handful of runs: one table, a line for each."""
+"""What `validate` says of a few runs together."""
 
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from mopsim.report.validation_tables import FEW, tables
-from mopsim.validate.case import read_cases
-from mopsim.validate.run import validate
-
-CASES = Path(__file__).parents[2] / "reports/validation/cases/cclbench-llama8b.jsonl"
+from mopsim.report.validation_tables import _together
 
 
-def test_a_run_alone_is_a_line_and_no_means(tmp_path: Path) -> None:
-    """One run had six tables, with labels like bf16_fp16_AB."""
-    path = tmp_path / "one.jsonl"
-    path.write_text(CASES.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
-    found = validate(read_cases(path))
-    assert len(found.scored) == 1 <= FEW
-    (grid,) = tables(found, [])
-    assert [row[1] for row in grid.rows] == ["step time", "P(fits)"]
-    assert grid.rows[0][-1].endswith("%")
+def run(predicted: float, measured: float | None) -> Any:
+    case = SimpleNamespace(measured=SimpleNamespace(step_time=measured))
+    ends = 0.9 * predicted, 1.2 * predicted
+    return SimpleNamespace(case=case, predicted=lambda name: predicted, interval=lambda name, level: ends)
+
+
+def test_several_runs_have_a_mean_error_and_a_count_of_those_inside() -> None:
+    rows = _together([run(1.1, 1.0), run(0.7, 1.0), run(9.0, None)], "step_time", 0.9)
+    assert rows == [("2 runs", "step time, mean", "", "", "1 of 2 inside", "20.0%")]
+
+
+def test_one_run_has_none() -> None:
+    assert _together([run(1.1, 1.0), run(9.0, None)], "step_time", 0.9) == []
