@@ -322,7 +322,7 @@ def _conclude(options: TrainOptions, plan: Plan, stopped_by: str, json: str | No
 def _summary(outcome: dict[str, Any]) -> str:
     predicted = outcome["predicted_step_time_s"]
     seen = outcome["memory_step"]
-    until = f" tracked until step {seen}" if seen < outcome["steps_done"] else ""
+    until = f" (tracked until step {seen})" if seen < outcome["steps_done"] else ""
     disturbed = outcome["disturbed_steps"]
     count = "1 step is" if disturbed == 1 else f"{disturbed} steps are"
     left_out = f"; {count} left out of the time, disturbed by other programs" if disturbed else ""

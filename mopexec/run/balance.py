@@ -42,7 +42,7 @@ def starving(run: Path, plan: Plan, loads: Sequence[int]) -> str:
             ways.append(f"--set {field}={more:g} (now {now:g}{unless})")
     return (
         f"warning: {loads[0]} of {sum(loads)} experts had under 1/8 of an even load in the last step"
-        f"{'; what evens loads: ' * bool(ways)}{' or '.join(ways)}"
+        f"{'; to balance the loads: ' * bool(ways)}{' or '.join(ways)}"
     )
 
 

@@ -200,7 +200,7 @@ def test_experts_that_starve_are_told_with_what_evens_loads(tmp_path: Path) -> N
 
 def test_what_cannot_be_set_higher_is_not_told(tmp_path: Path) -> None:
     said = starving(tmp_path, planned(router_aux_loss_coef=1000.0), LOADS)
-    assert said.endswith("; what evens loads: --set bias_update_rate=0.002 (now 0.001)")
+    assert said.endswith("; to balance the loads: --set bias_update_rate=0.002 (now 0.001)")
     said = starving(tmp_path, planned(bias_update_rate=1.0, router_aux_loss_coef=1000.0), LOADS)
     assert said.endswith("had under 1/8 of an even load in the last step")
 
@@ -210,7 +210,7 @@ def test_what_train_refuses_is_not_advised(tmp_path: Path) -> None:
     kept.folder_of(tmp_path).mkdir()
     io.write_json(kept.folder_of(tmp_path) / "config.json", {"architectures": ["Qwen3MoeForCausalLM"]})
     said = starving(tmp_path, planned(bias_update_rate=0.0), LOADS)
-    assert said.endswith("; what evens loads: --set router_aux_loss_coef=0.01 (now 0)")
+    assert said.endswith("; to balance the loads: --set router_aux_loss_coef=0.01 (now 0)")
 
 
 def test_loads_that_do_not_tell_are_not_told(tmp_path: Path) -> None:
