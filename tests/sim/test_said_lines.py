@@ -40,7 +40,9 @@ def test_a_measured_value_outside_its_interval_is_said() -> None:
         return SimpleNamespace(case=case, predicted=lambda _: 4.0, interval=lambda *_: (3.23, 5.0))
 
     validation: Any = SimpleNamespace(scored=[run(3.22), run(3.3)])
-    assert [row[4] for row in _each(validation, 0.9).rows] == ["3.23 s to 5 s, outside", "3.23 s to 5 s"]
+    *each, together = [row[4] for row in _each(validation, 0.9).rows]
+    assert each == ["3.23 s to 5 s, outside", "3.23 s to 5 s"]
+    assert together == "1 of 2 inside"
 
 
 def test_a_page_of_clusters_leads_with_the_terminals_odds() -> None:
