@@ -23,6 +23,7 @@ ELSEWHERE = {
     "stack.communication_share",  # jobs this small wait for the host, not for the SMs
     "stack.sharding.reductions",  # of ZeRO-2 and 3 without FSDP: tests/sim/test_flat_update.py
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py
+    "stack.host.orders_documents",  # of documents that are exchanged: tests/sim/test_packed_host.py
     "stack.recompute.unlisted",  # of recipes beside named kernels: tests/sim/test_layers_in_bf16.py
     "stack.recompute.sums",  # of named kept products on tensor ranks: tests/sim/test_kept_activations.py
     "stack.sharding.one_pool",  # of blocks that stay reserved: tests/sim/test_upper.py
