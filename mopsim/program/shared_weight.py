@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.stage import Stage
@@ -63,12 +64,21 @@ class Edges:
 
     def rows_wait(self) -> None:
         """The gradient that rows looked up for an MTP layer make of the embedding, which autograd keeps until
-        that of the first layer's rows is added."""
-        if self.stage.is_first and not self.c.one_weight:
-            self.weight_waits("backward")
+        that of the first layer's rows is added; the next layer's is added to it."""
+        if not self.stage.is_first:
+            return
+        if self._waiting:
+            self.issue.hold(self._another())
+            return
+        self._waiting = vocabulary_matrix(self.c.edges["embedding"]) * self.c.b
+        self.issue.hold((("activations", self._waiting),))
 
     def weight_done(self) -> None:
-        """Both gradients are added up."""
+        """All gradients are added up."""
         if self._waiting:
-            memory, self._waiting = (("activations", -self._waiting),), 0
+            memory, self._waiting = (*self._another(), ("activations", -self._waiting)), 0
             self.issue.add("gradients added", "compute", "embedding", "backward", (), (), memory)
+
+    def _another(self) -> tuple[Step, ...]:
+        """Another gradient, and the sum of both, which takes their place."""
+        return ("activations", 2 * self._waiting), ("activations", -2 * self._waiting)

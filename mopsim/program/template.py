@@ -18,7 +18,8 @@ FRAMES = (
     ("h", "rope"), ("h", "k_norm"), ("h", "rope_k"), ("y", ""), ("u", ""), ("routed", ""),
     ("rows", "experts_down"), ("rows_g", "experts_down"),
     ("rows", "experts_down_bias"), ("rows_g", "experts_down_bias"), ("act", "experts_down_bias"),
-    ("rows", "scatter_rows"),
+    ("rows", "scatter_rows"), ("o", "scatter_a"), ("ffn_act", "scatter_f"),
+    ("shared_act", "scatter_f"),
 )  # fmt: skip
 """Variables of the frames of Python that run a layer, and its routed experts, and the kernels to the end of
 which they are there (the last of those that run)."""

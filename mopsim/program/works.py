@@ -100,7 +100,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = chunked(found, context, "permute" if strategy.activations.recompute == "full" else "")
     found = under_autocast(found, context.param / context.b if context.stack.autocasts else 1)
     if sharding.copies or context.keeps_grads:
-        return gradients_stay(found, sharding.copies and sharding.groups == "modules")
+        apart = sharding.copies and sharding.groups == "modules"
+        return gradients_stay(found, apart, apart and not context.stack.plain_experts(strategy))
     return gradients_stacked(found, model.ffn_matrices) if pieces else found
 
 

@@ -5,7 +5,7 @@ Traffic in passes over a tensor in the compute dtype (narrow) and over its fp32 
 is mopexec's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from msgspec.structs import replace
@@ -49,7 +49,7 @@ def composed(
 
     found = tuple(one(kernel) for kernel in kernels)
     if ways.get("expert_outputs") == "pieces":
-        found = _one_by_one(found)
+        found = _one_by_one(found, wings)
     if ways.get("sequence_exchange") == "composed":
         found = each(found, _traded, "sequence_to_heads", "heads_to_sequence")
     inputs = str(ways.get("weighted_inputs", "tokens"))
@@ -235,15 +235,18 @@ def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(kernel, saves=(), scratch=()).keeping(Value("router_wide", size, grad=False))
 
 
-def _one_by_one(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+def _one_by_one(kernels: tuple[Kernel, ...], wings: int) -> tuple[Kernel, ...]:
     """Products of one expert after another. Their outputs are put together, as are the gradients of their
-    inputs; of what lies between only one expert has gradients at a time."""
+    inputs; of what lies between only one expert has gradients at a time. Until the first expert's, which is
+    the last, these inputs' gradients, an expert's two and their sum, are beside that of all outputs."""
     last = next((kernel for kernel in kernels if kernel.name == "experts_down"), None)
     total = sum(one.m * one.count for one in last.matmuls) if last else 0.0
     if last is None or not total:
         return kernels
     rows, most = last.writes[0].bytes, max(one.m for one in last.matmuls)
     wing = int(3 * most * rows / total * last.matmuls[0].k / last.matmuls[0].n)
+    routed = [kernel for kernel in kernels if kernel.name.startswith("experts_")]
+    wing = max(wing, int(_until_first(routed, 3 if wings > 1 else 1) * rows / total))
 
     def change(kernel: Kernel) -> tuple[Kernel, ...]:
         found = replace(kernel, loop=most / total)
@@ -251,16 +254,35 @@ def _one_by_one(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
             return (replace(found, scratch=(("dispatch", rows),), back_scratch=(("activations", wing),)),)
         return (replace(found, writes=tuple(replace(value, grad=False) for value in kernel.writes)),)
 
-    return each(kernels, change, *(kernel.name for kernel in kernels if kernel.name.startswith("experts_")))
+    return each(kernels, change, *(kernel.name for kernel in routed))
 
 
-def gradients_stay(kernels: tuple[Kernel, ...], apart: bool) -> tuple[Kernel, ...]:
+def _until_first(routed: Sequence[Kernel], each: int) -> float:
+    """Rows of gradients that experts one after another, the last one first, have made of their inputs beside
+    that of all outputs, which stays until the first one's, less the rows that they kept. each: gradients of
+    an expert's rows at a time."""
+    values, out = made(routed), routed[-1].writes[0].bytes
+    kept = sum(values[name].bytes for name in {name for one in routed for name in one.saves} & values.keys())
+    *others, _ = (one.m for one in reversed(routed[-1].matmuls) for _ in range(int(one.count)))
+    most = done = 0.0
+    for rows in others:
+        most = max(most, done + each * rows - kept / out * (done + rows))
+        done += rows
+    return most
+
+
+def gradients_stay(kernels: tuple[Kernel, ...], apart: bool, opened: bool) -> tuple[Kernel, ...]:
     """Gradients of parameters appear kernel by kernel, last to first, and stay until their group's are all
-    there. apart: the routed experts' are a group of their own."""
-    made, found = {True: 0, False: 0}, []
+    there. apart: the routed experts' are a group of their own. opened: beside which, once they are made, the
+    shared experts' are somebody else's (Shards.beside)."""
+    made, found, shared = {True: 0, False: 0}, [], 0
     routed = [apart and kernel.name.startswith("experts_") for kernel in kernels]
     for place in reversed(range(len(kernels))):
         kernel, inside = kernels[place], routed[place]
+        if kernel.component == "shared_experts":
+            shared += kernel.weight_grad
+        elif opened and any(routed[: place + 1]):
+            made[False], shared = made[False] - shared, 0
         if not inside and not any(routed[:place]) and made[True]:
             made[True] = 0  # summed into their shards
         made[inside] += kernel.weight_grad
