@@ -34,16 +34,10 @@ def beside(program: Program, hardware: HardwareProfile, stack: Stack, prices: Pr
     share = hardware.communication_share
     if hardware.product_share <= share:
         return Beside.even(program, share)
-    found: dict[int, float] = {}
-    each, sparing = list[float](), list[int]()
-    for op in program.ops:
-        work = op.work
-        if op.stream == "compute":
-            if id(work) not in found:
-                found[id(work)] = lost([prices[id(one)] for one in work], hardware, stack)
-            each.append(found[id(work)])
-            continue
-        each.append(share)
-        if op.stream in TALKS and work and all(one.spares for one in work):
-            sparing.append(op.index)
-    return Beside(share, each, frozenset(sparing))
+    each, sparing = list[float](), dict[int, bool]()
+    for kind, op in enumerate(program.alike.firsts):
+        compute = op.stream == "compute"
+        each.append(lost([prices[id(one)] for one in op.work], hardware, stack) if compute else share)
+        if op.stream in TALKS and op.work and all(one.spares for one in op.work):
+            sparing[kind] = True
+    return Beside(share, program.alike.each(each), frozenset(program.alike.some(sparing)))

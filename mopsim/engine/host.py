@@ -93,10 +93,7 @@ class BlockedThread(HostThread):
 def _kernels(program: Program) -> tuple[Amounts, Amounts]:
     """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'
     worth. Equal work is shared, so it is counted once."""
-    graphs, ops = program.graphs, program.ops
-    keys = [(id(op.work), op.component in graphs) for op in ops] if graphs else [id(op.work) for op in ops]
-    firsts = dict(zip(reversed(keys), reversed(ops), strict=True))
-    places = {key: place for place, key in enumerate(firsts)}
-    costs = np.array([on_host(op.work, op.component in graphs) for op in firsts.values()]).reshape(-1, 2)
-    found = costs[[places[key] for key in keys]]
+    graphs, alike = program.graphs, program.alike
+    costs = [on_host(op.work, op.component in graphs) for op in alike.firsts]
+    found = np.array(costs).reshape(-1, 2)[alike.kinds]
     return found[:, 0], found[:, 1]

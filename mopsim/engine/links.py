@@ -46,8 +46,12 @@ class SharedLinks:
     def begin(self, index: int, seconds: float, wake: Wake) -> None:
         """Op `index`, of `seconds` alone, begins; `wake` when it is over."""
         uses = self.uses.get(index) or ALONE[TALKS[self.ops[index].stream]]
-        self.flights[index] = Flight(seconds, self.clock.now, wake, uses)
-        self._share()
+        alone, flight = not self.flights, Flight(seconds, self.clock.now, wake, uses)
+        self.flights[index] = flight
+        if alone and max(uses) <= 1.0:
+            flight.rate, flight.timer = 1.0, self.clock.at(self.clock.now + seconds, wake)
+        else:
+            self._share()
 
     def end(self, index: int) -> list[Share]:
         """It is over. Returns what it got, where it was slowed."""
@@ -83,17 +87,13 @@ class SharedLinks:
 def uses(program: Program, hardware: HardwareProfile, prices: Prices) -> Use:
     """What collectives use. prices: of all work of the program."""
     found: dict[int, tuple[float, float]] = {}
-    known: dict[int, tuple[float, float]] = {}
-    for op in program.ops:
+    for kind, op in enumerate(program.alike.firsts):
         fabric = TALKS.get(op.stream)
         if fabric is None:
             continue
-        one = known.get(id(op.work))
-        if one is None:
-            each = [(prices[id(work)][1], *use(work, hardware)) for work in op.work]
-            total = sum(seconds for seconds, *_ in each) or 1.0
-            up, out = (sum(part[0] * part[place] for part in each) / total for place in (1, 2))
-            one = known[id(op.work)] = up, out
-        if one != ALONE[fabric]:
-            found[op.index] = one
-    return found
+        each = [(prices[id(work)][1], *use(work, hardware)) for work in op.work]
+        total = sum(seconds for seconds, *_ in each) or 1.0
+        up, out = (sum(part[0] * part[place] for part in each) / total for place in (1, 2))
+        if (up, out) != ALONE[fabric]:
+            found[kind] = up, out
+    return program.alike.some(found)

@@ -99,29 +99,29 @@ def run(
 
 def _durations(program: Program, hardware: HardwareProfile, prices: Prices) -> list[float]:
     """Seconds of every op alone on its stream. Work is priced once per object: equal work is shared."""
-    totals: dict[int, float] = {}
-    for work in {id(op.work): op.work for op in program.ops}.values():
+    totals = []
+    for op in program.alike.firsts:
         total = 0.0
-        for one in work:
+        for one in op.work:
             priced = prices.get(id(one))
             if priced is None:
                 priced = prices[id(one)] = (one, seconds(one, hardware))
             total += priced[1]
-        totals[id(work)] = total
-    return [totals[id(op.work)] for op in program.ops]
+        totals.append(total)
+    return program.alike.each(totals)
 
 
 def _kinds(program: Program, prices: Prices) -> dict[int, dict[str, float]]:
     """Of ops beside compute that are of several kinds of work: each kind's share of the seconds."""
     found: dict[int, dict[str, float]] = {}
-    for op in program.ops:
+    for kind, op in enumerate(program.alike.firsts):
         if op.stream == "compute" or len(op.work) < 2:
             continue
         total = sum(prices[id(work)][1] for work in op.work) or 1.0
-        shares = found[op.index] = {}
+        shares = found[kind] = {}
         for work in op.work:
             shares[work.kind] = shares.get(work.kind, 0.0) + prices[id(work)][1] / total
-    return found
+    return program.alike.some(found)
 
 
 def _left(ledger: Ledger) -> Sequence[tuple[str, int]]:

@@ -1,9 +1,10 @@
 """Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and
 memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import TypeVar
 
 from msgspec import Struct
 
@@ -27,6 +28,7 @@ SLOTS = (*CATEGORIES, *(f"host/{category}" for category in CATEGORIES))
 SLOT = {name: index for index, name in enumerate(SLOTS)}
 NUM_DEVICE_SLOTS = len(CATEGORIES)
 
+Found = TypeVar("Found")
 Deltas = tuple[tuple[int, int], ...]
 """(slot, bytes) changes."""
 
@@ -131,6 +133,12 @@ def on_host(work: Iterable[Work], replayed: bool) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=65536)
+def shared(work: Work) -> Work:
+    """Equal work as one object, so that it is priced once."""
+    return work
+
+
+@lru_cache(maxsize=65536)
 def memory_work(num_bytes: float, launches: int, indexed: bool = False) -> Work:
     """Memory-bound work; equal work is one object, so that it is priced once."""
     return Work("memory_bound", bytes=num_bytes, launches=launches, indexed=indexed)
@@ -179,7 +187,24 @@ class Repeat:
     times: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Alike:
+    """Ops of a program by what they do: all of a kind have one `work`, stream and component. firsts: one op
+    of each kind; kinds: the place of each op's kind among these."""
+
+    firsts: list[Op]
+    kinds: list[int]
+
+    def each(self, found: Sequence[Found]) -> list[Found]:
+        """Of each op what was found of its kind."""
+        return [found[kind] for kind in self.kinds]
+
+    def some(self, found: Mapping[int, Found]) -> dict[int, Found]:
+        """The same, by op, where something was found of its kind."""
+        return {place: found[kind] for place, kind in enumerate(self.kinds) if kind in found} if found else {}
+
+
+@dataclass(frozen=True)
 class Program:
     """What one class of ranks does in a step. stage: of the pipeline. graphs: see Strategy. blocks: bytes of
     flat tensors of the step's end, see Sharding.update_copies."""
@@ -190,6 +215,19 @@ class Program:
     graphs: tuple[str, ...] = ()
     repeats: tuple[Repeat, ...] = ()
     blocks: int = 0
+
+    @cached_property
+    def alike(self) -> Alike:
+        """Equal work is shared, so what it takes is found once."""
+        places, firsts, kinds = dict[tuple[int, str, str], int](), list[Op](), list[int]()
+        for op in self.ops:
+            key = id(op.work), op.stream, op.component
+            kind = places.get(key)
+            if kind is None:
+                kind = places[key] = len(firsts)
+                firsts.append(op)
+            kinds.append(kind)
+        return Alike(firsts, kinds)
 
 
 @dataclass(frozen=True, slots=True)
