@@ -190,14 +190,19 @@ class Rank:
             op = ops[index]
             start = max(self.starts[index], since)
             late = min(until, max(self.starts[index] + self.ran[index], start))
-            record.blame(waiting, op, until - late, "host")
-            self._book(waiting, index, start, late)
+            if until > late:
+                record.blame(waiting, op, until - late, "host")
+            if index in self.shared:
+                self._book(waiting, index, start, late)
+            else:
+                record.blame(waiting, op, late - start)
             until = start
             if until <= since:
                 return
             index = self._awaited(index)
             over = max(ends[index], since) if index >= 0 else since
-            record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
+            if until > over:
+                record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
 
     def _awaited(self, index: int) -> int:
@@ -218,8 +223,8 @@ class Rank:
         return latest
 
     def _book(self, waiting: Op, index: int, since: float, until: float) -> None:
-        """Book a wait for op `index` while it ran: what others took of its links on them."""
-        ops, record, shares, own = self.program.ops, self.record, self.shared.get(index, ()), until - since
+        """Book a wait for op `index`, which shared its links, while it ran: what others took on them."""
+        ops, record, shares, own = self.program.ops, self.record, self.shared[index], until - since
         for share, end in zip(shares, [*(one.since for one in shares[1:]), until], strict=False):
             lost = max(0.0, min(end, until) - max(share.since, since)) * (1.0 - share.rate)
             own -= lost
