@@ -187,18 +187,16 @@ class Builder:
         turns = [turns_of(self.ops[middle:]), turns_of(self.ops[start:middle])]
         woven = [op for pair in zip_longest(*turns, fillvalue=()) for turn in pair for op in turn]
         moved = {op.index: start + place for place, op in enumerate(woven)}
+        now = moved.get
         self.ops[start:] = [
-            replace(op, index=moved[op.index], deps=tuple(moved.get(dep, dep) for dep in op.deps))
-            for op in woven
+            replace(op, index=place, deps=tuple([now(dep, dep) for dep in op.deps]))
+            for place, op in enumerate(woven, start)
         ]
         return moved
 
     def tail(self) -> tuple[int, ...]:
         """The last op of every stream."""
-        found: dict[str, int] = {}
-        for op in self.ops:
-            found[op.stream] = op.index
-        return tuple(found.values())
+        return tuple({op.stream: op.index for op in self.ops}.values())
 
     def collective(
         self, name: str, kind: str, size: float, group: CommGroup, component: str, phase: str, by: str, *,

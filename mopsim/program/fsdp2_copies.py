@@ -5,7 +5,7 @@ foreach_reduce_scatter_copy_in. What its Python does around them is the host's t
 from mopsim.graph.host_costs import GATHER, REST
 from mopsim.program.context import Context
 from mopsim.program.units import ShardedUnit
-from mopsim.program.workload import Work
+from mopsim.program.workload import Work, memory_work, shared
 
 
 def bytes_sent(param: float, compute: float) -> float:
@@ -49,14 +49,14 @@ def bytes_whole(c: Context, unit: ShardedUnit, *, away: bool) -> int:
 def gather_copy(c: Context, unit: ShardedUnit) -> Work:
     """Shards cast to the compute dtype and copied into the buffer that is sent."""
     size = float(unit.shard_numel * bytes_sent(c.param, c.gathered(unit)))
-    return Work("memory_bound", bytes=size, launches=4, host=_host(unit, GATHER, 9))
+    return shared(Work("memory_bound", bytes=size, launches=4, host=_host(unit, GATHER, 9)))
 
 
 def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
     """What has arrived, copied into one tensor for each parameter, and again where that is not in order
     (Sharding.expert_dim)."""
     copied = float((unit.numel + sum(unit.across)) * bytes_arrived(c.gathered(unit)))
-    return Work("memory_bound", bytes=copied, launches=4 + len(unit.across))
+    return memory_work(copied, 4 + len(unit.across))
 
 
 def bytes_gathered(c: Context, unit: ShardedUnit) -> tuple[int, int, int]:
@@ -70,7 +70,8 @@ def reduce_copy(c: Context, unit: ShardedUnit, width: int) -> Work:
     sent; first put in order (Sharding.expert_dim)."""
     size, copied = float(unit.padded * bytes_reduced(width, c.reduce)), float(unit.padded)
     size, launches = size + sum(unit.across) * bytes_reduced(width, width), 4 + len(unit.across)
-    return Work("memory_bound", bytes=size, chunked=copied, launches=launches, host=_host(unit, REST, 6))
+    host = _host(unit, REST, 6)
+    return shared(Work("memory_bound", bytes=size, chunked=copied, launches=launches, host=host))
 
 
 def bytes_reordered(unit: ShardedUnit, width: int) -> tuple[int, int]:

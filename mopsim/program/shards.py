@@ -17,7 +17,7 @@ from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
 from mopsim.program.units import ShardedUnit, joined, of_component
 from mopsim.program.whole_sums import WholeSums
-from mopsim.program.workload import Work
+from mopsim.program.workload import Work, shared
 from mopsim.spec.strategy import Dense, Experts
 
 
@@ -50,9 +50,8 @@ class Shards(FurtherLayers, Edges):
         self._coming: dict[str, int] = {}
         self._there: dict[str, tuple[ShardedUnit, int]] = {}
         self._reached = ("forward",) * (self.copied and not context.stack.sharding.told(context.strategy))
-        self._left: Ops = ()
-        self._copied_out: Ops = ()
-        self._sent: Ops = ()
+        self._left = self._copied_out = self._sent = Ops()
+        self._grouped: dict[int, list[ShardedUnit]] = {}
         self._landing, self._held, self._deferred = False, 0, 0
         self._unfinished: list[int] = []
 
@@ -225,7 +224,7 @@ class Shards(FurtherLayers, Edges):
                 first = ()
         host, calls = flat_host(self.c, unit, "gather", 1), self.c.exchanges(unit)
         moved = unit.padded * float(self.c.gathered(unit))
-        sent = (Work("all_gather", bytes=moved, group=group, launches=calls, host=host),)
+        sent = (shared(Work("all_gather", bytes=moved, group=group, launches=calls, host=host)),)
         self._coming[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group, "state"), self._component(unit), phase, first + sent,
             room, memory, layer=unit.layer,
@@ -243,8 +242,7 @@ class Shards(FurtherLayers, Edges):
         """What has arrived becomes parameters; of a shard that is whole, casts. Offloaded shards are sent
         from a stream of their own, for which the buffer outlives the forward's copy-out until the next one,
         or until the root's forward ends (`all_gather_state`); experts that are recomputed are a root."""
-        alone = self.c.groups[unit.group].size == 1
-        size = self.c.whole(unit)
+        alone, size = self.c.groups[unit.group].size == 1, self.c.whole(unit)
         away = self._place(unit).param_tier == "host"
         high = fsdp2.bytes_whole(self.c, unit, away=away)
         memory = [high, size - high] if alone else [*fsdp2.bytes_gathered(self.c, unit), -size]
@@ -264,12 +262,13 @@ class Shards(FurtherLayers, Edges):
 
     def _groups(self, layer: int) -> list[ShardedUnit]:
         """A layer's parameters as they are gathered and reduced together (see Sharding.groups)."""
-        units = self.c.layers[layer]
-        groups = {(unit.copies, self.c.groups[unit.group]) for unit in units}
-        one = self.c.stack.sharding.flat or all(map(self._copied, units))
-        if self._modules or len(groups) > 1 or not one:
-            return units
-        return [joined(units)]
+        if layer not in self._grouped:
+            units = self.c.layers[layer]
+            groups = {(unit.copies, self.c.groups[unit.group]) for unit in units}
+            one = self.c.stack.sharding.flat or all(map(self._copied, units))
+            apart = self._modules or len(groups) > 1 or not one
+            self._grouped[layer] = units if apart else [joined(units)]
+        return self._grouped[layer]
 
     def _dense(self, layer: int) -> ShardedUnit:
         """The group that a layer's experts are beside."""
@@ -316,7 +315,7 @@ class Shards(FurtherLayers, Edges):
         if self.sums.wait:
             return
         for _, sent in reduction(self.c, [unit]):
-            apart = replace(sent, launches=self.c.exchanges(unit, reduced=True))
+            apart = shared(replace(sent, launches=self.c.exchanges(unit, reduced=True)))
             name, work, before = f"reduce {unit.name}", (*before, apart), ()
             stream, part_of = state_stream(sent), self._component(unit)
             last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)

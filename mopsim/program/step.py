@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 from mopsim.program import data_parallel, outputs, scales
 from mopsim.program.builder import Builder, state_stream
@@ -38,7 +39,7 @@ class StageStep:
     updated: UpdatedParameters
 
     def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
-        self.c, self.passes = context, passes
+        self.c, self.passes, self.handed = context, passes, cache(passes.handed)
         self.stage = Stage(context, index, passes.key if compose else None)
         self.visits, self.repeats, self.reductions = list[int](), list[Repeat](), list[int]()
         self.stands_for: Counter[str] = Counter()
@@ -274,7 +275,7 @@ class StageStep:
         )
         ready = self.issue.play(template, layer, (*ready, *waits), beside)
         self.shards.after(layer, "backward", ready)
-        self.kept.handed(self.passes.handed(layer))
+        self.kept.handed(self.handed(layer))
         self.kept.made(*self.c.layers[layer])
         if final and self._early:
             self._reduce(self.c.layers[layer], ready)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from msgspec import structs
 
@@ -30,7 +31,7 @@ def merged(first: Hooks, second: Hooks) -> Hooks:
     return {place: (*first.get(place, ()), *second.get(place, ())) for place in {**first, **second}}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Template:
     """Ops recorded once and issued for every layer and microbatch that runs alike.
 
@@ -47,12 +48,15 @@ class Template:
 
     def products(self, phase: str) -> tuple[int, int]:
         """First and last place of a phase with products of experts, -1 without."""
-        found = [
-            place
-            for place, piece in enumerate(self.pieces)
-            if piece.phase == phase and any(work.kind == "grouped_matmul" for work in piece.work)
-        ]
-        return (found[0], found[-1]) if found else (-1, -1)
+        return self._products.get(phase, (-1, -1))
+
+    @cached_property
+    def _products(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for place, piece in enumerate(self.pieces):
+            if any(work.kind == "grouped_matmul" for work in piece.work):
+                found[piece.phase] = found.get(piece.phase, (place, place))[0], place
+        return found
 
     def places(self, component: str, phase: str, before: int) -> list[int]:
         """Places of a component's pieces in a phase, before a place."""
