@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from msgspec import Struct
-
 from mopsim.cost import seconds
 from mopsim.cost.beside import lost
 from mopsim.graph.tape import Step
@@ -50,7 +48,7 @@ class Alone:
         return max(self.up, self.out)
 
 
-class Issue(Struct, frozen=True):
+class Issue(NamedTuple):
     """What the host takes for an op. first, whole: seconds until it has started the first kernel, and all;
     last: those that the last kernel takes then; awaited: it waits for the op before it goes on."""
 
@@ -69,16 +67,22 @@ class Busy(NamedTuple):
 
 @dataclass(frozen=True)
 class Priced:
-    """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
-    at its end, device bytes. turns: whether each ends a turn. first: place and memory of the first op on the
-    compute stream, with what comes before it; rest: what comes after the last one. slowed: seconds of that
-    stream where a collective always runs beside; hosts: what the host takes for each.
+    """A template: of each op its stream, its seconds, the ops in here that it waits for, whether it waits for
+    what comes before, and its change of memory at its height and at its end, device bytes. turns: whether
+    each ends a turn. first: place and memory of the first op on the compute stream, with what comes before
+    it; latest: place of the last one, -1 without; rest: what comes after it. slowed: seconds of that stream
+    where a collective always runs beside; hosts: what the host takes for each.
     """
 
-    ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
+    streams: tuple[int, ...]
+    times: tuple[float, ...]
+    deps: tuple[tuple[tuple[int, ...], bool], ...]
+    heights: tuple[int, ...]
+    lefts: tuple[int, ...]
     turns: tuple[bool, ...]
     ends: tuple[int, ...]
     first: tuple[int, tuple[Step, ...]]
+    latest: int
     rest: tuple[Step, ...]
     slowed: float
     hosts: tuple[Issue, ...]
@@ -91,10 +95,14 @@ class Priced:
     def seconds(self, start: int, stop: int) -> Alone:
         """Of its ops from place `start` to `stop`, what comes before them over; their memory is not known."""
         flow = Flow()
-        for place in range(start, stop):
-            stream, took, deps, *_ = self.ops[place]
-            inside = tuple(dep - start for dep in deps if dep >= start)
-            flow.add(stream, took, inside, self.turns[place], self.hosts[place])
+        flow.streams += self.streams[start:stop]
+        flow.seconds += self.times[start:stop]
+        flow.deps += [
+            tuple([dep - start for dep in deps if dep >= start]) for deps, _ in self.deps[start:stop]
+        ]
+        flow.turns += self.turns[start:stop]
+        flow.hosts += self.hosts[start:stop]
+        flow.height, flow.left = [0] * (stop - start), [0] * (stop - start)
         return alone(flow)
 
 
@@ -108,22 +116,29 @@ class Prices:
 
     def of(self, template: Template, around: Around | None = None) -> Priced:
         """around: of a pass of a layer, whose modules take the host's time too."""
-        ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
-        slowed = 0.0
-        seconds = [self._seconds(piece) for piece in template.pieces]
-        for place, (piece, took) in enumerate(zip(template.pieces, seconds, strict=True)):
+        first, latest, pending = (-1, tuple[Step, ...]()), -1, tuple[Step, ...]()
+        memory, slowed = list[tuple[int, int]](), 0.0
+        pieces = template.pieces
+        seconds = [self._seconds(piece) for piece in pieces]
+        for place, (piece, took) in enumerate(zip(pieces, seconds, strict=True)):
             pending += template.before.get(place, ())
             steps = template.memory[place]
             compute = piece.stream == "compute"
             if compute:
                 steps, pending = (*pending, *steps), ()
                 slowed += took / max(1 - self._lost(piece), LEAST)
-                first = first if first[0] >= 0 else (place, steps)
-            ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
-        pending += template.before.get(len(ops), ())
-        turns = tuple(turn_ends(template.pieces))
-        hosts = self._hosts(template.pieces, seconds, around)
-        return Priced(tuple(ops), turns, template.ends, first, pending, slowed, hosts)
+                first, latest = first if first[0] >= 0 else (place, steps), place
+            memory.append(device_bytes(steps))
+        pending += template.before.get(len(memory), ())
+        deps = [
+            (tuple([dep for dep in one.deps if dep >= 0]), min(one.deps, default=0) < 0) for one in pieces
+        ]
+        heights, lefts = zip(*memory, strict=True) if memory else ((), ())
+        hosts = self._hosts(pieces, seconds, around)
+        return Priced(
+            tuple([STREAMS.index(one.stream) for one in pieces]), tuple(seconds), tuple(deps), heights, lefts,
+            tuple(turn_ends(pieces)), template.ends, first, latest, pending, slowed, hosts,
+        )  # fmt: skip
 
     def compute(self, template: Template) -> Busy:
         """Seconds of a template's compute stream."""
@@ -201,37 +216,25 @@ class Flow:
             self.left[self._latest] -= size
         return self
 
-    def add(
-        self, stream: int, took: float, deps: tuple[int, ...], turn: bool, host: Issue, height: int = 0,
-        left: int = 0,
-    ) -> None:  # fmt: skip
-        self.streams.append(stream)
-        self.seconds.append(took)
-        self.deps.append(deps)
-        self.turns.append(turn)
-        self.hosts.append(host)
-        self.height.append(height)
-        self.left.append(left)
-
     def play(self, priced: Priced) -> "Flow":
         by, start = len(self.streams), self._ends
-        for place, (stream, took, deps, height, left) in enumerate(priced.ops, by):
-            if stream == COMPUTE:
-                self._latest = place
-            inside = tuple([dep + by for dep in deps if dep >= 0])
-            self.streams.append(stream)
-            self.seconds.append(took)
-            self.deps.append(inside if len(inside) == len(deps) else (*inside, *start))
-            self.height.append(height)
-            self.left.append(left)
+        self.streams += priced.streams
+        self.seconds += priced.times
+        self.deps += [
+            (*[dep + by for dep in deps], *start) if waits else tuple([dep + by for dep in deps])
+            for deps, waits in priced.deps
+        ]
+        self.height += priced.heights
+        self.left += priced.lefts
         self.turns += priced.turns
         self.hosts += priced.hosts
         place, steps = priced.first
         if place >= 0:
+            self._latest = by + priced.latest
             self.height[by + place], self.left[by + place] = device_bytes((*self._steps, *steps))
             self._steps = ()
         self._steps += priced.rest
-        self._ends = tuple(by + end for end in priced.ends) if priced.ops else start
+        self._ends = tuple(by + end for end in priced.ends) if priced.streams else start
         return self
 
     def settled(self) -> "Flow":
@@ -261,20 +264,23 @@ def alone(*flows: Flow) -> Alone:
     `mopsim.program.builder.Builder.weave` issues them."""
     last = [-1.0] * len(STREAMS)
     ends = [[0.0] * len(flow.streams) for flow in flows]
+    paced = [[0.0] * len(flow.streams) for flow in flows]
     places = [0] * len(flows)
     busy = up = out = 0.0
     held = sum(flow.before for flow in flows)
-    top, going, order = max(held, 0), True, list[tuple[int, int]]()
+    top, going, rows = max(held, 0), True, list[Row]()
     while going:
         going = False
         for which, flow in enumerate(flows):
             streams, took, deps, done = flow.streams, flow.seconds, flow.deps, ends[which]
-            turns, height, left = flow.turns, flow.height, flow.left
+            turns, height, left, hosts = flow.turns, flow.height, flow.left, flow.hosts
+            later = paced[which]
             place, count = places[which], len(streams)
             while place < count:
                 stream, time = streams[place], took[place]
                 start = last[stream]
-                for dep in deps[place]:
+                waits = deps[place]
+                for dep in waits:
                     if done[dep] > start:
                         start = done[dep]
                 if stream == COMPUTE:
@@ -284,7 +290,7 @@ def alone(*flows: Flow) -> Alone:
                     top = high if high > top else top
                     held += left[place]
                 done[place] = last[stream] = start + time if start >= 0 else -1.0
-                order.append((which, place))
+                rows.append((later, place, stream, waits, time, hosts[place]))
                 place += 1
                 if stream in UP:
                     up += time
@@ -295,36 +301,35 @@ def alone(*flows: Flow) -> Alone:
             places[which] = place
             going = going or place < count
     chain = max(last[COMPUTE], 0.0)
-    return Alone(chain, _paced(flows, order, chain), busy, up, out, top)
+    issued = any(one.whole for flow in flows for one in flow.hosts)
+    return Alone(chain, _paced(rows) if issued else chain, busy, up, out, top)
 
 
-def _paced(flows: Sequence[Flow], order: Sequence[tuple[int, int]], chain: float) -> float:
+Row = tuple[list[float], int, int, tuple[int, ...], float, Issue]
+"""An op as it is issued: the ends of its pass, its place there, its stream, what it waits for, its seconds,
+and what the host takes for it."""
+
+
+def _paced(rows: Sequence[Row]) -> float:
     """Seconds of passes whose ops the host starts in this order, as mopsim.engine.host does: of a second
     time, in which it is as far ahead of them as it was after the first."""
-    if not any(one.whole for flow in flows for one in flow.hosts):
-        return chain
-    ends = [(flow, [0.0] * len(flow.streams)) for flow in flows]
-    rows = [
-        (done, place, flow.streams[place], flow.deps[place], flow.seconds[place], flow.hosts[place])
-        for (flow, done), place in ((ends[which], place) for which, place in order)
-    ]
     end = ahead = 0.0
     for _ in range(2):
         clock, last = -ahead, [-1.0] * len(STREAMS)
-        for done, place, stream, deps, took, host in rows:
+        for done, place, stream, deps, took, (first, whole, lasts, awaited) in rows:
             start = last[stream]
             for dep in deps:
                 if done[dep] > start:
                     start = done[dep]
             if stream == COMPUTE and start < 0.0:
                 start = 0.0
-            begin, clock = clock + host.first, clock + host.whole
+            begin, clock = clock + first, clock + whole
             over = -1.0
             if start >= 0.0:
-                over, late = (start if start > begin else begin) + took, clock + host.last
+                over, late = (start if start > begin else begin) + took, clock + lasts
                 over = late if late > over else over
             done[place] = last[stream] = over
-            if host.awaited and over > clock:
+            if awaited and over > clock:
                 clock = over
         end = max(last[COMPUTE], 0.0)
         ahead = end - clock

@@ -116,7 +116,7 @@ class LayerPiece:
     @cached_property
     def parts(self) -> tuple[Alone, ...]:
         """Of the backward, each by itself."""
-        stops = (*self.starts[1:], len(self.back.ops))
+        stops = (*self.starts[1:], len(self.back.streams))
         return tuple(self.back.seconds(*place) for place in zip(self.starts, stops, strict=True))
 
     @property
