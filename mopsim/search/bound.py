@@ -17,7 +17,7 @@ from mopsim.graph.shapes import attention_widths
 from mopsim.program.update import moved
 from mopsim.search.copies import Copies
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.problem import DEVICE, HOST, SAVED, STREAMED, ULYSSES
+from mopsim.search.problem import DEVICE, HOST, SAVED, STREAMED, ULYSSES, Column
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, laid, load, parts_of
 from mopsim.search.wires import Message, Reals
@@ -209,13 +209,10 @@ class Bounder(Copies):
             count * (each + last) for count, each, last in zip(counts, layers, once, strict=True)
         )
         found = np.asarray(mean / c["pipeline"])
-        chosen = (c["pipeline"] > 1) & (c["layout"] != IDEAL)
-        if not chosen.any():
+        if not self.by_layout:
             return found
         every, last = np.stack(layers, axis=1), np.stack(once, axis=1)
-        codes = laid(self.space.columns)
-        for code in np.unique(codes[chosen]).tolist():
-            rows = np.flatnonzero(codes == code)
+        for code, rows in self.by_layout:
             stage = load(self.model, *parts_of(code))
             each = (every[rows] + last[rows]) @ stage.layers.T
             way = np.broadcast_to(filled, len(self.space))[rows] / self.microbatches[rows]
@@ -223,6 +220,13 @@ class Bounder(Copies):
             each[:, -1] += head[rows]
             found[rows] = np.maximum(found[rows], each.max(axis=1))
         return found
+
+    @cached_property
+    def by_layout(self) -> list[tuple[int, Column]]:
+        """The rows of each layout of several stages, by its code."""
+        chosen = (self.c["pipeline"] > 1) & (self.c["layout"] != IDEAL)
+        rows, codes = np.flatnonzero(chosen), laid(self.space.columns)[chosen]
+        return [(code, rows[codes == code]) for code in np.unique(codes).tolist()]
 
     def busy(self, messages: Iterable[Message]) -> tuple[Reals, Reals]:
         """Seconds in which messages keep (scale-up, scale-out) busy."""

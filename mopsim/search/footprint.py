@@ -31,7 +31,7 @@ class Footprint:
     def __init__(self, space: Space, given: SpaceFacts) -> None:
         self.space, self.problem, self.given = space, space.problem, given
         self.sizes, self.hardware = given.sizes, given.hardware
-        self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
+        self.c = {name: _reals(column) for name, column in space.columns.items()}
         self.model = self.problem.model
         first = space.build(0)
         precision = first.precision
@@ -291,3 +291,10 @@ class Footprint:
         whole = whole / c["pipeline"]
         held = np.where(c["reshard"] == 1, each, whole)
         return np.asarray(np.where(c["zero"] == 3, held, 0.0))
+
+
+def _reals(column: Column) -> Reals:
+    """A column of one value stays one."""
+    if column.strides[0]:
+        return column.astype(np.float64)
+    return np.broadcast_to(column[:1].astype(np.float64), len(column))

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from mopsim.search.had import exchanges, offered, refused_beside
+from mopsim.search.learn import firsts
 from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
 from mopsim.search.problem import EXCHANGES, LEANEST, RING, SAVED, ULYSSES, Column, once
 from mopsim.search.space import Space
@@ -19,6 +20,11 @@ Found = TypeVar("Found")
 MOST = 1 << 16
 """Above any degree: codes of shapes count in it."""
 
+SHAPES = (
+    "micro_batch", "tensor", "sequence", "experts", "expert_tensor", "chunks", "ffn_slices", "dispatcher",
+    "recompute", "loss", "loss_slices",
+)  # fmt: skip
+"""Columns by which references are chosen."""
 WAYS = ("forward", "backward")
 BEST = 0.99
 """Of a reference's seconds: some rows are faster for each token by up to 0.4 %."""
@@ -45,6 +51,7 @@ class Least:
 class Layer:
     """Of a layer's forward and backward, at least.
 
+    few: the first row of the space with each combination of SHAPES.
     kept: bytes of a token left for the backward beside the layer's input, by what is recomputed
     (`recomputed`) and the kind of layer; height: the most that the backward takes above its start, by what is
     recomputed. Both 0 under a runtime that recomputes every layer and frees as it goes. again: seconds of the
@@ -52,6 +59,7 @@ class Layer:
     """
 
     space: Space
+    few: Space
     kept: Reals
     height: Reals
     again: Reals
@@ -59,13 +67,14 @@ class Layer:
     @staticmethod
     def of(space: Space, each: float) -> "Layer":
         """each: bytes of an element."""
-        experts, alike = space.columns["experts"], np.zeros(len(space), dtype=np.int64)
-        split = space.columns["expert_tensor"]
-        rows = [_reference(space, alike, split, first) for first in (experts, _apart(experts), -experts)]
+        few = space.take(firsts([space.columns[name] for name in SHAPES], len(space)))
+        experts, alike = few.columns["experts"], np.zeros(len(few), dtype=np.int64)
+        split = few.columns["expert_tensor"]
+        rows = [_reference(few, alike, split, first) for first in (experts, _apart(experts), -experts)]
         if space.stack.kernels.gate_up == "separate":  # one product where tensors are split (Passes)
-            ways = _reference(space, _splits(space), split, experts)
+            ways = _reference(few, _splits(few), split, experts)
             rows += [ways.part(at, at + 1) for at in range(len(ways))]
-        small = {name: int(space.columns[name].max()) for name in ("chunks", "ffn_slices")}
+        small = {name: int(few.columns[name].max()) for name in ("chunks", "ffn_slices")}
         references = [
             row.having(exchange=exchange, **small)
             for row in rows
@@ -73,32 +82,32 @@ class Layer:
         ]
         every = [_known(one, "kept", lambda one: _by_recomputation(one, each)) for one in references]
         found = [one for one in every if one[1].any()] or every[:1]
-        return Layer(space, *(np.minimum.reduce(parts) for parts in zip(*found, strict=True)))
+        return Layer(space, few, *(np.minimum.reduce(parts) for parts in zip(*found, strict=True)))
 
     @cached_property
     def fixed(self) -> Least:
         """Of one microbatch, all but experts: with the fewest ranks that share them, or a sequence (around a
         ring, its attention is in more and smaller parts)."""
-        codes, c = _dense_shapes(self.space), self.space.columns
+        codes, c = _dense_shapes(self.few), self.few.columns
         experts = c["expert_tensor"], c["experts"]
-        rows = (_reference(self.space, codes, *first) for first in (experts, (c["sequence"], *experts)))
+        rows = (_reference(self.few, codes, *first) for first in (experts, (c["sequence"], *experts)))
         return Least.of(codes, *rows, part=0)
 
     @cached_property
     def routed(self) -> Least:
         """Of a token's experts: of most tokens on one rank, on the fewest that exchange them, or on the most,
         where each of a rank's experts adds a gradient of all rows (expert_padding)."""
-        codes, experts = _expert_shapes(self.space), self.space.columns["experts"]
-        split = self.space.columns["expert_tensor"]
+        codes, experts = _expert_shapes(self.few), self.few.columns["experts"]
+        split = self.few.columns["expert_tensor"]
         alone = self.space.stack.kernels.expert_padding in ("busiest", "fresh")
         ranks = (experts, _apart(experts), *[MOST - experts] * alone)
-        most = [(one << 40) - _tokens(self.space) for one in ranks]
-        return Least.of(codes, *(_reference(self.space, codes, split, one) for one in most), part=1)
+        most = [(one << 40) - _tokens(self.few) for one in ranks]
+        return Least.of(codes, *(_reference(self.few, codes, split, one) for one in most), part=1)
 
     @cached_property
     def loss(self) -> Least:
         """Of one microbatch's final norm, projection and cross entropy, where no ring passes it on."""
-        space = self.space.take(np.flatnonzero(self.space.columns["loss"] != RING))
+        space = self.few.take(np.flatnonzero(self.few.columns["loss"] != RING))
         codes = _loss_shapes(space)
         rows = space.take(np.unique(codes, return_index=True)[1])
         seconds = [_known(rows, "loss", _loss, place, LOSS) for place in range(len(rows))]

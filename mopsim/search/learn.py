@@ -304,6 +304,14 @@ def codes(columns: Iterable[Column], rows: int) -> Column:
     return found
 
 
+def firsts(columns: Iterable[Column], rows: int) -> Column:
+    """The first of so many rows with each combination of values of these columns, ascending."""
+    combination = codes(columns, rows)
+    found = np.zeros(int(combination.max(initial=-1)) + 1, dtype=np.int64)
+    found[combination[::-1]] = np.arange(rows)[::-1]  # of several at one place the last one stays
+    return np.sort(found)
+
+
 def coded(column: Column) -> tuple[Column, Column]:
     """(the values of a column, ascending; the place of each row's among them)."""
     if not column.strides[0]:  # one value

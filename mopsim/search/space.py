@@ -92,6 +92,6 @@ class Space:
 def taken(columns: Columns, rows: Column) -> Columns:
     """The rows of these places; a column of one value stays one."""
     return {
-        name: column[rows] if column.strides[0] else np.broadcast_to(column[:1], len(rows))
+        name: column.take(rows) if column.strides[0] else np.broadcast_to(column[:1], len(rows))
         for name, column in columns.items()
     }
