@@ -129,7 +129,11 @@ def test_a_context_sweep_stays_in_its_lines() -> None:
     stops = "8M†, stopped at 16M by activations; gap 10 %"
     assert f"2 {names[1].label}: {stops}; on {names[1].runs_on}" in said
     narrow = {name: replace(one, points=one.points[:1]) for name, one in curves.items()}
-    assert shown(shown_table(case, narrow, lengths[:1]))[0].rstrip().endswith(", tokens/s per GPU")
+    assert (
+        shown(shown_table(case, narrow, lengths[:1]))[0]
+        .rstrip()
+        .endswith(", tokens/s per GPU; 131,072 tokens per GPU")
+    )
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5e-36, "0"), (-5e-36, "0"), (0.0, "0"), (2e-7, "0.2 us")])
