@@ -15,6 +15,7 @@ from mopsim.search.pool import Pool
 from mopsim.search.problem import Column
 from mopsim.search.simulating import play
 from mopsim.search.space import Space
+from mopsim.search.stages import largest_chunks
 from mopsim.search.wires import Reals
 from mopsim.spec.capability import runnable
 from mopsim.spec.capability.job import Job
@@ -100,10 +101,8 @@ class Kept:
             none = np.zeros(0)
             return Kept(pool, places[:0], none, none, none)
         full, kept = (bound(one, pool.given) for one in (rows, rows.having(**NOTHING_AGAIN)))
-        c, layers = rows.columns, pool.space.problem.model.num_hidden_layers
-        most = -(-layers // (c["pipeline"] * c["virtual_stages"]))
         more, less = kept.device - full.device, 1 - kept.time / full.time
-        return Kept(pool, places, more, less, most.astype(np.float64))
+        return Kept(pool, places, more, less, largest_chunks(pool.space.problem.model, rows.columns))
 
     def seconds(self, limit: float, below: float) -> Reals:
         """Expected of each candidate with as many layers kept as there is room for; infinite where that is

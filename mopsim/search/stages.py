@@ -159,6 +159,13 @@ def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
     return Load(parts.sum(axis=0), before, parts.transpose(1, 0, 2))
 
 
+def largest_chunks(model: ModelSpec, columns: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
+    """Layers of the largest model chunk of each row."""
+    codes, which = np.unique(laid(columns), return_inverse=True)
+    most = [load(model, *parts_of(code)).parts.sum(axis=2).max() for code in codes.tolist()]
+    return np.array(most)[which]
+
+
 @cache
 def parts_by_turn(
     model: ModelSpec, stages: int, virtual: int, layout: int
