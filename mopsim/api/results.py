@@ -82,9 +82,17 @@ class Result(Mapping[str, Any]):
         return len(self._json)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._json:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; its keys are {', '.join(self)}")
-        return self._json[name]
+        if hasattr(type(self), name):  # its own code met an AttributeError: that one is told
+            return object.__getattribute__(self, name)
+        if not name.startswith("_"):
+            for keys in self._mappings():
+                if name in keys:
+                    return keys[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; its keys are {', '.join(self)}")
+
+    def _mappings(self) -> Iterator[Mapping[str, Any]]:
+        """Where the keys are looked for, what is known at once first."""
+        yield self._json
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._json})
@@ -304,10 +312,9 @@ class Ranking(Result):
             "parameters": parameters,
         }
 
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and name in self._plain:
-            return self._plain[name]
-        return super().__getattr__(name)
+    def _mappings(self) -> Iterator[Mapping[str, Any]]:
+        yield self._plain
+        yield self._json
 
     def headline(self) -> str:
         found = self.found

@@ -16,8 +16,9 @@ from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
+from mopsim.search.fitting import fitting, multiplied_out
 from mopsim.search.had import left_out
-from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, UNSURE, Hunt, fitting
+from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, UNSURE, Hunt
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
@@ -241,7 +242,8 @@ def _gap(least: float, best: SimResult | None) -> float | None:
 
 
 def _hunts(problem: Problem, family: str, options: Options, result: SearchResult) -> list[Hunt]:
-    """Generate and bound each part of a family; count what memory rules out. None where nothing is left."""
+    """Generate and bound each part of a family; count what memory rules out. Of a part of which nothing that
+    was multiplied out may fit, the rest is, until something may. None where nothing is left."""
     found = parts(problem, family, options.axes, options.rows)
     every = sum(len(space) + len(rest.time) for space, rest in found)
     for space, _ in found:
@@ -265,6 +267,9 @@ def _hunts(problem: Problem, family: str, options: Options, result: SearchResult
     for space, rest in found:
         bounds = bound(space)
         keep = fitting(bounds, space, result)
+        while not len(keep) and (more := multiplied_out(rest, math.inf, options.rows, result)):
+            over.append((space, bounds))
+            space, bounds, keep = more
         if len(keep):
             hunts.append(Hunt(Pool.of(space, bounds, keep), options, result, rest))
         else:

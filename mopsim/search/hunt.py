@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals.spread import SURE
-from mopsim.search.bound import Bounds, bound
 from mopsim.search.facts import surely
+from mopsim.search.fitting import multiplied_out
 from mopsim.search.kept import Kept
 from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
-from mopsim.search.problem import Column
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.simulating import chosen, keep_closest, ranked, run_row, same
 from mopsim.search.space import Space
@@ -190,20 +189,13 @@ class Hunt:
         return sum(int((~one.taken & (one.time < below)).sum()) for one in self.pools)
 
     def multiply_out(self, below: float) -> None:
-        """What was not multiplied out and whose bound is under `below` seconds; a row of the trunk, which was
-        counted as one candidate, is now those that it becomes."""
-        before = len(self.rest.time)
-        space = self.rest.under(below, self.options.rows)
-        if space is None:
+        """What was not multiplied out and whose bound is under `below` seconds."""
+        more = multiplied_out(self.rest, below, self.options.rows, self.found)
+        if more is None:
             return
-        bounds, found = bound(space), self.found
-        more = len(space) - (before - len(self.rest.time))
-        found.candidates += more + space.rejected.total()
-        found.bounded += more
-        found.rejected.update(space.rejected)
-        keep = fitting(bounds, space, found)
+        space, bounds, keep = more
         fast = keep[bounds.time[keep] < below]
-        found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
+        self.found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
         if len(fast):
             pool = Pool.of(space, bounds, fast)
             pool.enough, pool.confidence = self.pool.enough, self.pool.confidence
@@ -382,14 +374,3 @@ class Hunt:
         """Lower bounds of the step time of the candidates that were not simulated."""
         pools = [part for one in self.pools for part in (one.time[~one.taken], one.rest)]
         return np.concatenate([*pools, self.rest.time])
-
-
-def fitting(bounds: Bounds, space: Space, found: SearchResult) -> Column:
-    """Rows that may fit by their bounds; the others are counted by what is the most of their memory."""
-    over = bounds.device > space.machine.memory_limit()
-    full = bounds.host > space.problem.hardware.host_limit()
-    worst = np.argmax(np.stack(list(bounds.parts.values())), axis=0)
-    for position, name in enumerate(bounds.parts):
-        found.rejected[f"device memory, bound: {name}"] += int((over & (worst == position)).sum())
-    found.rejected["host memory, bound"] += int((~over & full).sum())
-    return np.flatnonzero(~over & ~full).astype(np.int64)

@@ -202,6 +202,17 @@ def test_frames_and_the_notebook_hold_the_same_numbers() -> None:
         _ = step.step_tme
 
 
+def test_an_attribute_error_within_a_property_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told as "has no 'strategy'", and of a key of the JSON not at all."""
+    found = mopsim.search(**JOB, families=["fsdp2"], budget=1)
+    step = found.best
+    monkeypatch.setattr(type(step), "strategy", property(lambda self: self.result.no_such_field))
+    monkeypatch.setattr(type(found), "best", property(lambda self: self.found.no_such_field))
+    for one, name in ((step, "strategy"), (found, "best")):
+        with pytest.raises(AttributeError, match="object has no attribute 'no_such_field'"):
+            getattr(one, name)
+
+
 FAMILIES = {
     "mop": ["context_parallel", "expert_parallel", "vocab_parallel"],
     "fsdp2": ["context_parallel", "expert_parallel", "tensor_parallel"],

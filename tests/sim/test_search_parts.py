@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from mopsim.context.contenders import Contender, contenders
-from mopsim.search import Options, search
+from mopsim.search import Options, driver, search
 from mopsim.search.axes import FIRST, within
+from mopsim.search.bound import Bounds
 from mopsim.search.driver import hunted
-from mopsim.search.problem import Axes, Problem
-from mopsim.search.result import TIE
+from mopsim.search.problem import Axes, Column, Problem
+from mopsim.search.result import TIE, SearchResult
 from mopsim.search.space import Space
 from mopsim.search.staged import parts
 from mopsim.spec.presets import load_model
@@ -124,3 +125,16 @@ def test_what_a_caller_made_is_one_part(one: Contender) -> None:
     assert not others
     assert not len(rest.time)
     assert set(np.unique(space.columns["tensor"])) > {1}
+
+
+def test_nothing_fits_is_said_of_what_was_not_multiplied_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing that promises most may fit the rest was forgotten, and "nothing fits" called proven."""
+
+    def nothing(bounds: Bounds, space: Space, found: SearchResult) -> Column:
+        found.rejected["device memory, bound: grads"] += len(space)
+        return np.zeros(0, dtype=np.int64)
+
+    monkeypatch.setattr(driver, "fitting", nothing)  # of what is multiplied out at first
+    found = search(asked(), Options(("megatron",), budget=4, rows=500))
+    assert found.best
+    assert sum(found.rejected.values()) + len(found.top) == found.candidates
