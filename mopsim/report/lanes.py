@@ -1,8 +1,9 @@
-"""What pictures, pages and traces call the streams of a simulated step."""
+"""What pictures, pages and traces call the streams of a simulated step, and what they draw."""
 
 from collections.abc import Iterable
 
 from mopsim.program.workload import FABRICS
+from mopsim.spec.categories import SPOKEN, WAITS
 
 GROUPS = {
     "tensor": "TP", "sequence": "CP", "experts": "EP", "expert_tensor": "ETP", "expert_ranks": "EP x ETP",
@@ -24,6 +25,13 @@ LANES = {
     "read": "reads by the host",
 }  # fmt: skip
 """By stream, in the order in which they are drawn."""
+NAMES = {
+    "memory": SPOKEN,
+    "components": {kind: LANES[kind] for kind in ("h2d", "d2h")},
+    "waits": WAITS,
+}
+"""Of categories of memory, of components with kinds of what is moved, of what compute waits for: those names
+that are not the key's own words."""
 EXPLAINED = "scale-up: inside a node or NVLink domain; scale-out: between them"
 
 
@@ -37,6 +45,11 @@ def lanes(streams: Iterable[str]) -> list[str]:
     """Each stream once, in the order in which they are drawn."""
     order = {kind: place for place, kind in enumerate(LANES)}
     return sorted(set(streams), key=lambda one: (order.get(_kind(one), len(order)), one))
+
+
+def named(key: str, space: str) -> str:
+    """What a legend calls it. space: a key of NAMES."""
+    return NAMES[space].get(key, key.replace("_", " "))
 
 
 def explained(streams: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from mopsim.common.units import format_bytes
+from mopsim.report.lanes import named
 from mopsim.report.palette import SERIES, colour, in_order
 from mopsim.report.style import byte_scale, figure, legend_below, text_on, time_scale
 
@@ -40,7 +41,7 @@ def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str
     most = max([*(bar.end for bar in bars), limit or 0])
     unit, scale = byte_scale(most)
     with figure(path, 10, 1.9 + ROW * len(bars)) as (axis,):
-        _stack(axis, bars, scale, most / scale)
+        _stack(axis, bars, "memory", scale, most / scale)
         if limit:
             label = f"limit {format_bytes(limit)}"
             axis.axvline(limit / scale, color="#c0392b", linewidth=2, linestyle="--", label=label)
@@ -55,10 +56,10 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
     largest, exposed = (max(bar.end for bar in chosen) for chosen in (bars, waits))
     with figure(path, 10, 3.8 + 2 * ROW * len(bars), 2) as (above, below):
         unit, scale = time_scale(largest)
-        _stack(above, bars, scale, largest / scale)
+        _stack(above, bars, "components", scale, largest / scale)
         above.set_xlabel(f"simulated step by component, and waiting, {unit}")
         unit, scale = time_scale(exposed)
-        _stack(below, waits, scale, exposed / scale)
+        _stack(below, waits, "waits", scale, exposed / scale)
         below.set_xlabel(
             f"exposed: compute waits for communication, copies, the host or other stages, {unit}"
         )
@@ -74,7 +75,7 @@ THICK = 0.54
 """Of a bar, where its row is 1: above it is its remark."""
 
 
-def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float) -> None:
+def _stack(axis: Axes, bars: Sequence[Bar], space: str, scale: float, high: float) -> None:
     """Stacked horizontal bars on an axis that ends a little after `high`: a part that is wide enough has its
     number. A remark stands over its bar."""
     names = in_order(name for bar in bars for name, value in bar.parts.items() if value > 0)
@@ -82,7 +83,7 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float) -> None:
     most = max(sum(bar.parts.values()) for bar in bars) / scale  # without what lines reach to
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
-        label = name.replace("_", " ") if max(widths) > SEEN * most else None
+        label = named(name, space) if max(widths) > SEEN * most else None
         drawn = axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=THICK)
         numbers = [f"{width:.3g}" if width > 0.05 * max(high, 1e-12) else "" for width in widths]
         axis.bar_label(drawn, numbers, label_type="center", color=text_on(colour(name)), fontsize=9)

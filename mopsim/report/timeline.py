@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
-from mopsim.report.lanes import explained, lane, lanes
+from mopsim.report.lanes import explained, lane, lanes, named
 from mopsim.report.palette import colour, in_order
 from mopsim.report.style import byte_scale, figure, time_scale
 
@@ -51,8 +51,8 @@ def timeline_plot(path: Path, result: SimResult, label: str, limit: float | None
         top.set_yticks(range(len(streams)), [lane(stream) for stream in streams])
         top.invert_yaxis()
         top.set_title(timeline_title(result, label))
-        named = in_order(span.drawn_as for span in spans)
-        handles = [Patch(color=colour(name), label=name.replace("_", " ")) for name in named]
+        drawn_kinds = in_order(span.drawn_as for span in spans)
+        handles = [Patch(color=colour(name), label=named(name, "components")) for name in drawn_kinds]
         top.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
         size, factor = byte_scale(max([value for _, value in curve] + [1]))
         drawn = to_the_end(curve, end)

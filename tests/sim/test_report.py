@@ -25,6 +25,7 @@ from mopsim.report import validation
 from mopsim.report.compare import memory_figure, write_compare
 from mopsim.report.findings import Results, finding, headline, outcome, software, verdict
 from mopsim.report.formats import saved_as
+from mopsim.report.lanes import named
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, Compared, loss_lines, memory_bars, predicted_bars, time_bars
 from mopsim.report.style import figure, legend_below
@@ -345,3 +346,11 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MopError, match="its parent is a file"):
         loss_lines(tmp_path / "file" / "loss.png", {"a": [1.0, 0.5]}, "t")
+
+
+def test_legends_have_the_names_of_tables() -> None:
+    assert [named(key, "memory") for key in ("boundaries", "dispatch", "logits")] == [
+        "layer inputs", "routed tokens", "logits"
+    ]  # fmt: skip
+    assert (named("h2d", "components"), named("h2d", "waits")) == ("copies to device", "copies from the host")
+    assert named("dense_ffn", "components") == "dense ffn"

@@ -23,7 +23,7 @@ function bars(view) {
         const value = one.parts[part] || 0, share = value / total(one);
         if (at(value) < 0.5) continue;
         const mark = svg("rect", { class: "part", x: at(left), y: y + 20, width: at(value), height: 22, fill: paint(part) });
-        speaks(mark, [[one.name, ""], [spoken(part), `${number(value / unit.scale)} ${unit.name} (${number(100 * share, 2)} %)`]]);
+        speaks(mark, [[one.name, ""], [spoken(part, view.space), `${number(value / unit.scale)} ${unit.name} (${number(100 * share, 2)} %)`]]);
         marks.push(mark);
         root.append(mark);
         left += value;
@@ -35,9 +35,9 @@ function bars(view) {
     box.replaceChildren(root);
   }
   drawn(box, draw);
-  const columns = [{ name: "strategy", type: "text" }, ...parts.map((name) => ({ name: spoken(name), type: view.type }))];
+  const columns = [{ name: "strategy", type: "text" }, ...parts.map((name) => ({ name: spoken(name, view.space), type: view.type }))];
   const rows = view.rows.map((row) => [row.name, ...parts.map((part) => row.parts[part] ?? null)]);
   const numbers = el("details", {}, el("summary", {}, "Numbers"), ...table({ title: `${view.title}, numbers`, columns, rows }).filter(Boolean));
   const seen = parts.filter((part) => view.rows.some((row) => (row.parts[part] || 0) > SEEN * most));
-  return [box, legend(seen.map(spoken), (index) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill: paint(seen[index]), stroke: "#222" })), numbers];
+  return [box, legend(seen.map((name) => spoken(name, view.space)), (index) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill: paint(seen[index]), stroke: "#222" })), numbers];
 }

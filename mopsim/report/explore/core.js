@@ -23,7 +23,8 @@ function isDark(colour) {
   const [red, green, blue] = [1, 3, 5].map((place) => parseInt(colour.slice(place, place + 2), 16) / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue <= 0.179;
 }
-const spoken = (name) => name.replaceAll("_", " ");
+// What is drawn, by its space (mopsim.report.lanes).
+const spoken = (name, space) => NAMES[space][name] ?? name.replaceAll("_", " ");
 
 // A mark has a shape beside its colour.
 const SHAPES = [

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mopsim.common.errors import MopError
+from mopsim.report.lanes import NAMES
 from mopsim.report.palette import COLOURS, UNKNOWN
 
 View = dict[str, Any]
@@ -35,7 +36,7 @@ def html(found: Explorer) -> str:
     address at all. Raises MopError for what JSON cannot hold."""
     texts = files(__package__)
     colours = json.dumps({"named": COLOURS, "unknown": UNKNOWN})
-    script = f"const COLOURS = {colours};\n" + "\n".join(
+    script = f"const COLOURS = {colours};\nconst NAMES = {json.dumps(NAMES)};\n" + "\n".join(
         texts.joinpath(name).read_text("utf-8") for name in SCRIPTS
     )
     script = f'"use strict";\n(() => {{\n{script}\n}})();\n'

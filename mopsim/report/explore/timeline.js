@@ -25,7 +25,7 @@ function timeline(view) {
   let from = 0, to = end, lane = Math.max(0, view.streams.indexOf("compute")), chosen = -1, width = 0, dragged = null;
 
   const seconds = (value) => told(value, "seconds");
-  const rowsOf = (span) => [["op", view.names[span[3]]], ["stream", view.streams[span[0]]], [view.streams[span[0]] === "compute" ? "component" : "kind", spoken(view.components[span[4]])],
+  const rowsOf = (span) => [["op", view.names[span[3]]], ["stream", view.streams[span[0]]], [view.streams[span[0]] === "compute" ? "component" : "kind", spoken(view.components[span[4]], "components")],
     ["phase", view.phases[span[5]]], ["layer", span[7] < 0 ? "" : String(span[7])], ["microbatch", span[6] < 0 ? "" : String(span[6])], ["start", seconds(span[1])],
     ["duration", seconds(span[2] - span[1])], ["memory", told(totals[sample(span[1])], "bytes")]].filter((row) => row[1] !== "");
   function sample(time) { // the last change of memory that is not after `time`
@@ -56,7 +56,7 @@ function timeline(view) {
     rect.setAttribute("fill-opacity", Math.max(0.2, Math.min(1, rect.all.busy / (span[2] - first[1]))).toFixed(2));
   }
   const idle = (start, all) => Math.max(0, all.end - start - all.busy);
-  const joinedOf = (span, all) => [["ops", `${all.count} side by side`], ["stream", view.streams[span[0]]], [view.streams[span[0]] === "compute" ? "component" : "kind", spoken(view.components[span[4]])],
+  const joinedOf = (span, all) => [["ops", `${all.count} side by side`], ["stream", view.streams[span[0]]], [view.streams[span[0]] === "compute" ? "component" : "kind", spoken(view.components[span[4]], "components")],
     ["start", seconds(span[1])], ["end", seconds(all.end)], ["idle between them", idle(span[1], all) > 1e-9 * end ? seconds(idle(span[1], all)) : "none"], ["", "zoom in to tell them apart"]];
   const near = (stream, time) => { const found = lanes[stream].findIndex((span) => span[2] >= time); return found < 0 ? lanes[stream].length - 1 : found; };
   const keys = {
@@ -78,7 +78,7 @@ function timeline(view) {
     const root = svg("svg", { width, height, "aria-hidden": "true" });
     lanes.forEach((spans, stream) => {
       const y = top + stream * rowHeight;
-      root.append(svg("text", { class: "label", x: 0, y: left ? y + 20 : y + 13 }, spoken(view.streams[stream])));
+      root.append(svg("text", { class: "label", x: 0, y: left ? y + 20 : y + 13 }, view.streams[stream]));
       root.append(svg("rect", { class: "lane", x: left, y: y + lift, width: right - left, height: high }));
       let edge = -1, before = -1, last = null;
       spans.forEach((span, index) => {
@@ -117,7 +117,7 @@ function timeline(view) {
       if (event.target.all) tip.show(joinedOf(event.target.span, event.target.all), event);
       else if (event.target.span) tip.show(rowsOf(event.target.span), event);
       else if (event.offsetY > floor && time >= 0 && time <= end) tip.show([["time", seconds(time)], ["memory", told(totals[sample(time)], "bytes")],
-        ...categories.map((name) => [spoken(name), told(view.memory.categories[name][sample(time)], "bytes")]).filter((row) => !row[1].startsWith("0"))], event);
+        ...categories.map((name) => [spoken(name, "memory"), told(view.memory.categories[name][sample(time)], "bytes")]).filter((row) => !row[1].startsWith("0"))], event);
       else tip.hide();
     });
     root.addEventListener("pointerleave", () => tip.hide());
@@ -175,6 +175,6 @@ function timeline(view) {
   const hint = el("p", { class: "says" }, "Drag over a range, or use the buttons or the keys + and -, to zoom. Click an op, or walk with the arrow keys, to read it.");
   const block = (fill) => svg("rect", { x: -7, y: -7, width: 14, height: 14, fill, stroke: "#222" });
   const seen = categories.filter((name) => view.memory.categories[name].some((bytes) => bytes > SEEN * highest));
-  return [controls, hint, el("h3", {}, "Components, and kinds of what is moved"), legend(view.components.map(spoken), (index) => block(inks[index])), box, said,
-    el("h3", {}, "Memory"), legend(seen.map(spoken), (index) => block(paint(seen[index])))];
+  return [controls, hint, el("h3", {}, "Components, and kinds of what is moved"), legend(view.components.map((name) => spoken(name, "components")), (index) => block(inks[index])), box, said,
+    el("h3", {}, "Memory"), legend(seen.map((name) => spoken(name, "memory")), (index) => block(paint(seen[index])))];
 }
