@@ -394,7 +394,7 @@ class Passes:
 
     def _plan(self, tape: Tape) -> Recomputation:
         activations, own = self.context.strategy.activations, self.context.stack.recompute
-        how, kept = self._how(tape)
+        (how, kept), scattered = self._how(tape), own.sums == "scattered"
         within, apart = self.context.stack.kernels.norm_within, () if own.around else AROUND
-        scattered = own.sums == "scattered"
-        return plan(tape, how, activations.modules, kept, own.stops_early, apart, within, scattered)
+        whole = "attention_core" if self.context.stack.attention in own.kept_inputs else ""
+        return plan(tape, how, activations.modules, kept, own.stops_early, apart, within, scattered, whole)

@@ -94,7 +94,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if run.rotary == "gathered":
         found = tables_gathered(found, 4 * context.shapes.region_tokens * model.rotary_dim * context.b)
     how = run.qkv_split
-    found = found if how == "fused" else split(found, how == "copied", how == "kept")
+    found = found if how == "fused" else split(found, how == "copied", how == "kept", not run.compiled)
     found = updated(_cast(found, context), context)
     found = _biased(found, context) if model.expert_bias else found
     found = chunked(found, context, "permute" if strategy.activations.recompute == "full" else "")

@@ -5,6 +5,7 @@ from typing import Literal
 from mopsim.common.errors import require
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, NO_PRODUCTS
+from mopsim.spec.kernels import AttentionKernel
 
 
 def require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -23,6 +24,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
     others again (needs dense.tensor_parallel 1, else the field `selective` counts).
     kept_routed: the same for layers with routed experts, whatever splits them; empty: the kernels of
     `kept`.
+    kept_inputs: attention kernels (kernels.attention) that are compiled graphs of their own: where
+    `attention_core` is kept, so is what its backward reads, which such a graph hands out with its output.
     unlisted: recipes of products (precision.matmul) that are operators of their own, which a recomputation by
     operator runs again wherever it keeps those of the compute dtype.
     sums: of a kept product whose ranks have partial sums. `partial`: these stay. `scattered`: what a
@@ -47,6 +50,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
     holds_output: bool = False
     kept: tuple[str, ...] = ()
     kept_routed: tuple[str, ...] = ()
+    kept_inputs: tuple[AttentionKernel, ...] = ()
     unlisted: tuple[Literal["fp8", "mxfp8", "nvfp4"], ...] = ()
     sums: Literal["partial", "scattered"] = "partial"
     selective: tuple[str, ...] = ()

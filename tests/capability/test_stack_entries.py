@@ -25,6 +25,7 @@ ELSEWHERE = {
     "stack.kernels.logits_cut",  # of a loss on a wide copy (loss upcast): tests/sim/test_memory.py
     "stack.host.orders_documents",  # of documents that are exchanged: tests/sim/test_packed_host.py
     "stack.recompute.unlisted",  # of recipes beside named kernels: tests/sim/test_layers_in_bf16.py
+    "stack.recompute.kept_inputs",  # of a kept kernel of its own: tests/parity/test_selective_checkpoints.py
     "stack.recompute.sums",  # of named kept products on tensor ranks: tests/sim/test_kept_activations.py
     "stack.sharding.one_pool",  # of blocks that stay reserved: tests/sim/test_upper.py
     "stack.sharding.abreast",  # without it such a strategy is no job: tests/sim/test_side_by_side.py

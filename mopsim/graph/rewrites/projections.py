@@ -8,25 +8,32 @@ from mopsim.graph.rewrites.tensor_passes import COMPOSED, each, made
 from mopsim.graph.tape import Kernel, Value
 
 
-def split(kernels: tuple[Kernel, ...], copied: bool, whole: bool = False) -> tuple[Kernel, ...]:
+def split(
+    kernels: tuple[Kernel, ...], copied: bool, whole: bool = False, apart: bool = False
+) -> tuple[Kernel, ...]:
     """Queries, keys and values as torch splits them from one projection, whose gradient is put together from
     theirs. copied: values, and queries that share keys, are made contiguous for the attention kernel, unless
-    it reads the projection as it lies. whole: a kernel that keeps the values keeps all of the projection."""
+    it reads the projection as it lies. whole: a kernel that keeps the values keeps all of the projection.
+    apart: so where the tape has a product for each, as one of them may be kept without the others."""
     joint = next((kernel for kernel in kernels if kernel.name == "qkv_proj"), None)
-    if joint is None:
+    last = joint or next((one for one in kernels if apart and copied and one.name == "v_proj"), None)
+    if last is None:
         return kernels
-    q, k, v = joint.writes[:3]
+    by_name = {one.name: one.writes for one in kernels}
+    q, k, v = joint.writes[:3] if joint else (by_name[f"{one}_proj"][0] for one in "qkv")
     if copied and any(kernel.name == "attention_core" and q.name in kernel.reads for kernel in kernels):
         return kernels
-    shared = q.bytes != k.bytes
+    shared, own = q.bytes != k.bytes, replace(v, name=f"{v.name}_own")
     parts = Kernel(
-        "qkv_split", "memory_bound", joint.component, (v.name,), (),
+        "qkv_split", "memory_bound", last.component, (v.name,), () if joint else (own,),
         bytes=2.0 * (v.bytes + shared * q.bytes) * copied, launches=(1 + shared) * copied,
         back_bytes=2.0 * (q.bytes + k.bytes + v.bytes), back_launches=1,
     )  # fmt: skip
-    place = kernels.index(joint) + 1
+    place = kernels.index(last) + 1
     rest = kernels[place:]
-    if whole:
+    if joint is None:
+        rest = tuple(one.renamed(lambda name: own.name if name == v.name else name) for one in rest)
+    elif whole:
         names = tuple(value.name for value in joint.writes[:3])
         rest = tuple(
             replace(one, saves=tuple(dict.fromkeys((*names, *one.saves)))) if v.name in one.saves else one

@@ -43,12 +43,13 @@ DISCARDED = ("layernorm", "moe_act", "mla_up_proj")
 
 def plan(
     tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False,
-    apart: Collection[str] = (), within: Collection[str] = (), scattered: bool = False,
+    apart: Collection[str] = (), within: Collection[str] = (), scattered: bool = False, whole: str = "",
 ) -> Recomputation:  # fmt: skip
     """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out. early: it
     stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop). apart:
     kernels that belong to no module. within: products whose kernel has the norm before them too, whose output
     it then keeps. scattered: of a kept product of partial sums, what a reduce-scatter makes of them is kept.
+    whole: the name of a kept kernel of which what its backward reads stays too, and is made again beside it.
     """
     outside, saved = tape.outside, tape.kept
     alone = _alone(tape, kept)
@@ -64,6 +65,7 @@ def plan(
         again -= _idle(tape, again, saved)
         made = _made(tape, left) - sums
         made |= _made(tape, after) & saved
+        made |= {name for i in left if tape.kernels[i].name == whole for name in tape.kernels[i].saves}
         regions = [region for region in (again, *alone) if _made(tape, region) & (saved - made)]
         passed = (made - saved - outside) & (_read(tape, again) - _read(tape, own | after))
         return Recomputation(
