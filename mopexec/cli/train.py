@@ -28,14 +28,14 @@ class Earlier:
     """What an earlier run in `out` left: its reports by path, bytes of its steps."""
 
     out: Path
-    reports: dict[Path, str]
+    reports: dict[Path, bytes]
     steps: int
 
     def put_back(self) -> None:
         """Where the new run ended before it made a step."""
         if _steps_size(self.out) == self.steps and not (self.out / "summary.json").is_file():
-            for path, text in self.reports.items():
-                io.write_text(path, text)
+            for path, content in self.reports.items():
+                io.write_bytes(path, content)
 
 
 def run(**given: Any) -> int:
@@ -264,7 +264,7 @@ def _prepare_directory(options: TrainOptions, plan: Plan) -> Earlier:
     """The plan in, the reports of an earlier run out; returns what they were."""
     out = Path(options.out)
     reports = [out / name for name in ("plan.yaml", "summary.json", "measurement.yaml")]
-    earlier = Earlier(out, {path: io.read_text(path) for path in reports if path.is_file()}, _steps_size(out))
+    earlier = Earlier(out, {path: path.read_bytes() for path in reports if path.is_file()}, _steps_size(out))
     io.write_text(
         out / "plan.yaml", io.to_yaml(plan) if options.settings else io.read_text(Path(options.plan))
     )

@@ -167,7 +167,7 @@ def _check_trained(trained: GivenTokenizer | None, tokens: Path) -> None:
     """Refuse kept tokens of another tokenizer than the run has: of the same text another version trains
     another one."""
     beside = tokens / TOKENIZER
-    if trained and beside.is_file() and beside.read_text(encoding="utf-8") != trained.text:
+    if trained and beside.is_file() and io.read_text(beside, "--cache") != trained.text:
         raise MopError(
             f"--cache: {beside} is not {trained.path}, which the run began with; give another --cache"
         )
@@ -286,7 +286,7 @@ def _parts(
     vocab_size: int,
     directory: Path,
 ) -> Iterator[TextPart]:
-    """Tokenise every text with one tokenizer, which is kept beside them."""
+    """Tokenise every text with one tokenizer, which is kept beside them, a file of each part of text."""
     texts = [source.corpus for source in sources if isinstance(source, _Text)]
     tokenizer, end = None, END_OF_TEXT
     if texts:
@@ -306,7 +306,9 @@ def _parts(
         else:
             assert tokenizer is not None
             pieces = source.corpus.pieces(reading)
-            yield _tokenise(pieces, tokenizer, end, vocab_size, directory, number, source.weight)
+            part = _tokenise(pieces, tokenizer, end, vocab_size, directory, number, source.weight)
+            part.others[TOKENIZER] = io.file_digest(directory / TOKENIZER)
+            yield part
 
 
 def _tokenise(

@@ -120,7 +120,7 @@ def keep_given(run: Path, weights: Path | None, tokenizer: str | None) -> None:
 def keep_trained(run: Path, tokens: Path) -> None:
     """Keep the tokenizer that was trained on the text of these tokens, if the run has none."""
     if tokenizer_of(run) is None and (tokens / TOKENIZER).is_file():
-        io.write_text(run / TRAINED, (tokens / TOKENIZER).read_text(encoding="utf-8"))
+        io.write_text(run / TRAINED, io.read_text(tokens / TOKENIZER, "--cache"))
 
 
 def forget(run: Path) -> None:

@@ -340,15 +340,18 @@ def test_a_mixture_gives_each_source_its_share(tmp_path):
 def test_a_damaged_cache_is_made_again(text, tmp_path):
     cache = tmp_path / "cache"
     directory = prepared(text, 300, cache)
-    whole = (directory / "tokens0.bin").read_bytes()
+    whole, tokenizer = ((directory / name).read_bytes() for name in ("tokens0.bin", "tokenizer.json"))
     for name, content in (
         ("tokens0.bin", whole[:-8]),
         ("tokens0.bin", b"x" + whole[1:]),
         ("meta.json", b"{"),
+        ("tokenizer.json", b"\xff" + tokenizer[1:]),
+        ("tokenizer.json", tokenizer.replace(b"e", b"a")),
     ):
         (directory / name).write_bytes(content)
         assert prepared(text, 300, cache) == directory
         assert (directory / "tokens0.bin").read_bytes() == whole
+        assert (directory / "tokenizer.json").read_bytes() == tokenizer
 
 
 def test_held_out_data_is_refused_under_its_own_name(text, tmp_path):

@@ -194,3 +194,12 @@ def test_what_is_kept_is_whole_wherever_writing_it_ends(
     kept.keep_given(run, weights, None)
     assert json.loads((run / "huggingface" / "config.json").read_text()) == {"of": "now"}
     assert [path.name for path in run.iterdir()] == ["huggingface"]
+
+
+def test_damaged_reports_of_an_earlier_launch_are_replaced(runs: Runs) -> None:
+    """The run writes them anew: they stopped --resume, as if they were read."""
+    for name in ("plan.yaml", "measurement.yaml", "summary.json"):
+        (runs.folder / "run" / name).write_bytes(DAMAGES["not UTF-8"])
+    code, _, error = runs.train("--steps", 2, "--resume")
+    assert code == 0, error
+    assert json.loads((runs.folder / "run" / "summary.json").read_bytes())["steps_done"] == 2
