@@ -17,6 +17,7 @@ from mopsim.common.units import (
 from mopsim.engine.result import UPPER
 from mopsim.intervals.spread import machines_share, products
 from mopsim.report import sizing
+from mopsim.report.lanes import named
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.size.assumptions import DEFAULT, NAMES, known
@@ -110,7 +111,7 @@ def texts(decision: Decision) -> dict[str, list[str]]:
             "whole": whole, "here": here, "terms": here.terms, "machine": point and point.hardware,
             "wires": point and point.hardware.scale_out, "level": f"{100 * d.request.interval:g} %",
             "heaviest": [
-                f"{name.replace('_', ' ')} {part / result.step_time:.0%}"
+                f"{named(name, 'components')} {part / result.step_time:.0%}"
                 for name, part in waits[:3]
                 if result and part > 0.005 * result.step_time
             ],

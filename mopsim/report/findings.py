@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from mopsim.common.units import format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE, Ratio
+from mopsim.report.lanes import named
 from mopsim.search.result import TIE, Left, exhausted, format_gap, promises, surer
 from mopsim.spec.categories import WAITING
 from mopsim.spec.line import waits_for
@@ -162,7 +163,7 @@ def difference(results: Results) -> str:
 
 def _parts(one: SimResult) -> dict[str, float]:
     """Seconds of each component, and of waiting for what compute waits for."""
-    ran = {kind.replace("_", " "): part for kind, part in one.time_by_component.items() if kind != WAITING}
+    ran = {named(kind, "components"): part for kind, part in one.time_by_component.items() if kind != WAITING}
     return ran | {f"waiting for {waits_for(kind, one.strategy)}": part for kind, part in one.exposed.items()}
 
 

@@ -204,8 +204,7 @@ def test_frames_and_the_notebook_hold_the_same_numbers() -> None:
 
 def test_an_attribute_error_within_a_property_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was told as "has no 'strategy'", and of a key of the JSON not at all."""
-    found = mopsim.search(**JOB, families=["fsdp2"], budget=1)
-    step = found.best
+    step = (found := mopsim.search(**JOB, families=["fsdp2"], budget=1)).best
     monkeypatch.setattr(type(step), "strategy", property(lambda self: self.result.no_such_field))
     monkeypatch.setattr(type(found), "best", property(lambda self: self.found.no_such_field))
     for one, name in ((step, "strategy"), (found, "best")):

@@ -146,10 +146,11 @@ def test_it_is_the_plan_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("main")
-def test_what_its_selective_mode_keeps_is_selective() -> None:
+@pytest.mark.parametrize("stack", ["torchtitan-compile-2026", "torchtitan-2026"])
+def test_what_its_selective_mode_keeps_is_selective(stack: str) -> None:
     given = changed(fsdp2(32, expert_parallel=8), activations={"recompute": "selective"})
-    kept = load_stack("torchtitan-compile-2026").resolve(given)
-    assert configured(kept).activation_checkpoint.made == "SelectiveAC.Config"
+    own = replace(given, stack=stack)
+    assert configured(load_stack(stack).resolve(own)).activation_checkpoint.made == "SelectiveAC.Config"
     other = changed(given, activations={"recompute": "full", "save_ops": ["q_proj"]})
     with pytest.raises(MopError, match=r"save_ops: .* is not in TorchTitan's main, only"):
         configured(other)

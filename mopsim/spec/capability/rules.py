@@ -178,8 +178,10 @@ LONG = 60
 
 
 def what_the_target_has(job: Job, side: str) -> Iterator[SpecError]:
-    """As of the job's own stack, of the one that describes a target."""
-    yield from what_the_stack_has(replace(job, stack=load_stack(SIDES[side]["stacks"][0])), side)
+    """As of the job's own stack, of the one that describes a target: its own, if it is one of them."""
+    stacks = SIDES[side]["stacks"]
+    name = job.software.name if job.software.name in stacks else stacks[0]
+    yield from what_the_stack_has(replace(job, stack=load_stack(name)), side)
 
 
 def no_runtime(job: Job) -> SpecError | None:
