@@ -56,6 +56,8 @@ def time_scale(largest: float) -> tuple[str, float]:
 
 _SPARE = 3
 """Letters fewer in a wrapped line than fit of average width."""
+_ROOM = 0.9
+"""Share of a figure's width that a legend takes: one that is wider takes it from the axes."""
 _UNDATED: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """So that a figure of the same numbers is the same file."""
 
@@ -113,11 +115,13 @@ def _save(fig: Figure, path: Path) -> None:
 
 
 def legend_below(axis: Axes, columns: int = 6) -> None:
-    """A legend that covers neither data nor the axis' label: half an inch under the axis, of any height."""
+    """A legend that covers neither data nor the axis' label: half an inch under the axis, of any height, in
+    as many columns, at most, as the figure has room for."""
     handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        under = axis.transAxes + ScaledTranslation(0, -0.5, axis.figure.dpi_scale_trans)
-        axis.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=under,
-            ncols=min(columns, len(labels)),
-        )  # fmt: skip
+    under = axis.transAxes + ScaledTranslation(0, -0.5, axis.figure.dpi_scale_trans)
+    for count in range(min(columns, len(labels)), 0, -1):
+        legend = axis.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=under, ncols=count
+        )
+        if legend.get_window_extent().width < _ROOM * axis.figure.bbox.width:
+            break

@@ -34,6 +34,7 @@ from mopsim.report.tables import best_of_others, columns, comparison, describe, 
 from mopsim.report.timeline import timeline_plot, timeline_title, to_the_end
 from mopsim.report.trace import chrome_trace
 from mopsim.search.result import SearchResult
+from mopsim.spec.categories import WAITS
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Pipeline
 from mopsim.strategies import fsdp2, mop
@@ -354,3 +355,25 @@ def test_legends_have_the_names_of_tables() -> None:
     ]  # fmt: skip
     assert (named("h2d", "components"), named("h2d", "waits")) == ("copies to device", "copies from the host")
     assert named("dense_ffn", "components") == "dense ffn"
+
+
+def test_a_legend_of_all_waits_leaves_the_axes_their_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names are sentences: six columns of them were wider than the figure, whose axes collapsed."""
+    shown: list[tuple[float, float, float]] = []
+
+    def keep(fig: Figure, path: Path) -> None:
+        fig.draw_without_rendering()
+        shown.extend(
+            (axis.bbox.width / fig.bbox.width, legend.get_window_extent().x0, legend.get_window_extent().x1)
+            for axis in fig.axes
+            if (legend := axis.get_legend())
+        )
+        assert all(0 <= left < right <= fig.bbox.x1 for _, left, right in shown)
+
+    monkeypatch.setattr("mopsim.report.style._save", keep)
+    bars = [Bar("held-out", dict.fromkeys(WAITS, 0.1), "of the step")]
+    time_bars(tmp_path / "time.png", bars, bars, ("a", "b"))
+    assert len(shown) == 2
+    assert min(width for width, _, _ in shown) > 0.7
