@@ -98,7 +98,8 @@ def _job(
         if one is None or io.digest(one) != digest:
             option = {"model": "--model", "profile": "--hardware"}.get(noun, "")
             hint = f"; give its file by {option}" if option else ""
-            raise MopError(f"the result's {noun} {name} (digest {digest}) is neither shipped nor given{hint}")
+            what = "is neither shipped nor given" if one is None else "differs from the shipped one"
+            raise MopError(f"the result's {noun} {name} (digest {digest}) {what}{hint}")
         found[noun] = one
     strategy = io.convert(step.found["strategy"], Strategy, "strategy")
     training = io.convert(step.found["training"], TrainSpec, "training")

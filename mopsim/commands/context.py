@@ -17,7 +17,16 @@ from mopsim.common.units import parse_count
 from mopsim.common.values import listed, require_once
 from mopsim.context.contenders import Contender, contenders
 from mopsim.context.sweep import ContextCase, Curve, Task, nested, sweep, totals
-from mopsim.report.context import case_name, case_table, ends, shown_table, software, step_of, to_json
+from mopsim.report.context import (
+    case_name,
+    case_table,
+    case_title,
+    ends,
+    shown_table,
+    software,
+    step_of,
+    to_json,
+)
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.spec.documents import held
 from mopsim.spec.presets import load_model
@@ -49,11 +58,15 @@ def run(*, out: str, json: str | None, contender: str, budget: int, jobs: int, *
         content = case_table(mine, lengths)
         console.print(shown_table(case, mine, lengths))
         said = f"Whole steps have {step_of(case)}. {ends(mine, lengths)}"
-        sections.append(Section(case_name(case), said, content))
+        sections.append(Section(case_title(case), said, content))
     rules = [[one.label, one.runs_on, one.rules] for one in asked]
     said = "; ".join(software(asked))
     sections.append(
-        Section("Rules", f"{said[:1].upper()}{said[1:]}.", Table(["contender", "stack", "rules"], rules))
+        Section(
+            "Rules",
+            f"{said[:1].upper()}{said[1:]}.",
+            Table(["contender", "stack", "rules"], rules, text=["stack", "rules"]),
+        )
     )
     with io.json_beside(json, made), whole_directory(Path(out)) as aside:
         io.write_json(str(aside / "context.json"), made)

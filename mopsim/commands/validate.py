@@ -6,10 +6,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
+import mopsim
 from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
+from mopsim.common.command_line import as_typed
 from mopsim.common.errors import MOST_LINES, MistakesError, MopError, one_line, refuse, told
 from mopsim.common.outputs import check_outputs, say, whole_directory
 from mopsim.common.table import cut
@@ -65,7 +67,8 @@ def run(
     if len(validation.scored) > FEW:
         console.print(LEGEND, style="dim")
     written: list[str] = []
-    with io.json_beside(json, to_json(validation, parts, interval) if json else None):
+    made = {"facts": {"command": as_typed("mopsim"), "held out": hold_out, "version": mopsim.__version__}}
+    with io.json_beside(json, to_json(validation, parts, interval) | made if json else None):
         if out:
             from mopsim.report.validation import figures
 

@@ -86,6 +86,10 @@ def case_name(case: ContextCase) -> str:
     return f"{size} on {case.world_size} devices"
 
 
+def case_title(case: ContextCase) -> str:
+    return f"{case_name(case)} of {case.hardware.name}"
+
+
 def step_of(case: ContextCase) -> str:
     """'131,072 tokens per GPU and step': how large the whole steps are."""
     return f"{case.tokens_per_device:,} tokens per {case.hardware.each} and step"
@@ -114,7 +118,7 @@ def case_table(curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
 def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Group:
     """The same on a terminal of 80 columns: contenders are numbers, which stand below with how far they come;
     '1/2' is how many times as fast the first is as the second."""
-    title = f"{case_name(case)} of {case.hardware.name}, {_rate(curves.values())}; {step_of(case)}"
+    title = f"{case_title(case)}, {_rate(curves.values())}; {step_of(case)}"
     found = table("", ("#",), [format_count(length) for length in lengths])
     compared, names = leads(curves, lengths), [*curves]
     cells = [[cell(curve.at(length)) for length in lengths] for curve in curves.values()]

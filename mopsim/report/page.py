@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Table:
-    """text: columns of words; chosen: the row that stands out (both in decision.html alone)."""
+    """text: columns of words, beside the first; chosen: the row that stands out (in decision.html alone)."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]

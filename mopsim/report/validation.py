@@ -115,10 +115,18 @@ def scatter(
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
             elif unit == "seconds of a step":
                 one.set_major_formatter("{x:,g}")
+                one.set_minor_formatter(_Seconds(minor_thresholds=(1, 0.4)))
         axis.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0,
             fontsize=8, title="runs, the mean of their errors", title_fontsize=8,
         )  # fmt: skip
+
+
+class _Seconds(LogFormatter):
+    """Numbers as they are beside a logarithmic axis: no powers of ten."""
+
+    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        return f"{x:,g}"
 
 
 def _diagonal(axis: Axes, low: float, high: float) -> None:

@@ -51,7 +51,17 @@ def context() -> dict[str, Any]:
         "tokens_per_device": 2**17,
         "curves": curves,
     }
-    labels = {name: {"label": name, "rules": ""} for name in curves}
+    case["ratios"] = {
+        "fsdp2": [
+            {"seq_len": 2**15, "ratio": 1.2, "interval": 0.9, "ratio_interval": [0.9, 1.5], "p_faster": 0.8}
+        ]
+    }
+    labels = {
+        "mop": {"label": "mop", "rules": "", "stack": "mopexec-flat", "stack_assumed": False},
+        "fsdp2": {
+            "label": "fsdp2", "rules": "any CP", "stack": "fsdp2-any-context", "stack_assumed": True,
+        },
+    }  # fmt: skip
     return {"lengths": lengths, "contenders": labels, "cases": [case]}
 
 
@@ -72,5 +82,8 @@ def validation() -> dict[str, Any]:
         }
         for place in range(6)
     ]  # fmt: skip
+    summary = {
+        "step_time_s": {"mape": 0.1}, "interval": 0.8, "coverage": {"step_time_s": {"n": 6, "within": 5}}
+    }  # fmt: skip
     refused = {"run_id": "run-x", "source": "source 0", "status": "unsupported", "reason": "strategy: none"}
-    return {"runs": [*runs, refused], "components": [], "summary": {"step_time_s": {"mape": 0.1}}}
+    return {"runs": [*runs, refused], "components": [], "summary": summary}

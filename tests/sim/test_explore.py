@@ -218,6 +218,27 @@ def test_a_sweep_is_titled_by_what_it_is_of(made: dict[str, dict[str, Any]]) -> 
     assert views(made["context"])[0]["title"].endswith("tiny on 2 ranks of cpu-2core")
 
 
+def test_pages_of_several_runs_or_lengths_say_what_they_are_of(made: dict[str, dict[str, Any]]) -> None:
+    def shown(kind: str) -> Any:
+        return explorer(made[kind], kind_of(made[kind], "x"), [], {}, [])
+
+    assert shown("context").title == "tiny on cpu-2core: context"
+    page = shown("validate")
+    assert page.title == "6 runs of 2 sources: validate"
+    assert page.summary == "Mean error of step time 10.0% (5 of 6 inside their intervals)"
+    assert "a probability of 80%" in page.views[0]["note"]
+
+
+def test_a_page_of_context_lengths_has_the_leads_and_what_each_contender_runs_on(
+    made: dict[str, dict[str, Any]],
+) -> None:
+    """Only context's own report said that a contender's software is an assumption."""
+    found = {one["title"]: one.get("rows") for one in views(made["context"])}
+    leads = found["mop against the others: tiny on 2 ranks of cpu-2core"]
+    assert leads == [["32K", "fsdp2", 1.2, 0.9, 1.5, 0.8]]
+    assert ["fsdp2", "fsdp2-any-context (an assumption, no one program)", "any CP"] in found["Contenders"]
+
+
 def test_a_page_of_clusters_says_how_far_their_searches_are_proven(made: dict[str, dict[str, Any]]) -> None:
     data = json.loads(json.dumps(made["size"]))
     data["hardware"][0]["best"] |= {"gap": 0.47}
@@ -254,15 +275,18 @@ def test_a_timeline_on_a_profile_whose_curves_the_step_changes(tmp_path: Path) -
     assert mopsim.explore(dict(step), tmp_path / "page.html") == []
 
 
-@pytest.mark.parametrize("name", ["cpu-2core", "amd-epyc-2x"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("cpu-2core", "differs from the shipped one"), ("amd-epyc-2x", "is neither shipped nor given")],
+)
 def test_a_timeline_of_a_profile_of_a_file_is_left_out_with_the_option_that_gives_it(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, why: str
 ) -> None:
     mine = replace(load_profile("cpu-2core"), name=name, notes="mine")
     step = dict(mopsim.simulate(**{**JOB, "hardware": mine}, strategy=mopsim.mop(dtype="float32")))
     (note,) = mopsim.explore(step, tmp_path / "page.html")
-    said = f"the result's profile {name} (digest {io.digest(mine)}) is neither shipped nor given; give its"
-    assert note == f"No timeline of mop: {said} file by --hardware"
+    said = f"the result's profile {name} (digest {io.digest(mine)}) {why}"
+    assert note == f"No timeline of mop: {said}; give its file by --hardware"
     assert mopsim.explore(step, tmp_path / "page.html", hardware=[mine]) == []
 
 

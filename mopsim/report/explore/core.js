@@ -33,7 +33,7 @@ const SHAPES = [
 ];
 const STATES = { fits: "", "may not fit": "at-risk", "out of memory": "over" };
 
-// A column or an axis has one unit, the largest that its largest value reaches.
+// A column or an axis has one unit, the largest that its largest value reaches; of costs, that most reach.
 const UNITS = {
   bytes: [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]],
   seconds: [["s", 1], ["ms", 1e-3], ["us", 1e-6]],
@@ -45,7 +45,8 @@ const UNITS = {
 };
 function unitOf(type, values) {
   const units = UNITS[type] || UNITS.number;
-  const most = Math.max(0, ...values.filter(Number.isFinite).map(Math.abs));
+  const known = values.filter(Number.isFinite).map(Math.abs).sort((a, b) => a - b);
+  const most = (type === "dollars" ? known[Math.floor(known.length / 2)] : known[known.length - 1]) ?? 0;
   const [name, scale] = units.find((one) => most >= one[1]) || units[units.length - 1];
   return { name, scale };
 }

@@ -10,9 +10,9 @@ from mopsim.common.results import made_by
 from mopsim.common.units import format_nodes, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.explore.clusters import cluster_views
-from mopsim.report.explore.context import context_views, reach
+from mopsim.report.explore.context import cases_in_words, context_views, reach
 from mopsim.report.explore.page import Explorer, View
-from mopsim.report.explore.runs import run_views
+from mopsim.report.explore.runs import errors_in_words, run_views, runs_in_words
 from mopsim.report.explore.steps import (
     ExplorerStep,
     Json,
@@ -108,6 +108,10 @@ def made_of(steps: Sequence[ExplorerStep]) -> dict[str, str]:
 
 
 def _subject(result: Json, steps: Sequence[ExplorerStep]) -> str:
+    if "runs" in result:
+        return f"{runs_in_words(result)}: "
+    if "cases" in result:
+        return f"{cases_in_words(result)}: "
     found = [one.found.get("provenance", {}) for one in steps]
     name = next((one["model"] for one in found if one.get("model")), result.get("model"))
     where = ", ".join(dict.fromkeys(str(one["profile"]) for one in found if one.get("profile")))
@@ -167,13 +171,6 @@ def _of_size(result: Json) -> list[ExplorerStep]:
     ]
 
 
-def _errors(result: Json) -> str:
-    """What the summary says of the step time."""
-    found = result["summary"].get("step_time_s")
-    count = sum(one["status"] == "simulated" for one in result["runs"])
-    return f"{count} runs simulated" + (f", mean error of step time {found['mape']:.1%}" if found else "")
-
-
 def _recommended(result: Json) -> str:
     best = result.get("recommended")
     if not best:
@@ -212,7 +209,7 @@ KINDS = (
     ),
     Kind("search", _of_search, _search, lambda found: _joined(found["verdict"], proof(found))),
     Kind("size", _of_size, cluster_views, _recommended),
-    Kind("validate", lambda _: [], run_views, _errors),
+    Kind("validate", lambda _: [], run_views, errors_in_words),
     Kind("context", lambda _: [], context_views, reach),
     Kind(
         "simulate",
