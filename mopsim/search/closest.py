@@ -8,7 +8,6 @@ from mopsim.search.result import SearchResult
 from mopsim.search.simulating import keep_closest, run_row
 from mopsim.search.space import Space
 from mopsim.search.wires import Reals
-from mopsim.spec.capability import runnable
 
 REFINED = 100
 """Turns of refinements (mopsim.search.pool) before the least known is taken."""
@@ -38,8 +37,6 @@ def find_closest(space: Space, bounds: Bounds, found: SearchResult) -> None:
             return
         usable[position] = False
         row = int(pool.rows[position])
-        if problem.runnable and runnable(space.build(row), problem.model, problem.training, space.stack):
-            continue
         simulated = run_row(space, row, found, count=False)
         if simulated is not None:
             keep_closest(simulated, found)

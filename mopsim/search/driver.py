@@ -6,10 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mopsim.common.garbage import collected_later
 from mopsim.common.processes import pool
@@ -18,17 +17,18 @@ from mopsim.search.bound import Bounds, bound
 from mopsim.search.closest import find_closest
 from mopsim.search.fitting import fitting, multiplied_out
 from mopsim.search.had import left_out
-from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, UNSURE, Hunt
+from mopsim.search.hunt import SLOWER_BOUND, Hunt
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.proof import prove
-from mopsim.search.restricted import try_restricted
+from mopsim.search.restricted import Spare, spares, try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import chosen, keep_closest, ranked
+from mopsim.search.simulating import RISK, SLOWER, UNSURE, chosen, keep_closest, last, ranked
 from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import parts
 from mopsim.search.ties import TIED, rows
+from mopsim.search.wires import Reals
 from mopsim.spec.capability import runnable
 from mopsim.spec.strategy import CAST
 
@@ -66,7 +66,12 @@ def search(
         if one.hunts:
             if best is not None:
                 prove(one.hunts, best, tell)
-            done[family] = _settled(one.hunts)
+            done[family] = _left(one.hunts)
+    if best is not None and options.prove:
+        every = {family: (one.found, one.spares) for family, one in done.items()}
+        for family, spare in try_restricted(best, every, problem, options, tell):
+            done[family] = done[family].without(spare)
+    done = {family: _settled(one, options) for family, one in done.items()}
     both = SearchResult(problem.model, options.confidence)
     result = _merged([done[family] for family in options.families], options, both)
     result.best_by_family = {family: done[family].found.best for family in options.families}
@@ -80,17 +85,29 @@ def search(
 
 @dataclass(frozen=True)
 class Hunted:
-    """What one family found. least, expected: of the step times of what was not simulated, the lower bound
-    and the least that is expected, infinite where nothing is left. open: lower bounds of what may beat the
-    best of the family by more than a tie; reason: why it was not tried. hunts: where no plan of its own fits,
-    to be held against the best of the others."""
+    """What one family found. left: lower bounds of the step times of what was not simulated, seconds;
+    expected: the least that is expected of it, infinite where nothing is left. open: of `left`, what may
+    beat the best of the family by more than a tie; reason: why it was not tried. spares: of what was not
+    simulated, what keeps to rules that the best does not. hunts: where no plan of its own fits, to be held
+    against the best of the others."""
 
     found: SearchResult
-    least: float = math.inf
+    left: Reals = field(default_factory=lambda: np.empty(0))
     expected: float = math.inf
-    open: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    open: Reals = field(default_factory=lambda: np.empty(0))
     reason: str = GAVE_UP
+    spares: Sequence[Spare] = ()
     hunts: Sequence[Hunt] = ()
+
+    @property
+    def least(self) -> float:
+        """Seconds that what was not simulated takes, at least."""
+        return float(self.left.min(initial=math.inf))
+
+    def without(self, spare: Spare) -> "Hunted":
+        """Where one of its spares was tried after all."""
+        place = np.flatnonzero(self.left == spare.bound)[:1]
+        return replace(self, left=np.delete(self.left, place))
 
     @property
     def moved(self) -> float:
@@ -119,9 +136,8 @@ def hunted(
     prove(hunts, found.best, tell)
     for hunt in hunts:
         hunt.lighten(tell, options.budget)
-    for hunt in hunts if options.prove else ():
-        try_restricted(hunt, tell)
-    return _settled(hunts)
+    some = [one for hunt in hunts for one in spares(hunt)] if options.prove else []
+    return replace(_left(hunts), spares=some)
 
 
 def _each(
@@ -202,21 +218,26 @@ def _named(line: str, families: str) -> str:
     return f"{head} ({families}){line.removeprefix(head)}"
 
 
-def _settled(hunts: Sequence[Hunt]) -> Hunted:
-    """Count what was not simulated and is, by its bound, slower than the last ranked, or no gain."""
-    found, left = hunts[0].found, np.concatenate([hunt.left() for hunt in hunts])
-    slower, may_gain = left >= hunts[0].last(), left * Hunted(found).moved < _gains(found.best)
-    pools = [one for hunt in hunts for one in hunt.pools]
+def _left(hunts: Sequence[Hunt]) -> Hunted:
+    """What hunts did not simulate; what memory rules out of it is counted."""
+    found, pools = hunts[0].found, [one for hunt in hunts for one in hunt.pools]
     short = sum(int((one.over & one.short).sum()) for one in pools)
     found.rejected["host memory, bound: with pinned blocks and the process"] += short
     found.rejected["device memory, bound: layers and loss"] += (
         sum(int(one.over.sum()) for one in pools) - short
     )
+    left = np.concatenate([hunt.left() for hunt in hunts])
+    return Hunted(found, left, min(hunt.expected() for hunt in hunts))
+
+
+def _settled(one: Hunted, options: Options) -> Hunted:
+    """Count what was not simulated and is, by its bound, slower than the last ranked, or no gain."""
+    found, left = one.found, one.left
+    slower, may_gain = left >= last(found, options), left * one.moved < _gains(found.best)
     found.rejected[SLOWER_BOUND] += int(slower.sum())
     found.rejected[NO_GAIN_IN_FAMILY] += int((~slower & ~may_gain).sum())
-    reason = SPENT if found.simulated >= hunts[0].options.budget else GAVE_UP
-    expected = min(hunt.expected() for hunt in hunts)
-    return Hunted(found, float(min(left, default=math.inf)), expected, left[may_gain], reason)
+    reason = SPENT if found.simulated >= options.budget else GAVE_UP
+    return replace(one, open=left[may_gain], reason=reason)
 
 
 def _behind(done: Mapping[str, Hunted], best: SimResult | None) -> dict[str, float]:

@@ -6,23 +6,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from mopsim.engine import SimResult, simulate
+from mopsim.engine import SimResult
 from mopsim.intervals.spread import SURE
 from mopsim.search.facts import surely
 from mopsim.search.fitting import multiplied_out
 from mopsim.search.kept import Kept
 from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
-from mopsim.search.result import NOT_RUN, TIE, SearchResult
-from mopsim.search.simulating import chosen, keep_closest, ranked, run_row, same
-from mopsim.search.space import Space
+from mopsim.search.result import TIE, SearchResult
+from mopsim.search.simulating import last, rank, run_row
 from mopsim.search.staged import Rest
-from mopsim.spec.capability import runnable
-from mopsim.spec.routing import worst
-from mopsim.spec.strategy import Strategy
 
 PATIENCE, LEAST_PATIENCE = 0.4, 40
 """Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
@@ -47,10 +42,7 @@ FEWER = 2
 """Simulations at the end of a budget that are kept for plans that run fewer layers again."""
 BEAM = 3
 """The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
-RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
-UNSURE = "P(fits) is below --confidence"
 SLOWER_BOUND = "slower, bound: cannot beat the ranked plans"
-SLOWER = "slower, simulated: ranked plans are faster, or as fast and plainer"
 
 Progress = Callable[[SearchResult], None]
 
@@ -204,24 +196,14 @@ class Hunt:
     def simulate(self, pool: Pool, position: int, progress: Progress) -> None:
         """Simulate a candidate of a pool, learn from it and rank it."""
         pool.taken[position] = True
-        row = int(pool.rows[position])
-        simulated = None if self.not_run(pool.space, row) else run_row(pool.space, row, self.found)
+        simulated = run_row(pool.space, int(pool.rows[position]), self.found)
         if simulated is not None:
             self.note(pool, position, simulated)
             progress(self.found)
 
-    def not_run(self, space: Space, row: int) -> bool:
-        """Whether only what mopexec runs is asked for, and this is not; counted."""
-        if not space.problem.runnable:
-            return False
-        reason = runnable(space.build(row), space.problem.model, space.problem.training, space.stack)
-        self.found.rejected[f"{NOT_RUN}: {reason}"] += reason is not None
-        return reason is not None
-
     def last(self) -> float:
         """Step time that a candidate must beat to be ranked."""
-        top = self.found.top
-        return max(one.step_time for one in top) if len(top) >= self.options.top else float("inf")
+        return last(self.found, self.options)
 
     def next(self) -> int | None:
         """The position to simulate now, or None where no bound, or nothing that is expected, is good
@@ -328,36 +310,10 @@ class Hunt:
 
     def _rank(self, simulated: SimResult) -> None:
         """Rank it, or note why not."""
-        found = self.found
-        reason = self._refused(simulated)
-        if reason is not None:
-            found.rejected[reason] += 1
-            return
-        fastest, before = self._fastest(), len(found.top)
-        found.top = ranked([*found.top, simulated], self.options.top)
-        found.rejected[SLOWER] += before + 1 - len(found.top)
-        if simulated.step_time < fastest:
+        fastest = self._fastest()
+        taken = rank(simulated, self.found, self.options, self.pool.space.problem)
+        if taken and simulated.step_time < fastest:
             self.idle, self.spent = 0, self._effort()
-
-    def _refused(self, simulated: SimResult) -> str | None:
-        """Why a simulated candidate is not ranked."""
-        found, options = self.found, self.options
-        if not simulated.fits:
-            keep_closest(simulated, found)
-            return f"does not fit, simulated: {simulated.over}"
-        if options.any_routing and not self._fits_any_routing(simulated.strategy):
-            return "does not fit where the router sends all tokens to one rank"
-        if any(same(simulated, one) for one in found.top):
-            return "equal in time and memory to a ranked plan"
-        if not options.takes(simulated):
-            found.risky = chosen([*found.risky, simulated], options.top, options.confidence)
-            return UNSURE if simulated.sure else RISK
-        return None
-
-    def _fits_any_routing(self, strategy: Strategy) -> bool:
-        problem, stack = self.pool.space.problem, self.pool.space.stack
-        training = replace(problem.training, routing=worst(problem.model, strategy.experts.expert_parallel))
-        return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training, stack).fits
 
     def expected(self) -> float:
         """The least step time that is expected of candidates that were not simulated and may fit, seconds;

@@ -4,14 +4,25 @@ import math
 from collections.abc import Iterable
 from operator import attrgetter
 
+from msgspec.structs import replace
+
 from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
+from mopsim.intervals.spread import SURE
+from mopsim.search.build import build
+from mopsim.search.options import Options
 from mopsim.search.problem import Problem
-from mopsim.search.result import TIE, SearchResult
+from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.space import Space
+from mopsim.spec.capability import runnable
 from mopsim.spec.line import choices
+from mopsim.spec.routing import worst
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
+
+RISK = f"fits, as described, with a probability below {SURE} (--risk ranks it)"
+UNSURE = "P(fits) is below --confidence"
+SLOWER = "slower, simulated: ranked plans are faster, or as fast and plainer"
 
 
 def ranked(results: Iterable[SimResult], most: float = math.inf) -> list[SimResult]:
@@ -59,8 +70,27 @@ def play(problem: Problem, strategy: Strategy, stack: Stack) -> SimResult:
 
 def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True) -> SimResult | None:
     """Simulate one row; None (and a reason counted, if `count`) where a rule refuses it."""
+    return run(space.problem, space.family, space.row(index), space.stack, found, count=count)
+
+
+def run(
+    problem: Problem,
+    family: str,
+    row: dict[str, int],
+    stack: Stack,
+    found: SearchResult,
+    *,
+    count: bool = True,
+) -> SimResult | None:
+    """The same of its columns; None too where only what mopexec runs is asked for, and this is not."""
     try:
-        simulated = play(space.problem, space.build(index), space.stack)
+        strategy = build(family, problem, row)
+        if problem.runnable:
+            reason = runnable(strategy, problem.model, problem.training, stack)
+            if reason is not None:
+                found.rejected[f"{NOT_RUN}: {reason}"] += count
+                return None
+        simulated = play(problem, strategy, stack)
     except SpecError as error:
         found.rejected[f"{error.field} {error.rule}"] += count
         return None
@@ -69,6 +99,46 @@ def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True
         return None
     found.simulated += 1
     return simulated
+
+
+def last(found: SearchResult, options: Options) -> float:
+    """Step time that a candidate must beat to be ranked."""
+    return max(one.step_time for one in found.top) if len(found.top) >= options.top else math.inf
+
+
+def rank(simulated: SimResult, found: SearchResult, options: Options, problem: Problem) -> bool:
+    """Rank it, or note why not; whether it was."""
+    reason = _refused(simulated, found, options, problem)
+    if reason is not None:
+        found.rejected[reason] += 1
+        return False
+    before = len(found.top)
+    found.top = ranked([*found.top, simulated], options.top)
+    found.rejected[SLOWER] += before + 1 - len(found.top)
+    return True
+
+
+def _refused(one: SimResult, found: SearchResult, options: Options, problem: Problem) -> str | None:
+    """Why a simulated candidate is not ranked."""
+    if not one.fits:
+        keep_closest(one, found)
+        return f"does not fit, simulated: {one.over}"
+    if options.any_routing and not _fits_any_routing(one, problem):
+        return "does not fit where the router sends all tokens to one rank"
+    if any(same(one, other) for other in found.top):
+        return "equal in time and memory to a ranked plan"
+    if not options.takes(one):
+        found.risky = chosen([*found.risky, one], options.top, options.confidence)
+        return UNSURE if one.sure else RISK
+    return None
+
+
+def _fits_any_routing(one: SimResult, problem: Problem) -> bool:
+    routing = worst(problem.model, one.strategy.experts.expert_parallel)
+    training = replace(problem.training, routing=routing)
+    return simulate(
+        problem.model, problem.hardware, problem.num_nodes, one.strategy, training, one.stack
+    ).fits
 
 
 def keep_closest(simulated: SimResult | None, found: SearchResult) -> None:
