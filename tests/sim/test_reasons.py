@@ -4,8 +4,9 @@ import pytest
 
 from mopsim.report.tables import P_FITS, p_fits
 from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY
-from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND
+from mopsim.search.hunt import SLOWER_BOUND
 from mopsim.search.reasons import plain
+from mopsim.search.simulating import RISK, SLOWER
 
 
 @pytest.mark.parametrize(

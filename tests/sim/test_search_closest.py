@@ -74,7 +74,7 @@ def test_what_is_refused_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.closest is None
     strict = replace(asked, runnable=True)
     monkeypatch.undo()
-    monkeypatch.setattr("mopsim.search.closest.runnable", lambda *args: "no")
+    monkeypatch.setattr("mopsim.search.simulating.runnable", lambda *args: "no")
     find_closest(replace(some, problem=strict), bound(some), found)
     assert found.closest is None
 

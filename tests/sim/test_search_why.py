@@ -18,7 +18,9 @@ from mopsim.report.alternatives import freedom, otherwise
 from mopsim.report.explore.steps import as_fast
 from mopsim.report.tables import _surer
 from mopsim.search import Options, SearchResult, search
+from mopsim.search.driver import Hunted
 from mopsim.search.problem import Problem, divisors
+from mopsim.search.restricted import RESTRICTIONS, Spare, try_restricted
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.simulating import ranked
 from mopsim.search.ties import TIED, Row, rows
@@ -209,6 +211,29 @@ def test_waits_are_told_until_most_is_and_of_the_exchanges_that_the_plan_has(fou
     assert waits(one)[0][0] == "all-to-alls of experts"
     assert waits(replace(one, exposed={"all_to_all": 0.019})) == []
     assert one.waits["other stages"] == parts["peers"] == one.exposed["peers"]
+
+
+def test_of_what_keeps_a_rule_only_what_may_be_faster_than_known_is_tried(
+    found: SearchResult, problem: Problem
+) -> None:
+    """Of all families, once each is searched; what was tried is no longer left."""
+    assert found.best is not None
+    best = replace(found.best, host_memory=1)
+    space, _ = candidates(problem, "fsdp2")
+    rule = "nothing on the host"
+    columns = RESTRICTIONS[rule].columns.items()
+    every = (space.row(place) for place in range(len(space)))
+    row = next(one for one in every if all(one.get(name, value) == value for name, value in columns))
+    some = [Spare(frozenset([rule]), row, space.stack, bound=9.0, seconds=most) for most in (1e9, 0.1)]
+    searched = SearchResult(problem.model)
+    tried = try_restricted(best, {"fsdp2": (searched, some)}, problem, OPTIONS, lambda found: None)
+    assert tried == [("fsdp2", some[1])]
+    assert searched.simulated == len(searched.played) == 1
+    assert searched.played[0].host_memory == 0
+    one = Hunted(searched, left=np.array([8.0, 9.0, 9.0]))
+    assert list(one.without(some[1]).left) == [8.0, 9.0]
+    none_left = replace(OPTIONS, budget=1)
+    assert try_restricted(best, {"fsdp2": (searched, some)}, problem, none_left, lambda found: None) == []
 
 
 @pytest.mark.parametrize(
