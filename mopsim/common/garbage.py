@@ -10,17 +10,13 @@ USUAL = gc.get_threshold()
 @contextmanager
 def collected_later() -> Iterator[None]:
     """No search for cycles in the body (or the function that this decorates). What a simulation or a search
-    makes has hardly any, and looking through it takes a tenth of their time (tests/bench/size.py). What there
-    is after it counts as old, or the next object that is made would have all of it looked through."""
+    makes has hardly any, and looking through it takes a tenth of their time (tests/bench/size.py)."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 
