@@ -6,6 +6,7 @@ from mopexec.run import plans
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs, plain_console
 from mopsim.common.units import format_bytes, parse_bytes
+from mopsim.spec.categories import SPOKEN
 from mopsim.spec.plan import EDITED
 
 
@@ -40,7 +41,7 @@ def run(
         table.add_column(column, justify="right")
     columns = (result.memory_by_category, result.resident_by_category, result.host_by_category)
     for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(format_bytes(column.get(name, 0)) for column in columns))
+        table.add_row(SPOKEN.get(name, name), *(format_bytes(column.get(name, 0)) for column in columns))
     totals = (result.peak_memory, result.resident_memory, result.host_memory)
     table.add_section()
     table.add_row("all", *(format_bytes(total) for total in totals))

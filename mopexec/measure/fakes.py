@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from mopexec.measure.dispatch import device_read, returns_alias, tensors_in, writes
 from mopexec.measure.shapes import CACHED, IN_PLACE, NOTHING, RUN, UNSAFE_VIEW, how_run, keep, key_of
+from mopexec.measure.torch_dispatch import device_read, returns_alias, tensors_in, writes
 
 _VIEW, _MARK, _COLLECTIVE = "view", "mark", "collective"
 _OUTSIDE = {"profiler": _MARK, "c10d": _COLLECTIVE}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.probe_fit import Shape
 from mopexec.measure.probe_machine import architecture
 from mopexec.measure.probe_timing import Sample, Stopwatch, measure, summarize
+from mopexec.measure.torch_dispatch import EagerMode
 from mopsim.spec.hardware import ATTENTION_BACKWARD
 
 Call = Callable[[], object]

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from mopexec.measure.dispatch import EagerMode, plain_types, tensors_in
 from mopexec.measure.scope import NOW
+from mopexec.measure.torch_dispatch import EagerMode, plain_types, tensors_in
 
 _Op = tuple[str, str, str, tuple[str, ...], tuple[str, ...], int]
 

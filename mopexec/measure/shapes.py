@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.measure.dispatch import returns_alias, writes
+from mopexec.measure.torch_dispatch import returns_alias, writes
 
 _Output = tuple[torch.Size, tuple[int, ...], torch.dtype]
 IN_PLACE, CACHED, NOTHING, RUN = "", "cached", "nothing", "run"

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from mopexec.distributed import collectives
-from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, tensors_in, writes
 from mopexec.measure.scope import NOW
+from mopexec.measure.torch_dispatch import EagerMode, plain_types, returns_alias, tensors_in, writes
 from mopexec.measure.tracker import is_host
 from mopsim.spec.plan import KindTiming
 

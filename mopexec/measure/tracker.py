@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.measure.dispatch import (
+from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
+from mopexec.measure.shapes import ShapeCache
+from mopexec.measure.torch_dispatch import (
     EagerMode,
     device_read,
     plain_tensors,
@@ -23,8 +25,6 @@ from mopexec.measure.dispatch import (
     returns_alias,
     tensors_in,
 )
-from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
-from mopexec.measure.shapes import ShapeCache
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes
 

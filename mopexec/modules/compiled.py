@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mopexec.measure.dispatch import EagerMode
+from mopexec.measure.torch_dispatch import EagerMode
 from mopexec.model.attention import project
 from mopexec.model.parts import FeedForward
 from mopexec.model.transformer import DecoderLayer, Given

@@ -34,7 +34,7 @@ WAITS = {
     "all_to_all": "all-to-alls", "send_recv": "sends between neighbours",
     "h2d": "copies from the host", "d2h": "copies to the host", "peers": "other pipeline stages",
     "host": "the host, which starts kernels late", "host_optimizer": "the optimizer on the host",
-    "host_memory": "gradients that the host adds",
+    "host_memory": "gradients that the host adds", "memory_bound": "kernels on other streams",
 }  # fmt: skip
 """What compute waits for, by kind of `SimResult.exposed`; mopsim.spec.line says it of one plan."""
 SHOWN_AS = {"peers": "other stages"}

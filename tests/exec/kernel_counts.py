@@ -7,8 +7,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from mopexec.check.dry_run import _batches, _fake_platform
-from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, writes
 from mopexec.measure.scope import NOW
+from mopexec.measure.torch_dispatch import EagerMode, plain_types, returns_alias, writes
 from mopexec.run.apply import build
 from mopsim.spec.plan import Plan
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, tensors_in, writes
 from mopexec.measure.scope import NOW
+from mopexec.measure.torch_dispatch import EagerMode, plain_types, returns_alias, tensors_in, writes
 
 Clock = dict[str, int]
 Site = tuple[str, int]

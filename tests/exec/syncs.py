@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.measure.dispatch import EagerMode, plain_types, tensors_in
 from mopexec.measure.scope import NOW
+from mopexec.measure.torch_dispatch import EagerMode, plain_types, tensors_in
 
 _READS = frozenset(
     ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "argwhere", "masked_select", "bincount",

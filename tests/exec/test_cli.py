@@ -298,6 +298,15 @@ def test_dry_run_writes_the_program_that_it_played(capsys, plan, tmp_path):
     assert "is where --program goes too" in refusal(capsys, *again)
 
 
+def test_dry_run_names_memory_as_the_simulators_tables_do(capsys, plan):
+    with pytest.raises(SystemExit):
+        main(["dry-run", "--plan", str(plan)])
+    shown = capsys.readouterr().out
+    assert {"parameters", "gradients", "optimizer states", "layer inputs"} <= {
+        line.strip("│ ").partition("│")[0].strip() for line in shown.splitlines()
+    }
+
+
 def test_dry_run_over_a_limit_is_one_line(capsys, plan):
     assert "over the limit" in refusal(capsys, "dry-run", "--plan", plan, "--device-limit", "10KiB")
 

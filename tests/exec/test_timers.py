@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 
 from mopexec.distributed import collectives
-from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.scope import component, host_compute
 from mopexec.measure.timers import KindTimer, op_flops
+from mopexec.measure.torch_dispatch import EagerMode
 from mopexec.measure.tracker import mark_host
 from mopsim.spec.hardware import WORK_KINDS
 
